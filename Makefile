@@ -1,0 +1,59 @@
+# `make help` lists what there is. Nothing but GNU make, a POSIX shell and Python 3.10 or newer is needed beforehand:
+# the first target that needs packages installs them into .venv, at the versions in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+SHELL := /bin/sh
+.SHELLFLAGS := -ec
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench notebooks clean
+
+# One thread: two cores are shared by the processes of the distributed tests. No downloads: every model and data set is
+# made on the spot. Figures need no display.
+RUN_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+# Timings scatter by up to a third with the C library's default allocator settings.
+BENCH_ENV := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+# PyTorch first and alone, so that a CPU build is taken where pip is set up to offer one; the rest then keeps it.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,plots,cli]'
+	$(BIN)/python -m pip check
+	touch $@
+
+install: $(STAMP) ## install the library and all tools into .venv
+
+demo: $(STAMP) ## distil a small network on a small data set and show what it gains
+	$(RUN_ENV) $(BIN)/lightning-distill demo
+
+lint: $(STAMP) ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff fix and format what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# pytest's closing line must be the last one printed: add nothing below it.
+test: lint ## lint, then every test, doctest, notebook and README block
+	$(RUN_ENV) $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: $(STAMP) ## the side-by-side benchmarks
+	$(RUN_ENV) $(BENCH_ENV) $(BIN)/python -m benchmarks
+
+notebooks: $(STAMP) ## execute the notebooks, only those
+	$(RUN_ENV) $(BIN)/python -m pytest tests/test_notebooks.py
+
+clean: ## remove .venv and everything that tools and builds left
+	rm -rf $(VENV) build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache lightning_logs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,362 @@
+"""Adapters, the learned maps from a student feature's shape to a teacher feature's, and their optimizer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer, SparseAdam
+
+from lightning_distill.patch import Patch
+
+if TYPE_CHECKING:
+    from lightning_distill.taps import Call
+    from lightning_distill.terms import DistillationTerm
+
+AdapterFactory = Callable[[torch.Size, torch.Size], nn.Module]
+OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_UNCLONEABLE = ("LBFGS", "SparseAdam", "Muon")  # a closure, sparse gradients or matrices only: not for adapters
+
+
+def make_adapter(
+    adapter: str | nn.Module | AdapterFactory | None, student: torch.Size, teacher: torch.Size, layer: str
+) -> nn.Module:
+    """The module that maps a student feature to the teacher's shape.
+
+    Args:
+        adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
+            vectors and token sequences), ``"linear"`` (over the last dimension), ``"conv1x1"`` (over dimension 1),
+            ``None`` (identity), a module to copy, or a factory called with the two shapes.
+        student: Shape of the student's feature, ``(N, D)``, ``(N, L, D)`` or ``(N, C, H, W)``.
+        teacher: Shape of the teacher's feature.
+        layer: The student layer's name, for messages.
+
+    Returns:
+        A new module, in float32 on the CPU.
+
+    Raises:
+        ValueError: If no adapter of that kind fits the shapes.
+        TypeError: If ``adapter`` is none of these.
+
+    Example:
+        >>> make_adapter("auto", torch.Size((8, 16, 7, 7)), torch.Size((8, 64, 7, 7)), "layer3")
+        Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1))
+    """
+    if adapter == "auto":
+        maps = len(student) > 3
+        if len(student) != len(teacher) or len(student) < 2:
+            raise ValueError(
+                f"Expected the features of student layer {layer!r} and its teacher layer to have the same number of"
+                f" dimensions, 2 or more, but got {tuple(student)} and {tuple(teacher)}."
+                " Pass adapter=<a module, or a factory of the two shapes>."
+            )
+        dim = 1 if maps else -1
+        adapter = None if student[dim] == teacher[dim] else "conv1x1" if maps else "linear"
+    if adapter is None:
+        return nn.Identity()
+    if adapter == "linear":
+        return nn.Linear(student[-1], teacher[-1])
+    if adapter == "conv1x1":
+        if len(student) not in _CONVOLUTIONS:
+            raise ValueError(
+                f"Expected the feature of student layer {layer!r} to have 3 to 5 dimensions for adapter='conv1x1',"
+                f" but got {tuple(student)}. Pass adapter='linear'."
+            )
+        return _CONVOLUTIONS[len(student)](student[1], teacher[1], kernel_size=1)
+    if isinstance(adapter, nn.Module):
+        return copy.deepcopy(
+            adapter
+        )  # a second training run must start from what was passed, not from what was learned
+    if callable(adapter):
+        made = adapter(student, teacher)
+        if isinstance(made, nn.Module):
+            return made
+        raise TypeError(f"Expected `adapter` to make a module, but got {type(made).__name__}. Return an nn.Module.")
+    raise TypeError(
+        "Expected `adapter` to be 'auto', 'linear', 'conv1x1', None, a module or a factory, but got"
+        f" adapter={adapter!r}."
+    )
+
+
+class FollowerOptimizer:
+    """The adapters' own optimizer: it mirrors the student's optimizer and steps whenever that one steps.
+
+    Adding the adapters to the student's optimizer instead would change its checkpoint and break learning-rate
+    schedulers that count groups.
+
+    Args:
+        parameters: What it trains.
+        leader: The student's optimizer, or Lightning's or Fabric's wrapper of it.
+        factory: Makes the optimizer from the parameters; ``None`` clones the leader's class and settings, and copies
+            its current settings before each step. Of several parameter groups the one with the largest learning rate
+            is mirrored.
+        scaler: The gradient scaler of a hand-written loop.
+
+    Raises:
+        ValueError: If the leader cannot be cloned.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        leader: Optimizer,
+        factory: OptimizerCallable | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.leader = bare(leader)
+        self._parameters, self._mirrors, self._scaler = list(parameters), factory is None, scaler
+        self.optimizer = _clone(self.leader, self._parameters) if factory is None else factory(self._parameters)
+        self._handle = self.leader.register_step_post_hook(lambda *_: self._step())
+        # Lightning's and Fabric's wrappers clear gradients by themselves, past the optimizer that they wrap
+        owners = {id(owner): owner for owner in (leader, self.leader)}.values()
+        self._patches = [Patch(owner, "zero_grad", self._zero_grad) for owner in owners]
+        self._prepared = False
+
+    def prepare(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Average the gradients over the processes and undo their scaling, once before a step.
+
+        Args:
+            scaler: The gradient scaler, if the leader's gradients have just been unscaled by it: an overflow in either
+                optimizer then makes both skip the step.
+        """
+        if self._prepared:
+            return
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        self._prepared = True
+        with torch.no_grad():
+            average_over_processes(gradients)
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
+                found = _overflows(scaler, self.optimizer)
+                for device, theirs in _overflows(scaler, self.leader).items():
+                    if device in found:
+                        theirs.copy_(torch.maximum(theirs, found[device]))
+                        for gradient in gradients:  # what a skipped step leaves must not reach the next one
+                            gradient.masked_fill_(theirs.bool(), 0.0)
+
+    def clip(self, clip: Callable[[Optimizer], Any]) -> None:
+        """Clip the adapters' gradients by themselves, so that the student's are clipped as in a plain run."""
+        clip(self.optimizer)
+
+    def close(self) -> None:
+        """Let the leader go."""
+        self._handle.remove()
+        for patch in self._patches:
+            patch.undo()
+
+    def _zero_grad(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._prepared = False
+        self.optimizer.zero_grad()
+
+    def _step(self) -> None:
+        if all(parameter.grad is None for parameter in self._parameters):
+            return
+        self.prepare()
+        if self._mirrors:
+            lead = _leading_group(self.leader)
+            for group in self.optimizer.param_groups:
+                group.update({key: lead[key] for key in group if key in lead and key not in ("params", "param_names")})
+        if self._scaler is None:
+            self.optimizer.step()
+        else:  # the leader's own step was allowed already; the scaler decides about this one
+            self._scaler.step(self.optimizer)
+        self._clear()
+
+
+def bare(optimizer: Any) -> Optimizer:
+    """The optimizer inside Lightning's or Fabric's wrapper, or the optimizer itself."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its mean over all processes, in place, in one communication per dtype."""
+    size = _world_size()
+    if size == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        torch.distributed.all_reduce(flat)
+        for tensor, mean in zip(same, torch.split(flat.div_(size), [tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def _world_size() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def _leading_group(optimizer: Optimizer) -> dict[str, Any]:
+    return max(optimizer.param_groups, key=lambda group: float(group.get("lr", 0.0)))
+
+
+def _clone(leader: Optimizer, parameters: list[nn.Parameter]) -> Optimizer:
+    kind = type(leader)
+    settings = {
+        key: value for key, value in _leading_group(leader).items() if key in inspect.signature(kind).parameters
+    }
+    settings.pop("params", None)
+    reason = ""
+    if not isinstance(leader, (LBFGS, SparseAdam)) and kind.__name__ not in _UNCLONEABLE:
+        try:
+            return kind(parameters, **settings)
+        except Exception as error:  # a user's optimizer may need what only the user knows
+            reason = f" ({error})"
+    raise ValueError(
+        "Expected the student's optimizer to be one that can be cloned for the adapters, but got"
+        f" {kind.__name__}{reason}."
+        " Pass adapter_optimizer=torch.optim.AdamW, or another factory."
+    )
+
+
+def _overflows(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[torch.device, Tensor]:
+    # The scaler has no public way to make two optimizers skip together; step() asks each for its own flags.
+    found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return found
+
+
+class AdapterTrainer:
+    """What the terms learn: made from a first call, restored, trained by a follower or by the user, saved.
+
+    Args:
+        terms: The terms; what an earlier run made in them is dropped.
+
+    Attributes:
+        follower: The adapters' own optimizer, once there are adapters and a leader.
+        factory: Makes the adapters' optimizer; ``None`` clones the leader.
+        allowed: Whether there may be adapters at all.
+    """
+
+    def __init__(self, terms: Sequence[DistillationTerm]) -> None:
+        self.terms = terms
+        self.follower: FollowerOptimizer | None = None
+        self._leader: Optimizer | None = None
+        self.factory: OptimizerCallable | None = None
+        self.allowed = True
+        self._scaler: torch.amp.GradScaler | None = None
+        self._built = self._handed_over = False
+        # what was loaded and waits for the first batch
+        self._saved_adapters: dict[str, Any] | None = None
+        self._saved_optimizer: dict[str, Any] | None = None
+        for term in terms:
+            term.reset()
+
+    @property
+    def leader(self) -> Optimizer | None:
+        """The optimizer that the adapters' follows, without its wrapper."""
+        return None if self._leader is None else bare(self._leader)
+
+    def build(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Make the adapters of all terms, restore them, and give them their optimizer; further calls do nothing."""
+        if self._built:
+            return
+        for index, term in enumerate(self.terms):
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+                # the seed is read, not drawn: the global random state stays as it is
+                torch.default_generator.manual_seed((torch.initial_seed() + index) % 2**63)
+                term.build(student, teachers)
+        tensors = [tensor for term in self.terms for tensor in term.state_dict().values()]
+        if self._trained() and not self.allowed:
+            raise ValueError(
+                "Expected the terms to need no adapters under DeepSpeed, whose engine steps only the parameters it was"
+                f" given, but got {len(self._trained())} adapter parameters. Distil logits only, or use DDP or FSDP2."
+            )
+        if _world_size() > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
+        if self._saved_adapters is not None:
+            for term in self.terms:
+                self._restore(term, self._saved_adapters.get(term.name, {}))
+        self._built, self._saved_adapters = True, None
+        self._make_follower()
+
+    def check_trained(self) -> None:
+        """Raise if the adapters of an earlier step have been given to no optimizer.
+
+        Raises:
+            ValueError: If so; they would stay as they were drawn.
+        """
+        if self._built and self.follower is None and not self._handed_over and self._trained():
+            raise ValueError(
+                "Expected an optimizer for the adapters, but none has been given. Call distiller.follow(optimizer), or"
+                " give distiller.parameters() to the student's optimizer."
+            )
+
+    def hand_over(self) -> list[nn.Parameter]:
+        """The parameters, for an optimizer of the user's own."""
+        if not self._built and any(term.student_taps for term in self.terms):
+            raise ValueError(
+                "Expected a first call of `total` before `parameters`, since adapters take their shapes from the first"
+                " batch, but got none. Call it first, or use distiller.follow(optimizer), which needs no batch."
+            )
+        self._handed_over = True
+        return self._trained()
+
+    def follow(self, leader: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Step with this optimizer from now on."""
+        self.unfollow()
+        self._leader, self._scaler = leader, scaler
+        self._make_follower()
+
+    def unfollow(self) -> None:
+        """Let the leader go; the follower's state is kept for the next one."""
+        if self.follower is not None:
+            self._saved_optimizer = self.follower.optimizer.state_dict()
+            self.follower.close()
+        self.follower = self._leader = None
+
+    def forget_optimizer(self) -> None:
+        """Begin a new run with the adapters as they are and a fresh optimizer, as the student's is."""
+        self.unfollow()
+        self._saved_optimizer = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adapters by term and their optimizer's state; empty where there are none."""
+        adapters = self._saved_adapters
+        if self._built:
+            adapters = {term.name: state for term in self.terms if (state := dict(term.state_dict()))}
+        optimizer = self._saved_optimizer if self.follower is None else self.follower.optimizer.state_dict()
+        return {"adapters": adapters, "optimizer": optimizer} if adapters else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Start over, from a saved state when the next batch has shown the shapes; an empty one starts fresh."""
+        if self.follower is not None:
+            self.follower.close()
+        self.follower = None
+        for term in self.terms:
+            term.reset()
+        self._built = self._handed_over = False
+        self._saved_adapters, self._saved_optimizer = state.get("adapters"), state.get("optimizer")
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for term in self.terms for parameter in term.parameters() if parameter.requires_grad]
+
+    def _make_follower(self) -> None:
+        if self._built and self._leader is not None and (trained := self._trained()):
+            self.follower = FollowerOptimizer(trained, self._leader, self.factory, self._scaler)
+            if self._saved_optimizer is not None:
+                self.follower.optimizer.load_state_dict(self._saved_optimizer)
+            self._saved_optimizer = None
+
+    def _restore(self, term: DistillationTerm, state: dict[str, Tensor]) -> None:
+        try:
+            term.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Expected the saved adapters to fit term {term.name!r}, but got {error}. Resume with the terms that"
+                " were saved, or start from the student's weights alone."
+            ) from None

@@ -1,0 +1,350 @@
+"""The distiller: from a step's recorded calls to the teacher's answers, the terms and the total loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_distill import checks
+from lightning_distill.adapters import AdapterTrainer
+from lightning_distill.labels import find_labels
+from lightning_distill.student import StudentFinder
+from lightning_distill.taps import Call, Recorder, map_tensors, select
+from lightning_distill.teacher import FrozenTeacher, TeacherEnsemble, as_dtype, as_teacher
+from lightning_distill.terms import DistillationTerm, LogitsDistillation
+
+Terms = DistillationTerm | Sequence[DistillationTerm] | None
+
+
+class Distiller:
+    r"""What turns the student's calls in a training step into the total loss; it needs no Trainer.
+
+    .. math:: \text{total} = w_{task} \, L_{task} + \sum_i w_i \, D_i(A_i(F^{student}_i), F^{teacher}_i)
+
+    With several teachers each term is averaged over them. A weight of 0 skips the work behind it.
+
+    Args:
+        student: The network that is called in the step.
+        teacher: The network to match, or several. It is held in eval mode without gradients until :meth:`close`.
+        terms: The terms; ``None`` is ``[LogitsDistillation()]``.
+        task_weight: Factor of the task loss, 0 or greater.
+        labels: Where a batch keeps its labels: a key, an index, or a function of the batch; ``None`` looks in the usual
+            places. Read only for losses that need labels.
+        teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever surrounds it.
+
+    Attributes:
+        parts: After a step the detached parts of the total: ``task_loss``, ``distillation_loss`` (the weighted sum) and
+            ``<term>_loss`` of each term, without its weight.
+
+    Raises:
+        ValueError: If teacher and student share parameters, terms share a name, or a weight is negative.
+        TypeError: If the teacher is no module, or a term is no :class:`DistillationTerm`.
+
+    Example:
+        >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> with Distiller(student, teacher) as distiller:
+        ...     distiller.follow(optimizer)
+        ...     with distiller.record():
+        ...         loss = nn.functional.cross_entropy(student(x), y)
+        ...     distiller.total(loss, (x, y)).backward()
+        ...     optimizer.step()
+        >>> sorted(distiller.parts)
+        ['distillation_loss', 'logits_loss', 'task_loss']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
+        terms: Terms = None,
+        *,
+        task_weight: float = 1.0,
+        labels: str | int | Callable[[Any], Tensor] | None = None,
+        teacher_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        checks.non_negative("task_weight", task_weight)
+        self.student, self.teacher, self.terms = student, as_teacher(teacher), as_terms(terms)
+        self.task_weight, self.labels = task_weight, labels
+        self.parts: dict[str, Tensor] = {}
+        self.batch_size = 0
+        self.frozen = FrozenTeacher(self.teacher, as_dtype(teacher_dtype))
+        self._several = isinstance(self.teacher, TeacherEnsemble)
+        self._recorder: Recorder | StudentFinder | None = None
+        taps = [tap for term in self.terms for tap in term.teacher_taps]
+        teachers = list(self.teacher.children()) if self._several else [self.teacher]
+        self._teachers = [Recorder(one, taps, "teacher") for one in teachers]
+        self.adapters = AdapterTrainer(self.terms)
+        if type(self) is Distiller:
+            self.check()
+
+    # What users override ---------------------------------------------------------------------------------------------
+
+    def teacher_forward(self, call: Call) -> Any:
+        """The teacher's output for a call of the student; by default it is shown just what the student was.
+
+        Args:
+            call: The student's call; ``call.args`` and ``call.kwargs`` are in the teacher's precision.
+
+        Returns:
+            The output, or with several teachers the list of their outputs.
+        """
+        return self.teacher(*call.args, **call.kwargs)
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits in a model's output: the tensor itself, its ``logits``, or its first element."""
+        return select(output, None, "the model's output")
+
+    # A step ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether every term's weight is 0."""
+        return all(term.weight == 0 for term in self.terms)
+
+    def record(self, needs_grad: bool = True, features: bool = True) -> AbstractContextManager[list[Call]]:
+        """A context in which the student's calls are recorded.
+
+        Args:
+            needs_grad: Whether to leave out calls made with gradients disabled.
+            features: Whether to keep what the tapped layers give.
+        """
+        if self._recorder is None:
+            self.check()
+            self._recorder = self._watch()
+        return self._recorder.record(needs_grad, features)
+
+    def total(self, task_loss: Tensor, batch: Any = None) -> Tensor:
+        """The total loss of the calls recorded since the last total.
+
+        Args:
+            task_loss: The student's own loss on its labels, a scalar.
+            batch: The batch, where a term needs its labels.
+
+        Returns:
+            ``task_weight * task_loss + sum of weighted terms``, a scalar.
+
+        Raises:
+            ValueError: If the student was not called, a layer did not run, a shape does not fit, labels are missing.
+        """
+        distillation = self.loss(batch)
+        self.parts["task_loss"] = task_loss.detach()
+        if self.idle:  # a total without any graph could not be differentiated
+            return task_loss if self.task_weight == 1 else self.task_weight * task_loss
+        return distillation if self.task_weight == 0 else self.task_weight * task_loss + distillation
+
+    def loss(self, batch: Any = None) -> Tensor:
+        """The weighted sum of the terms, without the task loss, over the calls recorded since the last one.
+
+        Args:
+            batch: The batch, where a term needs its labels.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: As :meth:`total`.
+        """
+        try:
+            return self._loss(batch)
+        finally:
+            self.release()
+
+    def _loss(self, batch: Any) -> Tensor:
+        active = [term for term in self.terms if term.weight != 0]
+        if not active:
+            self.parts = {}
+            return torch.zeros((), device=next((parameter.device for parameter in self.student.parameters()), None))
+        calls = self._recorder.calls if self._recorder else []
+        if not calls:
+            raise ValueError(self._never_called())
+        self.adapters.check_trained()
+        labels = find_labels(batch, self.labels) if any(term.needs_labels for term in active) else None
+        values: dict[str, list[Tensor]] = {term.name: [] for term in active}
+        for call in calls:
+            call.check_input()
+            answers = self._ask(call)
+            self.adapters.build(call, answers)
+            for term in active:
+                values[term.name] += [term(call, answer, labels) for answer in answers]
+        parts = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in values.items()}
+        loss = sum((term.weight * parts[term.name] for term in active[1:]), active[0].weight * parts[active[0].name])
+        self.parts = {f"{name}_loss": part.detach() for name, part in parts.items()}
+        self.parts["distillation_loss"] = loss.detach()
+        self.batch_size = len(parts) and _first_tensor(calls[0]).shape[0]
+        return loss
+
+    def _ask(self, call: Call) -> list[Call]:
+        """The answer of each teacher to a call of the student."""
+        device = _first_tensor(call).device
+        self.frozen.freeze(device)
+        self.frozen.still()
+        call.read_logits = self.logits
+        shown = replace(call, args=self.frozen.cast(call.args), kwargs=self.frozen.cast(call.kwargs))
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())  # inference_mode tensors could not be saved for the backward
+            if self.frozen.dtype is not None and torch.is_autocast_enabled(device.type):
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            recorded = [stack.enter_context(recorder.record()) for recorder in self._teachers]
+            output = self.teacher_forward(shown)
+            answers = []
+            for index, (one, calls) in enumerate(zip(output if self._several else [output], recorded, strict=True)):
+                # an override may answer without calling the teacher: then there are no features to read
+                answer = calls[-1] if calls else Call((), {}, who="teacher")
+                answers.append(replace(answer, output=one, teacher=index, read_logits=self.logits))
+        for recorder in self._teachers:
+            recorder.clear()
+        return answers
+
+    def agree(self) -> list[tuple[Tensor, Tensor]]:
+        """The logits of both sides for each call recorded since the last loss.
+
+        Returns:
+            Pairs of the student's and the teacher's logits; of several teachers the log of their mean probabilities.
+        """
+        try:
+            pairs = []
+            for call in self._recorder.calls if self._recorder else []:
+                theirs = [answer.logits for answer in self._ask(call)]
+                if self._several:
+                    theirs = [torch.stack([one.float().softmax(self.class_dim) for one in theirs]).mean(0).log()]
+                pairs.append((call.logits.detach(), theirs[0]))
+            return pairs
+        finally:
+            self.release()
+
+    @property
+    def class_dim(self) -> int:
+        """Dimension of the logits that counts the classes, as the first term on logits has it."""
+        return next((term.class_dim for term in self.terms if isinstance(term, LogitsDistillation)), -1)
+
+    # Adapters --------------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapters' parameters, for an optimizer of the user's own; they exist after the first total.
+
+        Raises:
+            ValueError: If a term reads layers and no batch has shown their shapes yet.
+        """
+        return self.adapters.hand_over()
+
+    def follow(self, optimizer: Optimizer, *, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Let the adapters step with the student's optimizer, with its class and settings.
+
+        Args:
+            optimizer: The student's optimizer, bare or wrapped by Lightning or Fabric.
+            scaler: The gradient scaler of a hand-written loop.
+
+        Raises:
+            ValueError: If the optimizer cannot be cloned; then give :meth:`parameters` to one of your own.
+        """
+        self.adapters.follow(optimizer, scaler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adapters and their optimizer's state; empty where there are none. It never holds the teacher."""
+        return self.adapters.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state; the adapters are filled when the next batch has shown their shapes.
+
+        Args:
+            state: What :meth:`state_dict` gave; an empty one starts with fresh adapters.
+        """
+        self.adapters.load_state_dict(state)
+
+    def release(self) -> None:
+        """Let go of everything captured from the last step."""
+        for recorder in (self._recorder, *self._teachers):
+            if recorder is not None:
+                recorder.clear()
+
+    def close(self) -> None:
+        """Remove every hook and give the teacher back as it was. The adapters stay; recording again starts over."""
+        self.adapters.unfollow()
+        for recorder in (self._recorder, *self._teachers):
+            if recorder is not None:
+                recorder.detach()
+        self._recorder = None
+        self.frozen.release()
+
+    def __enter__(self) -> Distiller:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # Checks ----------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> Recorder | StudentFinder:
+        return Recorder(self.student, [tap for term in self.terms for tap in term.student_taps])
+
+    def check(self) -> None:
+        """Raise if a tapped layer does not exist, or the teacher shares parameters with the student.
+
+        Raises:
+            ValueError: With the closest layer names.
+        """
+        for side, recorders in (("student", [self._watch()]), ("teacher", self._teachers)):
+            taps = [
+                (f"terms[{index}].{side}_layer", tap)
+                for index, term in enumerate(self.terms)
+                for tap in getattr(term, f"{side}_taps")
+            ]
+            for recorder in recorders:
+                recorder.check(taps)
+        mine = {id(parameter) for parameter in self.student.parameters()}
+        shared = next((name for name, one in self.teacher.named_parameters() if id(one) in mine), None)
+        if shared is not None:
+            raise ValueError(
+                f"Expected `teacher` to share no parameter with the student, but got {shared!r} in both. Pass a copy,"
+                " copy.deepcopy(teacher), and keep the teacher out of the student's attributes."
+            )
+
+    def _never_called(self) -> str:
+        return (
+            f"Expected the student, {type(self.student).__name__}, to be called with gradients, but it was not. Call it"
+            " as a module, student(x) and not student.forward(x), inside `with distiller.record():`."
+        )
+
+
+def as_terms(terms: Terms) -> list[DistillationTerm]:
+    """The terms as a list with distinct names.
+
+    Raises:
+        TypeError: If one of them is no term.
+        ValueError: If there are none, or two share a name.
+    """
+    several: list[Any] = (
+        [terms] if isinstance(terms, nn.Module) else [LogitsDistillation()] if terms is None else [*terms]
+    )
+    if not several:
+        raise ValueError("Expected `terms` to hold at least one term, but got terms=[]. Pass None for logits alone.")
+    for index, term in enumerate(several):
+        if not isinstance(term, DistillationTerm):
+            raise TypeError(
+                f"Expected `terms[{index}]` to be a term, but got {type(term).__name__}. Wrap a loss:"
+                " LogitsDistillation(loss) or FeatureDistillation(student_layer, teacher_layer, loss)."
+            )
+    names = [term.name for term in several]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"Expected `terms` to have distinct names, but got {twice!r} twice. Pass name=... to one.")
+    return several
+
+
+def _first_tensor(call: Call) -> Tensor:
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors((call.args, call.kwargs, call.output), keep)
+    return found[0]

@@ -1,0 +1,255 @@
+"""Formulas on one feature of each model: student first, one value per example, no gradient into the teacher."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.inputs import prepare
+
+_REMEDY = "Map the student's feature to the teacher's shape with an adapter."
+
+
+def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean squared difference of two features.
+
+    .. math:: \frac{1}{D} \sum_d (f^s_d - f^t_d)^2
+
+    The plainest way to make an inner layer of the student give what the teacher's gives.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)`` with D numbers per example.
+        teacher: The teacher's feature, same shape.
+
+    Returns:
+        Mean squared difference, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> feature_mse(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
+        tensor([2.0000, 4.5000])
+
+    References:
+        Romero et al. 2015 (FitNets), equation 3, arXiv:1412.6550; deviation: the mean, without the factor 1/2.
+    """
+    student, teacher = _prepare(student, teacher)
+    return _per_example((student - teacher).square())
+
+
+def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean absolute difference of two features.
+
+    .. math:: \frac{1}{D} \sum_d |f^s_d - f^t_d|
+
+    A few large differences weigh less than in the mean squared difference.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)`` with D numbers per example.
+        teacher: The teacher's feature, same shape.
+
+    Returns:
+        Mean absolute difference, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> feature_l1(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
+        tensor([1.0000, 1.5000])
+
+    References:
+        Romero et al. 2015 (FitNets), section 2.2, arXiv:1412.6550; deviation: absolute instead of squared differences.
+    """
+    student, teacher = _prepare(student, teacher)
+    return _per_example((student - teacher).abs())
+
+
+def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean difference of two features, squared where it is small and absolute where it is large.
+
+    .. math:: \frac{1}{D} \sum_d h(f^s_d - f^t_d), \qquad
+        h(x) = \tfrac{1}{2} x^2 \text{ if } |x| < 1 \text{ else } |x| - \tfrac{1}{2}
+
+    The gradient is bounded as that of the absolute difference, and smooth at zero.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)`` with D numbers per example.
+        teacher: The teacher's feature, same shape.
+
+    Returns:
+        Mean difference, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> feature_smooth_l1(torch.tensor([[1.0, 2.0], [0.0, 0.5]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
+        tensor([0.7500, 0.0625])
+
+    References:
+        Girshick 2015 (Fast R-CNN), equation 3, arXiv:1504.08083.
+    """
+    student, teacher = _prepare(student, teacher)
+    return _per_example(F.smooth_l1_loss(student, teacher, reduction="none"))
+
+
+def feature_cosine(student: Tensor, teacher: Tensor, *, channel_dim: int | None = None) -> Tensor:
+    r"""One minus the cosine of the angle between the two models' channel vectors, averaged over the positions.
+
+    .. math:: 1 - \frac{f^s \cdot f^t}{\|f^s\| \, \|f^t\|}
+
+    Only directions are compared: the student need not copy the size of the teacher's features. A vector of zeros has no
+    direction; its cosine counts as 0 and its gradient points along the teacher's direction.
+
+    Args:
+        student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
+        teacher: The teacher's feature, same shape.
+        channel_dim: Dimension of the vectors; None means 1 for tensors of four or more dimensions, else the last.
+
+    Returns:
+        Values from 0 (same direction) to 2 (opposite), shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor, or ``channel_dim`` is no int.
+        ValueError: If the shapes differ or ``channel_dim`` is no inner dimension.
+
+    Example:
+        >>> feature_cosine(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 5.0]]))
+        tensor([0.4000, 1.0000])
+
+    References:
+        Sanh et al. 2019 (DistilBERT), section 2, arXiv:1910.01108.
+    """
+    student, teacher = _prepare(student, teacher)
+    dim = _channel_dim(student, channel_dim)
+    cosine = (_unit(student, dim) * _unit(teacher, dim)).sum(dim=dim)
+    return _per_example(1 - cosine)
+
+
+def feature_kl(student: Tensor, teacher: Tensor, *, channel_dim: int | None = None) -> Tensor:
+    r"""Kullback-Leibler divergence between the softmaxes of two features over their channels, averaged over positions.
+
+    .. math:: \sum_c q^t_c (\log q^t_c - \log q^s_c), \qquad q = \mathrm{softmax}(f)
+
+    Which channel is active is compared, not how strongly all of them are.
+
+    Args:
+        student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``; C of 2 or more.
+        teacher: The teacher's feature, same shape.
+        channel_dim: Dimension of the softmax; None means 1 for tensors of four or more dimensions, else the last.
+
+    Returns:
+        Divergence in nats, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor, or ``channel_dim`` is no int.
+        ValueError: If the shapes differ, ``channel_dim`` is no inner dimension or there are fewer than two channels.
+
+    Example:
+        >>> feature_kl(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[2.0, 1.0, 0.0]]))
+        tensor([1.8226])
+
+    References:
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531, at temperature 1 and on a feature instead of logits.
+    """
+    student, teacher = _prepare(student, teacher)
+    dim = _channel_dim(student, channel_dim)
+    if student.shape[dim] < 2:
+        # The softmax over one channel is always 1: the loss would be zero whatever the student does.
+        expected = f"`student` to have at least 2 channels at dimension {dim}"
+        raise ValueError(checks.message(expected, f"shape {tuple(student.shape)}", "Pass another channel_dim."))
+    log_student = F.log_softmax(student, dim=dim)
+    log_teacher = F.log_softmax(teacher, dim=dim)
+    return _per_example((log_teacher.exp() * (log_teacher - log_student)).sum(dim=dim))
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> Tensor:
+    r"""Mean squared difference of the two models' normalised maps of attention.
+
+    .. math:: \frac{1}{P} \sum_{i=1}^{P} \left( \frac{Q^s_i}{\|Q^s\|_2} - \frac{Q^t_i}{\|Q^t\|_2} \right)^2, \qquad
+        Q_i = \frac{1}{C} \sum_c |f_{c,i}|^p
+
+    Where a model is active is compared, not in which channels: the two may differ in their number. The usual weight of
+    the term is 1000. A map of zeros stays zero.
+
+    Args:
+        student: The student's feature, shape ``(N, C_s, H, W)`` or ``(N, L, C_s)``, with P > 1 positions.
+        teacher: The teacher's feature, same shape up to the number of channels.
+        p: Power of the activations, at least 1; larger values stress the strongest positions.
+
+    Returns:
+        Mean squared difference, at most 2 / P, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor, or ``p`` is no number.
+        ValueError: If the positions differ, there is only one, or ``p`` is less than 1.
+
+    Example:
+        >>> student = torch.tensor([[[[1.0, 2.0]]]])
+        >>> teacher = torch.tensor([[[[1.0, 0.0]], [[1.0, 0.0]]]])
+        >>> attention_transfer(student, teacher)
+        tensor([0.7575])
+
+    References:
+        Zagoruyko and Komodakis 2017, equation 2, arXiv:1612.03928; deviation: the mean of the squared differences
+        over the positions, as in the authors' code, where the equation has half the norm.
+    """
+    checks.at_least("p", p, 1)
+    student, teacher = prepare(student, teacher)
+    _check_positions(student, teacher)
+    attention = [_unit(_attention_map(feature, p), dim=1) for feature in (student, teacher)]
+    return (attention[0] - attention[1]).square().mean(dim=1)
+
+
+def _prepare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    student, teacher = prepare(student, teacher)
+    checks.same_shape(student, teacher, remedy=_REMEDY)
+    if student.ndim < 1:
+        raise ValueError(checks.message("`student` to have a batch dimension", "shape ()"))
+    return student, teacher
+
+
+def _per_example(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(dim=1) if values.ndim > 1 else values
+
+
+def _channel_dim(feature: Tensor, channel_dim: int | None = None) -> int:
+    dim = channel_dim if channel_dim is not None else (1 if feature.ndim >= 4 else -1)
+    checks.inner_dim("channel_dim", dim, feature.ndim)
+    return dim
+
+
+def _check_positions(student: Tensor, teacher: Tensor) -> None:
+    if student.ndim == teacher.ndim and student.ndim >= 3:
+        dim = _channel_dim(student)
+        positions = [tuple(size for i, size in enumerate(f.shape) if i != dim % f.ndim) for f in (student, teacher)]
+        if positions[0] == positions[1] and student[0:1].select(dim, 0).numel() > 1:
+            return
+    expected = "`student` and `teacher` to have the same examples and positions, more than one, whatever their channels"
+    got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+    raise ValueError(checks.message(expected, got, "Resize the teacher's feature to the student's positions."))
+
+
+def _attention_map(feature: Tensor, p: float) -> Tensor:
+    # The normalised map does not change with the size of the feature: dividing by the largest activation costs nothing
+    # and keeps the power, and the square of it, within float32.
+    feature = feature / _or_one(feature.detach().abs().flatten(1).amax(dim=1)).view(-1, *[1] * (feature.ndim - 1))
+    return feature.abs().pow(p).mean(dim=_channel_dim(feature)).flatten(1)
+
+
+def _unit(vectors: Tensor, dim: int) -> Tensor:
+    # Scaled first so that the squares neither overflow nor vanish. A vector of zeros is divided by 1: dividing by a
+    # tiny constant instead would give it a gradient that overflows half precision.
+    vectors = vectors / _or_one(vectors.detach().abs().amax(dim=dim, keepdim=True))
+    return vectors / _or_one(vectors.square().sum(dim=dim, keepdim=True)).sqrt()
+
+
+def _or_one(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, 1.0)

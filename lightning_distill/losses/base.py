@@ -1,0 +1,33 @@
+"""What all losses share: the class attributes by which a term knows how to call them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+
+class DistillationLoss(nn.Module):
+    """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
+
+    A subclass stores checked settings and defines ``forward(student, teacher)``, or
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Four attributes tell a term what to hand over:
+
+    - ``needs_labels``: the batch's labels are the third argument.
+    - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
+    - ``positions_must_match``: the two features need the same positions; a term resizes the teacher's map.
+    - ``several_layers``: the two arguments are lists of features, one for each layer.
+
+    Example:
+        >>> import torch
+        >>> class LargestDifference(DistillationLoss):
+        ...     def forward(self, student, teacher):
+        ...         return (student - teacher.detach()).abs().amax(dim=-1).mean()
+        >>> LargestDifference()(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[4.0, 2.0], [0.0, 1.0]]))
+        tensor(2.)
+    """
+
+    needs_labels: ClassVar[bool] = False
+    channels_must_match: ClassVar[bool] = True
+    positions_must_match: ClassVar[bool] = True
+    several_layers: ClassVar[bool] = False

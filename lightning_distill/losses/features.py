@@ -1,0 +1,125 @@
+"""Losses on one feature of each model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Final, Literal
+
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.features import (
+    attention_transfer,
+    feature_cosine,
+    feature_kl,
+    feature_l1,
+    feature_mse,
+    feature_smooth_l1,
+)
+from lightning_distill.losses.base import DistillationLoss
+
+DISTANCES: Final[dict[str, Callable[..., Tensor]]] = {
+    "mse": feature_mse,
+    "l1": feature_l1,
+    "smooth_l1": feature_smooth_l1,
+    "cosine": feature_cosine,
+    "kl": feature_kl,
+}
+_OVER_CHANNELS = ("cosine", "kl")
+
+
+class FeatureDistance(DistillationLoss):
+    r"""One of the plain distances between two features of equal shape, averaged over the examples.
+
+    .. math:: \frac{1}{N} \sum_n D(f^s_n, f^t_n)
+
+    These are what the strings of a FeatureDistillation stand for: "mse", "l1", "smooth_l1", "cosine" and "kl". See the
+    function ``feature_<kind>`` in :mod:`lightning_distill.functional`.
+
+    Args:
+        kind: Which distance.
+        channel_dim: Dimension of the vectors ("cosine") or of the softmax ("kl"); None means 1 for tensors of four or
+            more dimensions, else the last. The other kinds have no such setting.
+
+    Returns:
+        A scalar when called with the features ``(N, ...)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If there is no such distance, or it does not take ``channel_dim``.
+
+    Example:
+        >>> import torch
+        >>> FeatureDistance("l1")(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
+        tensor(1.2500)
+
+    References:
+        Romero et al. 2015 (FitNets), arXiv:1412.6550; Sanh et al. 2019 (DistilBERT), arXiv:1910.01108.
+    """
+
+    def __init__(
+        self, kind: Literal["mse", "l1", "smooth_l1", "cosine", "kl"] = "mse", *, channel_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        checks.one_of("kind", kind, DISTANCES)
+        if channel_dim is not None:
+            checks.inner_dim("channel_dim", channel_dim)
+            if kind not in _OVER_CHANNELS:
+                raise ValueError(checks.message(f"`channel_dim` to be None for kind={kind!r}", f"{channel_dim=}"))
+        self.kind = kind
+        self.channel_dim = channel_dim
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        settings = {"channel_dim": self.channel_dim} if self.kind in _OVER_CHANNELS else {}
+        return DISTANCES[self.kind](student, teacher, **settings).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"kind={self.kind!r}" + (f", channel_dim={self.channel_dim}" if self.channel_dim is not None else "")
+
+
+class AttentionTransferLoss(DistillationLoss):
+    r"""Mean squared difference of the normalised maps of attention, averaged over the examples.
+
+    .. math:: \frac{1}{N P} \sum_n \left\| \frac{Q^s_n}{\|Q^s_n\|_2} - \frac{Q^t_n}{\|Q^t_n\|_2} \right\|_2^2, \qquad
+        Q_{ni} = \frac{1}{C} \sum_c |f_{n,c,i}|^p
+
+    It needs no adapter, because the channels are averaged out. The values are small: the usual weight is 1000. See
+    :func:`lightning_distill.functional.attention_transfer`.
+
+    Args:
+        p: Power of the activations, at least 1; larger values stress the strongest positions.
+
+    Returns:
+        A scalar when called with feature maps ``(N, C, H, W)`` of the student, then the teacher; C may differ.
+
+    Raises:
+        TypeError: If ``p`` is no number.
+        ValueError: If ``p`` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> loss = AttentionTransferLoss()
+        >>> loss(torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[1.0, 0.0]], [[1.0, 0.0]]]]))
+        tensor(0.7575)
+
+    References:
+        Zagoruyko and Komodakis 2017, equation 2, arXiv:1612.03928; deviation: the mean of the squared differences
+        over the positions, as in the authors' code, where the equation has half the norm.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+
+    def __init__(self, p: float = 2.0) -> None:
+        super().__init__()
+        checks.at_least("p", p, 1)
+        self.p = float(p)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return attention_transfer(student, teacher, p=self.p).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"p={self.p}"

@@ -1,0 +1,146 @@
+"""Losses on the two models' logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
+from lightning_distill.losses.base import DistillationLoss
+
+
+class SoftTargetLoss(DistillationLoss):
+    r"""Divergence of the student's softened probabilities from the teacher's soft targets, averaged over the examples.
+
+    .. math:: \frac{T^2}{N} \sum_n \sum_c p^t_{nc} (\log p^t_{nc} - \log p^s_{nc}), \qquad p = \mathrm{softmax}(z / T)
+
+    The loss most people mean by knowledge distillation. See :func:`lightning_distill.functional.soft_target_kl`.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0; may be set while training.
+        standardize: Whether each row of logits is z-scored first.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0 or ``class_dim`` is the batch dimension.
+
+    Example:
+        >>> import torch
+        >>> loss = SoftTargetLoss(temperature=2.0)
+        >>> loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
+        tensor(0.5694)
+
+    References:
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, arXiv:2403.01427.
+    """
+
+    def __init__(self, temperature: float = 4.0, *, standardize: bool = False, class_dim: int = -1) -> None:
+        super().__init__()
+        checks.positive("temperature", temperature)
+        checks.boolean("standardize", standardize)
+        checks.inner_dim("class_dim", class_dim)
+        self.temperature = float(temperature)
+        self.standardize = standardize
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return soft_target_kl(
+            student,
+            teacher,
+            temperature=self.temperature,
+            standardize=self.standardize,
+            class_dim=self.class_dim,
+        ).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"temperature={self.temperature}, standardize={self.standardize}, class_dim={self.class_dim}"
+
+
+class SoftCrossEntropyLoss(DistillationLoss):
+    r"""Cross entropy under the teacher's soft targets, averaged over the examples.
+
+    .. math:: -\frac{T^2}{N} \sum_n \sum_c p^t_{nc} \log p^s_{nc}, \qquad p = \mathrm{softmax}(z / T)
+
+    The gradient of SoftTargetLoss at the same temperature; the value ends at the teacher's entropy instead of 0.
+    See :func:`lightning_distill.functional.soft_cross_entropy`.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0; may be set while training.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0 or ``class_dim`` is the batch dimension.
+
+    Example:
+        >>> import torch
+        >>> SoftCrossEntropyLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
+        tensor(0.5180)
+
+    References:
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
+    """
+
+    def __init__(self, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+        super().__init__()
+        checks.positive("temperature", temperature)
+        checks.inner_dim("class_dim", class_dim)
+        self.temperature = float(temperature)
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return soft_cross_entropy(student, teacher, temperature=self.temperature, class_dim=self.class_dim).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"temperature={self.temperature}, class_dim={self.class_dim}"
+
+
+class LogitMSELoss(DistillationLoss):
+    r"""Mean squared difference of the logits, averaged over the examples.
+
+    .. math:: \frac{1}{N C} \sum_n \sum_c (z^s_{nc} - z^t_{nc})^2
+
+    It needs no temperature and fits a single score too. See :func:`lightning_distill.functional.logit_mse`.
+
+    Args:
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If ``class_dim`` is no int.
+        ValueError: If ``class_dim`` is the batch dimension.
+
+    Example:
+        >>> import torch
+        >>> LogitMSELoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
+        tensor(2.)
+
+    References:
+        Ba and Caruana 2014, section 2.2, arXiv:1312.6184; deviation: the mean over the classes, without the factor 1/2.
+    """
+
+    def __init__(self, *, class_dim: int = -1) -> None:
+        super().__init__()
+        checks.inner_dim("class_dim", class_dim)
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return logit_mse(student, teacher, class_dim=self.class_dim).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"class_dim={self.class_dim}"

@@ -1,0 +1,106 @@
+"""The LightningModule around a plain student network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_distill.adapters import OptimizerCallable
+from lightning_distill.callback import DistillCallback
+from lightning_distill.terms import DistillationTerm
+
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+class DistillModule(LightningModule):
+    """A LightningModule for a plain student network: use it as it is, or subclass it and override what differs.
+
+    It distils through a :class:`DistillCallback` of its own, ``self.distill``, and holds the teacher outside its
+    parameters: the state_dict has the student alone, under ``"student."``. Batches are ``(inputs, labels)`` unless
+    ``training_step`` and its like are overridden. Logs ``train_loss`` (the task loss), ``val_loss`` and ``test_loss``.
+
+    Args:
+        student: The network to train.
+        teacher: The network to match, or several.
+        terms: The terms; ``None`` is ``[LogitsDistillation()]``.
+        task_loss: The student's own loss, called with its output and the labels, a scalar.
+        task_weight: Factor of the task loss, 0 or greater.
+        optimizer: Makes the optimizer from the student's parameters.
+        lr_scheduler: Makes the learning rate scheduler from the optimizer; it steps once an epoch.
+
+    Raises:
+        ValueError: If ``task_weight`` is negative, or terms share a name.
+        TypeError: If the teacher is no module.
+
+    Example:
+        >>> module = DistillModule(nn.Linear(4, 3), nn.Linear(4, 3))
+        >>> sorted(module.state_dict())
+        ['student.bias', 'student.weight']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
+        terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
+        *,
+        task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
+        task_weight: float = 1.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.task_loss, self.optimizer, self.lr_scheduler = student, task_loss, optimizer, lr_scheduler
+        self.distill = DistillCallback(teacher, terms, student="student", task_weight=task_weight)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The teacher, which is no part of the state_dict."""
+        return self.distill.teacher
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """The callback that distils."""
+        return [self.distill]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's output."""
+        return self.student(*args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The task loss of a batch ``(inputs, labels)``; the callback adds the distillation loss."""
+        return self._task_loss(batch, "train_loss")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs ``val_loss``."""
+        self._task_loss(batch, "val_loss")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs ``test_loss``."""
+        self._task_loss(batch, "test_loss")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The student's output for a batch of inputs, or of inputs and labels."""
+        return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def configure_optimizers(self) -> Any:
+        """The student's optimizer, and its scheduler if there is one."""
+        optimizer = self.optimizer(self.student.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _task_loss(self, batch: Any, name: str) -> Tensor:
+        inputs, labels = batch
+        loss = self.task_loss(self(inputs), labels)
+        self.log(name, loss, prog_bar=True, batch_size=len(labels))
+        return loss

@@ -1,0 +1,90 @@
+"""The distiller of a LightningModule under a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_distill import checks
+from lightning_distill.distiller import Distiller
+from lightning_distill.student import StudentFinder
+from lightning_distill.taps import Call, Recorder, find_layer
+
+
+class ModuleDistiller(Distiller):
+    """The distiller of a callback, for one LightningModule.
+
+    It finds the student in the module, and the optimizer to follow among the trainer's.
+
+    Args:
+        callback: The callback, whose settings and overridden methods it uses.
+        pl_module: The LightningModule.
+    """
+
+    student: LightningModule
+
+    def __init__(self, callback: Any, pl_module: LightningModule) -> None:
+        self._callback = callback
+        super().__init__(
+            pl_module,
+            callback.teacher,
+            callback.terms,
+            task_weight=callback.task_weight,
+            labels=callback.labels,
+            teacher_dtype=callback.teacher_dtype,
+        )
+        self.adapters.factory = callback.adapter_optimizer
+
+    def teacher_forward(self, call: Call) -> Any:
+        """The output that the callback gives for a call of the student."""
+        return self._callback.teacher_forward(call)
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits that the callback reads from an output."""
+        logits: Tensor = self._callback.logits(output)
+        return logits
+
+    def loss(self, batch: Any = None) -> Tensor:
+        """The weighted sum of the terms, after making sure that the adapters follow the student's optimizer."""
+        trainer = self.student.trainer
+        if all(one is not self.adapters.leader for one in trainer.optimizers):  # a new run, or the tuner's
+            self._follow_one_of(trainer.optimizers)
+        return super().loss(batch)
+
+    def _follow_one_of(self, optimizers: Sequence[Optimizer]) -> None:
+        if self._recorder is None or not self._recorder.calls:
+            return  # nothing to distil: the loss says so
+        mine = {id(parameter) for parameter in self._recorder.root.parameters()}
+        wrapped = self.student.optimizers()
+        for optimizer in wrapped if isinstance(wrapped, list) else [wrapped]:
+            if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+                self.follow(cast(Optimizer, optimizer))
+                return
+
+    def _watch(self) -> Recorder | StudentFinder:
+        taps = [tap for term in self.terms for tap in term.student_taps]
+        name = self._callback.student
+        if name is None:
+            return StudentFinder(self.student, taps)
+        root = find_layer(self.student, name)
+        if root is None:
+            names = [one for one, _ in self.student.named_modules() if one]
+            raise ValueError(
+                f"Expected `student` to name a module of the LightningModule, but got student={name!r}."
+                f" {checks.closest(name, names)}"
+            )
+        return Recorder(root, taps, prefix=f"{name}.")
+
+    def _never_called(self) -> str:
+        name = self._callback.student
+        what = (
+            "the LightningModule or one child that has the tapped layers" if name is None else f"the student {name!r}"
+        )
+        return (
+            f"Expected {what} to be called with gradients in `training_step`, but it was not. Call it as a module,"
+            " self.model(x) and not self.model.forward(x), or name the submodule that is called: student=<its path>."
+        )

@@ -1,0 +1,397 @@
+"""Taps, the places in a network that features are read from, and the recorder that reads them.
+
+A :class:`Recorder` hooks one network (the student or a teacher). While it is switched on, it keeps every call of that
+network: what it was called with, what it returned, and what the tapped layers inside gave. It knows no Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_distill.checks import closest
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a network that a feature is read from.
+
+    Args:
+        layer: Dotted path of the layer below the student or the teacher, such as ``"layer3.0"``; ``""`` is the whole
+            network.
+        output: Which part of what the layer gives: an index of a tuple or list, a key of a dict or a field of a
+            dataclass, or a callable that picks a tensor. ``None`` takes the obvious tensor and refuses to guess.
+        call: Which call of the layer, from 0, where one forward pass runs it several times.
+        where: ``"output"`` reads what the layer returns, ``"input"`` what it is called with.
+
+    Raises:
+        TypeError: If ``layer`` is not a string.
+        ValueError: If ``where`` is neither ``"output"`` nor ``"input"``, or ``call`` is negative.
+
+    Example:
+        >>> Tap("encoder.layer.3", output=0)
+        Tap(layer='encoder.layer.3', output=0, call=None, where='output')
+    """
+
+    layer: str
+    output: int | str | Callable[[Any], Tensor] | None = None
+    call: int | None = None
+    where: Literal["output", "input"] = "output"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, str):
+            raise TypeError(f"Expected `layer` to be a string, but got layer={self.layer!r}. Pass the layer's path.")
+        if self.where not in ("output", "input"):
+            raise ValueError(f"Expected `where` to be 'output' or 'input', but got where={self.where!r}.")
+        if self.call is not None and self.call < 0:
+            raise ValueError(f"Expected `call` to be 0 or greater, but got call={self.call}.")
+
+    @classmethod
+    def of(cls, layer: str | Tap) -> Tap:
+        """The tap itself, or a tap on the output of the layer of that name."""
+        return layer if isinstance(layer, Tap) else cls(layer)
+
+
+def select(value: Any, output: int | str | Callable[[Any], Tensor] | None, what: str) -> Tensor:
+    """The tensor that ``output`` picks from ``value``, or the obvious one where ``output`` is ``None``.
+
+    Obvious are, in this order: the tensor itself; the entry named ``"logits"`` of a dict, model output or dataclass;
+    its only tensor; the first element of a tuple or list.
+
+    Args:
+        value: What a network or a layer returned.
+        output: An index, a key or field name, a callable, or ``None``.
+        what: Name of the value in error messages.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: If nothing is obvious, or ``output`` does not pick a tensor; the message lists what there is.
+
+    Example:
+        >>> select({"logits": torch.ones(2, 3), "state": torch.zeros(2)}, None, "the student's output").shape
+        torch.Size([2, 3])
+    """
+    if isinstance(value, Tensor) and output is None:
+        return value
+    picked: Any = None
+    entries = _entries(value)
+    if callable(output):
+        picked = output(value)
+    elif isinstance(value, Tensor):
+        raise ValueError(f"Expected `output` to be None where {what} is a tensor, but got output={output!r}.")
+    elif output is not None:
+        position = output + len(entries) if isinstance(output, int) and output < 0 else output
+        key = list(entries)[position] if isinstance(position, int) and 0 <= position < len(entries) else position
+        picked = entries.get(key)
+    elif isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        picked = value[0] if value else None
+    else:
+        tensors = {key: entry for key, entry in entries.items() if isinstance(entry, Tensor)}
+        picked = tensors.get("logits", next(iter(tensors.values())) if len(tensors) == 1 else None)
+    if not isinstance(picked, Tensor):
+        there = ", ".join(f"{key!r}: {_describe(entry)}" for key, entry in entries.items()) or _describe(value)
+        remedy = "Pass Tap(layer, output=...), or override `logits` for the model's output"
+        raise ValueError(
+            f"Expected `output` to pick one tensor of {what}, but got output={output!r}. {remedy}; there is {there}."
+        )
+    return picked
+
+
+def _entries(value: Any) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "_fields"):
+        return {name: getattr(value, name) for name in value._fields}
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if is_dataclass(value):
+        return {entry.name: getattr(value, entry.name) for entry in fields(value)}
+    return {}
+
+
+def _describe(value: Any) -> str:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``function`` applied to every tensor in its tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(entry, function) for entry in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)([map_tensors(entry, function) for entry in value])
+    if isinstance(value, dict):
+        copied = dict(value) if type(value) is dict else value.copy()
+        for key, entry in value.items():
+            copied[key] = map_tensors(entry, function)
+        return copied
+    return value
+
+
+def _versions(value: Any) -> list[tuple[Tensor, int]]:
+    """Every tensor in ``value`` with the count of in-place changes it has seen."""
+    if isinstance(value, Tensor):
+        return [] if value.is_inference() else [(value, value._version)]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [pair for entry in value for pair in _versions(entry)]
+
+
+def _snapshot(value: Any, copy: bool) -> tuple[Any, list[tuple[Tensor, int]]]:
+    # A compiled graph turns in-place changes into new tensors, so versions tell nothing there: take a copy, which the
+    # compiler fuses. Inference tensors keep no versions either.
+    if copy or torch.compiler.is_compiling():
+        return map_tensors(value, torch.clone), []
+    return value, _versions(value)
+
+
+def _changed(versions: list[tuple[Tensor, int]]) -> bool:
+    return any(tensor._version != version for tensor, version in versions)
+
+
+@dataclass(eq=False)
+class Call:
+    """One recorded forward pass of a network.
+
+    Attributes:
+        args: Positional arguments that the network was called with.
+        kwargs: Keyword arguments that it was called with.
+        output: What it returned.
+        who: ``"student"`` or ``"teacher"``, for messages.
+        teacher: Which of several teachers answered, from 0.
+        read_logits: From the output to the logits.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    who: str = "student"
+    teacher: int = 0
+    read_logits: Callable[[Any], Tensor] | None = None
+    _versions: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
+    _output_versions: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
+    _runs: dict[tuple[str, str], list[tuple[Any, list[tuple[Tensor, int]]]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits in the call's output.
+
+        Raises:
+            ValueError: If the output was changed in place since, or holds no obvious logits.
+        """
+        if _changed(self._output_versions):
+            raise ValueError(
+                f"Expected the {self.who}'s output to stay as it was returned, but it was changed in place since."
+                " Compute a new tensor from it."
+            )
+        if self.read_logits is None:
+            return select(self.output, None, f"the {self.who}'s output")
+        return self.read_logits(self.output)
+
+    def feature(self, tap: Tap) -> Tensor:
+        """The tensor that a tap reads.
+
+        Args:
+            tap: The place; the recorder must have been made with it.
+
+        Returns:
+            The feature, with its graph.
+
+        Raises:
+            ValueError: If the layer did not run, ran more than once without a call index, was changed in place after
+                it was read, or gives no obvious tensor.
+        """
+        what = f"{self.who} layer {tap.layer!r}"
+        runs = self._runs.get((tap.layer, tap.where), [])
+        if tap.layer == "":
+            whole = self.output if tap.where == "output" else _input(self.args, self.kwargs)
+            runs = [(whole, self._versions if tap.where == "input" else self._output_versions)]
+        if not runs:
+            raise ValueError(f"Expected {what} to run in the {self.who}'s forward pass, but it did not. Tap another.")
+        if tap.call is None and len(runs) > 1:
+            raise ValueError(
+                f"Expected {what} to run once in a forward pass, but it ran {len(runs)} times."
+                f" Pass Tap({tap.layer!r}, call=0) to call={len(runs) - 1}."
+            )
+        if (tap.call or 0) >= len(runs):
+            raise ValueError(f"Expected `call` to be below {len(runs)}, the runs of {what}, but got call={tap.call}.")
+        value, versions = runs[tap.call or 0]
+        if _changed(versions):
+            raise ValueError(
+                f"Expected {what} to keep the feature that was read from it, but a later layer changed it in place."
+                " Tap that later layer, or build it with inplace=False."
+            )
+        return select(value, tap.output, f"the {tap.where} of {what}")
+
+    def check_input(self) -> None:
+        """Raise if the network changed its input in place, so that nobody else can be shown the same input.
+
+        Raises:
+            ValueError: If it did.
+        """
+        if _changed(self._versions):
+            raise ValueError(
+                f"Expected the {self.who} to leave its input as it was, but it changed it in place, so the teacher"
+                " would not see what the student saw. Build its first layer with inplace=False."
+            )
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs and not args:
+        return kwargs
+    return args[0] if len(args) == 1 else args
+
+
+def find_layer(root: nn.Module, layer: str) -> nn.Module | None:
+    """The module of that dotted path below ``root``, seen through DDP, compile and Fabric wrappers, or ``None``."""
+    try:
+        return root.get_submodule(layer)
+    except AttributeError:
+        wrapped = [root._modules.get(name) for name in ("module", "_orig_mod", "_forward_module")]
+        inner = next((module for module in wrapped if module is not None), None)
+        return None if inner is None else find_layer(inner, layer)
+
+
+class Recorder:
+    """Forward hooks on a network that record only while switched on.
+
+    Args:
+        root: The network.
+        taps: The places to read.
+        who: ``"student"`` or ``"teacher"``, for messages.
+        prefix: A prefix that layer names may carry, such as ``"model."`` where the names are those of a module above.
+    """
+
+    def __init__(self, root: nn.Module, taps: Iterable[Tap], who: str = "student", prefix: str = "") -> None:
+        self.root, self.taps, self.who, self.prefix = root, list(taps), who, prefix
+        self.calls: list[Call] = []
+        self._on = self._needs_grad = self._features = self._copy = False
+        self._stack: list[Call] = []
+        self._handles: list[RemovableHandle] = []
+
+    def find(self, layer: str) -> nn.Module | None:
+        """The module that a layer name means, or ``None``."""
+        found = find_layer(self.root, layer)
+        if found is None and self.prefix and layer.startswith(self.prefix):
+            found = find_layer(self.root, layer[len(self.prefix) :])
+        return found
+
+    def unknown(self) -> list[str]:
+        """The names of tapped layers that the network does not have."""
+        return [tap.layer for tap in self.taps if self.find(tap.layer) is None]
+
+    def check(self, terms: Iterable[tuple[str, Tap]]) -> None:
+        """Raise if a layer is unknown.
+
+        Args:
+            terms: Pairs of the argument that named a layer, and the tap.
+
+        Raises:
+            ValueError: With the closest names.
+        """
+        for argument, tap in terms:
+            if self.find(tap.layer) is None:
+                names = [name for name, _ in self.root.named_modules() if name]
+                raise ValueError(
+                    f"Expected `{argument}` to name a module of the {self.who}, but got {tap.layer!r}."
+                    f" {closest(tap.layer, names)}"
+                )
+
+    def attach(self) -> None:
+        """Register the hooks; further calls do nothing."""
+        if self._handles:
+            return
+        if any(_is_compiled(module) for module in self.root.modules()):
+            torch.compiler.reset()  # graphs that were compiled before the hooks existed would ignore them
+        for layer, where in sorted({(tap.layer, tap.where) for tap in self.taps if tap.layer}):
+            module = self.find(layer)
+            if module is None:
+                continue  # `check` has reported it, unless the layer is to appear later: then reading it raises
+            if where == "output":
+                self._handles.append(module.register_forward_hook(self._output_hook(layer)))
+            else:
+                self._handles.append(module.register_forward_pre_hook(self._input_hook(layer), with_kwargs=True))
+        self._handles.append(self.root.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._handles.append(self.root.register_forward_hook(self._leave))
+
+    def detach(self) -> None:
+        """Remove the hooks and release what was recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Release what was recorded."""
+        self.calls.clear()
+        self._stack.clear()
+
+    @contextmanager
+    def record(self, needs_grad: bool = False, features: bool = True) -> Iterator[list[Call]]:
+        """Switch on for the length of the context.
+
+        Args:
+            needs_grad: Whether to leave out calls made with gradients disabled.
+            features: Whether to keep what the tapped layers give, beside the input and the output.
+
+        Yields:
+            The list that calls are appended to.
+        """
+        self.attach()
+        self.clear()
+        self._on, self._needs_grad, self._features = True, needs_grad, features
+        self._copy = torch.is_inference_mode_enabled()
+        try:
+            yield self.calls
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            self._on = False
+            self._stack.clear()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._on and (torch.is_grad_enabled() or not self._needs_grad):
+            (args, kwargs), versions = _snapshot((args, kwargs), self._copy)
+            self._stack.append(Call(args, kwargs, who=self.who, _versions=versions))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._on and self._stack and (torch.is_grad_enabled() or not self._needs_grad):
+            call = self._stack.pop()
+            call.output, call._output_versions = _snapshot(output, self._copy)
+            if not self._stack:  # a network that calls itself is recorded once
+                self.calls.append(call)
+
+    def _output_hook(self, layer: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._on and self._features and self._stack:
+                self._stack[0]._runs.setdefault((layer, "output"), []).append(_snapshot(output, self._copy))
+
+        return hook
+
+    def _input_hook(self, layer: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._on and self._features and self._stack:
+                value = _snapshot(_input(args, kwargs), self._copy)
+                self._stack[0]._runs.setdefault((layer, "input"), []).append(value)
+
+        return hook
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        return self  # copies of a hooked network (EMA, SWA) must not start recorders of their own
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(module, "_orig_mod") or getattr(module, "_compiler_ctx", None) is not None

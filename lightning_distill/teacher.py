@@ -1,0 +1,192 @@
+"""Teachers: loading them, freezing them for the length of a training run, running them without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.taps import map_tensors
+
+
+def load_teacher(checkpoint: str | PathLike[str], model: nn.Module, prefix: str | None = None) -> nn.Module:
+    """A teacher with the weights of a plain state_dict file or a Lightning checkpoint.
+
+    The file is read with ``weights_only=True``: it cannot run code.
+
+    Args:
+        checkpoint: Path of the file.
+        model: The network to fill, of the architecture that was saved.
+        prefix: What precedes the network's own parameter names in the file, such as ``"model."``. ``None`` finds it.
+
+    Returns:
+        ``model``, with every parameter and buffer loaded, in eval mode.
+
+    Raises:
+        ValueError: If the file lacks a parameter of the model, or has one of another shape.
+        FileNotFoundError: If there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": {"net.weight": torch.full((1, 2), 3.0)}}, f"{folder}/last.ckpt")
+        ...     load_teacher(f"{folder}/last.ckpt", nn.Linear(2, 1, bias=False)).weight
+        Parameter containing:
+        tensor([[3., 3.]], requires_grad=True)
+    """
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = {_plain(key): value for key, value in saved.get("state_dict", saved).items()}
+    names = {_plain(key): key for key in model.state_dict()}
+    if prefix is None:
+        ends = [key[: -len(name)] for key in saved for name in names if key.endswith(name)]
+        # the prefix under which most names are found, the shortest of equals
+        prefix = max(sorted(set(ends), key=len), key=ends.count, default="")
+    state = {names[name]: saved[prefix + name] for name in names if prefix + name in saved}
+    missing = sorted(set(names.values()) - set(state))
+    if missing:
+        raise ValueError(
+            f"Expected `checkpoint` to hold every parameter of {type(model).__name__} under prefix={prefix!r}, but"
+            f" {len(missing)} are missing, first {missing[0]!r}. Pass the architecture that was saved, or prefix=...;"
+            f" the file's first names are {list(saved)[:3]}."
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"Expected `checkpoint` to fit {type(model).__name__}, but got {error}") from None
+    return model.eval()
+
+
+def _plain(name: str) -> str:
+    # torch.compile and DDP wrap a module and so lengthen its parameters' names
+    name = name.replace("_orig_mod.", "")
+    return name[len("module.") :] if name.startswith("module.") else name
+
+
+class TeacherEnsemble(nn.ModuleList):
+    """Several teachers that are shown the same input and answer in a list."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The output of every teacher."""
+        return [teacher(*args, **kwargs) for teacher in self]
+
+
+def as_teacher(teacher: nn.Module | Sequence[nn.Module]) -> nn.Module:
+    """The teacher, or several as one module.
+
+    Raises:
+        TypeError: If something in it is not a module.
+        ValueError: If a sequence is empty.
+    """
+    if isinstance(teacher, nn.Module):
+        return teacher
+    several: Any = teacher
+    if not isinstance(several, (list, tuple)):
+        raise TypeError(
+            f"Expected `teacher` to be a module or a sequence of modules, but got teacher={teacher!r}."
+            " Use load_teacher(checkpoint, model) for a file."
+        )
+    if not several:
+        raise ValueError("Expected `teacher` to be at least one module, but got an empty sequence. Pass a network.")
+    if wrong := [type(one).__name__ for one in several if not isinstance(one, nn.Module)]:
+        raise TypeError(f"Expected `teacher` to hold modules only, but got {wrong[0]}. Pass networks.")
+    return TeacherEnsemble(several)
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name.
+
+    Raises:
+        ValueError: If the name is not that of a floating point dtype.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            f"Expected `teacher_dtype` to be a floating point dtype, but got teacher_dtype={dtype!r}."
+            " Pass 'bfloat16', 'float16', 'float32' or 'float64'."
+        )
+    return found
+
+
+class FrozenTeacher:
+    """A teacher held still for a training run, and given back as it was.
+
+    Args:
+        module: The teacher.
+        dtype: The precision it runs in, whatever precision surrounds it; ``None`` leaves that to the surroundings.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.module, self.dtype = module, dtype
+        self._modules: list[nn.Module] = []
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is held still now."""
+        return bool(self._undo)
+
+    def freeze(self, device: torch.device | None = None, convert: Callable[[nn.Module], Any] | None = None) -> None:
+        """Put the teacher in eval mode, without gradients, on a device, in its precision.
+
+        Args:
+            device: Where to; ``None`` leaves it where it is.
+            convert: What sets the precision where ``dtype`` does not, such as a precision plugin's ``convert_module``.
+        """
+        if self.frozen:
+            return
+        for module in self.module.modules():
+            self._modules.append(module)
+            self._undo.append(_restorer(module))
+        self.module.eval().requires_grad_(False)
+        # `to` puts new data into the parameters; the data put aside above is what `release` gives back, unrounded
+        if self.dtype is not None:
+            self.module.to(self.dtype)
+        elif convert is not None:
+            convert(self.module)
+        if device is not None:
+            self.module.to(device)
+
+    def release(self) -> None:
+        """Give the teacher its modes, flags, device and precision back."""
+        for undo in self._undo:
+            undo()
+        self._undo, self._modules = [], []
+
+    def still(self) -> None:
+        """Put the teacher back in eval mode and without gradients, should somebody have changed that."""
+        for module in self._modules:
+            if module.training:  # a `train()` on something that holds the teacher reaches it too
+                module.training = False
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.requires_grad_(False)
+
+    def cast(self, value: Any) -> Any:
+        """``value`` with its floating point tensors in the teacher's own precision, if it has one."""
+        if self.dtype is None:
+            return value
+        return map_tensors(value, lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+
+
+def _restorer(module: nn.Module) -> Callable[[], None]:
+    training = module.training
+    parameters = {
+        name: (parameter, parameter.data, parameter.requires_grad)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    buffers: dict[str, Tensor | None] = dict(module._buffers)
+
+    def restore() -> None:
+        module.training = training
+        for name, (parameter, data, requires_grad) in parameters.items():
+            if parameter.data is not data:
+                parameter.data = data
+            module._parameters[name] = parameter
+            parameter.requires_grad_(requires_grad)
+        module._buffers.update(buffers)
+
+    return restore

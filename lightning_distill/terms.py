@@ -1,0 +1,283 @@
+"""Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_distill import checks
+from lightning_distill.adapters import AdapterFactory, make_adapter
+from lightning_distill.losses import DistillationLoss, FeatureDistance, SoftTargetLoss
+from lightning_distill.taps import Call, Tap
+
+LossCallable = Callable[..., Tensor]
+
+
+class DistillationTerm(nn.Module):
+    """A loss at a place, with a weight: the base class of the terms, and of a user's own.
+
+    A subclass implements :meth:`forward`; it names the layers that it reads in ``student_taps`` and ``teacher_taps``,
+    and makes what depends on the features' shapes in :meth:`build`. Its parameters are trained along with the student.
+
+    Args:
+        weight: Factor of the term in the total loss, 0 or greater; 0 skips its work. May be set while training.
+        name: Name in logs and checkpoints, distinct among the terms.
+
+    Attributes:
+        student_taps: Layers of the student that the term reads.
+        teacher_taps: Layers of the teacher that the term reads.
+        needs_labels: Whether :meth:`forward` is given the batch's labels.
+
+    Raises:
+        ValueError: If ``weight`` is negative or not finite, or ``name`` is empty or taken by the library.
+        TypeError: If ``weight`` is not a number.
+
+    Example:
+        >>> class MeanGap(DistillationTerm):
+        ...     def forward(self, student, teacher, labels=None):
+        ...         return (student.logits.mean() - teacher.logits.mean()).abs()
+        >>> term = MeanGap(weight=0.5, name="gap")
+        >>> term(Call((), {}, output=torch.ones(2, 3)), Call((), {}, output=torch.full((2, 3), 3.0)))
+        tensor(2.)
+    """
+
+    student_taps: Sequence[Tap] = ()
+    teacher_taps: Sequence[Tap] = ()
+    needs_labels: bool = False
+
+    def __init__(self, *, weight: float = 1.0, name: str) -> None:
+        super().__init__()
+        checks.non_negative("weight", weight)
+        if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
+            raise ValueError(f"Expected `name` to be neither empty, 'task' nor 'distillation', but got name={name!r}.")
+        self.weight, self.name = weight, name
+
+    def build(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Make what depends on the features' shapes, once, before the first use.
+
+        Args:
+            student: A recorded call of the student.
+            teachers: The answer of each teacher to it.
+        """
+
+    def reset(self) -> None:
+        """Drop what :meth:`build` made."""
+
+    def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
+        """The loss without its weight.
+
+        Args:
+            student: A recorded call of the student.
+            teacher: One teacher's answer to it.
+            labels: The batch's labels, where ``needs_labels``.
+
+        Returns:
+            A scalar.
+        """
+        raise NotImplementedError(f"Expected {type(self).__name__} to implement `forward(student, teacher, labels)`.")
+
+
+class LogitsDistillation(DistillationTerm):
+    """A loss between the logits of the two networks.
+
+    Args:
+        loss: A loss on ``(student_logits, teacher_logits)``; ``None`` is :class:`SoftTargetLoss` at temperature 4.
+            Given ``needs_labels = True`` it is called with the labels too.
+        weight: Factor of the term in the total loss.
+        name: Name in logs and checkpoints.
+
+    Raises:
+        TypeError: If ``loss`` cannot be called, or is a class.
+        ValueError: If ``weight`` is negative.
+
+    Example:
+        >>> term = LogitsDistillation(SoftTargetLoss(temperature=1.0), weight=0.5)
+        >>> term(Call((), {}, output=torch.tensor([[2.0, 0.0]])), Call((), {}, output=torch.tensor([[0.0, 1.0]])))
+        tensor(1.0073)
+
+    References:
+        Hinton, Vinyals, Dean (2015). Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
+    """
+
+    def __init__(
+        self, loss: DistillationLoss | LossCallable | None = None, *, weight: float = 1.0, name: str = "logits"
+    ) -> None:
+        super().__init__(weight=weight, name=name)
+        self.loss = _checked_loss(SoftTargetLoss() if loss is None else loss)
+        self.needs_labels = getattr(self.loss, "needs_labels", False)
+
+    @property
+    def class_dim(self) -> int:
+        """Dimension of the logits that counts the classes."""
+        return int(getattr(self.loss, "class_dim", -1))
+
+    def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
+        """The loss without its weight, a scalar."""
+        return _scalar(self.loss, _with_gradient(student.logits, "output"), teacher.logits, labels, self.needs_labels)
+
+
+class FeatureDistillation(DistillationTerm):
+    """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
+
+    A teacher map (N, C, H, W) of another height or width than the student's is resized to it: averaged down,
+    interpolated up. The adapters take their shapes from the first batch.
+
+    Args:
+        student_layer: Name of a layer of the student, such as ``"layer3.0"``, or a :class:`Tap`, or a list of them.
+        teacher_layer: The same for the teacher; as many as for the student.
+        loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, or a loss on ``(student, teacher)``. A loss
+            with ``several_layers = True`` is given lists of features; any other is averaged over the pairs of layers.
+        weight: Factor of the term in the total loss.
+        adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
+            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a module, which is copied, or a factory
+            called with the shapes of both features.
+        name: Name in logs and checkpoints; ``None`` takes the student layer's.
+
+    Attributes:
+        adapters: The adapters, by teacher and then by layer; empty before the first step.
+
+    Raises:
+        ValueError: If a setting is not one of those above.
+        TypeError: If ``loss`` cannot be called.
+
+    Example:
+        >>> FeatureDistillation("layer2", "layer4", "cosine", weight=10.0).name
+        'layer2'
+
+    References:
+        Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
+    """
+
+    def __init__(
+        self,
+        student_layer: str | Tap | Sequence[str | Tap],
+        teacher_layer: str | Tap | Sequence[str | Tap],
+        loss: str | DistillationLoss | LossCallable = "mse",
+        *,
+        weight: float = 1.0,
+        adapter: str | nn.Module | AdapterFactory | None = "auto",
+        name: str | None = None,
+    ) -> None:
+        self_taps, teacher_taps = _taps(student_layer), _taps(teacher_layer)
+        super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in self_taps) or "features")
+        if len(self_taps) != len(teacher_taps) or not self_taps:
+            raise ValueError(
+                "Expected `student_layer` and `teacher_layer` to name equally many layers, at least one, but got"
+                f" {len(self_taps)} and {len(teacher_taps)}. Pair them."
+            )
+        if isinstance(adapter, str):
+            checks.one_of("adapter", adapter, ("auto", "linear", "conv1x1"))
+        self.student_taps, self.teacher_taps = self_taps, teacher_taps
+        self.loss = FeatureDistance(loss) if isinstance(loss, str) else _checked_loss(loss)  # type: ignore[arg-type]
+        self.needs_labels = getattr(self.loss, "needs_labels", False)
+        self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
+        self.adapters = nn.ModuleList()
+
+    @property
+    def _needs_shapes(self) -> tuple[bool, bool]:
+        channels = getattr(self.loss, "channels_must_match", True)
+        return channels, getattr(self.loss, "positions_must_match", True)
+
+    def build(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Make the adapters from the features of a first call."""
+        for teacher in teachers:
+            for student_tap, teacher_tap in zip(self.student_taps, self.teacher_taps, strict=True):
+                theirs, wanted = student.feature(student_tap), teacher.feature(teacher_tap)
+                adapter = self._adapter[0]
+                if adapter == "auto" and not self._needs_shapes[0]:
+                    adapter = None
+                made = make_adapter(adapter, theirs.shape, wanted.shape, student_tap.layer)
+                # under autocast parameters stay in float32; without it they must have the feature's own precision
+                dtype = torch.float32 if torch.is_autocast_enabled(theirs.device.type) else theirs.dtype
+                self.adapters.append(made.to(device=theirs.device, dtype=dtype).train())
+
+    def reset(self) -> None:
+        """Drop the adapters."""
+        self.adapters = nn.ModuleList()
+
+    def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
+        """The loss without its weight, a scalar."""
+        pairs = [self._pair(index, student, teacher) for index in range(len(self.student_taps))]
+        if getattr(self.loss, "several_layers", False):
+            mine, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            return _scalar(self.loss, mine, theirs, labels, self.needs_labels)
+        values = [_scalar(self.loss, mine, theirs, labels, self.needs_labels) for mine, theirs in pairs]
+        return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+    def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
+        student_tap, teacher_tap = self.student_taps[index], self.teacher_taps[index]
+        feature = _with_gradient(student.feature(student_tap), f"layer {student_tap.layer!r}")
+        target = teacher.feature(teacher_tap)
+        adapted = self.adapters[teacher.teacher * len(self.student_taps) + index](feature)
+        channels, positions = self._needs_shapes
+        if positions and adapted.ndim == target.ndim == 4 and self._adapter[0] != "linear":
+            target = _resized(_widened_one(target), adapted)
+        if channels and positions and adapted.shape != target.shape:
+            raise ValueError(
+                f"Expected student feature {student_tap.layer!r} and teacher feature {teacher_tap.layer!r} to have"
+                f" equal shapes, but got {tuple(adapted.shape)} and {tuple(target.shape)}."
+                + (' Pass adapter="auto".' if self._adapter[0] is None else " Pass an adapter that makes them equal.")
+            )
+        return adapted, target
+
+
+def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:
+    return [Tap.of(layer) for layer in ([layers] if isinstance(layers, (str, Tap)) else layers)]
+
+
+def _checked_loss(loss: DistillationLoss | LossCallable) -> DistillationLoss | LossCallable:
+    if isinstance(loss, type) or not callable(loss):
+        got = f"the class {loss.__name__}" if isinstance(loss, type) else f"loss={loss!r}"
+        remedy = f"Pass an instance: {loss.__name__}(...)." if isinstance(loss, type) else "Pass a loss from losses."
+        raise TypeError(f"Expected `loss` to be a loss object or a function, but got {got}. {remedy}")
+    return loss
+
+
+def _with_gradient(feature: Tensor, what: str) -> Tensor:
+    if not feature.requires_grad:
+        raise ValueError(
+            f"Expected the student's {what} to carry a gradient, but it does not: it is frozen, or runs inside"
+            " reentrant activation checkpointing. Unfreeze it, pass use_reentrant=False, or tap another layer."
+        )
+    return feature
+
+
+def _resized(teacher: Tensor, student: Tensor) -> Tensor:
+    """The teacher's map at the student's height and width: averaged down, interpolated up."""
+    size = student.shape[-2:]
+    if teacher.shape[-2:] == size:
+        return teacher
+    smaller = (min(teacher.shape[-2], size[0]), min(teacher.shape[-1], size[1]))
+    teacher = F.adaptive_avg_pool2d(teacher, smaller)
+    return teacher if smaller == size else F.interpolate(teacher, size, mode="bilinear", align_corners=False)
+
+
+def _scalar(
+    loss: LossCallable | DistillationLoss,
+    student: Tensor | list[Tensor],
+    teacher: Tensor | list[Tensor],
+    labels: Tensor | None,
+    needs_labels: bool,
+) -> Tensor:
+    """The loss in float32 or better, whatever precision surrounds it, averaged if it is not a scalar."""
+    first = student if isinstance(student, Tensor) else student[0]
+    arguments = [_widened(student), _widened(teacher), *([labels] if needs_labels else [])]
+    if torch.is_autocast_enabled(first.device.type):
+        with torch.autocast(first.device.type, enabled=False):
+            value = loss(*arguments)
+    else:
+        value = loss(*arguments)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected `loss` to return a tensor, but got {type(value).__name__}.")
+    return value if value.ndim == 0 else value.mean()
+
+
+def _widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return [_widened_one(one) for one in value] if isinstance(value, list) else _widened_one(value)
+
+
+def _widened_one(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

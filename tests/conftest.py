@@ -1,0 +1,102 @@
+"""Fixtures and rules that every test shares."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from lightning.pytorch import Trainer
+
+# No deadline: a law must not fail because the machine is busy.
+settings.register_profile("distill", deadline=None, max_examples=50)
+settings.load_profile("distill")
+
+# Helper modules are imported by the tests under their own names. Doctest must not import them a second time.
+collect_ignore = [str(path) for path in Path(__file__).parent.rglob("*.py") if not path.name.startswith("test_")]
+
+# What a cluster or an earlier launch may have left: Lightning would take the test for one of several processes.
+LAUNCHER_VARIABLES = (
+    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS"),
+)
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+
+
+def pytest_configure() -> None:
+    """Keep every process to one thread, child processes included: two cores are shared by two gloo processes."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", MPLBACKEND="Agg")
+    torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch.cuda.is_available() is False on this machine")
+    if item.get_closest_marker("distributed") and not (
+        torch.distributed.is_available() and torch.distributed.is_gloo_available()
+    ):
+        pytest.skip("needs torch.distributed with gloo, which this build of torch lacks")
+
+
+def process_state() -> dict[str, Any]:
+    """Settings of the process that one test could leave behind for the next."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        "process group": distributed,
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def isolation() -> Iterator[None]:
+    """Seeded generators and a single-process environment before the test; no leaked setting after it."""
+    environment = os.environ.copy()
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = process_state()
+    yield
+    after = process_state()
+    if after["process group"] and not before["process group"]:
+        torch.distributed.destroy_process_group()  # blame one test, not all that follow
+    torch.set_default_dtype(before["default dtype"])
+    torch.use_deterministic_algorithms(before["deterministic algorithms"])
+    torch.set_num_threads(before["threads"])
+    os.environ.clear()
+    os.environ.update(environment)
+    leaks = {name: (before[name], value) for name, value in after.items() if value != before[name]}
+    assert not leaks, f"the test changed settings of the process and left them so (before, after): {leaks}"
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """A factory of quiet CPU trainers for two steps; every setting can be overridden."""
+
+    def make(**overrides: Any) -> Trainer:
+        if not overrides.keys() & {"max_steps", "max_epochs", "max_time"}:
+            overrides["max_steps"] = 2
+        return Trainer(**{**TRAINER_DEFAULTS, "default_root_dir": tmp_path, **overrides})
+
+    return make

@@ -1,0 +1,83 @@
+"""Values and student gradients of the published implementations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, GOLDEN_FOLDER, Golden, LossCase, golden_arrays, golden_index
+
+from lightning_distill.losses import FeatureDistance
+
+ROWS = [
+    pytest.param(case, golden, entry, id=f"{entry['key']}-{entry['case']}")
+    for case in CASES
+    for golden in case.golden
+    for entry in golden_index(golden.key)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(("case", "golden", "entry"), ROWS)
+def test_value_and_gradient_equal_the_published_implementation(
+    case: LossCase, golden: Golden, entry: dict, dtype: torch.dtype
+) -> None:
+    arrays = golden_arrays(entry)
+    (student_name,) = entry["student_inputs"]
+    student = torch.from_numpy(arrays[student_name]).to(dtype).requires_grad_()
+    teacher = torch.from_numpy(arrays[student_name.replace("student", "teacher")]).to(dtype)
+    arrays = {name: array.astype("float64" if dtype == torch.float64 else "float32") for name, array in arrays.items()}
+    loss = case.loss(**golden.settings(entry["hyperparameters"]))
+
+    value = golden.factor(entry["hyperparameters"], student.shape) * loss(*golden.arrange(student, teacher, arrays))
+    value.backward()
+
+    tolerance = entry["tolerance_suggested"][str(dtype).removeprefix("torch.")]
+    torch.testing.assert_close(value.detach(), torch.from_numpy(arrays["loss"]), **tolerance)
+    torch.testing.assert_close(student.grad, torch.from_numpy(arrays[f"grad_{student_name}"]), **tolerance)
+
+
+def test_two_layers_of_the_intermediate_criterion_are_a_weighted_mse_and_l1() -> None:
+    (entry,) = [entry for entry in golden_index("inc_intermediate") if entry["case"] == "s1"]
+    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    students = [tensors[f"student_{i}"].requires_grad_() for i in range(2)]
+
+    value = 0.5 * FeatureDistance("mse")(students[0], tensors["teacher_0"])
+    value = value + 0.5 * FeatureDistance("l1")(students[1], tensors["teacher_1"])
+    value.backward()
+
+    torch.testing.assert_close(value.detach(), tensors["loss"], rtol=1e-9, atol=1e-12)
+    for i, student in enumerate(students):
+        torch.testing.assert_close(student.grad, tensors[f"grad_student_{i}"], rtol=1e-9, atol=1e-12)
+
+
+def test_first_layer_of_the_intermediate_criterion_is_an_mse_behind_a_linear_adapter() -> None:
+    (entry,) = [entry for entry in golden_index("inc_intermediate") if entry["case"] == "s2"]
+    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    student = tensors["student_0"].requires_grad_()
+    adapted = F.linear(student, tensors["param_matcher0_weight"], tensors["param_matcher0_bias"])
+
+    (0.3 * FeatureDistance("mse")(adapted, tensors["teacher_0"])).backward()
+
+    torch.testing.assert_close(student.grad, tensors["grad_student_0"], rtol=1e-9, atol=1e-12)
+
+
+def test_kl_layer_of_the_intermediate_criterion_is_our_kl_over_the_number_of_channels() -> None:
+    # The reference softmaxes this layer, as its rows do not add up to 1, and adds 1e-9 before the logarithm.
+    (entry,) = [entry for entry in golden_index("inc_intermediate") if entry["case"] == "s2"]
+    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    student = tensors["student_1"].requires_grad_()
+
+    (0.3 / student.shape[-1] * FeatureDistance("kl")(student, tensors["teacher_1"])).backward()
+
+    torch.testing.assert_close(student.grad, tensors["grad_student_1"], rtol=1e-6, atol=1e-9)
+
+
+def test_every_golden_case_kept_here_is_used() -> None:
+    used = {golden.key for case in CASES for golden in case.golden} | {"inc_intermediate"}
+    entries = json.loads((GOLDEN_FOLDER / "index.json").read_text(encoding="utf-8"))
+
+    assert {entry["key"] for entry in entries} == used
+    assert {entry["file"] for entry in entries} == {path.name for path in GOLDEN_FOLDER.glob("*.npz")}

@@ -1,0 +1,104 @@
+"""The rules of the project that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT = sorted((ROOT / "lightning_distill").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+OPTIONAL = ("keras", "tensorflow", "jsonargparse", "matplotlib", "sklearn", "pytorch_lightning")
+REQUIREMENTS = [f"L{number}" for number in range(1, 33)]
+
+
+def relative(path: Path) -> str:
+    """The path of a file as it stands in the repository."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def read_setup() -> configparser.ConfigParser:
+    """The parsed setup.cfg."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    return setup
+
+
+def requirements_in(path: Path) -> set[str]:
+    """The requirements that the names and docstrings of a file's tests mention."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.lower().startswith("test"):
+            found |= {f"L{number}" for number in re.findall(r"_[lL](\d+)(?=_|$)", node.name)}
+            found |= {f"L{number}" for number in re.findall(r"\bL(\d+)\b", ast.get_docstring(node) or "")}
+    return found
+
+
+@pytest.mark.parametrize("path", PRODUCT + TESTS, ids=relative)
+def test_file_has_at_most_400_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=relative)
+def test_product_code_has_no_assert(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert not lines, f"{relative(path)}: raise an error that says what was expected, lines {lines}"
+
+
+def test_public_names_exist_and_have_docstrings() -> None:
+    package = importlib.import_module("lightning_distill")
+    public = {name: getattr(package, name) for name in package.__all__ if not name.startswith("__")}
+    assert public
+    # A class inherits its parent's docstring unless its own namespace is asked.
+    own = {
+        name: vars(value).get("__doc__") if isinstance(value, type) else value.__doc__ for name, value in public.items()
+    }
+    bare = [name for name, docstring in own.items() if not docstring]
+    assert not bare, f"public names without a docstring of their own: {bare}"
+
+
+def test_version_is_the_same_in_setup_and_package() -> None:
+    assert importlib.import_module("lightning_distill").__version__ == read_setup()["metadata"]["version"]
+
+
+def test_compromised_releases_of_lightning_are_excluded() -> None:
+    setup = read_setup()
+    needed = setup["options"]["install_requires"].split() + setup["options.extras_require"]["dev"].split()
+    for package in ("lightning", "pytorch-lightning"):
+        (line,) = [line for line in needed if re.match(rf"{package}[<>=!]", line)]
+        assert "!=2.6.2,!=2.6.3" in line
+
+
+@pytest.mark.parametrize("extra", ["keras", "plots", "cli", "dev"])
+def test_extra_is_declared(extra: str) -> None:
+    assert read_setup()["options.extras_require"][extra].strip()
+
+
+def test_package_ships_its_type_information() -> None:
+    assert (ROOT / "lightning_distill" / "py.typed").is_file()
+
+
+def test_import_of_the_package_imports_no_optional_dependency() -> None:
+    # lightning itself may import some of them where they are installed: only what we add counts.
+    code = (
+        "import sys, lightning.pytorch, torchmetrics\n"
+        "before = set(sys.modules)\n"
+        "import lightning_distill\n"
+        f"print(*sorted(set({OPTIONAL}) & (set(sys.modules) - before)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS)
+def test_requirement_is_named_by_a_test(requirement: str) -> None:
+    assert any(requirement in requirements_in(path) for path in TESTS)
