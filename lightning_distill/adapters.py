@@ -118,6 +118,7 @@ class FollowerOptimizer:
         owners = {id(owner): owner for owner in (leader, self.leader)}.values()
         self._patches = [Patch(owner, "zero_grad", self._zero_grad) for owner in owners]
         self._prepared = False
+        self._overflow: dict[torch.device, Tensor] = {}
 
     def prepare(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Average the gradients over the processes and undo their scaling, once before a step.
@@ -136,12 +137,11 @@ class FollowerOptimizer:
             average_over_processes(gradients)
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
-                found = _overflows(scaler, self.optimizer)
+                self._overflow = _overflows(scaler, self.optimizer)
                 for device, theirs in _overflows(scaler, self.leader).items():
-                    if device in found:
-                        theirs.copy_(torch.maximum(theirs, found[device]))
-                        for gradient in gradients:  # what a skipped step leaves must not reach the next one
-                            gradient.masked_fill_(theirs.bool(), 0.0)
+                    theirs.copy_(torch.maximum(theirs, self._overflow.pop(device, theirs)))
+                    for gradient in gradients:  # what a skipped step leaves must not reach the next one
+                        gradient.masked_fill_(theirs.bool(), 0.0)
 
     def clip(self, clip: Callable[[Optimizer], Any]) -> None:
         """Clip the adapters' gradients by themselves, so that the student's are clipped as in a plain run."""
@@ -165,6 +165,12 @@ class FollowerOptimizer:
         if all(parameter.grad is None for parameter in self._parameters):
             return
         self.prepare()
+        # a fused leader unscales inside its own step, and skips there; only then are there flags left to read here
+        flags = [*self._overflow.values(), getattr(self.leader, "found_inf", None)]
+        self._overflow = {}
+        if any(flag is not None and flag.item() for flag in flags):
+            self._clear()
+            return
         if self._mirrors:
             lead = _leading_group(self.leader)
             for group in self.optimizer.param_groups:
@@ -226,7 +232,7 @@ def _clone(leader: Optimizer, parameters: list[nn.Parameter]) -> Optimizer:
 def _overflows(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[torch.device, Tensor]:
     # The scaler has no public way to make two optimizers skip together; step() asks each for its own flags.
     found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return found
+    return dict(found)
 
 
 class AdapterTrainer:

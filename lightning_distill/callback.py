@@ -50,7 +50,8 @@ class DistillCallback(Callback):
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself where its forward is
             called in the step, else the one child that is called and has the tapped layers.
-        task_weight: Factor of the module's own loss, 0 or greater.
+        task_weight: Factor of the module's own loss, 0 or greater. At 0 the loss is left out altogether: under DDP
+            parameters that only it uses then need ``find_unused_parameters``.
         labels: Where a batch keeps its labels: a key, an index, or a function of the batch. ``None`` is ``batch[1]``,
             or the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Read only for losses that need labels.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever the trainer's.
@@ -174,7 +175,9 @@ class DistillCallback(Callback):
         distiller.adapters.allowed = "DeepSpeedStrategy" not in strategies
         if not (_overrides(pl_module, "configure_model") or _overrides(pl_module, "setup")):
             distiller.check()  # else the layers may not exist yet: the first step checks
-        distiller.frozen.freeze(trainer.strategy.root_device, trainer.precision_plugin.convert_module)
+        # not by the precision plugin, which replaces layers under some settings and could not be undone
+        dtype = _TRUE_PRECISIONS.get(str(trainer.precision_plugin.precision))
+        distiller.frozen.freeze(trainer.strategy.root_device, dtype)
         if stage == "fit":
             distiller.adapters.forget_optimizer()
             self._takes_iterator = "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
@@ -339,5 +342,6 @@ def _overrides(pl_module: LightningModule, name: str) -> bool:
     return next(kind for kind in type(pl_module).__mro__ if name in vars(kind)).__name__ not in _BASES
 
 
+_TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 # where `lightning` and the older `pytorch_lightning` define the empty hooks
 _BASES = ("LightningModule", "ModelHooks", "DataHooks")

@@ -178,7 +178,7 @@ class Distiller:
         loss = sum((term.weight * parts[term.name] for term in active[1:]), active[0].weight * parts[active[0].name])
         self.parts = {f"{name}_loss": part.detach() for name, part in parts.items()}
         self.parts["distillation_loss"] = loss.detach()
-        self.batch_size = len(parts) and _first_tensor(calls[0]).shape[0]
+        self.batch_size = next(iter(_first_tensor(calls[0]).shape), 1)
         return loss
 
     def _ask(self, call: Call) -> list[Call]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -66,8 +68,27 @@ class DistillModule(LightningModule):
         return self.distill.teacher
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """The callback that distils."""
-        return [self.distill]
+        """The callback that distils, and any other of its kind that the Trainer has: it would drop them."""
+        callbacks = [] if self._trainer is None else getattr(self._trainer, "callbacks", [])
+        return [
+            self.distill,
+            *(one for one in callbacks if isinstance(one, DistillCallback) and one is not self.distill),
+        ]
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: str | Sequence[str] | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """As in Lightning, without the networks and terms, which would take the teacher into every checkpoint."""
+        ignored = [ignore] if isinstance(ignore, str) else [*(ignore or [])]
+        caller = inspect.currentframe()
+        frame = frame or (caller.f_back if caller else None)
+        super().save_hyperparameters(
+            *args, ignore=[*ignored, "student", "teacher", "terms"], frame=frame, logger=logger
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The student's output."""

@@ -32,15 +32,15 @@ class StudentFinder:
         Raises:
             ValueError: With the closest names.
         """
-        if not any(not recorder.unknown() for recorder in self._search().values()):
-            Recorder(self._module, self._taps).check(terms)
+        best = min(self._recorders().values(), key=lambda recorder: len(recorder.unknown()))
+        best.check(terms)
 
-    def _search(self) -> dict[str, Recorder]:
+    def _recorders(self) -> dict[str, Recorder]:
         recorders = {"": Recorder(self._module, self._taps)}
         for name, child in _children(self._module):
             if any(True for _ in child.parameters()):  # losses and metrics are called too, and are no students
                 recorders[name] = Recorder(child, self._taps, prefix=f"{name}.")
-        return {name: recorder for name, recorder in recorders.items() if not recorder.unknown()}
+        return recorders
 
     @property
     def root(self) -> nn.Module:
@@ -74,7 +74,7 @@ class StudentFinder:
     def record(self, needs_grad: bool = False, features: bool = True) -> Iterator[list[Call]]:
         """Switch on for the length of the context, as :meth:`Recorder.record`."""
         if self._found is None and not self._candidates:
-            self._candidates = self._search()
+            self._candidates = {name: one for name, one in self._recorders().items() if not one.unknown()}
         with ExitStack() as stack:
             for recorder in [self._found] if self._found else self._candidates.values():
                 stack.enter_context(recorder.record(needs_grad, features))

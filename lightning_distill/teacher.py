@@ -128,12 +128,12 @@ class FrozenTeacher:
         """Whether it is held still now."""
         return bool(self._undo)
 
-    def freeze(self, device: torch.device | None = None, convert: Callable[[nn.Module], Any] | None = None) -> None:
-        """Put the teacher in eval mode, without gradients, on a device, in its precision.
+    def freeze(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Put the teacher in eval mode, without gradients, on a device, in a precision; further calls do nothing.
 
         Args:
             device: Where to; ``None`` leaves it where it is.
-            convert: What sets the precision where ``dtype`` does not, such as a precision plugin's ``convert_module``.
+            dtype: The precision where it has none of its own; ``None`` leaves it as it is.
         """
         if self.frozen:
             return
@@ -142,12 +142,7 @@ class FrozenTeacher:
             self._undo.append(_restorer(module))
         self.module.eval().requires_grad_(False)
         # `to` puts new data into the parameters; the data put aside above is what `release` gives back, unrounded
-        if self.dtype is not None:
-            self.module.to(self.dtype)
-        elif convert is not None:
-            convert(self.module)
-        if device is not None:
-            self.module.to(device)
+        self.module.to(device=device, dtype=self.dtype or dtype)
 
     def release(self) -> None:
         """Give the teacher its modes, flags, device and precision back."""
