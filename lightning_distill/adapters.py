@@ -207,7 +207,8 @@ def _world_size() -> int:
 
 
 def _leading_group(optimizer: Optimizer) -> dict[str, Any]:
-    return max(optimizer.param_groups, key=lambda group: float(group.get("lr", 0.0)))
+    # by the rates before any schedule, since a warm-up starts all of them at 0
+    return max(optimizer.param_groups, key=lambda group: float(group.get("initial_lr", group.get("lr", 0.0))))
 
 
 def _clone(leader: Optimizer, parameters: list[nn.Parameter]) -> Optimizer:

@@ -24,8 +24,9 @@ from lightning_distill.adapters import OptimizerCallable, bare
 from lightning_distill.distiller import Distiller, as_terms
 from lightning_distill.metrics import TeacherAgreement
 from lightning_distill.module_distiller import ModuleDistiller
+from lightning_distill.outputs import select
 from lightning_distill.patch import Patch
-from lightning_distill.taps import Call, select
+from lightning_distill.taps import Call
 from lightning_distill.teacher import as_dtype, as_teacher
 from lightning_distill.terms import DistillationTerm
 
@@ -100,7 +101,8 @@ class DistillCallback(Callback):
         self.teacher, self.terms = as_teacher(teacher), as_terms(terms)
         self.student, self.task_weight, self.labels = student, task_weight, labels
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
-        self.validate, self.log, self.name = validate, log, name
+        self.validate, self.name = validate, name
+        self._logs = log  # the Trainer puts the module's `log` on every callback
         self.distiller: ModuleDistiller | None = None
         self._module: weakref.ref[LightningModule] | None = None
         self._state: dict[str, Any] = {}  # what was loaded, or what an earlier process or object has learned
@@ -241,7 +243,7 @@ class DistillCallback(Callback):
         finally:
             distiller.release()
             self._batch = None
-        if self.log and distiller.parts and pl_module.trainer._logger_connector.should_update_logs:
+        if self._logs and distiller.parts and pl_module.trainer._logger_connector.should_update_logs:
             parts = {f"{self.name}/{key}": value for key, value in distiller.parts.items()}
             pl_module.log_dict(parts, on_step=True, on_epoch=False, batch_size=distiller.batch_size)
         return output
@@ -323,7 +325,8 @@ class DistillCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         idle: dict[str, Any] = {"distiller": None, "_module": None, "_patches": [], "_agreement": {}, "_batch": None}
-        return {**self.__dict__, **idle, "_state": self.adapter_state()}
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
+        return {**kept, **idle, "_state": self.adapter_state()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistillCallback:
         # of a module that holds the callback EMA and SWA make copies; the frozen teacher must not be among them

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from lightning_distill import checks
 from lightning_distill.adapters import AdapterTrainer
 from lightning_distill.labels import find_labels
+from lightning_distill.outputs import map_tensors, select
 from lightning_distill.student import StudentFinder
-from lightning_distill.taps import Call, Recorder, map_tensors, select
+from lightning_distill.taps import Call, Recorder
 from lightning_distill.teacher import FrozenTeacher, TeacherEnsemble, as_dtype, as_teacher
 from lightning_distill.terms import DistillationTerm, LogitsDistillation
 

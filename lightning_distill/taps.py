@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.checks import closest
+from lightning_distill.outputs import map_tensors, select
 
 
 @dataclass(frozen=True)
@@ -58,85 +59,6 @@ class Tap:
         return layer if isinstance(layer, Tap) else cls(layer)
 
 
-def select(value: Any, output: int | str | Callable[[Any], Tensor] | None, what: str) -> Tensor:
-    """The tensor that ``output`` picks from ``value``, or the obvious one where ``output`` is ``None``.
-
-    Obvious are, in this order: the tensor itself; the entry named ``"logits"`` of a dict, model output or dataclass;
-    its only tensor; the first element of a tuple or list.
-
-    Args:
-        value: What a network or a layer returned.
-        output: An index, a key or field name, a callable, or ``None``.
-        what: Name of the value in error messages.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        ValueError: If nothing is obvious, or ``output`` does not pick a tensor; the message lists what there is.
-
-    Example:
-        >>> select({"logits": torch.ones(2, 3), "state": torch.zeros(2)}, None, "the student's output").shape
-        torch.Size([2, 3])
-    """
-    if isinstance(value, Tensor) and output is None:
-        return value
-    picked: Any = None
-    entries = _entries(value)
-    if callable(output):
-        picked = output(value)
-    elif isinstance(value, Tensor):
-        raise ValueError(f"Expected `output` to be None where {what} is a tensor, but got output={output!r}.")
-    elif output is not None:
-        position = output + len(entries) if isinstance(output, int) and output < 0 else output
-        key = list(entries)[position] if isinstance(position, int) and 0 <= position < len(entries) else position
-        picked = entries.get(key)
-    elif isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        picked = value[0] if value else None
-    else:
-        tensors = {key: entry for key, entry in entries.items() if isinstance(entry, Tensor)}
-        picked = tensors.get("logits", next(iter(tensors.values())) if len(tensors) == 1 else None)
-    if not isinstance(picked, Tensor):
-        there = ", ".join(f"{key!r}: {_describe(entry)}" for key, entry in entries.items()) or _describe(value)
-        remedy = "Pass Tap(layer, output=...), or override `logits` for the model's output"
-        raise ValueError(
-            f"Expected `output` to pick one tensor of {what}, but got output={output!r}. {remedy}; there is {there}."
-        )
-    return picked
-
-
-def _entries(value: Any) -> dict[Any, Any]:
-    if isinstance(value, Mapping):
-        return dict(value)
-    if hasattr(value, "_fields"):
-        return {name: getattr(value, name) for name in value._fields}
-    if isinstance(value, (tuple, list)):
-        return dict(enumerate(value))
-    if is_dataclass(value):
-        return {entry.name: getattr(value, entry.name) for entry in fields(value)}
-    return {}
-
-
-def _describe(value: Any) -> str:
-    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``function`` applied to every tensor in its tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(entry, function) for entry in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)([map_tensors(entry, function) for entry in value])
-    if isinstance(value, dict):
-        copied = dict(value) if type(value) is dict else value.copy()
-        for key, entry in value.items():
-            copied[key] = map_tensors(entry, function)
-        return copied
-    return value
-
-
 def _versions(value: Any) -> list[tuple[Tensor, int]]:
     """Every tensor in ``value`` with the count of in-place changes it has seen."""
     if isinstance(value, Tensor):
@@ -170,6 +92,7 @@ class Call:
         output: What it returned.
         who: ``"student"`` or ``"teacher"``, for messages.
         teacher: Which of several teachers answered, from 0.
+        trains: Whether gradients must flow back into the call, so that what is read without them is an error.
         read_logits: From the output to the logits.
     """
 
@@ -178,6 +101,7 @@ class Call:
     output: Any = None
     who: str = "student"
     teacher: int = 0
+    trains: bool = False
     read_logits: Callable[[Any], Tensor] | None = None
     _versions: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
     _output_versions: list[tuple[Tensor, int]] = field(default_factory=list, repr=False)
@@ -188,16 +112,23 @@ class Call:
         """The logits in the call's output.
 
         Raises:
-            ValueError: If the output was changed in place since, or holds no obvious logits.
+            ValueError: If the output was changed in place since, holds no obvious logits, or carries no gradient.
         """
         if _changed(self._output_versions):
             raise ValueError(
                 f"Expected the {self.who}'s output to stay as it was returned, but it was changed in place since."
                 " Compute a new tensor from it."
             )
-        if self.read_logits is None:
-            return select(self.output, None, f"the {self.who}'s output")
-        return self.read_logits(self.output)
+        read = self.read_logits or (lambda output: select(output, None, f"the {self.who}'s output"))
+        return self._with_gradient(read(self.output), "output")
+
+    def _with_gradient(self, tensor: Tensor, what: str) -> Tensor:
+        if self.trains and not tensor.requires_grad:
+            raise ValueError(
+                f"Expected the student's {what} to carry a gradient, but it does not: it is frozen, or runs inside"
+                " reentrant activation checkpointing. Unfreeze it, pass use_reentrant=False, or tap another layer."
+            )
+        return tensor
 
     def feature(self, tap: Tap) -> Tensor:
         """The tensor that a tap reads.
@@ -210,7 +141,7 @@ class Call:
 
         Raises:
             ValueError: If the layer did not run, ran more than once without a call index, was changed in place after
-                it was read, or gives no obvious tensor.
+                it was read, gives no obvious tensor, or carries no gradient where the call needs one.
         """
         what = f"{self.who} layer {tap.layer!r}"
         runs = self._runs.get((tap.layer, tap.where), [])
@@ -232,7 +163,8 @@ class Call:
                 f"Expected {what} to keep the feature that was read from it, but a later layer changed it in place."
                 " Tap that later layer, or build it with inplace=False."
             )
-        return select(value, tap.output, f"the {tap.where} of {what}")
+        tensor = select(value, tap.output, f"the {tap.where} of {what}")
+        return self._with_gradient(tensor, f"layer {tap.layer!r}")
 
     def check_input(self) -> None:
         """Raise if the network changed its input in place, so that nobody else can be shown the same input.
@@ -364,7 +296,7 @@ class Recorder:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._on and (torch.is_grad_enabled() or not self._needs_grad):
             (args, kwargs), versions = _snapshot((args, kwargs), self._copy)
-            self._stack.append(Call(args, kwargs, who=self.who, _versions=versions))
+            self._stack.append(Call(args, kwargs, who=self.who, trains=self._needs_grad, _versions=versions))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._on and self._stack and (torch.is_grad_enabled() or not self._needs_grad):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.taps import map_tensors
+from lightning_distill.outputs import map_tensors
 
 
 def load_teacher(checkpoint: str | PathLike[str], model: nn.Module, prefix: str | None = None) -> nn.Module:

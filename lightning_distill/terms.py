@@ -96,7 +96,7 @@ class LogitsDistillation(DistillationTerm):
     Example:
         >>> term = LogitsDistillation(SoftTargetLoss(temperature=1.0), weight=0.5)
         >>> term(Call((), {}, output=torch.tensor([[2.0, 0.0]])), Call((), {}, output=torch.tensor([[0.0, 1.0]])))
-        tensor(1.0073)
+        tensor(1.0068)
 
     References:
         Hinton, Vinyals, Dean (2015). Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
@@ -116,7 +116,7 @@ class LogitsDistillation(DistillationTerm):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
-        return _scalar(self.loss, _with_gradient(student.logits, "output"), teacher.logits, labels, self.needs_labels)
+        return _scalar(self.loss, student.logits, teacher.logits, labels, self.needs_labels)
 
 
 class FeatureDistillation(DistillationTerm):
@@ -209,7 +209,7 @@ class FeatureDistillation(DistillationTerm):
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         student_tap, teacher_tap = self.student_taps[index], self.teacher_taps[index]
-        feature = _with_gradient(student.feature(student_tap), f"layer {student_tap.layer!r}")
+        feature = student.feature(student_tap)
         target = teacher.feature(teacher_tap)
         adapted = self.adapters[teacher.teacher * len(self.student_taps) + index](feature)
         channels, positions = self._needs_shapes
@@ -234,15 +234,6 @@ def _checked_loss(loss: DistillationLoss | LossCallable) -> DistillationLoss | L
         remedy = f"Pass an instance: {loss.__name__}(...)." if isinstance(loss, type) else "Pass a loss from losses."
         raise TypeError(f"Expected `loss` to be a loss object or a function, but got {got}. {remedy}")
     return loss
-
-
-def _with_gradient(feature: Tensor, what: str) -> Tensor:
-    if not feature.requires_grad:
-        raise ValueError(
-            f"Expected the student's {what} to carry a gradient, but it does not: it is frozen, or runs inside"
-            " reentrant activation checkpointing. Unfreeze it, pass use_reentrant=False, or tap another layer."
-        )
-    return feature
 
 
 def _resized(teacher: Tensor, student: Tensor) -> Tensor:
