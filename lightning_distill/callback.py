@@ -201,7 +201,7 @@ class DistillCallback(Callback):
                 f"/dataloader_idx_{index}" if len(self._agreement) > 1 else ""
             )
             # the metric has counted over all processes already; their equal values have themselves as mean
-            pl_module.log(key, metric.compute(), sync_dist=True, batch_size=1)
+            pl_module.log(key, metric.compute(), sync_dist=True, batch_size=1, add_dataloader_idx=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """With each checkpoint: add the adapters, if there are any."""
@@ -231,14 +231,13 @@ class DistillCallback(Callback):
     def _training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         distiller, pl_module = self._running()
         distiller.task_weight, distiller.parts = self.task_weight, {}
-        if distiller.idle and self.task_weight == 1:
-            return step(*args, **kwargs)
         self._batch = None if self._takes_iterator else args[0] if args else kwargs.get("batch")
         self._explicit = False
         try:
             with distiller.record():
                 output = step(*args, **kwargs)
-            if not self._explicit:
+            # asked after the step, which may have set a weight
+            if not self._explicit and not (distiller.idle and self.task_weight == 1):
                 output = self._add_distillation(output, distiller, pl_module.automatic_optimization)
         finally:
             distiller.release()

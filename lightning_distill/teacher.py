@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,9 @@ def load_teacher(checkpoint: str | PathLike[str], model: nn.Module, prefix: str 
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"Expected `checkpoint` to fit {type(model).__name__}, but got {error}") from None
+        raise ValueError(
+            f"Expected `checkpoint` to fit {type(model).__name__}, but got {' '.join(str(error).split())}"
+        ) from None
     return model.eval()
 
 
@@ -111,22 +114,19 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 class FrozenTeacher:
-    """A teacher held still for a training run, and given back as it was.
+    """A teacher held still for a training run, and given back as it was when nobody holds it any more.
 
     Args:
         module: The teacher.
         dtype: The precision it runs in, whatever precision surrounds it; ``None`` leaves that to the surroundings.
     """
 
+    # what undoes the freezing of each teacher that is held, and how many hold it: two callbacks may share one
+    _held: WeakKeyDictionary[nn.Module, tuple[int, list[Callable[[], None]]]] = WeakKeyDictionary()
+
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module, self.dtype = module, dtype
         self._modules: list[nn.Module] = []
-        self._undo: list[Callable[[], None]] = []
-
-    @property
-    def frozen(self) -> bool:
-        """Whether it is held still now."""
-        return bool(self._undo)
 
     def freeze(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Put the teacher in eval mode, without gradients, on a device, in a precision; further calls do nothing.
@@ -135,20 +135,26 @@ class FrozenTeacher:
             device: Where to; ``None`` leaves it where it is.
             dtype: The precision where it has none of its own; ``None`` leaves it as it is.
         """
-        if self.frozen:
+        if self._modules:
             return
-        for module in self.module.modules():
-            self._modules.append(module)
-            self._undo.append(_restorer(module))
+        self._modules = list(self.module.modules())
+        holders, undo = self._held.get(self.module, (0, []))
+        self._held[self.module] = (holders + 1, undo or [_restorer(module) for module in self._modules])
         self.module.eval().requires_grad_(False)
         # `to` puts new data into the parameters; the data put aside above is what `release` gives back, unrounded
         self.module.to(device=device, dtype=self.dtype or dtype)
 
     def release(self) -> None:
-        """Give the teacher its modes, flags, device and precision back."""
-        for undo in self._undo:
-            undo()
-        self._undo, self._modules = [], []
+        """Give the teacher its modes, flags, device and precision back, once its last holder lets go."""
+        if not self._modules:
+            return
+        self._modules = []
+        holders, undo = self._held.pop(self.module)
+        if holders > 1:
+            self._held[self.module] = (holders - 1, undo)
+            return
+        for restore in undo:
+            restore()
 
     def still(self) -> None:
         """Put the teacher back in eval mode and without gradients, should somebody have changed that."""
