@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -122,7 +122,7 @@ class FrozenTeacher:
     """
 
     # what undoes the freezing of each teacher that is held, and how many hold it: two callbacks may share one
-    _held: WeakKeyDictionary[nn.Module, tuple[int, list[Callable[[], None]]]] = WeakKeyDictionary()
+    _held: ClassVar[WeakKeyDictionary[nn.Module, tuple[int, list[Callable[[], None]]]]] = WeakKeyDictionary()
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module, self.dtype = module, dtype

@@ -63,11 +63,9 @@ def look(module: nn.Module) -> list[Any]:
 class Run:
     """A module, its teacher, and what both looked like before a run."""
 
-    def __init__(self, **hooks: Callable[..., Any]) -> None:
-        self.teacher = teacher_in_disorder()
-        self.module = nets.ForwardModule(nets.make(Watched, 1))
-        for name, hook in hooks.items():
-            setattr(type(self.module), name, hook)
+    def __init__(self, kind: type[nets.ForwardModule] = nets.ForwardModule) -> None:
+        self.teacher, self.module = teacher_in_disorder(), kind(nets.make(Watched, 1))
+        self.module.hparams  # noqa: B018  # Lightning makes it when it is first looked at
         self.before, self.attributes = look(self.teacher), set(vars(self.module))
 
     def callback(self, **settings: Any) -> DistillCallback:
@@ -174,10 +172,9 @@ class FailsIn(nets.ForwardModule):
 
 
 def failing_run(where: str, error: BaseException) -> Run:
-    run = Run()
-    run.module = FailsIn(nets.make(Watched, 1))
+    run = Run(FailsIn)
     run.module.where, run.module.error = where, error
-    run.attributes = set(vars(run.module))
+    run.attributes |= {"where", "error"}
     return run
 
 
@@ -239,8 +236,9 @@ def test_what_was_trained_before_an_exception_is_kept(trainer: MakeTrainer) -> N
 
 def pair(run: Run, shared: bool) -> list[DistillCallback]:
     other = run.teacher if shared else teacher_in_disorder()
+    feature = FeatureDistillation("model.layer2", "layer2", adapter=nets.make(nn.Linear, 5, 6, 10))
     logits = DistillCallback(other, LogitsDistillation(SoftTargetLoss(2.0)), name="first")
-    return [logits, DistillCallback(run.teacher, FeatureDistillation("model.layer2", "layer2"), name="second")]
+    return [logits, DistillCallback(run.teacher, feature, name="second")]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -313,7 +311,7 @@ def test_two_names_save_two_states(trainer: MakeTrainer, tmp_path: Any) -> None:
 # Memory: L25 ---------------------------------------------------------------------------------------------------------
 
 
-class Sized(nets.ForwardModule):
+class Sized(nets.InnerModule):
     """Runs out of memory at batches of more than 16, after the student was called; counts what earlier steps left."""
 
     def __init__(self) -> None:
@@ -326,14 +324,13 @@ class Sized(nets.ForwardModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.left.append(self.model.alive())
         x, y = batch
-        logits = self(x)
+        logits = self.model(x)
         if len(x) > 16:
             self.failed += 1
             raise RuntimeError("CUDA out of memory. Tried to allocate")
         return F.cross_entropy(logits, y)
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_a_step_that_ran_out_of_memory_holds_nothing(trainer: MakeTrainer) -> None:
     """L25: inside the batch-size finder, whose next try needs that memory."""
     module, teacher = Sized(), nets.make(Watched, 2, 10)
@@ -346,12 +343,13 @@ def test_a_step_that_ran_out_of_memory_holds_nothing(trainer: MakeTrainer) -> No
 
 
 def test_no_step_holds_the_tensors_of_the_one_before(trainer: MakeTrainer) -> None:
-    """L25: not even until the next step begins."""
+    """L25: not even until the next step begins, and without waiting for the garbage collector."""
     left: list[int] = []
 
     class Look(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            left.append(run.teacher.alive() + sum(one() is not None for one in run.module.model.seen[0::3]))
+            features = run.teacher.seen[0::3] + run.teacher.seen[1::3] + run.module.model.seen[0::3]
+            left.append(sum(one() is not None for one in features))
 
     run = Run()
     run.fit(trainer, Look(), run.callback())
