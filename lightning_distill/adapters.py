@@ -159,7 +159,8 @@ class FollowerOptimizer:
 
     def _clear(self) -> None:
         self._prepared = False
-        self.optimizer.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _step(self) -> None:
         if all(parameter.grad is None for parameter in self._parameters):
@@ -255,7 +256,7 @@ class AdapterTrainer:
         self.factory: OptimizerCallable | None = None
         self.allowed = True
         self._scaler: torch.amp.GradScaler | None = None
-        self._built = self._handed_over = False
+        self._built = self._learns = self._handed_over = False
         # what was loaded and waits for the first batch
         self._saved_adapters: dict[str, Any] | None = None
         self._saved_optimizer: dict[str, Any] | None = None
@@ -277,7 +278,8 @@ class AdapterTrainer:
                 torch.default_generator.manual_seed((torch.initial_seed() + index) % 2**63)
                 term.build(student, teachers)
         tensors = [tensor for term in self.terms for tensor in term.state_dict().values()]
-        if self._trained() and not self.allowed:
+        self._learns = bool(self._trained())
+        if self._learns and not self.allowed:
             raise ValueError(
                 "Expected the terms to need no adapters under DeepSpeed, whose engine steps only the parameters it was"
                 f" given, but got {len(self._trained())} adapter parameters. Distil logits only, or use DDP or FSDP2."
@@ -297,7 +299,7 @@ class AdapterTrainer:
         Raises:
             ValueError: If so; they would stay as they were drawn.
         """
-        if self._built and self.follower is None and not self._handed_over and self._trained():
+        if self._learns and self.follower is None and not self._handed_over:
             raise ValueError(
                 "Expected an optimizer for the adapters, but none has been given. Call distiller.follow(optimizer), or"
                 " give distiller.parameters() to the student's optimizer."
@@ -346,7 +348,7 @@ class AdapterTrainer:
         self.follower = None
         for term in self.terms:
             term.reset()
-        self._built = self._handed_over = False
+        self._built = self._learns = self._handed_over = False
         self._saved_adapters, self._saved_optimizer = state.get("adapters"), state.get("optimizer")
 
     def _trained(self) -> list[nn.Parameter]:

@@ -103,6 +103,7 @@ class DistillCallback(Callback):
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
         self.validate, self.name = validate, name
         self._logs = log  # the Trainer puts the module's `log` on every callback
+        self._state_key = self._generate_state_key(name=name)
         self.distiller: ModuleDistiller | None = None
         self._module: weakref.ref[LightningModule] | None = None
         self._state: dict[str, Any] = {}  # what was loaded, or what an earlier process or object has learned
@@ -162,7 +163,7 @@ class DistillCallback(Callback):
     @property
     def state_key(self) -> str:
         """Key of the saved state in a checkpoint."""
-        return self._generate_state_key(name=self.name)
+        return self._state_key  # made once: Lightning asks for it before every hook
 
     # Lightning's hooks -----------------------------------------------------------------------------------------------
 

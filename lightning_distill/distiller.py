@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from lightning_distill import checks
 from lightning_distill.adapters import AdapterTrainer
 from lightning_distill.labels import find_labels
-from lightning_distill.outputs import map_tensors, select
+from lightning_distill.outputs import first_tensor, select
 from lightning_distill.student import StudentFinder
-from lightning_distill.taps import Call, Recorder
+from lightning_distill.taps import Call, Recorder, Recording
 from lightning_distill.teacher import FrozenTeacher, TeacherEnsemble, as_dtype, as_teacher
 from lightning_distill.terms import DistillationTerm, LogitsDistillation
 
@@ -81,7 +81,7 @@ class Distiller:
         self._recorder: Recorder | StudentFinder | None = None
         taps = [tap for term in self.terms for tap in term.teacher_taps]
         teachers = list(self.teacher.children()) if self._several else [self.teacher]
-        self._teachers = [Recorder(one, taps, "teacher") for one in teachers]
+        self._teachers = [Recorder(one, taps, "teacher") for one in teachers] if taps else []
         self.adapters = AdapterTrainer(self.terms)
         if type(self) is Distiller:
             self.check()
@@ -110,7 +110,7 @@ class Distiller:
         """Whether every term's weight is 0."""
         return all(term.weight == 0 for term in self.terms)
 
-    def record(self, needs_grad: bool = True, features: bool = True) -> AbstractContextManager[list[Call]]:
+    def record(self, needs_grad: bool = True, features: bool = True) -> AbstractContextManager[None]:
         """A context in which the student's calls are recorded.
 
         Args:
@@ -120,7 +120,7 @@ class Distiller:
         if self._recorder is None:
             self.check()
             self._recorder = self._watch()
-        return self._recorder.record(needs_grad, features)
+        return Recording(self._recorder.watched, needs_grad, features)
 
     def total(self, task_loss: Tensor, batch: Any = None) -> Tensor:
         """The total loss of the calls recorded since the last total.
@@ -179,29 +179,29 @@ class Distiller:
         loss = sum((term.weight * parts[term.name] for term in active[1:]), active[0].weight * parts[active[0].name])
         self.parts = {f"{name}_loss": part.detach() for name, part in parts.items()}
         self.parts["distillation_loss"] = loss.detach()
-        self.batch_size = next(iter(_first_tensor(calls[0]).shape), 1)
+        self.batch_size = next(iter(first_tensor(calls[0].args, calls[0].kwargs, calls[0].output).shape), 1)
         return loss
 
     def _ask(self, call: Call) -> list[Call]:
         """The answer of each teacher to a call of the student."""
-        device = _first_tensor(call).device
+        device = first_tensor(call.args, call.kwargs, call.output).device
         self.frozen.freeze(device)
         self.frozen.still()
-        call.read_logits = self.logits
-        shown = replace(call, args=self.frozen.cast(call.args), kwargs=self.frozen.cast(call.kwargs))
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())  # inference_mode tensors could not be saved for the backward
-            if self.frozen.dtype is not None and torch.is_autocast_enabled(device.type):
-                stack.enter_context(torch.autocast(device.type, enabled=False))
-            recorded = [stack.enter_context(recorder.record()) for recorder in self._teachers]
+        call.read_logits, shown = self.logits, call
+        plain: AbstractContextManager[None] = nullcontext()
+        if self.frozen.dtype is not None:  # its own precision, whatever surrounds it
+            shown = replace(call, args=self.frozen.cast(call.args), kwargs=self.frozen.cast(call.kwargs))
+            plain = torch.autocast(device.type, enabled=False)
+        # not inference_mode: its tensors could not be saved for the backward
+        with torch.no_grad(), plain, Recording(self._teachers):
             output = self.teacher_forward(shown)
-            answers = []
-            for index, (one, calls) in enumerate(zip(output if self._several else [output], recorded, strict=True)):
-                # an override may answer without calling the teacher: then there are no features to read
-                answer = calls[-1] if calls else Call((), {}, who="teacher")
-                answers.append(replace(answer, output=one, teacher=index, read_logits=self.logits))
-        for recorder in self._teachers:
-            recorder.clear()
+        answers = []
+        for index, one in enumerate(output if self._several else [output]):
+            recorded = self._teachers[index].calls if self._teachers else []
+            # an override may answer without calling the teacher: then there are no features to read
+            answer = recorded[-1] if recorded else Call((), {}, who="teacher")
+            answer.output, answer.teacher, answer.read_logits = one, index, self.logits
+            answers.append(answer)
         return answers
 
     def agree(self) -> list[tuple[Tensor, Tensor]]:
@@ -338,14 +338,3 @@ def as_terms(terms: Terms) -> list[DistillationTerm]:
     if twice is not None:
         raise ValueError(f"Expected `terms` to have distinct names, but got {twice!r} twice. Pass name=... to one.")
     return several
-
-
-def _first_tensor(call: Call) -> Tensor:
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors((call.args, call.kwargs, call.output), keep)
-    return found[0]

@@ -34,7 +34,7 @@ class DistillModule(LightningModule):
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         task_loss: The student's own loss, called with its output and the labels, a scalar.
         task_weight: Factor of the task loss, 0 or greater.
-        optimizer: Makes the optimizer from the student's parameters.
+        optimizer: Makes the optimizer from the student's parameters; ``None`` is ``torch.optim.AdamW``.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; it steps once an epoch.
 
     Raises:
@@ -55,11 +55,13 @@ class DistillModule(LightningModule):
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
         task_weight: float = 1.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.student, self.task_loss, self.optimizer, self.lr_scheduler = student, task_loss, optimizer, lr_scheduler
+        self.student, self.task_loss, self.lr_scheduler = student, task_loss, lr_scheduler
+        # not the default in the signature: a YAML file that names another class would inherit AdamW's weight decay
+        self.optimizer = torch.optim.AdamW if optimizer is None else optimizer
         self.distill = DistillCallback(teacher, terms, student="student", task_weight=task_weight)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -87,3 +88,19 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
             copied[key] = map_tensors(entry, function)
         return copied
     return value
+
+
+def first_tensor(*values: Any) -> Tensor:
+    """The first tensor in the values and their tuples, lists, dicts and dataclasses.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        entries = _entries(value)
+        if entries:
+            with suppress(ValueError):
+                return first_tensor(*entries.values())
+    raise ValueError("Expected the student to be called with a tensor or to return one, but found none.")

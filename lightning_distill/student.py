@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
@@ -14,7 +13,7 @@ class StudentFinder:
     """Recorders on a module and on its children, of which the first step shows which one is the student.
 
     The student is the module itself where its forward is called; else the one child with trainable parameters and all
-    the tapped layers that is called. Offers what a :class:`Recorder` offers, and is one from then on.
+    the tapped layers that is called. Offers what a :class:`Recorder` offers.
 
     Args:
         module: The LightningModule.
@@ -70,19 +69,18 @@ class StudentFinder:
                 self._candidates = {}
         return [] if self._found is None else self._found.calls
 
-    @contextmanager
-    def record(self, needs_grad: bool = False, features: bool = True) -> Iterator[list[Call]]:
-        """Switch on for the length of the context, as :meth:`Recorder.record`."""
-        if self._found is None and not self._candidates:
+    @property
+    def watched(self) -> list[Recorder]:
+        """The recorders to switch on for a step: the student's, or those of all candidates."""
+        if self._found is not None:
+            return [self._found]
+        if not self._candidates:
             self._candidates = {name: one for name, one in self._recorders().items() if not one.unknown()}
-        with ExitStack() as stack:
-            for recorder in [self._found] if self._found else self._candidates.values():
-                stack.enter_context(recorder.record(needs_grad, features))
-            yield []
+        return [*self._candidates.values()]
 
     def clear(self) -> None:
         """Release what was recorded."""
-        for recorder in [self._found] if self._found else self._candidates.values():
+        for recorder in self.watched:
             recorder.clear()
 
     def detach(self) -> None:

@@ -6,8 +6,7 @@ network: what it was called with, what it returned, and what the tapped layers i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -198,6 +197,9 @@ def find_layer(root: nn.Module, layer: str) -> nn.Module | None:
 class Recorder:
     """Forward hooks on a network that record only while switched on.
 
+    Attributes:
+        calls: The calls recorded since it was last switched on.
+
     Args:
         root: The network.
         taps: The places to read.
@@ -211,6 +213,11 @@ class Recorder:
         self._on = self._needs_grad = self._features = self._copy = False
         self._stack: list[Call] = []
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def watched(self) -> list[Recorder]:
+        """The recorders to switch on for a step: this one."""
+        return [self]
 
     def find(self, layer: str) -> nn.Module | None:
         """The module that a layer name means, or ``None``."""
@@ -269,29 +276,22 @@ class Recorder:
         self.calls.clear()
         self._stack.clear()
 
-    @contextmanager
-    def record(self, needs_grad: bool = False, features: bool = True) -> Iterator[list[Call]]:
-        """Switch on for the length of the context.
+    def start(self, needs_grad: bool = False, features: bool = True) -> None:
+        """Switch on, forgetting what was recorded before.
 
         Args:
             needs_grad: Whether to leave out calls made with gradients disabled.
             features: Whether to keep what the tapped layers give, beside the input and the output.
-
-        Yields:
-            The list that calls are appended to.
         """
         self.attach()
         self.clear()
         self._on, self._needs_grad, self._features = True, needs_grad, features
         self._copy = torch.is_inference_mode_enabled()
-        try:
-            yield self.calls
-        except BaseException:
-            self.clear()
-            raise
-        finally:
-            self._on = False
-            self._stack.clear()
+
+    def stop(self) -> None:
+        """Switch off; what was recorded stays."""
+        self._on = False
+        self._stack.clear()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._on and (torch.is_grad_enabled() or not self._needs_grad):
@@ -327,3 +327,26 @@ class Recorder:
 def _is_compiled(module: nn.Module) -> bool:
     in_place = getattr(module, "_compiled_call_impl", None) is not None
     return in_place or hasattr(module, "_orig_mod") or getattr(module, "_compiler_ctx", None) is not None
+
+
+class Recording:
+    """A context in which recorders are switched on; after an exception nothing of it stays recorded.
+
+    Args:
+        recorders: The recorders.
+        needs_grad: Whether to leave out calls made with gradients disabled.
+        features: Whether to keep what the tapped layers give.
+    """
+
+    def __init__(self, recorders: Sequence[Recorder], needs_grad: bool = False, features: bool = True) -> None:
+        self._recorders, self._needs_grad, self._features = recorders, needs_grad, features
+
+    def __enter__(self) -> None:
+        for recorder in self._recorders:
+            recorder.start(self._needs_grad, self._features)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        for recorder in self._recorders:
+            recorder.stop()
+            if kind is not None:
+                recorder.clear()

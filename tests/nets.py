@@ -126,6 +126,11 @@ def batches(count: int = 24, batch_size: int = 8, seed: int = 0) -> list[tuple[T
     return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
 
+def as_loader(batches: Sequence[Any]) -> DataLoader[Any]:
+    """A loader of batches that are made already; Lightning takes a list for a list of loaders."""
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
 # Looking -------------------------------------------------------------------------------------------------------------
 
 

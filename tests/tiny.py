@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -68,3 +68,13 @@ def dataset(rows: int = 16, seed: int = 0) -> TensorDataset:
 def loader(rows: int = 16, batch_size: int = 4, seed: int = 0) -> DataLoader:
     """Those rows in batches, in order."""
     return DataLoader(dataset(rows, seed), batch_size=batch_size)
+
+
+class Data(LightningDataModule):
+    """Those rows, for the command line."""
+
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+    def val_dataloader(self) -> DataLoader:
+        return loader(rows=6)
