@@ -45,7 +45,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
     settings = Settings(epochs=2, teacher_epochs=2) if quick else Settings()
     settings = Settings(**{**asdict(settings), "seeds": seeds or (1 if quick else settings.seeds)})
     digits = load_digits_data()
-    with _quiet(), torch.random.fork_rng(devices=[]), _one_thread():
+    with quiet(), torch.random.fork_rng(devices=[]), _one_thread():
         runs, students = train_all(digits, settings, console)
         console.print(table(runs))
         saved = prove_plain(output / "student.pt", runs, students, digits.test)
@@ -65,7 +65,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence for Lightning's greetings and two warnings that no line here causes; every other one is heard."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

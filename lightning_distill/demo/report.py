@@ -130,8 +130,8 @@ def prove_plain(
     accuracy = hit_rate(predict(bare, test[0]) == test[1])
     proof = (
         f"{path.name} is the student of seed {best.seed}, {best.labels} of the labels, {best.method}: the method of"
-        f" best validation accuracy there. Loaded strictly into the bare network it reaches {100 * accuracy:.1f} % on the"
-        f" test images, and {100 * best.test_accuracy:.1f} % when it was trained."
+        f" best validation accuracy there. Loaded strictly into the bare network it reaches {100 * accuracy:.1f} % on"
+        f" the test images, and {100 * best.test_accuracy:.1f} % when it was trained."
     )
     return {"labels": best.labels, "method": best.method, "seed": best.seed, "test_accuracy": accuracy, "proof": proof}
 
@@ -159,12 +159,15 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             panel.plot(epochs, mean, style, color=color, linewidth=2, label=f"{name} ({mean[-1]:.1f} %)")
             panel.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
         panel.set(xlabel="epoch", title=f"{labels} of the labels", xlim=(1, max(2, len(epochs))))
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right", title="accuracy after the last epoch", alignment="left")
         panel.spines[["top", "right"]].set_visible(False)
     lowest = 100 * min(one.validation_accuracy[-1] for one in runs)  # the first epochs may lie below the panel
     panels[0].set(ylabel="validation accuracy, %", ylim=(max(0, lowest - 20), 101))
-    figure.suptitle("Handwritten digits: the same small student, alone and distilled")
+    figure.suptitle(
+        "Handwritten digits: the same small student, alone and distilled; mean ± standard deviation over the seeds"
+    )
     figure.savefig(path, dpi=130)
 
 

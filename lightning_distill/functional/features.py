@@ -38,7 +38,7 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
         Romero et al. 2015 (FitNets), equation 3, arXiv:1412.6550; deviation: the mean, without the factor 1/2.
     """
     student, teacher = _prepare(student, teacher)
-    return _per_example((student - teacher).square())
+    return _per_example(F.mse_loss(student, teacher, reduction="none"))
 
 
 def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def _prepare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_example(values: Tensor) -> Tensor:
-    return values.flatten(1).mean(dim=1) if values.ndim > 1 else values
+    return values.mean(dim=tuple(range(1, values.ndim))) if values.ndim > 1 else values
 
 
 def _channel_dim(feature: Tensor, channel_dim: int | None = None) -> int:

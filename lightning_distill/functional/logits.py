@@ -59,8 +59,8 @@ def soft_target_kl(
         student, teacher = _standardized(student, class_dim), _standardized(teacher, class_dim)
     log_student = F.log_softmax(student / temperature, dim=class_dim)
     log_teacher = F.log_softmax(teacher / temperature, dim=class_dim)
-    divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=class_dim)
-    return divergence * temperature**2
+    soft_targets = log_teacher.exp() * temperature**2
+    return (soft_targets * (log_teacher - log_student)).sum(dim=class_dim)
 
 
 def soft_cross_entropy(
