@@ -6,7 +6,6 @@ import copy
 import inspect
 import tempfile
 import uuid
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,6 @@ class DistillCallback(Callback):
         self._logs = log  # the Trainer puts the module's `log` on every callback
         self._state_key = self._generate_state_key(name=name)
         self.distiller: ModuleDistiller | None = None
-        self._module: weakref.ref[LightningModule] | None = None
         self._state: dict[str, Any] = {}  # what was loaded, or what an earlier process or object has learned
         self._mailbox = _mailbox()
         self._patches: list[Patch] = []
@@ -198,9 +196,8 @@ class DistillCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of a validation epoch: log the agreement with the teacher, over all processes."""
         for index, metric in self._agreement.items():
-            key = f"{self.name}/val_teacher_agreement" + (
-                f"/dataloader_idx_{index}" if len(self._agreement) > 1 else ""
-            )
+            suffix = f"/dataloader_idx_{index}" if len(self._agreement) > 1 else ""
+            key = f"{self.name}/val_teacher_agreement{suffix}"
             # the metric has counted over all processes already; their equal values have themselves as mean
             pl_module.log(key, metric.compute(), sync_dist=True, batch_size=1, add_dataloader_idx=False)
 
@@ -219,9 +216,8 @@ class DistillCallback(Callback):
         """At the end: leave no patch, no hook, and the teacher as it was."""
         self._release()
         if hasattr(trainer.strategy.launcher, "_start_method") and trainer.is_global_zero and self.adapter_state():
-            torch.save(
-                self.adapter_state(), self._mailbox
-            )  # this process ends here; the callback lives on in its parent
+            # this process ends here; the callback lives on in its parent
+            torch.save(self.adapter_state(), self._mailbox)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """After an exception: the same."""
@@ -294,16 +290,15 @@ class DistillCallback(Callback):
     # Inside ----------------------------------------------------------------------------------------------------------
 
     def _running(self) -> tuple[ModuleDistiller, LightningModule]:
-        pl_module = self._module() if self._module is not None else None
-        if self.distiller is None or pl_module is None:
-            raise MisconfigurationException("Expected a training step to run under trainer.fit, but none is under way.")
-        return self.distiller, pl_module
+        if self.distiller is None:
+            raise MisconfigurationException("Expected a step to run under a Trainer, but none is under way.")
+        return self.distiller, self.distiller.student
 
     def _distiller_for(self, pl_module: LightningModule) -> ModuleDistiller:
         """The distiller of an earlier run of this module, with its adapters, or a new one."""
-        if self.distiller is None or self._module is None or self._module() is not pl_module:
+        if self.distiller is None or self.distiller.student is not pl_module:
             state = self.adapter_state() if self.distiller is None else {}
-            self.distiller, self._module = ModuleDistiller(self, pl_module), weakref.ref(pl_module)
+            self.distiller = ModuleDistiller(self, pl_module)
             self.distiller.load_state_dict(state)
         return self.distiller
 
@@ -324,7 +319,7 @@ class DistillCallback(Callback):
             self.distiller.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle: dict[str, Any] = {"distiller": None, "_module": None, "_patches": [], "_agreement": {}, "_batch": None}
+        idle: dict[str, Any] = {"distiller": None, "_patches": [], "_agreement": {}, "_batch": None}
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
         return {**kept, **idle, "_state": self.adapter_state()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill import checks
-from lightning_distill.adapters import AdapterTrainer
+from lightning_distill.adapter_trainer import AdapterTrainer
 from lightning_distill.labels import find_labels
 from lightning_distill.outputs import first_tensor, select
 from lightning_distill.student import StudentFinder

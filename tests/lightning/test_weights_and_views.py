@@ -146,10 +146,10 @@ def test_every_view_with_gradients_is_distilled_and_averaged(trainer: MakeTraine
 
     def step(module: Any, batch: Any, batch_idx: int) -> Tensor:
         first, second, third = views(batch[0])
-        logits = module.model(first), module.model(second)
-        with torch.no_grad():
+        logits = module.model(first)
+        with torch.no_grad():  # between the two, so that a trace of it would disturb the second
             target = module.model(third).argmax(-1)
-        return F.cross_entropy(logits[0], batch[1]) + F.cross_entropy(logits[1], target)
+        return F.cross_entropy(logits, batch[1]) + F.cross_entropy(module.model(second), target)
 
     teacher, adapter = nets.make(Counting, 2), nets.make(nn.Linear, 5, 6, 10)
     by_hand = copy.deepcopy(adapter)
