@@ -5,68 +5,14 @@ The generic tests walk these rows. A loss without a row fails ``test_every_publi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import oracle
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from cases_outputs import OUTPUT_CASES
+from loss_case import Arrays, Golden, LossCase, softened
 from torch import Tensor
 
 from lightning_distill import losses
-
-GOLDEN_FOLDER = Path(__file__).parent / "golden"
-Arrays = Mapping[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Golden:
-    """A published implementation's cases: golden value = factor x our loss, and likewise for the gradient."""
-
-    key: str
-    factor: Callable[[Mapping[str, Any], tuple[int, ...]], float] = lambda settings, shape: 1.0
-    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda reference: {}
-    # From the reference's inputs to ours, where it does something of its own first.
-    arrange: Callable[[Tensor, Tensor, Arrays], tuple[Tensor, Tensor]] = lambda student, teacher, arrays: (
-        student,
-        teacher,
-    )
-
-
-@dataclass(frozen=True)
-class LossCase:
-    """How the generic tests use one loss."""
-
-    name: str
-    loss: type[losses.DistillationLoss]
-    oracle: Callable[..., float]
-    student_shape: tuple[int, ...]
-    teacher_shape: tuple[int, ...] | None = None  # None: as the student's
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    golden: tuple[Golden, ...] = ()
-    zero_at_identity: bool = True
-    on_logits: bool = False
-
-    def build(self) -> losses.DistillationLoss:
-        return self.loss(**self.settings)
-
-    def reference(self, student: oracle.Array, teacher: oracle.Array) -> float:
-        return self.oracle(student, teacher, **{k: v for k, v in self.settings.items() if k != "kind"})
-
-    def inputs(self, seed: int = 0, scale: float = 2.0) -> tuple[oracle.Array, oracle.Array]:
-        generator = np.random.default_rng(seed)
-        shapes = (self.student_shape, self.teacher_shape or self.student_shape)
-        student, teacher = (scale * generator.standard_normal(shape) for shape in shapes)
-        return student, teacher
-
-
-def _softened(reference: Mapping[str, Any]) -> dict[str, Any]:
-    return {"temperature": reference.get("T", reference.get("temperature"))}
 
 
 def _after_conv1x1(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
@@ -97,9 +43,9 @@ CASES = [
         (4, 5),
         settings={"temperature": 3.0},
         golden=(
-            Golden("kd_kl", settings=_softened),
+            Golden("kd_kl", settings=softened),
             # The reference's mean is over all elements, classes included.
-            Golden("inc_kl_mean", factor=lambda settings, shape: 1 / shape[-1], settings=_softened),
+            Golden("inc_kl_mean", factor=lambda settings, shape: 1 / shape[-1], settings=softened),
         ),
         on_logits=True,
     ),
@@ -109,7 +55,7 @@ CASES = [
         oracle.soft_target,
         (3, 6),
         settings={"temperature": 2.0, "standardize": True},
-        golden=(Golden("logit_standardization_kd", settings=lambda ref: {**_softened(ref), "standardize": True}),),
+        golden=(Golden("logit_standardization_kd", settings=lambda ref: {**softened(ref), "standardize": True}),),
         on_logits=True,
     ),
     LossCase(
@@ -118,7 +64,7 @@ CASES = [
         oracle.soft_target,
         (2, 3, 2, 3),
         settings={"temperature": 4.0, "class_dim": 1},
-        golden=(Golden("pixel_kl", settings=lambda ref: {**_softened(ref), "class_dim": 1}),),
+        golden=(Golden("pixel_kl", settings=lambda ref: {**softened(ref), "class_dim": 1}),),
         on_logits=True,
     ),
     LossCase(
@@ -128,18 +74,26 @@ CASES = [
         (2, 3, 4),
         settings={"temperature": 2.0},
         golden=(
-            Golden("soft_cross_entropy", settings=_softened),
+            Golden("soft_cross_entropy", settings=softened),
             # The reference takes the mean over all elements and has no T^2.
             Golden(
                 "tinybert_soft_ce",
                 factor=lambda settings, shape: 1 / (shape[-1] * settings["temperature"] ** 2),
-                settings=_softened,
+                settings=softened,
             ),
         ),
         zero_at_identity=False,
         on_logits=True,
     ),
-    LossCase("logit_mse", losses.LogitMSELoss, oracle.logit_mse, (4, 5), golden=(Golden("logit_mse"),), on_logits=True),
+    LossCase(
+        "logit_mse",
+        losses.LogitMSELoss,
+        oracle.logit_mse,
+        (4, 5),
+        golden=(Golden("logit_mse"),),
+        on_logits=True,
+        shift_invariant=False,
+    ),
     LossCase(
         "attention_transfer",
         losses.AttentionTransferLoss,
@@ -183,16 +137,5 @@ CASES = [
         (2, 3, 4),
         settings={"kind": "kl", "channel_dim": 1},
     ),
+    *OUTPUT_CASES,
 ]
-
-
-def golden_index(key: str) -> list[dict[str, Any]]:
-    """The entries of one key, in the order of the index."""
-    entries = json.loads((GOLDEN_FOLDER / "index.json").read_text(encoding="utf-8"))
-    return [entry for entry in entries if entry["key"] == key]
-
-
-def golden_arrays(entry: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """The arrays of one golden case."""
-    with np.load(GOLDEN_FOLDER / entry["file"]) as stored:
-        return dict(stored)

@@ -10,17 +10,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import CASES, LossCase
+from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from loss_case import LossCase
 
 from lightning_distill import functional, losses
 
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 logits_cases = pytest.mark.parametrize("case", [c for c in CASES if c.on_logits], ids=lambda case: case.name)
 softmax_cases = pytest.mark.parametrize(
-    "case", [c for c in CASES if c.on_logits and c.loss is not losses.LogitMSELoss], ids=lambda case: case.name
+    "case", [c for c in CASES if c.on_logits and c.shift_invariant], ids=lambda case: case.name
 )
 finite_logits = arrays(np.float64, (2, 3, 4), elements=st.floats(-30, 30))
 
@@ -50,7 +51,7 @@ def test_value_and_gradient_equal_the_oracle(case: LossCase, dtype: torch.dtype,
     value = case.build()(student, torch.tensor(teacher_array, dtype=dtype))
     value.backward()
 
-    gradient = oracle.gradient(lambda moved: case.reference(moved, teacher_array), student_array)
+    gradient = oracle.gradient(lambda moved: case.reference(moved, teacher_array, student_array), student_array)
     assert value.shape == ()
     assert value.dtype == dtype
     assert value.item() == pytest.approx(case.reference(student_array, teacher_array), rel=tolerance)
@@ -67,7 +68,7 @@ def test_teacher_gets_no_gradient(case: LossCase) -> None:
     assert student.grad is not None
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in CASES if c.per_example], ids=lambda case: case.name)
 def test_loss_of_a_batch_is_the_mean_over_its_examples(case: LossCase) -> None:
     student, teacher = (torch.tensor(array) for array in case.inputs())
     loss = case.build()
@@ -153,8 +154,8 @@ def test_normalised_features_ignore_the_scale_of_a_model(case: LossCase, seed: i
 @logits_cases
 def test_classes_in_the_middle_equal_classes_moved_to_the_end(case: LossCase) -> None:
     student, teacher = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    loss = case.loss(**{**case.settings, "class_dim": 1})
-    moved = case.loss(**{**case.settings, "class_dim": -1})
+    loss = case.make(**{**case.settings, "class_dim": 1})
+    moved = case.make(**{**case.settings, "class_dim": -1})
 
     torch.testing.assert_close(loss(student, teacher), moved(student.movedim(1, -1), teacher.movedim(1, -1)))
 
@@ -177,7 +178,8 @@ def test_functions_take_the_settings_by_keyword_only() -> None:
         parameters = list(inspect.signature(getattr(functional, name)).parameters.values())
         assert parameters[0].name.startswith("student")
         assert parameters[1].name.startswith("teacher")
-        assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[2:])
+        tensors = 3 if "labels" in inspect.signature(getattr(functional, name)).parameters else 2
+        assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[tensors:])
 
 
 @pytest.mark.parametrize("loss", [losses.SoftTargetLoss, losses.SoftCrossEntropyLoss], ids=lambda loss: loss.__name__)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, LossCase
+from cases import CASES
+from loss_case import LossCase
 
 from lightning_distill import functional
 from lightning_distill.losses import (

@@ -1,0 +1,112 @@
+"""What one row of ``cases.py`` says about a loss, and how the generic tests use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_distill import losses
+
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A published implementation's cases: golden value = factor x our loss, and likewise for the gradient."""
+
+    key: str
+    factor: Callable[[Mapping[str, Any], tuple[int, ...]], float] = lambda settings, shape: 1.0
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda reference: {}
+    cases: tuple[str, ...] | None = None  # None: all that the index has of this key
+    value: str = "loss"  # array that holds the value
+    # From the reference's inputs to ours, where it does something of its own first.
+    arrange: Callable[[Tensor, Tensor, Arrays], tuple[Tensor, Tensor]] = lambda student, teacher, arrays: (
+        student,
+        teacher,
+    )
+
+
+def labels_of(teacher: Tensor, class_dim: int) -> Tensor:
+    """Labels that follow a row of logits wherever a test moves it: the teacher's first or second choice."""
+    choices = teacher.argsort(dim=class_dim, descending=True, stable=True)
+    second = teacher.argmin(dim=class_dim) % 2 == 1
+    return torch.where(second, choices.select(class_dim, 1), choices.select(class_dim, 0))
+
+
+class Labelled(nn.Module):
+    """A loss that needs labels, called with the two models' logits alone."""
+
+    def __init__(self, loss: losses.DistillationLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.loss(student, teacher, labels_of(teacher.detach(), self.loss.class_dim))
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """How the generic tests use one loss."""
+
+    name: str
+    loss: type[losses.DistillationLoss]
+    oracle: Callable[..., float]
+    student_shape: tuple[int, ...]
+    teacher_shape: tuple[int, ...] | None = None  # None: as the student's
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    golden: tuple[Golden, ...] = ()
+    zero_at_identity: bool = True
+    on_logits: bool = False
+    shift_invariant: bool = True  # whether a shift of all logits of a row changes nothing
+    per_example: bool = True  # whether the loss of a batch is the mean over its examples
+    detached: bool = False  # whether the oracle's ``frozen`` is the student at which a factor without gradient is taken
+
+    def build(self) -> nn.Module:
+        return self.make(**self.settings)
+
+    def make(self, **settings: Any) -> nn.Module:
+        """The loss with other settings; called with the two tensors only, even where it needs labels."""
+        loss = self.loss(**settings)
+        return Labelled(loss) if loss.needs_labels else loss
+
+    def reference(self, student: oracle.Array, teacher: oracle.Array, frozen: oracle.Array | None = None) -> float:
+        settings = {name: value for name, value in self.settings.items() if name != "kind"}
+        if self.loss.needs_labels:
+            labels = labels_of(torch.tensor(teacher), settings.get("class_dim", -1))
+            settings["labels"] = labels.numpy()
+        if self.detached:
+            settings["frozen"] = student if frozen is None else frozen
+        return self.oracle(student, teacher, **settings)
+
+    def inputs(self, seed: int = 0, scale: float = 2.0) -> tuple[oracle.Array, oracle.Array]:
+        generator = np.random.default_rng(seed)
+        shapes = (self.student_shape, self.teacher_shape or self.student_shape)
+        student, teacher = (scale * generator.standard_normal(shape) for shape in shapes)
+        return student, teacher
+
+
+def golden_index(key: str) -> list[dict[str, Any]]:
+    """The entries of one key, in the order of the index."""
+    entries = json.loads((GOLDEN_FOLDER / "index.json").read_text(encoding="utf-8"))
+    return [entry for entry in entries if entry["key"] == key]
+
+
+def golden_arrays(entry: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """The arrays of one golden case."""
+    with np.load(GOLDEN_FOLDER / entry["file"]) as stored:
+        return dict(stored)
+
+
+def softened(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Our settings from a reference's, where a temperature is all there is."""
+    return {"temperature": reference.get("T", reference.get("temperature"))}
