@@ -7,6 +7,10 @@ Hinton 2015, arXiv:1503.02531        SoftTargetLoss            functional.soft_t
 Sun 2024, arXiv:2403.01427           SoftTargetLoss            functional.soft_target_kl(standardize=True)
 Hinton 2015, arXiv:1503.02531        SoftCrossEntropyLoss      functional.soft_cross_entropy
 Ba & Caruana 2014, arXiv:1312.6184   LogitMSELoss              functional.logit_mse
+Gu 2023, arXiv:2306.08543            ReverseKLLoss             functional.reverse_kl
+Agarwal 2023, arXiv:2306.13649       GeneralizedJSDLoss        functional.generalized_jsd
+Ko 2024, arXiv:2402.03898            SkewKLLoss                functional.skew_kl, skew_reverse_kl
+Wen 2023, arXiv:2307.15190           TotalVariationLoss        functional.total_variation
 Zagoruyko 2017, arXiv:1612.03928     AttentionTransferLoss     functional.attention_transfer
 Romero 2015, arXiv:1412.6550         FeatureDistance("mse")    functional.feature_mse, feature_l1, feature_smooth_l1
 Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine") functional.feature_cosine
@@ -21,9 +25,13 @@ from lightning_distill.losses import (
     AttentionTransferLoss,
     DistillationLoss,
     FeatureDistance,
+    GeneralizedJSDLoss,
     LogitMSELoss,
+    ReverseKLLoss,
+    SkewKLLoss,
     SoftCrossEntropyLoss,
     SoftTargetLoss,
+    TotalVariationLoss,
 )
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
@@ -43,13 +51,17 @@ __all__ = [
     "Distiller",
     "FeatureDistance",
     "FeatureDistillation",
+    "GeneralizedJSDLoss",
     "LogitMSELoss",
     "LogitsDistillation",
+    "ReverseKLLoss",
+    "SkewKLLoss",
     "SoftCrossEntropyLoss",
     "SoftTargetLoss",
     "Tap",
     "TeacherAgreement",
     "TeacherDivergence",
+    "TotalVariationLoss",
     "functional",
     "load_teacher",
     "losses",

@@ -115,6 +115,50 @@ def at_least(name: str, value: Any, minimum: float) -> None:
         raise ValueError(message(f"`{name}` to be at least {minimum}", f"{name}={value!r}"))
 
 
+def between(name: str, value: Any, minimum: float, maximum: float) -> None:
+    """Check that a setting is a number of a closed range.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed.
+        minimum: Smallest value allowed.
+        maximum: Largest value allowed.
+
+    Raises:
+        TypeError: If the value is no int or float.
+        ValueError: If the value is not finite or out of the range.
+
+    Example:
+        >>> between("beta", 1.5, 0, 1)
+        Traceback (most recent call last):
+        ValueError: Expected `beta` to be from 0 to 1, but got beta=1.5.
+    """
+    number(name, value)
+    if not minimum <= value <= maximum:
+        raise ValueError(message(f"`{name}` to be from {minimum} to {maximum}", f"{name}={value!r}"))
+
+
+def fraction(name: str, value: Any) -> None:
+    """Check that a setting is a share of something that must not be the whole.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed.
+
+    Raises:
+        TypeError: If the value is no int or float.
+        ValueError: If the value is not finite, less than 0, or 1 or more.
+
+    Example:
+        >>> fraction("skew", 1.0)
+        Traceback (most recent call last):
+        ValueError: Expected `skew` to be at least 0 and less than 1, but got skew=1.0.
+    """
+    number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(message(f"`{name}` to be at least 0 and less than 1", f"{name}={value!r}"))
+
+
 def boolean(name: str, value: Any) -> None:
     """Check that a switch is True or False.
 

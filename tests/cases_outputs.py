@@ -2,6 +2,116 @@
 
 from __future__ import annotations
 
-from loss_case import LossCase
+import oracle_outputs as oracle
+import torch
+from loss_case import Arrays, Golden, LossCase, softened
+from torch import Tensor
 
-OUTPUT_CASES: list[LossCase] = []
+from lightning_distill import losses
+
+
+def _unmasked_tokens(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    if "labels" in arrays:
+        chosen = torch.from_numpy(arrays["labels"] != -100)
+        return student[chosen], teacher[chosen]
+    return student, teacher
+
+
+DIVERGENCES = [
+    LossCase(
+        "reverse_kl",
+        losses.ReverseKLLoss,
+        oracle.reverse_kl,
+        (4, 5),
+        settings={"temperature": 2.0},
+        golden=(Golden("reverse_kl", arrange=_unmasked_tokens),),
+        on_logits=True,
+    ),
+    LossCase(
+        "generalized_jsd",
+        losses.GeneralizedJSDLoss,
+        oracle.generalized_jsd,
+        (2, 3, 4),
+        settings={"beta": 0.3, "temperature": 2.0},
+        golden=(
+            Golden(
+                "generalized_jsd",
+                settings=lambda ref: {"beta": ref["beta"], "temperature": ref["temperature"]},
+                cases=("s1", "s2", "s3", "s5"),
+                arrange=_unmasked_tokens,
+            ),
+            # Without labels the reference divides by the examples and not by their tokens.
+            Golden(
+                "generalized_jsd",
+                factor=lambda settings, shape: shape[1],
+                settings=lambda ref: {"beta": ref["beta"], "temperature": ref["temperature"]},
+                cases=("s4",),
+            ),
+        ),
+        on_logits=True,
+    ),
+    LossCase(
+        "generalized_jsd_forward",
+        losses.GeneralizedJSDLoss,
+        oracle.generalized_jsd,
+        (2, 3, 2, 3),
+        settings={"beta": 0.0, "class_dim": 1},
+        on_logits=True,
+    ),
+    LossCase(
+        "generalized_jsd_reverse",
+        losses.GeneralizedJSDLoss,
+        oracle.generalized_jsd,
+        (4, 5),
+        settings={"beta": 1.0},
+        on_logits=True,
+    ),
+    LossCase(
+        "skew_kl",
+        losses.SkewKLLoss,
+        oracle.skew_kl,
+        (4, 5),
+        settings={"skew": 0.2},
+        # The reference's own value is a cross entropy; the divergence is stored beside it.
+        golden=(
+            Golden(
+                "skew_kl", settings=lambda ref: {"skew": ref["lam"]}, value="loss_true_kl", arrange=_unmasked_tokens
+            ),
+        ),
+        on_logits=True,
+    ),
+    LossCase("skew_kl_without_skew", losses.SkewKLLoss, oracle.skew_kl, (4, 5), settings={"skew": 0.0}, on_logits=True),
+    LossCase(
+        "skew_reverse_kl",
+        losses.SkewKLLoss,
+        oracle.skew_kl,
+        (2, 3, 4),
+        settings={"skew": 0.1, "reverse": True},
+        golden=(
+            Golden(
+                "skew_reverse_kl",
+                settings=lambda ref: {"skew": ref["lam"], "reverse": True},
+                arrange=_unmasked_tokens,
+            ),
+        ),
+        on_logits=True,
+    ),
+    LossCase(
+        "total_variation",
+        losses.TotalVariationLoss,
+        oracle.total_variation,
+        (4, 5),
+        settings={"temperature": 2.0},
+        golden=(
+            Golden(
+                "tvd",
+                factor=lambda settings, shape: settings["temperature"] ** 2,
+                settings=softened,
+                arrange=_unmasked_tokens,
+            ),
+        ),
+        on_logits=True,
+    ),
+]
+
+OUTPUT_CASES: list[LossCase] = [*DIVERGENCES]

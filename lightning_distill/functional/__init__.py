@@ -1,5 +1,12 @@
 """The mathematics: pure functions of two tensors, student first, that return one value per example."""
 
+from lightning_distill.functional.divergences import (
+    generalized_jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
 from lightning_distill.functional.features import (
     attention_transfer,
     feature_cosine,
@@ -17,7 +24,12 @@ __all__ = [
     "feature_l1",
     "feature_mse",
     "feature_smooth_l1",
+    "generalized_jsd",
     "logit_mse",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
     "soft_cross_entropy",
     "soft_target_kl",
+    "total_variation",
 ]

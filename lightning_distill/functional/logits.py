@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.inputs import prepare_logits
 
-_NAMES = ("student_logits", "teacher_logits")
 _STANDARDIZE_EPS = 1e-7
 
 
@@ -54,7 +53,7 @@ def soft_target_kl(
         give gradients that overflow half precision.
     """
     checks.positive("temperature", temperature)
-    student, teacher = _prepare(student_logits, teacher_logits, class_dim, at_least=2)
+    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=2)
     if standardize:
         student, teacher = _standardized(student, class_dim), _standardized(teacher, class_dim)
     log_student = F.log_softmax(student / temperature, dim=class_dim)
@@ -96,7 +95,7 @@ def soft_cross_entropy(
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
     """
     checks.positive("temperature", temperature)
-    student, teacher = _prepare(student_logits, teacher_logits, class_dim, at_least=2)
+    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=2)
     log_student = F.log_softmax(student / temperature, dim=class_dim)
     soft_targets = F.softmax(teacher / temperature, dim=class_dim)
     return -(soft_targets * log_student).sum(dim=class_dim) * temperature**2
@@ -128,23 +127,8 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, class_dim: int 
     References:
         Ba and Caruana 2014, section 2.2, arXiv:1312.6184; deviation: the mean over the classes, without the factor 1/2.
     """
-    student, teacher = _prepare(student_logits, teacher_logits, class_dim, at_least=1)
+    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=1)
     return (student - teacher).square().mean(dim=class_dim)
-
-
-def _prepare(student_logits: Tensor, teacher_logits: Tensor, class_dim: int, *, at_least: int) -> tuple[Tensor, Tensor]:
-    student, teacher = prepare(student_logits, teacher_logits, _NAMES)
-    checks.same_shape(student, teacher, names=_NAMES, remedy="Both models must score the same classes.")
-    shape = tuple(student.shape)
-    if student.ndim < 2:
-        expected = "`student_logits` to have a batch dimension and a class dimension"
-        raise ValueError(checks.message(expected, f"shape {shape}", "Use unsqueeze(-1) for one score per example."))
-    checks.inner_dim("class_dim", class_dim, student.ndim)
-    if student.shape[class_dim] < at_least:
-        # The softmax over one class is always 1: the loss would be zero whatever the student does.
-        expected = f"`student_logits` to have at least {at_least} classes at class_dim={class_dim}"
-        raise ValueError(checks.message(expected, f"shape {shape}", "Use LogitMSELoss for a single score."))
-    return student, teacher
 
 
 def _standardized(logits: Tensor, class_dim: int) -> Tensor:

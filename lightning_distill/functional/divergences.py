@@ -1,0 +1,233 @@
+"""Divergences between the two models' distributions: student first, one value per row, no gradient into the teacher."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.inputs import prepare_logits
+
+
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the teacher's probabilities from the student's.
+
+    .. math:: \sum_c p^s_c (\log p^s_c - \log p^t_c), \qquad p = \mathrm{softmax}(z / T)
+
+    A student too small to cover all that the teacher holds possible keeps to what the teacher finds most likely,
+    where the forward divergence makes it spread out.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0]])
+        >>> reverse_kl(student, teacher)
+        tensor([0.4825])
+
+    References:
+        Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543; deviation: the divergence of the whole distribution at
+        each position, summed exactly, instead of an estimate from sampled sequences. There is no factor
+        :math:`T^2`.
+    """
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, class_dim)
+    return _kl(log_student, log_teacher, class_dim)
+
+
+def generalized_jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    class_dim: int = -1,
+) -> Tensor:
+    r"""Generalised Jensen-Shannon divergence of the two models' probabilities.
+
+    .. math:: \beta \, \mathrm{KL}(p^t \| m) + (1 - \beta) \, \mathrm{KL}(p^s \| m), \qquad
+        m = \beta p^t + (1 - \beta) p^s, \qquad p = \mathrm{softmax}(z / T)
+
+    It is bounded, and :math:`\beta` moves between the forward divergence :math:`\mathrm{KL}(p^t \| p^s)`, which stands
+    for 0, and the reverse :math:`\mathrm{KL}(p^s \| p^t)`, which stands for 1.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        beta: Share of the teacher in the mixture, from 0 to 1.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0 or
+            ``beta`` is not from 0 to 1.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0]])
+        >>> generalized_jsd(student, teacher, beta=0.1)
+        tensor([0.0226])
+
+    References:
+        Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649. At 0 and 1 the formula itself is 0; as in
+        the authors' code these stand for the two divergences that it tends to, divided by its weight, near the ends.
+        There is no factor :math:`T^2`.
+    """
+    checks.between("beta", beta, 0, 1)
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, class_dim)
+    if beta == 0:
+        return _kl(log_teacher, log_student, class_dim)
+    if beta == 1:
+        return _kl(log_student, log_teacher, class_dim)
+    log_mixture = _log_mixture(log_teacher, log_student, beta)
+    from_teacher, from_student = (_kl(log_p, log_mixture, class_dim) for log_p in (log_teacher, log_student))
+    return beta * from_teacher + (1 - beta) * from_student
+
+
+def skew_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1, class_dim: int = -1) -> Tensor:
+    r"""Kullback-Leibler divergence of a mixture of both models from the teacher's probabilities.
+
+    .. math:: \mathrm{KL}(p^t \, \| \, \alpha p^t + (1 - \alpha) p^s), \qquad p = \mathrm{softmax}(z)
+
+    The mixture is never far below the teacher: the value is at most :math:`-\log \alpha` and the gradient stays small
+    where the student finds impossible what the teacher does not.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        skew: Share :math:`\alpha` of the teacher in the mixture, from 0 (no mixture) to less than 1.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or ``skew`` is out of its range.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0]])
+        >>> skew_kl(student, teacher)
+        tensor([0.2103])
+
+    References:
+        Ko et al. 2024 (DistiLLM), equation 4, arXiv:2402.03898; deviation: the whole divergence, where the authors'
+        code leaves out the teacher's entropy, which has no gradient.
+    """
+    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    checks.fraction("skew", skew)
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, class_dim)
+    return _kl(log_teacher, _log_mixture(log_teacher, log_student, skew), class_dim)
+
+
+def skew_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1, class_dim: int = -1
+) -> Tensor:
+    r"""Kullback-Leibler divergence of a mixture of both models from the student's probabilities.
+
+    .. math:: \mathrm{KL}(p^s \, \| \, \alpha p^s + (1 - \alpha) p^t), \qquad p = \mathrm{softmax}(z)
+
+    The reverse divergence with a bound: a student that believes in what the teacher finds impossible is corrected
+    without the gradient growing with the teacher's certainty. The gradient passes through the mixture too.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        skew: Share :math:`\alpha` of the student in the mixture, from 0 (no mixture) to less than 1.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or ``skew`` is out of its range.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0]])
+        >>> skew_reverse_kl(student, teacher)
+        tensor([0.2873])
+
+    References:
+        Ko et al. 2024 (DistiLLM), section 3.1, arXiv:2402.03898.
+    """
+    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    checks.fraction("skew", skew)
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, class_dim)
+    return _kl(log_student, _log_mixture(log_student, log_teacher, skew), class_dim)
+
+
+def total_variation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+) -> Tensor:
+    r"""Total variation distance of the two models' probabilities.
+
+    .. math:: \frac{1}{2} \sum_c |p^s_c - p^t_c|, \qquad p = \mathrm{softmax}(z / T)
+
+    It is symmetric and bounded: one example on which the models disagree entirely counts 1, however certain they are.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        Distance from 0 to 1, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0]])
+        >>> total_variation(student, teacher)
+        tensor([0.2710])
+
+    References:
+        Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190; deviation: the distance at each position, summed
+        exactly. There is no factor :math:`T^2`.
+    """
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, class_dim)
+    return 0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(dim=class_dim)
+
+
+def _log_probabilities(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int
+) -> tuple[Tensor, Tensor]:
+    checks.positive("temperature", temperature)
+    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim)
+    return F.log_softmax(student / temperature, dim=class_dim), F.log_softmax(teacher / temperature, dim=class_dim)
+
+
+def _kl(log_p: Tensor, log_q: Tensor, class_dim: int) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(dim=class_dim)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    # log(share p + (1 - share) q) without leaving log space, where p or q may be less than the smallest float.
+    if share == 0:
+        return log_q
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))

@@ -1,0 +1,127 @@
+"""Laws, edges and errors of the further losses on the models' outputs that no other loss shares."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_distill import functional, losses
+
+seeds = st.integers(0, 10_000)
+
+
+def logits(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    student, teacher = 3 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return student, teacher
+
+
+@given(seed=seeds)
+def test_reverse_divergence_is_the_forward_one_with_the_models_exchanged(seed: int) -> None:
+    student, teacher = logits(seed, 3, 4)
+
+    forward = functional.soft_target_kl(teacher, student, temperature=1.0)
+    torch.testing.assert_close(functional.reverse_kl(student, teacher), forward)
+
+
+@given(seed=seeds, beta=st.floats(0.01, 0.99))
+def test_generalized_jsd_is_bounded_by_the_entropy_of_the_mixing(seed: int, beta: float) -> None:
+    student, teacher = logits(seed, 3, 4)
+
+    value = functional.generalized_jsd(10 * student, 10 * teacher, beta=beta)
+
+    assert (value <= -beta * math.log(beta) - (1 - beta) * math.log1p(-beta) + 1e-9).all()
+
+
+@given(seed=seeds)
+def test_generalized_jsd_at_one_half_is_symmetric(seed: int) -> None:
+    student, teacher = logits(seed, 3, 4)
+
+    torch.testing.assert_close(
+        functional.generalized_jsd(student, teacher), functional.generalized_jsd(teacher, student)
+    )
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1 - 1e-6])
+def test_generalized_jsd_over_its_weight_tends_to_the_divergence_that_its_end_stands_for(beta: float) -> None:
+    student, teacher = logits(0, 3, 4)
+
+    near = functional.generalized_jsd(student, teacher, beta=beta) / min(beta, 1 - beta)
+    torch.testing.assert_close(
+        near, functional.generalized_jsd(student, teacher, beta=round(beta)), rtol=1e-3, atol=1e-6
+    )
+
+
+@given(seed=seeds, skew=st.floats(0.01, 0.99))
+def test_skew_divergences_are_at_most_minus_the_logarithm_of_the_skew(seed: int, skew: float) -> None:
+    student, teacher = (10 * tensor for tensor in logits(seed, 3, 4))
+
+    for function in (functional.skew_kl, functional.skew_reverse_kl):
+        assert (function(student, teacher, skew=skew) <= -math.log(skew) + 1e-9).all()
+
+
+def test_without_skew_the_divergences_are_the_plain_ones() -> None:
+    student, teacher = logits(0, 3, 4)
+
+    forward = functional.soft_target_kl(student, teacher, temperature=1.0)
+    torch.testing.assert_close(functional.skew_kl(student, teacher, skew=0.0), forward)
+    reverse = functional.reverse_kl(student, teacher)
+    torch.testing.assert_close(functional.skew_reverse_kl(student, teacher, skew=0.0), reverse)
+
+
+def test_total_variation_of_certain_models_that_disagree_is_one() -> None:
+    value = functional.total_variation(torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]]))
+
+    assert value.tolist() == [1.0]
+
+
+@given(seed=seeds)
+def test_total_variation_bounds_the_divergence_from_below(seed: int) -> None:
+    student, teacher = logits(seed, 3, 4)
+
+    # Pinsker's inequality.
+    bound = 2 * functional.total_variation(student, teacher).square()
+    assert (functional.reverse_kl(student, teacher) >= bound - 1e-12).all()
+
+
+@pytest.mark.parametrize("function", [functional.reverse_kl, functional.generalized_jsd, functional.total_variation])
+def test_divergences_have_no_factor_of_the_temperature(function: object) -> None:
+    student, teacher = logits(0, 3, 4)
+
+    torch.testing.assert_close(function(student, teacher, temperature=2.0), function(student / 2, teacher / 2))
+
+
+def test_divergences_give_one_value_per_row() -> None:
+    student, teacher = logits(0, 2, 3, 4, 5)
+    for name in ("reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl", "total_variation"):
+        assert getattr(functional, name)(student, teacher, class_dim=1).shape == (2, 4, 5)
+
+
+def test_compiled_divergences_follow_a_changed_share() -> None:
+    student, teacher = logits(0, 3, 4)
+    for loss, setting in ((losses.GeneralizedJSDLoss(), "beta"), (losses.SkewKLLoss(), "skew")):
+        torch.compiler.reset()
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)
+        for share in (0.5, 0.3, 0.2, 0.0):
+            setattr(loss, setting, share)
+            torch.testing.assert_close(compiled(student, teacher), type(loss)(share)(student, teacher))
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "error", "words"),
+    [
+        ("GeneralizedJSDLoss", {"beta": 1.5}, ValueError, r"Expected `beta` to be from 0 to 1, but got beta=1\.5\."),
+        ("GeneralizedJSDLoss", {"beta": "1"}, TypeError, r"Expected `beta` to be an int or a float, but got beta='1'"),
+        ("SkewKLLoss", {"skew": 1.0}, ValueError, r"Expected `skew` to be at least 0 and less than 1, but got skew=1"),
+        ("SkewKLLoss", {"skew": -0.1}, ValueError, r"Expected `skew` to be at least 0 and less .* but got skew=-0\.1"),
+        ("SkewKLLoss", {"reverse": 1}, TypeError, r"Expected `reverse` to be True or False, but got reverse=1\."),
+        ("ReverseKLLoss", {"temperature": 0}, ValueError, r"Expected `temperature` to be greater than 0, but got"),
+        ("TotalVariationLoss", {"class_dim": 0}, ValueError, r"Expected `class_dim` to be other than the batch"),
+    ],
+)
+def test_bad_settings_raise_in_the_constructor(loss: str, settings: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        getattr(losses, loss)(**settings)
