@@ -11,10 +11,18 @@ Gu 2023, arXiv:2306.08543            ReverseKLLoss             functional.revers
 Agarwal 2023, arXiv:2306.13649       GeneralizedJSDLoss        functional.generalized_jsd
 Ko 2024, arXiv:2402.03898            SkewKLLoss                functional.skew_kl, skew_reverse_kl
 Wen 2023, arXiv:2307.15190           TotalVariationLoss        functional.total_variation
+Zhao 2022, arXiv:2203.08679          DecoupledKDLoss           functional.decoupled_kd
+Yang 2023, arXiv:2303.13005          NormalizedKDLoss          functional.normalized_kd
+Zhou 2021, arXiv:2102.00650          WeightedSoftLabelLoss     functional.weighted_soft_labels
 Zagoruyko 2017, arXiv:1612.03928     AttentionTransferLoss     functional.attention_transfer
 Romero 2015, arXiv:1412.6550         FeatureDistance("mse")    functional.feature_mse, feature_l1, feature_smooth_l1
 Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine") functional.feature_cosine
 softmax over channels                FeatureDistance("kl")     functional.feature_kl
+Cao 2022, arXiv:2207.02039           PearsonFeatureLoss        functional.pearson_feature
+Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss     functional.neuron_selectivity
+Kornblith 2019, arXiv:1905.00414     CKALoss                   functional.centered_kernel_alignment
+Sun 2019, arXiv:1908.09355           PatientLoss               functional.normalized_mse
+Sun 2020, arXiv:2004.02984           FeatureMapTransferLoss    functional.feature_map_transfer
 ===================================  ========================  ==================================================
 """
 
@@ -23,15 +31,23 @@ from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
 from lightning_distill.losses import (
     AttentionTransferLoss,
+    CKALoss,
+    DecoupledKDLoss,
     DistillationLoss,
     FeatureDistance,
+    FeatureMapTransferLoss,
     GeneralizedJSDLoss,
     LogitMSELoss,
+    NeuronSelectivityLoss,
+    NormalizedKDLoss,
+    PatientLoss,
+    PearsonFeatureLoss,
     ReverseKLLoss,
     SkewKLLoss,
     SoftCrossEntropyLoss,
     SoftTargetLoss,
     TotalVariationLoss,
+    WeightedSoftLabelLoss,
 )
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
@@ -43,7 +59,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionTransferLoss",
+    "CKALoss",
     "Call",
+    "DecoupledKDLoss",
     "DistillCallback",
     "DistillModule",
     "DistillationLoss",
@@ -51,9 +69,14 @@ __all__ = [
     "Distiller",
     "FeatureDistance",
     "FeatureDistillation",
+    "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
     "LogitMSELoss",
     "LogitsDistillation",
+    "NeuronSelectivityLoss",
+    "NormalizedKDLoss",
+    "PatientLoss",
+    "PearsonFeatureLoss",
     "ReverseKLLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
@@ -62,6 +85,7 @@ __all__ = [
     "TeacherAgreement",
     "TeacherDivergence",
     "TotalVariationLoss",
+    "WeightedSoftLabelLoss",
     "functional",
     "load_teacher",
     "losses",

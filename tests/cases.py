@@ -8,6 +8,7 @@ from __future__ import annotations
 import oracle
 import torch
 import torch.nn.functional as F
+from cases_features import FEATURE_CASES, larger_map_pooled
 from cases_outputs import OUTPUT_CASES
 from loss_case import Arrays, Golden, LossCase, softened
 from torch import Tensor
@@ -26,13 +27,6 @@ def _selected_tokens(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[
         chosen = torch.from_numpy(arrays["mask"]).bool()
         return student[chosen], teacher[chosen]
     return student, teacher
-
-
-def _larger_map_pooled(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
-    # The reference pools whichever map is larger, in case s2 the student's. Our terms resize the teacher's, always, and
-    # our function takes equal sizes only: here the maps are made equal the reference's way.
-    height = min(student.shape[2], teacher.shape[2])
-    return F.adaptive_avg_pool2d(student, height), F.adaptive_avg_pool2d(teacher, height)
 
 
 CASES = [
@@ -100,7 +94,7 @@ CASES = [
         oracle.attention_transfer,
         (2, 3, 2, 3),
         (2, 5, 2, 3),
-        golden=(Golden("attention_transfer", arrange=_larger_map_pooled),),
+        golden=(Golden("attention_transfer", arrange=larger_map_pooled),),
     ),
     LossCase(
         "attention_transfer_tokens",
@@ -116,7 +110,10 @@ CASES = [
         oracle.mse,
         (3, 2, 2, 3),
         settings={"kind": "mse"},
-        golden=(Golden("fitnet_mse", settings=lambda ref: {"kind": "mse"}, arrange=_after_conv1x1),),
+        golden=(
+            Golden("fitnet_mse", settings=lambda ref: {"kind": "mse"}, arrange=_after_conv1x1),
+            Golden("patient_kd", settings=lambda ref: {"kind": "mse"}, cases=("s2",)),  # without normalisation
+        ),
     ),
     LossCase("l1", losses.FeatureDistance, oracle.l1, (3, 2, 4), settings={"kind": "l1"}),
     LossCase("smooth_l1", losses.FeatureDistance, oracle.smooth_l1, (3, 7), settings={"kind": "smooth_l1"}),
@@ -138,4 +135,5 @@ CASES = [
         settings={"kind": "kl", "channel_dim": 1},
     ),
     *OUTPUT_CASES,
+    *FEATURE_CASES,
 ]

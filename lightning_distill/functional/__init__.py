@@ -16,20 +16,36 @@ from lightning_distill.functional.features import (
     feature_smooth_l1,
 )
 from lightning_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
+from lightning_distill.functional.normalized import (
+    centered_kernel_alignment,
+    feature_map_transfer,
+    neuron_selectivity,
+    normalized_mse,
+    pearson_feature,
+)
+from lightning_distill.functional.targets import decoupled_kd, normalized_kd, weighted_soft_labels
 
 __all__ = [
     "attention_transfer",
+    "centered_kernel_alignment",
+    "decoupled_kd",
     "feature_cosine",
     "feature_kl",
     "feature_l1",
+    "feature_map_transfer",
     "feature_mse",
     "feature_smooth_l1",
     "generalized_jsd",
     "logit_mse",
+    "neuron_selectivity",
+    "normalized_kd",
+    "normalized_mse",
+    "pearson_feature",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
     "soft_target_kl",
     "total_variation",
+    "weighted_soft_labels",
 ]

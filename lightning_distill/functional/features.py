@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
-
-_REMEDY = "Map the student's feature to the teacher's shape with an adapter."
+from lightning_distill.functional.vectors import (
+    channels_at,
+    check_positions,
+    or_one,
+    per_example,
+    prepare_equal,
+    unit,
+)
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -37,8 +42,8 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Romero et al. 2015 (FitNets), equation 3, arXiv:1412.6550; deviation: the mean, without the factor 1/2.
     """
-    student, teacher = _prepare(student, teacher)
-    return _per_example(F.mse_loss(student, teacher, reduction="none"))
+    student, teacher = prepare_equal(student, teacher)
+    return per_example(F.mse_loss(student, teacher, reduction="none"))
 
 
 def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
@@ -66,8 +71,8 @@ def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Romero et al. 2015 (FitNets), section 2.2, arXiv:1412.6550; deviation: absolute instead of squared differences.
     """
-    student, teacher = _prepare(student, teacher)
-    return _per_example((student - teacher).abs())
+    student, teacher = prepare_equal(student, teacher)
+    return per_example((student - teacher).abs())
 
 
 def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
@@ -96,8 +101,8 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Girshick 2015 (Fast R-CNN), equation 3, arXiv:1504.08083.
     """
-    student, teacher = _prepare(student, teacher)
-    return _per_example(F.smooth_l1_loss(student, teacher, reduction="none"))
+    student, teacher = prepare_equal(student, teacher)
+    return per_example(F.smooth_l1_loss(student, teacher, reduction="none"))
 
 
 def feature_cosine(student: Tensor, teacher: Tensor, *, channel_dim: int | None = None) -> Tensor:
@@ -127,10 +132,10 @@ def feature_cosine(student: Tensor, teacher: Tensor, *, channel_dim: int | None 
     References:
         Sanh et al. 2019 (DistilBERT), section 2, arXiv:1910.01108.
     """
-    student, teacher = _prepare(student, teacher)
-    dim = _channel_dim(student, channel_dim)
-    cosine = (_unit(student, dim) * _unit(teacher, dim)).sum(dim=dim)
-    return _per_example(1 - cosine)
+    student, teacher = prepare_equal(student, teacher)
+    dim = channels_at(student, channel_dim)
+    cosine = (unit(student, dim) * unit(teacher, dim)).sum(dim=dim)
+    return per_example(1 - cosine)
 
 
 def feature_kl(student: Tensor, teacher: Tensor, *, channel_dim: int | None = None) -> Tensor:
@@ -159,15 +164,15 @@ def feature_kl(student: Tensor, teacher: Tensor, *, channel_dim: int | None = No
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531, at temperature 1 and on a feature instead of logits.
     """
-    student, teacher = _prepare(student, teacher)
-    dim = _channel_dim(student, channel_dim)
+    student, teacher = prepare_equal(student, teacher)
+    dim = channels_at(student, channel_dim)
     if student.shape[dim] < 2:
         # The softmax over one channel is always 1: the loss would be zero whatever the student does.
         expected = f"`student` to have at least 2 channels at dimension {dim}"
         raise ValueError(checks.message(expected, f"shape {tuple(student.shape)}", "Pass another channel_dim."))
     log_student = F.log_softmax(student, dim=dim)
     log_teacher = F.log_softmax(teacher, dim=dim)
-    return _per_example((log_teacher.exp() * (log_teacher - log_student)).sum(dim=dim))
+    return per_example((log_teacher.exp() * (log_teacher - log_student)).sum(dim=dim))
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> Tensor:
@@ -203,53 +208,13 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> T
     """
     checks.at_least("p", p, 1)
     student, teacher = prepare(student, teacher)
-    _check_positions(student, teacher)
-    attention = [_unit(_attention_map(feature, p), dim=1) for feature in (student, teacher)]
+    check_positions(student, teacher)
+    attention = [unit(_attention_map(feature, p), dim=1) for feature in (student, teacher)]
     return (attention[0] - attention[1]).square().mean(dim=1)
-
-
-def _prepare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    student, teacher = prepare(student, teacher)
-    checks.same_shape(student, teacher, remedy=_REMEDY)
-    if student.ndim < 1:
-        raise ValueError(checks.message("`student` to have a batch dimension", "shape ()"))
-    return student, teacher
-
-
-def _per_example(values: Tensor) -> Tensor:
-    return values.mean(dim=tuple(range(1, values.ndim))) if values.ndim > 1 else values
-
-
-def _channel_dim(feature: Tensor, channel_dim: int | None = None) -> int:
-    dim = channel_dim if channel_dim is not None else (1 if feature.ndim >= 4 else -1)
-    checks.inner_dim("channel_dim", dim, feature.ndim)
-    return dim
-
-
-def _check_positions(student: Tensor, teacher: Tensor) -> None:
-    if student.ndim == teacher.ndim and student.ndim >= 3:
-        dim = _channel_dim(student)
-        positions = [tuple(size for i, size in enumerate(f.shape) if i != dim % f.ndim) for f in (student, teacher)]
-        if positions[0] == positions[1] and student[0:1].select(dim, 0).numel() > 1:
-            return
-    expected = "`student` and `teacher` to have the same examples and positions, more than one, whatever their channels"
-    got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-    raise ValueError(checks.message(expected, got, "Resize the teacher's feature to the student's positions."))
 
 
 def _attention_map(feature: Tensor, p: float) -> Tensor:
     # The normalised map does not change with the size of the feature: dividing by the largest activation costs nothing
     # and keeps the power, and the square of it, within float32.
-    feature = feature / _or_one(feature.detach().abs().flatten(1).amax(dim=1)).view(-1, *[1] * (feature.ndim - 1))
-    return feature.abs().pow(p).mean(dim=_channel_dim(feature)).flatten(1)
-
-
-def _unit(vectors: Tensor, dim: int) -> Tensor:
-    # Scaled first so that the squares neither overflow nor vanish. A vector of zeros is divided by 1: dividing by a
-    # tiny constant instead would give it a gradient that overflows half precision.
-    vectors = vectors / _or_one(vectors.detach().abs().amax(dim=dim, keepdim=True))
-    return vectors / _or_one(vectors.square().sum(dim=dim, keepdim=True)).sqrt()
-
-
-def _or_one(values: Tensor) -> Tensor:
-    return torch.where(values > 0, values, 1.0)
+    feature = feature / or_one(feature.detach().abs().flatten(1).amax(dim=1)).view(-1, *[1] * (feature.ndim - 1))
+    return feature.abs().pow(p).mean(dim=channels_at(feature)).flatten(1)

@@ -4,16 +4,32 @@ from lightning_distill.losses.base import DistillationLoss
 from lightning_distill.losses.divergences import GeneralizedJSDLoss, ReverseKLLoss, SkewKLLoss, TotalVariationLoss
 from lightning_distill.losses.features import AttentionTransferLoss, FeatureDistance
 from lightning_distill.losses.logits import LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
+from lightning_distill.losses.normalized import (
+    CKALoss,
+    FeatureMapTransferLoss,
+    NeuronSelectivityLoss,
+    PatientLoss,
+    PearsonFeatureLoss,
+)
+from lightning_distill.losses.targets import DecoupledKDLoss, NormalizedKDLoss, WeightedSoftLabelLoss
 
 __all__ = [
     "AttentionTransferLoss",
+    "CKALoss",
+    "DecoupledKDLoss",
     "DistillationLoss",
     "FeatureDistance",
+    "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
     "LogitMSELoss",
+    "NeuronSelectivityLoss",
+    "NormalizedKDLoss",
+    "PatientLoss",
+    "PearsonFeatureLoss",
     "ReverseKLLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
     "SoftTargetLoss",
     "TotalVariationLoss",
+    "WeightedSoftLabelLoss",
 ]

@@ -1,0 +1,78 @@
+"""Rows of ``cases.py`` for the losses on normalised features, relations and attention."""
+
+from __future__ import annotations
+
+import oracle_features as oracle
+import torch.nn.functional as F
+from loss_case import Arrays, Golden, LossCase
+from torch import Tensor
+
+from lightning_distill import losses
+
+
+def larger_map_pooled(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    # The reference pools whichever map is larger, in case s2 the student's. Our terms resize the teacher's, always, and
+    # our function takes equal sizes only: here the maps are made equal the reference's way.
+    height = min(student.shape[2], teacher.shape[2])
+    return F.adaptive_avg_pool2d(student, height), F.adaptive_avg_pool2d(teacher, height)
+
+
+def _student_resized(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    return F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False), teacher
+
+
+def _first_token(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    return (student[:, 0], teacher[:, 0]) if student.ndim == 3 else (student, teacher)
+
+
+FEATURE_CASES = [
+    LossCase(
+        "pearson_feature",
+        losses.PearsonFeatureLoss,
+        oracle.pearson_feature,
+        (3, 3, 2, 3),
+        golden=(
+            Golden("pkd_pearson", factor=lambda settings, shape: settings["loss_weight"], arrange=_student_resized),
+        ),
+        per_example=False,
+    ),
+    LossCase("pearson_tokens", losses.PearsonFeatureLoss, oracle.pearson_feature, (2, 4, 3), per_example=False),
+    LossCase(
+        "neuron_selectivity",
+        losses.NeuronSelectivityLoss,
+        oracle.neuron_selectivity,
+        (2, 3, 2, 3),
+        (2, 5, 2, 3),
+        golden=(Golden("nst", arrange=larger_map_pooled),),
+    ),
+    LossCase(
+        "neuron_selectivity_tokens",
+        losses.NeuronSelectivityLoss,
+        oracle.neuron_selectivity,
+        (2, 3, 5),
+        (2, 3, 4),
+    ),
+    LossCase("cka", losses.CKALoss, oracle.cka, (4, 3, 2, 3), (4, 5), golden=(Golden("cka"),), per_example=False),
+    LossCase(
+        "patient",
+        losses.PatientLoss,
+        oracle.normalized_mse,
+        (2, 4, 5),
+        golden=(
+            # Case s2 switches the normalisation off: a row of "mse" has it.
+            Golden("patient_kd", cases=("s1",)),
+            # The reference sums over the channels.
+            Golden("patient_kd_tb", factor=lambda settings, shape: shape[-1], arrange=_first_token),
+        ),
+    ),
+    LossCase("patient_map", losses.PatientLoss, oracle.normalized_mse, (2, 3, 2, 3)),
+    LossCase(
+        "feature_map_transfer",
+        losses.FeatureMapTransferLoss,
+        oracle.feature_map_transfer,
+        (2, 4, 5),
+        settings={"eps": 1e-6},
+        golden=(Golden("mobilebert_fmt", settings=lambda reference: {"eps": reference["eps"]}),),
+    ),
+    LossCase("feature_map_transfer_map", losses.FeatureMapTransferLoss, oracle.feature_map_transfer, (2, 5, 2, 3)),
+]
