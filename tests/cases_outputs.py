@@ -114,4 +114,61 @@ DIVERGENCES = [
     ),
 ]
 
-OUTPUT_CASES: list[LossCase] = [*DIVERGENCES]
+
+TARGETS = [
+    LossCase(
+        "decoupled_kd",
+        losses.DecoupledKDLoss,
+        oracle.decoupled_kd,
+        (4, 5),
+        settings={"target_weight": 0.5, "nontarget_weight": 2.0, "temperature": 3.0},
+        golden=(
+            Golden(
+                "dkd",
+                settings=lambda ref: {
+                    "target_weight": ref["alpha"],
+                    "nontarget_weight": ref["beta"],
+                    "temperature": ref["temperature"],
+                },
+            ),
+        ),
+        on_logits=True,
+    ),
+    LossCase(
+        "decoupled_kd_pixels",
+        losses.DecoupledKDLoss,
+        oracle.decoupled_kd,
+        (2, 3, 2, 3),
+        settings={"class_dim": 1},
+        on_logits=True,
+    ),
+    LossCase(
+        "normalized_kd",
+        losses.NormalizedKDLoss,
+        oracle.normalized_kd,
+        (4, 5),
+        settings={"nontarget_weight": 1.5, "temperature": 2.0},
+        golden=(Golden("nkd", settings=lambda ref: {"nontarget_weight": ref["gamma"], "temperature": ref["temp"]}),),
+        zero_at_identity=False,
+        on_logits=True,
+    ),
+    LossCase(
+        "weighted_soft_labels",
+        losses.WeightedSoftLabelLoss,
+        oracle.weighted_soft_labels,
+        (4, 5),
+        settings={"temperature": 3.0},
+        golden=(
+            Golden(
+                "wsld",
+                factor=lambda settings, shape: settings["loss_weight"],
+                settings=lambda ref: {"temperature": ref["tau"]},
+            ),
+        ),
+        zero_at_identity=False,
+        on_logits=True,
+        detached=True,
+    ),
+]
+
+OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS]

@@ -125,3 +125,110 @@ def test_compiled_divergences_follow_a_changed_share() -> None:
 def test_bad_settings_raise_in_the_constructor(loss: str, settings: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         getattr(losses, loss)(**settings)
+
+
+LABELLED = {"DecoupledKDLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"}
+labelled_losses = pytest.mark.parametrize("name", sorted(LABELLED))
+
+
+def test_the_losses_that_need_labels_say_so() -> None:
+    assert {name for name in losses.__all__ if getattr(losses, name).needs_labels} == LABELLED
+
+
+@given(seed=seeds, temperature=st.floats(0.5, 10))
+def test_decoupled_parts_weighted_as_in_the_paper_make_the_plain_divergence(seed: int, temperature: float) -> None:
+    student, teacher = logits(seed, 1, 5)
+    others = 1 - (teacher / temperature).softmax(dim=-1)[0, 2].item()
+
+    value = functional.decoupled_kd(
+        student, teacher, torch.tensor([2]), nontarget_weight=others, temperature=temperature
+    )
+
+    torch.testing.assert_close(value, functional.soft_target_kl(student, teacher, temperature=temperature))
+
+
+def test_decoupled_loss_of_two_classes_is_the_plain_divergence() -> None:
+    student, teacher = logits(0, 4, 2)
+
+    value = functional.decoupled_kd(student, teacher, torch.tensor([0, 1, 1, 0]))
+
+    torch.testing.assert_close(value, functional.soft_target_kl(student, teacher))
+
+
+@labelled_losses
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_finite_for_every_label_where_the_models_are_certain(name: str, classes: int, dtype: torch.dtype) -> None:
+    extreme = (torch.eye(classes) * 2e4 - 1e4).to(dtype)
+    student = extreme.repeat_interleave(classes**2, 0).requires_grad_()
+    teacher = extreme.repeat_interleave(classes, 0).repeat(classes, 1)
+    labels = torch.arange(classes).repeat(classes**2)
+
+    value = getattr(losses, name)()(student, teacher, labels)
+    value.backward()
+
+    assert torch.isfinite(value)
+    assert torch.isfinite(student.grad).all()
+
+
+@given(seed=seeds)
+def test_normalized_others_do_not_depend_on_the_logit_of_the_target(seed: int) -> None:
+    student, teacher = logits(seed, 1, 5)
+    labels = torch.tensor([3])
+    moved = student + 7 * torch.eye(5, dtype=torch.float64)[3]
+
+    def others(logits: torch.Tensor) -> torch.Tensor:
+        plain = functional.normalized_kd(logits, teacher, labels, nontarget_weight=0.0)
+        return functional.normalized_kd(logits, teacher, labels, temperature=2.0) - plain
+
+    torch.testing.assert_close(others(moved), others(student))
+
+
+def test_soft_labels_weigh_nothing_where_the_student_is_certain_and_right() -> None:
+    student = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
+
+    value = functional.weighted_soft_labels(student, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
+
+    assert value[0].item() == 0
+    assert value[1].item() > 0
+
+
+@labelled_losses
+def test_labels_may_be_narrow_integers_and_stand_beside_dense_maps(name: str) -> None:
+    student, teacher = logits(0, 2, 3, 2, 2)
+    labels = torch.tensor([[[0, 1], [2, 1]], [[1, 0], [0, 2]]])
+    loss = getattr(losses, name)
+
+    dense = loss(class_dim=1)(student, teacher, labels.to(torch.uint8))
+    rows = loss()(*(tensor.movedim(1, -1).reshape(-1, 3) for tensor in (student, teacher)), labels.flatten())
+
+    torch.testing.assert_close(dense, rows)
+
+
+@labelled_losses
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        (torch.ones(2, 3), TypeError, r"Expected `labels` to hold class indices, but got a tensor of torch\.float32\."),
+        (torch.ones(2, dtype=torch.bool), TypeError, r"`labels` to hold class indices, but got .* Pass class indices;"),
+        (torch.ones(2, 3, dtype=torch.int64), ValueError, r"one class .* shape \(2,\), but got shape \(2, 3\)\. Pass"),
+        ([0, 1], TypeError, r"Expected `labels` to be a tensor of class indices, but got a list\."),
+    ],
+    ids=["mixed", "bools", "one-hot", "list"],
+)
+def test_labels_that_are_no_class_indices_raise(name: str, labels: object, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        getattr(losses, name)()(torch.ones(2, 3), torch.zeros(2, 3), labels)
+
+
+@pytest.mark.parametrize(
+    ("loss", "setting"),
+    [
+        ("DecoupledKDLoss", "target_weight"),
+        ("DecoupledKDLoss", "nontarget_weight"),
+        ("NormalizedKDLoss", "nontarget_weight"),
+    ],
+)
+def test_negative_weights_raise(loss: str, setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"Expected `{setting}` to be at least 0, but got {setting}=-1"):
+        getattr(losses, loss)(**{setting: -1})

@@ -1,0 +1,194 @@
+"""Losses on logits that know the right class: a term hands them the batch's labels."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.targets import decoupled_kd, normalized_kd, weighted_soft_labels
+from lightning_distill.losses.base import DistillationLoss
+
+
+class DecoupledKDLoss(DistillationLoss):
+    r"""Two divergences, on the target class and among the others, averaged over the examples.
+
+    .. math:: \frac{T^2}{N} \sum_n a \, \mathrm{KL}(b^t_n \| b^s_n) + b \, \mathrm{KL}(q^t_n \| q^s_n), \qquad
+        b = (p_y, 1 - p_y), \quad q_c = p_c / (1 - p_y), \quad p = \mathrm{softmax}(z / T)
+
+    What the teacher knows about the other classes counts even where it is sure. See
+    :func:`lightning_distill.functional.decoupled_kd`.
+
+    Args:
+        target_weight: Weight of the divergence between target and the rest, 0 or greater.
+        nontarget_weight: Weight of the divergence among the other classes, 0 or greater.
+        temperature: Softening of both distributions, greater than 0; may be set while training.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, of the teacher, and labels ``(N,
+        ...)``.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0, a weight is negative or ``class_dim`` is the batch
+            dimension.
+
+    Example:
+        >>> import torch
+        >>> DecoupledKDLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(4.4776)
+
+    References:
+        Zhao et al. 2022, equation 7, arXiv:2203.08679, which recommends a target weight of 1 and 8 for CIFAR-100, and
+        0.5 to 2 for ImageNet.
+    """
+
+    needs_labels: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        target_weight: float = 1.0,
+        nontarget_weight: float = 8.0,
+        temperature: float = 4.0,
+        *,
+        class_dim: int = -1,
+    ) -> None:
+        super().__init__()
+        checks.non_negative("target_weight", target_weight)
+        checks.non_negative("nontarget_weight", nontarget_weight)
+        checks.positive("temperature", temperature)
+        checks.inner_dim("class_dim", class_dim)
+        self.target_weight = float(target_weight)
+        self.nontarget_weight = float(nontarget_weight)
+        self.temperature = float(temperature)
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return decoupled_kd(
+            student,
+            teacher,
+            labels,
+            target_weight=self.target_weight,
+            nontarget_weight=self.nontarget_weight,
+            temperature=self.temperature,
+            class_dim=self.class_dim,
+        ).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return (
+            f"target_weight={self.target_weight}, nontarget_weight={self.nontarget_weight}, "
+            f"temperature={self.temperature}, class_dim={self.class_dim}"
+        )
+
+
+class NormalizedKDLoss(DistillationLoss):
+    r"""Cross entropies on the target class and among the others, averaged over the examples.
+
+    .. math:: -\frac{1}{N} \sum_n p^t_{ny} \log p^s_{ny} + \gamma T^2 \sum_{c \ne y} q^t_{nc} \log q^s_{nc}, \qquad
+        p = \mathrm{softmax}(z), \quad q = \mathrm{softmax}_{c \ne y}(z / T)
+
+    Both models' probabilities of the other classes add up to 1 before they are compared. See
+    :func:`lightning_distill.functional.normalized_kd`.
+
+    Args:
+        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater.
+        temperature: Softening of both distributions, greater than 0; may be set while training.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, of the teacher, and labels ``(N,
+        ...)``.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0, the weight is negative or ``class_dim`` is the batch
+            dimension.
+
+    Example:
+        >>> import torch
+        >>> NormalizedKDLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(1.9481)
+
+    References:
+        Yang et al. 2023, section 3.1, arXiv:2303.13005.
+    """
+
+    needs_labels: ClassVar[bool] = True
+
+    def __init__(self, nontarget_weight: float = 1.5, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+        super().__init__()
+        checks.non_negative("nontarget_weight", nontarget_weight)
+        checks.positive("temperature", temperature)
+        checks.inner_dim("class_dim", class_dim)
+        self.nontarget_weight = float(nontarget_weight)
+        self.temperature = float(temperature)
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return normalized_kd(
+            student,
+            teacher,
+            labels,
+            nontarget_weight=self.nontarget_weight,
+            temperature=self.temperature,
+            class_dim=self.class_dim,
+        ).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"nontarget_weight={self.nontarget_weight}, temperature={self.temperature}, class_dim={self.class_dim}"
+
+
+class WeightedSoftLabelLoss(DistillationLoss):
+    r"""Cross entropy under the soft targets, weighted by example and averaged over the examples.
+
+    .. math:: -\frac{T^2}{N} \sum_n \left(1 - \exp\left(-\frac{L^s_n}{L^t_n}\right)\right)
+        \sum_c p^t_{nc} \log p^s_{nc}, \qquad L = -\log \mathrm{softmax}(z)_y, \quad p = \mathrm{softmax}(z / T)
+
+    An example on which the student already does better than the teacher counts little. See
+    :func:`lightning_distill.functional.weighted_soft_labels`.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0; may be set while training.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, of the teacher, and labels ``(N,
+        ...)``.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0 or ``class_dim`` is the batch dimension.
+
+    Example:
+        >>> import torch
+        >>> WeightedSoftLabelLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]), torch.tensor([0]))
+        tensor(3.5700)
+
+    References:
+        Zhou et al. 2021, equations 13 and 14, arXiv:2102.00650; the authors weight the term by 2.5 on ImageNet.
+    """
+
+    needs_labels: ClassVar[bool] = True
+
+    def __init__(self, temperature: float = 2.0, *, class_dim: int = -1) -> None:
+        super().__init__()
+        checks.positive("temperature", temperature)
+        checks.inner_dim("class_dim", class_dim)
+        self.temperature = float(temperature)
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return weighted_soft_labels(
+            student, teacher, labels, temperature=self.temperature, class_dim=self.class_dim
+        ).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"temperature={self.temperature}, class_dim={self.class_dim}"
