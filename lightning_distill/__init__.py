@@ -23,6 +23,11 @@ Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss     functional.neuron
 Kornblith 2019, arXiv:1905.00414     CKALoss                   functional.centered_kernel_alignment
 Sun 2019, arXiv:1908.09355           PatientLoss               functional.normalized_mse
 Sun 2020, arXiv:2004.02984           FeatureMapTransferLoss    functional.feature_map_transfer
+Tung 2019, arXiv:1907.09682          SimilarityPreservingLoss  functional.similarity_preserving
+Park 2019, arXiv:1904.05068          RelationalLoss            functional.relational_distance, relational_angle
+Passalis 2018, arXiv:1803.10837      ProbabilisticTransferLoss functional.probabilistic_transfer
+Peng 2019, arXiv:1904.01802          CorrelationCongruenceLoss functional.correlation_congruence
+Liu 2021, arXiv:2202.03680           InterChannelCorrelationLoss  functional.inter_channel_correlation
 ===================================  ========================  ==================================================
 """
 
@@ -32,17 +37,22 @@ from lightning_distill.distiller import Distiller
 from lightning_distill.losses import (
     AttentionTransferLoss,
     CKALoss,
+    CorrelationCongruenceLoss,
     DecoupledKDLoss,
     DistillationLoss,
     FeatureDistance,
     FeatureMapTransferLoss,
     GeneralizedJSDLoss,
+    InterChannelCorrelationLoss,
     LogitMSELoss,
     NeuronSelectivityLoss,
     NormalizedKDLoss,
     PatientLoss,
     PearsonFeatureLoss,
+    ProbabilisticTransferLoss,
+    RelationalLoss,
     ReverseKLLoss,
+    SimilarityPreservingLoss,
     SkewKLLoss,
     SoftCrossEntropyLoss,
     SoftTargetLoss,
@@ -61,6 +71,7 @@ __all__ = [
     "AttentionTransferLoss",
     "CKALoss",
     "Call",
+    "CorrelationCongruenceLoss",
     "DecoupledKDLoss",
     "DistillCallback",
     "DistillModule",
@@ -71,13 +82,17 @@ __all__ = [
     "FeatureDistillation",
     "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
+    "InterChannelCorrelationLoss",
     "LogitMSELoss",
     "LogitsDistillation",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
     "PatientLoss",
     "PearsonFeatureLoss",
+    "ProbabilisticTransferLoss",
+    "RelationalLoss",
     "ReverseKLLoss",
+    "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
     "SoftTargetLoss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from oracle import Array, channel_axis, rows
@@ -88,3 +89,90 @@ def feature_map_transfer(student: Array, teacher: Array, *, eps: float = 1e-12) 
     for s, t in zip(rows(student, channel_axis(student)), rows(teacher, channel_axis(teacher)), strict=True):
         values.append(sum((a - b) ** 2 for a, b in zip(layer_norm(s), layer_norm(t), strict=True)) / len(s))
     return float(sum(values) / len(values))
+
+
+def huber(x: float) -> float:
+    return x * x / 2 if abs(x) < 1 else abs(x) - 0.5
+
+
+def unit_gram(vectors: Sequence[Array]) -> list[Array]:
+    """The products of all pairs of vectors, each row divided by its length."""
+    return [of_length_one(np.array([dot(a, b) for b in vectors])) for a in vectors]
+
+
+def mean_square(a: Sequence[Array], b: Sequence[Array]) -> float:
+    return float(
+        np.mean([(x - y) ** 2 for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)])
+    )
+
+
+def similarity_preserving(student: Array, teacher: Array) -> float:
+    """Tung and Mori 2019: mean squared difference of the row-normalised Gram matrices of the examples."""
+    return mean_square(unit_gram(flat(student)), unit_gram(flat(teacher)))
+
+
+def relational(student: Array, teacher: Array, *, distance_weight: float = 25.0, angle_weight: float = 50.0) -> float:
+    """Park et al. 2019: Huber of distances in units of their mean, and of cosines of angles; all pairs and triples."""
+    examples = range(len(student))
+    ratios, cosines = [], []
+    for rows_ in (flat(student), flat(teacher)):
+        gaps = {(i, j): rows_[j] - rows_[i] for i in examples for j in examples}
+        distance = {pair: math.sqrt(dot(gap, gap)) for pair, gap in gaps.items()}
+        positive = [value for value in distance.values() if value > 0]
+        mean = sum(positive) / len(positive) if positive else 1.0
+        ratios.append({pair: value / mean for pair, value in distance.items()})
+        cosine = {}
+        for i in examples:
+            for j in examples:
+                for k in examples:
+                    size = distance[i, j] * distance[i, k]
+                    cosine[i, j, k] = dot(gaps[i, j], gaps[i, k]) / size if size > 0 else 0.0
+        cosines.append(cosine)
+    distances = [huber(ratios[0][pair] - ratios[1][pair]) for pair in ratios[0]]
+    angles = [huber(cosines[0][triple] - cosines[1][triple]) for triple in cosines[0]]
+    return distance_weight * sum(distances) / len(distances) + angle_weight * sum(angles) / len(angles)
+
+
+def probabilistic_transfer(student: Array, teacher: Array) -> float:
+    """Passalis and Tefas 2018 with the cosine kernel; eps 1e-7 in length and logarithm, mean over all pairs."""
+    probabilities = []
+    for feature in (student, teacher):
+        vectors = [of_length_one(vector, eps=1e-7) for vector in flat(feature)]
+        kernel = [np.array([(dot(a, b) + 1) / 2 for b in vectors]) for a in vectors]
+        probabilities.append([row / sum(row) for row in kernel])
+    total = 0.0
+    for s_row, t_row in zip(*probabilities, strict=True):
+        total += sum(float(t * math.log((t + 1e-7) / (s + 1e-7))) for s, t in zip(s_row, t_row, strict=True))
+    return total / len(student) ** 2
+
+
+def correlation_congruence(
+    student: Array, teacher: Array, *, kernel: str = "gaussian", gamma: float = 0.4, order: int = 2
+) -> float:
+    """Peng et al. 2019: Taylor series of the Gaussian kernel of unit vectors; or products of neighbouring errors."""
+    if kernel == "neighbour":
+        errors = [abs(s - t) for s, t in zip(flat(student), flat(teacher), strict=True)]
+        return sum(dot(one, following) for one, following in pairwise(errors)) / (len(errors) - 1)
+
+    def series(vectors: Sequence[Array]) -> list[Array]:
+        powers = range(order + 1)
+        return [
+            np.array(
+                [
+                    sum(math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) * dot(a, b) ** p for p in powers)
+                    for b in vectors
+                ]
+            )
+            for a in vectors
+        ]
+
+    return mean_square(*(series([of_length_one(vector) for vector in flat(f)]) for f in (student, teacher)))
+
+
+def inter_channel_correlation(student: Array, teacher: Array) -> float:
+    """Liu et al. 2021: mean squared difference of the row-normalised Gram matrices of each example's channels."""
+    values = [
+        mean_square(unit_gram(channel_rows(s)), unit_gram(channel_rows(t)))
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return sum(values) / len(values)

@@ -23,11 +23,20 @@ from lightning_distill.functional.normalized import (
     normalized_mse,
     pearson_feature,
 )
+from lightning_distill.functional.relations import (
+    correlation_congruence,
+    inter_channel_correlation,
+    probabilistic_transfer,
+    relational_angle,
+    relational_distance,
+    similarity_preserving,
+)
 from lightning_distill.functional.targets import decoupled_kd, normalized_kd, weighted_soft_labels
 
 __all__ = [
     "attention_transfer",
     "centered_kernel_alignment",
+    "correlation_congruence",
     "decoupled_kd",
     "feature_cosine",
     "feature_kl",
@@ -36,12 +45,17 @@ __all__ = [
     "feature_mse",
     "feature_smooth_l1",
     "generalized_jsd",
+    "inter_channel_correlation",
     "logit_mse",
     "neuron_selectivity",
     "normalized_kd",
     "normalized_mse",
     "pearson_feature",
+    "probabilistic_transfer",
+    "relational_angle",
+    "relational_distance",
     "reverse_kl",
+    "similarity_preserving",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",

@@ -11,22 +11,34 @@ from lightning_distill.losses.normalized import (
     PatientLoss,
     PearsonFeatureLoss,
 )
+from lightning_distill.losses.relations import (
+    CorrelationCongruenceLoss,
+    InterChannelCorrelationLoss,
+    ProbabilisticTransferLoss,
+    RelationalLoss,
+    SimilarityPreservingLoss,
+)
 from lightning_distill.losses.targets import DecoupledKDLoss, NormalizedKDLoss, WeightedSoftLabelLoss
 
 __all__ = [
     "AttentionTransferLoss",
     "CKALoss",
+    "CorrelationCongruenceLoss",
     "DecoupledKDLoss",
     "DistillationLoss",
     "FeatureDistance",
     "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
+    "InterChannelCorrelationLoss",
     "LogitMSELoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
     "PatientLoss",
     "PearsonFeatureLoss",
+    "ProbabilisticTransferLoss",
+    "RelationalLoss",
     "ReverseKLLoss",
+    "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
     "SoftTargetLoss",

@@ -214,8 +214,16 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     any_channels = {name for name, loss in public.items() if not loss.channels_must_match}
     any_positions = {name for name, loss in public.items() if not loss.positions_must_match}
 
-    assert any_channels == {"AttentionTransferLoss", "CKALoss", "NeuronSelectivityLoss"}
-    assert any_positions == {"CKALoss"}
+    of_examples = {
+        "CKALoss",
+        "CorrelationCongruenceLoss",
+        "ProbabilisticTransferLoss",
+        "RelationalLoss",
+        "SimilarityPreservingLoss",
+    }
+    assert any_channels == {"AttentionTransferLoss", "NeuronSelectivityLoss", *of_examples}
+    assert any_positions == {"InterChannelCorrelationLoss", *of_examples}
+    assert losses.CorrelationCongruenceLoss("neighbour").channels_must_match
     assert not any(loss.several_layers for loss in public.values())
 
 

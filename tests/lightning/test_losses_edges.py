@@ -56,7 +56,10 @@ def test_finite_for_two_classes_and_one_example_that_disagree(case: LossCase, dt
 def test_finite_for_a_batch_of_one(case: LossCase) -> None:
     student, teacher = (torch.tensor(array, dtype=torch.float32)[:1] for array in case.inputs())
 
-    assert value_and_gradient(case, student, teacher) > 0
+    value = value_and_gradient(case, student, teacher)
+
+    # One example has no relation to others: such losses may be zero.
+    assert value > 0 or (value > -1e-6 and not case.per_example)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 12345.678])

@@ -1,0 +1,301 @@
+"""Formulas on the relations between the examples, or the channels, of a batch: student first, a scalar."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.vectors import (
+    centred,
+    channel_maps,
+    or_one,
+    prepare_equal,
+    prepare_examples,
+    product,
+    unit,
+)
+
+_TRANSFER_EPS = 1e-7
+KERNELS = ("gaussian", "neighbour")
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean squared difference of the two models' similarities between the examples.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
+        \hat G_i = G_i / \|G_i\|_2
+
+    F has one row per example: examples that are alike to the teacher shall be alike to the student, in whatever space.
+    The usual weight is 3000. A row of zeros stays zero.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+
+    Returns:
+        One value for the whole batch, at most 4 / N, shape ``()``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the numbers of examples differ, or a feature has no inner dimension.
+
+    Example:
+        >>> import torch
+        >>> similarity_preserving(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
+        tensor(0.3000)
+
+    References:
+        Tung and Mori 2019, equation 4, arXiv:1907.09682, for one pair of layers.
+    """
+    student, teacher = prepare_examples(student, teacher)
+    rows = [unit(_gram(_scaled(feature)), dim=1) for feature in (student, teacher)]
+    return (rows[0] - rows[1]).square().mean()
+
+
+def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean Huber difference of the two models' distances between the examples, each model's in units of its mean.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} h\left( \frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t} \right), \qquad
+        d_{ij} = \|f_i - f_j\|_2, \quad h(x) = \tfrac{1}{2} x^2 \text{ if } |x| < 1 \text{ else } |x| - \tfrac{1}{2}
+
+    The mean is over the pairs that are apart. Shifts, rotations and one common factor of a model's features change
+    nothing. The usual weight is 25.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+
+    Returns:
+        One value for the whole batch, shape ``()``; the N pairs of an example with itself count as zeros.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the numbers of examples differ, or a feature has no inner dimension.
+
+    Example:
+        >>> import torch
+        >>> relational_distance(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [2.0]]))
+        tensor(0.0139)
+
+    References:
+        Park et al. 2019, equations 5 to 7, arXiv:1904.05068.
+    """
+    student, teacher = prepare_examples(student, teacher)
+    distances = [_distances(feature)[1] for feature in (student, teacher)]
+    ratios = [distance / or_one(distance.sum() / or_one((distance > 0).sum())) for distance in distances]
+    return F.smooth_l1_loss(ratios[0], ratios[1])
+
+
+def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean Huber difference of the two models' angles between the examples.
+
+    .. math:: \frac{1}{N^3} \sum_{i,j,k} h(\cos^s_{ijk} - \cos^t_{ijk}), \qquad
+        \cos_{ijk} = \frac{(f_j - f_i) \cdot (f_k - f_i)}{\|f_j - f_i\| \, \|f_k - f_i\|}, \quad
+        h(x) = \tfrac{1}{2} x^2 \text{ if } |x| < 1 \text{ else } |x| - \tfrac{1}{2}
+
+    The angle that two examples make as seen from a third. Shifts, rotations and one common factor of a model's features
+    change nothing. Where two of the three coincide the cosine is 0. The usual weight is 50.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+
+    Returns:
+        One value for the whole batch, shape ``()``; all N^3 triples count, degenerate ones as zeros.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the numbers of examples differ, or a feature has no inner dimension.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> relational_angle(student, torch.tensor([[0.0], [1.0], [2.0]]))
+        tensor(0.1296)
+
+    References:
+        Park et al. 2019, equations 8 to 10, arXiv:1904.05068.
+    """
+    student, teacher = prepare_examples(student, teacher)
+    return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
+
+
+def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Divergence of the student's from the teacher's probabilities that one example is picked as another's neighbour.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \qquad
+        p_{ij} = \frac{k_{ij}}{\sum_m k_{im}}, \quad k_{ij} = \tfrac{1}{2} (\cos(f_i, f_j) + 1)
+
+    With :math:`\epsilon = 10^{-7}`, also added to the lengths in the cosine. The values are small: the usual weight is
+    30000.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+
+    Returns:
+        One value in nats for the whole batch, shape ``()``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the numbers of examples differ, or a feature has no inner dimension.
+
+    Example:
+        >>> import torch
+        >>> probabilistic_transfer(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
+        tensor(0.0294)
+
+    References:
+        Passalis and Tefas 2018, equations 3 to 7, arXiv:1803.10837; deviations, as in the authors' code: the mean over
+        all pairs, an example with itself included, where the paper has the sum over pairs of different examples.
+    """
+    student, teacher = prepare_examples(student, teacher)
+    probabilities = []
+    for feature in (student, teacher):
+        # The length plus eps, without the square root of a vector of zeros, which has no gradient.
+        largest = _largest(feature)
+        length = or_one((feature / largest).square().sum(dim=1, keepdim=True)).sqrt() * largest
+        cosines = _gram(unit(feature, dim=1) * (length / (length + _TRANSFER_EPS)))
+        kernel = (cosines + 1).clamp(min=0) / 2  # rounding may take a cosine below -1
+        probabilities.append(kernel / kernel.sum(dim=1, keepdim=True))
+    logarithms = [(probability + _TRANSFER_EPS).log() for probability in probabilities]
+    return (probabilities[1] * (logarithms[1] - logarithms[0])).mean()
+
+
+def correlation_congruence(
+    student: Tensor, teacher: Tensor, *, kernel: str = "gaussian", gamma: float = 0.4, order: int = 2
+) -> Tensor:
+    r"""Mean squared difference of the two models' correlations between the examples.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} (K^s_{ij} - K^t_{ij})^2, \qquad
+        K_{ij} = e^{-2 \gamma} \sum_{p=0}^{P} \frac{(2 \gamma)^p}{p!} (\hat f_i \cdot \hat f_j)^p, \quad
+        \hat f = f / \|f\|_2
+
+    K is the Taylor series of the Gaussian kernel :math:`e^{-\gamma \|\hat f_i - \hat f_j\|^2}`. The other form, that of
+    the published code, takes what neighbouring examples of the batch have in common in their errors; it depends on the
+    order of the batch:
+
+    .. math:: \frac{1}{N - 1} \sum_{n=1}^{N-1} \sum_d |f^s_{nd} - f^t_{nd}| \, |f^s_{n+1,d} - f^t_{n+1,d}|
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, shape ``(N, ...)``; for the neighbours, the student's shape.
+        kernel: "gaussian" for the first form, "neighbour" for the second.
+        gamma: Inverse squared width of the Gaussian, greater than 0.
+        order: Highest power P of the series, at least 1.
+
+    Returns:
+        One value for the whole batch, shape ``()``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor, or a setting has the wrong type.
+        ValueError: If the numbers of examples (or the shapes) differ, or a setting is out of its range.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [4.0, 4.0]])
+        >>> correlation_congruence(student, teacher)
+        tensor(0.0532)
+        >>> correlation_congruence(student, teacher, kernel="neighbour")
+        tensor(8.)
+
+    References:
+        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code.
+    """
+    checks.one_of("kernel", kernel, KERNELS)
+    checks.positive("gamma", gamma)
+    checks.at_least("order", order, 1)
+    if kernel == "neighbour":
+        student, teacher = prepare_equal(student, teacher)
+        student, teacher = prepare_examples(student, teacher)
+        errors = (student - teacher).abs()
+        return (errors[1:] * errors[:-1]).sum() / max(len(errors) - 1, 1)
+    student, teacher = prepare_examples(student, teacher)
+    factors = [math.exp(-2 * gamma) * (2 * gamma) ** power / math.factorial(power) for power in range(order + 1)]
+    kernels = []
+    for feature in (student, teacher):
+        cosines = _gram(unit(feature, dim=1))
+        value = torch.full_like(cosines, factors[-1])
+        for factor in reversed(factors[:-1]):
+            value = value * cosines + factor
+        kernels.append(value)
+    return (kernels[0] - kernels[1]).square().mean()
+
+
+def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean squared difference of the two models' correlations between the channels.
+
+    .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2, \qquad G_n = F_n F_n^\top, \quad
+        \hat G_{ni} = G_{ni} / \|G_{ni}\|_2
+
+    F has one row per channel, the map of that channel: how diverse the channels are, and which go together. The usual
+    weight is 2.5. A row of zeros stays zero.
+
+    Args:
+        student: The student's feature, shape ``(N, C, H, W)`` or ``(N, L, C)``.
+        teacher: The teacher's feature, same N and C; the positions may differ.
+
+    Returns:
+        One value for the whole batch, at most 4 / C, shape ``()``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the examples or channels differ, or a feature has no positions.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]])
+        >>> inter_channel_correlation(student, torch.tensor([[[[3.0]], [[4.0]]]]))
+        tensor(0.3000)
+
+    References:
+        Liu et al. 2021, equations 2 and 3, arXiv:2202.03680; deviation: the plain mean over examples and pairs of
+        channels.
+    """
+    student, teacher = prepare(student, teacher)
+    if student.ndim < 3 or teacher.ndim < 3 or channel_maps(student).shape[:2] != channel_maps(teacher).shape[:2]:
+        expected = "`student` and `teacher` to have the same examples and channels, and positions"
+        got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(checks.message(expected, got, "Map the student's channels with an adapter."))
+    maps = [_scaled(channel_maps(feature)) for feature in (student, teacher)]
+    grams = [unit(product(matrix, matrix.mT), dim=2) for matrix in maps]
+    return (grams[0] - grams[1]).square().mean()
+
+
+def _largest(feature: Tensor) -> Tensor:
+    return or_one(feature.detach().abs().flatten(1).amax(dim=1)).view(-1, *[1] * (feature.ndim - 1))
+
+
+def _scaled(feature: Tensor) -> Tensor:
+    # The batch's size, of which no formula here depends, is taken out before the squares: they could overflow.
+    return feature / or_one(feature.detach().abs().amax())
+
+
+def _gram(rows: Tensor) -> Tensor:
+    return product(rows, rows.mT)
+
+
+def _distances(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Products of the centred examples, and the distances between them: 0 where they coincide up to rounding."""
+    # Centred first: distances do not change, and their differences lose fewer digits.
+    gram = _gram(_scaled(centred(feature, 0)))
+    sizes = gram.diagonal()
+    sums = sizes[:, None] + sizes
+    squares = sums - 2 * gram
+    apart = squares > 4 * torch.finfo(gram.dtype).eps * sums
+    # The root has no gradient at zero: it is taken of 1 there, and the result dropped.
+    return gram, torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
+
+
+def _cosines(feature: Tensor) -> Tensor:
+    gram, distances = _distances(feature)
+    inverse = torch.where(distances > 0, 1 / or_one(distances), 0.0)
+    # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.
+    to_anchor = gram - gram.diagonal() / 2
+    products = gram[None] - to_anchor.mT[:, :, None] - to_anchor.mT[:, None, :]
+    return products * inverse[:, :, None] * inverse[:, None, :]

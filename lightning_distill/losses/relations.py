@@ -1,0 +1,217 @@
+"""Losses on the relations between the examples, or the channels, of a batch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.relations import (
+    KERNELS,
+    correlation_congruence,
+    inter_channel_correlation,
+    probabilistic_transfer,
+    relational_angle,
+    relational_distance,
+    similarity_preserving,
+)
+from lightning_distill.losses.base import DistillationLoss
+
+
+class SimilarityPreservingLoss(DistillationLoss):
+    r"""Mean squared difference of the two models' similarities between the examples of a batch.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
+        \hat G_i = G_i / \|G_i\|_2
+
+    It needs no adapter, and the features may have any shapes. The usual weight is 3000. See
+    :func:`lightning_distill.functional.similarity_preserving`.
+
+    Returns:
+        A scalar when called with features ``(N, ...)`` of the student, then the teacher.
+
+    Example:
+        >>> import torch
+        >>> SimilarityPreservingLoss()(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
+        tensor(0.3000)
+
+    References:
+        Tung and Mori 2019, equation 4, arXiv:1907.09682.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return similarity_preserving(student, teacher)
+
+
+class RelationalLoss(DistillationLoss):
+    r"""Weighted sum of the differences in distances and in angles between the examples of a batch.
+
+    .. math:: w_d \frac{1}{N^2} \sum_{i,j} h\left( \frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t} \right)
+        + w_a \frac{1}{N^3} \sum_{i,j,k} h(\cos^s_{ijk} - \cos^t_{ijk})
+
+    h is the Huber function. It needs no adapter, and the features may have any shapes. Memory grows with the third
+    power of the batch unless ``angle_weight`` is 0. See :func:`lightning_distill.functional.relational_distance` and
+    :func:`lightning_distill.functional.relational_angle`.
+
+    Args:
+        distance_weight: Factor of the distances, at least 0; 0 skips the work.
+        angle_weight: Factor of the angles, at least 0; 0 skips the work.
+
+    Returns:
+        A scalar when called with features ``(N, ...)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a weight is no number.
+        ValueError: If a weight is less than 0, or both are 0.
+
+    Example:
+        >>> import torch
+        >>> loss = RelationalLoss(angle_weight=0.0)
+        >>> loss(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [2.0]]))
+        tensor(0.3472)
+
+    References:
+        Park et al. 2019, equations 5 to 10, arXiv:1904.05068.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False
+
+    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
+        super().__init__()
+        checks.non_negative("distance_weight", distance_weight)
+        checks.non_negative("angle_weight", angle_weight)
+        if distance_weight == angle_weight == 0:
+            raise ValueError(checks.message("`distance_weight` or `angle_weight` to be greater than 0", "0 for both"))
+        self.distance_weight = float(distance_weight)
+        self.angle_weight = float(angle_weight)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        if self.angle_weight == 0:
+            return self.distance_weight * relational_distance(student, teacher)
+        angles = self.angle_weight * relational_angle(student, teacher)
+        if self.distance_weight == 0:
+            return angles
+        return self.distance_weight * relational_distance(student, teacher) + angles
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
+
+
+class ProbabilisticTransferLoss(DistillationLoss):
+    r"""Divergence between the two models' probabilities that examples of a batch are neighbours.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}
+
+    It needs no adapter, and the features may have any shapes. The values are small: the usual weight is 30000. See
+    :func:`lightning_distill.functional.probabilistic_transfer`.
+
+    Returns:
+        A scalar when called with features ``(N, ...)`` of the student, then the teacher.
+
+    Example:
+        >>> import torch
+        >>> ProbabilisticTransferLoss()(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
+        tensor(0.0294)
+
+    References:
+        Passalis and Tefas 2018, equations 3 to 7, arXiv:1803.10837; deviations, as in the authors' code: the mean over
+        all pairs, an example with itself included.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return probabilistic_transfer(student, teacher)
+
+
+class CorrelationCongruenceLoss(DistillationLoss):
+    r"""Mean squared difference of the two models' Gaussian correlations between the examples of a batch.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} (K^s_{ij} - K^t_{ij})^2
+
+    With the default kernel it needs no adapter, and the features may have any shapes; ``kernel="neighbour"`` needs
+    equal shapes. See :func:`lightning_distill.functional.correlation_congruence`.
+
+    Args:
+        kernel: "gaussian" for the paper's form, "neighbour" for that of the published code.
+        gamma: Inverse squared width of the Gaussian, greater than 0.
+        order: Highest power of its Taylor series, at least 1.
+
+    Returns:
+        A scalar when called with features ``(N, ...)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If a setting is out of its range.
+
+    Example:
+        >>> import torch
+        >>> loss = CorrelationCongruenceLoss()
+        >>> loss(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [4.0, 4.0]]))
+        tensor(0.0532)
+
+    References:
+        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False
+
+    def __init__(self, kernel: str = "gaussian", *, gamma: float = 0.4, order: int = 2) -> None:
+        super().__init__()
+        checks.one_of("kernel", kernel, KERNELS)
+        checks.positive("gamma", gamma)
+        checks.at_least("order", order, 1)
+        self.kernel = kernel
+        self.gamma = float(gamma)
+        self.order = int(order)
+        # Terms ask the instance: products of neighbouring differences exist for features of equal shape only.
+        for name in ("channels_must_match", "positions_must_match"):
+            setattr(self, name, kernel == "neighbour")
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return correlation_congruence(student, teacher, kernel=self.kernel, gamma=self.gamma, order=self.order)
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}"
+
+
+class InterChannelCorrelationLoss(DistillationLoss):
+    r"""Mean squared difference of the two models' correlations between the channels, averaged over the examples.
+
+    .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2
+
+    The channels must be equally many, the positions need not. The usual weight is 2.5. See
+    :func:`lightning_distill.functional.inter_channel_correlation`.
+
+    Returns:
+        A scalar when called with feature maps ``(N, C, H, W)`` of the student, then the teacher.
+
+    Example:
+        >>> import torch
+        >>> loss = InterChannelCorrelationLoss()
+        >>> loss(torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]]), torch.tensor([[[[3.0]], [[4.0]]]]))
+        tensor(0.3000)
+
+    References:
+        Liu et al. 2021, equations 2 and 3, arXiv:2202.03680; deviation: the plain mean over examples and pairs of
+        channels.
+    """
+
+    positions_must_match: ClassVar[bool] = False
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return inter_channel_correlation(student, teacher)
