@@ -14,6 +14,8 @@ Wen 2023, arXiv:2307.15190           TotalVariationLoss        functional.total_
 Zhao 2022, arXiv:2203.08679          DecoupledKDLoss           functional.decoupled_kd
 Yang 2023, arXiv:2303.13005          NormalizedKDLoss          functional.normalized_kd
 Zhou 2021, arXiv:2102.00650          WeightedSoftLabelLoss     functional.weighted_soft_labels
+Huang 2022, arXiv:2205.10536         DISTLoss                  functional.inter_class_relation, intra_class_relation
+Jin 2023 (CVPR)                      MultiLevelLogitLoss       functional.multi_level_logits
 Zagoruyko 2017, arXiv:1612.03928     AttentionTransferLoss     functional.attention_transfer
 Romero 2015, arXiv:1412.6550         FeatureDistance("mse")    functional.feature_mse, feature_l1, feature_smooth_l1
 Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine") functional.feature_cosine
@@ -28,6 +30,9 @@ Park 2019, arXiv:1904.05068          RelationalLoss            functional.relati
 Passalis 2018, arXiv:1803.10837      ProbabilisticTransferLoss functional.probabilistic_transfer
 Peng 2019, arXiv:1904.01802          CorrelationCongruenceLoss functional.correlation_congruence
 Liu 2021, arXiv:2202.03680           InterChannelCorrelationLoss  functional.inter_channel_correlation
+Jiao 2020, arXiv:1909.10351          AttentionMapLoss("mse")   functional.attention_mse
+Sun 2020, arXiv:2004.02984           AttentionMapLoss("kl")    functional.attention_kl
+Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attention_relation
 ===================================  ========================  ==================================================
 """
 
@@ -35,16 +40,20 @@ from lightning_distill import functional, losses, metrics
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
 from lightning_distill.losses import (
+    AttentionMapLoss,
+    AttentionRelationLoss,
     AttentionTransferLoss,
     CKALoss,
     CorrelationCongruenceLoss,
     DecoupledKDLoss,
     DistillationLoss,
+    DISTLoss,
     FeatureDistance,
     FeatureMapTransferLoss,
     GeneralizedJSDLoss,
     InterChannelCorrelationLoss,
     LogitMSELoss,
+    MultiLevelLogitLoss,
     NeuronSelectivityLoss,
     NormalizedKDLoss,
     PatientLoss,
@@ -68,10 +77,13 @@ from lightning_distill.terms import DistillationTerm, FeatureDistillation, Logit
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionMapLoss",
+    "AttentionRelationLoss",
     "AttentionTransferLoss",
     "CKALoss",
     "Call",
     "CorrelationCongruenceLoss",
+    "DISTLoss",
     "DecoupledKDLoss",
     "DistillCallback",
     "DistillModule",
@@ -85,6 +97,7 @@ __all__ = [
     "InterChannelCorrelationLoss",
     "LogitMSELoss",
     "LogitsDistillation",
+    "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
     "PatientLoss",

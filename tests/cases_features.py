@@ -134,4 +134,21 @@ FEATURE_CASES = [
         # The reference divides by the examples twice and by the channels once.
         golden=(Golden("ickd", factor=lambda settings, shape: shape[1] / shape[0]),),
     ),
+    LossCase(
+        "attention_kl",
+        losses.AttentionMapLoss,
+        oracle.attention_kl,
+        (2, 2, 3, 4),
+        settings={"kind": "kl"},
+        golden=(Golden("mobilebert_attention_kl"),),
+    ),
+    LossCase("attention_mse", losses.AttentionMapLoss, oracle.attention_mse, (2, 2, 3, 4), settings={"kind": "mse"}),
+    LossCase(
+        "attention_relation",
+        losses.AttentionRelationLoss,
+        oracle.attention_relation,
+        (2, 3, 4),
+        (2, 3, 6),
+        settings={"relation_heads": 2},
+    ),
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from oracle import Array, channel_axis, rows
+from oracle import Array, channel_axis, kl, rows, softmax
 
 
 def dot(a: Array, b: Array) -> float:
@@ -175,4 +175,31 @@ def inter_channel_correlation(student: Array, teacher: Array) -> float:
         mean_square(unit_gram(channel_rows(s)), unit_gram(channel_rows(t)))
         for s, t in zip(student, teacher, strict=True)
     ]
+    return sum(values) / len(values)
+
+
+def attention_mse(student: Array, teacher: Array) -> float:
+    """TinyBERT: mean squared difference of the scores, those of -100 or less set to 0."""
+    pairs = zip(student.ravel(), teacher.ravel(), strict=True)
+    return float(sum(((s if s > -100 else 0) - (t if t > -100 else 0)) ** 2 for s, t in pairs) / student.size)
+
+
+def attention_kl(student: Array, teacher: Array) -> float:
+    """MobileBERT: KL(softmax(t) | softmax(s)) over the keys, mean over examples, heads and queries."""
+    pairs = list(zip(rows(student, -1), rows(teacher, -1), strict=True))
+    return sum(kl(softmax(t), softmax(s)) for s, t in pairs) / len(pairs)
+
+
+def attention_relation(student: Array, teacher: Array, *, relation_heads: int) -> float:
+    """MiniLMv2: the same for the scaled products of the tokens' vectors, split into relation heads."""
+    values = []
+    for s_vectors, t_vectors in zip(student, teacher, strict=True):
+        for head in range(relation_heads):
+            for query in range(len(s_vectors)):
+                relations = []
+                for vectors in (s_vectors, t_vectors):
+                    size = vectors.shape[1] // relation_heads
+                    part = vectors[:, head * size : (head + 1) * size]
+                    relations.append(softmax(np.array([dot(part[query], key) / math.sqrt(size) for key in part])))
+                values.append(kl(relations[1], relations[0]))
     return sum(values) / len(values)

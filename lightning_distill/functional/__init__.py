@@ -1,5 +1,6 @@
 """The mathematics: pure functions of two tensors, student first, that return one value per example."""
 
+from lightning_distill.functional.attention import attention_kl, attention_mse, attention_relation
 from lightning_distill.functional.divergences import (
     generalized_jsd,
     reverse_kl,
@@ -14,6 +15,13 @@ from lightning_distill.functional.features import (
     feature_l1,
     feature_mse,
     feature_smooth_l1,
+)
+from lightning_distill.functional.logit_relations import (
+    batch_correlation,
+    class_correlation,
+    inter_class_relation,
+    intra_class_relation,
+    multi_level_logits,
 )
 from lightning_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
 from lightning_distill.functional.normalized import (
@@ -34,8 +42,13 @@ from lightning_distill.functional.relations import (
 from lightning_distill.functional.targets import decoupled_kd, normalized_kd, weighted_soft_labels
 
 __all__ = [
+    "attention_kl",
+    "attention_mse",
+    "attention_relation",
     "attention_transfer",
+    "batch_correlation",
     "centered_kernel_alignment",
+    "class_correlation",
     "correlation_congruence",
     "decoupled_kd",
     "feature_cosine",
@@ -46,7 +59,10 @@ __all__ = [
     "feature_smooth_l1",
     "generalized_jsd",
     "inter_channel_correlation",
+    "inter_class_relation",
+    "intra_class_relation",
     "logit_mse",
+    "multi_level_logits",
     "neuron_selectivity",
     "normalized_kd",
     "normalized_mse",

@@ -1,8 +1,10 @@
 """Losses: small modules with checked settings, called with the student's tensor, then the teacher's."""
 
+from lightning_distill.losses.attention import AttentionMapLoss, AttentionRelationLoss
 from lightning_distill.losses.base import DistillationLoss
 from lightning_distill.losses.divergences import GeneralizedJSDLoss, ReverseKLLoss, SkewKLLoss, TotalVariationLoss
 from lightning_distill.losses.features import AttentionTransferLoss, FeatureDistance
+from lightning_distill.losses.logit_relations import DISTLoss, MultiLevelLogitLoss
 from lightning_distill.losses.logits import LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from lightning_distill.losses.normalized import (
     CKALoss,
@@ -21,9 +23,12 @@ from lightning_distill.losses.relations import (
 from lightning_distill.losses.targets import DecoupledKDLoss, NormalizedKDLoss, WeightedSoftLabelLoss
 
 __all__ = [
+    "AttentionMapLoss",
+    "AttentionRelationLoss",
     "AttentionTransferLoss",
     "CKALoss",
     "CorrelationCongruenceLoss",
+    "DISTLoss",
     "DecoupledKDLoss",
     "DistillationLoss",
     "FeatureDistance",
@@ -31,6 +36,7 @@ __all__ = [
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
     "LogitMSELoss",
+    "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
     "PatientLoss",

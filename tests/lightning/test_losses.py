@@ -221,7 +221,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "RelationalLoss",
         "SimilarityPreservingLoss",
     }
-    assert any_channels == {"AttentionTransferLoss", "NeuronSelectivityLoss", *of_examples}
+    assert any_channels == {"AttentionRelationLoss", "AttentionTransferLoss", "NeuronSelectivityLoss", *of_examples}
     assert any_positions == {"InterChannelCorrelationLoss", *of_examples}
     assert losses.CorrelationCongruenceLoss("neighbour").channels_must_match
     assert not any(loss.several_layers for loss in public.values())

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from cases import CASES
 from loss_case import GOLDEN_FOLDER, Golden, LossCase, golden_arrays, golden_index
 
+from lightning_distill import functional
 from lightning_distill.losses import FeatureDistance
 
+# Sums over layers or over queries, keys and values: test_losses_attention.py has them.
+SEVERAL_LAYERS = ("tinybert_attention", "tinybert_hidden", "minilm_v2_relation")
 ROWS = [
     pytest.param(case, golden, entry, id=f"{entry['key']}-{entry['case']}")
     for case in CASES
@@ -79,8 +82,22 @@ def test_kl_layer_of_the_intermediate_criterion_is_our_kl_over_the_number_of_cha
     torch.testing.assert_close(student.grad, tensors["grad_student_1"], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("key", ["mlkd_batch", "mlkd_class"])
+def test_parts_of_the_multi_level_loss_equal_the_published_implementation(key: str) -> None:
+    part = functional.batch_correlation if key == "mlkd_batch" else functional.class_correlation
+    for entry in golden_index(key):
+        tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+        student = tensors["student_logits"].requires_grad_()
+
+        value = part(student, tensors["teacher_logits"], temperature=entry["hyperparameters"]["temperature"])
+        value.backward()
+
+        torch.testing.assert_close(value.detach(), tensors["loss"], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(student.grad, tensors["grad_student_logits"], rtol=1e-9, atol=1e-12)
+
+
 def test_every_golden_case_kept_here_is_used() -> None:
-    used = {golden.key for case in CASES for golden in case.golden} | {"inc_intermediate"}
+    used = {golden.key for case in CASES for golden in case.golden} | {"inc_intermediate", *SEVERAL_LAYERS}
     entries = json.loads((GOLDEN_FOLDER / "index.json").read_text(encoding="utf-8"))
 
     assert {entry["key"] for entry in entries} == used

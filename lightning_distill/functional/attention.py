@@ -1,0 +1,147 @@
+"""Formulas on transformers' attention: student first, one value per example, no gradient into the teacher."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.vectors import per_example, prepare_equal, product
+
+_MASKED = -100.0
+_LEAST_SCORE = -1e30
+_LEAST_PROBABILITY = 1e-6
+
+
+def attention_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean squared difference of the two models' attention scores, where masked ones count as zero.
+
+    .. math:: \frac{1}{A L^2} \sum_{a,i,j} (m(S^s_{aij}) - m(S^t_{aij}))^2, \qquad
+        m(x) = 0 \text{ if } x \le -100 \text{ else } x
+
+    Scores, before the softmax, teach faster than probabilities do.
+
+    Args:
+        student: The student's scores, shape ``(N, A, L, L)`` for A heads.
+        teacher: The teacher's scores, same shape.
+
+    Returns:
+        Mean squared difference, shape ``(N,)``.
+
+    Raises:
+        TypeError: If the scores are no floating point tensors.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> attention_mse(torch.tensor([[[[1.0, -1e4]]]]), torch.tensor([[[[4.0, -1e4]]]]))
+        tensor([4.5000])
+
+    References:
+        Jiao et al. 2020 (TinyBERT), equation 7, arXiv:1909.10351; the mask is that of the authors' code.
+    """
+    student, teacher = prepare_equal(student, teacher)
+    student, teacher = (scores.masked_fill(scores <= _MASKED, 0.0) for scores in (student, teacher))
+    return per_example((student - teacher).square())
+
+
+def attention_kl(student: Tensor, teacher: Tensor, *, from_scores: bool = True) -> Tensor:
+    r"""Kullback-Leibler divergence of the student's from the teacher's attention, averaged over heads and queries.
+
+    .. math:: \frac{1}{A L} \sum_{a,i} \sum_j p^t_{aij} (\log p^t_{aij} - \log p^s_{aij})
+
+    Where each query looks is compared. Scores of minus infinity are allowed. Below a probability of 1e-6 the logarithm
+    goes on as its tangent, so that a probability of 0 has a gradient.
+
+    Args:
+        student: The student's scores before the softmax, or probabilities, shape ``(N, A, L, L)``, keys last.
+        teacher: The teacher's, same shape.
+        from_scores: Whether the tensors hold scores; False for probabilities, which Hugging Face models return.
+
+    Returns:
+        Divergence in nats, shape ``(N,)``.
+
+    Raises:
+        TypeError: If the tensors hold no floating point numbers, or ``from_scores`` is no bool.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> attention_kl(torch.tensor([[[[0.0, 1.0, 3.0]]]]), torch.tensor([[[[2.0, 1.0, 0.0]]]]))
+        tensor([1.8226])
+
+    References:
+        Sun et al. 2020 (MobileBERT), equation 2, arXiv:2004.02984.
+    """
+    checks.boolean("from_scores", from_scores)
+    student, teacher = prepare_equal(student, teacher)
+    if from_scores:
+        return per_example(_divergence(student, teacher))
+    logarithms = [_log(probabilities) for probabilities in (student, teacher)]
+    return per_example((teacher * (logarithms[1] - logarithms[0])).sum(dim=-1))
+
+
+def attention_relation(student: Tensor, teacher: Tensor, *, relation_heads: int) -> Tensor:
+    r"""Divergence of the two models' relations between the tokens, by queries, keys or values.
+
+    .. math:: \frac{1}{A L} \sum_{a,i} \mathrm{KL}(R^t_{ai} \,\|\, R^s_{ai}), \qquad
+        R_a = \mathrm{softmax}(X_a X_a^\top / \sqrt{d})
+
+    X are the queries, the keys or the values, their H numbers split anew into A relation heads of size d = H / A: the
+    models need neither equal widths nor equally many heads.
+
+    Args:
+        student: The student's vectors, shape ``(N, L, H_s)``.
+        teacher: The teacher's vectors, shape ``(N, L, H_t)``.
+        relation_heads: Number A of relation heads, a divisor of both widths.
+
+    Returns:
+        Divergence in nats, shape ``(N,)``.
+
+    Raises:
+        TypeError: If the tensors hold no floating point numbers, or ``relation_heads`` is no int.
+        ValueError: If the tokens differ, or a width is no multiple of ``relation_heads``.
+
+    Example:
+        >>> import torch
+        >>> attention_relation(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[2.0], [1.0]]]), relation_heads=1)
+        tensor([0.0890])
+
+    References:
+        Wang et al. 2021 (MiniLMv2), equations 5 to 8, arXiv:2012.15828.
+    """
+    _check_heads(relation_heads)
+    student, teacher = prepare(student, teacher)
+    if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+        expected = "`student` and `teacher` to have the shapes (N, L, H_s) and (N, L, H_t)"
+        raise ValueError(checks.message(expected, f"{tuple(student.shape)} and {tuple(teacher.shape)}"))
+    scores = []
+    for vectors in (student, teacher):
+        if vectors.shape[2] % relation_heads:
+            expected = f"`relation_heads` to divide the width {vectors.shape[2]}"
+            raise ValueError(checks.message(expected, f"{relation_heads=}"))
+        heads = vectors.reshape(*vectors.shape[:2], relation_heads, -1).transpose(1, 2)
+        scores.append(product(heads, heads.mT) / math.sqrt(heads.shape[3]))
+    return per_example(_divergence(scores[0], scores[1]))
+
+
+def _check_heads(relation_heads: int) -> None:
+    if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
+        raise TypeError(checks.message("`relation_heads` to be an int", f"{relation_heads=}"))
+    checks.at_least("relation_heads", relation_heads, 1)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    # Minus infinity in both would give a difference of infinities.
+    log_student, log_teacher = (F.log_softmax(s.clamp(min=_LEAST_SCORE), dim=-1) for s in (student, teacher))
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    tangent = math.log(_LEAST_PROBABILITY) + (probabilities / _LEAST_PROBABILITY - 1)
+    bounded = probabilities.clamp(min=_LEAST_PROBABILITY)
+    return torch.where(probabilities < _LEAST_PROBABILITY, tangent, bounded.log())

@@ -1,0 +1,103 @@
+"""Losses on transformers' attention."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.attention import _check_heads, attention_kl, attention_mse, attention_relation
+from lightning_distill.losses.base import DistillationLoss
+
+_KINDS = ("kl", "mse")
+
+
+class AttentionMapLoss(DistillationLoss):
+    r"""Difference of the two models' attention in one layer, averaged over examples, heads and queries.
+
+    .. math:: \frac{1}{N A L} \sum_{n,a,i} D(S^s_{nai}, S^t_{nai})
+
+    D is the divergence of the attention probabilities ("kl") or the mean squared difference of the scores ("mse"). See
+    :func:`lightning_distill.functional.attention_kl` and :func:`lightning_distill.functional.attention_mse`.
+
+    Args:
+        kind: "kl" or "mse".
+        from_scores: For "kl", whether it is called with scores; False for probabilities, which Hugging Face models
+            return. "mse" takes what it is given.
+
+    Returns:
+        A scalar when called with attention ``(N, A, L, L)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If there is no such kind.
+
+    Example:
+        >>> import torch
+        >>> AttentionMapLoss()(torch.tensor([[[[0.0, 1.0, 3.0]]]]), torch.tensor([[[[2.0, 1.0, 0.0]]]]))
+        tensor(1.8226)
+
+    References:
+        Sun et al. 2020 (MobileBERT), arXiv:2004.02984; Jiao et al. 2020 (TinyBERT), equation 7, arXiv:1909.10351.
+    """
+
+    def __init__(self, kind: str = "kl", *, from_scores: bool = True) -> None:
+        super().__init__()
+        checks.one_of("kind", kind, _KINDS)
+        checks.boolean("from_scores", from_scores)
+        self.kind = kind
+        self.from_scores = from_scores
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        if self.kind == "mse":
+            return attention_mse(student, teacher).mean()
+        return attention_kl(student, teacher, from_scores=self.from_scores).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"kind={self.kind!r}, from_scores={self.from_scores}"
+
+
+class AttentionRelationLoss(DistillationLoss):
+    r"""Divergence of the relations between tokens, averaged over examples, relation heads and tokens.
+
+    .. math:: \frac{1}{N A L} \sum_{n,a,i} \mathrm{KL}(R^t_{nai} \,\|\, R^s_{nai})
+
+    One term each for queries, keys and values makes the paper's sum. The widths may differ. See
+    :func:`lightning_distill.functional.attention_relation`.
+
+    Args:
+        relation_heads: Number of relation heads, a divisor of both widths; the paper has 48 or 64.
+
+    Returns:
+        A scalar when called with vectors ``(N, L, H)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If ``relation_heads`` is no int.
+        ValueError: If it is less than 1.
+
+    Example:
+        >>> import torch
+        >>> AttentionRelationLoss(1)(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[2.0], [1.0]]]))
+        tensor(0.0890)
+
+    References:
+        Wang et al. 2021 (MiniLMv2), equations 5 to 8, arXiv:2012.15828.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+
+    def __init__(self, relation_heads: int) -> None:
+        super().__init__()
+        _check_heads(relation_heads)
+        self.relation_heads = relation_heads
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return attention_relation(student, teacher, relation_heads=self.relation_heads).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"relation_heads={self.relation_heads}"
