@@ -74,6 +74,30 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(message(f"`{name}` to be greater than 0", f"{name}={value!r}"))
 
 
+def positives(name: str, value: Any) -> None:
+    """Check that a setting is a list or tuple of finite numbers greater than 0, and not empty.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed.
+
+    Raises:
+        TypeError: If the value is no list or tuple, or an entry is no int or float.
+        ValueError: If the value is empty, or an entry is not finite or not greater than 0.
+
+    Example:
+        >>> positives("temperatures", (2.0, 0.0))
+        Traceback (most recent call last):
+        ValueError: Expected `temperatures[1]` to be greater than 0, but got temperatures[1]=0.0.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(message(f"`{name}` to be a list or tuple of numbers", f"{name}={value!r}"))
+    if not value:
+        raise ValueError(message(f"`{name}` to hold at least one number", f"{name}={value!r}"))
+    for index, entry in enumerate(value):
+        positive(f"{name}[{index}]", entry)
+
+
 def non_negative(name: str, value: Any) -> None:
     """Check that a setting is a finite number of at least 0.
 

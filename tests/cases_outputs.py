@@ -171,4 +171,47 @@ TARGETS = [
     ),
 ]
 
-OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS]
+RELATIONS = [
+    LossCase(
+        "dist",
+        losses.DISTLoss,
+        oracle.dist,
+        (4, 5),
+        settings={"inter_weight": 0.5, "intra_weight": 2.0, "temperature": 2.0},
+        golden=(
+            Golden(
+                "dist",
+                settings=lambda ref: {
+                    "inter_weight": ref["beta"],
+                    "intra_weight": ref["gamma"],
+                    "temperature": ref["tau"],
+                },
+                cases=("s1", "s2"),
+            ),
+            Golden("dist", settings=lambda ref: {"class_dim": 1}, cases=("s3",)),
+        ),
+        zero_at_identity=False,  # up to the 1e-8 beside the norms
+        on_logits=True,
+        per_example=False,
+    ),
+    LossCase(
+        "multi_level_logits",
+        losses.MultiLevelLogitLoss,
+        oracle.multi_level_logits,
+        (4, 5),
+        settings={"temperatures": (1.0, 3.0)},
+        on_logits=True,
+        per_example=False,
+    ),
+    LossCase(
+        "multi_level_logits_pixels",
+        losses.MultiLevelLogitLoss,
+        oracle.multi_level_logits,
+        (2, 3, 2, 3),
+        settings={"class_dim": 1},
+        on_logits=True,
+        per_example=False,
+    ),
+]
+
+OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *RELATIONS]

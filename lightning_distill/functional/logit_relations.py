@@ -1,0 +1,244 @@
+"""Formulas on how rows and columns of the models' probabilities relate: student first, no gradient into the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.inputs import prepare_logits
+from lightning_distill.functional.logits import soft_target_kl
+from lightning_distill.functional.vectors import product
+
+_CORRELATION_EPS = 1e-8
+
+
+def inter_class_relation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+) -> Tensor:
+    r"""One minus the correlation of the two models' probabilities of an example, over the classes.
+
+    .. math:: T^2 (1 - \rho(p^s_n, p^t_n)), \qquad \rho(a, b) = \frac{(a - \bar a) \cdot (b - \bar b)}
+        {\|a - \bar a\| \, \|b - \bar b\|}, \qquad p = \mathrm{softmax}(z / T)
+
+    The student need not match the teacher's probabilities, only how they compare with each other: a strong teacher is
+    easier to follow.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        From 0 to 2 times :math:`T^2`, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[0.0, 1.0, 2.0]])
+        >>> inter_class_relation(student, teacher)
+        tensor([1.5000])
+
+    References:
+        Huang et al. 2022 (DIST), equation 9, arXiv:2205.10536; 1e-8 is added to the product of norms. Deviation:
+        probabilities that are constant up to rounding are centred but not divided, because the gradient would be
+        noise divided by 1e-8; their correlation counts as 0.
+    """
+    student, teacher = _rows_of_probabilities(student_logits, teacher_logits, temperature, class_dim)
+    return temperature**2 * (1 - _correlation(student, teacher, dim=-1))
+
+
+def intra_class_relation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+) -> Tensor:
+    r"""One minus the correlation of the two models' probabilities of a class, over the examples; mean of the classes.
+
+    .. math:: \frac{T^2}{C} \sum_c (1 - \rho(p^s_{:,c}, p^t_{:,c})), \qquad p = \mathrm{softmax}(z / T)
+
+    Which examples of the batch look most like a class is compared. A batch of one has no such relation: its value is
+    :math:`T^2` and its gradient 0.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar from 0 to 2 times :math:`T^2`: the whole batch is compared, each pixel of a dense map as an example.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> intra_class_relation(student, teacher)
+        tensor(0.6667)
+
+    References:
+        Huang et al. 2022 (DIST), equation 10, arXiv:2205.10536; as in :func:`inter_class_relation`.
+    """
+    student, teacher = _rows_of_probabilities(student_logits, teacher_logits, temperature, class_dim)
+    return temperature**2 * (1 - _correlation(student.flatten(0, -2), teacher.flatten(0, -2), dim=0)).mean()
+
+
+def batch_correlation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+) -> Tensor:
+    r"""Squared difference of the two models' products between the examples of a batch.
+
+    .. math:: \frac{1}{N} \| P_s P_s^\top - P_t P_t^\top \|_F^2, \qquad P = \mathrm{softmax}(z / T)
+
+    Which examples the teacher finds alike is compared. Memory grows with the square of the rows: of a dense map each
+    pixel is one.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar: the whole batch is compared.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> batch_correlation(student, teacher)
+        tensor(0.0919)
+
+    References:
+        Jin, Wang and Lin 2023, section 3.3, CVPR.
+    """
+    student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
+    return _gram_difference(student, teacher)
+
+
+def class_correlation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+) -> Tensor:
+    r"""Squared difference of the two models' products between the classes.
+
+    .. math:: \frac{1}{C} \| P_s^\top P_s - P_t^\top P_t \|_F^2, \qquad P = \mathrm{softmax}(z / T)
+
+    Which classes the teacher finds possible together is compared. The products are summed over the batch, so that the
+    value grows with its size.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar: the whole batch is compared.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> class_correlation(student, teacher)
+        tensor(0.2621)
+
+    References:
+        Jin, Wang and Lin 2023, section 3.4, CVPR.
+    """
+    student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
+    return _gram_difference(student.T, teacher.T)
+
+
+def multi_level_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    class_dim: int = -1,
+) -> Tensor:
+    r"""Divergence of each example, of the batch's products and of the classes', averaged over several temperatures.
+
+    .. math:: \frac{1}{K} \sum_T \left( \frac{T^2}{N} \sum_n \mathrm{KL}(p^t_n \| p^s_n)
+        + \frac{1}{N} \| P_s P_s^\top - P_t P_t^\top \|_F^2 + \frac{1}{C} \| P_s^\top P_s - P_t^\top P_t \|_F^2 \right)
+
+    Several temperatures show the student the teacher's first choices and its faint preferences at once. The parts are
+    :func:`soft_target_kl`, :func:`batch_correlation` and :func:`class_correlation`.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperatures: The K temperatures, each greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar: the whole batch is compared.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, there is no temperature or one is not
+            greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> multi_level_logits(student, teacher)
+        tensor(0.8134)
+
+    References:
+        Jin, Wang and Lin 2023, section 3, CVPR; deviation: the mean over the temperatures, and neither two views of
+        each image nor the masks of confidence of the authors' code.
+    """
+    checks.positives("temperatures", temperatures)
+    values = []
+    for temperature in temperatures:
+        student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
+        divergence = soft_target_kl(student_logits, teacher_logits, temperature=temperature, class_dim=class_dim).mean()
+        values.append(divergence + _gram_difference(student, teacher) + _gram_difference(student.T, teacher.T))
+    return torch.stack(values).mean()
+
+
+def _rows_of_probabilities(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int
+) -> tuple[Tensor, Tensor]:
+    checks.positive("temperature", temperature)
+    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim)
+    student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
+    return F.softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
+
+
+def _matrices(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int
+) -> tuple[Tensor, Tensor]:
+    student, teacher = _rows_of_probabilities(student_logits, teacher_logits, temperature, class_dim)
+    return student.flatten(0, -2), teacher.flatten(0, -2)
+
+
+def _gram_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    difference = product(student, student.T) - product(teacher, teacher.T)
+    return difference.square().sum() / len(difference)
+
+
+def _correlation(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    (student, norm_student), (teacher, norm_teacher) = (_centred(values, dim) for values in (student, teacher))
+    return (student * teacher).sum(dim=dim) / (norm_student * norm_teacher + _CORRELATION_EPS)
+
+
+def _centred(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    centred = values - values.mean(dim=dim, keepdim=True)
+    norm = torch.linalg.vector_norm(centred, dim=dim)
+    rounding = 4 * torch.finfo(values.dtype).eps * values.shape[dim] ** 0.5 * values.detach().amax(dim=dim)
+    return centred, torch.where(norm <= rounding, 1.0, norm)

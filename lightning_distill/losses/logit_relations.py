@@ -1,0 +1,125 @@
+"""Losses on how rows and columns of the models' probabilities relate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.logit_relations import (
+    inter_class_relation,
+    intra_class_relation,
+    multi_level_logits,
+)
+from lightning_distill.losses.base import DistillationLoss
+
+
+class DISTLoss(DistillationLoss):
+    r"""One minus the correlation of the two models' probabilities, over the classes and over the examples.
+
+    .. math:: \frac{T^2 \beta}{N} \sum_n (1 - \rho(p^s_n, p^t_n)) + \frac{T^2 \gamma}{C} \sum_c (1 - \rho(p^s_
+        {:,c}, p^t_{:,c})),
+        \qquad p = \mathrm{softmax}(z / T)
+
+    Relations are kept rather than exact values, which helps where the teacher is much stronger than the student. See
+    :func:`lightning_distill.functional.inter_class_relation` and
+    :func:`lightning_distill.functional.intra_class_relation`.
+
+    Args:
+        inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater.
+        intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater.
+        temperature: Softening of both distributions, greater than 0; may be set while training.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher; the whole batch is compared.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0, a weight is negative or ``class_dim`` is the batch
+            dimension.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> DISTLoss()(student, teacher)
+        tensor(1.2769)
+
+    References:
+        Huang et al. 2022 (DIST), equations 9 and 10, arXiv:2205.10536, which recommends weights of 1 at temperature 1
+        for
+        ImageNet, and of 2 at temperature 4 for CIFAR-100.
+    """
+
+    def __init__(
+        self, inter_weight: float = 1.0, intra_weight: float = 1.0, temperature: float = 1.0, *, class_dim: int = -1
+    ) -> None:
+        super().__init__()
+        checks.non_negative("inter_weight", inter_weight)
+        checks.non_negative("intra_weight", intra_weight)
+        checks.positive("temperature", temperature)
+        checks.inner_dim("class_dim", class_dim)
+        self.inter_weight = float(inter_weight)
+        self.intra_weight = float(intra_weight)
+        self.temperature = float(temperature)
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        inter = inter_class_relation(student, teacher, temperature=self.temperature, class_dim=self.class_dim).mean()
+        intra = intra_class_relation(student, teacher, temperature=self.temperature, class_dim=self.class_dim)
+        return self.inter_weight * inter + self.intra_weight * intra
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        weights = f"inter_weight={self.inter_weight}, intra_weight={self.intra_weight}"
+        return f"{weights}, temperature={self.temperature}, class_dim={self.class_dim}"
+
+
+class MultiLevelLogitLoss(DistillationLoss):
+    r"""Divergence of each example, of the batch and of the classes, averaged over several temperatures.
+
+    .. math:: \frac{1}{K} \sum_T \left( \frac{T^2}{N} \sum_n \mathrm{KL}(p^t_n \| p^s_n)
+        + \frac{1}{N} \| P_s P_s^\top - P_t P_t^\top \|_F^2 + \frac{1}{C} \| P_s^\top P_s - P_t^\top P_t \|_F^2 \right)
+
+    Several temperatures show the teacher's first choices and its faint preferences at once. See
+    :func:`lightning_distill.functional.multi_level_logits`.
+
+    Args:
+        temperatures: The K temperatures, each greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher; the whole batch is compared.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If there is no temperature, one is not greater than 0, or ``class_dim`` is the batch dimension.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+        >>> MultiLevelLogitLoss()(student, teacher)
+        tensor(0.8134)
+
+    References:
+        Jin, Wang and Lin 2023, section 3, CVPR.
+    """
+
+    def __init__(self, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0), *, class_dim: int = -1) -> None:
+        super().__init__()
+        checks.positives("temperatures", temperatures)
+        checks.inner_dim("class_dim", class_dim)
+        self.temperatures = tuple(float(temperature) for temperature in temperatures)
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return multi_level_logits(student, teacher, temperatures=self.temperatures, class_dim=self.class_dim)
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"temperatures={self.temperatures}, class_dim={self.class_dim}"
