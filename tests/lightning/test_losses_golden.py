@@ -97,7 +97,12 @@ def test_parts_of_the_multi_level_loss_equal_the_published_implementation(key: s
 
 
 def test_every_golden_case_kept_here_is_used() -> None:
-    used = {golden.key for case in CASES for golden in case.golden} | {"inc_intermediate", *SEVERAL_LAYERS}
+    used = {golden.key for case in CASES for golden in case.golden} | {
+        "inc_intermediate",
+        "mlkd_batch",
+        "mlkd_class",
+        *SEVERAL_LAYERS,
+    }
     entries = json.loads((GOLDEN_FOLDER / "index.json").read_text(encoding="utf-8"))
 
     assert {entry["key"] for entry in entries} == used
