@@ -123,7 +123,7 @@ class FollowerOptimizer:
             scaler: The gradient scaler, if the leader's gradients have just been unscaled by it: an overflow in either
                 optimizer then makes both skip the step.
         """
-        if self._prepared:
+        if self._prepared or (scaler is None and world_size() == 1):
             return
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if not gradients:

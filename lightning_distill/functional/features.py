@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,10 +12,12 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
 
+Reduction = Literal["none", "mean"]
+
 _REMEDY = "Map the student's feature to the teacher's shape with an adapter."
 
 
-def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def feature_mse(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
     r"""Mean squared difference of two features.
 
     .. math:: \frac{1}{D} \sum_d (f^s_d - f^t_d)^2
@@ -22,13 +27,14 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
 
     Returns:
-        Mean squared difference, shape ``(N,)``.
+        Mean squared difference, shape ``(N,)``, or a scalar.
 
     Raises:
         TypeError: If a feature is no floating point tensor.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or there is no such reduction.
 
     Example:
         >>> feature_mse(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -37,11 +43,10 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Romero et al. 2015 (FitNets), equation 3, arXiv:1412.6550; deviation: the mean, without the factor 1/2.
     """
-    student, teacher = _prepare(student, teacher)
-    return _per_example(F.mse_loss(student, teacher, reduction="none"))
+    return _distance(F.mse_loss, student, teacher, reduction)
 
 
-def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
+def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
     r"""Mean absolute difference of two features.
 
     .. math:: \frac{1}{D} \sum_d |f^s_d - f^t_d|
@@ -51,13 +56,14 @@ def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
 
     Returns:
-        Mean absolute difference, shape ``(N,)``.
+        Mean absolute difference, shape ``(N,)``, or a scalar.
 
     Raises:
         TypeError: If a feature is no floating point tensor.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or there is no such reduction.
 
     Example:
         >>> feature_l1(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -66,11 +72,10 @@ def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Romero et al. 2015 (FitNets), section 2.2, arXiv:1412.6550; deviation: absolute instead of squared differences.
     """
-    student, teacher = _prepare(student, teacher)
-    return _per_example((student - teacher).abs())
+    return _distance(F.l1_loss, student, teacher, reduction)
 
 
-def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
+def feature_smooth_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
     r"""Mean difference of two features, squared where it is small and absolute where it is large.
 
     .. math:: \frac{1}{D} \sum_d h(f^s_d - f^t_d), \qquad
@@ -81,13 +86,14 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
 
     Returns:
-        Mean difference, shape ``(N,)``.
+        Mean difference, shape ``(N,)``, or a scalar.
 
     Raises:
         TypeError: If a feature is no floating point tensor.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or there is no such reduction.
 
     Example:
         >>> feature_smooth_l1(torch.tensor([[1.0, 2.0], [0.0, 0.5]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -96,8 +102,7 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Girshick 2015 (Fast R-CNN), equation 3, arXiv:1504.08083.
     """
-    student, teacher = _prepare(student, teacher)
-    return _per_example(F.smooth_l1_loss(student, teacher, reduction="none"))
+    return _distance(F.smooth_l1_loss, student, teacher, reduction)
 
 
 def feature_cosine(student: Tensor, teacher: Tensor, *, channel_dim: int | None = None) -> Tensor:
@@ -214,6 +219,14 @@ def _prepare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.ndim < 1:
         raise ValueError(checks.message("`student` to have a batch dimension", "shape ()"))
     return student, teacher
+
+
+def _distance(kernel: Callable[..., Tensor], student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
+    student, teacher = _prepare(student, teacher)
+    if reduction == "mean":  # every example has D numbers, so one kernel gives the mean of the examples' means
+        return kernel(student, teacher, reduction="mean")
+    checks.one_of("reduction", reduction, ("none", "mean"))
+    return _per_example(kernel(student, teacher, reduction="none"))
 
 
 def _per_example(values: Tensor) -> Tensor:
