@@ -139,10 +139,6 @@ class FollowerOptimizer:
                     for gradient in gradients:  # what a skipped step leaves must not reach the next one
                         gradient.masked_fill_(theirs.bool(), 0.0)
 
-    def clip(self, clip: Callable[[Optimizer], Any]) -> None:
-        """Clip the adapters' gradients by themselves, so that the student's are clipped as in a plain run."""
-        clip(self.optimizer)
-
     def close(self) -> None:
         """Let the leader go."""
         self._handle.remove()

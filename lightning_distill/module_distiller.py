@@ -25,6 +25,7 @@ class ModuleDistiller(Distiller):
     """
 
     student: LightningModule
+    _checks_at_once = False
 
     def __init__(self, callback: Any, pl_module: LightningModule) -> None:
         self._callback = callback
@@ -49,8 +50,8 @@ class ModuleDistiller(Distiller):
 
     def loss(self, batch: Any = None) -> Tensor:
         """The weighted sum of the terms, after making sure that the adapters follow the student's optimizer."""
-        leaders = self.student.trainer.optimizers
-        if not self.idle and all(one is not self.adapters.leader for one in leaders):  # a new run, or the tuner's
+        leader = self.adapters.leader
+        if leader not in self.student.trainer.optimizers and not self.idle:  # a new run, or the tuner's
             self._follow_the_students()
         return super().loss(batch)
 

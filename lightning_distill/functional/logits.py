@@ -59,8 +59,7 @@ def soft_target_kl(
         student, teacher = _standardized(student, class_dim), _standardized(teacher, class_dim)
     log_student = F.log_softmax(student / temperature, dim=class_dim)
     log_teacher = F.log_softmax(teacher / temperature, dim=class_dim)
-    soft_targets = log_teacher.exp() * temperature**2
-    return (soft_targets * (log_teacher - log_student)).sum(dim=class_dim)
+    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=class_dim) * temperature**2
 
 
 def soft_cross_entropy(
