@@ -183,12 +183,12 @@ class Distiller:
         loss = sum(weighted[1:], weighted[0])
         self.parts = {f"{name}_loss": part.detach() for name, part in parts.items()}
         self.parts["distillation_loss"] = loss.detach()
-        self.batch_size = next(iter(first_tensor(calls[0].args, calls[0].kwargs, calls[0].output).shape), 1)
         return loss
 
     def _ask(self, call: Call) -> list[Call]:
         """The answer of each teacher to a call of the student."""
-        device = first_tensor(call.args, call.kwargs, call.output).device
+        first = first_tensor(call.args, call.kwargs, call.output)
+        device, self.batch_size = first.device, len(first) if first.ndim else 1
         self.frozen.freeze(device)
         self.frozen.still()
         call.read_logits, shown = self.logits, call
