@@ -27,9 +27,9 @@ def prepare(student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student
         >>> student.dtype, teacher.dtype
         (torch.float32, torch.float32)
     """
-    if student.dtype == teacher.dtype == torch.float32:  # by far the commonest: nothing to convert
-        return student, teacher.detach() if teacher.requires_grad else teacher
     checks.floating(names[0], student)
     checks.floating(names[1], teacher)
+    if student.dtype == teacher.dtype == torch.float32:  # by far the commonest: nothing to convert
+        return student, teacher.detach() if teacher.requires_grad else teacher
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
