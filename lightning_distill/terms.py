@@ -178,6 +178,7 @@ class FeatureDistillation(DistillationTerm):
         self._positions_must_match = getattr(self.loss, "positions_must_match", True)
         self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
         self.adapters = nn.ModuleList()
+        self._fitted: list[nn.Module] = []  # the same: a module list is slow to index
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the adapters from the features of a first call."""
@@ -191,10 +192,11 @@ class FeatureDistillation(DistillationTerm):
                 # under autocast parameters stay in float32; without it they must have the feature's own precision
                 dtype = torch.float32 if torch.is_autocast_enabled(theirs.device.type) else theirs.dtype
                 self.adapters.append(made.to(device=theirs.device, dtype=dtype).train())
+        self._fitted = [*self.adapters]
 
     def reset(self) -> None:
         """Drop the adapters."""
-        self.adapters = nn.ModuleList()
+        self.adapters, self._fitted = nn.ModuleList(), []
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
@@ -209,7 +211,7 @@ class FeatureDistillation(DistillationTerm):
         student_tap, teacher_tap = self.student_taps[index], self.teacher_taps[index]
         feature = student.feature(student_tap)
         target = teacher.feature(teacher_tap)
-        adapted = self.adapters[teacher.teacher * len(self.student_taps) + index](feature)
+        adapted = self._fitted[teacher.teacher * len(self.student_taps) + index](feature)
         if self._positions_must_match and adapted.ndim == target.ndim == 4 and self._adapter[0] != "linear":
             target = _resized(_widened_one(target), adapted)
         if self._channels_must_match and self._positions_must_match and adapted.shape != target.shape:

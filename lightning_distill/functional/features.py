@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare
-
-Reduction = Literal["none", "mean"]
+from lightning_distill.functional.inputs import Reduction, prepare
 
 _REMEDY = "Map the student's feature to the teacher's shape with an adapter."
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lightning_distill import checks
+
+Reduction = Literal["none", "mean"]
 
 
 def prepare(student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student", "teacher")) -> tuple[Tensor, Tensor]:

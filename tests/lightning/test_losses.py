@@ -249,7 +249,10 @@ def test_no_value_is_read_on_the_host(case: LossCase) -> None:
     assert student.grad.shape == student.shape
 
 
-@pytest.mark.parametrize("distance", [functional.feature_mse, functional.feature_l1, functional.feature_smooth_l1])
+@pytest.mark.parametrize(
+    "distance",
+    [functional.feature_mse, functional.feature_l1, functional.feature_smooth_l1, functional.soft_target_kl],
+)
 def test_the_mean_reduction_is_the_mean_of_the_values_per_example(distance: Callable[..., torch.Tensor]) -> None:
     student, teacher = torch.randn(2, 3, 5, 4, 3, dtype=torch.float64)
     torch.testing.assert_close(distance(student, teacher, reduction="mean"), distance(student, teacher).mean())
