@@ -78,6 +78,8 @@ def _snapshot(value: Any, copy: bool) -> tuple[Any, list[tuple[Tensor, int]]]:
     # compiler fuses. Inference tensors keep no versions either.
     if copy or torch.compiler.is_compiling():
         return map_tensors(value, torch.clone), []
+    if isinstance(value, Tensor) and not value.is_inference():  # by far the commonest
+        return value, [(value, value._version)]
     return value, _versions(value)
 
 

@@ -200,12 +200,13 @@ class FeatureDistillation(DistillationTerm):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
+        if len(self.student_taps) == 1 and not self._several_layers:
+            return _scalar(self.loss, *self._pair(0, student, teacher), labels, self.needs_labels)
         pairs = [self._pair(index, student, teacher) for index in range(len(self.student_taps))]
         if self._several_layers:
             mine, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return _scalar(self.loss, mine, theirs, labels, self.needs_labels)
-        values = [_scalar(self.loss, mine, theirs, labels, self.needs_labels) for mine, theirs in pairs]
-        return values[0] if len(values) == 1 else torch.stack(values).mean()
+        return torch.stack([_scalar(self.loss, *pair, labels, self.needs_labels) for pair in pairs]).mean()
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         student_tap, teacher_tap = self.student_taps[index], self.teacher_taps[index]
