@@ -143,7 +143,8 @@ class AdapterTrainer:
         try:
             term.load_state_dict(state)
         except RuntimeError as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise ValueError(
-                f"Expected the saved adapters to fit term {term.name!r}, but got {error}. Resume with the terms that"
+                f"Expected the saved adapters to fit term {term.name!r}, but got {reason}. Resume with the terms that"
                 " were saved, or start from the student's weights alone."
             ) from None

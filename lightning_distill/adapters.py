@@ -109,7 +109,13 @@ class FollowerOptimizer:
         self.leader = bare(leader)
         self._parameters, self._mirrors, self._scaler = list(parameters), factory is None, scaler
         self.optimizer = _clone(self.leader, self._parameters) if factory is None else factory(self._parameters)
-        self._handle = self.leader.register_step_post_hook(lambda *_: self._step())
+        settings = self.optimizer.param_groups[0].keys() & self.leader.param_groups[0].keys()
+        self._mirrored = sorted(settings - {"params", "param_names"})
+        # past the profiler's record and the hooks that every step runs: nobody can have hooked this optimizer, and on a
+        # step of a millisecond they show
+        step = type(self.optimizer).step
+        self._bare_step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        self._handle = self.leader.register_step_post_hook(self._step)
         # Lightning's and Fabric's wrappers clear gradients by themselves, past the optimizer that they wrap
         owners = {id(owner): owner for owner in (leader, self.leader)}.values()
         self._patches = [Patch(owner, "zero_grad", self._zero_grad) for owner in owners]
@@ -123,7 +129,7 @@ class FollowerOptimizer:
             scaler: The gradient scaler, if the leader's gradients have just been unscaled by it: an overflow in either
                 optimizer then makes both skip the step.
         """
-        if self._prepared:
+        if self._prepared or (scaler is None and world_size() == 1):
             return
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if not gradients:
@@ -138,10 +144,6 @@ class FollowerOptimizer:
                     theirs.copy_(torch.maximum(theirs, self._overflow.pop(device, theirs)))
                     for gradient in gradients:  # what a skipped step leaves must not reach the next one
                         gradient.masked_fill_(theirs.bool(), 0.0)
-
-    def clip(self, clip: Callable[[Optimizer], Any]) -> None:
-        """Clip the adapters' gradients by themselves, so that the student's are clipped as in a plain run."""
-        clip(self.optimizer)
 
     def close(self) -> None:
         """Let the leader go."""
@@ -158,7 +160,7 @@ class FollowerOptimizer:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _step(self) -> None:
+    def _step(self, *_: Any) -> None:
         if all(parameter.grad is None for parameter in self._parameters):
             return
         self.prepare()
@@ -171,9 +173,9 @@ class FollowerOptimizer:
         if self._mirrors:
             lead = _leading_group(self.leader)
             for group in self.optimizer.param_groups:
-                group.update({key: lead[key] for key in group if key in lead and key not in ("params", "param_names")})
+                group.update({key: lead[key] for key in self._mirrored})
         if self._scaler is None:
-            self.optimizer.step()
+            self._bare_step(self.optimizer)
         else:  # the leader's own step was allowed already; the scaler decides about this one
             self._scaler.step(self.optimizer)
         self._clear()
@@ -205,6 +207,8 @@ def world_size() -> int:
 
 
 def _leading_group(optimizer: Optimizer) -> dict[str, Any]:
+    if len(optimizer.param_groups) == 1:
+        return optimizer.param_groups[0]
     # by the rates before any schedule, since a warm-up starts all of them at 0
     return max(optimizer.param_groups, key=lambda group: float(group.get("initial_lr", group.get("lr", 0.0))))
 

@@ -61,6 +61,8 @@ class Distiller:
         ['distillation_loss', 'logits_loss', 'task_loss']
     """
 
+    _checks_at_once = True  # not where layers may be made later
+
     def __init__(
         self,
         student: nn.Module,
@@ -83,7 +85,7 @@ class Distiller:
         teachers = list(self.teacher.children()) if self._several else [self.teacher]
         self._teachers = [Recorder(one, taps, "teacher") for one in teachers] if taps else []
         self.adapters = AdapterTrainer(self.terms)
-        if type(self) is Distiller:
+        if self._checks_at_once:
             self.check()
 
     # What users override ---------------------------------------------------------------------------------------------
@@ -137,9 +139,10 @@ class Distiller:
         """
         distillation = self.loss(batch)
         self.parts["task_loss"] = task_loss.detach()
-        if self.idle:  # a total without any graph could not be differentiated
-            return task_loss if self.task_weight == 1 else self.task_weight * task_loss
-        return distillation if self.task_weight == 0 else self.task_weight * task_loss + distillation
+        # where all weights are 0 the task loss stays even so: a total without any graph could not be differentiated
+        if self.task_weight == 0 and distillation.requires_grad:
+            return distillation
+        return _weighted(self.task_weight, task_loss) + distillation
 
     def loss(self, batch: Any = None) -> Tensor:
         """The weighted sum of the terms, without the task loss, over the calls recorded since the last one.
@@ -176,15 +179,16 @@ class Distiller:
             for term in active:
                 values[term.name] += [term(call, answer, labels) for answer in answers]
         parts = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in values.items()}
-        loss = sum((term.weight * parts[term.name] for term in active[1:]), active[0].weight * parts[active[0].name])
+        weighted = [_weighted(term.weight, parts[term.name]) for term in active]
+        loss = sum(weighted[1:], weighted[0])
         self.parts = {f"{name}_loss": part.detach() for name, part in parts.items()}
         self.parts["distillation_loss"] = loss.detach()
-        self.batch_size = next(iter(first_tensor(calls[0].args, calls[0].kwargs, calls[0].output).shape), 1)
         return loss
 
     def _ask(self, call: Call) -> list[Call]:
         """The answer of each teacher to a call of the student."""
-        device = first_tensor(call.args, call.kwargs, call.output).device
+        first = first_tensor(call.args, call.kwargs, call.output)
+        device, self.batch_size = first.device, len(first) if first.ndim else 1
         self.frozen.freeze(device)
         self.frozen.still()
         call.read_logits, shown = self.logits, call
@@ -313,6 +317,10 @@ class Distiller:
             f"Expected the student, {type(self.student).__name__}, to be called with gradients, but it was not. Call it"
             " as a module, student(x) and not student.forward(x), inside `with distiller.record():`."
         )
+
+
+def _weighted(weight: float, value: Tensor) -> Tensor:
+    return value if weight == 1 else weight * value  # a product is an operation forward and one backward
 
 
 def as_terms(terms: Terms) -> list[DistillationTerm]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule
@@ -26,6 +25,7 @@ class ModuleDistiller(Distiller):
     """
 
     student: LightningModule
+    _checks_at_once = False
 
     def __init__(self, callback: Any, pl_module: LightningModule) -> None:
         self._callback = callback
@@ -50,12 +50,12 @@ class ModuleDistiller(Distiller):
 
     def loss(self, batch: Any = None) -> Tensor:
         """The weighted sum of the terms, after making sure that the adapters follow the student's optimizer."""
-        trainer = self.student.trainer
-        if all(one is not self.adapters.leader for one in trainer.optimizers):  # a new run, or the tuner's
-            self._follow_one_of(trainer.optimizers)
+        leader = self.adapters.leader
+        if leader not in self.student.trainer.optimizers and not self.idle:  # a new run, or the tuner's
+            self._follow_the_students()
         return super().loss(batch)
 
-    def _follow_one_of(self, optimizers: Sequence[Optimizer]) -> None:
+    def _follow_the_students(self) -> None:
         if self._recorder is None or not self._recorder.calls:
             return  # nothing to distil: the loss says so
         mine = {id(parameter) for parameter in self._recorder.root.parameters()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -96,11 +95,10 @@ def first_tensor(*values: Any) -> Tensor:
     Raises:
         ValueError: If there is none.
     """
-    for value in values:
+    waiting = [*values]
+    while waiting:
+        value = waiting.pop(0)
         if isinstance(value, Tensor):
             return value
-        entries = _entries(value)
-        if entries:
-            with suppress(ValueError):
-                return first_tensor(*entries.values())
+        waiting[:0] = value if isinstance(value, (tuple, list)) else _entries(value).values()
     raise ValueError("Expected the student to be called with a tensor or to return one, but found none.")

@@ -60,13 +60,17 @@ class Tap:
 
 def _versions(value: Any) -> list[tuple[Tensor, int]]:
     """Every tensor in ``value`` with the count of in-place changes it has seen."""
-    if isinstance(value, Tensor):
-        return [] if value.is_inference() else [(value, value._version)]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [pair for entry in value for pair in _versions(entry)]
+    found, waiting = [], [value]
+    while waiting:  # not recursive: this runs for every feature of every step
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            if not one.is_inference():
+                found.append((one, one._version))
+        elif isinstance(one, (tuple, list)):
+            waiting += one
+        elif isinstance(one, Mapping):
+            waiting += one.values()
+    return found
 
 
 def _snapshot(value: Any, copy: bool) -> tuple[Any, list[tuple[Tensor, int]]]:
@@ -74,11 +78,16 @@ def _snapshot(value: Any, copy: bool) -> tuple[Any, list[tuple[Tensor, int]]]:
     # compiler fuses. Inference tensors keep no versions either.
     if copy or torch.compiler.is_compiling():
         return map_tensors(value, torch.clone), []
+    if isinstance(value, Tensor) and not value.is_inference():  # by far the commonest
+        return value, [(value, value._version)]
     return value, _versions(value)
 
 
 def _changed(versions: list[tuple[Tensor, int]]) -> bool:
-    return any(tensor._version != version for tensor, version in versions)
+    for tensor, version in versions:  # noqa: SIM110 - a generator would cost more than the loop
+        if tensor._version != version:
+            return True
+    return False
 
 
 @dataclass(eq=False)
@@ -118,11 +127,12 @@ class Call:
                 f"Expected the {self.who}'s output to stay as it was returned, but it was changed in place since."
                 " Compute a new tensor from it."
             )
-        read = self.read_logits or (lambda output: select(output, None, f"the {self.who}'s output"))
-        return self._with_gradient(read(self.output), "output")
+        logits = self.read_logits(self.output) if self.read_logits else select(self.output, None, f"{self.who} output")
+        return self._with_gradient(logits)
 
-    def _with_gradient(self, tensor: Tensor, what: str) -> Tensor:
+    def _with_gradient(self, tensor: Tensor, layer: str | None = None) -> Tensor:
         if self.trains and not tensor.requires_grad:
+            what = "output" if layer is None else f"layer {layer!r}"
             raise ValueError(
                 f"Expected the student's {what} to carry a gradient, but it does not: it is frozen, or runs inside"
                 " reentrant activation checkpointing. Unfreeze it, pass use_reentrant=False, or tap another layer."
@@ -142,11 +152,15 @@ class Call:
             ValueError: If the layer did not run, ran more than once without a call index, was changed in place after
                 it was read, gives no obvious tensor, or carries no gradient where the call needs one.
         """
-        what = f"{self.who} layer {tap.layer!r}"
         runs = self._runs.get((tap.layer, tap.where), [])
         if tap.layer == "":
             whole = self.output if tap.where == "output" else _input(self.args, self.kwargs)
             runs = [(whole, self._versions if tap.where == "input" else self._output_versions)]
+        if len(runs) == 1 and not tap.call and tap.output is None and isinstance(runs[0][0], Tensor):
+            value, versions = runs[0]  # by far the commonest
+            if not _changed(versions):
+                return self._with_gradient(value, tap.layer)
+        what = f"{self.who} layer {tap.layer!r}"
         if not runs:
             raise ValueError(f"Expected {what} to run in the {self.who}'s forward pass, but it did not. Tap another.")
         if tap.call is None and len(runs) > 1:
@@ -162,19 +176,19 @@ class Call:
                 f"Expected {what} to keep the feature that was read from it, but a later layer changed it in place."
                 " Tap that later layer, or build it with inplace=False."
             )
-        tensor = select(value, tap.output, f"the {tap.where} of {what}")
-        return self._with_gradient(tensor, f"layer {tap.layer!r}")
+        return self._with_gradient(select(value, tap.output, f"the {tap.where} of {what}"), tap.layer)
 
     def check_input(self) -> None:
-        """Raise if the network changed its input in place, so that nobody else can be shown the same input.
+        """Raise if the network's input was changed in place since, so that nobody else can be shown the same input.
 
         Raises:
-            ValueError: If it did.
+            ValueError: If it was.
         """
         if _changed(self._versions):
             raise ValueError(
-                f"Expected the {self.who} to leave its input as it was, but it changed it in place, so the teacher"
-                " would not see what the student saw. Build its first layer with inplace=False."
+                f"Expected the {self.who}'s input to stay as it was, but it was changed in place, so the teacher would"
+                " not see what the student saw. Build the first layer with inplace=False, and make a new tensor where"
+                " the training step changes it."
             )
 
 

@@ -173,13 +173,12 @@ class FeatureDistillation(DistillationTerm):
         self.student_taps, self.teacher_taps = self_taps, teacher_taps
         self.loss = FeatureDistance(loss) if isinstance(loss, str) else _checked_loss(loss)  # type: ignore[arg-type]
         self.needs_labels = getattr(self.loss, "needs_labels", False)
+        self._several_layers = getattr(self.loss, "several_layers", False)
+        self._channels_must_match = getattr(self.loss, "channels_must_match", True)
+        self._positions_must_match = getattr(self.loss, "positions_must_match", True)
         self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
         self.adapters = nn.ModuleList()
-
-    @property
-    def _needs_shapes(self) -> tuple[bool, bool]:
-        channels = getattr(self.loss, "channels_must_match", True)
-        return channels, getattr(self.loss, "positions_must_match", True)
+        self._fitted: list[nn.Module] = []  # the same: a module list is slow to index
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the adapters from the features of a first call."""
@@ -187,35 +186,36 @@ class FeatureDistillation(DistillationTerm):
             for student_tap, teacher_tap in zip(self.student_taps, self.teacher_taps, strict=True):
                 theirs, wanted = student.feature(student_tap), teacher.feature(teacher_tap)
                 adapter = self._adapter[0]
-                if adapter == "auto" and not self._needs_shapes[0]:
+                if adapter == "auto" and not self._channels_must_match:
                     adapter = None
                 made = make_adapter(adapter, theirs.shape, wanted.shape, student_tap.layer)
                 # under autocast parameters stay in float32; without it they must have the feature's own precision
                 dtype = torch.float32 if torch.is_autocast_enabled(theirs.device.type) else theirs.dtype
                 self.adapters.append(made.to(device=theirs.device, dtype=dtype).train())
+        self._fitted = [*self.adapters]
 
     def reset(self) -> None:
         """Drop the adapters."""
-        self.adapters = nn.ModuleList()
+        self.adapters, self._fitted = nn.ModuleList(), []
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
+        if len(self.student_taps) == 1 and not self._several_layers:
+            return _scalar(self.loss, *self._pair(0, student, teacher), labels, self.needs_labels)
         pairs = [self._pair(index, student, teacher) for index in range(len(self.student_taps))]
-        if getattr(self.loss, "several_layers", False):
+        if self._several_layers:
             mine, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return _scalar(self.loss, mine, theirs, labels, self.needs_labels)
-        values = [_scalar(self.loss, mine, theirs, labels, self.needs_labels) for mine, theirs in pairs]
-        return values[0] if len(values) == 1 else torch.stack(values).mean()
+        return torch.stack([_scalar(self.loss, *pair, labels, self.needs_labels) for pair in pairs]).mean()
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         student_tap, teacher_tap = self.student_taps[index], self.teacher_taps[index]
         feature = student.feature(student_tap)
         target = teacher.feature(teacher_tap)
-        adapted = self.adapters[teacher.teacher * len(self.student_taps) + index](feature)
-        channels, positions = self._needs_shapes
-        if positions and adapted.ndim == target.ndim == 4 and self._adapter[0] != "linear":
+        adapted = self._fitted[teacher.teacher * len(self.student_taps) + index](feature)
+        if self._positions_must_match and adapted.ndim == target.ndim == 4 and self._adapter[0] != "linear":
             target = _resized(_widened_one(target), adapted)
-        if channels and positions and adapted.shape != target.shape:
+        if self._channels_must_match and self._positions_must_match and adapted.shape != target.shape:
             raise ValueError(
                 f"Expected student feature {student_tap.layer!r} and teacher feature {teacher_tap.layer!r} to have"
                 f" equal shapes, but got {tuple(adapted.shape)} and {tuple(target.shape)}."
@@ -255,7 +255,9 @@ def _scalar(
 ) -> Tensor:
     """The loss in float32 or better, whatever precision surrounds it, averaged if it is not a scalar."""
     first = student if isinstance(student, Tensor) else student[0]
-    arguments = [_widened(student), _widened(teacher), *([labels] if needs_labels else [])]
+    if not isinstance(loss, DistillationLoss):  # ours widen what they are given themselves
+        student, teacher = _widened(student), _widened(teacher)
+    arguments = (student, teacher, labels) if needs_labels else (student, teacher)
     if torch.is_autocast_enabled(first.device.type):
         with torch.autocast(first.device.type, enabled=False):
             value = loss(*arguments)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch  # noqa: F401 - the examples use it
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.inputs import Reduction, prepare
 from lightning_distill.functional.vectors import (
     channels_at,
     check_positions,
@@ -17,7 +20,7 @@ from lightning_distill.functional.vectors import (
 )
 
 
-def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def feature_mse(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
     r"""Mean squared difference of two features.
 
     .. math:: \frac{1}{D} \sum_d (f^s_d - f^t_d)^2
@@ -27,13 +30,14 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
 
     Returns:
-        Mean squared difference, shape ``(N,)``.
+        Mean squared difference, shape ``(N,)``, or a scalar.
 
     Raises:
         TypeError: If a feature is no floating point tensor.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or there is no such reduction.
 
     Example:
         >>> feature_mse(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -42,11 +46,10 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Romero et al. 2015 (FitNets), equation 3, arXiv:1412.6550; deviation: the mean, without the factor 1/2.
     """
-    student, teacher = prepare_equal(student, teacher)
-    return per_example(F.mse_loss(student, teacher, reduction="none"))
+    return _distance(F.mse_loss, student, teacher, reduction)
 
 
-def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
+def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
     r"""Mean absolute difference of two features.
 
     .. math:: \frac{1}{D} \sum_d |f^s_d - f^t_d|
@@ -56,13 +59,14 @@ def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
 
     Returns:
-        Mean absolute difference, shape ``(N,)``.
+        Mean absolute difference, shape ``(N,)``, or a scalar.
 
     Raises:
         TypeError: If a feature is no floating point tensor.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or there is no such reduction.
 
     Example:
         >>> feature_l1(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -71,11 +75,10 @@ def feature_l1(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Romero et al. 2015 (FitNets), section 2.2, arXiv:1412.6550; deviation: absolute instead of squared differences.
     """
-    student, teacher = prepare_equal(student, teacher)
-    return per_example((student - teacher).abs())
+    return _distance(F.l1_loss, student, teacher, reduction)
 
 
-def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
+def feature_smooth_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
     r"""Mean difference of two features, squared where it is small and absolute where it is large.
 
     .. math:: \frac{1}{D} \sum_d h(f^s_d - f^t_d), \qquad
@@ -86,13 +89,14 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
 
     Returns:
-        Mean difference, shape ``(N,)``.
+        Mean difference, shape ``(N,)``, or a scalar.
 
     Raises:
         TypeError: If a feature is no floating point tensor.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or there is no such reduction.
 
     Example:
         >>> feature_smooth_l1(torch.tensor([[1.0, 2.0], [0.0, 0.5]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -101,8 +105,7 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Girshick 2015 (Fast R-CNN), equation 3, arXiv:1504.08083.
     """
-    student, teacher = prepare_equal(student, teacher)
-    return per_example(F.smooth_l1_loss(student, teacher, reduction="none"))
+    return _distance(F.smooth_l1_loss, student, teacher, reduction)
 
 
 def feature_cosine(student: Tensor, teacher: Tensor, *, channel_dim: int | None = None) -> Tensor:
@@ -211,6 +214,14 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> T
     check_positions(student, teacher)
     attention = [unit(_attention_map(feature, p), dim=1) for feature in (student, teacher)]
     return (attention[0] - attention[1]).square().mean(dim=1)
+
+
+def _distance(kernel: Callable[..., Tensor], student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
+    student, teacher = prepare_equal(student, teacher)
+    if reduction == "mean":  # every example has D numbers, so one kernel gives the mean of the examples' means
+        return kernel(student, teacher, reduction="mean")
+    checks.one_of("reduction", reduction, ("none", "mean"))
+    return per_example(kernel(student, teacher, reduction="none"))
 
 
 def _attention_map(feature: Tensor, p: float) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lightning_distill import checks
 
+Reduction = Literal["none", "mean"]
 _LOGITS = ("student_logits", "teacher_logits")
 
 
@@ -31,6 +34,8 @@ def prepare(student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student
     """
     checks.floating(names[0], student)
     checks.floating(names[1], teacher)
+    if student.dtype == teacher.dtype == torch.float32:  # by far the commonest: nothing to convert
+        return student, teacher.detach() if teacher.requires_grad else teacher
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare_logits
+from lightning_distill.functional.inputs import Reduction, prepare_logits
 
 _STANDARDIZE_EPS = 1e-7
 
@@ -19,6 +19,7 @@ def soft_target_kl(
     temperature: float = 4.0,
     standardize: bool = False,
     class_dim: int = -1,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the student's softened probabilities from the teacher's soft targets.
 
@@ -33,13 +34,15 @@ def soft_target_kl(
         standardize: Whether each row of logits is z-scored first (unbiased standard deviation plus 1e-7), so that
             the student need not copy the size of the teacher's logits.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
-        Divergence in nats times :math:`T^2`, one value per row: the shape of the logits without ``class_dim``.
+        Divergence in nats times :math:`T^2`: the shape of the logits without ``class_dim``, or a scalar.
 
     Raises:
         TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
-        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+        ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0, or
+            there is no such reduction.
 
     Example:
         >>> student = torch.tensor([[2.0, 0.0, 1.0]])
@@ -58,8 +61,11 @@ def soft_target_kl(
         student, teacher = _standardized(student, class_dim), _standardized(teacher, class_dim)
     log_student = F.log_softmax(student / temperature, dim=class_dim)
     log_teacher = F.log_softmax(teacher / temperature, dim=class_dim)
-    soft_targets = log_teacher.exp() * temperature**2
-    return (soft_targets * (log_teacher - log_student)).sum(dim=class_dim)
+    if reduction == "mean":  # in one kernel and one product
+        rows = student.numel() // student.shape[class_dim]
+        return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * (temperature**2 / rows)
+    checks.one_of("reduction", reduction, ("none", "mean"))
+    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=class_dim) * temperature**2
 
 
 def soft_cross_entropy(

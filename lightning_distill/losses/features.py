@@ -71,8 +71,9 @@ class FeatureDistance(DistillationLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Loss of a batch, a scalar."""
-        settings = {"channel_dim": self.channel_dim} if self.kind in _OVER_CHANNELS else {}
-        return DISTANCES[self.kind](student, teacher, **settings).mean()
+        if self.kind in _OVER_CHANNELS:
+            return DISTANCES[self.kind](student, teacher, channel_dim=self.channel_dim).mean()
+        return DISTANCES[self.kind](student, teacher, reduction="mean")
 
     def extra_repr(self) -> str:
         """Settings, as in the constructor."""

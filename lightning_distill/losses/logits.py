@@ -55,7 +55,8 @@ class SoftTargetLoss(DistillationLoss):
             temperature=self.temperature,
             standardize=self.standardize,
             class_dim=self.class_dim,
-        ).mean()
+            reduction="mean",
+        )
 
     def extra_repr(self) -> str:
         """Settings, as in the constructor."""

@@ -363,3 +363,21 @@ def test_no_step_holds_the_tensors_of_the_one_before(trainer: MakeTrainer) -> No
     run = Run()
     run.fit(trainer, Look(), run.callback())
     assert left == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_that_returned_none_holds_nothing(trainer: MakeTrainer) -> None:
+    """L25, L2: its student was called, and nothing was made of it."""
+    left: list[int] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            left.append(pl_module.model.alive(collect=False))
+
+    def step(module: Any, batch: Any, batch_idx: int) -> None:
+        module.model(batch[0])
+
+    callback = DistillCallback(nets.teacher(), FeatureDistillation("layer2", "layer2"))
+    module = nets.StepModule(nets.make(Watched, 1), step)
+    trainer(max_epochs=1, callbacks=[Look(), callback]).fit(module, nets.loader())
+    assert left == [0, 0, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import oracle
@@ -258,3 +259,14 @@ def test_no_value_is_read_on_the_host(case: LossCase) -> None:
     case.build()(student, teacher).backward()
 
     assert student.grad.shape == student.shape
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [functional.feature_mse, functional.feature_l1, functional.feature_smooth_l1, functional.soft_target_kl],
+)
+def test_the_mean_reduction_is_the_mean_of_the_values_per_example(distance: Callable[..., torch.Tensor]) -> None:
+    student, teacher = torch.randn(2, 3, 5, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(distance(student, teacher, reduction="mean"), distance(student, teacher).mean())
+    with pytest.raises(ValueError, match="`reduction` to be one of 'none', 'mean', but got reduction='sum'"):
+        distance(student, teacher, reduction="sum")

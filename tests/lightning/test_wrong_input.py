@@ -160,7 +160,7 @@ class ChangesInput(nets.MLP):
 
 def test_an_input_changed_in_place_by_the_student_raises(trainer: MakeTrainer) -> None:
     """L10: the teacher would not see what the student saw."""
-    match = r"Expected the student to leave its input as it was, but it changed it in place.*inplace=False"
+    match = r"Expected the student's input to stay as it was, but it was changed in place.*inplace=False"
     rejects(trainer, nets.InnerModule(nets.make(ChangesInput, 1)), DistillCallback(nets.teacher()), match)
 
 
@@ -172,7 +172,7 @@ def test_an_input_changed_in_place_by_the_step_raises(trainer: MakeTrainer) -> N
         batch[0].zero_()
         return F.cross_entropy(logits, batch[1])
 
-    match = r"leave its input as it was.* changed it in place"
+    match = r"input to stay as it was.*make a new tensor where the training step changes it"
     rejects(trainer, nets.StepModule(nets.student(), step), DistillCallback(nets.teacher()), match)
 
 
