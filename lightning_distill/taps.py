@@ -223,6 +223,8 @@ class Recorder:
 
     def __init__(self, root: nn.Module, taps: Iterable[Tap], who: str = "student", prefix: str = "") -> None:
         self.root, self.taps, self.who, self.prefix = root, list(taps), who, prefix
+        # a teacher's own input and output are at hand where it is called: without a tap on them its root needs no hook
+        self._whole = who == "student" or any(not tap.layer for tap in self.taps)
         self.calls: list[Call] = []
         self._on = self._needs_grad = self._features = self._copy = False
         self._stack: list[Call] = []
@@ -275,8 +277,9 @@ class Recorder:
                 self._handles.append(module.register_forward_hook(self._output_hook(layer)))
             else:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(layer), with_kwargs=True))
-        self._handles.append(self.root.register_forward_pre_hook(self._enter, with_kwargs=True))
-        self._handles.append(self.root.register_forward_hook(self._leave))
+        if self._whole:
+            self._handles.append(self.root.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(self.root.register_forward_hook(self._leave))
 
     def detach(self) -> None:
         """Remove the hooks and release what was recorded."""
@@ -301,6 +304,9 @@ class Recorder:
         self.clear()
         self._on, self._needs_grad, self._features = True, needs_grad, features
         self._copy = torch.is_inference_mode_enabled()
+        if not self._whole:
+            self._stack = [Call((), {}, who=self.who)]
+            self.calls.append(self._stack[0])
 
     def stop(self) -> None:
         """Switch off; what was recorded stays."""
