@@ -14,6 +14,10 @@ import torch
 from hypothesis import settings
 from lightning.pytorch import Trainer
 
+# Before anything imports Keras: the backend is chosen once in a process, and TensorFlow's C++ log is loud.
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 # No deadline: a law must not fail because the machine is busy.
 settings.register_profile("distill", deadline=None, max_examples=50)
 settings.load_profile("distill")

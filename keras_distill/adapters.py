@@ -1,0 +1,118 @@
+"""Adapters: learned maps from a student feature's shape to the teacher's, and the resizing of the teacher's maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_distill import checks
+
+Shape = Sequence[int | None]
+AdapterFactory = Callable[[tuple[int | None, ...], tuple[int | None, ...]], keras.layers.Layer]
+ADAPTERS = ("auto", "linear", "conv1x1")
+_CONVOLUTIONS = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
+
+
+def make_adapter(
+    adapter: str | keras.layers.Layer | AdapterFactory | None, student: Shape, teacher: Shape, layer: str
+) -> keras.layers.Layer | None:
+    """The built adapter between two features with channels last.
+
+    Args:
+        adapter: ``"auto"``, ``None``, ``"linear"``, ``"conv1x1"``, a layer, or a factory called with both shapes.
+        student: Shape of the student's feature, ``(N, ..., C_s)``.
+        teacher: Shape of the teacher's feature, ``(N, ..., C_t)``.
+        layer: Name of the student's layer, for messages.
+
+    Returns:
+        A layer, or None where the feature is used as it is.
+
+    Raises:
+        ValueError: If the shapes do not fit the kind of adapter.
+        TypeError: If ``adapter`` is none of the above, or the factory makes no layer.
+
+    Example:
+        >>> make_adapter("auto", (None, 7, 7, 4), (None, 7, 7, 8), "block").filters
+        8
+    """
+    student, teacher = tuple(student), tuple(teacher)
+    maps = len(student) >= 4
+    if adapter == "auto":
+        if len(student) != len(teacher) or len(student) < 2:
+            expected = f"the features of student layer {layer!r} and its teacher layer to have equally many dimensions"
+            remedy = "Pass adapter=<a layer, or a factory of the two shapes>."
+            raise ValueError(checks.message(f"{expected}, 2 or more", f"{student} and {teacher}", remedy))
+        if student[-1] == teacher[-1]:
+            return None
+        adapter = "conv1x1" if maps else "linear"
+    if adapter is None:
+        return None
+    if isinstance(adapter, str):
+        checks.one_of("adapter", adapter, ADAPTERS)
+        made = _linear(teacher) if adapter == "linear" else _convolution(student, teacher, layer)
+    elif isinstance(adapter, keras.layers.Layer):
+        made = adapter
+    elif callable(adapter) and not isinstance(adapter, type):
+        made = adapter(student, teacher)
+        if not isinstance(made, keras.layers.Layer):
+            raise TypeError(checks.message("`adapter` to make a layer", f"a {type(made).__name__}"))
+    else:
+        expected = "`adapter` to be 'auto', 'linear', 'conv1x1', None, a layer or a factory"
+        raise TypeError(checks.message(expected, f"adapter={adapter!r}"))
+    if not made.built:
+        made.build(student)
+    return made
+
+
+def _linear(teacher: Shape) -> keras.layers.Layer:
+    # float32 under every policy: a feature of 1e4 times a weight leaves float16
+    return keras.layers.Dense(teacher[-1], name="adapter", dtype="float32")
+
+
+def _convolution(student: Shape, teacher: Shape, layer: str) -> keras.layers.Layer:
+    if len(student) not in _CONVOLUTIONS:
+        expected = f"the feature of student layer {layer!r} to have 3 to 5 dimensions for adapter='conv1x1'"
+        raise ValueError(checks.message(expected, f"{tuple(student)}", "Pass adapter='linear'."))
+    kind = _CONVOLUTIONS[len(student)]
+    return kind(teacher[-1], 1, name="adapter", dtype="float32", data_format="channels_last")
+
+
+def resized(teacher: Any, student: Shape) -> Any:
+    """The teacher's map at the student's height and width: averaged down, interpolated up.
+
+    Args:
+        teacher: The teacher's feature map, shape ``(N, H_t, W_t, C)``.
+        student: Shape of the student's map, ``(N, H_s, W_s, ...)``.
+
+    Returns:
+        The map, shape ``(N, H_s, W_s, C)``; the teacher's own where the sizes agree or are not known.
+
+    Example:
+        >>> resized(ops.reshape(ops.arange(4.0), (1, 4, 1, 1)), (1, 2, 1, 1))[0, :, 0, 0].numpy()
+        array([0.5, 2.5], dtype=float32)
+    """
+    for axis in (1, 2):
+        here, wanted = teacher.shape[axis], student[axis]
+        if here is not None and wanted is not None and here != wanted:
+            matrix = ops.cast(_resizing(here, wanted), teacher.dtype)
+            teacher = ops.moveaxis(ops.tensordot(matrix, teacher, axes=[[1], [axis]]), 0, axis)
+    return teacher
+
+
+def _resizing(size: int, wanted: int) -> np.ndarray[Any, Any]:
+    """The matrix that resizes one dimension, since both kinds of resizing work on height and width separately."""
+    matrix = np.zeros((wanted, size), "float32")
+    for row in range(wanted):
+        if wanted < size:  # the mean of all pixels that the new one touches
+            first, last = row * size // wanted, -(-(row + 1) * size // wanted)
+            matrix[row, first:last] = 1 / (last - first)
+        else:  # pixels are squares: their centres lie at one half
+            centre = max((row + 0.5) * size / wanted - 0.5, 0.0)
+            low = min(int(centre), size - 1)
+            matrix[row, low] += 1 - (centre - low)
+            matrix[row, min(low + 1, size - 1)] += centre - low
+    return matrix

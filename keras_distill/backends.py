@@ -1,0 +1,49 @@
+"""The few things that differ between the backends of Keras and that Keras has no public function for."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras.src.backend import get_keras_mask  # the only way to a mask that serves all backends
+
+
+def replicas() -> int:
+    """Number of replicas that train together, 1 outside ``tf.distribute``.
+
+    Each replica's loss is divided by it, because the gradients of all are summed.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return int(tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+def no_gradient() -> contextlib.AbstractContextManager[Any]:
+    """A context that keeps the backend from remembering a forward pass for the backward pass."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()  # graphs hold what a gradient asks for, and the teacher's answers have none
+    import torch
+
+    return torch.no_grad()
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that Keras' layers have handed down with a tensor, or None."""
+    return get_keras_mask(tensor)
+
+
+def without_mask(tensor: Any) -> Any:
+    """The same numbers without the mask, for a computation that treats the mask itself."""
+    return tensor if mask_of(tensor) is None else ops.reshape(tensor, ops.shape(tensor))
+
+
+def as_float(value: Any) -> float:
+    """A number or a float32 variable as the shortest Python number that it stands for: 0.7, not 0.699999988."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    return float(str(np.float32(float(value))))

@@ -1,0 +1,119 @@
+"""Callbacks for ``DistillModel.fit``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_distill import backends, checks
+
+_PARAMETERS = ("weight", "temperature", "task_weight")
+
+
+class DistillationScheduler(keras.callbacks.Callback):
+    """A schedule for a term's weight or temperature, or for the weight of the task loss.
+
+    The value is set at the start of each epoch and written into the logs. It lives in a variable, so that a change
+    costs no new trace, and a training that is resumed with ``initial_epoch`` goes on where it was.
+
+    Args:
+        parameter: ``"weight"`` or ``"temperature"`` of a term, or ``"task_weight"``.
+        schedule: Called with the epoch, from 0, and, if it takes a second argument, the value until then; returns the
+            new value.
+        term: Name of the term; needed where several terms have the parameter.
+        verbose: 1 prints a line for each epoch.
+
+    Raises:
+        TypeError: If ``schedule`` cannot be called.
+        ValueError: If there is no such parameter, or, when training begins, no such term.
+
+    Example:
+        >>> DistillationScheduler("temperature", lambda epoch: max(1.0, 8.0 - epoch)).schedule(5)
+        3.0
+    """
+
+    def __init__(
+        self, parameter: str, schedule: Callable[..., float], term: str | None = None, verbose: int = 0
+    ) -> None:
+        super().__init__()
+        checks.one_of("parameter", parameter, _PARAMETERS)
+        if not callable(schedule):
+            raise TypeError(checks.message("`schedule` to be a function of the epoch", f"schedule={schedule!r}"))
+        self.parameter, self.schedule, self.term, self.verbose = parameter, schedule, term, verbose
+        self._takes_value = _positional(schedule) >= 2
+        self._owner: Any = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Find what is to be scheduled."""
+        self._owner = self._find_owner()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Set the epoch's value."""
+        arguments = (epoch, self._value()) if self._takes_value else (epoch,)
+        setattr(self._owner, self.parameter, float(self.schedule(*arguments)))
+        if self.verbose:
+            keras.utils.io_utils.print_msg(f"\nEpoch {epoch + 1}: {self._log_name()} is {self._value():.4g}.")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Write the epoch's value into the logs."""
+        if logs is not None:
+            logs[self._log_name()] = self._value()
+
+    def _value(self) -> float:
+        return backends.as_float(getattr(self._owner, self.parameter))
+
+    def _log_name(self) -> str:
+        return self.parameter if self.parameter == "task_weight" else f"{self._owner.name}_{self.parameter}"
+
+    def _find_owner(self) -> Any:
+        terms = getattr(self.model, "terms", None)
+        if terms is None:
+            raise ValueError(checks.message("the model to be a DistillModel", f"a {type(self.model).__name__}"))
+        if self.parameter == "task_weight":
+            return self.model
+        fitting = [term for term in terms if self.term in (None, term.name) and hasattr(term, self.parameter)]
+        if len(fitting) == 1:
+            return fitting[0]
+        names = [term.name for term in terms]
+        expected = f"`term` to name the one term whose {self.parameter} is scheduled"
+        raise ValueError(checks.message(expected, f"term={self.term!r}, of the terms {names}"))
+
+
+class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
+    """``keras.callbacks.ModelCheckpoint`` that writes the student alone.
+
+    The file is a plain Keras model: it loads where this package is not installed.
+
+    Args:
+        filepath: Path of the file, as for ``ModelCheckpoint``.
+        monitor: Key of the logs that ``save_best_only`` compares, ``"val_loss"`` if not given.
+        mode: ``"min"``, ``"max"`` or ``"auto"``, which knows the keys of ``DistillModel`` too.
+        **kwargs: The other settings of ``ModelCheckpoint``.
+
+    Example:
+        >>> StudentCheckpoint("student.keras", monitor="val_teacher_agreement", save_best_only=True).mode
+        'max'
+    """
+
+    def __init__(self, filepath: str, monitor: str = "val_loss", mode: str = "auto", **kwargs: Any) -> None:
+        if mode == "auto" and monitor.endswith("_loss"):
+            mode = "min"
+        elif mode == "auto" and monitor.endswith("_agreement"):
+            mode = "max"
+        super().__init__(filepath, monitor=monitor, mode=mode, **kwargs)
+
+    def set_model(self, model: Any) -> None:
+        """Take the student out of the model that trains it."""
+        super().set_model(getattr(model, "student", model))
+
+
+def _positional(function: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(parameter.kind in kinds and parameter.default is parameter.empty for parameter in parameters)

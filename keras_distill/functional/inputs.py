@@ -1,0 +1,128 @@
+"""What every formula does to its two tensors first: check them, choose the precision, cut the teacher's gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_distill import checks
+
+_LOGITS = ("student_logits", "teacher_logits")
+
+
+def prepare(student: Any, teacher: Any, names: tuple[str, str] = ("student", "teacher")) -> tuple[Any, Any]:
+    """Both tensors in one precision of at least float32, the teacher's without gradient.
+
+    Args:
+        student: The student's tensor, any shape.
+        teacher: The teacher's tensor, any shape.
+        names: What an error calls the two.
+
+    Returns:
+        The student's and the teacher's tensor, float32 where both are float32 or narrower, else float64.
+
+    Raises:
+        TypeError: If one of them is no floating point tensor.
+
+    Example:
+        >>> student, teacher = prepare(ops.ones(2, dtype="float16"), ops.ones(2, dtype="bfloat16"))
+        >>> keras.backend.standardize_dtype(student.dtype), keras.backend.standardize_dtype(teacher.dtype)
+        ('float32', 'float32')
+    """
+    student, teacher = ops.convert_to_tensor(student), ops.convert_to_tensor(teacher)
+    checks.floating(names[0], student)
+    checks.floating(names[1], teacher)
+    dtype = keras.backend.result_type(student.dtype, teacher.dtype, "float32")
+    return ops.cast(student, dtype), ops.stop_gradient(ops.cast(teacher, dtype))
+
+
+def prepare_logits(student_logits: Any, teacher_logits: Any, *, from_logits: bool = True, at_least: int = 2) -> Any:
+    """Both models' logits as :func:`prepare` gives them, after a check of their shapes.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        from_logits: Whether these are logits; probabilities are turned into their logarithms, which are logits too.
+        at_least: The fewest classes that the formula makes sense for.
+
+    Returns:
+        The student's and the teacher's logits, float32 or float64.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or ``from_logits`` is no bool.
+        ValueError: If the shapes differ, or there are too few classes.
+
+    Example:
+        >>> student, teacher = prepare_logits(ops.ones((2, 3), dtype="float16"), ops.zeros((2, 3)))
+        >>> keras.backend.standardize_dtype(student.dtype), tuple(teacher.shape)
+        ('float32', (2, 3))
+    """
+    checks.boolean("from_logits", from_logits)
+    student, teacher = prepare(student_logits, teacher_logits, _LOGITS)
+    checks.same_shape(student, teacher, names=_LOGITS, remedy="Both models must score the same classes.")
+    shape = tuple(student.shape)
+    if len(shape) < 2:
+        expected = "`student_logits` to have a batch dimension and a class dimension"
+        raise ValueError(checks.message(expected, f"shape {shape}", "Expand the last dimension of single scores."))
+    if shape[-1] is not None and shape[-1] < at_least:
+        # The softmax over one class is always 1: the loss would be zero whatever the student does.
+        expected = f"`student_logits` to have at least {at_least} classes in the last dimension"
+        raise ValueError(checks.message(expected, f"shape {shape}", "Use LogitMSELoss for a single score."))
+    if not from_logits:
+        student, teacher = _logarithm(student), _logarithm(teacher)
+    return student, teacher
+
+
+def prepare_equal(student: Any, teacher: Any) -> tuple[Any, Any]:
+    """Two features of equal shape as :func:`prepare` gives them.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, same shape.
+
+    Returns:
+        Both features, in float32 or better.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the shapes differ or there is no batch dimension.
+    """
+    student, teacher = prepare(student, teacher)
+    checks.same_shape(student, teacher, remedy="Map the student's feature to the teacher's shape with an adapter.")
+    if len(student.shape) < 1:
+        raise ValueError(checks.message("`student` to have a batch dimension", "shape ()"))
+    return student, teacher
+
+
+def prepare_temperature(temperature: Any, like: Any) -> Any:
+    """A temperature, a number or a variable that a schedule sets, in the precision of the logits.
+
+    Args:
+        temperature: A number greater than 0, or a scalar variable.
+        like: The logits.
+
+    Returns:
+        The number itself, or a scalar tensor.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the number is not greater than 0.
+    """
+    if isinstance(temperature, keras.Variable) or keras.ops.is_tensor(temperature):
+        return ops.cast(ops.convert_to_tensor(temperature), like.dtype)
+    checks.positive("temperature", temperature)
+    return float(temperature)
+
+
+def epsilon_of(tensor: Any) -> float:
+    """Relative rounding error of a float32 or float64 tensor."""
+    return float(np.finfo(keras.backend.standardize_dtype(tensor.dtype)).eps)
+
+
+def _logarithm(probabilities: Any) -> Any:
+    # The smallest normal number, not keras.config.epsilon(): with 50,000 classes most probabilities lie below 1e-7.
+    tiny = float(np.finfo(keras.backend.standardize_dtype(probabilities.dtype)).tiny)
+    return ops.log(ops.maximum(probabilities, tiny))

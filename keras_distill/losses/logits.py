@@ -1,0 +1,186 @@
+"""Losses on the two models' logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_distill import backends, checks
+from keras_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
+from keras_distill.losses.base import DistillationLoss
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class SoftTargetLoss(DistillationLoss):
+    r"""Divergence of the student's softened probabilities from the teacher's soft targets, averaged over the examples.
+
+    .. math:: \frac{T^2}{N} \sum_n \sum_c p^t_{nc} (\log p^t_{nc} - \log p^s_{nc}), \qquad p = \mathrm{softmax}(z / T)
+
+    The loss most people mean by knowledge distillation. See :func:`keras_distill.functional.soft_target_kl`.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0.
+        standardize: Whether each row of logits is z-scored first.
+        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0.
+
+    Example:
+        >>> loss = SoftTargetLoss(temperature=2.0)
+        >>> round(float(loss([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        0.5694
+
+    References:
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, arXiv:2403.01427.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        *,
+        standardize: bool = False,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "soft_target_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.positive("temperature", temperature)
+        checks.boolean("standardize", standardize)
+        checks.boolean("from_logits", from_logits)
+        self.temperature = float(temperature)
+        self.standardize = standardize
+        self.from_logits = from_logits
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row of logits."""
+        return soft_target_kl(
+            y_pred,
+            y_true,
+            temperature=self.temperature,
+            standardize=self.standardize,
+            from_logits=self.from_logits,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {
+            **super().get_config(),
+            "temperature": backends.as_float(self.temperature),
+            "standardize": self.standardize,
+            "from_logits": self.from_logits,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class SoftCrossEntropyLoss(DistillationLoss):
+    r"""Cross entropy under the teacher's soft targets, averaged over the examples.
+
+    .. math:: -\frac{T^2}{N} \sum_n \sum_c p^t_{nc} \log p^s_{nc}, \qquad p = \mathrm{softmax}(z / T)
+
+    The gradient of SoftTargetLoss at the same temperature; the value ends at the teacher's entropy instead of 0.
+    See :func:`keras_distill.functional.soft_cross_entropy`.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0.
+        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0.
+
+    Example:
+        >>> round(float(SoftCrossEntropyLoss()([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        0.518
+
+    References:
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "soft_cross_entropy_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.positive("temperature", temperature)
+        checks.boolean("from_logits", from_logits)
+        self.temperature = float(temperature)
+        self.from_logits = from_logits
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row of logits."""
+        return soft_cross_entropy(y_pred, y_true, temperature=self.temperature, from_logits=self.from_logits)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        temperature = backends.as_float(self.temperature)
+        return {**super().get_config(), "temperature": temperature, "from_logits": self.from_logits}
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class LogitMSELoss(DistillationLoss):
+    r"""Mean squared difference of the logits, averaged over the examples.
+
+    .. math:: \frac{1}{N C} \sum_n \sum_c (z^s_{nc} - z^t_{nc})^2
+
+    It needs no temperature and fits a single score too. See :func:`keras_distill.functional.logit_mse`.
+
+    Args:
+        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If ``from_logits`` is no bool.
+
+    Example:
+        >>> float(LogitMSELoss()([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]]))
+        2.0
+
+    References:
+        Ba and Caruana 2014, section 2.2, arXiv:1312.6184; deviation: the mean over the classes, without the factor 1/2.
+    """
+
+    def __init__(
+        self,
+        *,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "logit_mse_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.boolean("from_logits", from_logits)
+        self.from_logits = from_logits
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row of logits."""
+        return logit_mse(y_pred, y_true, from_logits=self.from_logits)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {**super().get_config(), "from_logits": self.from_logits}

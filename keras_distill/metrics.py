@@ -1,0 +1,129 @@
+"""Metrics that compare the student with its teacher, for ``compile``, ``evaluate`` or a loop of one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_distill import checks
+from keras_distill.functional.inputs import prepare
+from keras_distill.functional.logits import soft_target_kl
+
+_NAMES = ("student_logits", "teacher_logits")
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class TeacherAgreement(keras.metrics.Mean):
+    """Share of the rows of logits where student and teacher give the highest score to the same class.
+
+    It says how faithfully the student decides as its teacher does, right or wrong. With a single score per example,
+    ``(N, 1)`` or ``(N,)``, the two agree where both scores lie on the same side of zero, zero counting as negative.
+
+    Args:
+        name: Name of the metric.
+        dtype: Precision of the state; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        From 0 to 1, higher is better. ``update_state`` takes logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> metric = TeacherAgreement()
+        >>> teacher = [[4.0, 1.0, 0.0], [0.0, 1.0, 5.0], [1.0, 2.0, 3.0]]
+        >>> metric.update_state(teacher, [[2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [0.0, 1.0, 2.0]])
+        >>> round(float(metric.result()), 4)
+        0.6667
+
+    References:
+        Stanton et al. 2021 (average top-1 agreement), arXiv:2106.05945.
+    """
+
+    def __init__(self, name: str = "teacher_agreement", dtype: Any = None) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self._direction = "up"  # what Keras' own callbacks ask in mode="auto"
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Agreeing rows of one batch, added to the state.
+
+        Args:
+            y_true: The teacher's logits, shape ``(N, ..., C)``.
+            y_pred: The student's logits, same shape.
+            sample_weight: Weight of each row.
+        """
+        student, teacher = _pair(y_pred, y_true)
+        if student.shape[-1] == 1:
+            agrees = ops.equal(ops.squeeze(student, -1) > 0, ops.squeeze(teacher, -1) > 0)
+        else:
+            agrees = ops.equal(ops.argmax(student, axis=-1), ops.argmax(teacher, axis=-1))
+        super().update_state(ops.cast(agrees, "float32"), sample_weight)
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class TeacherDivergence(keras.metrics.Mean):
+    r"""Mean Kullback-Leibler divergence of the student's probabilities from the teacher's, in nats.
+
+    .. math:: \frac{1}{N} \sum_n \sum_c p^t_{nc} (\log p^t_{nc} - \log p^s_{nc}), \qquad p = \mathrm{softmax}(z / T)
+
+    Unlike SoftTargetLoss it has no factor :math:`T^2`: it is a divergence of two distributions at any temperature.
+    A single score per example, ``(N, 1)`` or ``(N,)``, is read as the logit of one of two classes, as by the sigmoid.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0.
+        name: Name of the metric.
+        dtype: Precision of the state; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        From 0 up, in nats, lower is better. ``update_state`` takes logits ``(N, ..., C)`` of the teacher, then the
+        student.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors or the temperature is no number.
+        ValueError: If the shapes differ or the temperature is not greater than 0.
+
+    Example:
+        >>> metric = TeacherDivergence(temperature=2.0)
+        >>> metric.update_state([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])
+        >>> round(float(metric.result()), 4)
+        0.1424
+
+    References:
+        Stanton et al. 2021 (average predictive KL), arXiv:2106.05945.
+    """
+
+    def __init__(self, temperature: float = 1.0, name: str = "teacher_divergence", dtype: Any = None) -> None:
+        super().__init__(name=name, dtype=dtype)
+        checks.positive("temperature", temperature)
+        self.temperature = float(temperature)
+        self._direction = "down"
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Divergences of the rows of one batch, added to the state.
+
+        Args:
+            y_true: The teacher's logits, shape ``(N, ..., C)``.
+            y_pred: The student's logits, same shape.
+            sample_weight: Weight of each row.
+        """
+        student, teacher = _pair(y_pred, y_true)
+        if student.shape[-1] == 1:
+            # The sigmoid of z is the softmax of (0, z).
+            student, teacher = (ops.concatenate([ops.zeros_like(z), z], axis=-1) for z in (student, teacher))
+        divergence = soft_target_kl(student, teacher, temperature=self.temperature) / self.temperature**2
+        super().update_state(divergence, sample_weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {**super().get_config(), "temperature": self.temperature}
+
+
+def _pair(student_logits: Any, teacher_logits: Any) -> tuple[Any, Any]:
+    student, teacher = prepare(student_logits, teacher_logits, _NAMES)
+    checks.same_shape(student, teacher, names=_NAMES, remedy="Both models must score the same classes.")
+    if len(student.shape) == 1:
+        student, teacher = ops.expand_dims(student, -1), ops.expand_dims(teacher, -1)
+    return student, teacher

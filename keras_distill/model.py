@@ -1,0 +1,394 @@
+"""DistillModel: a student that learns from a teacher in ``compile`` and ``fit``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_distill import backends, checks
+from keras_distill.metrics import TeacherAgreement
+from keras_distill.probe import probed
+from keras_distill.steps import Step, current_step, in_step
+from keras_distill.taps import Call, Recorder
+from keras_distill.targets import DistillTargets, split_targets
+from keras_distill.term import DistillationTerm
+from keras_distill.terms import LogitsDistillation, as_terms, paired_outputs
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class DistillModel(keras.Model):
+    r"""A student that learns from a teacher, trained like any Keras model.
+
+    .. math:: L = w_{task} L_{task} + \sum_i w_i D_i(A_i(F^s_i), F^t_i) + R
+
+    L_task is the loss given to ``compile``, D_i are the distances of the terms, A_i their adapters, and R the student's
+    regularisers at full weight. The model predicts, and is called, as the student. The teacher runs in inference mode,
+    without gradient; it is no part of this model: neither counted, nor changed, nor saved.
+
+    The logs hold ``loss``, ``task_loss``, ``distillation_loss``, ``<term>_loss`` for each term without its weight,
+    ``teacher_agreement``, the compiled metrics, and their ``val_`` forms.
+
+    Args:
+        student: The model to train.
+        teacher: A trained model that takes the same inputs; None where the data carries :class:`DistillTargets`. It may
+            be set later: ``model.teacher = teacher``.
+        terms: What the student imitates; ``None`` is ``[LogitsDistillation()]``.
+        task_weight: Factor of the compiled loss, 0 or greater; kept in a variable, which may be set while training.
+        evaluate_distillation: Whether ``evaluate`` and validation run the teacher. If not, their loss is the task's.
+        track_agreement: Whether the logs hold the share of examples where student and teacher choose the same class.
+        save_teacher: Whether the teacher is kept in the files of this model.
+        name: Name of the model.
+        **kwargs: Further settings of ``keras.Model``.
+
+    Attributes:
+        student: The model to train; save it with ``model.student.save(...)``.
+        terms: The terms.
+
+    Raises:
+        TypeError: If student or teacher is no Keras model, or a term is none.
+        ValueError: If the teacher is the student, terms share a name, a layer is unknown, or shapes do not fit.
+
+    Example:
+        >>> student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> teacher = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> model = DistillModel(student, teacher)
+        >>> model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> history = model.fit(ops.ones((8, 4)), ops.zeros((8,)), verbose=0).history
+        >>> sorted(history)
+        ['distillation_loss', 'logits_loss', 'loss', 'task_loss', 'teacher_agreement']
+
+    References:
+        Hinton, Vinyals, Dean (2015). Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
+    """
+
+    def __init__(
+        self,
+        student: keras.Model,
+        teacher: keras.Model | None = None,
+        terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
+        *,
+        task_weight: float = 1.0,
+        evaluate_distillation: bool = True,
+        track_agreement: bool = True,
+        save_teacher: bool = False,
+        name: str = "distill_model",
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(student, keras.Model):
+            raise TypeError(checks.message("`student` to be a keras.Model", f"a {type(student).__name__}"))
+        checks.non_negative("task_weight", task_weight)
+        kwargs.setdefault("dtype", student.dtype_policy)  # so that compile() scales the loss for mixed_float16
+        kwargs.setdefault("autocast", False)  # the inputs reach both models as they are
+        super().__init__(name=name, **kwargs)
+        self.student = student
+        self.terms = as_terms(terms)
+        self.evaluate_distillation, self.track_agreement = evaluate_distillation, track_agreement
+        self.save_teacher = save_teacher
+        self._task_weight = self.add_weight(
+            name="task_weight",
+            shape=(),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            initializer=keras.initializers.Constant(float(task_weight)),
+        )
+        self._parts = {
+            part: keras.metrics.Mean(name=f"{part}_loss")
+            for part in ("task", "distillation", *(term.name for term in self.terms))
+        }
+        for mean in self._parts.values():
+            mean._direction = "down"  # what Keras' own callbacks ask in mode="auto"
+        self._agreement = TeacherAgreement() if track_agreement else None
+        taps = [tap for term in self.terms for tap in term.student_taps]
+        self._student_recorder = _Untracked(Recorder(student, taps, "student"))
+        self._teacher, self._teacher_recorder = _Untracked(None), _Untracked(None)
+        self.teacher = teacher
+        self._build_from_specifications()
+
+    @property
+    def teacher(self) -> keras.Model | None:
+        """The teacher; a model may be assigned, with which training then goes on."""
+        return self._teacher.value
+
+    @teacher.setter
+    def teacher(self, teacher: keras.Model | None) -> None:
+        if teacher is not None and not isinstance(teacher, keras.Model):
+            raise TypeError(checks.message("`teacher` to be a keras.Model or None", f"a {type(teacher).__name__}"))
+        if teacher is self.student:
+            remedy = "Pass a model of its own, such as a copy made by keras.models.clone_model."
+            raise ValueError(checks.message("`teacher` to be another model than `student`", "the same model", remedy))
+        taps = [tap for term in self.terms for tap in term.teacher_taps]
+        self._teacher_recorder.value = None if teacher is None else Recorder(teacher, taps, "teacher")
+        self._teacher.value = teacher
+        self.train_function = self.test_function = None  # both have the old teacher in their graphs
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in Keras, but for the teacher, which must not become a layer of this model."""
+        if name == "teacher":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        """Every attribute but the teacher: Keras saves what is listed here."""
+        return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
+
+    @property
+    def task_weight(self) -> keras.Variable:
+        """Factor of the compiled loss, a scalar variable; a number may be assigned to it."""
+        return self._task_weight
+
+    @task_weight.setter
+    def task_weight(self, value: float) -> None:
+        checks.non_negative("task_weight", value)
+        self._task_weight.assign(value)
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the student's outputs, by which ``compile`` takes losses and metrics."""
+        return list(self.student.output_names)
+
+    @property
+    def losses(self) -> list[Any]:
+        """The student's regularisers, left out while the task loss alone is asked for."""
+        step = current_step(self)
+        regularizers: list[Any] = [] if step is not None and step.task_alone else super().losses
+        return regularizers
+
+    @property
+    def non_trainable_variables(self) -> list[keras.Variable]:
+        """Variables that no gradient changes; on JAX the teacher's among them, since its steps see no others."""
+        own: list[keras.Variable] = super().non_trainable_variables
+        if keras.backend.backend() != "jax" or self.__dict__.get("_teacher") is None or self.teacher is None:
+            return own
+        known = {id(variable) for variable in [*own, *super().trainable_variables]}
+        return own + [variable for variable in self.teacher.variables if id(variable) not in known]
+
+    def build(self, input_shape: Any) -> None:
+        """Nothing: student and terms build themselves."""
+        self.built = True
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """The student's output; within a step of training its tapped layers are read on the way."""
+        step = current_step(self)
+        if step is None:
+            self._build_terms(inputs, None)  # Keras calls once before training, to find the variables to optimize
+            return self.student(inputs, training=training)
+        step.student = self._student_recorder.value.forward(inputs, training=training)
+        return step.student.output
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One step of training, as the backend does it."""
+        with self._recording(args[-1]):
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One step of evaluation, as the backend does it."""
+        with self._recording(args[-1]):
+            return super().test_step(*args, **kwargs)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        """The task loss, the terms and the regularisers, weighted and added up.
+
+        Args:
+            x: Inputs of the batch.
+            y: Labels, :class:`DistillTargets`, or None.
+            y_pred: The student's output.
+            sample_weight: Weights of the examples.
+            training: Whether this is a step of training.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: If there is nothing to learn from: neither a teacher nor targets that carry its outputs.
+        """
+        labels, teacher = split_targets(y)
+        step = current_step(self)
+        if step is None:
+            self._build_terms(x, teacher)  # here too Keras only looks for variables
+            step = Step(self)
+        total = self._regularizers()
+        if self.loss is not None and labels is not None:
+            task = self._task_loss(x, labels, y_pred, sample_weight, training)
+            self._track("task", task, x, step)
+            total = total + ops.convert_to_tensor(self._task_weight) * task
+        if not training and not self.evaluate_distillation:
+            return total
+        if teacher is None and self.teacher is None:
+            if not training:
+                return total
+            remedy = "Pass teacher=..., set `model.teacher`, or train on DistillTargets(labels, teacher)."
+            raise ValueError(checks.message("a teacher to learn from", "teacher=None", remedy))
+        if step.student is None:
+            if self._student_recorder.value.taps and training:
+                remedy = "Override `train_step` by calling super().train_step(...)."
+                raise ValueError(checks.message("`compute_loss` to be called within a step", "a call outside", remedy))
+            if self._student_recorder.value.taps:
+                return total  # Keras is only building the compiled loss
+            step.student = Call(y_pred)
+        if teacher is None:
+            teacher = self._teacher_call(x)
+        distillation = 0.0
+        for term in self.terms:
+            if not term.built:
+                term.build_from_calls(step.student, teacher)
+            value = term.compute(step.student, teacher, labels=labels, sample_weight=sample_weight)
+            self._track(term.name, value, x, step)
+            distillation = distillation + ops.convert_to_tensor(term.weight) * value
+        self._track("distillation", distillation, x, step)
+        self._track_agreement(step.student, teacher, step)
+        return total + distillation
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """The compiled metrics on the labels, and this model's own.
+
+        Args:
+            x: Inputs of the batch.
+            y: Labels, :class:`DistillTargets`, or None.
+            y_pred: The student's output.
+            sample_weight: Weights of the examples.
+
+        Returns:
+            The logs.
+        """
+        labels, _ = split_targets(y)
+        if labels is None:
+            logs = self.get_metrics_result()
+        else:
+            logs = super().compute_metrics(x, labels, y_pred, sample_weight)
+        step = current_step(self)
+        if step is None:
+            return logs
+        # what this kind of step never computes would be a number that means nothing
+        own = {mean.name for mean in self._parts.values()} | {"teacher_agreement"}
+        return {key: value for key, value in logs.items() if key not in own or key in step.tracked}
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The values of all metrics; those that have never seen a label are left out."""
+        logs: dict[str, Any] = {}
+        for metric in self.metrics:
+            if getattr(metric, "built", True):
+                result = metric.result()
+                logs.update(result if isinstance(result, dict) else {metric.name: result})
+        return logs
+
+    def teacher_targets(self, inputs: Any, labels: Any = None) -> DistillTargets:
+        """Targets that carry what the teacher gives for some inputs, so that it runs once and not in every epoch.
+
+        Use it on each batch of a data set: ``data.map(lambda x, y: (x, model.teacher_targets(x, y))).cache()``.
+
+        Args:
+            inputs: Inputs of a batch.
+            labels: Its labels, if there are any.
+
+        Returns:
+            Labels, and the teacher's output and features.
+
+        Raises:
+            ValueError: If there is no teacher.
+        """
+        if self.teacher is None:
+            raise ValueError(checks.message("a teacher to ask", "teacher=None", "Set `model.teacher`."))
+        call = self._teacher_call(inputs)
+        taps = [tap for term in self.terms for tap in term.teacher_taps]
+        if not taps:
+            return DistillTargets(labels, call.output)
+        return DistillTargets(labels, {"output": call.output, "features": {tap.key: call.feature(tap) for tap in taps}})
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON; without the teacher unless ``save_teacher``."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            "name": self.name,
+            "student": serialize(self.student),
+            "teacher": serialize(self.teacher) if self.save_teacher and self.teacher is not None else None,
+            "terms": [serialize(term) for term in self.terms],
+            "task_weight": backends.as_float(self._task_weight),
+            "evaluate_distillation": self.evaluate_distillation,
+            "track_agreement": self.track_agreement,
+            "save_teacher": self.save_teacher,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> DistillModel:
+        """The model that :meth:`get_config` describes."""
+        restored = {
+            key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+            for key, value in config.items()
+            if key in ("student", "teacher", "terms") and value is not None
+        }
+        return cls(**{**config, **restored})
+
+    def _build_from_specifications(self) -> None:
+        """Build the terms where both models know their inputs already, so that errors come here."""
+        student, teacher = self.student, self.teacher
+        if student.built and getattr(student, "inputs", None):
+            # functional models remember how their inputs were nested, sequential ones have a single input
+            inputs = getattr(student, "_inputs_struct", student.inputs[0])
+            if teacher is not None and teacher.built:
+                self._build_terms(inputs, None)
+            self.build(None)
+
+    def _build_terms(self, inputs: Any, teacher: Call | None) -> None:
+        if all(term.built for term in self.terms) or (teacher is None and self.teacher is None):
+            return
+        student = probed(self._student_recorder.value, inputs)
+        if teacher is None:
+            teacher = probed(self._teacher_recorder.value, inputs)
+        for term in self.terms:
+            if not term.built:
+                term.build_from_calls(student, teacher)
+
+    @contextlib.contextmanager
+    def _recording(self, data: Any) -> Iterator[None]:
+        """The context of one step on this thread: ``call`` leaves the student's call in it for ``compute_loss``."""
+        inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+        self._build_terms(inputs, split_targets(targets)[1])
+        with in_step(Step(self)):
+            yield
+
+    def _teacher_call(self, inputs: Any) -> Call:
+        with backends.no_gradient():
+            call = self._teacher_recorder.value.forward(inputs, training=False)
+        output, runs = keras.tree.map_structure(ops.stop_gradient, (call.output, list(call.runs.values())))
+        return Call(output, dict(zip(call.runs, runs, strict=True)), who="teacher")
+
+    def _task_loss(self, x: Any, labels: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
+        """The compiled loss without the regularisers, which must not be multiplied by the task's weight."""
+        with in_step(Step(self, task_alone=True)):
+            return super().compute_loss(x, labels, y_pred, sample_weight, training=training)
+
+    def _regularizers(self) -> Any:
+        losses = [ops.sum(ops.cast(loss, keras.config.floatx())) for loss in self.losses]
+        return sum(losses) / backends.replicas() if losses else 0.0
+
+    def _track(self, part: str, value: Any, x: Any, step: Step) -> None:
+        examples = ops.shape(next(one for one in keras.tree.flatten(x) if one is not None))[0]
+        self._parts[part].update_state(value * backends.replicas(), sample_weight=examples)
+        step.tracked.add(self._parts[part].name)
+
+    def _track_agreement(self, student: Call, teacher: Call, step: Step) -> None:
+        if self._agreement is None:
+            return
+        output = next((term.output_key for term in self.terms if isinstance(term, LogitsDistillation)), None)
+        for mine, theirs, _ in paired_outputs(student, teacher, output):
+            if not checks.shapes_differ(mine.shape, theirs.shape):
+                self._agreement.update_state(theirs, mine, sample_weight=backends.mask_of(mine))
+                step.tracked.add(self._agreement.name)
+
+
+class _Untracked:
+    """Holds what must not become a part of the model: Keras tracks layers and models, but not their holder."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Untracked:
+        return self

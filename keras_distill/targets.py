@@ -1,0 +1,42 @@
+"""Targets that carry the teacher's outputs, so that the teacher need not run while the student trains."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from keras_distill.taps import Call
+
+
+class DistillTargets(NamedTuple):
+    """The targets of a batch: its labels and what the teacher gave for it.
+
+    Attributes:
+        labels: What the compiled loss and metrics compare the student with; None for unlabelled data.
+        teacher: The teacher's output; or ``{"output": output, "features": {layer: feature}}`` where terms read
+            features of the teacher too, which are named by the keys of their taps. ``DistillModel.teacher_targets``
+            makes either.
+
+    Example:
+        >>> DistillTargets(labels=[1], teacher=[[0.5, 2.0]]).labels
+        [1]
+    """
+
+    labels: Any
+    teacher: Any
+
+
+def split_targets(targets: Any) -> tuple[Any, Call | None]:
+    """Labels and the teacher's call, if the targets carry one.
+
+    Args:
+        targets: What the data gives as ``y``.
+
+    Returns:
+        The labels, and the teacher's outputs as a call, or None.
+    """
+    if not isinstance(targets, DistillTargets):
+        return targets, None
+    answer = targets.teacher
+    if not isinstance(answer, dict) or answer.keys() != {"output", "features"}:
+        return targets.labels, Call(answer, who="teacher")
+    return targets.labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")

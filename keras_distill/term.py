@@ -1,0 +1,105 @@
+"""The base class of the terms, and of a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops  # noqa: F401 - the example uses it
+
+from keras_distill import backends, checks
+from keras_distill.taps import Call, Tap
+
+
+class DistillationTerm(keras.layers.Layer):
+    """A loss at a place, with a weight: the base class of the terms, and of a user's own.
+
+    A subclass implements :meth:`compute`; it names the layers that it reads in ``student_taps`` and ``teacher_taps``,
+    and makes what depends on the features' shapes in :meth:`build_from_calls`. Its weights are trained along with the
+    student's, saved with the distillation model, and absent from the student's own file.
+
+    Args:
+        weight: Factor of the term in the total loss, 0 or greater; kept in a variable, which may be set while training.
+        name: Name in logs and files, distinct among the terms.
+
+    Attributes:
+        student_taps: Layers of the student that the term reads.
+        teacher_taps: Layers of the teacher that the term reads.
+        needs_labels: Whether :meth:`compute` is given the batch's labels.
+
+    Raises:
+        ValueError: If ``weight`` is negative or not finite, or ``name`` is empty, taken by the library or has a
+            separator in it.
+        TypeError: If ``weight`` is not a number.
+
+    Example:
+        >>> class MeanGap(DistillationTerm):
+        ...     def compute(self, student, teacher, labels=None, sample_weight=None):
+        ...         return ops.abs(ops.mean(student.output) - ops.mean(teacher.output))
+        >>> term = MeanGap(weight=0.5, name="gap")
+        >>> float(term.compute(Call(ops.ones((2, 3))), Call(3.0 * ops.ones((2, 3)))))
+        2.0
+    """
+
+    student_taps: Sequence[Tap] = ()
+    teacher_taps: Sequence[Tap] = ()
+    needs_labels: bool = False
+
+    def __init__(self, *, weight: float = 1.0, name: str, **kwargs: Any) -> None:
+        checks.non_negative("weight", weight)
+        if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
+            raise ValueError(checks.message("`name` to be neither empty, 'task' nor 'distillation'", f"name={name!r}"))
+        if "/" in name or "." in name:  # Keras separates layers by the one, torch by the other
+            raise ValueError(checks.message("`name` to hold neither '/' nor '.'", f"name={name!r}", "Use '_'."))
+        super().__init__(name=name, **kwargs)
+        self._weight = self._setting("weight", weight)
+
+    @property
+    def weight(self) -> keras.Variable:
+        """Factor of the term in the total loss, a scalar variable; a number may be assigned to it."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        checks.non_negative("weight", value)
+        self._weight.assign(value)
+
+    def build_from_calls(self, student: Call, teacher: Call) -> None:
+        """Make what depends on the features' shapes, once, before the first use.
+
+        Args:
+            student: A call of the student whose tensors may be symbolic: only their shapes count.
+            teacher: The teacher's call with the same input.
+        """
+        self.built = True
+
+    def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
+        """The loss without its weight.
+
+        Args:
+            student: The student's call.
+            teacher: The teacher's call with the same input.
+            labels: The batch's labels, where ``needs_labels``.
+            sample_weight: The batch's sample weights, or None.
+
+        Returns:
+            A scalar; under ``tf.distribute`` divided by the number of replicas, as Keras' own losses are.
+        """
+        raise NotImplementedError(f"Expected {type(self).__name__} to implement `compute`.")
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {"name": self.name, "weight": backends.as_float(self._weight)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DistillationTerm:
+        """The term that :meth:`get_config` describes."""
+        return cls(**keras.saving.deserialize_keras_object(config))
+
+    def _setting(self, name: str, value: float) -> keras.Variable:
+        """A setting that a schedule may change without a new trace."""
+        initializer = keras.initializers.Constant(float(value))
+        return self.add_weight(
+            name=name, shape=(), dtype="float32", trainable=False, autocast=False, initializer=initializer
+        )
