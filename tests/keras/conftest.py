@@ -1,0 +1,26 @@
+"""Rules of the Keras tests, which run once on TensorFlow and once, in another process, on torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import keras
+import pytest
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what only one backend has."""
+    backend = keras.backend.backend()
+    if item.get_closest_marker("tensorflow") and backend != "tensorflow":
+        pytest.skip(f"is about TensorFlow, and this process runs on {backend}")
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras() -> Iterator[None]:
+    """Seeded generators and names counted from the start; the global settings of Keras as they were."""
+    policy, layout = keras.config.dtype_policy(), keras.config.image_data_format()
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_dtype_policy(policy)
+    keras.config.set_image_data_format(layout)
