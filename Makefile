@@ -13,7 +13,7 @@ SHELL := /bin/sh
 
 # One thread: two cores are shared by the processes of the distributed tests. No downloads: every model and data set is
 # made on the spot. Figures need no display.
-RUN_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
+RUN_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TF_CPP_MIN_LOG_LEVEL=3 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 # Timings scatter by up to a third with the C library's default allocator settings.
 BENCH_ENV := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
@@ -26,14 +26,15 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,plots,cli]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,plots,cli,keras]'
 	$(BIN)/python -m pip check
 	touch $@
 
 install: $(STAMP) ## install the library and all tools into .venv
 
-demo: $(STAMP) ## distil a small network on a small data set and show what it gains
+demo: $(STAMP) ## distil a small network on a small data set, with Lightning and with Keras, and show what it gains
 	$(RUN_ENV) $(BIN)/lightning-distill demo
+	$(RUN_ENV) $(BIN)/keras-distill demo
 
 lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -44,8 +45,10 @@ format: $(STAMP) ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Keras takes one backend for a whole process: its tests run on torch first, and with all the others on TensorFlow.
 # pytest's closing line must be the last one printed: add nothing below it.
 test: lint ## lint, then every test, doctest, notebook and README block
+	$(RUN_ENV) KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras $(PYTEST_FLAGS)
 	$(RUN_ENV) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 bench: $(STAMP) ## the side-by-side benchmarks

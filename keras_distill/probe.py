@@ -25,8 +25,9 @@ def probed(recorder: Recorder, inputs: Any) -> Call:
     probe = _Probe(recorder)
     answer = probe.compute_output_spec(specification)
     output = keras.tree.pack_sequence_as(probe.structure, keras.tree.flatten(answer["output"]))
-    for tensor, squashed in zip(keras.tree.flatten(output), probe.squashed, strict=True):
-        tensor._keras_logits = tensor if squashed else None
+    last = [_last_layer(tensor) for tensor in getattr(recorder.model, "outputs", None) or [None] * len(probe.squashed)]
+    for tensor, squashed, layer in zip(keras.tree.flatten(output), probe.squashed, last, strict=True):
+        tensor._keras_logits = tensor if squashed or _squashes(layer) else None
     return Call(output, dict(zip(probe.places, answer["runs"], strict=True)), who=recorder.who)
 
 
@@ -48,3 +49,13 @@ class _Probe(keras.Operation):
         self.structure = keras.tree.map_structure(lambda tensor: 0, call.output)
         self.squashed = [getattr(one, "_keras_logits", None) is not None for one in keras.tree.flatten(call.output)]
         return {"output": call.output, "runs": list(call.runs.values())}
+
+
+def _last_layer(tensor: Any) -> Any:
+    return getattr(getattr(tensor, "_keras_history", None), "operation", None)
+
+
+def _squashes(layer: Any) -> bool:
+    """Whether a layer ends in a softmax or a sigmoid; JAX's tensors cannot carry Keras' own note of it."""
+    activations = (keras.activations.softmax, keras.activations.sigmoid)
+    return isinstance(layer, keras.layers.Softmax) or getattr(layer, "activation", None) in activations

@@ -44,7 +44,7 @@ def weighted_loss(
         rank, sizes = len(values.shape), tuple(values.shape)
         if rank == 0:
             return values / backends.replicas()  # nothing to weigh: the function took the mean itself
-        return _Given()(ops.zeros_like(values), values, fitted_weights(sample_weight, mask, rank, sizes))
+        return _Given(name="given")(ops.zeros_like(values), values, fitted_weights(sample_weight, mask, rank, sizes))
     first = keras.tree.flatten(student)[0]
     sizes = tuple(first.shape)[:1] if gives == "examples" else tuple(first.shape)[:-1]
     return loss(teacher, student, sample_weight=fitted_weights(sample_weight, mask, len(sizes), sizes))

@@ -13,10 +13,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PRODUCT = sorted((ROOT / "lightning_distill").rglob("*.py"))
+PACKAGES = ("lightning_distill", "keras_distill")
+PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-OPTIONAL = ("keras", "tensorflow", "jsonargparse", "matplotlib", "sklearn", "pytorch_lightning")
-REQUIREMENTS = [f"L{number}" for number in range(1, 33)]
+OPTIONAL = ("jsonargparse", "matplotlib", "sklearn", "pytorch_lightning")
+# What each package must do without, the other package included.
+ABSENT = {
+    "lightning_distill": ("keras", "tensorflow", "keras_distill"),
+    "keras_distill": ("torch", "lightning", "pytorch_lightning", "torchmetrics", "lightning_distill"),
+}
+# Every import of these names fails, as on a machine that lacks them.
+BLOCK = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {0}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+REQUIREMENTS = [*(f"L{number}" for number in range(1, 33)), *(f"K{number}" for number in range(1, 32))]
 
 
 def relative(path: Path) -> str:
@@ -36,8 +51,8 @@ def requirements_in(path: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.lower().startswith("test"):
-            found |= {f"L{number}" for number in re.findall(r"_[lL](\d+)(?=_|$)", node.name)}
-            found |= {f"L{number}" for number in re.findall(r"\bL(\d+)\b", ast.get_docstring(node) or "")}
+            found |= {name.upper() for name in re.findall(r"_([lkLK]\d+)(?=_|$)", node.name)}
+            found |= set(re.findall(r"\b[LK]\d+\b", ast.get_docstring(node) or ""))
     return found
 
 
@@ -53,8 +68,9 @@ def test_product_code_has_no_assert(path: Path) -> None:
     assert not lines, f"{relative(path)}: raise an error that says what was expected, lines {lines}"
 
 
-def test_public_names_exist_and_have_docstrings() -> None:
-    package = importlib.import_module("lightning_distill")
+@pytest.mark.parametrize("name", PACKAGES)
+def test_public_names_exist_and_have_docstrings(name: str) -> None:
+    package = importlib.import_module(name)
     public = {name: getattr(package, name) for name in package.__all__ if not name.startswith("__")}
     assert public
     # A class inherits its parent's docstring unless its own namespace is asked.
@@ -65,8 +81,9 @@ def test_public_names_exist_and_have_docstrings() -> None:
     assert not bare, f"public names without a docstring of their own: {bare}"
 
 
-def test_version_is_the_same_in_setup_and_package() -> None:
-    assert importlib.import_module("lightning_distill").__version__ == read_setup()["metadata"]["version"]
+@pytest.mark.parametrize("name", PACKAGES)
+def test_version_is_the_same_in_setup_and_package(name: str) -> None:
+    assert importlib.import_module(name).__version__ == read_setup()["metadata"]["version"]
 
 
 def test_compromised_releases_of_lightning_are_excluded() -> None:
@@ -77,13 +94,26 @@ def test_compromised_releases_of_lightning_are_excluded() -> None:
         assert "!=2.6.2,!=2.6.3" in line
 
 
-@pytest.mark.parametrize("extra", ["keras", "plots", "cli", "dev"])
+@pytest.mark.parametrize("extra", ["keras", "jax", "plots", "cli", "dev"])
 def test_extra_is_declared(extra: str) -> None:
     assert read_setup()["options.extras_require"][extra].strip()
 
 
-def test_package_ships_its_type_information() -> None:
-    assert (ROOT / "lightning_distill" / "py.typed").is_file()
+@pytest.mark.parametrize("name", PACKAGES)
+def test_package_ships_its_type_information(name: str) -> None:
+    assert (ROOT / name / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_works_where_what_the_other_stands_on_is_absent(package: str) -> None:
+    use = {
+        "lightning_distill": "import torch; print(p.SoftTargetLoss()(torch.ones(2, 3), torch.eye(2, 3)).item())",
+        "keras_distill": "from keras import ops; print(float(p.SoftTargetLoss()(ops.eye(2, 3), ops.ones((2, 3)))))",
+    }[package]
+    code = f"{BLOCK.format(ABSENT[package])}\nimport {package} as p\n{use}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) > 0
 
 
 def test_import_of_the_package_imports_no_optional_dependency() -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import keras
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of every later collection: clear_session() collects, for more than a second a test."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
