@@ -1,4 +1,4 @@
-"""Keras students, teachers and the arms that train them: alone, with ``keras.distillation`` and with ``DistillModel``."""
+"""Keras students, teachers and the arms that train them: alone, by ``keras.distillation`` and by ``DistillModel``."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def in_memory(data: tf.data.Dataset) -> tf.data.Dataset:
 
 def keras_workload() -> KerasWorkload:
     keras.utils.set_random_seed(0)
-    batches = [
-        (keras.random.normal((32, 32, 32, 3)), keras.random.randint((32,), 0, CLASSES)) for _ in range(4)
-    ]
+    batches = [(keras.random.normal((32, 32, 32, 3)), keras.random.randint((32,), 0, CLASSES)) for _ in range(4)]
     return KerasWorkload(network(40, 64, 2, "teacher"), batches)
 
 
@@ -121,7 +119,7 @@ def keras_distiller(
 def fitting(model: keras.Model, data: tf.data.Dataset, **settings: Any) -> KerasArm:
     """An arm: ``fit`` over the data, once."""
     compiled(model, **settings)
-    return lambda: model.fit(data, verbose=0)  # type: ignore[func-returns-value]
+    return lambda: model.fit(data, verbose=0, shuffle=False)  # type: ignore[func-returns-value]
 
 
 def evaluating(model: keras.Model, data: tf.data.Dataset) -> KerasArm:

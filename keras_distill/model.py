@@ -14,7 +14,7 @@ from keras_distill.metrics import TeacherAgreement
 from keras_distill.probe import probed
 from keras_distill.steps import Step, current_step, in_step
 from keras_distill.taps import Call, Recorder
-from keras_distill.targets import DistillTargets, split_targets
+from keras_distill.targets import DistillTargets, split_targets, weights_of
 from keras_distill.term import DistillationTerm
 from keras_distill.terms import LogitsDistillation, as_terms, paired_outputs
 
@@ -210,6 +210,7 @@ class DistillModel(keras.Model):
             ValueError: If there is nothing to learn from: neither a teacher nor targets that carry its outputs.
         """
         labels, teacher = split_targets(y)
+        sample_weight = weights_of(sample_weight)
         step = current_step(self)
         if step is None:
             self._build_terms(x, teacher)  # here too Keras only looks for variables
@@ -262,7 +263,7 @@ class DistillModel(keras.Model):
         if labels is None:
             logs = self.get_metrics_result()
         else:
-            logs = super().compute_metrics(x, labels, y_pred, sample_weight)
+            logs = super().compute_metrics(x, labels, y_pred, weights_of(sample_weight))
         step = current_step(self)
         if step is None:
             return logs

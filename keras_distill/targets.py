@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import keras
+
 from keras_distill.taps import Call
 
 
@@ -23,6 +25,22 @@ class DistillTargets(NamedTuple):
 
     labels: Any
     teacher: Any
+
+
+def weights_of(sample_weight: Any) -> Any:
+    """Sample weights of the labels; for arrays Keras gives every part of the targets the same ones.
+
+    Args:
+        sample_weight: What the data gives.
+
+    Returns:
+        The weights in the structure of the labels, or None.
+    """
+    if not isinstance(sample_weight, DistillTargets):
+        return sample_weight
+    if sample_weight.labels is not None:
+        return sample_weight.labels
+    return next(iter(keras.tree.flatten(sample_weight.teacher)), None)
 
 
 def split_targets(targets: Any) -> tuple[Any, Call | None]:

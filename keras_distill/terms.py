@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -59,7 +58,7 @@ class LogitsDistillation(DistillationTerm):
     ) -> None:
         super().__init__(weight=weight, name=name, **kwargs)
         # a copy: its temperature becomes this term's variable, and another term may have been given the same loss
-        self.loss = copy.copy(_as_loss(SoftTargetLoss() if loss is None else loss))
+        self.loss = _copied(_as_loss(SoftTargetLoss() if loss is None else loss))
         self.needs_labels = getattr(self.loss, "needs_labels", False)
         self.output_key = output
         self._temperature = None
@@ -314,6 +313,12 @@ def _taps(layers: Layers) -> list[Tap]:
 
 def _as_loss(loss: LossLike) -> keras.losses.Loss:
     return loss if isinstance(loss, keras.losses.Loss) else FunctionLoss(loss)
+
+
+def _copied(loss: keras.losses.Loss) -> keras.losses.Loss:
+    twin = object.__new__(type(loss))  # copy.copy would save and load it, which a function not registered does not bear
+    twin.__dict__.update(loss.__dict__)
+    return twin
 
 
 def _channels_last(feature: Any) -> Any:

@@ -22,14 +22,15 @@ ABSENT = {
     "lightning_distill": ("keras", "tensorflow", "keras_distill"),
     "keras_distill": ("torch", "lightning", "pytorch_lightning", "torchmetrics", "lightning_distill"),
 }
-# Every import of these names fails, as on a machine that lacks them.
+# These names are not found on the path, as on a machine that lacks them.
 BLOCK = """
 import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {0}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
+from importlib.machinery import PathFinder
+class Absent(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {0} else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Absent
 """
 REQUIREMENTS = [*(f"L{number}" for number in range(1, 33)), *(f"K{number}" for number in range(1, 32))]
 

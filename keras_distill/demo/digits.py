@@ -1,0 +1,115 @@
+"""The demonstration's images and networks: nothing here knows of distillation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+UNLABELLED = -1  # what the compiled cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images ``(N, 8, 8, 1)`` from 0 to 1 and classes ``(N,)`` for training, validation and test."""
+
+    train: tuple[Array, Array]
+    validation: tuple[Array, Array]
+    test: tuple[Array, Array]
+
+
+def make_teacher(seed: int) -> keras.Model:
+    """An untrained convolutional network of about 68,000 parameters: logits ``(N, 10)`` of images ``(N, 8, 8, 1)``."""
+    seeds = itertools.count(100 * seed)
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            *_convolution(32, seeds),
+            *_convolution(32, seeds),
+            layers.MaxPooling2D(),
+            *_convolution(64, seeds),
+            *_convolution(64, seeds, name="deep"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dropout(0.3, seed=next(seeds)),
+            layers.Dense(10, kernel_initializer=initial(next(seeds))),
+        ],
+        name="teacher",
+    )
+
+
+def make_student(seed: int) -> keras.Model:
+    """An untrained convolutional network of about 1,500 parameters: logits ``(N, 10)`` of images ``(N, 8, 8, 1)``."""
+    seeds = itertools.count(100 * seed)
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            *_convolution(8, seeds),
+            layers.MaxPooling2D(),
+            *_convolution(12, seeds, name="deep"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(10, kernel_initializer=initial(next(seeds))),
+        ],
+        name="student",
+    )
+
+
+def initial(seed: int) -> keras.initializers.Initializer:
+    """Keras' usual initial weights, from a seed of their own: no global generator is touched."""
+    return keras.initializers.GlorotUniform(seed=seed)
+
+
+def _convolution(filters: int, seeds: Iterator[int], name: str | None = None) -> list[keras.layers.Layer]:
+    kernel = initial(next(seeds))
+    return [
+        layers.Conv2D(filters, 3, padding="same", use_bias=False, kernel_initializer=kernel),
+        layers.BatchNormalization(momentum=0.9),  # Keras' 0.99 would lag behind in a training as short as this
+        layers.ReLU(name=name),
+    ]
+
+
+def load_digits_data() -> Digits:
+    """1000 images for training, 297 for validation, 500 for test, always the same, each class in its proportion."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images, classes = (data.images[..., None] / 16).astype("float32"), data.target.astype("int32")
+    rest, test = train_test_split(range(len(classes)), test_size=500, stratify=classes, random_state=0)
+    train, validation = train_test_split(rest, test_size=297, stratify=classes[rest], random_state=0)
+    return Digits(*((images[part], classes[part]) for part in (train, validation, test)))
+
+
+def hide_labels(labels: Array, share: float, seed: int) -> Array:
+    """The labels with all but a share of each class put to :data:`UNLABELLED`."""
+    random = np.random.default_rng(seed)
+    kept = np.full_like(labels, UNLABELLED)
+    for members in (np.flatnonzero(labels == number) for number in range(10)):
+        chosen = random.permutation(members)[: round(share * len(members))]
+        kept[chosen] = labels[chosen]
+    return kept
+
+
+def shuffled(images: int, epochs: int, seed: int) -> Array:
+    """The order of the images in all epochs, one after the other."""
+    random = np.random.default_rng(seed)
+    return np.concatenate([random.permutation(images) for _ in range(epochs)])
+
+
+def predict(net: keras.Model, images: Array) -> Array:
+    """The class ``(N,)`` that a network in inference mode gives to each image."""
+    classes: Array = ops.convert_to_numpy(ops.argmax(net(images, training=False), axis=-1))
+    return classes
+
+
+def hit_rate(hits: Array) -> float:
+    """The share of ``True`` among booleans ``(N,)``."""
+    return float(hits.mean())
