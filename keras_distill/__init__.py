@@ -14,7 +14,12 @@ softmax over channels                FeatureDistance("kl")     functional.featur
 ===================================  ========================  ==================================================
 """
 
-from keras_distill import functional, losses, metrics
+import importlib.util
+
+if importlib.util.find_spec("keras") is None:
+    raise ModuleNotFoundError('keras_distill needs Keras: pip install "lightning-distill[keras]".', name="keras")
+
+from keras_distill import functional, losses, metrics, schedules
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.losses import (
     AttentionTransferLoss,
@@ -54,4 +59,5 @@ __all__ = [
     "functional",
     "losses",
     "metrics",
+    "schedules",
 ]

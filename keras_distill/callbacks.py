@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from keras_distill import backends, checks
+from keras_distill.schedules import Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
 
 _PARAMETERS = ("weight", "temperature", "task_weight")
 
@@ -16,13 +18,15 @@ _PARAMETERS = ("weight", "temperature", "task_weight")
 class DistillationScheduler(keras.callbacks.Callback):
     """A schedule for a term's weight or temperature, or for the weight of the task loss.
 
-    The value is set at the start of each epoch and written into the logs. It lives in a variable, so that a change
-    costs no new trace, and a training that is resumed with ``initial_epoch`` goes on where it was.
+    The value lives in a variable, so that a change costs no new trace, and it is written into the logs. A function of
+    the epoch sets it at the start of each; a :class:`keras_distill.schedules.Schedule` over steps or the fraction of
+    the training sets it before each batch (or each of ``steps_per_execution``). A training that is resumed, with
+    ``initial_epoch`` and the optimizer of ``load_model``, goes on where it was.
 
     Args:
         parameter: ``"weight"`` or ``"temperature"`` of a term, or ``"task_weight"``.
-        schedule: Called with the epoch, from 0, and, if it takes a second argument, the value until then; returns the
-            new value.
+        schedule: A schedule, such as ``schedules.Linear(8.0, 1.0)``; or a function that is called with the epoch, from
+            0, and, if it takes a second argument, the value until then, and returns the new value.
         term: Name of the term; needed where several terms have the parameter.
         verbose: 1 prints a line for each epoch.
 
@@ -33,18 +37,21 @@ class DistillationScheduler(keras.callbacks.Callback):
     Example:
         >>> DistillationScheduler("temperature", lambda epoch: max(1.0, 8.0 - epoch)).schedule(5)
         3.0
+        >>> halving = DistillationScheduler("weight", Linear(1.0, 0.5, duration=100, over="steps"), term="logits")
     """
 
     def __init__(
-        self, parameter: str, schedule: Callable[..., float], term: str | None = None, verbose: int = 0
+        self, parameter: str, schedule: Schedule | Callable[..., float], term: str | None = None, verbose: int = 0
     ) -> None:
         super().__init__()
         checks.one_of("parameter", parameter, _PARAMETERS)
-        if not callable(schedule):
-            raise TypeError(checks.message("`schedule` to be a function of the epoch", f"schedule={schedule!r}"))
+        if not isinstance(schedule, Schedule) and not callable(schedule):
+            expected = "`schedule` to be a schedule or a function of the epoch"
+            raise TypeError(checks.message(expected, f"schedule={schedule!r}"))
         self.parameter, self.schedule, self.term, self.verbose = parameter, schedule, term, verbose
-        self._takes_value = _positional(schedule) >= 2
+        self._takes_value = not isinstance(schedule, Schedule) and _positional(schedule) >= 2
         self._owner: Any = None
+        self._epoch = self._step = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find what is to be scheduled."""
@@ -52,15 +59,30 @@ class DistillationScheduler(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Set the epoch's value."""
-        arguments = (epoch, self._value()) if self._takes_value else (epoch,)
-        setattr(self._owner, self.parameter, float(self.schedule(*arguments)))
+        if isinstance(self.schedule, Schedule):
+            self._epoch, self._step = epoch, int(self.model.optimizer.iterations)
+            self._set_along(0)
+        else:
+            arguments = (epoch, self._value()) if self._takes_value else (epoch,)
+            setattr(self._owner, self.parameter, float(self.schedule(*arguments)))
         if self.verbose:
             keras.utils.io_utils.print_msg(f"\nEpoch {epoch + 1}: {self._log_name()} is {self._value():.4g}.")
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Set the value of a schedule that runs over steps or the fraction of the training."""
+        if isinstance(self.schedule, Schedule) and self.schedule.over != "epochs":
+            self._set_along(batch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Write the epoch's value into the logs."""
         if logs is not None:
             logs[self._log_name()] = self._value()
+
+    def _set_along(self, batch: int) -> None:
+        batches = self.params.get("steps") or math.inf  # in the first epoch of a generator nobody knows them
+        fraction = (self._epoch + min(batch / batches, 1.0)) / self.params["epochs"]
+        step = self._step + batch // (getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1)
+        setattr(self._owner, self.parameter, self.schedule.at(Progress(step, self._epoch, fraction)))
 
     def _value(self) -> float:
         return backends.as_float(getattr(self._owner, self.parameter))

@@ -52,7 +52,7 @@ def _parser() -> _Parser:
         epilog="Needs no download; takes about a minute on two cores.",
     )
     demo.add_argument(
-        "--output", type=Path, default=Path("keras_demo_output"), metavar="DIR", help="folder to write to (%(default)s)"
+        "--output", type=Path, default=Path("demo_output/keras"), metavar="DIR", help="folder to write to (%(default)s)"
     )
     demo.add_argument("--seeds", type=_count, metavar="N", help="number of seeds for each student, 1 or more (3)")
     demo.add_argument("--quick", action="store_true", help="one seed and two epochs: shows that it runs, not more")

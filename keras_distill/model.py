@@ -240,7 +240,8 @@ class DistillModel(keras.Model):
         for term in self.terms:
             if not term.built:
                 term.build_from_calls(step.student, teacher)
-            value = term.compute(step.student, teacher, labels=labels, sample_weight=sample_weight)
+            weights = sample_weight if term.use_sample_weight else None
+            value = term.compute(step.student, teacher, labels=labels, sample_weight=weights)
             self._track(term.name, value, x, step)
             distillation = distillation + ops.convert_to_tensor(term.weight) * value
         self._track("distillation", distillation, x, step)

@@ -22,6 +22,8 @@ class DistillationTerm(keras.layers.Layer):
     Args:
         weight: Factor of the term in the total loss, 0 or greater; kept in a variable, which may be set while training.
         name: Name in logs and files, distinct among the terms.
+        use_sample_weight: Whether the batch's sample weights count in the term. False where a weight of 0 only says
+            that an example has no label: the task loss then leaves it out, and the term learns from it.
 
     Attributes:
         student_taps: Layers of the student that the term reads.
@@ -46,14 +48,16 @@ class DistillationTerm(keras.layers.Layer):
     teacher_taps: Sequence[Tap] = ()
     needs_labels: bool = False
 
-    def __init__(self, *, weight: float = 1.0, name: str, **kwargs: Any) -> None:
+    def __init__(self, *, weight: float = 1.0, name: str, use_sample_weight: bool = True, **kwargs: Any) -> None:
         checks.non_negative("weight", weight)
+        checks.boolean("use_sample_weight", use_sample_weight)
         if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
             raise ValueError(checks.message("`name` to be neither empty, 'task' nor 'distillation'", f"name={name!r}"))
         if "/" in name or "." in name:  # Keras separates layers by the one, torch by the other
             raise ValueError(checks.message("`name` to hold neither '/' nor '.'", f"name={name!r}", "Use '_'."))
         super().__init__(name=name, **kwargs)
         self._weight = self._setting("weight", weight)
+        self.use_sample_weight = use_sample_weight
 
     @property
     def weight(self) -> keras.Variable:
@@ -90,7 +94,8 @@ class DistillationTerm(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
-        return {"name": self.name, "weight": backends.as_float(self._weight)}
+        weight = backends.as_float(self._weight)
+        return {"name": self.name, "weight": weight, "use_sample_weight": self.use_sample_weight}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistillationTerm:

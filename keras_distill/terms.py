@@ -29,6 +29,7 @@ class LogitsDistillation(DistillationTerm):
             :class:`SoftTargetLoss` at temperature 4.
         weight: Factor of the term in the total loss.
         output: Which of a model's outputs, an index or a key; ``None`` adds the loss up over all of them.
+        use_sample_weight: Whether the batch's sample weights count in the term.
         name: Name in logs and files.
 
     Attributes:
@@ -53,10 +54,11 @@ class LogitsDistillation(DistillationTerm):
         *,
         weight: float = 1.0,
         output: int | str | None = None,
+        use_sample_weight: bool = True,
         name: str = "logits",
         **kwargs: Any,
     ) -> None:
-        super().__init__(weight=weight, name=name, **kwargs)
+        super().__init__(weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
         # a copy: its temperature becomes this term's variable, and another term may have been given the same loss
         self.loss = _copied(_as_loss(SoftTargetLoss() if loss is None else loss))
         self.needs_labels = getattr(self.loss, "needs_labels", False)
@@ -123,6 +125,7 @@ class FeatureDistillation(DistillationTerm):
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a dense layer for
             vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, or a factory called with the
             shapes of both features, channels last.
+        use_sample_weight: Whether the batch's sample weights count in the term.
         name: Name in logs and files; ``None`` takes the student layer's, ``"blocks_1"`` for ``"blocks.1"``.
 
     Attributes:
@@ -148,12 +151,14 @@ class FeatureDistillation(DistillationTerm):
         *,
         weight: float = 1.0,
         adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
+        use_sample_weight: bool = True,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         mine, theirs = _taps(student_layer), _taps(teacher_layer)
         own = re.sub(r"\W", "_", "_".join(tap.name for tap in mine))
-        super().__init__(weight=weight, name=name or own or "features", **kwargs)
+        name = name or own or "features"
+        super().__init__(weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
         if len(mine) != len(theirs) or not mine:
             expected = "`student_layer` and `teacher_layer` to name equally many layers, at least one"
             raise ValueError(checks.message(expected, f"{len(mine)} and {len(theirs)}", "Pair them."))

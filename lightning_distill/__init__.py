@@ -36,7 +36,7 @@ Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attent
 ===================================  ========================  ==================================================
 """
 
-from lightning_distill import functional, losses, metrics
+from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
 from lightning_distill.losses import (
@@ -118,4 +118,5 @@ __all__ = [
     "load_teacher",
     "losses",
     "metrics",
+    "schedules",
 ]

@@ -25,6 +25,7 @@ from lightning_distill.metrics import TeacherAgreement
 from lightning_distill.module_distiller import ModuleDistiller
 from lightning_distill.outputs import select
 from lightning_distill.patch import Patch
+from lightning_distill.schedules import Schedule, first_value
 from lightning_distill.taps import Call
 from lightning_distill.teacher import as_dtype, as_teacher
 from lightning_distill.terms import DistillationTerm
@@ -39,10 +40,11 @@ class DistillCallback(Callback):
     those of a run without the callback. With automatic optimization there is nothing else to do; with manual
     optimization add :meth:`loss` to the loss inside ``training_step``.
 
-    Logged on log steps: ``<name>/task_loss``, ``<name>/distillation_loss`` and ``<name>/<term>_loss`` (each term
-    without its weight); after a validation epoch ``<name>/val_teacher_agreement``, the share of examples on which both
-    networks' top classes agree. A ``ModelCheckpoint`` with such a key in its ``filename`` needs
-    ``auto_insert_metric_name=False``, since the slash would make a folder.
+    Logged on log steps: ``<name>/task_loss``, ``<name>/distillation_loss``, ``<name>/<term>_loss`` (each term without
+    its weight) and what schedules set, such as ``<name>/<term>_weight``; after a validation epoch
+    ``<name>/val_teacher_agreement``, the share of examples on which both networks' top classes agree. A
+    ``ModelCheckpoint`` with such a key in its ``filename`` needs ``auto_insert_metric_name=False``, since the slash
+    would make a folder.
 
     Args:
         teacher: The network to match, called with what the student is called with; or several, over which the terms
@@ -50,8 +52,8 @@ class DistillCallback(Callback):
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself where its forward is
             called in the step, else the one child that is called and has the tapped layers.
-        task_weight: Factor of the module's own loss, 0 or greater. At 0 the loss is left out altogether: under DDP
-            parameters that only it uses then need ``find_unused_parameters``.
+        task_weight: Factor of the module's own loss, 0 or greater, or a schedule. At 0 the loss is left out altogether:
+            under DDP parameters that only it uses then need ``find_unused_parameters``.
         labels: Where a batch keeps its labels: a key, an index, or a function of the batch. ``None`` is ``batch[1]``,
             or the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Read only for losses that need labels.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever the trainer's.
@@ -86,7 +88,7 @@ class DistillCallback(Callback):
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         student: str | None = None,
-        task_weight: float = 1.0,
+        task_weight: float | Schedule = 1.0,
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_dtype: torch.dtype | str | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
@@ -94,11 +96,12 @@ class DistillCallback(Callback):
         log: bool = True,
         name: str = "distill",
     ) -> None:
-        checks.non_negative("task_weight", task_weight)
+        self.schedules: dict[str, Schedule] = {}
+        self.task_weight = first_value("task_weight", task_weight, checks.non_negative, self.schedules)
         if not name:
             raise ValueError(f"Expected `name` to be a word, but got name={name!r}. It prefixes the logged keys.")
         self.teacher, self.terms = as_teacher(teacher), as_terms(terms)
-        self.student, self.task_weight, self.labels = student, task_weight, labels
+        self.student, self.labels = student, labels
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
         self.validate, self.name = validate, name
         self._logs = log  # the Trainer puts the module's `log` on every callback
@@ -180,7 +183,7 @@ class DistillCallback(Callback):
         dtype = _TRUE_PRECISIONS.get(str(trainer.precision_plugin.precision))
         distiller.frozen.freeze(trainer.strategy.root_device, dtype)
         if stage == "fit":
-            distiller.adapters.forget_optimizer()
+            distiller.begin()
             self._takes_iterator = "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
             self._patches += [
                 Patch(pl_module, "training_step", self._training_step),
@@ -227,6 +230,7 @@ class DistillCallback(Callback):
 
     def _training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         distiller, pl_module = self._running()
+        distiller.advance_with_trainer()
         distiller.task_weight, distiller.parts = self.task_weight, {}
         self._batch = None if self._takes_iterator else args[0] if args else kwargs.get("batch")
         self._explicit = False
@@ -240,7 +244,8 @@ class DistillCallback(Callback):
             distiller.release()
             self._batch = None
         if self._logs and distiller.parts and pl_module.trainer._logger_connector.should_update_logs:
-            parts = {f"{self.name}/{key}": value for key, value in distiller.parts.items()}
+            logged: dict[str, Any] = {**distiller.parts, **distiller.scheduler.values}
+            parts = {f"{self.name}/{key}": value for key, value in logged.items()}
             pl_module.log_dict(parts, on_step=True, on_epoch=False, batch_size=distiller.batch_size)
         return output
 

@@ -15,6 +15,7 @@ from lightning_distill import checks
 from lightning_distill.adapter_trainer import AdapterTrainer
 from lightning_distill.labels import find_labels
 from lightning_distill.outputs import first_tensor, select
+from lightning_distill.schedules import Progress, Schedule, Scheduler, first_value
 from lightning_distill.student import StudentFinder
 from lightning_distill.taps import Call, Recorder, Recording
 from lightning_distill.teacher import FrozenTeacher, TeacherEnsemble, as_dtype, as_teacher
@@ -34,7 +35,7 @@ class Distiller:
         student: The network that is called in the step.
         teacher: The network to match, or several. It is held in eval mode without gradients until :meth:`close`.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
-        task_weight: Factor of the task loss, 0 or greater.
+        task_weight: Factor of the task loss, 0 or greater, or a schedule.
         labels: Where a batch keeps its labels: a key, an index, or a function of the batch; ``None`` looks in the usual
             places. Read only for losses that need labels.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever surrounds it.
@@ -69,13 +70,14 @@ class Distiller:
         teacher: nn.Module | Sequence[nn.Module],
         terms: Terms = None,
         *,
-        task_weight: float = 1.0,
+        task_weight: float | Schedule = 1.0,
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_dtype: torch.dtype | str | None = None,
     ) -> None:
-        checks.non_negative("task_weight", task_weight)
+        self.schedules: dict[str, Schedule] = {}
+        self.task_weight = first_value("task_weight", task_weight, checks.non_negative, self.schedules)
         self.student, self.teacher, self.terms = student, as_teacher(teacher), as_terms(terms)
-        self.task_weight, self.labels = task_weight, labels
+        self.labels = labels
         self.parts: dict[str, Tensor] = {}
         self.batch_size = 0
         self.frozen = FrozenTeacher(self.teacher, as_dtype(teacher_dtype))
@@ -85,6 +87,8 @@ class Distiller:
         teachers = list(self.teacher.children()) if self._several else [self.teacher]
         self._teachers = [Recorder(one, taps, "teacher") for one in teachers] if taps else []
         self.adapters = AdapterTrainer(self.terms)
+        self.scheduler = Scheduler(self.terms, self)
+        self._step, self._counts = 0, True  # whether steps are counted here and not told
         if self._checks_at_once:
             self.check()
 
@@ -137,12 +141,29 @@ class Distiller:
         Raises:
             ValueError: If the student was not called, a layer did not run, a shape does not fit, labels are missing.
         """
+        if self.scheduler and self._counts:
+            self.scheduler.advance(Progress(self._step))
+            self._step += 1
         distillation = self.loss(batch)
         self.parts["task_loss"] = task_loss.detach()
         # where all weights are 0 the task loss stays even so: a total without any graph could not be differentiated
         if self.task_weight == 0 and distillation.requires_grad:
             return distillation
         return _weighted(self.task_weight, task_loss) + distillation
+
+    def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
+        """Set what schedules determine, before a step; not needed for schedules over the calls of :meth:`total`.
+
+        Args:
+            step: Optimizer steps made so far.
+            epoch: The epoch, from 0, for schedules over epochs.
+            fraction: Share of the whole training, from 0 to 1, for schedules over it.
+
+        Raises:
+            ValueError: If a schedule needs what is not given.
+        """
+        self._counts = False
+        self.scheduler.advance(Progress(step, epoch, fraction))
 
     def loss(self, batch: Any = None) -> Tensor:
         """The weighted sum of the terms, without the task loss, over the calls recorded since the last one.
@@ -253,8 +274,11 @@ class Distiller:
         self.adapters.follow(optimizer, scaler)
 
     def state_dict(self) -> dict[str, Any]:
-        """The adapters and their optimizer's state; empty where there are none. It never holds the teacher."""
-        return self.adapters.state_dict()
+        """The adapters, their optimizer's state and the steps counted; empty where there are none of them.
+
+        It never holds the teacher.
+        """
+        return {**self.adapters.state_dict(), **({"step": self._step} if self.scheduler and self._counts else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state; the adapters are filled when the next batch has shown their shapes.
@@ -263,6 +287,7 @@ class Distiller:
             state: What :meth:`state_dict` gave; an empty one starts with fresh adapters.
         """
         self.adapters.load_state_dict(state)
+        self._step = state.get("step", 0)
 
     def release(self) -> None:
         """Let go of everything captured from the last step."""

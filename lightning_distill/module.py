@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.callback import DistillCallback
+from lightning_distill.schedules import Schedule
 from lightning_distill.terms import DistillationTerm
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -33,7 +34,7 @@ class DistillModule(LightningModule):
         teacher: The network to match, or several.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         task_loss: The student's own loss, called with its output and the labels, a scalar.
-        task_weight: Factor of the task loss, 0 or greater.
+        task_weight: Factor of the task loss, 0 or greater, or a schedule.
         optimizer: Makes the optimizer from the student's parameters; ``None`` is ``torch.optim.AdamW``.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; it steps once an epoch.
 
@@ -54,7 +55,7 @@ class DistillModule(LightningModule):
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
-        task_weight: float = 1.0,
+        task_weight: float | Schedule = 1.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:

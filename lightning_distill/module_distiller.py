@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_distill import checks
 from lightning_distill.distiller import Distiller
+from lightning_distill.schedules import Progress, Scheduler
 from lightning_distill.student import StudentFinder
 from lightning_distill.taps import Call, Recorder, find_layer
 
@@ -38,6 +40,8 @@ class ModuleDistiller(Distiller):
             teacher_dtype=callback.teacher_dtype,
         )
         self.adapters.factory = callback.adapter_optimizer
+        self.scheduler, self._counts = Scheduler(self.terms, callback), False
+        self._steps = 0.0
 
     def teacher_forward(self, call: Call) -> Any:
         """The output that the callback gives for a call of the student."""
@@ -54,6 +58,24 @@ class ModuleDistiller(Distiller):
         if leader not in self.student.trainer.optimizers and not self.idle:  # a new run, or the tuner's
             self._follow_the_students()
         return super().loss(batch)
+
+    def begin(self) -> None:
+        """Start a run of fit: with the adapters as they are, a fresh optimizer for them, and a length not yet known."""
+        self.adapters.forget_optimizer()
+        self._steps = 0.0
+
+    def advance_with_trainer(self) -> None:
+        """Set what schedules determine at this point of the training."""
+        if not self.scheduler:
+            return
+        trainer = self.student.trainer
+        step = trainer.global_step
+        if not self._steps:
+            # with several optimizers by hand every one of their steps counts
+            each = 1 if self.student.automatic_optimization else max(len(trainer.optimizers), 1)
+            self._steps = trainer.estimated_stepping_batches * each
+        known = 0 < self._steps < math.inf
+        self.scheduler.advance(Progress(step, trainer.current_epoch, min(step / self._steps, 1.0) if known else None))
 
     def _follow_the_students(self) -> None:
         if self._recorder is None or not self._recorder.calls:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_distill import checks
 from lightning_distill.adapters import AdapterFactory, make_adapter
 from lightning_distill.losses import DistillationLoss, FeatureDistance, SoftTargetLoss
+from lightning_distill.schedules import Schedule, first_value
 from lightning_distill.taps import Call, Tap
 
 LossCallable = Callable[..., Tensor]
@@ -23,7 +24,8 @@ class DistillationTerm(nn.Module):
     and makes what depends on the features' shapes in :meth:`build`. Its parameters are trained along with the student.
 
     Args:
-        weight: Factor of the term in the total loss, 0 or greater; 0 skips its work. May be set while training.
+        weight: Factor of the term in the total loss, 0 or greater, or a schedule; 0 skips its work. May be set while
+            training.
         name: Name in logs and checkpoints, distinct among the terms.
 
     Attributes:
@@ -48,9 +50,10 @@ class DistillationTerm(nn.Module):
     teacher_taps: Sequence[Tap] = ()
     needs_labels: bool = False
 
-    def __init__(self, *, weight: float = 1.0, name: str) -> None:
+    def __init__(self, *, weight: float | Schedule = 1.0, name: str) -> None:
         super().__init__()
-        checks.non_negative("weight", weight)
+        self.schedules: dict[str, Schedule] = {}
+        weight = first_value("weight", weight, checks.non_negative, self.schedules)
         if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
             raise ValueError(f"Expected `name` to be neither empty, 'task' nor 'distillation', but got name={name!r}.")
         self.weight, self.name = weight, name
@@ -86,7 +89,7 @@ class LogitsDistillation(DistillationTerm):
     Args:
         loss: A loss on ``(student_logits, teacher_logits)``; ``None`` is :class:`SoftTargetLoss` at temperature 4.
             Given ``needs_labels = True`` it is called with the labels too.
-        weight: Factor of the term in the total loss.
+        weight: Factor of the term in the total loss, a number or a schedule.
         name: Name in logs and checkpoints.
 
     Raises:
@@ -103,7 +106,11 @@ class LogitsDistillation(DistillationTerm):
     """
 
     def __init__(
-        self, loss: DistillationLoss | LossCallable | None = None, *, weight: float = 1.0, name: str = "logits"
+        self,
+        loss: DistillationLoss | LossCallable | None = None,
+        *,
+        weight: float | Schedule = 1.0,
+        name: str = "logits",
     ) -> None:
         super().__init__(weight=weight, name=name)
         self.loss = _checked_loss(SoftTargetLoss() if loss is None else loss)
@@ -130,7 +137,7 @@ class FeatureDistillation(DistillationTerm):
         teacher_layer: The same for the teacher; as many as for the student.
         loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, or a loss on ``(student, teacher)``. A loss
             with ``several_layers = True`` is given lists of features; any other is averaged over the pairs of layers.
-        weight: Factor of the term in the total loss.
+        weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
             vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a module, which is copied, or a factory
             called with the shapes of both features.
@@ -157,7 +164,7 @@ class FeatureDistillation(DistillationTerm):
         teacher_layer: str | Tap | Sequence[str | Tap],
         loss: str | DistillationLoss | LossCallable = "mse",
         *,
-        weight: float = 1.0,
+        weight: float | Schedule = 1.0,
         adapter: str | nn.Module | AdapterFactory | None = "auto",
         name: str | None = None,
     ) -> None:

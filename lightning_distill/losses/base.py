@@ -6,6 +6,9 @@ from typing import ClassVar
 
 from torch import nn
 
+from lightning_distill import checks
+from lightning_distill.schedules import Schedule, first_value
+
 
 class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
@@ -31,3 +34,11 @@ class DistillationLoss(nn.Module):
     channels_must_match: ClassVar[bool] = True
     positions_must_match: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedules: dict[str, Schedule] = {}
+
+    def _setting(self, name: str, value: float | Schedule) -> float:
+        """A checked setting greater than 0 that may be a schedule: the number that it has at first."""
+        return first_value(name, value, checks.positive, self.schedules)

@@ -13,6 +13,7 @@ from lightning_distill.functional.divergences import (
     total_variation,
 )
 from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.schedules import Schedule
 
 
 class ReverseKLLoss(DistillationLoss):
@@ -24,7 +25,7 @@ class ReverseKLLoss(DistillationLoss):
     :func:`lightning_distill.functional.reverse_kl`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -43,11 +44,10 @@ class ReverseKLLoss(DistillationLoss):
         Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543.
     """
 
-    def __init__(self, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class GeneralizedJSDLoss(DistillationLoss):
 
     Args:
         beta: Share of the teacher in the mixture, from 0 to 1; may be set while training.
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -90,13 +90,12 @@ class GeneralizedJSDLoss(DistillationLoss):
         Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649.
     """
 
-    def __init__(self, beta: float = 0.5, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+    def __init__(self, beta: float = 0.5, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()
         checks.between("beta", beta, 0, 1)
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
         self.beta = float(beta)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -169,7 +168,7 @@ class TotalVariationLoss(DistillationLoss):
     :func:`lightning_distill.functional.total_variation`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -188,11 +187,10 @@ class TotalVariationLoss(DistillationLoss):
         Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190.
     """
 
-    def __init__(self, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

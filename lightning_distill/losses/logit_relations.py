@@ -13,6 +13,7 @@ from lightning_distill.functional.logit_relations import (
     multi_level_logits,
 )
 from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.schedules import Schedule
 
 
 class DISTLoss(DistillationLoss):
@@ -29,7 +30,7 @@ class DISTLoss(DistillationLoss):
     Args:
         inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater.
         intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater.
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -54,16 +55,20 @@ class DISTLoss(DistillationLoss):
     """
 
     def __init__(
-        self, inter_weight: float = 1.0, intra_weight: float = 1.0, temperature: float = 1.0, *, class_dim: int = -1
+        self,
+        inter_weight: float = 1.0,
+        intra_weight: float = 1.0,
+        temperature: float | Schedule = 1.0,
+        *,
+        class_dim: int = -1,
     ) -> None:
         super().__init__()
         checks.non_negative("inter_weight", inter_weight)
         checks.non_negative("intra_weight", intra_weight)
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
         self.inter_weight = float(inter_weight)
         self.intra_weight = float(intra_weight)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

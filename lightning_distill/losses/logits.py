@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
 from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.schedules import Schedule
 
 
 class SoftTargetLoss(DistillationLoss):
@@ -17,7 +18,7 @@ class SoftTargetLoss(DistillationLoss):
     The loss most people mean by knowledge distillation. See :func:`lightning_distill.functional.soft_target_kl`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         standardize: Whether each row of logits is z-scored first.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
@@ -38,12 +39,11 @@ class SoftTargetLoss(DistillationLoss):
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, arXiv:2403.01427.
     """
 
-    def __init__(self, temperature: float = 4.0, *, standardize: bool = False, class_dim: int = -1) -> None:
+    def __init__(self, temperature: float | Schedule = 4.0, *, standardize: bool = False, class_dim: int = -1) -> None:
         super().__init__()
-        checks.positive("temperature", temperature)
         checks.boolean("standardize", standardize)
         checks.inner_dim("class_dim", class_dim)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.standardize = standardize
         self.class_dim = class_dim
 
@@ -72,7 +72,7 @@ class SoftCrossEntropyLoss(DistillationLoss):
     See :func:`lightning_distill.functional.soft_cross_entropy`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -91,11 +91,10 @@ class SoftCrossEntropyLoss(DistillationLoss):
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
     """
 
-    def __init__(self, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.targets import decoupled_kd, normalized_kd, weighted_soft_labels
 from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.schedules import Schedule
 
 
 class DecoupledKDLoss(DistillationLoss):
@@ -23,7 +24,7 @@ class DecoupledKDLoss(DistillationLoss):
     Args:
         target_weight: Weight of the divergence between target and the rest, 0 or greater.
         nontarget_weight: Weight of the divergence among the other classes, 0 or greater.
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -51,18 +52,17 @@ class DecoupledKDLoss(DistillationLoss):
         self,
         target_weight: float = 1.0,
         nontarget_weight: float = 8.0,
-        temperature: float = 4.0,
+        temperature: float | Schedule = 4.0,
         *,
         class_dim: int = -1,
     ) -> None:
         super().__init__()
         checks.non_negative("target_weight", target_weight)
         checks.non_negative("nontarget_weight", nontarget_weight)
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
         self.target_weight = float(target_weight)
         self.nontarget_weight = float(nontarget_weight)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class NormalizedKDLoss(DistillationLoss):
 
     Args:
         nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater.
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -119,13 +119,14 @@ class NormalizedKDLoss(DistillationLoss):
 
     needs_labels: ClassVar[bool] = True
 
-    def __init__(self, nontarget_weight: float = 1.5, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+    def __init__(
+        self, nontarget_weight: float = 1.5, temperature: float | Schedule = 1.0, *, class_dim: int = -1
+    ) -> None:
         super().__init__()
         checks.non_negative("nontarget_weight", nontarget_weight)
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
         self.nontarget_weight = float(nontarget_weight)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class WeightedSoftLabelLoss(DistillationLoss):
     :func:`lightning_distill.functional.weighted_soft_labels`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; may be set while training.
+        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -176,11 +177,10 @@ class WeightedSoftLabelLoss(DistillationLoss):
 
     needs_labels: ClassVar[bool] = True
 
-    def __init__(self, temperature: float = 2.0, *, class_dim: int = -1) -> None:
+    def __init__(self, temperature: float | Schedule = 2.0, *, class_dim: int = -1) -> None:
         super().__init__()
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from keras import ops
 from keras_distill import (
     DistillModel,
     FeatureDistillation,
-    LogitsDistillation,
     LogitMSELoss,
+    LogitsDistillation,
     SoftCrossEntropyLoss,
     SoftTargetLoss,
 )

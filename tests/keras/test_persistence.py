@@ -1,0 +1,456 @@
+"""What is written to files and what comes back: models, students, settings (K22 to K25)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_distill
+from keras_distill import (
+    AttentionTransferLoss,
+    DistillationScheduler,
+    DistillModel,
+    FeatureDistillation,
+    LogitMSELoss,
+    LogitsDistillation,
+    SoftTargetLoss,
+    StudentCheckpoint,
+    Tap,
+    TeacherDivergence,
+    losses,
+    metrics,
+)
+from keras_nets import assert_same_logs, assert_same_weights, cross_entropy, mlp, table
+
+BIG = 256
+
+
+def teacher_of(width: int = 12) -> keras.Model:
+    """The same teacher each time."""
+    keras.utils.set_random_seed(11)
+    return mlp(width, name="teacher")
+
+
+def distilled(adapter: bool = True, **settings: Any) -> DistillModel:
+    teacher = teacher_of(12 if adapter else 8)
+    keras.utils.set_random_seed(5)
+    terms = [
+        LogitsDistillation(SoftTargetLoss(temperature=2.5), weight=0.5),
+        FeatureDistillation("hidden", "hidden", weight=0.4),
+    ]
+    model = DistillModel(mlp(8), teacher, terms, task_weight=0.7, **settings)
+    model.compile(keras.optimizers.Adam(0.01), cross_entropy(), metrics=["accuracy"], jit_compile=False)
+    return model
+
+
+def fitted(model: DistillModel, epochs: int = 1, **settings: Any) -> dict[str, list[float]]:
+    history = model.fit(*table(16), 8, epochs, shuffle=False, verbose=0, **settings)
+    return history.history
+
+
+def loaded(path: Path | str) -> Any:
+    """The model in a file; any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # what NumPy says about Keras' variables, here as in pyproject.toml
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        return keras.models.load_model(path)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_k22_a_loaded_model_goes_on_exactly(tmp_path: Path, adapter: bool) -> None:
+    """K22: two epochs equal one epoch, save, load, another epoch; weights, optimizer and logs."""
+    straight, first = distilled(adapter), distilled(adapter)
+    expected = fitted(straight, 2)
+    fitted(first)
+    first.save(tmp_path / "model.keras")
+    second = loaded(tmp_path / "model.keras")
+    assert second.teacher is None
+    assert int(second.optimizer.iterations) == 2
+    restored, before = second.optimizer.variables, first.optimizer.variables
+    assert len(restored) == len(before) > 2 * len(first.student.weights)
+    for mine, theirs in zip(restored, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(mine), ops.convert_to_numpy(theirs))
+    second.teacher = teacher_of(12 if adapter else 8)
+    logs = fitted(second, 2, initial_epoch=1)
+    assert_same_weights(second, straight, 1e-6)
+    assert_same_logs(logs, {key: values[1:] for key, values in expected.items()}, 1e-5)
+
+
+def test_k22_adapters_come_back_without_a_teacher(tmp_path: Path) -> None:
+    """K22: their weights are there before any data is."""
+    model = distilled()
+    fitted(model)
+    model.save(tmp_path / "model.keras")
+    [adapter] = loaded(tmp_path / "model.keras").terms[1].adapters
+    for mine, theirs in zip(adapter.get_weights(), model.terms[1].adapters[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_k22_the_weights_of_a_file_fit_a_new_model(tmp_path: Path) -> None:
+    """K22: `save_weights` and `load_weights`, settings that a schedule has changed included."""
+    model = distilled()
+    fitted(model, callbacks=[DistillationScheduler("temperature", lambda epoch: 7.0)])
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = distilled()
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert_same_weights(other, model, 0.0)
+    assert float(other.terms[0].temperature) == 7.0
+
+
+def test_k22_settings_that_were_changed_come_back(tmp_path: Path) -> None:
+    """K22: weights, temperature and the task's weight as they were when the model was saved."""
+    model = distilled()
+    model.terms[0].temperature, model.terms[1].weight, model.task_weight = 0.7, 0.3, 0.1
+    model.save(tmp_path / "model.keras")
+    back = loaded(tmp_path / "model.keras")
+    config = back.get_config()
+    assert config["task_weight"] == 0.1
+    assert config["terms"][1]["config"]["weight"] == 0.3
+    assert float(back.terms[0].temperature) == pytest.approx(0.7)
+    assert back.terms[0].loss.temperature is back.terms[0].temperature
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Unbuilt(keras.Model):
+    """A subclassed student that knows its inputs only when it is called."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden = keras.layers.Dense(8, name="hidden")
+        self.logits = keras.layers.Dense(3, name="logits")
+
+    def call(self, inputs: Any) -> Any:
+        return self.logits(self.hidden(inputs))
+
+
+@pytest.mark.parametrize("kind", ["subclassed", "sequential"])
+def test_k22_a_student_that_was_built_by_its_data_goes_on_too(tmp_path: Path, kind: str) -> None:
+    """K22 for a subclassed student and a Sequential without an input."""
+
+    def model() -> DistillModel:
+        keras.utils.set_random_seed(5)
+        layers = [keras.layers.Dense(8, name="hidden"), keras.layers.Dense(3)]
+        student = Unbuilt() if kind == "subclassed" else keras.Sequential(layers)
+        made = DistillModel(student, teacher_of(), [FeatureDistillation("hidden", "hidden")])
+        made.compile(keras.optimizers.Adam(0.01), cross_entropy(), jit_compile=False)
+        return made
+
+    straight, first = model(), model()
+    expected = fitted(straight, 2)
+    fitted(first)
+    first.save(tmp_path / "model.keras")
+    second = loaded(tmp_path / "model.keras")
+    second.teacher = teacher_of()
+    logs = fitted(second, 2, initial_epoch=1)
+    assert_same_logs(logs, {key: values[1:] for key, values in expected.items()}, 1e-5)
+    assert_same_weights(second, straight, 1e-6)
+
+
+def test_k22_a_layer_of_a_nested_model_is_found_again(tmp_path: Path) -> None:
+    """K22: a term that was given the layer itself, whose name is not unique, reads the same layer after loading."""
+
+    def block(name: str, width: int) -> keras.Model:
+        inputs = keras.Input((6,))
+        return keras.Model(inputs, keras.layers.Dense(width, name="dense")(inputs), name=name)
+
+    def nested(name: str) -> keras.Model:
+        inputs = keras.Input((6,))
+        return keras.Model(inputs, keras.layers.Dense(3)(block("second", 6)(block("first", 6)(inputs))), name=name)
+
+    student, teacher = nested("student"), nested("teacher")
+    mine, theirs = (model.get_layer("second").get_layer("dense") for model in (student, teacher))
+    model = DistillModel(student, teacher, [FeatureDistillation(mine, theirs)])
+    model.compile("sgd", cross_entropy(), jit_compile=False)
+    model.save(tmp_path / "model.keras")
+    back = loaded(tmp_path / "model.keras")
+    back.teacher = teacher
+    inputs, labels = table(8)
+    expected = model.evaluate(inputs, labels, verbose=0, return_dict=True)
+    assert back.evaluate(inputs, labels, verbose=0, return_dict=True) == pytest.approx(expected)
+
+
+class Failing(keras.callbacks.Callback):
+    """Raises when an epoch begins."""
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_k22_backup_and_restore_goes_on_after_an_exception(tmp_path: Path, adapter: bool) -> None:
+    """K22: what was interrupted in the third epoch ends as what was not."""
+    straight = distilled(adapter)
+    fitted(straight, 4)
+    backup = tmp_path / "backup"
+    with pytest.raises(KeyboardInterrupt):
+        fitted(distilled(adapter), 4, callbacks=[keras.callbacks.BackupAndRestore(backup), Failing()])
+    resumed = distilled(adapter)
+    logs = fitted(resumed, 4, callbacks=[keras.callbacks.BackupAndRestore(backup)])
+    assert len(logs["loss"]) == 2
+    assert_same_weights(resumed, straight, 1e-6)
+
+
+def contents(path: Path) -> tuple[list[str], str]:
+    """Every entry of a Keras file, those of its weights included, and its configuration."""
+    found: list[str] = []
+    with zipfile.ZipFile(path) as archive:
+        found += archive.namelist()
+        with archive.open("model.weights.h5") as weights, h5py.File(weights) as file:
+            file.visit(found.append)
+        return found, archive.read("config.json").decode()
+
+
+def test_k23_no_file_holds_the_teacher(tmp_path: Path) -> None:
+    """K23: neither its weights, nor its configuration, in a whole model and in weights alone."""
+    keras.utils.set_random_seed(0)
+    model = DistillModel(mlp(4), mlp(BIG, name="teacher"), [LogitsDistillation()])
+    model.compile("sgd", cross_entropy(), jit_compile=False)
+    fitted(model)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    entries, config = contents(tmp_path / "model.keras")
+    assert not [entry for entry in entries if "teacher" in entry.lower() and "agreement" not in entry]
+    assert json.loads(config)["config"]["teacher"] is None
+    assert str(BIG) not in config
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        sizes: list[int] = []
+        file.visititems(lambda name, node: sizes.append(node.size) if isinstance(node, h5py.Dataset) else None)
+    assert sizes
+    assert max(sizes) < BIG
+    model.student.save(tmp_path / "student.keras")
+    bytes_of_teacher = 4 * model.teacher.count_params()
+    without = (tmp_path / "model.keras").stat().st_size
+    model.save_teacher = True
+    model.save(tmp_path / "both.keras")
+    assert (tmp_path / "both.keras").stat().st_size - without > 0.8 * bytes_of_teacher
+
+
+def test_k23_the_teacher_is_no_part_of_the_model() -> None:
+    """K23: neither among the layers, nor the weights, nor the parameters."""
+    model = distilled()
+    theirs = {id(variable) for variable in model.teacher.variables}
+    assert not theirs & {id(variable) for variable in model.variables}
+    assert model.teacher not in list(model._flatten_layers())
+    own = sum(term.count_params() for term in model.terms)
+    assert model.count_params() - model.student.count_params() - own <= 1  # the task's weight
+
+
+@pytest.mark.parametrize("start", ["built with it", "set later"])
+def test_k23_save_teacher_keeps_the_teacher(tmp_path: Path, start: str) -> None:
+    """K23: the loaded model has its teacher, and trains on without being given one."""
+    straight, first = distilled(), distilled(save_teacher=True)
+    if start == "set later":
+        first = distilled()
+        first.save_teacher = True
+    expected = fitted(straight, 2)
+    fitted(first)
+    first.save(tmp_path / "model.keras")
+    second = loaded(tmp_path / "model.keras")
+    assert_same_weights(second.teacher, first.teacher, 0.0)
+    assert second.save_teacher
+    assert len(second.trainable_variables) == len(first.trainable_variables)
+    logs = fitted(second, 2, initial_epoch=1)
+    assert_same_logs(logs, {key: values[1:] for key, values in expected.items()}, 1e-5)
+    assert_same_weights(second, straight, 1e-6)
+    second.save(tmp_path / "again.keras")
+    assert_same_weights(loaded(tmp_path / "again.keras").teacher, first.teacher, 0.0)
+
+
+LOADER = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "keras_distill":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+import numpy as np
+import keras
+model = keras.models.load_model(sys.argv[1])
+np.save(sys.argv[2], model.predict(np.load(sys.argv[3]), verbose=0))
+model.compile("sgd", "mse")
+"""
+
+
+def test_k24_the_student_loads_where_this_package_is_absent(tmp_path: Path) -> None:
+    """K24: in another process, in which the import of keras_distill raises; written by hand and by StudentCheckpoint."""
+    model = distilled()
+    checkpoint = StudentCheckpoint(str(tmp_path / "checkpoint.keras"))
+    fitted(model, callbacks=[checkpoint])
+    model.student.save(tmp_path / "student.keras")
+    inputs, _ = table(4)
+    np.save(tmp_path / "inputs.npy", inputs)
+    expected = model.predict(inputs, verbose=0)
+    for name in ("student.keras", "checkpoint.keras"):
+        arguments = [str(tmp_path / part) for part in (name, "outputs.npy", "inputs.npy")]
+        command = [sys.executable, "-c", LOADER, *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, check=False, env=os.environ, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_allclose(np.load(tmp_path / "outputs.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_k24_the_students_file_is_that_of_a_plain_student(tmp_path: Path) -> None:
+    """K24: the same entries and the same configuration, but for the numbers."""
+    plain = mlp(8)
+    plain.save(tmp_path / "plain.keras")
+    model = distilled()
+    fitted(model, callbacks=[StudentCheckpoint(str(tmp_path / "student.keras"))])
+    entries, config = contents(tmp_path / "student.keras")
+    assert "keras_distill" not in config
+    expected, _ = contents(tmp_path / "plain.keras")
+    assert entries == expected
+    assert not [name for layer in model.student.layers for name in vars(layer) if "distill" in name]
+
+
+# Every class of the package that Keras may meet in a file, with settings that are not the defaults.
+INSTANCES: list[Any] = [
+    SoftTargetLoss(temperature=0.7, standardize=True, from_logits=False, reduction="sum", name="mine"),
+    losses.SoftCrossEntropyLoss(temperature=0.7, from_logits=False, name="mine"),
+    LogitMSELoss(from_logits=False, reduction="sum", name="mine"),
+    AttentionTransferLoss(p=1.3, reduction="none", name="mine"),
+    losses.FeatureDistance("cosine", reduction="sum", name="mine"),
+    losses.FunctionLoss(keras.losses.mean_absolute_error, name="mine"),
+    metrics.TeacherAgreement(name="mine"),
+    TeacherDivergence(temperature=0.7, name="mine"),
+]
+
+
+def serializable() -> set[type]:
+    """The public Keras classes of every module of the package, the two abstract ones left out."""
+    found: set[type] = set()
+    for module in pkgutil.walk_packages(keras_distill.__path__, "keras_distill."):
+        if "demo" in module.name or "__main__" in module.name:
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            kinds = (keras.layers.Layer, keras.losses.Loss, keras.metrics.Metric)
+            own = isinstance(value, type) and value.__module__ == module.name and not value.__name__.startswith("_")
+            if own and issubclass(value, kinds):
+                found.add(value)
+    return found - {keras_distill.DistillationTerm, keras_distill.DistillationLoss}
+
+
+def test_k25_every_class_is_registered() -> None:
+    """K25: under the package's name, so that a file says where a class is from."""
+    classes = serializable()
+    assert {DistillModel, LogitsDistillation, FeatureDistillation, SoftTargetLoss, TeacherDivergence} <= classes
+    for kind in classes:
+        assert keras.saving.get_registered_name(kind) == f"keras_distill>{kind.__name__}"
+        assert keras.saving.get_registered_object(f"keras_distill>{kind.__name__}") is kind
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=lambda instance: type(instance).__name__)
+def test_k25_losses_and_metrics_come_back_from_json(instance: Any) -> None:
+    """K25: every setting is exact, by `from_config` and through Keras' own serialization."""
+    config = instance.get_config()
+    assert config["name"] == "mine"
+    text = json.dumps(config)
+    assert type(instance).from_config(json.loads(text)).get_config() == config
+    whole = json.loads(json.dumps(keras.saving.serialize_keras_object(instance)))
+    back = keras.saving.deserialize_keras_object(whole)
+    assert type(back) is type(instance)
+    assert back.get_config() == config
+    for name in ("temperature", "p"):
+        if hasattr(instance, name):
+            assert config[name] == getattr(instance, name) == getattr(back, name)
+
+
+def test_k25_every_parameter_of_a_constructor_is_in_its_config() -> None:
+    """K25: no setting is lost, whichever class is added."""
+    for kind in serializable():
+        example = next((one for one in INSTANCES if type(one) is kind), None)
+        if example is None and issubclass(kind, (keras.losses.Loss, keras.metrics.Metric)):
+            example = kind()
+        if example is None:
+            continue
+        taken = list(kind.__init__.__code__.co_varnames[1 : kind.__init__.__code__.co_argcount])
+        taken += list(kind.__init__.__code__.co_varnames[len(taken) + 1 :][: kind.__init__.__code__.co_kwonlyargcount])
+        assert set(taken) <= set(example.get_config()), kind.__name__
+
+
+@pytest.mark.parametrize("value", [0.7, 0.1, 2.5, 1e-6, 3, 0.3333, 1 / 3, 0.0], ids=str)
+def test_k25_numbers_in_variables_stay_exact(value: float) -> None:
+    """K25: 0.7 stays 0.7, although it lives in a float32 variable."""
+    model = DistillModel(mlp(), teacher_of(), [LogitsDistillation(weight=value)], task_weight=value)
+    config = json.loads(json.dumps(model.get_config()))
+    assert config["task_weight"] == value
+    assert config["terms"][0]["config"]["weight"] == value
+    if value:
+        term = LogitsDistillation(SoftTargetLoss(temperature=value))
+        back = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(term))
+        assert term.get_config()["loss"]["config"]["temperature"] == value
+        assert back.get_config() == term.get_config()
+        term.temperature = 2 * value
+        assert term.get_config()["loss"]["config"]["temperature"] == 2 * value
+
+
+TERMS = {
+    "logits": lambda: LogitsDistillation(LogitMSELoss(), weight=0.7, output=1, name="scores"),
+    "keras loss": lambda: LogitsDistillation(keras.losses.Huber(0.3), weight=0.7),
+    "keras function": lambda: LogitsDistillation(keras.losses.mean_squared_error, weight=0.7, output="a"),
+    "feature": lambda: FeatureDistillation("a/b", "c.0", "cosine", weight=0.7, adapter=None),
+    "taps": lambda: FeatureDistillation(
+        [Tap("a", output=1, call=2, where="input"), "b"], [Tap("c", output="key"), "d"], "kl", adapter="linear", name="x"
+    ),
+    "loss": lambda: FeatureDistillation("a", "b", AttentionTransferLoss(p=1.3), weight=0.7),
+    "layer": lambda: FeatureDistillation("a", "b", adapter=keras.layers.Dense(5, name="mine")),
+}
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_k25_terms_come_back_from_json(kind: str) -> None:
+    """K25: layers, taps, losses, adapters."""
+    term = TERMS[kind]()
+    config = term.get_config()
+    assert config["weight"] in (0.7, 1.0)
+    back = type(term).from_config(json.loads(json.dumps(config)))
+    assert json.dumps(back.get_config(), sort_keys=True) == json.dumps(config, sort_keys=True)
+    assert back.student_taps == term.student_taps
+    assert back.teacher_taps == term.teacher_taps
+    whole = keras.saving.deserialize_keras_object(json.loads(json.dumps(keras.saving.serialize_keras_object(term))))
+    assert json.dumps(whole.get_config(), sort_keys=True) == json.dumps(config, sort_keys=True)
+
+
+def test_k25_the_model_comes_back_from_json() -> None:
+    """K25: with every setting of its constructor."""
+    settings = {"evaluate_distillation": False, "track_agreement": False, "save_teacher": True, "name": "pupil"}
+    model = DistillModel(mlp(), teacher_of(), [LogitsDistillation(weight=0.7)], task_weight=0.1, **settings)
+    config = json.loads(json.dumps(model.get_config()))
+    assert settings.items() <= config.items()
+    back = DistillModel.from_config(config)
+    assert json.dumps(back.get_config(), sort_keys=True) == json.dumps(model.get_config(), sort_keys=True)
+    assert back.teacher is not None
+    clone = DistillModel.from_config(model.get_config())
+    assert [layer.name for layer in clone.student.layers] == [layer.name for layer in model.student.layers]
+
+
+def test_k25_a_frozen_adapter_stays_frozen(tmp_path: Path) -> None:
+    """K25: `trainable=False`, which every Keras layer takes, is a setting like any other."""
+    term = FeatureDistillation("hidden", "hidden", trainable=False)
+    model = DistillModel(mlp(), teacher_of(), [term])
+    model.compile("sgd", cross_entropy(), jit_compile=False)
+    before = term.adapters[0].get_weights()
+    fitted(model)
+    for old, new in zip(before, term.adapters[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    model.save(tmp_path / "model.keras")
+    assert not loaded(tmp_path / "model.keras").terms[0].trainable
