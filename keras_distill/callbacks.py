@@ -41,7 +41,7 @@ class DistillationScheduler(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, parameter: str, schedule: Schedule | Callable[..., float], term: str | None = None, verbose: int = 0
+        self, parameter: str, schedule: Any, term: str | None = None, verbose: int = 0
     ) -> None:
         super().__init__()
         checks.one_of("parameter", parameter, _PARAMETERS)
