@@ -114,6 +114,74 @@ def non_negative(name: str, value: Any) -> None:
     at_least(name, value, 0)
 
 
+def positives(name: str, value: Any) -> None:
+    """Check that a setting is a list or tuple of finite numbers greater than 0, and not empty.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed.
+
+    Raises:
+        TypeError: If the value is no list or tuple, or an entry is no int or float.
+        ValueError: If the value is empty, or an entry is not finite or not greater than 0.
+
+    Example:
+        >>> positives("temperatures", (2.0, 0.0))
+        Traceback (most recent call last):
+        ValueError: Expected `temperatures[1]` to be greater than 0. Received: temperatures[1]=0.0
+    """
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(message(f"`{name}` to be a list or tuple of numbers", f"{name}={value!r}"))
+    if not value:
+        raise ValueError(message(f"`{name}` to hold at least one number", f"{name}={value!r}"))
+    for index, entry in enumerate(value):
+        positive(f"{name}[{index}]", entry)
+
+
+def between(name: str, value: Any, minimum: float, maximum: float) -> None:
+    """Check that a setting is a number of a closed range.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed.
+        minimum: Smallest value allowed.
+        maximum: Largest value allowed.
+
+    Raises:
+        TypeError: If the value is no int or float.
+        ValueError: If the value is not finite or out of the range.
+
+    Example:
+        >>> between("beta", 1.5, 0, 1)
+        Traceback (most recent call last):
+        ValueError: Expected `beta` to be from 0 to 1. Received: beta=1.5
+    """
+    number(name, value)
+    if not minimum <= value <= maximum:
+        raise ValueError(message(f"`{name}` to be from {minimum} to {maximum}", f"{name}={value!r}"))
+
+
+def fraction(name: str, value: Any) -> None:
+    """Check that a setting is a share of something that must not be the whole.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the user passed.
+
+    Raises:
+        TypeError: If the value is no int or float.
+        ValueError: If the value is not finite, less than 0, or 1 or more.
+
+    Example:
+        >>> fraction("skew", 1.0)
+        Traceback (most recent call last):
+        ValueError: Expected `skew` to be at least 0 and less than 1. Received: skew=1.0
+    """
+    number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(message(f"`{name}` to be at least 0 and less than 1", f"{name}={value!r}"))
+
+
 def boolean(name: str, value: Any) -> None:
     """Check that a switch is True or False.
 

@@ -7,6 +7,7 @@ Hinton 2015, arXiv:1503.02531        SoftTargetLoss            functional.soft_t
 Sun 2024, arXiv:2403.01427           SoftTargetLoss            functional.soft_target_kl(standardize=True)
 Hinton 2015, arXiv:1503.02531        SoftCrossEntropyLoss      functional.soft_cross_entropy
 Ba & Caruana 2014, arXiv:1312.6184   LogitMSELoss              functional.logit_mse
+Hinton 2015, a sigmoid per class     BinarySoftTargetLoss      functional.binary_soft_target
 Gu 2023, arXiv:2306.08543            ReverseKLLoss             functional.reverse_kl
 Agarwal 2023, arXiv:2306.13649       GeneralizedJSDLoss        functional.generalized_jsd
 Ko 2024, arXiv:2402.03898            SkewKLLoss                functional.skew_kl, skew_reverse_kl
@@ -20,6 +21,7 @@ Zagoruyko 2017, arXiv:1612.03928     AttentionTransferLoss     functional.attent
 Romero 2015, arXiv:1412.6550         FeatureDistance("mse")    functional.feature_mse, feature_l1, feature_smooth_l1
 Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine") functional.feature_cosine
 softmax over channels                FeatureDistance("kl")     functional.feature_kl
+Shu 2021, arXiv:2011.13256           ChannelWiseLoss           functional.channel_wise_kl
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss        functional.pearson_feature
 Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss     functional.neuron_selectivity
 Kornblith 2019, arXiv:1905.00414     CKALoss                   functional.centered_kernel_alignment
@@ -43,6 +45,8 @@ from lightning_distill.losses import (
     AttentionMapLoss,
     AttentionRelationLoss,
     AttentionTransferLoss,
+    BinarySoftTargetLoss,
+    ChannelWiseLoss,
     CKALoss,
     CorrelationCongruenceLoss,
     DecoupledKDLoss,
@@ -80,8 +84,10 @@ __all__ = [
     "AttentionMapLoss",
     "AttentionRelationLoss",
     "AttentionTransferLoss",
+    "BinarySoftTargetLoss",
     "CKALoss",
     "Call",
+    "ChannelWiseLoss",
     "CorrelationCongruenceLoss",
     "DISTLoss",
     "DecoupledKDLoss",

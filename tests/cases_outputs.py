@@ -169,6 +169,29 @@ TARGETS = [
         on_logits=True,
         detached=True,
     ),
+    LossCase(
+        "binary_soft_target",
+        losses.BinarySoftTargetLoss,
+        oracle.binary_soft_target,
+        (4, 5),
+        settings={"temperature": 2.0},
+        golden=(Golden("bce_soft", settings=softened),),
+        zero_at_identity=False,
+        on_logits=True,
+        shift_invariant=False,
+    ),
+]
+
+MAPS = [
+    LossCase(
+        "channel_wise",
+        losses.ChannelWiseLoss,
+        oracle.channel_wise_kl,
+        (2, 3, 2, 3),
+        settings={"temperature": 2.0},
+        golden=(Golden("cwd", settings=softened),),
+    ),
+    LossCase("channel_wise_tokens", losses.ChannelWiseLoss, oracle.channel_wise_kl, (2, 4, 3)),
 ]
 
 RELATIONS = [
@@ -214,4 +237,4 @@ RELATIONS = [
     ),
 ]
 
-OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *RELATIONS]
+OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *MAPS, *RELATIONS]

@@ -10,7 +10,7 @@ from typing import Any
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.functional.inputs import prepare, prepare_equal
+from keras_distill.functional.inputs import prepare, prepare_equal, prepare_temperature
 from keras_distill.functional.vectors import check_positions, or_one, per_example, unit
 
 
@@ -209,6 +209,48 @@ def attention_transfer(student: Any, teacher: Any, *, p: float = 2.0) -> Any:
     check_positions(student, teacher)
     difference = unit(_attention_map(student, p), -1) - unit(_attention_map(teacher, p), -1)
     return ops.mean(ops.square(difference), axis=-1)
+
+
+def channel_wise_kl(student: Any, teacher: Any, *, temperature: Any = 4.0) -> Any:
+    r"""Divergence between the two models' softmaxes over the positions of each channel, averaged over the channels.
+
+    .. math:: \frac{T^2}{C} \sum_c \sum_i q^t_{c,i} (\log q^t_{c,i} - \log q^s_{c,i}), \qquad
+        q_{c,i} = \frac{\exp(f_{c,i} / T)}{\sum_j \exp(f_{c,j} / T)}
+
+    Where each channel is active is compared: in dense prediction a channel, or the map of a class, marks a region.
+
+    Args:
+        student: The student's feature or map of logits, shape ``(N, H, W, C)`` or ``(N, L, C)``, with more than one
+            position.
+        teacher: The teacher's, same shape.
+        temperature: Softening of both distributions over the positions, greater than 0; a scalar variable may be
+            changed while training.
+
+    Returns:
+        Divergence in nats times :math:`T^2`, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor, or the temperature is no number.
+        ValueError: If the shapes differ, there is only one position, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = [[[0.0, 1.0], [1.0, 1.0], [3.0, 0.0]]]
+        >>> teacher = [[[2.0, 4.0], [1.0, 0.0], [0.0, 1.0]]]
+        >>> round(float(channel_wise_kl(student, teacher, temperature=2.0)[0]), 4)
+        1.5985
+
+    References:
+        Shu et al. 2021, equations 4 and 5, arXiv:2011.13256.
+    """
+    student, teacher = prepare_equal(student, teacher)
+    temperature = prepare_temperature(temperature, student)
+    check_positions(student, teacher)
+    positions = (ops.shape(student)[0], -1, ops.shape(student)[-1])
+    log_student, log_teacher = (
+        ops.log_softmax(ops.reshape(maps, positions) / temperature, axis=1) for maps in (student, teacher)
+    )
+    divergence = ops.sum(ops.exp(log_teacher) * (log_teacher - log_student), axis=1)
+    return ops.mean(divergence, axis=-1) * temperature**2
 
 
 def _mean(values: Any, per_position: bool) -> Any:

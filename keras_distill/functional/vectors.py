@@ -1,12 +1,53 @@
-"""What the formulas on features share: means over an example, vectors of length one."""
+"""What the formulas on features share: shapes, means over an example, vectors of length one, centred numbers."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from keras import ops
 
 from keras_distill import checks
+from keras_distill.functional.inputs import epsilon_of, prepare
+
+
+def prepare_examples(student: Any, teacher: Any) -> tuple[Any, Any]:
+    """Features of the same examples as one row per example, whatever else their shapes are.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+
+    Returns:
+        Matrices ``(N, D_s)`` and ``(N, D_t)`` in float32 or better, the teacher's without gradient.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the numbers of examples differ, or a feature has no inner dimension.
+    """
+    student, teacher = prepare(student, teacher)
+    mine, theirs = tuple(student.shape), tuple(teacher.shape)
+    if len(mine) < 2 or len(theirs) < 2 or checks.shapes_differ(mine[:1], theirs[:1]):
+        expected = "`student` and `teacher` to have equally many examples and one inner dimension or more"
+        raise ValueError(checks.message(expected, f"{mine} and {theirs}"))
+    return flattened(student, 1), flattened(teacher, 1)
+
+
+def flattened(values: Any, start: int, stop: int | None = None) -> Any:
+    """Neighbouring dimensions made one, whether or not their sizes are known yet.
+
+    Args:
+        values: Any shape.
+        start: The first of them.
+        stop: The one after the last of them, None for all that follow.
+
+    Returns:
+        The same numbers, with ``stop - start - 1`` dimensions less.
+    """
+    shape, stop = ops.shape(values), len(values.shape) if stop is None else stop
+    sizes = values.shape[start:stop]
+    merged = -1 if None in sizes else math.prod(sizes)
+    return ops.reshape(values, (*shape[:start], merged, *shape[stop:]))
 
 
 def per_example(values: Any) -> Any:
@@ -65,3 +106,51 @@ def or_one(values: Any) -> Any:
         Same shape.
     """
     return ops.where(values > 0, values, ops.ones_like(values))
+
+
+def centred(values: Any, axis: int | tuple[int, ...]) -> Any:
+    """Values minus their mean, and exactly zero without gradient where they are constant up to rounding.
+
+    Without the second half, what rounding leaves of a constant would be blown up by any later division.
+
+    Args:
+        values: Any shape.
+        axis: Dimensions of the mean.
+
+    Returns:
+        Same shape.
+    """
+    difference = values - ops.mean(values, axis=axis, keepdims=True)
+    fixed = ops.stop_gradient(values)
+    rounding = 4 * epsilon_of(values) * ops.max(ops.abs(fixed), axis=axis, keepdims=True)
+    varies = ops.max(ops.abs(ops.stop_gradient(difference)), axis=axis, keepdims=True) > rounding
+    return ops.where(varies, difference, ops.zeros_like(difference))
+
+
+def spread_or_one(difference: Any, axis: int | tuple[int, ...], *, count: Any, eps: float = 0.0) -> Any:
+    """Standard deviation of centred values, and 1 where they are all zero.
+
+    Args:
+        difference: Centred values, any shape.
+        axis: Dimensions of the mean.
+        count: What the sum of squares is divided by, a number or a scalar tensor.
+        eps: Added to the variance.
+
+    Returns:
+        The deviations, with ``axis`` kept at size 1.
+    """
+    squares = ops.sum(ops.square(difference), axis=axis, keepdims=True)
+    # The root of a zero variance has no gradient, and the root of a tiny eps is a divisor out of reach of float16.
+    return ops.sqrt(ops.where(squares > 0, squares / count + eps, ops.ones_like(squares)))
+
+
+def transposed(matrices: Any) -> Any:
+    """The last two dimensions exchanged.
+
+    Args:
+        matrices: Shape ``(..., A, B)``.
+
+    Returns:
+        Shape ``(..., B, A)``.
+    """
+    return ops.swapaxes(matrices, -1, -2)

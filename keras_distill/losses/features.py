@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Final, Literal
 
 import keras
 
-from keras_distill import checks
+from keras_distill import backends, checks
 from keras_distill.functional.features import (
     attention_transfer,
+    channel_wise_kl,
     feature_cosine,
     feature_kl,
     feature_l1,
@@ -132,3 +133,59 @@ class AttentionTransferLoss(DistillationLoss):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
         return {**super().get_config(), "p": self.p}
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class ChannelWiseLoss(DistillationLoss):
+    r"""Divergence between the softmaxes over the positions of each channel, averaged over channels and examples.
+
+    .. math:: \frac{T^2}{N C} \sum_n \sum_c \sum_i q^t_{nci} (\log q^t_{nci} - \log q^s_{nci}), \qquad
+        q_{nci} = \frac{\exp(f_{nci} / T)}{\sum_j \exp(f_{ncj} / T)}
+
+    Made for dense prediction, on maps of features or of logits. See
+    :func:`keras_distill.functional.channel_wise_kl`.
+
+    Args:
+        temperature: Softening of both distributions over the positions, greater than 0.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with maps ``(N, H, W, C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If the temperature is no number.
+        ValueError: If the temperature is not greater than 0.
+
+    Example:
+        >>> teacher = [[[2.0, 4.0], [1.0, 0.0], [0.0, 1.0]]]
+        >>> student = [[[0.0, 1.0], [1.0, 1.0], [3.0, 0.0]]]
+        >>> round(float(ChannelWiseLoss(temperature=2.0)(teacher, student)), 4)
+        1.5985
+
+    References:
+        Shu et al. 2021, equations 4 and 5, arXiv:2011.13256, which recommends a temperature of 4.
+    """
+
+    gives: ClassVar[str] = "examples"
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        *,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "channel_wise_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.positive("temperature", temperature)
+        self.temperature = float(temperature)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per example."""
+        return channel_wise_kl(y_pred, y_true, temperature=self.temperature)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {**super().get_config(), "temperature": backends.as_float(self.temperature)}

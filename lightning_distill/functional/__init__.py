@@ -10,6 +10,7 @@ from lightning_distill.functional.divergences import (
 )
 from lightning_distill.functional.features import (
     attention_transfer,
+    channel_wise_kl,
     feature_cosine,
     feature_kl,
     feature_l1,
@@ -39,7 +40,12 @@ from lightning_distill.functional.relations import (
     relational_distance,
     similarity_preserving,
 )
-from lightning_distill.functional.targets import decoupled_kd, normalized_kd, weighted_soft_labels
+from lightning_distill.functional.targets import (
+    binary_soft_target,
+    decoupled_kd,
+    normalized_kd,
+    weighted_soft_labels,
+)
 
 __all__ = [
     "attention_kl",
@@ -47,7 +53,9 @@ __all__ = [
     "attention_relation",
     "attention_transfer",
     "batch_correlation",
+    "binary_soft_target",
     "centered_kernel_alignment",
+    "channel_wise_kl",
     "class_correlation",
     "correlation_congruence",
     "decoupled_kd",

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare
 from lightning_distill.functional.vectors import (
+    channel_maps,
     channels_at,
     check_positions,
     or_one,
@@ -214,6 +215,43 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> T
     check_positions(student, teacher)
     attention = [unit(_attention_map(feature, p), dim=1) for feature in (student, teacher)]
     return (attention[0] - attention[1]).square().mean(dim=1)
+
+
+def channel_wise_kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+    r"""Divergence between the two models' softmaxes over the positions of each channel, averaged over the channels.
+
+    .. math:: \frac{T^2}{C} \sum_c \sum_i q^t_{c,i} (\log q^t_{c,i} - \log q^s_{c,i}), \qquad
+        q_{c,i} = \frac{\exp(f_{c,i} / T)}{\sum_j \exp(f_{c,j} / T)}
+
+    Where each channel is active is compared: in dense prediction a channel, or the map of a class, marks a region.
+
+    Args:
+        student: The student's feature or map of logits, shape ``(N, C, H, W)`` or ``(N, L, C)``, with more than one
+            position.
+        teacher: The teacher's, same shape.
+        temperature: Softening of both distributions over the positions, greater than 0.
+
+    Returns:
+        Divergence in nats times :math:`T^2`, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor, or the temperature is no number.
+        ValueError: If the shapes differ, there is only one position, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[[[0.0, 1.0, 3.0]], [[1.0, 1.0, 0.0]]]])
+        >>> teacher = torch.tensor([[[[2.0, 1.0, 0.0]], [[4.0, 0.0, 1.0]]]])
+        >>> channel_wise_kl(student, teacher, temperature=2.0)
+        tensor([1.5985])
+
+    References:
+        Shu et al. 2021, equations 4 and 5, arXiv:2011.13256.
+    """
+    checks.positive("temperature", temperature)
+    student, teacher = prepare_equal(student, teacher)
+    check_positions(student, teacher)
+    log_student, log_teacher = (F.log_softmax(channel_maps(maps) / temperature, dim=2) for maps in (student, teacher))
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=2).mean(dim=1) * temperature**2
 
 
 def _distance(kernel: Callable[..., Tensor], student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from lightning_distill.functional.vectors import (
     prepare_equal,
     prepare_examples,
     product,
+    summed,
     unit,
 )
 
@@ -122,7 +124,10 @@ def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
         Park et al. 2019, equations 8 to 10, arXiv:1904.05068.
     """
     student, teacher = prepare_examples(student, teacher)
-    return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
+    pairs, count = [_from_anchors(feature) for feature in (student, teacher)], len(student)
+    shared, rows = [pair[0] for pair in pairs], [row for pair in pairs for row in pair[1:]]
+    total = summed(partial(_angle_differences, *shared), rows, row_size=count**2, inputs=student.numel())
+    return total / count**3
 
 
 def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
@@ -157,11 +162,7 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = prepare_examples(student, teacher)
     probabilities = []
     for feature in (student, teacher):
-        # The length plus eps, without the square root of a vector of zeros, which has no gradient.
-        largest = _largest(feature)
-        length = or_one((feature / largest).square().sum(dim=1, keepdim=True)).sqrt() * largest
-        cosines = _gram(unit(feature, dim=1) * (length / (length + _TRANSFER_EPS)))
-        kernel = (cosines + 1).clamp(min=0) / 2  # rounding may take a cosine below -1
+        kernel = (_cosines(feature, eps=_TRANSFER_EPS) + 1).clamp(min=0) / 2  # rounding may take a cosine below -1
         probabilities.append(kernel / kernel.sum(dim=1, keepdim=True))
     logarithms = [(probability + _TRANSFER_EPS).log() for probability in probabilities]
     return (probabilities[1] * (logarithms[1] - logarithms[0])).mean()
@@ -219,7 +220,7 @@ def correlation_congruence(
     factors = [math.exp(-2 * gamma) * (2 * gamma) ** power / math.factorial(power) for power in range(order + 1)]
     kernels = []
     for feature in (student, teacher):
-        cosines = _gram(unit(feature, dim=1))
+        cosines = _cosines(feature)
         value = torch.full_like(cosines, factors[-1])
         for factor in reversed(factors[:-1]):
             value = value * cosines + factor
@@ -263,12 +264,9 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
         got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(checks.message(expected, got, "Map the student's channels with an adapter."))
     maps = [_scaled(channel_maps(feature)) for feature in (student, teacher)]
-    grams = [unit(product(matrix, matrix.mT), dim=2) for matrix in maps]
-    return (grams[0] - grams[1]).square().mean()
-
-
-def _largest(feature: Tensor) -> Tensor:
-    return or_one(feature.detach().abs().flatten(1).amax(dim=1)).view(-1, *[1] * (feature.ndim - 1))
+    count, channels = maps[0].shape[:2]
+    total = summed(_channel_differences, maps, row_size=channels**2, inputs=student.numel())
+    return total / (count * channels**2)
 
 
 def _scaled(feature: Tensor) -> Tensor:
@@ -292,10 +290,34 @@ def _distances(feature: Tensor) -> tuple[Tensor, Tensor]:
     return gram, torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
 
 
-def _cosines(feature: Tensor) -> Tensor:
+def _cosines(feature: Tensor, *, eps: float = 0.0) -> Tensor:
+    """Cosines between the examples, ``eps`` added to their lengths; 0 where one of the two is a vector of zeros."""
+    largest = or_one(feature.detach().abs().amax(dim=1, keepdim=True))
+    gram = _gram(feature / largest)
+    # The lengths are divided out of the N^2 products instead of the N D numbers, which would take copies of them.
+    inverse = 1 / (or_one(gram.diagonal()).sqrt() + eps / largest[:, 0])
+    return gram * inverse[:, None] * inverse
+
+
+def _from_anchors(feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Products of the examples, their products with the anchor less half its square, inverse distances to the anchor.
+
+    The last two have one row for each anchor, an example that others are seen from.
+    """
     gram, distances = _distances(feature)
     inverse = torch.where(distances > 0, 1 / or_one(distances), 0.0)
-    # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.
-    to_anchor = gram - gram.diagonal() / 2
-    products = gram[None] - to_anchor.mT[:, :, None] - to_anchor.mT[:, None, :]
-    return products * inverse[:, :, None] * inverse[:, None, :]
+    return gram, (gram - gram.diagonal() / 2).mT, inverse
+
+
+def _angle_differences(student: Tensor, teacher: Tensor, *rows: Tensor) -> Tensor:
+    cosines = []
+    for gram, to_anchor, inverse in ((student, *rows[:2]), (teacher, *rows[2:])):
+        # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.
+        products = gram - to_anchor[:, :, None] - to_anchor[:, None, :]
+        cosines.append(products * inverse[:, :, None] * inverse[:, None, :])
+    return F.smooth_l1_loss(cosines[0], cosines[1], reduction="sum")
+
+
+def _channel_differences(student: Tensor, teacher: Tensor) -> Tensor:
+    grams = [unit(product(matrix, matrix.mT), dim=2) for matrix in (student, teacher)]
+    return (grams[0] - grams[1]).square().sum()

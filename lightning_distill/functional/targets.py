@@ -1,4 +1,4 @@
-"""Formulas on logits that know the right class: student first, one value per row, no gradient into the teacher."""
+"""Formulas on logits as targets, class by class or in view of the right class: student first, one value per row."""
 
 from __future__ import annotations
 
@@ -185,6 +185,48 @@ def weighted_soft_labels(
     soft_targets = F.softmax(teacher / temperature, dim=-1)
     cross_entropy = -(soft_targets * F.log_softmax(student / temperature, dim=-1)).sum(dim=-1)
     return weight * cross_entropy * temperature**2
+
+
+def binary_soft_target(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+) -> Tensor:
+    r"""Binary cross entropy of each class under the teacher's soft targets, averaged over the classes.
+
+    .. math:: -\frac{T^2}{C} \sum_c \left( s^t_c \log s^s_c + (1 - s^t_c) \log (1 - s^s_c) \right), \qquad
+        s = \sigma(z / T)
+
+    For models that answer each class with yes or no (several labels per example), or that have a single score. Its
+    smallest value is not 0 but :math:`T^2` times the mean entropy of the teacher's answers.
+
+    Args:
+        student_logits: Scores before the sigmoid, shape ``(N, ..., C)`` (classes at ``class_dim``).
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both models' answers, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        Cross entropy in nats times :math:`T^2`, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, or the temperature is not greater than 0.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0]])
+        >>> binary_soft_target(student, teacher)
+        tensor([0.5564])
+
+    References:
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531; deviation: a sigmoid for each class instead of one
+        softmax over the classes.
+    """
+    checks.positive("temperature", temperature)
+    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=1)
+    student, teacher = student / temperature, teacher / temperature
+    yes = teacher.sigmoid() * F.logsigmoid(student)
+    no = (-teacher).sigmoid() * F.logsigmoid(-student)
+    return -(yes + no).mean(dim=class_dim) * temperature**2
 
 
 def _rows(

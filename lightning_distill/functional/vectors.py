@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
 
+# Numbers of a chunk's largest tensor: fewer gain no memory worth speaking of.
+_SMALLEST_CHUNK = 2**20
 _REMEDY = "Map the student's feature to the teacher's shape with an adapter."
 
 
@@ -194,3 +199,26 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     with torch.autocast(device, enabled=False):
         return left @ right
+
+
+def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size: int, inputs: int) -> Tensor:
+    """Sum of a function over chunks of rows, so small that what it holds does not outgrow the loss's inputs.
+
+    The backward pass computes a chunk anew instead of having kept it.
+
+    Args:
+        function: Called with a chunk of each tensor; returns a scalar that is a sum over the rows.
+        rows: Tensors with equally many rows.
+        row_size: How many numbers the largest tensor that ``function`` makes has for each row.
+        inputs: Numbers in one model's feature.
+
+    Returns:
+        A scalar.
+    """
+    size = max(max(_SMALLEST_CHUNK, inputs // 8) // row_size, 1)
+    if len(rows[0]) <= size:
+        return function(*rows)
+    # Not slices: each of them would have a gradient of the whole tensor's size.
+    chunks = zip(*(tensor.chunk(-(-len(tensor) // size)) for tensor in rows), strict=True)
+    parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(parts).sum()

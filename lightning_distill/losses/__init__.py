@@ -3,7 +3,7 @@
 from lightning_distill.losses.attention import AttentionMapLoss, AttentionRelationLoss
 from lightning_distill.losses.base import DistillationLoss
 from lightning_distill.losses.divergences import GeneralizedJSDLoss, ReverseKLLoss, SkewKLLoss, TotalVariationLoss
-from lightning_distill.losses.features import AttentionTransferLoss, FeatureDistance
+from lightning_distill.losses.features import AttentionTransferLoss, ChannelWiseLoss, FeatureDistance
 from lightning_distill.losses.logit_relations import DISTLoss, MultiLevelLogitLoss
 from lightning_distill.losses.logits import LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from lightning_distill.losses.normalized import (
@@ -20,13 +20,20 @@ from lightning_distill.losses.relations import (
     RelationalLoss,
     SimilarityPreservingLoss,
 )
-from lightning_distill.losses.targets import DecoupledKDLoss, NormalizedKDLoss, WeightedSoftLabelLoss
+from lightning_distill.losses.targets import (
+    BinarySoftTargetLoss,
+    DecoupledKDLoss,
+    NormalizedKDLoss,
+    WeightedSoftLabelLoss,
+)
 
 __all__ = [
     "AttentionMapLoss",
     "AttentionRelationLoss",
     "AttentionTransferLoss",
+    "BinarySoftTargetLoss",
     "CKALoss",
+    "ChannelWiseLoss",
     "CorrelationCongruenceLoss",
     "DISTLoss",
     "DecoupledKDLoss",

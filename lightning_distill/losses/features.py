@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.features import (
     attention_transfer,
+    channel_wise_kl,
     feature_cosine,
     feature_kl,
     feature_l1,
@@ -124,3 +125,47 @@ class AttentionTransferLoss(DistillationLoss):
     def extra_repr(self) -> str:
         """Settings, as in the constructor."""
         return f"p={self.p}"
+
+
+class ChannelWiseLoss(DistillationLoss):
+    r"""Divergence between the softmaxes over the positions of each channel, averaged over channels and examples.
+
+    .. math:: \frac{T^2}{N C} \sum_n \sum_c \sum_i q^t_{nci} (\log q^t_{nci} - \log q^s_{nci}), \qquad
+        q_{nci} = \frac{\exp(f_{nci} / T)}{\sum_j \exp(f_{ncj} / T)}
+
+    Made for dense prediction, on maps of features or of logits. See
+    :func:`lightning_distill.functional.channel_wise_kl`.
+
+    Args:
+        temperature: Softening of both distributions over the positions, greater than 0; may be set while training.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with maps ``(N, C, H, W)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If the temperature is no number.
+        ValueError: If the temperature is not greater than 0.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([[[[0.0, 1.0, 3.0]], [[1.0, 1.0, 0.0]]]])
+        >>> teacher = torch.tensor([[[[2.0, 1.0, 0.0]], [[4.0, 0.0, 1.0]]]])
+        >>> ChannelWiseLoss(temperature=2.0)(student, teacher)
+        tensor(1.5985)
+
+    References:
+        Shu et al. 2021, equations 4 and 5, arXiv:2011.13256, which recommends a temperature of 4.
+    """
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        checks.positive("temperature", temperature)
+        self.temperature = float(temperature)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return channel_wise_kl(student, teacher, temperature=self.temperature).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"temperature={self.temperature}"

@@ -1,4 +1,4 @@
-"""Losses on logits that know the right class: a term hands them the batch's labels."""
+"""Losses on logits as targets, class by class or in view of the right class, which the batch's labels name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.targets import decoupled_kd, normalized_kd, weighted_soft_labels
+from lightning_distill.functional.targets import binary_soft_target, decoupled_kd, normalized_kd, weighted_soft_labels
 from lightning_distill.losses.base import DistillationLoss
 from lightning_distill.schedules import Schedule
 
@@ -188,6 +188,52 @@ class WeightedSoftLabelLoss(DistillationLoss):
         return weighted_soft_labels(
             student, teacher, labels, temperature=self.temperature, class_dim=self.class_dim
         ).mean()
+
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return f"temperature={self.temperature}, class_dim={self.class_dim}"
+
+
+class BinarySoftTargetLoss(DistillationLoss):
+    r"""Binary cross entropy of each class under the teacher's soft targets, averaged over classes and examples.
+
+    .. math:: -\frac{T^2}{N C} \sum_n \sum_c s^t_{nc} \log s^s_{nc} + (1 - s^t_{nc}) \log (1 - s^s_{nc}), \qquad
+        s = \sigma(z / T)
+
+    For models with several labels per example, or a single score. See
+    :func:`lightning_distill.functional.binary_soft_target`.
+
+    Args:
+        temperature: Softening of both models' answers, greater than 0; may be set while training.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0 or ``class_dim`` is the batch dimension.
+
+    Example:
+        >>> import torch
+        >>> BinarySoftTargetLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
+        tensor(0.5564)
+
+    References:
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531; deviation: a sigmoid for each class instead of one
+        softmax over the classes.
+    """
+
+    def __init__(self, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+        super().__init__()
+        checks.positive("temperature", temperature)
+        checks.inner_dim("class_dim", class_dim)
+        self.temperature = float(temperature)
+        self.class_dim = class_dim
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return binary_soft_target(student, teacher, temperature=self.temperature, class_dim=self.class_dim).mean()
 
     def extra_repr(self) -> str:
         """Settings, as in the constructor."""

@@ -1,0 +1,157 @@
+"""Formulas on transformers' attention: student first, one value per example, no gradient into the teacher."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from keras import ops
+
+from keras_distill import checks
+from keras_distill.functional.inputs import prepare, prepare_equal
+from keras_distill.functional.vectors import per_example, transposed
+
+_MASKED = -100.0
+_LEAST_SCORE = -1e30
+_LEAST_PROBABILITY = 1e-6
+
+
+def attention_mse(student: Any, teacher: Any) -> Any:
+    r"""Mean squared difference of the two models' attention scores, where masked ones count as zero.
+
+    .. math:: \frac{1}{A L^2} \sum_{a,i,j} (m(S^s_{aij}) - m(S^t_{aij}))^2, \qquad
+        m(x) = 0 \text{ if } x \le -100 \text{ else } x
+
+    Scores, before the softmax, teach faster than probabilities do.
+
+    Args:
+        student: The student's scores, shape ``(N, A, L, L)`` for A heads.
+        teacher: The teacher's scores, same shape.
+
+    Returns:
+        Mean squared difference, shape ``(N,)``.
+
+    Raises:
+        TypeError: If the scores are no floating point tensors.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> float(attention_mse([[[[1.0, -1e4]]]], [[[[4.0, -1e4]]]])[0])
+        4.5
+
+    References:
+        Jiao et al. 2020 (TinyBERT), equation 7, arXiv:1909.10351; the mask is that of the authors' code.
+    """
+    student, teacher = prepare_equal(student, teacher)
+    student, teacher = (ops.where(scores > _MASKED, scores, ops.zeros_like(scores)) for scores in (student, teacher))
+    return per_example(ops.square(student - teacher))
+
+
+def attention_kl(student: Any, teacher: Any, *, from_scores: bool = True) -> Any:
+    r"""Kullback-Leibler divergence of the student's from the teacher's attention, averaged over heads and queries.
+
+    .. math:: \frac{1}{A L} \sum_{a,i} \sum_j p^t_{aij} (\log p^t_{aij} - \log p^s_{aij})
+
+    Where each query looks is compared. Scores of minus infinity are allowed. Below a probability of 1e-6 the logarithm
+    goes on as its tangent, so that a probability of 0 has a gradient.
+
+    Args:
+        student: The student's scores before the softmax, or probabilities, shape ``(N, A, L, L)``, keys last.
+        teacher: The teacher's, same shape.
+        from_scores: Whether the tensors hold scores; False for probabilities, which Keras' ``MultiHeadAttention``
+            returns.
+
+    Returns:
+        Divergence in nats, shape ``(N,)``.
+
+    Raises:
+        TypeError: If the tensors hold no floating point numbers, or ``from_scores`` is no bool.
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> round(float(attention_kl([[[[0.0, 1.0, 3.0]]]], [[[[2.0, 1.0, 0.0]]]])[0]), 4)
+        1.8226
+
+    References:
+        Sun et al. 2020 (MobileBERT), equation 2, arXiv:2004.02984.
+    """
+    checks.boolean("from_scores", from_scores)
+    student, teacher = prepare_equal(student, teacher)
+    if from_scores:
+        return per_example(_divergence(student, teacher))
+    logarithms = [_log(probabilities) for probabilities in (student, teacher)]
+    return per_example(ops.sum(teacher * (logarithms[1] - logarithms[0]), axis=-1))
+
+
+def attention_relation(student: Any, teacher: Any, *, relation_heads: int) -> Any:
+    r"""Divergence of the two models' relations between the tokens, by queries, keys or values.
+
+    .. math:: \frac{1}{A L} \sum_{a,i} \mathrm{KL}(R^t_{ai} \,\|\, R^s_{ai}), \qquad
+        R_a = \mathrm{softmax}(X_a X_a^\top / \sqrt{d})
+
+    X are the queries, the keys or the values, their H numbers split anew into A relation heads of size d = H / A: the
+    models need neither equal widths nor equally many heads.
+
+    Args:
+        student: The student's vectors, shape ``(N, L, H_s)``.
+        teacher: The teacher's vectors, shape ``(N, L, H_t)``.
+        relation_heads: Number A of relation heads, a divisor of both widths.
+
+    Returns:
+        Divergence in nats, shape ``(N,)``.
+
+    Raises:
+        TypeError: If the tensors hold no floating point numbers, or ``relation_heads`` is no int.
+        ValueError: If the tokens differ, or a width is no multiple of ``relation_heads``.
+
+    Example:
+        >>> round(float(attention_relation([[[1.0], [0.0]]], [[[2.0], [1.0]]], relation_heads=1)[0]), 4)
+        0.089
+
+    References:
+        Wang et al. 2021 (MiniLMv2), equations 5 to 8, arXiv:2012.15828.
+    """
+    check_heads(relation_heads)
+    student, teacher = prepare(student, teacher)
+    mine, theirs = tuple(student.shape), tuple(teacher.shape)
+    if len(mine) != 3 or len(theirs) != 3 or checks.shapes_differ(mine[:2], theirs[:2]):
+        expected = "`student` and `teacher` to have the shapes (N, L, H_s) and (N, L, H_t)"
+        raise ValueError(checks.message(expected, f"{mine} and {theirs}"))
+    scores = []
+    for vectors in (student, teacher):
+        width = vectors.shape[2]
+        if width % relation_heads:
+            expected = f"`relation_heads` to divide the width {width}"
+            raise ValueError(checks.message(expected, f"{relation_heads=}"))
+        size = width // relation_heads
+        heads = ops.reshape(vectors, (*ops.shape(vectors)[:2], relation_heads, size))
+        heads = ops.transpose(heads, (0, 2, 1, 3))
+        scores.append(ops.matmul(heads, transposed(heads)) / math.sqrt(size))
+    return per_example(_divergence(scores[0], scores[1]))
+
+
+def check_heads(relation_heads: int) -> None:
+    """Check the number of relation heads.
+
+    Args:
+        relation_heads: What the user passed.
+
+    Raises:
+        TypeError: If it is no int.
+        ValueError: If it is less than 1.
+    """
+    if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
+        raise TypeError(checks.message("`relation_heads` to be an int", f"{relation_heads=}"))
+    checks.at_least("relation_heads", relation_heads, 1)
+
+
+def _divergence(student: Any, teacher: Any) -> Any:
+    # Minus infinity in both would give a difference of infinities.
+    logarithms = [ops.log_softmax(ops.maximum(scores, _LEAST_SCORE), axis=-1) for scores in (student, teacher)]
+    return ops.sum(ops.exp(logarithms[1]) * (logarithms[1] - logarithms[0]), axis=-1)
+
+
+def _log(probabilities: Any) -> Any:
+    tangent = math.log(_LEAST_PROBABILITY) + (probabilities / _LEAST_PROBABILITY - 1)
+    bounded = ops.maximum(probabilities, _LEAST_PROBABILITY)
+    return ops.where(probabilities < _LEAST_PROBABILITY, tangent, ops.log(bounded))

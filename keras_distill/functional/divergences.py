@@ -1,0 +1,220 @@
+"""Divergences between the two models' distributions: student first, one value per row, no gradient into the teacher."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from keras import ops
+
+from keras_distill import checks
+from keras_distill.functional.inputs import prepare_logits, prepare_temperature
+
+
+def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, from_logits: bool = True) -> Any:
+    r"""Kullback-Leibler divergence of the teacher's probabilities from the student's.
+
+    .. math:: \sum_c p^s_c (\log p^s_c - \log p^t_c), \qquad p = \mathrm{softmax}(z / T)
+
+    A student too small to cover all that the teacher holds possible keeps to what the teacher finds most likely,
+    where the forward divergence makes it spread out.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence in nats, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+
+    Example:
+        >>> round(float(reverse_kl([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]])[0]), 4)
+        0.4825
+
+    References:
+        Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543; deviation: the divergence of the whole distribution at
+        each position, summed exactly, instead of an estimate from sampled sequences. There is no factor
+        :math:`T^2`.
+    """
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
+    return _kl(log_student, log_teacher)
+
+
+def generalized_jsd(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    beta: float = 0.5,
+    temperature: Any = 1.0,
+    from_logits: bool = True,
+) -> Any:
+    r"""Generalised Jensen-Shannon divergence of the two models' probabilities.
+
+    .. math:: \beta \, \mathrm{KL}(p^t \| m) + (1 - \beta) \, \mathrm{KL}(p^s \| m), \qquad
+        m = \beta p^t + (1 - \beta) p^s, \qquad p = \mathrm{softmax}(z / T)
+
+    It is bounded, and :math:`\beta` moves between the forward divergence :math:`\mathrm{KL}(p^t \| p^s)`, which stands
+    for 0, and the reverse :math:`\mathrm{KL}(p^s \| p^t)`, which stands for 1.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        beta: Share of the teacher in the mixture, from 0 to 1.
+        temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence in nats, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0 or
+            ``beta`` is not from 0 to 1.
+
+    Example:
+        >>> round(float(generalized_jsd([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]], beta=0.1)[0]), 4)
+        0.0226
+
+    References:
+        Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649. At 0 and 1 the formula itself is 0; as in
+        the authors' code these stand for the two divergences that it tends to, divided by its weight, near the ends.
+        There is no factor :math:`T^2`.
+    """
+    checks.between("beta", beta, 0, 1)
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
+    if beta == 0:
+        return _kl(log_teacher, log_student)
+    if beta == 1:
+        return _kl(log_student, log_teacher)
+    log_mixture = _log_mixture(log_teacher, log_student, beta)
+    return beta * _kl(log_teacher, log_mixture) + (1 - beta) * _kl(log_student, log_mixture)
+
+
+def skew_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from_logits: bool = True) -> Any:
+    r"""Kullback-Leibler divergence of a mixture of both models from the teacher's probabilities.
+
+    .. math:: \mathrm{KL}(p^t \, \| \, \alpha p^t + (1 - \alpha) p^s), \qquad p = \mathrm{softmax}(z)
+
+    The mixture is never far below the teacher: the value is at most :math:`-\log \alpha` and the gradient stays small
+    where the student finds impossible what the teacher does not.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        skew: Share :math:`\alpha` of the teacher in the mixture, from 0 (no mixture) to less than 1.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence in nats, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or ``skew`` is out of its range.
+
+    Example:
+        >>> round(float(skew_kl([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]])[0]), 4)
+        0.2103
+
+    References:
+        Ko et al. 2024 (DistiLLM), equation 4, arXiv:2402.03898; deviation: the whole divergence, where the authors'
+        code leaves out the teacher's entropy, which has no gradient.
+    """
+    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    checks.fraction("skew", skew)
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, from_logits)
+    return _kl(log_teacher, _log_mixture(log_teacher, log_student, skew))
+
+
+def skew_reverse_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from_logits: bool = True) -> Any:
+    r"""Kullback-Leibler divergence of a mixture of both models from the student's probabilities.
+
+    .. math:: \mathrm{KL}(p^s \, \| \, \alpha p^s + (1 - \alpha) p^t), \qquad p = \mathrm{softmax}(z)
+
+    The reverse divergence with a bound: a student that believes in what the teacher finds impossible is corrected
+    without the gradient growing with the teacher's certainty. The gradient passes through the mixture too.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        skew: Share :math:`\alpha` of the student in the mixture, from 0 (no mixture) to less than 1.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence in nats, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or ``skew`` is out of its range.
+
+    Example:
+        >>> round(float(skew_reverse_kl([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]])[0]), 4)
+        0.2873
+
+    References:
+        Ko et al. 2024 (DistiLLM), section 3.1, arXiv:2402.03898.
+    """
+    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    checks.fraction("skew", skew)
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, from_logits)
+    return _kl(log_student, _log_mixture(log_student, log_teacher, skew))
+
+
+def total_variation(
+    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, from_logits: bool = True
+) -> Any:
+    r"""Total variation distance of the two models' probabilities.
+
+    .. math:: \frac{1}{2} \sum_c |p^s_c - p^t_c|, \qquad p = \mathrm{softmax}(z / T)
+
+    It is symmetric and bounded: one example on which the models disagree entirely counts 1, however certain they are.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Distance from 0 to 1, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+
+    Example:
+        >>> round(float(total_variation([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]])[0]), 4)
+        0.271
+
+    References:
+        Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190; deviation: the distance at each position, summed
+        exactly. There is no factor :math:`T^2`.
+    """
+    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
+    return 0.5 * ops.sum(ops.abs(ops.exp(log_student) - ops.exp(log_teacher)), axis=-1)
+
+
+def _log_probabilities(
+    student_logits: Any, teacher_logits: Any, temperature: Any, from_logits: bool
+) -> tuple[Any, Any]:
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    temperature = prepare_temperature(temperature, student)
+    return ops.log_softmax(student / temperature, axis=-1), ops.log_softmax(teacher / temperature, axis=-1)
+
+
+def _kl(log_p: Any, log_q: Any) -> Any:
+    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _log_mixture(log_p: Any, log_q: Any, share: float) -> Any:
+    # log(share p + (1 - share) q) without leaving log space, where p or q may be less than the smallest float.
+    if share == 0:
+        return log_q
+    log_p, log_q = log_p + math.log(share), log_q + math.log1p(-share)
+    # Not ops.logaddexp: where its two arguments are equal, TensorFlow gives the whole gradient to the first.
+    largest = ops.stop_gradient(ops.maximum(log_p, log_q))
+    return largest + ops.log(ops.exp(log_p - largest) + ops.exp(log_q - largest))

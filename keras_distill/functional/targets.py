@@ -1,0 +1,254 @@
+"""Formulas on logits as targets, class by class or in view of the right class: student first, one value per row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_distill import checks
+from keras_distill.functional.inputs import prepare_logits, prepare_temperature
+
+_WEIGHT_EPS = 1e-7
+# A logit of probability 0. Minus infinity would make the gradient NaN, and the sum of two of these still is a float32.
+_IMPOSSIBLE = -1e30
+
+
+def decoupled_kd(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    *,
+    target_weight: float = 1.0,
+    nontarget_weight: float = 8.0,
+    temperature: Any = 4.0,
+    from_logits: bool = True,
+) -> Any:
+    r"""Two divergences: between the target class and all others together, and among the others.
+
+    .. math:: T^2 \left( a \, \mathrm{KL}(b^t \| b^s) + b \, \mathrm{KL}(q^t \| q^s) \right), \qquad
+        b = (p_y, 1 - p_y), \quad q_c = p_c / (1 - p_y), \quad p = \mathrm{softmax}(z / T)
+
+    The plain divergence weights the second part by :math:`1 - p^t_y`, which mutes it where the teacher is sure; here
+    its weight is free. With two classes the second part is 0.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; others give NaN.
+        target_weight: Weight of the divergence between target and the rest, 0 or greater.
+        nontarget_weight: Weight of the divergence among the other classes, 0 or greater.
+        temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence in nats times :math:`T^2`, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes do not fit, there are fewer than two classes, the temperature is not greater than 0
+            or a weight is negative.
+
+    Example:
+        >>> round(float(decoupled_kd([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]], [0])[0]), 4)
+        4.4776
+
+    References:
+        Zhao et al. 2022, equation 7, arXiv:2203.08679, which recommends a target weight of 1 and 8 for CIFAR-100, and
+        0.5 to 2 for ImageNet; deviation: computed in log space without the target class, finite where the authors'
+        code, which subtracts 1000 from its logit and takes logarithms of sums, is not.
+    """
+    checks.non_negative("target_weight", target_weight)
+    checks.non_negative("nontarget_weight", nontarget_weight)
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    temperature = prepare_temperature(temperature, student)
+    is_target = _is_target(labels, student)
+    student, teacher = student / temperature, teacher / temperature
+    rest_student, rest_teacher = _others(student, is_target), _others(teacher, is_target)
+    # p_y / (1 - p_y) = exp(margin): both logarithms of b are log-sigmoids and never of a rounded sum.
+    margin_student = _target(student, is_target) - ops.logsumexp(rest_student, axis=-1)
+    margin_teacher = _target(teacher, is_target) - ops.logsumexp(rest_teacher, axis=-1)
+    target_part = ops.zeros_like(margin_student)
+    for sign in (1, -1):
+        log_student, log_teacher = ops.log_sigmoid(sign * margin_student), ops.log_sigmoid(sign * margin_teacher)
+        target_part = target_part + ops.exp(log_teacher) * (log_teacher - log_student)
+    log_student, log_teacher = ops.log_softmax(rest_student, axis=-1), ops.log_softmax(rest_teacher, axis=-1)
+    nontarget_part = ops.sum(ops.exp(log_teacher) * (log_teacher - log_student), axis=-1)
+    return temperature**2 * (target_weight * target_part + nontarget_weight * nontarget_part)
+
+
+def normalized_kd(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    *,
+    nontarget_weight: float = 1.5,
+    temperature: Any = 1.0,
+    from_logits: bool = True,
+) -> Any:
+    r"""Cross entropy on the target class under the teacher's probability of it, and one among the other classes.
+
+    .. math:: -p^t_y \log p^s_y - \gamma T^2 \sum_{c \ne y} q^t_c \log q^s_c, \qquad
+        p = \mathrm{softmax}(z), \quad q = \mathrm{softmax}_{c \ne y}(z / T)
+
+    The other classes' probabilities are normalised to add up to 1 in both models before they are compared, so that the
+    two cross entropies do not compete. Its smallest value is not 0; with two classes the second part is.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; others give NaN.
+        nontarget_weight: Weight :math:`\gamma` of the cross entropy among the other classes, 0 or greater.
+        temperature: Softening of both distributions over the other classes, greater than 0; a scalar variable may be
+            changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Cross entropy in nats, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes do not fit, there are fewer than two classes, the temperature is not greater than 0
+            or the weight is negative.
+
+    Example:
+        >>> round(float(normalized_kd([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]], [0])[0]), 4)
+        1.9481
+
+    References:
+        Yang et al. 2023, section 3.1, arXiv:2303.13005; deviation: the student's own cross entropy on the label is the
+        task loss and not part of this one. The target part has no temperature, as in the authors' code.
+    """
+    checks.non_negative("nontarget_weight", nontarget_weight)
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    temperature = prepare_temperature(temperature, student)
+    is_target = _is_target(labels, student)
+    log_student = _target(ops.log_softmax(student, axis=-1), is_target)
+    log_teacher = _target(ops.log_softmax(teacher, axis=-1), is_target)
+    rest_student, rest_teacher = (_others(logits / temperature, is_target) for logits in (student, teacher))
+    others = -ops.sum(ops.softmax(rest_teacher, axis=-1) * ops.log_softmax(rest_student, axis=-1), axis=-1)
+    return -ops.exp(log_teacher) * log_student + nontarget_weight * temperature**2 * others
+
+
+def weighted_soft_labels(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    *,
+    temperature: Any = 2.0,
+    from_logits: bool = True,
+) -> Any:
+    r"""Cross entropy under the soft targets, weighted by how much better the teacher does on the example.
+
+    .. math:: -\left(1 - \exp\left(-\frac{L^s}{L^t}\right)\right) T^2 \sum_c p^t_c \log p^s_c, \qquad
+        L = -\log \mathrm{softmax}(z)_y, \quad p = \mathrm{softmax}(z / T)
+
+    An example on which the student's own loss is far below the teacher's counts little: there soft targets regularise
+    more than they teach. The weight is a constant, without a gradient. The smallest value is not 0.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; others give NaN.
+        temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Weighted cross entropy in nats times :math:`T^2`, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes do not fit, there are fewer than two classes or the temperature is not greater than 0.
+
+    Example:
+        >>> round(float(weighted_soft_labels([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]], [0])[0]), 3)
+        3.57
+
+    References:
+        Zhou et al. 2021, equations 13 and 14, arXiv:2102.00650; 1e-7 is added to the teacher's loss. The authors weight
+        the term by 2.5 on ImageNet.
+    """
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    temperature = prepare_temperature(temperature, student)
+    is_target = _is_target(labels, student)
+    own_student = -_target(ops.log_softmax(ops.stop_gradient(student), axis=-1), is_target)
+    own_teacher = -_target(ops.log_softmax(teacher, axis=-1), is_target)
+    weight = -ops.expm1(-own_student / (own_teacher + _WEIGHT_EPS))
+    soft_targets = ops.softmax(teacher / temperature, axis=-1)
+    cross_entropy = -ops.sum(soft_targets * ops.log_softmax(student / temperature, axis=-1), axis=-1)
+    return weight * cross_entropy * temperature**2
+
+
+def binary_soft_target(
+    student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, from_logits: bool = True
+) -> Any:
+    r"""Binary cross entropy of each class under the teacher's soft targets, averaged over the classes.
+
+    .. math:: -\frac{T^2}{C} \sum_c \left( s^t_c \log s^s_c + (1 - s^t_c) \log (1 - s^s_c) \right), \qquad
+        s = \sigma(z / T)
+
+    For models that answer each class with yes or no (several labels per example), or that have a single score. Its
+    smallest value is not 0 but :math:`T^2` times the mean entropy of the teacher's answers.
+
+    Args:
+        student_logits: Scores before the sigmoid, shape ``(N, ..., C)``.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both models' answers, greater than 0; a scalar variable may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities of a sigmoid and z is the logarithm of
+            their odds.
+
+    Returns:
+        Cross entropy in nats times :math:`T^2`, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, or the temperature is not greater than 0.
+
+    Example:
+        >>> round(float(binary_soft_target([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]])[0]), 4)
+        0.5564
+
+    References:
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531; deviation: a sigmoid for each class instead of one
+        softmax over the classes.
+    """
+    checks.boolean("from_logits", from_logits)
+    student, teacher = prepare_logits(student_logits, teacher_logits, at_least=1)
+    temperature = prepare_temperature(temperature, student)
+    if not from_logits:
+        student, teacher = _log_odds(student), _log_odds(teacher)
+    student, teacher = student / temperature, teacher / temperature
+    yes = ops.sigmoid(teacher) * ops.log_sigmoid(student)
+    no = ops.sigmoid(-teacher) * ops.log_sigmoid(-student)
+    return -ops.mean(yes + no, axis=-1) * temperature**2
+
+
+def _is_target(labels: Any, logits: Any) -> Any:
+    """True at the class of each row's label, in the shape of the logits."""
+    labels = ops.cast(ops.convert_to_tensor(labels), "int32")
+    if len(labels.shape) == len(logits.shape) and labels.shape[-1] == 1:  # as Keras' own losses take them too
+        labels = ops.squeeze(labels, axis=-1)
+    rows = tuple(logits.shape)[:-1]
+    if checks.shapes_differ(tuple(labels.shape), rows):
+        expected = f"`labels` to have one class index for each row of logits, shape {rows}"
+        remedy = "Pass class indices; keras.ops.argmax(labels, axis=-1) makes them from one-hot or mixed labels."
+        raise ValueError(checks.message(expected, f"shape {tuple(labels.shape)}", remedy))
+    return ops.equal(ops.arange(ops.shape(logits)[-1], dtype="int32"), ops.expand_dims(labels, axis=-1))
+
+
+def _target(values: Any, is_target: Any) -> Any:
+    """Each row's value at its label; NaN where there is no such class, as in Keras' own cross entropy."""
+    value = ops.sum(ops.where(is_target, values, ops.zeros_like(values)), axis=-1)
+    return ops.where(ops.any(is_target, axis=-1), value, ops.full_like(value, float("nan")))
+
+
+def _others(logits: Any, is_target: Any) -> Any:
+    """The logits with the label's class made impossible."""
+    return ops.where(is_target, ops.full_like(logits, _IMPOSSIBLE), logits)
+
+
+def _log_odds(probabilities: Any) -> Any:
+    tiny = float(np.finfo(keras.backend.standardize_dtype(probabilities.dtype)).tiny)
+    return ops.log(ops.maximum(probabilities, tiny)) - ops.log(ops.maximum(1.0 - probabilities, tiny))

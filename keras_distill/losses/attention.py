@@ -1,0 +1,127 @@
+"""Losses on transformers' attention."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import keras
+
+from keras_distill import checks
+from keras_distill.functional.attention import attention_kl, attention_mse, attention_relation, check_heads
+from keras_distill.losses.base import DistillationLoss
+
+_KINDS = ("kl", "mse")
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class AttentionMapLoss(DistillationLoss):
+    r"""Difference of the two models' attention in one layer, averaged over examples, heads and queries.
+
+    .. math:: \frac{1}{N A L} \sum_{n,a,i} D(S^s_{nai}, S^t_{nai})
+
+    D is the divergence of the attention probabilities ("kl") or the mean squared difference of the scores ("mse"). See
+    :func:`keras_distill.functional.attention_kl` and :func:`keras_distill.functional.attention_mse`.
+
+    Args:
+        kind: "kl" or "mse".
+        from_scores: For "kl", whether it is called with scores; False for probabilities, which Keras'
+            ``MultiHeadAttention`` returns. "mse" takes what it is given.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with attention ``(N, A, L, L)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If there is no such kind.
+
+    Example:
+        >>> round(float(AttentionMapLoss()([[[[2.0, 1.0, 0.0]]]], [[[[0.0, 1.0, 3.0]]]])), 4)
+        1.8226
+
+    References:
+        Sun et al. 2020 (MobileBERT), arXiv:2004.02984; Jiao et al. 2020 (TinyBERT), equation 7, arXiv:1909.10351.
+    """
+
+    gives: ClassVar[str] = "examples"
+
+    def __init__(
+        self,
+        kind: str = "kl",
+        *,
+        from_scores: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "attention_map_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.one_of("kind", kind, _KINDS)
+        checks.boolean("from_scores", from_scores)
+        self.kind = kind
+        self.from_scores = from_scores
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per example."""
+        if self.kind == "mse":
+            return attention_mse(y_pred, y_true)
+        return attention_kl(y_pred, y_true, from_scores=self.from_scores)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {**super().get_config(), "kind": self.kind, "from_scores": self.from_scores}
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class AttentionRelationLoss(DistillationLoss):
+    r"""Divergence of the relations between tokens, averaged over examples, relation heads and tokens.
+
+    .. math:: \frac{1}{N A L} \sum_{n,a,i} \mathrm{KL}(R^t_{nai} \,\|\, R^s_{nai})
+
+    One term each for queries, keys and values makes the paper's sum. The widths may differ. See
+    :func:`keras_distill.functional.attention_relation`.
+
+    Args:
+        relation_heads: Number of relation heads, a divisor of both widths; the paper has 48 or 64.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with vectors ``(N, L, H)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If ``relation_heads`` is no int.
+        ValueError: If it is less than 1.
+
+    Example:
+        >>> round(float(AttentionRelationLoss(1)([[[2.0], [1.0]]], [[[1.0], [0.0]]])), 4)
+        0.089
+
+    References:
+        Wang et al. 2021 (MiniLMv2), equations 5 to 8, arXiv:2012.15828.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    gives: ClassVar[str] = "examples"
+
+    def __init__(
+        self,
+        relation_heads: int,
+        *,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "attention_relation_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        check_heads(relation_heads)
+        self.relation_heads = relation_heads
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per example."""
+        return attention_relation(y_pred, y_true, relation_heads=self.relation_heads)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {**super().get_config(), "relation_heads": self.relation_heads}

@@ -1,0 +1,267 @@
+"""Losses that are divergences between the two models' distributions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_distill import backends, checks
+from keras_distill.functional.divergences import (
+    generalized_jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from keras_distill.losses.base import DistillationLoss
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class ReverseKLLoss(DistillationLoss):
+    r"""Divergence of the teacher's probabilities from the student's, averaged over the examples.
+
+    .. math:: \frac{1}{N} \sum_n \sum_c p^s_{nc} (\log p^s_{nc} - \log p^t_{nc}), \qquad p = \mathrm{softmax}(z / T)
+
+    The student keeps to the teacher's main modes instead of covering all of them. See
+    :func:`keras_distill.functional.reverse_kl`.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0.
+        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0.
+
+    Example:
+        >>> round(float(ReverseKLLoss()([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        0.4825
+
+    References:
+        Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "reverse_kl_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.positive("temperature", temperature)
+        checks.boolean("from_logits", from_logits)
+        self.temperature = float(temperature)
+        self.from_logits = from_logits
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row of logits."""
+        return reverse_kl(y_pred, y_true, temperature=self.temperature, from_logits=self.from_logits)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {
+            **super().get_config(),
+            "temperature": backends.as_float(self.temperature),
+            "from_logits": self.from_logits,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class GeneralizedJSDLoss(DistillationLoss):
+    r"""Generalised Jensen-Shannon divergence, averaged over the examples.
+
+    .. math:: \frac{1}{N} \sum_n \beta \, \mathrm{KL}(p^t_n \| m_n) + (1 - \beta) \, \mathrm{KL}(p^s_n \| m_n), \qquad
+        m = \beta p^t + (1 - \beta) p^s, \qquad p = \mathrm{softmax}(z / T)
+
+    A bounded loss; ``beta`` 0 stands for the forward divergence, 1 for the reverse. See
+    :func:`keras_distill.functional.generalized_jsd`.
+
+    Args:
+        beta: Share of the teacher in the mixture, from 0 to 1.
+        temperature: Softening of both distributions, greater than 0.
+        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0 or ``beta`` is not from 0 to 1.
+
+    Example:
+        >>> round(float(GeneralizedJSDLoss(0.1)([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        0.0226
+
+    References:
+        Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        *,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "generalized_jsd_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.between("beta", beta, 0, 1)
+        checks.positive("temperature", temperature)
+        checks.boolean("from_logits", from_logits)
+        self.beta = float(beta)
+        self.temperature = float(temperature)
+        self.from_logits = from_logits
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row of logits."""
+        return generalized_jsd(
+            y_pred, y_true, beta=self.beta, temperature=self.temperature, from_logits=self.from_logits
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {
+            **super().get_config(),
+            "beta": self.beta,
+            "temperature": backends.as_float(self.temperature),
+            "from_logits": self.from_logits,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class SkewKLLoss(DistillationLoss):
+    r"""Divergence from a mixture of both models, averaged over the examples.
+
+    .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p^t_n \, \| \, \alpha p^t_n + (1 - \alpha) p^s_n)
+        \quad\text{or, reverse,}\quad \mathrm{KL}(p^s_n \, \| \, \alpha p^s_n + (1 - \alpha) p^t_n)
+
+    The gradient stays small where one model finds impossible what the other does not. See
+    :func:`keras_distill.functional.skew_kl` and :func:`keras_distill.functional.skew_reverse_kl`.
+
+    Args:
+        skew: Share :math:`\alpha` of the first distribution in the mixture, from 0 to less than 1.
+        reverse: Whether the student's distribution comes first instead of the teacher's.
+        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If ``skew`` is out of its range.
+
+    Example:
+        >>> round(float(SkewKLLoss(reverse=True)([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        0.2873
+
+    References:
+        Ko et al. 2024 (DistiLLM), equation 4 and section 3.1, arXiv:2402.03898, which recommends 0.1.
+    """
+
+    def __init__(
+        self,
+        skew: float = 0.1,
+        *,
+        reverse: bool = False,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "skew_kl_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.fraction("skew", skew)
+        checks.boolean("reverse", reverse)
+        checks.boolean("from_logits", from_logits)
+        self.skew = float(skew)
+        self.reverse = reverse
+        self.from_logits = from_logits
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row of logits."""
+        divergence = skew_reverse_kl if self.reverse else skew_kl
+        return divergence(y_pred, y_true, skew=self.skew, from_logits=self.from_logits)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {
+            **super().get_config(),
+            "skew": self.skew,
+            "reverse": self.reverse,
+            "from_logits": self.from_logits,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class TotalVariationLoss(DistillationLoss):
+    r"""Total variation distance, averaged over the examples.
+
+    .. math:: \frac{1}{2 N} \sum_n \sum_c |p^s_{nc} - p^t_{nc}|, \qquad p = \mathrm{softmax}(z / T)
+
+    Symmetric and at most 1, however certain the models are. See :func:`keras_distill.functional.total_variation`.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0.
+        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar from 0 to 1 when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0.
+
+    Example:
+        >>> round(float(TotalVariationLoss()([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        0.271
+
+    References:
+        Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "total_variation_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.positive("temperature", temperature)
+        checks.boolean("from_logits", from_logits)
+        self.temperature = float(temperature)
+        self.from_logits = from_logits
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row of logits."""
+        return total_variation(y_pred, y_true, temperature=self.temperature, from_logits=self.from_logits)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {
+            **super().get_config(),
+            "temperature": backends.as_float(self.temperature),
+            "from_logits": self.from_logits,
+        }

@@ -1,0 +1,288 @@
+"""Losses on the relations between the examples, or the channels, of a batch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import keras
+
+from keras_distill import checks
+from keras_distill.functional.relations import (
+    KERNELS,
+    correlation_congruence,
+    inter_channel_correlation,
+    probabilistic_transfer,
+    relational_angle,
+    relational_distance,
+    similarity_preserving,
+)
+from keras_distill.losses.base import DistillationLoss
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class SimilarityPreservingLoss(DistillationLoss):
+    r"""Mean squared difference of the two models' similarities between the examples of a batch.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
+        \hat G_i = G_i / \|G_i\|_2
+
+    It needs no adapter, and the features may have any shapes. The usual weight is 3000. See
+    :func:`keras_distill.functional.similarity_preserving`.
+
+    Args:
+        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with features ``(N, ...)`` of the teacher, then the student.
+
+    Example:
+        >>> round(float(SimilarityPreservingLoss()([[3.0], [4.0]], [[1.0, 0.0], [0.0, 2.0]])), 4)
+        0.3
+
+    References:
+        Tung and Mori 2019, equation 4, arXiv:1907.09682.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False
+    gives: ClassVar[str] = "batch"
+
+    def __init__(
+        self,
+        *,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "similarity_preserving_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value for the batch."""
+        return similarity_preserving(y_pred, y_true)
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class RelationalLoss(DistillationLoss):
+    r"""Weighted sum of the differences in distances and in angles between the examples of a batch.
+
+    .. math:: w_d \frac{1}{N^2} \sum_{i,j} h\left( \frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t} \right)
+        + w_a \frac{1}{N^3} \sum_{i,j,k} h(\cos^s_{ijk} - \cos^t_{ijk})
+
+    h is the Huber function. It needs no adapter, and the features may have any shapes. Work grows with the third power
+    of the batch unless ``angle_weight`` is 0. See :func:`keras_distill.functional.relational_distance` and
+    :func:`keras_distill.functional.relational_angle`.
+
+    Args:
+        distance_weight: Factor of the distances, at least 0; 0 skips the work.
+        angle_weight: Factor of the angles, at least 0; 0 skips the work.
+        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with features ``(N, ...)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a weight is no number.
+        ValueError: If a weight is less than 0, or both are 0.
+
+    Example:
+        >>> loss = RelationalLoss(angle_weight=0.0)
+        >>> round(float(loss([[0.0], [1.0], [2.0]], [[0.0], [1.0], [3.0]])), 4)
+        0.3472
+
+    References:
+        Park et al. 2019, equations 5 to 10, arXiv:1904.05068.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False
+    gives: ClassVar[str] = "batch"
+
+    def __init__(
+        self,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        *,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "relational_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.non_negative("distance_weight", distance_weight)
+        checks.non_negative("angle_weight", angle_weight)
+        if distance_weight == angle_weight == 0:
+            raise ValueError(checks.message("`distance_weight` or `angle_weight` to be greater than 0", "0 for both"))
+        self.distance_weight = float(distance_weight)
+        self.angle_weight = float(angle_weight)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value for the batch."""
+        if self.angle_weight == 0:
+            return self.distance_weight * relational_distance(y_pred, y_true)
+        angles = self.angle_weight * relational_angle(y_pred, y_true)
+        if self.distance_weight == 0:
+            return angles
+        return self.distance_weight * relational_distance(y_pred, y_true) + angles
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        weights = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
+        return {**super().get_config(), **weights}
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class ProbabilisticTransferLoss(DistillationLoss):
+    r"""Divergence between the two models' probabilities that examples of a batch are neighbours.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}
+
+    It needs no adapter, and the features may have any shapes. The values are small: the usual weight is 30000. See
+    :func:`keras_distill.functional.probabilistic_transfer`.
+
+    Args:
+        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with features ``(N, ...)`` of the teacher, then the student.
+
+    Example:
+        >>> round(float(ProbabilisticTransferLoss()([[3.0], [4.0]], [[1.0, 0.0], [0.0, 2.0]])), 4)
+        0.0294
+
+    References:
+        Passalis and Tefas 2018, equations 3 to 7, arXiv:1803.10837; deviations, as in the authors' code: the mean over
+        all pairs, an example with itself included.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False
+    gives: ClassVar[str] = "batch"
+
+    def __init__(
+        self,
+        *,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "probabilistic_transfer_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value for the batch."""
+        return probabilistic_transfer(y_pred, y_true)
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class CorrelationCongruenceLoss(DistillationLoss):
+    r"""Mean squared difference of the two models' Gaussian correlations between the examples of a batch.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} (K^s_{ij} - K^t_{ij})^2
+
+    With the default kernel it needs no adapter, and the features may have any shapes; ``kernel="neighbour"`` needs
+    equal shapes. See :func:`keras_distill.functional.correlation_congruence`.
+
+    Args:
+        kernel: "gaussian" for the paper's form, "neighbour" for that of the published code.
+        gamma: Inverse squared width of the Gaussian, greater than 0.
+        order: Highest power of its Taylor series, at least 1.
+        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with features ``(N, ...)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If a setting is out of its range.
+
+    Example:
+        >>> loss = CorrelationCongruenceLoss()
+        >>> round(float(loss([[3.0, 0.0], [4.0, 4.0]], [[1.0, 0.0], [0.0, 2.0]])), 4)
+        0.0532
+
+    References:
+        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code.
+    """
+
+    channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False
+    gives: ClassVar[str] = "batch"
+
+    def __init__(
+        self,
+        kernel: str = "gaussian",
+        *,
+        gamma: float = 0.4,
+        order: int = 2,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "correlation_congruence_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.one_of("kernel", kernel, KERNELS)
+        checks.positive("gamma", gamma)
+        checks.at_least("order", order, 1)
+        self.kernel = kernel
+        self.gamma = float(gamma)
+        self.order = int(order)
+        # Terms ask the instance: products of neighbouring differences exist for features of equal shape only.
+        for attribute in ("channels_must_match", "positions_must_match"):
+            setattr(self, attribute, kernel == "neighbour")
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value for the batch."""
+        return correlation_congruence(y_pred, y_true, kernel=self.kernel, gamma=self.gamma, order=self.order)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {**super().get_config(), "kernel": self.kernel, "gamma": self.gamma, "order": self.order}
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class InterChannelCorrelationLoss(DistillationLoss):
+    r"""Mean squared difference of the two models' correlations between the channels, averaged over the examples.
+
+    .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2
+
+    The channels must be equally many, the positions need not. The usual weight is 2.5. See
+    :func:`keras_distill.functional.inter_channel_correlation`.
+
+    Args:
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with feature maps ``(N, H, W, C)`` of the teacher, then the student.
+
+    Example:
+        >>> loss = InterChannelCorrelationLoss()
+        >>> round(float(loss([[[[3.0, 4.0]]]], [[[[1.0, 0.0], [0.0, 2.0]]]])), 4)
+        0.3
+
+    References:
+        Liu et al. 2021, equations 2 and 3, arXiv:2202.03680; deviation: the plain mean over examples and pairs of
+        channels.
+    """
+
+    positions_must_match: ClassVar[bool] = False
+    gives: ClassVar[str] = "examples"
+
+    def __init__(
+        self,
+        *,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "inter_channel_correlation_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per example."""
+        return inter_channel_correlation(y_pred, y_true)

@@ -1,0 +1,334 @@
+"""Every Keras loss against the oracle, published implementations and its PyTorch namesake; both halves' signatures.
+
+The rows are those of ``cases.py``. A row is walked as soon as ``keras_distill.losses`` has a class of the same name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import CASES
+from keras import ops
+from keras_loss_cases import (
+    BACKEND,
+    KERAS_CASES,
+    LAYOUT,
+    as_array,
+    called,
+    class_indices,
+    differentiated,
+    keras_loss,
+    to_keras,
+    to_torch,
+)
+from loss_case import Golden, LossCase, golden_arrays, golden_index
+
+import keras_distill
+import lightning_distill
+
+every_case = pytest.mark.parametrize("case", KERAS_CASES, ids=[case.name for case in KERAS_CASES])
+logits_cases = pytest.mark.parametrize("case", [c for c in KERAS_CASES if c.on_logits], ids=lambda case: case.name)
+every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+GOLDEN_ROWS = [
+    pytest.param(case, golden, entry, id=f"{entry['key']}-{entry['case']}")
+    for case in KERAS_CASES
+    for golden in case.golden
+    for entry in golden_index(golden.key)
+    if golden.cases is None or entry["case"] in golden.cases
+]
+
+# What one half has and the other has not, on purpose. PyTorch's functions on logits take `class_dim`, and some average
+# on request (`reduction`), because a mean fused with the sum is faster there. In Keras the averaging is the loss
+# object's own; its functions on features give one value per position on request instead (`per_position`), to which a
+# mask applies.
+PYTORCH_ONLY = {*LAYOUT, "reduction"}
+KERAS_ONLY = {"from_logits", "per_position", "reduction", "name", "dtype"}
+PYTORCH_LOSSES = sorted(set(lightning_distill.losses.__all__))
+PYTORCH_FUNCTIONS = sorted(set(lightning_distill.functional.__all__))
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras() -> None:
+    """Nothing of what other tests need: no test here makes a layer, and each clean-up would take a second."""
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+@every_case
+def test_value_and_gradient_equal_the_oracle(case: LossCase, dtype: str, tolerance: float) -> None:
+    if BACKEND == "jax" and dtype == "float64":
+        pytest.skip("has no float64 unless the whole process is switched to it")
+    student, teacher = case.inputs()
+
+    result = differentiated(keras_loss(case, dtype=dtype), to_keras(case, student), to_keras(case, teacher), dtype)
+
+    gradient = oracle.gradient(lambda moved: case.reference(moved, teacher, student), student)
+    assert result.value.shape == ()
+    assert result.value_dtype == result.student_dtype == dtype
+    assert float(result.value) == pytest.approx(case.reference(student, teacher), rel=tolerance)
+    limit = tolerance * np.abs(gradient).max()
+    np.testing.assert_allclose(to_torch(case, result.student), gradient, rtol=0, atol=limit)
+    assert result.teacher is None
+
+
+@pytest.mark.parametrize(("case", "golden", "entry"), GOLDEN_ROWS)
+def test_value_and_gradient_equal_the_published_implementation(case: LossCase, golden: Golden, entry: dict) -> None:
+    dtype = "float32" if BACKEND == "jax" else "float64"
+    arrays = golden_arrays(entry)
+    (name,) = entry["student_inputs"]
+    settings = golden.settings(entry["hyperparameters"])
+    factor = golden.factor(entry["hyperparameters"], arrays[name].shape)
+    student = torch.from_numpy(arrays[name]).double().requires_grad_()
+    teacher = torch.from_numpy(arrays[name.replace("student", "teacher")]).double()
+    doubles = {key: array.astype("float64") for key, array in arrays.items()}
+    mine, theirs = golden.arrange(student, teacher, doubles)
+
+    result = differentiated(
+        keras_loss(case, settings, dtype=dtype),
+        to_keras(case, mine.detach().numpy(), settings),
+        to_keras(case, theirs.detach().numpy(), settings),
+        dtype,
+        labels=arrays["targets"].astype("int32") if case.loss.needs_labels else None,
+    )
+    # What the reference does to the student's tensor first is done by torch, and differentiated by it.
+    mine.backward(torch.from_numpy(to_torch(case, result.student, settings)))
+
+    tolerance = entry["tolerance_suggested"][dtype]
+    np.testing.assert_allclose(factor * result.value, arrays[golden.value], **tolerance)
+    np.testing.assert_allclose(factor * student.grad.numpy(), arrays[f"grad_{name}"], **tolerance)
+
+
+@every_case
+def test_both_halves_give_the_same_numbers_in_float32(case: LossCase) -> None:
+    student, teacher = (array.astype("float32") for array in case.inputs(seed=3))
+    leaf = torch.tensor(student, requires_grad=True)
+
+    result = differentiated(keras_loss(case), to_keras(case, student), to_keras(case, teacher))
+    value = case.build()(leaf, torch.tensor(teacher))
+    value.backward()
+
+    assert float(result.value) == pytest.approx(value.item(), rel=1e-6, abs=1e-7)
+    limit = 1e-5 * leaf.grad.abs().max().item()
+    np.testing.assert_allclose(to_torch(case, result.student), leaf.grad.numpy(), rtol=0, atol=limit)
+
+
+def finite_value(case: LossCase, student: Any, teacher: Any, dtype: str) -> float:
+    """The value, after a check that it and the student's gradient are finite."""
+    result = differentiated(keras_loss(case), student, teacher, dtype)
+    assert np.isfinite(result.value)
+    assert np.isfinite(result.student).all()
+    assert result.student_dtype == dtype
+    return float(result.value)
+
+
+@every_dtype
+@every_case
+def test_finite_where_all_numbers_are_ten_thousand(case: LossCase, dtype: str) -> None:
+    finite_value(case, *(1e4 * np.sign(to_keras(case, array)) for array in case.inputs()), dtype)
+
+
+@every_dtype
+@logits_cases
+def test_finite_for_two_classes_and_one_example_that_disagree(case: LossCase, dtype: str) -> None:
+    for size in (1.0, 1e4):
+        student = np.array([[size, -size]])
+        assert finite_value(case, student, -student, dtype) > 0
+
+
+@every_case
+def test_finite_for_a_batch_of_one(case: LossCase) -> None:
+    value = finite_value(case, *(to_keras(case, array)[:1] for array in case.inputs()), "float32")
+
+    # One example has no relation to others: such losses may be zero.
+    assert value > 0 or (value > -1e-6 and not case.per_example)
+
+
+# Float16 is where a gradient that is too large overflows: the others are computed in float32 all the same.
+@pytest.mark.parametrize(
+    ("dtype", "constant"),
+    [("float16", 0.0), ("float16", 0.1), ("float16", 12345.678), ("bfloat16", 0.1), ("float32", 0.1)],
+)
+@every_case
+def test_finite_where_a_model_is_constant(case: LossCase, dtype: str, constant: float) -> None:
+    student, teacher = (to_keras(case, array) for array in case.inputs())
+
+    finite_value(case, np.full_like(student, constant), teacher, dtype)
+    finite_value(case, student, np.full_like(teacher, constant), dtype)
+    finite_value(case, np.full_like(student, constant), np.full_like(teacher, constant), dtype)
+
+
+@pytest.mark.parametrize("size", [6e-8, 6e4])
+@every_case
+def test_finite_at_the_smallest_and_the_largest_float16(case: LossCase, size: float) -> None:
+    student, teacher = (ops.cast(size * np.sign(to_keras(case, array)), "float16") for array in case.inputs())
+
+    assert np.isfinite(as_array(called(keras_loss(case), student, teacher)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@every_case
+def test_half_precision_inputs_are_computed_in_float32(case: LossCase, dtype: str) -> None:
+    student, teacher = (as_array(ops.cast(to_keras(case, array), dtype)) for array in case.inputs())
+    loss = keras_loss(case)
+
+    half, single = (differentiated(loss, student, teacher, precision) for precision in (dtype, "float32"))
+
+    assert half.value_dtype == "float32"
+    assert float(half.value) == pytest.approx(float(single.value), rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("case", [c for c in KERAS_CASES if c.zero_at_identity], ids=lambda case: case.name)
+def test_loss_is_zero_where_student_and_teacher_are_equal(case: LossCase) -> None:
+    student = to_keras(case, case.inputs()[0])
+
+    result = differentiated(keras_loss(case), student, student)
+
+    assert float(result.value) == pytest.approx(0, abs=2e-6)
+    assert np.abs(result.student).max() == pytest.approx(0, abs=2e-5)
+
+
+@every_case
+def test_values_have_the_shape_that_the_class_announces(case: LossCase) -> None:
+    student, teacher = (to_keras(case, array).astype("float32") for array in case.inputs())
+    loss = keras_loss(case, reduction=None)
+
+    shape = tuple(called(loss, student, teacher).shape)
+
+    assert shape == {"positions": student.shape[:-1], "examples": student.shape[:1], "batch": ()}[loss.gives]
+
+
+@every_case
+def test_config_round_trip_gives_the_same_loss(case: LossCase) -> None:
+    student, teacher = (ops.convert_to_tensor(to_keras(case, array), dtype="float32") for array in case.inputs())
+    loss = keras_loss(case)
+
+    config = keras.saving.serialize_keras_object(loss)
+    again = keras.saving.deserialize_keras_object(config)
+
+    assert type(again) is type(loss)
+    assert again.get_config() == loss.get_config()
+    assert as_array(called(again, student, teacher)) == as_array(called(loss, student, teacher))
+
+
+@pytest.mark.parametrize("case", [c for c in KERAS_CASES if hasattr(keras_loss(c), "temperature")], ids=str)
+def test_temperature_may_be_a_variable(case: LossCase) -> None:
+    student, teacher = (to_keras(case, array) for array in case.inputs())
+    loss, variable = keras_loss(case), keras.Variable(1.0, dtype="float32")
+    expected = differentiated(keras_loss(case, {**case.settings, "temperature": 3.0}), student, teacher)
+
+    loss.temperature = variable
+    variable.assign(3.0)
+    result = differentiated(loss, student, teacher)
+
+    assert float(result.value) == pytest.approx(float(expected.value), rel=1e-6)
+    np.testing.assert_allclose(result.student, expected.student, rtol=1e-5, atol=1e-7)
+    assert loss.get_config()["temperature"] == 3.0
+
+
+def traced(case: LossCase, xla: bool) -> Callable[[int], None]:
+    """A check of so many examples by a trace whose batch size is unknown."""
+    import tensorflow as tf
+
+    loss = keras_loss(case)
+    arrays = [to_keras(case, array).astype("float32") for array in case.inputs()]
+    arrays += [class_indices(arrays[1])] if loss.needs_labels else []
+    signature = [tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in arrays]
+    function = tf.function(lambda *tensors: called(loss, *tensors), input_signature=signature, jit_compile=xla)
+
+    def check(examples: int) -> None:
+        batch = [tf.constant(array[:examples]) for array in arrays]
+        np.testing.assert_allclose(function(*batch), called(loss, *batch), rtol=1e-5, atol=1e-6)
+
+    return check
+
+
+@pytest.mark.tensorflow
+@every_case
+def test_one_trace_serves_batches_of_any_size(case: LossCase) -> None:
+    check = traced(case, xla=False)
+
+    for examples in (len(case.inputs()[0]), 1):
+        check(examples)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("case", {case.loss: case for case in KERAS_CASES}.values(), ids=lambda case: case.name)
+def test_xla_compiles_every_loss(case: LossCase) -> None:
+    traced(case, xla=True)(len(case.inputs()[0]))
+
+
+@logits_cases
+def test_logits_of_unequal_shapes_raise_instead_of_broadcasting(case: LossCase) -> None:
+    student = ops.convert_to_tensor(to_keras(case, case.inputs()[0]))
+    words = r"Expected `student_logits` and `teacher_logits` to have equal shapes\. Both .* Received: \(.*\) and \(1, "
+
+    with pytest.raises(ValueError, match=words):
+        called(keras_loss(case), student, student[:1])
+
+
+def shared_parameters(function: Callable[..., Any], without: set[str]) -> list[tuple[str, Any, Any]]:
+    """Name, kind and default of every parameter that both halves must have, in order."""
+    parameters = inspect.signature(function).parameters.values()
+    without = {*without, "args", "kwargs"}  # of a module without a constructor of its own
+    return [(each.name, each.kind, each.default) for each in parameters if each.name not in without]
+
+
+@pytest.mark.parametrize("name", PYTORCH_LOSSES)
+def test_every_pytorch_loss_has_a_namesake_with_the_same_settings(name: str) -> None:
+    ours, theirs = getattr(keras_distill.losses, name), getattr(lightning_distill.losses, name)
+    base = lightning_distill.losses.DistillationLoss
+
+    assert name in keras_distill.losses.__all__
+    if theirs is not base:
+        assert getattr(keras_distill, name) is ours
+        assert name in keras_distill.__all__
+        assert shared_parameters(ours, KERAS_ONLY) == shared_parameters(theirs, PYTORCH_ONLY)
+    for attribute in base.__annotations__:
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+
+
+@pytest.mark.parametrize("name", PYTORCH_FUNCTIONS)
+def test_every_pytorch_function_has_a_namesake_with_the_same_parameters(name: str) -> None:
+    ours, theirs = getattr(keras_distill.functional, name), getattr(lightning_distill.functional, name)
+
+    assert name in keras_distill.functional.__all__
+    assert shared_parameters(ours, KERAS_ONLY) == shared_parameters(theirs, PYTORCH_ONLY)
+
+
+def test_keras_has_no_loss_and_no_function_that_pytorch_lacks() -> None:
+    # A plain function is a loss already in PyTorch; in Keras it has to become a `keras.losses.Loss`.
+    assert set(keras_distill.losses.__all__) - set(PYTORCH_LOSSES) == {"FunctionLoss"}
+    assert set(keras_distill.functional.__all__) <= set(PYTORCH_FUNCTIONS)
+
+
+@every_case
+def test_keras_options_come_last_and_by_keyword_only(case: LossCase) -> None:
+    parameters = inspect.signature(getattr(keras_distill.losses, case.loss.__name__)).parameters
+    options = ["from_logits", "reduction", "name", "dtype"] if case.on_logits else ["reduction", "name", "dtype"]
+
+    assert list(parameters)[-len(options) :] == options
+    assert all(parameters[option].kind is inspect.Parameter.KEYWORD_ONLY for option in options)
+    assert parameters["reduction"].default == "sum_over_batch_size"
+
+
+def table(package: ModuleType) -> set[tuple[str, ...]]:
+    """Rows of the table in a package's docstring: paper, class, functions."""
+    _, body = re.split(r"=+ +=+ +=+\n.*\n=+ +=+ +=+\n", package.__doc__ or "", maxsplit=1)
+    rows = body.split("\n====", maxsplit=1)[0].splitlines()
+    return {tuple(re.split(r" {2,}|(?<=\)) (?=functional)|(?<=Loss) (?=functional)", row)) for row in rows}
+
+
+def test_the_tables_of_both_packages_are_the_same() -> None:
+    assert table(keras_distill) == table(lightning_distill)
+
+
+def test_every_row_of_cases_is_walked_on_keras() -> None:
+    assert [case.name for case in KERAS_CASES] == [case.name for case in CASES]

@@ -1,0 +1,126 @@
+"""The rows of ``cases.py`` as Keras takes them: channels and classes last, teacher first, no ``class_dim``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from cases import CASES
+from keras import ops
+from loss_case import LossCase, labels_of
+from numpy.typing import NDArray
+
+from keras_distill import losses
+
+BACKEND = keras.backend.backend()
+KERAS_CASES = [case for case in CASES if hasattr(losses, case.loss.__name__)]
+# The settings that PyTorch's losses and functions alone have: Keras is channels-last.
+LAYOUT = ("class_dim", "channel_dim")
+# Their four dimensions are heads, queries and keys in both halves, and no map with channels.
+NO_MAPS = ("AttentionMapLoss",)
+
+
+def keras_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's settings without those that Keras does not have."""
+    return {name: value for name, value in settings.items() if name not in LAYOUT}
+
+
+def moves(case: LossCase, settings: Mapping[str, Any], rank: int) -> bool:
+    """Whether dimension 1 of PyTorch's tensor is the last of Keras'."""
+    if any(settings.get(name) == 1 for name in LAYOUT):
+        return True
+    return rank >= 4 and not case.on_logits and case.loss.__name__ not in NO_MAPS
+
+
+def to_keras(case: LossCase, array: NDArray[Any], settings: Mapping[str, Any] | None = None) -> NDArray[Any]:
+    """A row's array in Keras' layout."""
+    moved = moves(case, case.settings if settings is None else settings, array.ndim)
+    return np.moveaxis(array, 1, -1) if moved else array
+
+
+def to_torch(case: LossCase, array: NDArray[Any], settings: Mapping[str, Any] | None = None) -> NDArray[Any]:
+    """What :func:`to_keras` undoes."""
+    moved = moves(case, case.settings if settings is None else settings, array.ndim)
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if moved else array
+
+
+def keras_loss(case: LossCase, settings: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """The namesake of a row's loss, with the row's settings or others, and Keras' own options."""
+    return getattr(losses, case.loss.__name__)(
+        **keras_settings(case.settings if settings is None else settings), **options
+    )
+
+
+def class_indices(teacher: NDArray[Any]) -> NDArray[np.int32]:
+    """The labels that PyTorch's generic tests use, for a teacher in Keras' layout."""
+    return labels_of(torch.tensor(np.asarray(teacher, dtype="float64")), -1).numpy().astype("int32")
+
+
+def called(loss: Any, student: Any, teacher: Any, labels: Any = None) -> Any:
+    """The value of a loss, in its own order of arguments."""
+    if not loss.needs_labels:
+        return loss(teacher, student)
+    labels = class_indices(ops.convert_to_numpy(ops.cast(teacher, "float64"))) if labels is None else labels
+    return loss((teacher, ops.convert_to_tensor(labels)), student)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A value and the gradients of both models' tensors; None where there is none."""
+
+    value: NDArray[Any]
+    student: NDArray[Any] | None
+    teacher: NDArray[Any] | None
+    value_dtype: str
+    student_dtype: str | None
+
+
+def differentiated(loss: Any, student: Any, teacher: Any, dtype: str = "float32", labels: Any = None) -> Result:
+    """Value and gradients of a loss on NumPy arrays in Keras' layout, on whichever backend this process has."""
+    first, second = (ops.cast(ops.convert_to_tensor(array), dtype) for array in (student, teacher))
+    if loss.needs_labels and labels is None:
+        labels = class_indices(teacher)
+    return _DIFFERENTIATED[BACKEND](lambda mine, theirs: called(loss, mine, theirs, labels), first, second)
+
+
+def _with_tensorflow(function: Callable[[Any, Any], Any], student: Any, teacher: Any) -> Result:
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch((student, teacher))
+        value = function(student, teacher)
+    return _result(value, *tape.gradient(value, (student, teacher)))
+
+
+def _with_torch(function: Callable[[Any, Any], Any], student: Any, teacher: Any) -> Result:
+    student, teacher = (tensor.detach().clone().requires_grad_() for tensor in (student, teacher))
+    value = function(student, teacher)
+    value.backward()
+    return _result(value, student.grad, teacher.grad)
+
+
+def _with_jax(function: Callable[[Any, Any], Any], student: Any, teacher: Any) -> Result:
+    import jax
+
+    value, gradients = jax.value_and_grad(function, argnums=(0, 1))(student, teacher)
+    # JAX gives zeros where the others give nothing.
+    return _result(value, *(gradient if ops.any(gradient != 0) else None for gradient in gradients))
+
+
+_DIFFERENTIATED = {"tensorflow": _with_tensorflow, "torch": _with_torch, "jax": _with_jax}
+
+
+def _result(value: Any, student: Any, teacher: Any) -> Result:
+    standardized = keras.backend.standardize_dtype
+    arrays = (None if tensor is None else as_array(tensor) for tensor in (student, teacher))
+    dtype = None if student is None else standardized(student.dtype)
+    return Result(as_array(value), *arrays, standardized(value.dtype), dtype)
+
+
+def as_array(tensor: Any) -> NDArray[np.float64]:
+    """A tensor of the backend as float64: NumPy itself has no bfloat16."""
+    return ops.convert_to_numpy(ops.cast(ops.stop_gradient(tensor), "float64"))
