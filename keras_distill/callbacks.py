@@ -40,9 +40,7 @@ class DistillationScheduler(keras.callbacks.Callback):
         >>> halving = DistillationScheduler("weight", Linear(1.0, 0.5, duration=100, over="steps"), term="logits")
     """
 
-    def __init__(
-        self, parameter: str, schedule: Any, term: str | None = None, verbose: int = 0
-    ) -> None:
+    def __init__(self, parameter: str, schedule: Any, term: str | None = None, verbose: int = 0) -> None:
         super().__init__()
         checks.one_of("parameter", parameter, _PARAMETERS)
         if not isinstance(schedule, Schedule) and not callable(schedule):

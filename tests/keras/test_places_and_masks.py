@@ -1,0 +1,108 @@
+"""Masked tokens, layers that run twice, the names of layers, and the metrics (K12, K15, K29, K31)."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation, SoftTargetLoss, Tap
+from keras_distill.metrics import TeacherAgreement, TeacherDivergence
+
+TOKENS = np.array([[1, 2, 3, 0], [4, 0, 0, 0]])
+
+
+def tagger(width: int) -> keras.Model:
+    tokens = keras.Input((4,), dtype="int32")
+    embedded = layers.Embedding(6, width, mask_zero=True, name="embedding")(tokens)
+    return keras.Model(tokens, layers.Dense(3, name="head")(embedded))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_k12_masked_tokens_count_neither_in_logits_nor_in_features() -> None:
+    """K12: both losses are means over the four tokens that are there."""
+    student, teacher = tagger(5), tagger(5)
+    terms = [LogitsDistillation(SoftTargetLoss(2.0)), FeatureDistillation("embedding", "embedding")]
+    model = DistillModel(student, teacher, terms)
+    model.compile("sgd")
+    logs = model.evaluate(TOKENS, verbose=0, return_dict=True)
+    kept = TOKENS > 0
+    mine, theirs = (log_softmax(np.float64(one.predict(TOKENS, verbose=0)) / 2.0) for one in (student, teacher))
+    divergence = 4.0 * (np.exp(theirs) * (theirs - mine)).sum(-1)
+    assert logs["logits_loss"] == pytest.approx(divergence[kept].mean(), rel=1e-3)
+    mine, theirs = (np.float64(ops.convert_to_numpy(m.get_layer("embedding")(TOKENS))) for m in (student, teacher))
+    assert logs["embedding_loss"] == pytest.approx(np.square(mine - theirs)[kept].mean(), rel=1e-5)
+
+
+def test_k15_a_layer_that_ran_twice_raises_unless_a_call_is_named() -> None:
+    """K15: the message says how to choose, and the choice is the tensor of that call."""
+    inputs = keras.Input((4,))
+    shared = layers.Dense(4, activation="relu", name="shared")
+    student = keras.Model(inputs, layers.Dense(3)(shared(shared(inputs))))
+    teacher = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="hidden"), layers.Dense(3)])
+    with pytest.raises(ValueError, match=r"layer 'shared' to run once in a forward pass\. Pass Tap\('shared', call="):
+        DistillModel(student, teacher, FeatureDistillation("shared", "hidden"))
+    model = DistillModel(student, teacher, FeatureDistillation(Tap("shared", call=1), "hidden"))
+    model.compile("sgd")
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
+    mine = ops.convert_to_numpy(shared(shared(x)))
+    theirs = ops.convert_to_numpy(teacher.get_layer("hidden")(x))
+    logs = model.evaluate(x, verbose=0, return_dict=True)
+    assert logs["shared_loss"] == pytest.approx(np.square(mine - theirs).mean(), rel=1e-5)
+
+
+class Subclassed(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = [layers.Dense(4), layers.Dense(5)]
+
+    def call(self, x: object) -> object:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def nested() -> keras.Model:
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="block"), layers.Dense(4)], name="backbone")
+    other = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="block")], name="neck")
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, layers.Dense(3, name="head")(other(inner(inputs))))
+
+
+def test_k29_layers_are_named_by_name_path_attribute_or_themselves() -> None:
+    """K29: each way finds the layer; unknown and ambiguous names list the candidates."""
+    model = nested()
+    for layer in ("head", "backbone/block", model.get_layer("head"), model.get_layer("backbone").get_layer("block")):
+        DistillModel(nested(), model, FeatureDistillation("backbone/block", layer, name="feature"))
+    student = Subclassed()
+    student(np.zeros((1, 4), "float32"))
+    DistillModel(student, Subclassed(), FeatureDistillation("blocks.0", "blocks.1"))
+    with pytest.raises(
+        ValueError, match=r"Pass one of 'backbone/block', 'neck/block'\. Received: 'block', which several"
+    ):
+        DistillModel(nested(), model, FeatureDistillation("head", "block"))
+    with pytest.raises(ValueError, match=r"Closest: 'head'\. Received: 'heat'$"):
+        DistillModel(nested(), model, FeatureDistillation("heat", "head"))
+    with pytest.raises(ValueError, match=r"Received: the layer 'alien', which is not in it"):
+        DistillModel(nested(), model, FeatureDistillation("head", layers.Dense(3, name="alien")))
+
+
+def test_k31_metrics_count_rows_over_batches_of_any_size() -> None:
+    """K31: agreement and divergence are means over rows, as in the PyTorch half."""
+    generator = np.random.default_rng(1)
+    student, teacher = generator.standard_normal((2, 7, 3)).astype("float32")
+    agreement, divergence = TeacherAgreement(), TeacherDivergence(temperature=2.0)
+    for rows in (slice(0, 5), slice(5, 7)):
+        agreement.update_state(teacher[rows], student[rows])
+        divergence.update_state(teacher[rows], student[rows])
+    assert float(agreement.result()) == pytest.approx((student.argmax(1) == teacher.argmax(1)).mean())
+    mine, theirs = log_softmax(np.float64(student) / 2), log_softmax(np.float64(teacher) / 2)
+    assert float(divergence.result()) == pytest.approx((np.exp(theirs) * (theirs - mine)).sum(-1).mean(), rel=1e-5)
+    single = TeacherAgreement()
+    single.update_state(np.float32([[1.0], [-1.0]]), np.float32([[2.0], [0.5]]))
+    assert float(single.result()) == 0.5
