@@ -3,9 +3,11 @@
 Every student of a seed starts from the same weights and is shown the same batches for the same number of steps; they
 differ in the terms of their :class:`DistillModel` only. Where labels are scarce the other images carry the label -1,
 which the compiled cross entropy leaves out (``ignore_class=-1``); the teacher's word on them is what distillation adds.
-A ``sample_weight`` of 0 would not do: it takes an image out of the terms as well. Data, rates, temperature and weights
-are those of the Lightning half's demonstration, where they were chosen on the validation images; batches and epochs are
-fewer, to keep it short. The test images are looked at once, after the last epoch.
+A ``sample_weight`` of 0 would take an image out of the terms too, unless they have ``use_sample_weight=False``.
+
+Data, highest learning rates, temperature and weights are those of the Lightning half's demonstration, where they were
+chosen on the validation images; batches are larger and epochs fewer, to keep it short. The test images are looked at
+after the last epoch only.
 """
 
 from __future__ import annotations

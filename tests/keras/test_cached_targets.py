@@ -99,7 +99,7 @@ def test_k26_arrays_give_what_a_live_teacher_gives(terms: Any, student: str) -> 
 @pytest.mark.parametrize("terms", [LOGITS, FEATURES], ids=["logits", "features"])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_k26_a_cached_data_set_runs_the_teacher_once_per_example(terms: Any, weighted: bool) -> None:
-    """K26: `map(...).cache()` over three epochs; the same weights and logs as the live teacher, which runs each time."""
+    """K26: `map(...).cache()` over three epochs; weights and logs are those of a live teacher."""
     import tensorflow as tf
 
     parts = (*table(32), *((np.linspace(0.0, 2.0, 32, dtype="float32"),) if weighted else ()))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-from keras_nets import cross_entropy, mlp
+from keras_nets import cross_entropy, mlp, table
 
 import keras_distill
 from keras_distill import (
@@ -23,6 +24,8 @@ from keras_distill import (
     SoftTargetLoss,
     Tap,
     TeacherDivergence,
+    losses,
+    metrics,
 )
 
 
@@ -42,6 +45,32 @@ def distilled(adapter: bool = True, **settings: Any) -> DistillModel:
     model = DistillModel(mlp(8), teacher, terms, task_weight=0.7, **settings)
     model.compile(keras.optimizers.Adam(0.01), cross_entropy(), metrics=["accuracy"], jit_compile=False)
     return model
+
+
+def fitted(model: DistillModel, epochs: int = 1, **settings: Any) -> dict[str, list[float]]:
+    history = model.fit(*table(16), 8, epochs, shuffle=False, verbose=0, **settings)
+    return history.history
+
+
+def loaded(path: Path | str) -> Any:
+    """The model in a file; any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # what NumPy says about Keras' variables, here as in pyproject.toml
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        return keras.models.load_model(path)
+
+
+INSTANCES: list[Any] = [
+    SoftTargetLoss(temperature=0.7, standardize=True, from_logits=False, reduction="sum", name="mine"),
+    losses.SoftCrossEntropyLoss(temperature=0.7, from_logits=False, name="mine"),
+    LogitMSELoss(from_logits=False, reduction="sum", name="mine"),
+    AttentionTransferLoss(p=1.3, reduction="none", name="mine"),
+    losses.FeatureDistance("cosine", reduction="sum", name="mine"),
+    losses.FunctionLoss(keras.losses.mean_absolute_error, name="mine"),
+    metrics.TeacherAgreement(name="mine"),
+    TeacherDivergence(temperature=0.7, name="mine"),
+]
 
 
 def serializable() -> set[type]:

@@ -277,8 +277,9 @@ class TestK3:
         student, teacher = (ends, plain) if who == "student" else (plain, ends)
         x, y = nets.table()
         words = (
-            rf"^Expected the {who}'s output to be logits, since the loss has from_logits=True\. Leave out the last softmax"
-            r" or sigmoid, or pass a loss with from_logits=False\. Received: probabilities of a softmax or sigmoid$"
+            rf"^Expected the {who}'s output to be logits, since the loss has from_logits=True\. Leave out the last"
+            r" softmax or sigmoid, or pass a loss with from_logits=False\."
+            r" Received: probabilities of a softmax or sigmoid$"
         )
         if kind not in ("subclassed", "unbuilt"):
             with pytest.raises(ValueError, match=words):
