@@ -95,7 +95,8 @@ class DistillationTerm(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
         weight = backends.as_float(self._weight)
-        return {"name": self.name, "weight": weight, "use_sample_weight": self.use_sample_weight}
+        kept = {"weight": weight, "use_sample_weight": self.use_sample_weight, "trainable": self.trainable}
+        return {"name": self.name, **kept}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistillationTerm:
@@ -105,6 +106,8 @@ class DistillationTerm(keras.layers.Layer):
     def _setting(self, name: str, value: float) -> keras.Variable:
         """A setting that a schedule may change without a new trace."""
         initializer = keras.initializers.Constant(float(value))
-        return self.add_weight(
+        variable = self.add_weight(
             name=name, shape=(), dtype="float32", trainable=False, autocast=False, initializer=initializer
         )
+        variable.exact = float(value)  # float32 has no 1/3: what the user wrote is what a file must say
+        return variable

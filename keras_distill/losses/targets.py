@@ -11,6 +11,7 @@ from keras_distill.functional.targets import binary_soft_target, decoupled_kd, n
 from keras_distill.losses.base import DistillationLoss
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class LabelledLoss(DistillationLoss):
     """Base of the losses that know the right class: ``y_true`` is the pair of the teacher's logits and the labels."""
 
