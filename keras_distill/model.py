@@ -96,6 +96,7 @@ class DistillModel(keras.Model):
             autocast=False,
             initializer=keras.initializers.Constant(float(task_weight)),
         )
+        self._task_weight.exact = float(task_weight)
         self._parts = {
             part: keras.metrics.Mean(name=f"{part}_loss")
             for part in ("task", "distillation", *(term.name for term in self.terms))
@@ -146,6 +147,7 @@ class DistillModel(keras.Model):
     def task_weight(self, value: float) -> None:
         checks.non_negative("task_weight", value)
         self._task_weight.assign(value)
+        self._task_weight.exact = float(value)
 
     @property
     def output_names(self) -> list[str]:

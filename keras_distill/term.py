@@ -68,6 +68,7 @@ class DistillationTerm(keras.layers.Layer):
     def weight(self, value: float) -> None:
         checks.non_negative("weight", value)
         self._weight.assign(value)
+        self._weight.exact = float(value)
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make what depends on the features' shapes, once, before the first use.

@@ -79,6 +79,7 @@ class LogitsDistillation(DistillationTerm):
     def temperature(self, value: float) -> None:
         checks.positive("temperature", value)
         self.temperature.assign(value)
+        self.temperature.exact = float(value)
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""

@@ -117,7 +117,8 @@ def test_k25_every_parameter_of_a_constructor_is_in_its_config() -> None:
     for kind in serializable():
         example = next((one for one in INSTANCES if type(one) is kind), None)
         if example is None and issubclass(kind, (keras.losses.Loss, keras.metrics.Metric)):
-            example = kind()
+            needed = {"relation_heads": 2} if kind.__name__ == "AttentionRelationLoss" else {}
+            example = kind(**needed)
         if example is None:
             continue
         taken = list(kind.__init__.__code__.co_varnames[1 : kind.__init__.__code__.co_argcount])
