@@ -208,19 +208,3 @@ def test_k28_labels_without_a_loss_serve_metrics() -> None:
     assert "task_loss" not in logs
     accuracy = float(np.mean(model.predict(INPUTS, verbose=0).argmax(-1) == LABELS))
     assert logs["val_accuracy"][0] == pytest.approx(accuracy)
-
-
-def test_k28_sample_weights_without_labels_weigh_the_distillation() -> None:
-    """K28: in batches of inputs, None and weights; of arrays without labels Keras drops the weights."""
-
-    class Unlabelled(keras.utils.PyDataset):
-        def __len__(self) -> int:
-            return 1
-
-        def __getitem__(self, index: int) -> Any:
-            return INPUTS, None, np.repeat(np.float32([2.0, 0.0]), 16)
-
-    model = distilled(None)
-    weighted = model.evaluate(Unlabelled(), verbose=0, return_dict=True)
-    half = model.evaluate(INPUTS[:16], batch_size=16, verbose=0, return_dict=True)
-    assert weighted["loss"] == pytest.approx(half["loss"], rel=1e-5)
