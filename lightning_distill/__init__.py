@@ -76,7 +76,7 @@ from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
 from lightning_distill.taps import Call, Tap
 from lightning_distill.teacher import load_teacher
-from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
+from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
 
 __version__ = "0.1.0"
 
@@ -111,6 +111,7 @@ __all__ = [
     "ProbabilisticTransferLoss",
     "RelationalLoss",
     "ReverseKLLoss",
+    "SelfDistillation",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
