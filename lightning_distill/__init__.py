@@ -38,6 +38,8 @@ Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attent
 ===================================  ========================  ==================================================
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
@@ -78,6 +80,15 @@ from lightning_distill.taps import Call, Tap
 from lightning_distill.teacher import load_teacher
 from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
 
+if TYPE_CHECKING:
+    from lightning_distill.launcher import (
+        Distillation,
+        DistillationConf,
+        IntermediateLayersKnowledgeDistillationLoss,
+        KnowledgeDistillationLoss,
+        SelfKnowledgeDistillationLoss,
+    )
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -93,6 +104,8 @@ __all__ = [
     "DecoupledKDLoss",
     "DistillCallback",
     "DistillModule",
+    "Distillation",
+    "DistillationConf",
     "DistillationLoss",
     "DistillationTerm",
     "Distiller",
@@ -101,6 +114,8 @@ __all__ = [
     "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
+    "IntermediateLayersKnowledgeDistillationLoss",
+    "KnowledgeDistillationLoss",
     "LogitMSELoss",
     "LogitsDistillation",
     "MultiLevelLogitLoss",
@@ -112,6 +127,7 @@ __all__ = [
     "RelationalLoss",
     "ReverseKLLoss",
     "SelfDistillation",
+    "SelfKnowledgeDistillationLoss",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
@@ -127,3 +143,12 @@ __all__ = [
     "metrics",
     "schedules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The launcher's names, imported when they are first asked for: pydantic takes a while to import."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_distill import launcher
+
+    return getattr(launcher, name)
