@@ -79,7 +79,6 @@ def _fit(words: list[str] | None) -> int:
     """Lightning's own command line; `model`, `data` and `trainer` come from the file."""
     try:
         from jsonargparse import ArgumentError
-        from lightning.pytorch import LightningDataModule, LightningModule
         from lightning.pytorch.cli import LightningCLI
     except (ModuleNotFoundError, ImportError):
         return _fail("fit", 'it needs jsonargparse. Install it with: pip install "lightning-distill[cli]"')
@@ -87,10 +86,6 @@ def _fit(words: list[str] | None) -> int:
     settings = {"prog": "lightning-distill", "exit_on_error": False}
     try:
         LightningCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
             parser_kwargs={**settings, "fit": settings},
             args=words,  # None: it reads the command line itself
         )
