@@ -87,6 +87,7 @@ def _fit(words: list[str] | None) -> int:
     try:
         LightningCLI(
             parser_kwargs={**settings, "fit": settings},
+            save_config_kwargs={"overwrite": True},  # a second run in the same folder is no mistake
             args=words,  # None: it reads the command line itself
         )
     except (ArgumentError, FileNotFoundError) as error:
