@@ -71,6 +71,10 @@ class LossCase:
     per_example: bool = True  # whether the loss of a batch is the mean over its examples
     detached: bool = False  # whether the oracle's ``frozen`` is the student at which a factor without gradient is taken
 
+    def __str__(self) -> str:
+        """What tests are called after."""
+        return self.name
+
     def build(self) -> nn.Module:
         return self.make(**self.settings)
 

@@ -19,7 +19,6 @@ import torch
 from cases import CASES
 from keras import ops
 from keras_loss_cases import (
-    BACKEND,
     KERAS_CASES,
     LAYOUT,
     as_array,
@@ -221,7 +220,7 @@ def test_config_round_trip_gives_the_same_loss(case: LossCase) -> None:
     assert as_array(called(again, student, teacher)) == as_array(called(loss, student, teacher))
 
 
-@pytest.mark.parametrize("case", [c for c in KERAS_CASES if hasattr(keras_loss(c), "temperature")], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in KERAS_CASES if hasattr(keras_loss(c), "temperature")], ids=str)
 def test_temperature_may_be_a_variable(case: LossCase) -> None:
     student, teacher = (to_keras(case, array) for array in case.inputs())
     loss, variable = keras_loss(case), keras.Variable(1.0, dtype="float32")
