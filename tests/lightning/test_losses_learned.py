@@ -174,8 +174,8 @@ def test_a_masked_feature_gives_the_value_of_the_oracle() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: VariationalInformationLoss(0.0), ValueError, r"`initial_variance` to be at least 0\.0001, but got .*0\.0"),
-        (lambda: VariationalInformationLoss("5"), TypeError, r"`initial_variance` to be an int or a float, but got .*'5'"),
+        (lambda: VariationalInformationLoss(0.0), ValueError, r"`initial_variance` to be at least 0\.0001, but got"),
+        (lambda: VariationalInformationLoss("5"), TypeError, r"`initial_variance` to be an int or a float, but"),
         (lambda: MaskedGenerativeLoss(1.0), ValueError, r"`mask_ratio` to be at least 0 and less than 1, but got"),
         (lambda: MaskedGenerativeLoss(-0.1), ValueError, r"`mask_ratio` to be at least 0 and less than 1, but got"),
         (lambda: MaskedGenerativeLoss(mask="spacial"), ValueError, r"`mask` to be one of .* Closest: 'spatial'\."),
@@ -186,7 +186,9 @@ def test_bad_settings_raise_in_the_constructor(make: Callable[[], Any], error: t
         make()
 
 
-@pytest.mark.parametrize("loss", [VariationalInformationLoss(), MaskedGenerativeLoss()], ids=lambda l: type(l).__name__)
+@pytest.mark.parametrize(
+    "loss", [VariationalInformationLoss(), MaskedGenerativeLoss()], ids=lambda loss: type(loss).__name__
+)
 def test_a_loss_that_was_not_built_says_so(loss: losses.DistillationLoss) -> None:
     with pytest.raises(
         ValueError, match=r"Expected the loss to be built before it is called, but got no parameters\. "
