@@ -162,6 +162,7 @@ class MaskedGenerativeLoss(DistillationLoss):
         self.layer = _Network(layers, name="generator", dtype=self.dtype)
         if self.mask_ratio > 0:
             self.layer.seed_generator = keras.random.SeedGenerator()
+            self.layer.seed_state = self.layer.seed_generator.state  # a weight too, which files keep
         self.layer.build(tuple(student))
 
     def call(self, y_true: Any, y_pred: Any) -> Any:

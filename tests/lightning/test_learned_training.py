@@ -1,4 +1,4 @@
-"""Losses with parameters in training: they are adapters in all but name (L5, L6, L21)."""
+"""Losses with parameters in training: they are adapters in all but name (L3, L5, L6)."""
 
 from __future__ import annotations
 
@@ -95,6 +95,48 @@ def test_every_parameter_changes_in_training_and_none_is_the_students(trainer: M
         first, second = (state["adapters"][term] for state in states)
         assert first.keys() == second.keys() == names
         assert not any(torch.equal(first[name], second[name]) for name in names)
+
+
+def test_student_and_parameters_equal_a_loop_with_one_optimizer(trainer: MakeTrainer) -> None:
+    """L3: bit for bit, masks included."""
+    module, distill = through_callback()
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True)
+    starts: list[Any] = []
+
+    class Start(Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            starts.append(
+                [{name: value.clone() for name, value in term.state_dict().items()} for term in distill.terms]
+            )
+
+    fit(trainer, (module, distill), Start(), max_epochs=1)
+
+    student, wise = nets.make(nets.ConvNet, 3, 3), teacher().eval()
+    information, generation, adapter = VariationalInformationLoss(), MaskedGenerativeLoss(0.3), nn.Conv2d(3, 5, 1)
+    information.build(torch.Size((8, 6, 2, 2)), torch.Size((8, 10, 2, 2)))
+    generation.build(torch.Size((8, 5, 4, 4)), torch.Size((8, 5, 4, 4)))
+    body, stem = starts[0]
+    information.load_state_dict({name.removeprefix("learned.0."): value for name, value in body.items()})
+    parts = nn.ModuleDict({"learned": nn.ModuleList([generation]), "adapters": nn.ModuleList([adapter])})
+    parts.load_state_dict(stem)
+    trained = [*student.parameters(), *information.parameters(), *parts.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9, nesterov=True)
+    for step, (x, y) in enumerate(nets.batches()):
+        torch.manual_seed(100 + step)
+        optimizer.zero_grad()
+        low = student.stem(x)
+        high = student.body(low)
+        task = nn.functional.cross_entropy(student.head(student.dropout(high.mean((-2, -1)))), y)
+        with torch.no_grad():
+            low_teacher = wise.stem(x)
+            high_teacher = wise.body(low_teacher)
+        loss = task + (0.5 * information(high, high_teacher) + 0.01 * generation(adapter(low), low_teacher))
+        loss.backward()
+        optimizer.step()
+
+    assert nets.same(nets.snapshot(module.model), nets.snapshot(student))
+    assert nets.same(nets.snapshot(distill.terms[0].learned[0]), nets.snapshot(information))
+    assert nets.same(nets.snapshot(distill.terms[1].learned[0]), nets.snapshot(generation))
 
 
 @ways
@@ -237,7 +279,7 @@ def test_a_frozen_parameter_of_a_loss_is_not_trained() -> None:
 def test_shapes_that_do_not_fit_raise_before_the_first_backward(
     trainer: MakeTrainer, term: FeatureDistillation, words: str
 ) -> None:
-    """L21: nothing has been trained by then."""
+    """Nothing has been trained by then."""
     module = nets.InnerModule(nets.make(nets.ConvNet, 3, 3))
     callback = DistillCallback(teacher(), term, student="model")
     with pytest.raises(ValueError, match=words):
