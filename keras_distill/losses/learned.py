@@ -106,7 +106,7 @@ class MaskedGenerativeLoss(DistillationLoss):
     over the sequence for tokens; for vectors two linear maps. Inside a FeatureDistillation its parameters are made,
     trained and saved as adapters are, and where the channels differ the term's adapter makes them equal before the
     mask. The mask is drawn as dropout is: from a generator of its own, which follows ``keras.utils.set_random_seed``,
-    and not while a DistillModel is evaluated. The sum makes values large: the published weights are from 2e-5 to 7e-5.
+    and not while a DistillModel is evaluated. The sum makes values large: the published weights are 7e-5 and smaller.
     See :func:`keras_distill.functional.masked_generative`.
 
     Args:

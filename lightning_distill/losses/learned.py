@@ -99,7 +99,7 @@ class MaskedGenerativeLoss(DistillationLoss):
     over the sequence for tokens; for vectors two linear maps. Inside a FeatureDistillation its parameters are made,
     trained, saved and resumed as adapters are, and where the channels differ the term's adapter makes them equal before
     the mask. The mask is drawn from PyTorch's global random state, as dropout is, and only in training mode. The sum
-    makes values large: the published weights are from 2e-5 to 7e-5. See
+    makes values large: the published weights are 7e-5 and smaller. See
     :func:`lightning_distill.functional.masked_generative`.
 
     Args:
