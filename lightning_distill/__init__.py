@@ -40,6 +40,8 @@ Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attent
 ===================================  ========================  ==================================================
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
@@ -80,7 +82,16 @@ from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
 from lightning_distill.taps import Call, Tap
 from lightning_distill.teacher import load_teacher
-from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
+from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
+
+if TYPE_CHECKING:
+    from lightning_distill.launcher import (
+        Distillation,
+        DistillationConf,
+        IntermediateLayersKnowledgeDistillationLoss,
+        KnowledgeDistillationLoss,
+        SelfKnowledgeDistillationLoss,
+    )
 
 __version__ = "0.1.0"
 
@@ -97,6 +108,8 @@ __all__ = [
     "DecoupledKDLoss",
     "DistillCallback",
     "DistillModule",
+    "Distillation",
+    "DistillationConf",
     "DistillationLoss",
     "DistillationTerm",
     "Distiller",
@@ -105,6 +118,8 @@ __all__ = [
     "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
+    "IntermediateLayersKnowledgeDistillationLoss",
+    "KnowledgeDistillationLoss",
     "LogitMSELoss",
     "LogitsDistillation",
     "MaskedGenerativeLoss",
@@ -116,6 +131,8 @@ __all__ = [
     "ProbabilisticTransferLoss",
     "RelationalLoss",
     "ReverseKLLoss",
+    "SelfDistillation",
+    "SelfKnowledgeDistillationLoss",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
@@ -132,3 +149,12 @@ __all__ = [
     "metrics",
     "schedules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The launcher's names, imported when they are first asked for: pydantic takes a while to import."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_distill import launcher
+
+    return getattr(launcher, name)

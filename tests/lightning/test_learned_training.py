@@ -19,6 +19,7 @@ from lightning_distill import (
     DistillModule,
     FeatureDistillation,
     MaskedGenerativeLoss,
+    SelfDistillation,
     Tap,
     VariationalInformationLoss,
 )
@@ -285,3 +286,18 @@ def test_shapes_that_do_not_fit_raise_before_the_first_backward(
     with pytest.raises(ValueError, match=words):
         trainer(callbacks=[callback]).fit(module, nets.loader())
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_a_learned_loss_serves_self_distillation() -> None:
+    """Between two layers of the student; the deep one gets no gradient."""
+    student = nets.student()
+    term = SelfDistillation("layer1", "layer2", VariationalInformationLoss())
+    with Distiller(student, None, term) as distiller:
+        distiller.follow(torch.optim.SGD(student.parameters(), lr=0.1))
+        with distiller.record():
+            student(nets.digits()[0])
+        distiller.total(torch.zeros(())).backward()
+
+    assert term.learned[0].rho.grad.abs().min() > 0
+    assert student.layer1.weight.grad.abs().max() > 0
+    assert student.layer2.weight.grad is None
