@@ -223,6 +223,7 @@ class DistillModel(keras.Model):
         if step is None:
             self._build_terms(x, teacher)  # here too Keras only looks for variables
             step = Step(self)
+        step.training = training
         total = self._regularizers()
         if self.loss is not None and labels is not None:
             task = self._task_loss(x, labels, y_pred, sample_weight, training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -116,6 +117,11 @@ class LogitsDistillation(DistillationTerm):
     ) -> None:
         super().__init__(weight=weight, name=name)
         self.loss = _checked_loss(SoftTargetLoss() if loss is None else loss)
+        if getattr(loss, "learned", False):
+            raise TypeError(
+                f"Expected `loss` to have no parameters of its own, but got {type(loss).__name__}. Use it in a"
+                ' FeatureDistillation; the layers "" and "" are the outputs of the two networks.'
+            )
         self.needs_labels = getattr(self.loss, "needs_labels", False)
 
     @property
@@ -132,13 +138,15 @@ class FeatureDistillation(DistillationTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
     A teacher map (N, C, H, W) of another height or width than the student's is resized to it: averaged down,
-    interpolated up. The adapters take their shapes from the first batch.
+    interpolated up. The adapters take their shapes from the first batch, and so does a loss with parameters of its own,
+    of which every pair of layers has a copy.
 
     Args:
         student_layer: Name of a layer of the student, such as ``"layer3.0"``, or a :class:`Tap`, or a list of them.
         teacher_layer: The same for the teacher; as many as for the student.
         loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, or a loss on ``(student, teacher)``. A loss
             with ``several_layers = True`` is given lists of features; any other is averaged over the pairs of layers.
+            A loss with ``learned = True`` is trained along with the adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
             vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a module, which is copied, or a factory
@@ -147,9 +155,10 @@ class FeatureDistillation(DistillationTerm):
 
     Attributes:
         adapters: The adapters, by teacher and then by layer; empty before the first step.
+        learned: The copies of a loss with parameters of its own, in the same order; empty for other losses.
 
     Raises:
-        ValueError: If a setting is not one of those above.
+        ValueError: If a setting is not one of those above, or ``loss`` has been built already.
         TypeError: If ``loss`` cannot be called.
 
     Example:
@@ -182,12 +191,19 @@ class FeatureDistillation(DistillationTerm):
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         self._pairs = [*zip(student_taps, teacher_taps, strict=True)]
         self.loss = FeatureDistance(loss) if isinstance(loss, str) else _checked_loss(loss)  # type: ignore[arg-type]
+        self._learns = getattr(self.loss, "learned", False)
+        if self._learns and any(True for _ in self.loss.parameters()):  # type: ignore[union-attr]
+            raise ValueError(
+                f"Expected `loss` not to be built yet, but got {type(self.loss).__name__} with parameters. Pass a new"
+                " one: the term builds a copy for each pair of layers."
+            )
         self.needs_labels = getattr(self.loss, "needs_labels", False)
         self._several_layers = getattr(self.loss, "several_layers", False)
         self._channels_must_match = getattr(self.loss, "channels_must_match", True)
         self._positions_must_match = getattr(self.loss, "positions_must_match", True)
         self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
         self.adapters = nn.ModuleList()
+        self.learned = nn.ModuleList()
         self._fitted: list[nn.Module] = []  # the same: a module list is slow to index
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
@@ -201,22 +217,39 @@ class FeatureDistillation(DistillationTerm):
                 made = make_adapter(adapter, theirs.shape, wanted.shape, student_tap.layer)
                 # under autocast parameters stay in float32; without it they must have the feature's own precision
                 dtype = torch.float32 if torch.is_autocast_enabled(theirs.device.type) else theirs.dtype
-                self.adapters.append(made.to(device=theirs.device, dtype=dtype).train())
+                made = made.to(device=theirs.device, dtype=dtype)
+                if self._learns:
+                    self.learned.append(self._built_loss(made, theirs, wanted))
+                self.adapters.append(made.train())
         self._fitted = [*self.adapters]
 
     def reset(self) -> None:
-        """Drop the adapters."""
-        self.adapters, self._fitted = nn.ModuleList(), []
+        """Drop the adapters, and the parameters of the loss."""
+        self.adapters, self.learned, self._fitted = nn.ModuleList(), nn.ModuleList(), []
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
         if len(self._pairs) == 1 and not self._several_layers:
-            return _scalar(self.loss, *self._pair(0, student, teacher), labels, self.needs_labels)
+            loss = self.learned[teacher.teacher] if self._learns else self.loss
+            return _scalar(loss, *self._pair(0, student, teacher), labels, self.needs_labels)
         pairs = [self._pair(index, student, teacher) for index in range(len(self._pairs))]
         if self._several_layers:
             mine, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return _scalar(self.loss, mine, theirs, labels, self.needs_labels)
-        return torch.stack([_scalar(self.loss, *pair, labels, self.needs_labels) for pair in pairs]).mean()
+        first = teacher.teacher * len(pairs)
+        losses = self.learned[first : first + len(pairs)] if self._learns else [self.loss] * len(pairs)
+        values = [_scalar(loss, *pair, labels, self.needs_labels) for loss, pair in zip(losses, pairs, strict=True)]
+        return torch.stack(values).mean()
+
+    def _built_loss(self, adapter: nn.Module, student: Tensor, teacher: Tensor) -> nn.Module:
+        """The copy of a learned loss for one pair of layers."""
+        with torch.no_grad():
+            adapted = adapter.eval()(student)
+        loss: DistillationLoss = copy.deepcopy(self.loss)  # type: ignore[assignment]
+        loss.build(adapted.shape, teacher.shape)
+        # in the precision in which the features will be compared
+        dtype = torch.promote_types(torch.promote_types(adapted.dtype, teacher.dtype), torch.float32)
+        return loss.to(device=adapted.device, dtype=dtype).train()
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         student_tap, teacher_tap = self._pairs[index]
