@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distill_core.store import CacheError, Manifest, Reader
-from lightning_distill.cache.build import Builder, Forward, build, teacher_fingerprint
+from lightning_distill.cache.builder import Builder, Forward, build, teacher_fingerprint
 from lightning_distill.cache.data import AttachedDataset, IndexedBatch, check_data
 from lightning_distill.cache.teacher import CachedTeacher
 from lightning_distill.taps import Tap
@@ -71,6 +71,7 @@ class TeacherCache:
         forward: Forward | None = None,
         device: torch.device | str | None = None,
         allow_stale_augmentation: bool = False,
+        shard_bytes: int = 64 * 2**20,
     ) -> TeacherCache:
         """Run the teacher over the data once and keep what it gives.
 
@@ -97,6 +98,7 @@ class TeacherCache:
             device: Where the teacher runs; None leaves it where it is.
             allow_stale_augmentation: Accept items that change between reads: the student is then shown others than the
                 teacher was.
+            shard_bytes: About how large a shard is; one is held in memory while it is built.
 
         Returns:
             The cache, opened.
@@ -120,6 +122,7 @@ class TeacherCache:
             forward=forward,
             device=device,
             allow_stale_augmentation=allow_stale_augmentation,
+            shard_bytes=shard_bytes,
         )
         try:
             build(builder, Path(path), resume=resume, progress=progress)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Forward = Callable[[nn.Module, Any], Any]
-_SHARD_BYTES = 64 * 2**20
 
 
 class Builder:
@@ -73,7 +72,7 @@ class Builder:
         forward: Forward | None,
         device: torch.device | str | None,
         allow_stale_augmentation: bool,
-        shard_bytes: int = _SHARD_BYTES,
+        shard_bytes: int,
     ) -> None:
         self.teacher, self.forward = teacher, forward or call_teacher
         self.taps = [Tap.of(layer) for layer in layers]
