@@ -103,7 +103,7 @@ def fit_arguments(data: Any, *, batch_size: int, shuffle: bool, limit: int | Non
     Args:
         data: As :func:`batches_of` takes it.
         batch_size: Size of the batches that arrays are cut into.
-        shuffle: Whether examples of arrays are shuffled.
+        shuffle: Whether examples of arrays, or the batches of a ``PyDataset``, are shuffled.
         limit: The most batches that an epoch has, or None.
 
     Returns:
@@ -114,12 +114,12 @@ def fit_arguments(data: Any, *, batch_size: int, shuffle: bool, limit: int | Non
         return {**parts, "batch_size": batch_size, "shuffle": shuffle}
     if hasattr(data, "element_spec") and hasattr(data, "take"):  # tf.data, which Keras reads best itself
         data = data.map(split_batch) if isinstance(data.element_spec, Mapping) else data
-        return {"x": data if limit is None else data.take(limit)}
+        return {"x": data if limit is None else data.take(limit), "shuffle": False}
     if limit is None and isinstance(data, keras.utils.PyDataset):
-        return {"x": data}
+        return {"x": data, "shuffle": shuffle}
     batches = batches_of(data, batch_size, shuffle)
     steps = len(batches) if limit is None else min(limit, len(batches))
-    return {"x": _epochs(batches, steps), "steps_per_epoch": steps}
+    return {"x": _epochs(batches, steps), "steps_per_epoch": steps, "shuffle": False}
 
 
 class _Split:

@@ -160,7 +160,7 @@ class Criterion(_Section):
 
 
 class Fit(_Section):
-    """What the built-in training hands on to ``Model.fit``; the first two are for arrays only."""
+    """What ``Model.fit`` is told; ``batch_size`` is for arrays, ``shuffle`` for them and a ``PyDataset``."""
 
     batch_size: int = Field(default=32, ge=1)
     shuffle: bool = True

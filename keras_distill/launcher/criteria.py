@@ -276,7 +276,7 @@ def _weights(weights: Sequence[float]) -> tuple[float, ...]:
 
 def _mapping(index: int, entry: Any) -> tuple[Tap, Tap]:
     """The two places that an entry of ``layer_mappings`` names, in any of its forms."""
-    sides: list[Any] = [entry] if isinstance(entry, (str, Tap)) else [*entry]
+    sides: list[Any] = [*entry] if isinstance(entry, (list, tuple)) else [entry]
     if len(sides) == 1:
         sides *= 2
     elif len(sides) == 4 and not any(isinstance(side, (list, tuple)) for side in sides):
@@ -289,7 +289,7 @@ def _mapping(index: int, entry: Any) -> tuple[Tap, Tap]:
 
 
 def _tap(index: int, side: Any) -> Tap:
-    layer, *rest = [side] if isinstance(side, (str, Tap, keras.layers.Layer)) else [*side]
+    layer, *rest = side if isinstance(side, (list, tuple)) and side else [side]
     if isinstance(layer, Tap):
         return layer
     output: Any = rest[0] if rest else None

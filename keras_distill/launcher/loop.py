@@ -98,6 +98,9 @@ class Loop:
             remedy = "Call it as a model, between `on_train_begin` and `on_train_end`."
             expected = "the student to be called before `on_after_compute_loss`"
             raise ValueError(checks.message(expected, "no call of it", remedy))
+        teacher = self.model.teacher
+        if teacher_output is None and teacher is not None and not teacher.built:
+            teacher(inputs, training=False)  # building runs the layers too, which must not be taken for a call
         step = Step(self.model, task_alone=True)  # regularisers are in the student's own loss, if the user wants them
         step.student = Call(output, {} if call is None else call.runs)
         # what stands where labels would reaches no term but CriterionTerm
