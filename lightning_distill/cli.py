@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(words)
     except SystemExit as stop:  # argparse has printed its help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else 0
+    if arguments.command == "cache":
+        return _cache(arguments.action, arguments.path)
     return _demo(arguments) if arguments.command == "demo" else _validate(arguments.config)
 
 
@@ -72,6 +74,16 @@ def _parser() -> _Parser:
         epilog="Exit code 0: the file is good. 2: it is not, or is not there.",
     )
     validate.add_argument("config", type=Path, metavar="FILE", help="the YAML file")
+    cache = commands.add_parser(
+        "cache",
+        help="build, look at or check a cache of a teacher's outputs",
+        description="build: run a teacher over data, as a YAML file says: `path`, `teacher` and `dataset` by class_path"
+        " and init_args, and the settings of TeacherCache.build; a build that was stopped goes on. info: what a cache"
+        " holds. verify: compare every file with its checksum.",
+        epilog="Exit code 0: done. 1: the cache is broken, or cannot be written. 2: bad usage.",
+    )
+    cache.add_argument("action", choices=("build", "info", "verify"))
+    cache.add_argument("path", type=Path, metavar="PATH", help="for build the YAML file, else the cache's folder")
     return parser
 
 
@@ -110,6 +122,27 @@ def _validate(path: Path) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     sys.stdout.write(f"{path}: good\n")
+    return 0
+
+
+def _cache(action: str, path: Path) -> int:
+    from lightning_distill.cache import CacheError, TeacherCache
+    from lightning_distill.cache.command import build_from_file, describe
+
+    try:
+        if action == "build":
+            build_from_file(path)
+        elif action == "verify":
+            TeacherCache.open(path).verify()
+            sys.stdout.write(f"{path}: good\n")
+        else:
+            describe(TeacherCache.open(path))
+    except CacheError as error:
+        return _fail(f"cache {action}", str(error))
+    except OSError as error:
+        return _fail(f"cache {action}", f"{error.filename or path}: {error.strerror or error}", code=1)
+    except ValueError as error:
+        return _fail(f"cache {action}", str(error), code=2)
     return 0
 
 

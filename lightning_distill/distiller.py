@@ -197,9 +197,10 @@ class Distiller:
         self.adapters.check_trained()
         labels = find_labels(batch, self.labels) if any(term.needs_labels for term in active) else None
         values: dict[str, list[Tensor]] = {term.name: [] for term in active}
+        asks = any(term.needs_teacher for term in self.terms)
         for call in calls:
             call.check_input()
-            answers = self.answers(call)
+            answers = self.answers(call) if asks else [Call((), {}, who="teacher")]
             self.adapters.build(call, answers)
             for term in active:
                 values[term.name] += [term(call, answer, labels) for answer in answers]

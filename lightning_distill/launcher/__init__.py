@@ -11,6 +11,7 @@ from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from lightning_distill import checks
 from lightning_distill.distiller import as_terms
 from lightning_distill.launcher import criteria
 from lightning_distill.launcher.batches import as_loader
@@ -100,7 +101,8 @@ class Distillation:
         self._loop: LoopDistiller | None = None
         self.scores = BestStudent(None, True, 1)
         self._begun = False
-        self._state: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = {}  # for the next training
+        self._last: dict[str, Any] = {}  # of the last one
 
     @property
     def best_score(self) -> float | None:
@@ -153,9 +155,10 @@ class Distillation:
         terms, task_weight = self._settings(None)
         self._loop = LoopDistiller(student, self.teacher_model, terms, task_weight=task_weight)
         self.scores, self._begun = self._new_scores(), True
-        if self._state:
-            self._loop.load_state_dict(self._state["adapters"])
-            self.scores.load_state_dict(self._state["scores"])
+        state, self._loaded = self._loaded, {}
+        if state:
+            self._loop.load_state_dict(state["adapters"])
+            self.scores.load_state_dict(state["scores"])
         else:
             self.scores.begin(student, self.teacher_model)
         self._loop.open()
@@ -241,7 +244,7 @@ class Distillation:
     def state_dict(self) -> dict[str, Any]:
         """What to save beside the student in a loop of your own: adapters and their optimizer, scores, best weights."""
         if self._loop is None:
-            return self._state
+            return self._loaded or self._last
         return {"adapters": self._loop.state_dict(), "scores": self.scores.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -250,7 +253,7 @@ class Distillation:
         Args:
             state: What :meth:`state_dict` gave.
         """
-        self._state = state
+        self._loaded = state
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the student's state_dict.
@@ -272,6 +275,7 @@ class Distillation:
     def close(self) -> None:
         """Remove every hook and give the teacher back as it was; :meth:`fit` does so even after an exception."""
         if self._loop is not None:
+            self._last = self.state_dict()
             self._loop.close()
         self._loop = None
 
@@ -303,8 +307,12 @@ class Distillation:
         )
         self.scores = self._new_scores()
         trainer = self.trainer or trainer_of(train)
-        trainer.callbacks.append(Scoring(self.scores, self.teacher_model))  # type: ignore[attr-defined]
-        trainer.fit(module, as_loader(data))
+        scoring, own = Scoring(self.scores, self.teacher_model), [*trainer.callbacks]  # type: ignore[attr-defined]
+        trainer.callbacks = [*own, scoring]  # type: ignore[attr-defined]
+        try:
+            trainer.fit(module, as_loader(data))
+        finally:
+            trainer.callbacks = own  # type: ignore[attr-defined]
 
     def _settings(self, task_loss: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[list[DistillationTerm], float]:
         """Terms and the weight of the student's own loss, as the criterion says."""
@@ -331,7 +339,8 @@ class Distillation:
             loader = accuracy.dataloader.make()
         if score is None and accuracy.metric is not None and loader is not None:
             score = MetricEvaluation(loader, accuracy.metric)
-        frequency = self.eval_frequency or self.conf.distillation.train.frequency
+        frequency = self.conf.distillation.train.frequency if self.eval_frequency is None else self.eval_frequency
+        checks.at_least("eval_frequency", frequency, 1)
         return BestStudent(score, self.higher_is_better, frequency)
 
     def _student(self) -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -66,12 +68,24 @@ class ClassPath(_Section):
         cls.model_construct(class_path=path)._found()
         return path
 
+    @model_validator(mode="after")
+    def _fits(self) -> ClassPath:
+        with contextlib.suppress(ValueError):  # some that are written in C have no signature
+            parameters = inspect.signature(self._found())
+            try:
+                parameters.bind(**self.init_args)
+            except TypeError as error:
+                raise AssertionError(f"Input should have init_args that {self.class_path} takes ({error})") from None
+        return self
+
     def _found(self) -> Callable[..., Any]:
         module, _, name = self.class_path.rpartition(".")
         try:
             found: Callable[..., Any] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"Input should be the path of something that can be imported ({error})") from None
+        if not callable(found):
+            raise ValueError("Input should be the path of a class or a function")
         return found
 
 
@@ -89,6 +103,12 @@ class SGDSettings(_Section):
     momentum: float = Field(default=0.0, ge=0)
     nesterov: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _moving(self) -> SGDSettings:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("Input should have momentum greater than 0 with nesterov")
+        return self
 
 
 class AdamSettings(_Section):
@@ -167,6 +187,17 @@ class Train(_Section):
     dataloader: ClassPath | None = None
     trainer: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("trainer")
+    @classmethod
+    def _known(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        from lightning.pytorch import Trainer
+
+        known = [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"Input should name settings of a Trainer; {name!r} is none. {closest(name, known)}")
+        return settings
+
     @model_validator(mode="after")
     def _ordered(self) -> Train:
         if self.end_epoch <= self.start_epoch:
@@ -212,7 +243,7 @@ class Evaluation(_Section):
 class Tuning(_Section):
     """What is left of the older tuning section."""
 
-    random_seed: int | None = Field(default=None, ge=0)
+    random_seed: int | None = Field(default=None, ge=0, lt=2**32)
 
 
 class DistillationConf(_Section):
@@ -291,13 +322,13 @@ def _sentence(error: Any) -> str:
         return f"Expected `{path}` to be a known key, but it is not. {closest(str(error['loc'][-1]), known)}"
     if kind == "missing":
         return f"Expected `{path}` to be given, but it is not."
-    wanted = (
-        error["msg"]
-        .partition(", unable to parse")[0]
-        .removeprefix("Value error, ")
-        .removeprefix("Input should be ")
-        .removeprefix("Input should ")
-    )
+    if kind in ("too_short", "too_long"):
+        limit = error["ctx"].get("min_length", error["ctx"].get("max_length"))
+        bound = "at least" if kind == "too_short" else "at most"
+        return f"Expected `{path}` to have {bound} {limit} of them, but got {_short(value)}."
+    wanted = error["msg"].partition(", unable to parse")[0]
+    for prefix in ("Value error, ", "Assertion failed, ", "Input should be ", "Input should "):
+        wanted = wanted.removeprefix(prefix)
     verb = "" if wanted.startswith(("have ", "name ")) else "be "
     return f"Expected `{path or 'the configuration'}` to {verb}{wanted}, but got {_short(value)}."
 

@@ -137,6 +137,7 @@ def test_published_total_of_the_multi_level_loss_can_be_rebuilt_from_our_parts(e
 
 def test_every_golden_case_kept_here_is_used() -> None:
     used = {golden.key for case in CASES for golden in case.golden} | {
+        "inc_combined",  # in tests/launcher
         "inc_intermediate",
         "mlkd_batch",
         "mlkd_class",

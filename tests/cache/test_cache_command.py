@@ -1,0 +1,76 @@
+"""``lightning-distill cache build|info|verify`` (C16)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_distill import TeacherCache
+from lightning_distill.cli import main
+
+FILE = """
+path: cache
+teacher: {class_path: cache_nets.network, init_args: {width: 32}}
+dataset: {class_path: cache_nets.table}
+layers: ["1"]
+top_k: 3
+dtype: uint8
+"""
+Capture = pytest.CaptureFixture[str]
+
+
+def written(folder: Path, text: str = FILE) -> str:
+    (folder / "cache.yaml").write_text(text)
+    return str(folder / "cache.yaml")
+
+
+def test_c16_a_cache_is_built_described_and_verified(tmp_path: Path, capsys: Capture) -> None:
+    """C16"""
+    assert main(["cache", "build", written(tmp_path)]) == 0
+    assert "40 rows" in capsys.readouterr().out
+    assert TeacherCache.open(tmp_path / "cache").manifest.arrays["output"]["top_k"] == 3
+    assert main(["cache", "info", str(tmp_path / "cache")]) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("40 items in 1 view(s)", "top 3, uint8", "feature0 (1, output)"))
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
+    assert capsys.readouterr().out.endswith("cache: good\n")
+
+
+def test_c16_a_broken_cache_exits_1_and_names_the_file(tmp_path: Path, capsys: Capture) -> None:
+    """C16"""
+    main(["cache", "build", written(tmp_path)])
+    file = tmp_path / "cache" / "shard-00000.output.values.npy"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(bytes(damaged))
+    capsys.readouterr()
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("lightning-distill cache verify: ")
+    assert file.name in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        (FILE.replace("top_k", "topk"), 2, "Expected `topk` to be a known key, but it is not. Closest: 'top_k'."),
+        (FILE.replace("path: cache\n", ""), 2, "Expected `path` to be given, but it is not."),
+        (FILE.replace("cache_nets.table", "cache_nets.tables"), 2, "Expected `dataset` to be a class_path"),
+        (FILE.replace("top_k: 3", "top_k: 30"), 2, "Expected `top_k` to be 1 to 9"),
+        ("{]", 2, "Expected a YAML file"),
+    ],
+)
+def test_c16_a_wrong_file_exits_2(tmp_path: Path, capsys: Capture, text: str, code: int, words: str) -> None:
+    """C16: and nothing is written."""
+    assert main(["cache", "build", written(tmp_path, text)]) == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("action", ["info", "verify", "build"])
+def test_c16_what_is_not_there_exits_1(tmp_path: Path, capsys: Capture, action: str) -> None:
+    """C16"""
+    assert main(["cache", action, str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
