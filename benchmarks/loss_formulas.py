@@ -1,4 +1,4 @@
-"""The relation and kernel losses as their papers write them, for PyTorch: what ours are held against."""
+"""The relation and kernel losses as plain formulas for PyTorch: what ours are to be timed against."""
 
 from __future__ import annotations
 

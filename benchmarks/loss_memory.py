@@ -2,8 +2,8 @@
 
 Forward and backward pass of each loss in a process of its own: the highest resident memory that Linux has seen, less
 what was resident before. Unlike counts of live tensors that includes the work space of matrix products, and it is the
-same measure in both halves. The inputs, student and teacher together, are not counted; the student's gradient, a half of
-them, is. Freed blocks go back to the system at once, so that nothing is hidden in the allocator.
+same measure in both halves. The inputs, student and teacher together, are not counted; the student's gradient, a half
+of them, is. Freed blocks go back to the system at once, so that nothing is hidden in the allocator.
 """
 
 from __future__ import annotations
