@@ -1,6 +1,8 @@
 # `make help` lists what there is. Nothing but GNU make, a POSIX shell and Python 3.10 or newer is needed beforehand:
 # the first target that needs packages installs them into .venv, at the versions in constraints.txt.
 PYTHON ?= python3
+# Two tests at a time; `make test PYTEST_FLAGS=-x` runs one after the other and stops at the first failure.
+PYTEST_FLAGS ?= -n 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -23,6 +23,8 @@ Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine") functional.featur
 softmax over channels                FeatureDistance("kl")     functional.feature_kl
 Shu 2021, arXiv:2011.13256           ChannelWiseLoss           functional.channel_wise_kl
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss        functional.pearson_feature
+Ahn 2019, arXiv:1904.05835           VariationalInformationLoss  functional.variational_information
+Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss      functional.masked_generative
 Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss     functional.neuron_selectivity
 Kornblith 2019, arXiv:1905.00414     CKALoss                   functional.centered_kernel_alignment
 Sun 2019, arXiv:1908.09355           PatientLoss               functional.normalized_mse
@@ -61,6 +63,7 @@ from keras_distill.losses import (
     GeneralizedJSDLoss,
     InterChannelCorrelationLoss,
     LogitMSELoss,
+    MaskedGenerativeLoss,
     MultiLevelLogitLoss,
     NeuronSelectivityLoss,
     NormalizedKDLoss,
@@ -74,6 +77,7 @@ from keras_distill.losses import (
     SoftCrossEntropyLoss,
     SoftTargetLoss,
     TotalVariationLoss,
+    VariationalInformationLoss,
     WeightedSoftLabelLoss,
 )
 from keras_distill.metrics import TeacherAgreement, TeacherDivergence
@@ -108,6 +112,7 @@ __all__ = [
     "InterChannelCorrelationLoss",
     "LogitMSELoss",
     "LogitsDistillation",
+    "MaskedGenerativeLoss",
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
@@ -125,6 +130,7 @@ __all__ = [
     "TeacherAgreement",
     "TeacherDivergence",
     "TotalVariationLoss",
+    "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
     "functional",
     "losses",

@@ -46,7 +46,5 @@ def as_float(value: Any) -> float:
     """A number or a float32 variable as the shortest Python number that it stands for: 0.7, not 0.699999988."""
     if isinstance(value, (int, float)):
         return float(value)
-    exact = getattr(value, "exact", None)
-    if exact is not None and np.float32(exact) == np.float32(float(value)):
-        return float(exact)
-    return float(str(np.float32(float(value))))
+    exact, single = getattr(value, "exact", None), np.float32(ops.convert_to_numpy(value))
+    return float(exact if exact is not None and np.float32(exact) == single else str(single))

@@ -14,7 +14,7 @@ from keras_distill.metrics import TeacherAgreement
 from keras_distill.probe import probed
 from keras_distill.steps import Step, current_step, in_step
 from keras_distill.taps import Call, Recorder
-from keras_distill.targets import DistillTargets, split_targets, weights_of
+from keras_distill.targets import DistillTargets, carries_features, split_targets, weights_of
 from keras_distill.term import DistillationTerm
 from keras_distill.terms import LogitsDistillation, as_terms, paired_outputs
 
@@ -105,15 +105,16 @@ class DistillModel(keras.Model):
             mean._direction = "down"  # what Keras' own callbacks ask in mode="auto"
         self._agreement = TeacherAgreement() if track_agreement else None
         taps = [tap for term in self.terms for tap in term.student_taps]
-        self._student_recorder = _Untracked(Recorder(student, taps, "student"))
-        self._teacher, self._teacher_recorder = _Untracked(None), _Untracked(None)
+        # recorders are no layers: Keras does not track what they hold
+        self._student_recorder = Recorder(student, taps, "student")
+        self._teacher_recorder: Recorder | None = None
         self.teacher = teacher
         self._build_from_specifications()
 
     @property
     def teacher(self) -> keras.Model | None:
         """The teacher; a model may be assigned, with which training then goes on."""
-        return self._teacher.value
+        return None if self._teacher_recorder is None else self._teacher_recorder.model
 
     @teacher.setter
     def teacher(self, teacher: keras.Model | None) -> None:
@@ -123,8 +124,7 @@ class DistillModel(keras.Model):
             remedy = "Pass a model of its own, such as a copy made by keras.models.clone_model."
             raise ValueError(checks.message("`teacher` to be another model than `student`", "the same model", remedy))
         taps = [tap for term in self.terms for tap in term.teacher_taps]
-        self._teacher_recorder.value = None if teacher is None else Recorder(teacher, taps, "teacher")
-        self._teacher.value = teacher
+        self._teacher_recorder = None if teacher is None else Recorder(teacher, taps, "teacher")
         self.train_function = self.test_function = None  # both have the old teacher in their graphs
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -165,22 +165,28 @@ class DistillModel(keras.Model):
     def non_trainable_variables(self) -> list[keras.Variable]:
         """Variables that no gradient changes; on JAX the teacher's among them, since its steps see no others."""
         own: list[keras.Variable] = super().non_trainable_variables
-        if keras.backend.backend() != "jax" or self.__dict__.get("_teacher") is None or self.teacher is None:
+        recorder: Recorder | None = self.__dict__.get("_teacher_recorder")  # Keras asks before it is there
+        if keras.backend.backend() != "jax" or recorder is None:
             return own
         known = {id(variable) for variable in [*own, *super().trainable_variables]}
-        return own + [variable for variable in self.teacher.variables if id(variable) not in known]
+        return own + [variable for variable in recorder.model.variables if id(variable) not in known]
 
     def build(self, input_shape: Any) -> None:
         """Nothing: student and terms build themselves."""
         self.built = True
 
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; the terms are built first: the call before training finds the variables to optimize."""
+        if current_step(self) is None:
+            self._build_terms(inputs, None)
+        return super().__call__(inputs, *args, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """The student's output; within a step of training its tapped layers are read on the way."""
         step = current_step(self)
         if step is None:
-            self._build_terms(inputs, None)  # Keras calls once before training, to find the variables to optimize
             return self.student(inputs, training=training)
-        step.student = self._student_recorder.value.forward(inputs, training=training)
+        step.student = self._student_recorder.forward(inputs, training=training)
         return step.student.output
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -217,6 +223,7 @@ class DistillModel(keras.Model):
         if step is None:
             self._build_terms(x, teacher)  # here too Keras only looks for variables
             step = Step(self)
+        step.training = training
         total = self._regularizers()
         if self.loss is not None and labels is not None:
             task = self._task_loss(x, labels, y_pred, sample_weight, training)
@@ -224,20 +231,20 @@ class DistillModel(keras.Model):
             total = total + ops.convert_to_tensor(self._task_weight) * task
         if not training and not self.evaluate_distillation:
             return total
-        if teacher is None and self.teacher is None:
+        source = self._teacher_recorder if teacher is None else teacher
+        if source is None:
             if not training:
                 return total
             remedy = "Pass teacher=..., set `model.teacher`, or train on DistillTargets(labels, teacher)."
             raise ValueError(checks.message("a teacher to learn from", "teacher=None", remedy))
         if step.student is None:
-            if self._student_recorder.value.taps and training:
+            if self._student_recorder.taps and training:
                 remedy = "Override `train_step` by calling super().train_step(...)."
                 raise ValueError(checks.message("`compute_loss` to be called within a step", "a call outside", remedy))
-            if self._student_recorder.value.taps:
+            if self._student_recorder.taps:
                 return total  # Keras is only building the compiled loss
             step.student = Call(y_pred)
-        if teacher is None:
-            teacher = self._teacher_call(x)
+        teacher = self._teacher_call(source, x) if isinstance(source, Recorder) else source
         distillation = 0.0
         for term in self.terms:
             if not term.built:
@@ -298,11 +305,11 @@ class DistillModel(keras.Model):
         Raises:
             ValueError: If there is no teacher.
         """
-        if self.teacher is None:
+        if self._teacher_recorder is None:
             raise ValueError(checks.message("a teacher to ask", "teacher=None", "Set `model.teacher`."))
-        call = self._teacher_call(inputs)
+        call = self._teacher_call(self._teacher_recorder, inputs)
         taps = [tap for term in self.terms for tap in term.teacher_taps]
-        if not taps:
+        if not taps and not carries_features(call.output):
             return DistillTargets(labels, call.output)
         return DistillTargets(labels, {"output": call.output, "features": {tap.key: call.feature(tap) for tap in taps}})
 
@@ -341,11 +348,11 @@ class DistillModel(keras.Model):
             self.build(None)
 
     def _build_terms(self, inputs: Any, teacher: Call | None) -> None:
-        if all(term.built for term in self.terms) or (teacher is None and self.teacher is None):
+        source = self._teacher_recorder if teacher is None else teacher
+        if source is None or all(term.built for term in self.terms):
             return
-        student = probed(self._student_recorder.value, inputs)
-        if teacher is None:
-            teacher = probed(self._teacher_recorder.value, inputs)
+        student = probed(self._student_recorder, inputs)
+        teacher = probed(source, inputs) if isinstance(source, Recorder) else source
         for term in self.terms:
             if not term.built:
                 term.build_from_calls(student, teacher)
@@ -358,9 +365,9 @@ class DistillModel(keras.Model):
         with in_step(Step(self)):
             yield
 
-    def _teacher_call(self, inputs: Any) -> Call:
+    def _teacher_call(self, recorder: Recorder, inputs: Any) -> Call:
         with backends.no_gradient():
-            call = self._teacher_recorder.value.forward(inputs, training=False)
+            call = recorder.forward(inputs, training=False)
         output, runs = keras.tree.map_structure(ops.stop_gradient, (call.output, list(call.runs.values())))
         return Call(output, dict(zip(call.runs, runs, strict=True)), who="teacher")
 
@@ -386,13 +393,3 @@ class DistillModel(keras.Model):
             if not checks.shapes_differ(mine.shape, theirs.shape):
                 self._agreement.update_state(theirs, mine, sample_weight=backends.mask_of(mine))
                 step.tracked.add(self._agreement.name)
-
-
-class _Untracked:
-    """Holds what must not become a part of the model: Keras tracks layers and models, but not their holder."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Untracked:
-        return self

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_distill.taps import Call, Recorder
+from keras_distill.taps import Call, Place, Recorder
 
 
 def probed(recorder: Recorder, inputs: Any) -> Call:
@@ -37,7 +37,7 @@ class _Probe(keras.Operation):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
-        self.places: list[tuple[str, str]] = []
+        self.places: list[Place] = []
         self.squashed: list[bool] = []
         self.structure: Any = None
 

@@ -22,12 +22,14 @@ class Step:
     Attributes:
         student: The student's call, once it has run.
         tracked: Names of the metrics that the step has updated.
+        training: Whether the student is trained in it.
     """
 
     def __init__(self, model: Any, *, task_alone: bool = False) -> None:
         self.model, self.task_alone = model, task_alone
         self.student: Call | None = None
         self.tracked: set[str] = set()
+        self.training = True
 
 
 @contextlib.contextmanager
@@ -49,3 +51,9 @@ def current_step(model: Any) -> Step | None:
     """The step that this thread makes with a model, or None."""
     step = getattr(_THREAD, "step", None)
     return step if step is not None and step.model is model else None
+
+
+def evaluates() -> bool:
+    """Whether this thread is within a step that trains nothing."""
+    step = getattr(_THREAD, "step", None)
+    return step is not None and not step.training

@@ -13,7 +13,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import keras
 
@@ -21,6 +21,8 @@ from keras_distill import checks
 
 _LOCK = threading.RLock()
 _THREAD = threading.local()
+# A layer or its name, and the side of it that is read.
+Place: TypeAlias = "tuple[str | keras.layers.Layer, str]"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Tap:
     output: int | str | None = None
     call: int | None = None
     where: Literal["output", "input"] = "output"
+    path: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.layer, (str, keras.layers.Layer)):
@@ -64,8 +67,8 @@ class Tap:
 
     @property
     def name(self) -> str:
-        """The layer's name or path."""
-        return self.layer if isinstance(self.layer, str) else str(self.layer.name)
+        """The layer's name or path; of a layer the path to it, once a model has been searched for it."""
+        return self.layer if isinstance(self.layer, str) else str(self.path or self.layer.name)
 
     @property
     def key(self) -> str:
@@ -75,7 +78,7 @@ class Tap:
         return f"{self.name}{call}{output}" + (":input" if self.where == "input" else "")
 
     def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON; a layer is named by its name."""
+        """Settings of the constructor, ready for JSON; a layer is named by its path."""
         return {"layer": self.name, "output": self.output, "call": self.call, "where": self.where}
 
 
@@ -91,7 +94,7 @@ class Call:
     """
 
     output: Any
-    runs: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+    runs: dict[Place, list[Any]] = field(default_factory=dict)
     features: dict[str, Any] = field(default_factory=dict)
     who: str = "student"
 
@@ -109,7 +112,7 @@ class Call:
         """
         if tap.key in self.features:
             return self.features[tap.key]
-        runs = self.runs.get((tap.name, tap.where), [])
+        runs = self.runs.get((tap.layer, tap.where), [])
         what = f"{self.who} layer {tap.name!r}"
         if not runs:
             remedy = "Name a layer that this forward pass runs, or give its feature in `DistillTargets`."
@@ -169,14 +172,17 @@ class Recorder:
 
     def __init__(self, model: keras.Model, taps: Iterable[Tap], who: str) -> None:
         self.model, self.who, self.taps = model, who, list(taps)
-        self._layers = {(tap.name, tap.where): find_layer(model, tap.layer, who) for tap in self.taps}
+        self._layers: dict[Place, keras.layers.Layer] = {}
+        for tap in self.taps:
+            path, self._layers[tap.layer, tap.where] = find_layer(model, tap.layer, who)
+            object.__setattr__(tap, "path", path)
 
-    def forward(self, inputs: Any, training: bool) -> Call:
+    def forward(self, inputs: Any, training: bool | None) -> Call:
         """One forward pass of the model, with the features at the taps.
 
         Args:
             inputs: What the model takes.
-            training: Whether dropout and batch normalisation train.
+            training: Whether dropout and batch normalisation train; ``None`` leaves it to Keras.
 
         Returns:
             The output and the features.
@@ -184,12 +190,12 @@ class Recorder:
         seen: dict[tuple[int, str], list[Any]] = {(id(layer), key[1]): [] for key, layer in self._layers.items()}
         with _reports(list({id(layer): layer for layer in self._layers.values()}.values()), seen):
             output = self.model(inputs, training=training)
-        runs: dict[tuple[str, str], list[Any]] = {key: seen[id(layer), key[1]] for key, layer in self._layers.items()}
+        runs: dict[Place, list[Any]] = {key: seen[id(layer), key[1]] for key, layer in self._layers.items()}
         return Call(output, runs, who=self.who)
 
 
-def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) -> keras.layers.Layer:
-    """The layer of a model that a name, a path or the layer itself means.
+def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) -> tuple[str, keras.layers.Layer]:
+    """The layer of a model that a name, a path or the layer itself means, and a path to it.
 
     Args:
         model: The model to look in.
@@ -197,24 +203,25 @@ def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) ->
         who: ``"student"`` or ``"teacher"``, for messages.
 
     Returns:
-        The layer.
+        A path by which the layer is found again, and the layer.
 
     Raises:
         ValueError: If there is no such layer, or there are several; the message lists candidates.
     """
     if layer == "":
-        return model
+        return "", model
     everything = dict(_sublayers(model))
     expected = f"`{who}_layer` to name one layer of the {who} {model.name!r}"
     if not isinstance(layer, str):
-        if any(found is layer for found in everything.values()):
-            return layer
+        for path, found in everything.items():
+            if found is layer:
+                return path, found
         raise ValueError(checks.message(expected, f"the layer {layer.name!r}, which is not in it"))
     if layer in everything:
-        return everything[layer]
+        return layer, everything[layer]
     tails = [path for path in everything if path.endswith("/" + layer)]
     if len(tails) == 1:
-        return everything[tails[0]]
+        return tails[0], everything[tails[0]]
     if tails:
         remedy = f"Pass one of {', '.join(map(repr, tails))}."
         raise ValueError(checks.message(expected, f"{layer!r}, which several layers are called", remedy))
@@ -223,7 +230,7 @@ def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) ->
         for part in layer.split("."):
             node = node[int(part)] if part.isdigit() else getattr(node, part)
         if isinstance(node, keras.layers.Layer):
-            return node
+            return layer, node
     raise ValueError(checks.message(expected, f"{layer!r}", checks.closest(layer, everything)))
 
 

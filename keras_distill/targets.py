@@ -27,6 +27,11 @@ class DistillTargets(NamedTuple):
     teacher: Any
 
 
+def carries_features(answer: Any) -> bool:
+    """Whether what the targets carry of the teacher is an output with features, and not an output alone."""
+    return isinstance(answer, dict) and answer.keys() == {"output", "features"}
+
+
 def weights_of(sample_weight: Any) -> Any:
     """Sample weights of the labels; for arrays Keras gives every part of the targets the same ones.
 
@@ -55,6 +60,6 @@ def split_targets(targets: Any) -> tuple[Any, Call | None]:
     if not isinstance(targets, DistillTargets):
         return targets, None
     answer = targets.teacher
-    if not isinstance(answer, dict) or answer.keys() != {"output", "features"}:
+    if not carries_features(answer):
         return targets.labels, Call(answer, who="teacher")
     return targets.labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")

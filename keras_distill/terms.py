@@ -61,6 +61,10 @@ class LogitsDistillation(DistillationTerm):
         super().__init__(weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
         # a copy: its temperature becomes this term's variable, and another term may have been given the same loss
         self.loss = _copied(_as_loss(SoftTargetLoss() if loss is None else loss))
+        if getattr(loss, "learned", False):
+            expected = "`loss` to have no parameters of its own"
+            remedy = "Use it in a FeatureDistillation, between the models' last layers for instance."
+            raise TypeError(checks.message(expected, f"a {type(loss).__name__}", remedy))
         self.needs_labels = getattr(self.loss, "needs_labels", False)
         self.output_key = output
         self._temperature = None
@@ -114,14 +118,16 @@ class FeatureDistillation(DistillationTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
     A teacher map (N, H, W, C) of another height or width than the student's is resized to it: averaged down,
-    interpolated up. The adapters take their shapes from the models.
+    interpolated up. The adapters take their shapes from the models, and so does a loss with parameters of its own, of
+    which every pair of layers has a copy.
 
     Args:
         student_layer: Name of a layer of the student, such as ``"block2"``, a layer, a :class:`Tap`, or a list of them.
         teacher_layer: The same for the teacher; as many as for the student.
         loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, a loss of this package or of Keras, or a
             function of ``(student, teacher)``. A loss with ``several_layers = True`` is given lists of features; any
-            other is averaged over the pairs of layers.
+            other is averaged over the pairs of layers. A loss with ``learned = True`` is trained along with the
+            adapters.
         weight: Factor of the term in the total loss.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a dense layer for
             vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, or a factory called with the
@@ -131,9 +137,10 @@ class FeatureDistillation(DistillationTerm):
 
     Attributes:
         adapters: The adapters, one for each pair of layers, None where there is none; empty before the first step.
+        learned: The copies of a loss with parameters of its own, in the same order; empty for other losses.
 
     Raises:
-        ValueError: If a setting is not one of those above.
+        ValueError: If a setting is not one of those above, or ``loss`` has been built already.
         TypeError: If ``loss`` cannot be called.
 
     Example:
@@ -170,9 +177,13 @@ class FeatureDistillation(DistillationTerm):
             raise ValueError(checks.message("`adapter` not to be one layer for several pairs", f"{adapter}", remedy))
         self.student_taps, self.teacher_taps = mine, theirs
         self.loss = FeatureDistance(loss) if isinstance(loss, str) else _as_loss(loss)  # type: ignore[arg-type]
+        if getattr(self.loss, "layer", None) is not None:
+            remedy = "Pass a new one: the term builds a copy for each pair of layers."
+            raise ValueError(checks.message("`loss` not to be built yet", f"a {type(self.loss).__name__}", remedy))
         self.needs_labels = getattr(self.loss, "needs_labels", False)
         self.adapter = adapter
         self.adapters: list[keras.layers.Layer | None] = []
+        self.learned: list[keras.losses.Loss] = []
         self._shapes: list[Any] = []
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
@@ -195,8 +206,10 @@ class FeatureDistillation(DistillationTerm):
         pairs = [self._pair(index, student, teacher) for index in range(len(self.student_taps))]
         if getattr(self.loss, "several_layers", False):
             mine, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-            return self._value(mine, theirs, pairs[0][2], labels, sample_weight)
-        return sum(self._value(*pair, labels, sample_weight) for pair in pairs) / len(pairs)
+            return self._value(self.loss, mine, theirs, pairs[0][2], labels, sample_weight)
+        losses = self.learned or [self.loss] * len(pairs)
+        values = [self._value(loss, *pair, labels, sample_weight) for loss, pair in zip(losses, pairs, strict=True)]
+        return sum(values) / len(pairs)
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
@@ -235,6 +248,11 @@ class FeatureDistillation(DistillationTerm):
             make_adapter(wanted, mine, theirs, tap.name)
             for (mine, theirs), tap in zip(pairs, self.student_taps, strict=True)
         ]
+        if getattr(self.loss, "learned", False):
+            self.learned = [_copied(self.loss) for _ in pairs]
+            for loss, adapter, (mine, theirs) in zip(self.learned, self.adapters, pairs, strict=True):
+                loss.build(mine if adapter is None else adapter.compute_output_shape(mine), theirs)
+            self._learned_layers = [loss.layer for loss in self.learned]  # Keras tracks layers, but not in a loss
         self._shapes = [[list(mine), list(theirs)] for mine, theirs in pairs]
         self.built = True
 
@@ -268,9 +286,9 @@ class FeatureDistillation(DistillationTerm):
             remedy = 'Pass adapter="auto".' if self.adapter is None else "Pass an adapter that makes them equal."
             raise ValueError(checks.message(expected, f"{tuple(mapped)} and {tuple(wanted)}", remedy))
 
-    def _value(self, student: Any, teacher: Any, mask: Any, labels: Any, sample_weight: Any) -> Any:
+    def _value(self, loss: Any, student: Any, teacher: Any, mask: Any, labels: Any, sample_weight: Any) -> Any:
         target = (teacher, labels) if self.needs_labels else teacher
-        return weighted_loss(self.loss, student, target, sample_weight=sample_weight, mask=mask)
+        return weighted_loss(loss, student, target, sample_weight=sample_weight, mask=mask)
 
 
 def paired_outputs(

@@ -23,6 +23,8 @@ Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine") functional.featur
 softmax over channels                FeatureDistance("kl")     functional.feature_kl
 Shu 2021, arXiv:2011.13256           ChannelWiseLoss           functional.channel_wise_kl
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss        functional.pearson_feature
+Ahn 2019, arXiv:1904.05835           VariationalInformationLoss  functional.variational_information
+Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss      functional.masked_generative
 Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss     functional.neuron_selectivity
 Kornblith 2019, arXiv:1905.00414     CKALoss                   functional.centered_kernel_alignment
 Sun 2019, arXiv:1908.09355           PatientLoss               functional.normalized_mse
@@ -37,6 +39,8 @@ Sun 2020, arXiv:2004.02984           AttentionMapLoss("kl")    functional.attent
 Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attention_relation
 ===================================  ========================  ==================================================
 """
+
+from typing import TYPE_CHECKING, Any
 
 from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.callback import DistillCallback
@@ -57,6 +61,7 @@ from lightning_distill.losses import (
     GeneralizedJSDLoss,
     InterChannelCorrelationLoss,
     LogitMSELoss,
+    MaskedGenerativeLoss,
     MultiLevelLogitLoss,
     NeuronSelectivityLoss,
     NormalizedKDLoss,
@@ -70,13 +75,23 @@ from lightning_distill.losses import (
     SoftCrossEntropyLoss,
     SoftTargetLoss,
     TotalVariationLoss,
+    VariationalInformationLoss,
     WeightedSoftLabelLoss,
 )
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
 from lightning_distill.taps import Call, Tap
 from lightning_distill.teacher import load_teacher
-from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
+from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
+
+if TYPE_CHECKING:
+    from lightning_distill.launcher import (
+        Distillation,
+        DistillationConf,
+        IntermediateLayersKnowledgeDistillationLoss,
+        KnowledgeDistillationLoss,
+        SelfKnowledgeDistillationLoss,
+    )
 
 __version__ = "0.1.0"
 
@@ -93,6 +108,8 @@ __all__ = [
     "DecoupledKDLoss",
     "DistillCallback",
     "DistillModule",
+    "Distillation",
+    "DistillationConf",
     "DistillationLoss",
     "DistillationTerm",
     "Distiller",
@@ -101,8 +118,11 @@ __all__ = [
     "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
+    "IntermediateLayersKnowledgeDistillationLoss",
+    "KnowledgeDistillationLoss",
     "LogitMSELoss",
     "LogitsDistillation",
+    "MaskedGenerativeLoss",
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
@@ -111,6 +131,8 @@ __all__ = [
     "ProbabilisticTransferLoss",
     "RelationalLoss",
     "ReverseKLLoss",
+    "SelfDistillation",
+    "SelfKnowledgeDistillationLoss",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
@@ -119,6 +141,7 @@ __all__ = [
     "TeacherAgreement",
     "TeacherDivergence",
     "TotalVariationLoss",
+    "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
     "functional",
     "load_teacher",
@@ -126,3 +149,12 @@ __all__ = [
     "metrics",
     "schedules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The launcher's names, imported when they are first asked for: pydantic takes a while to import."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_distill import launcher
+
+    return getattr(launcher, name)

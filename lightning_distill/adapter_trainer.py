@@ -25,6 +25,7 @@ class AdapterTrainer:
         follower: The adapters' own optimizer, once there are adapters and a leader.
         factory: Makes the adapters' optimizer; ``None`` clones the leader.
         allowed: Whether there may be adapters at all.
+        awaits_leader: Whether an optimizer to follow may still come, so that there is none yet is no error.
     """
 
     def __init__(self, terms: Sequence[DistillationTerm]) -> None:
@@ -32,7 +33,7 @@ class AdapterTrainer:
         self.follower: FollowerOptimizer | None = None
         self._leader: Optimizer | None = None
         self.factory: OptimizerCallable | None = None
-        self.allowed = True
+        self.allowed, self.awaits_leader = True, False
         self._scaler: torch.amp.GradScaler | None = None
         self._built = self._learns = self._handed_over = False
         # what was loaded and waits for the first batch
@@ -40,6 +41,11 @@ class AdapterTrainer:
         self._saved_optimizer: dict[str, Any] | None = None
         for term in terms:
             term.reset()
+
+    @property
+    def leaderless(self) -> bool:
+        """Whether neither an optimizer to follow nor one of the user's own is known."""
+        return self._leader is None and not self._handed_over
 
     @property
     def leader(self) -> Optimizer | None:
@@ -77,7 +83,7 @@ class AdapterTrainer:
         Raises:
             ValueError: If so; they would stay as they were drawn.
         """
-        if self._learns and self.follower is None and not self._handed_over:
+        if self._learns and self.follower is None and not self._handed_over and not self.awaits_leader:
             raise ValueError(
                 "Expected an optimizer for the adapters, but none has been given. Call distiller.follow(optimizer), or"
                 " give distiller.parameters() to the student's optimizer."

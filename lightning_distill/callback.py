@@ -48,7 +48,8 @@ class DistillCallback(Callback):
 
     Args:
         teacher: The network to match, called with what the student is called with; or several, over which the terms
-            are averaged. It is frozen while the Trainer runs and given back as it was.
+            are averaged; ``None`` where no term needs one. It is frozen while the Trainer runs, then given back as it
+            was.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself where its forward is
             called in the step, else the one child that is called and has the tapped layers.
@@ -84,7 +85,7 @@ class DistillCallback(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | Sequence[nn.Module],
+        teacher: nn.Module | Sequence[nn.Module] | None,
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         student: str | None = None,

@@ -18,7 +18,7 @@ from lightning_distill.outputs import first_tensor, select
 from lightning_distill.schedules import Progress, Schedule, Scheduler, first_value
 from lightning_distill.student import StudentFinder
 from lightning_distill.taps import Call, Recorder, Recording
-from lightning_distill.teacher import FrozenTeacher, TeacherEnsemble, as_dtype, as_teacher
+from lightning_distill.teacher import FrozenTeacher, NoTeacher, TeacherEnsemble, as_dtype, as_teacher
 from lightning_distill.terms import DistillationTerm, LogitsDistillation
 
 Terms = DistillationTerm | Sequence[DistillationTerm] | None
@@ -33,7 +33,8 @@ class Distiller:
 
     Args:
         student: The network that is called in the step.
-        teacher: The network to match, or several. It is held in eval mode without gradients until :meth:`close`.
+        teacher: The network to match, or several, held in eval mode without gradients until :meth:`close`; ``None``
+            where no term needs one.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         task_weight: Factor of the task loss, 0 or greater, or a schedule.
         labels: Where a batch keeps its labels: a key, an index, or a function of the batch; ``None`` looks in the usual
@@ -67,7 +68,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Sequence[nn.Module],
+        teacher: nn.Module | Sequence[nn.Module] | None,
         terms: Terms = None,
         *,
         task_weight: float | Schedule = 1.0,
@@ -195,7 +196,7 @@ class Distiller:
         values: dict[str, list[Tensor]] = {term.name: [] for term in active}
         for call in calls:
             call.check_input()
-            answers = self._ask(call)
+            answers = self.answers(call)
             self.adapters.build(call, answers)
             for term in active:
                 values[term.name] += [term(call, answer, labels) for answer in answers]
@@ -206,8 +207,15 @@ class Distiller:
         self.parts["distillation_loss"] = loss.detach()
         return loss
 
-    def _ask(self, call: Call) -> list[Call]:
-        """The answer of each teacher to a call of the student."""
+    def answers(self, call: Call) -> list[Call]:
+        """The answer of each teacher to a call of the student.
+
+        Args:
+            call: The student's call.
+
+        Returns:
+            One call for each teacher, with its output and the features at the terms' taps.
+        """
         first = first_tensor(call.args, call.kwargs, call.output)
         device, self.batch_size = first.device, len(first) if first.ndim else 1
         self.frozen.freeze(device)
@@ -237,8 +245,9 @@ class Distiller:
         """
         try:
             pairs = []
-            for call in self._recorder.calls if self._recorder else []:
-                theirs = [answer.logits for answer in self._ask(call)]
+            alone = isinstance(self.teacher, NoTeacher)
+            for call in self._recorder.calls if self._recorder and not alone else []:
+                theirs = [answer.logits for answer in self.answers(call)]
                 if self._several:
                     theirs = [torch.stack([one.float().softmax(self.class_dim) for one in theirs]).mean(0).log()]
                 pairs.append((call.logits.detach(), theirs[0]))
@@ -321,6 +330,12 @@ class Distiller:
         Raises:
             ValueError: With the closest layer names.
         """
+        lacking = next((term.name for term in self.terms if term.needs_teacher), None)
+        if lacking is not None and isinstance(self.teacher, NoTeacher):
+            raise ValueError(
+                f"Expected `teacher` to be a module, since term {lacking!r} reads it, but got teacher=None. Pass the"
+                " teacher, or terms of SelfDistillation alone."
+            )
         for side, recorders in (("student", [self._watch()]), ("teacher", self._teachers)):
             taps = [
                 (f"terms[{index}].{side}_layer", tap)

@@ -31,7 +31,7 @@ class DistillModule(LightningModule):
 
     Args:
         student: The network to train.
-        teacher: The network to match, or several.
+        teacher: The network to match, or several; ``None`` where no term needs one.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         task_loss: The student's own loss, called with its output and the labels, a scalar.
         task_weight: Factor of the task loss, 0 or greater, or a schedule.
@@ -51,7 +51,7 @@ class DistillModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Sequence[nn.Module],
+        teacher: nn.Module | Sequence[nn.Module] | None,
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,

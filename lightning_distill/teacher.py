@@ -76,13 +76,22 @@ class TeacherEnsemble(nn.ModuleList):
         return [teacher(*args, **kwargs) for teacher in self]
 
 
-def as_teacher(teacher: nn.Module | Sequence[nn.Module]) -> nn.Module:
-    """The teacher, or several as one module.
+class NoTeacher(nn.Module):
+    """What stands in for the teacher where a student learns from itself alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+
+def as_teacher(teacher: nn.Module | Sequence[nn.Module] | None) -> nn.Module:
+    """The teacher, or several as one module; for None one that gives nothing.
 
     Raises:
         TypeError: If something in it is not a module.
         ValueError: If a sequence is empty.
     """
+    if teacher is None:
+        return NoTeacher()
     if isinstance(teacher, nn.Module):
         return teacher
     several: Any = teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,6 +33,7 @@ class DistillationTerm(nn.Module):
         student_taps: Layers of the student that the term reads.
         teacher_taps: Layers of the teacher that the term reads.
         needs_labels: Whether :meth:`forward` is given the batch's labels.
+        needs_teacher: Whether the term reads the teacher at all, and not the student alone.
 
     Raises:
         ValueError: If ``weight`` is negative or not finite, or ``name`` is empty or taken by the library.
@@ -49,6 +51,7 @@ class DistillationTerm(nn.Module):
     student_taps: Sequence[Tap] = ()
     teacher_taps: Sequence[Tap] = ()
     needs_labels: bool = False
+    needs_teacher: bool = True
 
     def __init__(self, *, weight: float | Schedule = 1.0, name: str) -> None:
         super().__init__()
@@ -114,6 +117,11 @@ class LogitsDistillation(DistillationTerm):
     ) -> None:
         super().__init__(weight=weight, name=name)
         self.loss = _checked_loss(SoftTargetLoss() if loss is None else loss)
+        if getattr(loss, "learned", False):
+            raise TypeError(
+                f"Expected `loss` to have no parameters of its own, but got {type(loss).__name__}. Use it in a"
+                ' FeatureDistillation; the layers "" and "" are the outputs of the two networks.'
+            )
         self.needs_labels = getattr(self.loss, "needs_labels", False)
 
     @property
@@ -130,13 +138,15 @@ class FeatureDistillation(DistillationTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
     A teacher map (N, C, H, W) of another height or width than the student's is resized to it: averaged down,
-    interpolated up. The adapters take their shapes from the first batch.
+    interpolated up. The adapters take their shapes from the first batch, and so does a loss with parameters of its own,
+    of which every pair of layers has a copy.
 
     Args:
         student_layer: Name of a layer of the student, such as ``"layer3.0"``, or a :class:`Tap`, or a list of them.
         teacher_layer: The same for the teacher; as many as for the student.
         loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, or a loss on ``(student, teacher)``. A loss
             with ``several_layers = True`` is given lists of features; any other is averaged over the pairs of layers.
+            A loss with ``learned = True`` is trained along with the adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
             vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a module, which is copied, or a factory
@@ -145,9 +155,10 @@ class FeatureDistillation(DistillationTerm):
 
     Attributes:
         adapters: The adapters, by teacher and then by layer; empty before the first step.
+        learned: The copies of a loss with parameters of its own, in the same order; empty for other losses.
 
     Raises:
-        ValueError: If a setting is not one of those above.
+        ValueError: If a setting is not one of those above, or ``loss`` has been built already.
         TypeError: If ``loss`` cannot be called.
 
     Example:
@@ -168,58 +179,83 @@ class FeatureDistillation(DistillationTerm):
         adapter: str | nn.Module | AdapterFactory | None = "auto",
         name: str | None = None,
     ) -> None:
-        self_taps, teacher_taps = _taps(student_layer), _taps(teacher_layer)
-        super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in self_taps) or "features")
-        if len(self_taps) != len(teacher_taps) or not self_taps:
+        student_taps, teacher_taps = _taps(student_layer), _taps(teacher_layer)
+        super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in student_taps) or "features")
+        if len(student_taps) != len(teacher_taps) or not student_taps:
             raise ValueError(
                 "Expected `student_layer` and `teacher_layer` to name equally many layers, at least one, but got"
-                f" {len(self_taps)} and {len(teacher_taps)}. Pair them."
+                f" {len(student_taps)} and {len(teacher_taps)}. Pair them."
             )
         if isinstance(adapter, str):
             checks.one_of("adapter", adapter, ("auto", "linear", "conv1x1"))
-        self.student_taps, self.teacher_taps = self_taps, teacher_taps
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        self._pairs = [*zip(student_taps, teacher_taps, strict=True)]
         self.loss = FeatureDistance(loss) if isinstance(loss, str) else _checked_loss(loss)  # type: ignore[arg-type]
+        self._learns = getattr(self.loss, "learned", False)
+        if self._learns and any(True for _ in self.loss.parameters()):  # type: ignore[union-attr]
+            raise ValueError(
+                f"Expected `loss` not to be built yet, but got {type(self.loss).__name__} with parameters. Pass a new"
+                " one: the term builds a copy for each pair of layers."
+            )
         self.needs_labels = getattr(self.loss, "needs_labels", False)
         self._several_layers = getattr(self.loss, "several_layers", False)
         self._channels_must_match = getattr(self.loss, "channels_must_match", True)
         self._positions_must_match = getattr(self.loss, "positions_must_match", True)
         self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
         self.adapters = nn.ModuleList()
+        self.learned = nn.ModuleList()
         self._fitted: list[nn.Module] = []  # the same: a module list is slow to index
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the adapters from the features of a first call."""
         for teacher in teachers:
-            for student_tap, teacher_tap in zip(self.student_taps, self.teacher_taps, strict=True):
-                theirs, wanted = student.feature(student_tap), teacher.feature(teacher_tap)
+            for student_tap, teacher_tap in self._pairs:
+                theirs, wanted = student.feature(student_tap), self._target(student, teacher, teacher_tap)
                 adapter = self._adapter[0]
                 if adapter == "auto" and not self._channels_must_match:
                     adapter = None
                 made = make_adapter(adapter, theirs.shape, wanted.shape, student_tap.layer)
                 # under autocast parameters stay in float32; without it they must have the feature's own precision
                 dtype = torch.float32 if torch.is_autocast_enabled(theirs.device.type) else theirs.dtype
-                self.adapters.append(made.to(device=theirs.device, dtype=dtype).train())
+                made = made.to(device=theirs.device, dtype=dtype)
+                if self._learns:
+                    self.learned.append(self._built_loss(made, theirs, wanted))
+                self.adapters.append(made.train())
         self._fitted = [*self.adapters]
 
     def reset(self) -> None:
-        """Drop the adapters."""
-        self.adapters, self._fitted = nn.ModuleList(), []
+        """Drop the adapters, and the parameters of the loss."""
+        self.adapters, self.learned, self._fitted = nn.ModuleList(), nn.ModuleList(), []
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
-        if len(self.student_taps) == 1 and not self._several_layers:
-            return _scalar(self.loss, *self._pair(0, student, teacher), labels, self.needs_labels)
-        pairs = [self._pair(index, student, teacher) for index in range(len(self.student_taps))]
+        if len(self._pairs) == 1 and not self._several_layers:
+            loss = self.learned[teacher.teacher] if self._learns else self.loss
+            return _scalar(loss, *self._pair(0, student, teacher), labels, self.needs_labels)
+        pairs = [self._pair(index, student, teacher) for index in range(len(self._pairs))]
         if self._several_layers:
             mine, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return _scalar(self.loss, mine, theirs, labels, self.needs_labels)
-        return torch.stack([_scalar(self.loss, *pair, labels, self.needs_labels) for pair in pairs]).mean()
+        first = teacher.teacher * len(pairs)
+        losses = self.learned[first : first + len(pairs)] if self._learns else [self.loss] * len(pairs)
+        values = [_scalar(loss, *pair, labels, self.needs_labels) for loss, pair in zip(losses, pairs, strict=True)]
+        return torch.stack(values).mean()
+
+    def _built_loss(self, adapter: nn.Module, student: Tensor, teacher: Tensor) -> nn.Module:
+        """The copy of a learned loss for one pair of layers."""
+        with torch.no_grad():
+            adapted = adapter.eval()(student)
+        loss: DistillationLoss = copy.deepcopy(self.loss)  # type: ignore[assignment]
+        loss.build(adapted.shape, teacher.shape)
+        # in the precision in which the features will be compared
+        dtype = torch.promote_types(torch.promote_types(adapted.dtype, teacher.dtype), torch.float32)
+        return loss.to(device=adapted.device, dtype=dtype).train()
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
-        student_tap, teacher_tap = self.student_taps[index], self.teacher_taps[index]
+        student_tap, teacher_tap = self._pairs[index]
         feature = student.feature(student_tap)
-        target = teacher.feature(teacher_tap)
-        adapted = self._fitted[teacher.teacher * len(self.student_taps) + index](feature)
+        target = self._target(student, teacher, teacher_tap)
+        adapted = self._fitted[teacher.teacher * len(self._pairs) + index](feature)
         if self._positions_must_match and adapted.ndim == target.ndim == 4 and self._adapter[0] != "linear":
             target = _resized(_widened_one(target), adapted)
         if self._channels_must_match and self._positions_must_match and adapted.shape != target.shape:
@@ -229,6 +265,58 @@ class FeatureDistillation(DistillationTerm):
                 + (' Pass adapter="auto".' if self._adapter[0] is None else " Pass an adapter that makes them equal.")
             )
         return adapted, target
+
+    def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
+        """What the student's feature is compared with."""
+        return teacher.feature(tap)
+
+
+class SelfDistillation(FeatureDistillation):
+    """A loss between shallow layers of the student and a deep one, from which they learn: a network with several exits.
+
+    The deep layer's feature is the target and gets no gradient. No teacher is needed: pass ``teacher=None`` where there
+    are no other terms.
+
+    Args:
+        student_layer: The shallow layer, or several.
+        teacher_layer: The deep layer of the same network; one for all, or as many.
+        loss: As for :class:`FeatureDistillation`; between exits that give logits a loss on logits.
+        weight: Factor of the term in the total loss, a number or a schedule.
+        adapter: As for :class:`FeatureDistillation`.
+        name: Name in logs and checkpoints; ``None`` takes the shallow layer's.
+
+    Raises:
+        ValueError: If a setting is not one of those above.
+        TypeError: If ``loss`` cannot be called.
+
+    Example:
+        >>> SelfDistillation(["exit1", "exit2"], "exit3", SoftTargetLoss(temperature=3.0), weight=0.5).name
+        'exit1+exit2'
+
+    References:
+        Zhang et al. (2019). Be Your Own Teacher, arXiv:1905.08094.
+    """
+
+    needs_teacher = False
+
+    def __init__(
+        self,
+        student_layer: str | Tap | Sequence[str | Tap],
+        teacher_layer: str | Tap | Sequence[str | Tap],
+        loss: str | DistillationLoss | LossCallable = "mse",
+        *,
+        weight: float | Schedule = 1.0,
+        adapter: str | nn.Module | AdapterFactory | None = "auto",
+        name: str | None = None,
+    ) -> None:
+        deep = [teacher_layer] if isinstance(teacher_layer, (str, Tap)) else [*teacher_layer]
+        if len(deep) == 1 and not isinstance(student_layer, (str, Tap)):
+            deep *= len(student_layer)
+        super().__init__(student_layer, deep, loss, weight=weight, adapter=adapter, name=name)
+        self.student_taps, self.teacher_taps = [tap for pair in self._pairs for tap in pair], ()
+
+    def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
+        return student.feature(tap).detach()
 
 
 def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:

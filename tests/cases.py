@@ -9,6 +9,7 @@ import oracle
 import torch
 import torch.nn.functional as F
 from cases_features import FEATURE_CASES, larger_map_pooled
+from cases_learned import LEARNED_CASES
 from cases_outputs import OUTPUT_CASES
 from loss_case import Arrays, Golden, LossCase, softened
 from torch import Tensor
@@ -136,4 +137,5 @@ CASES = [
     ),
     *OUTPUT_CASES,
     *FEATURE_CASES,
+    *LEARNED_CASES,
 ]

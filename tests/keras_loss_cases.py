@@ -50,9 +50,37 @@ def to_torch(case: LossCase, array: NDArray[Any], settings: Mapping[str, Any] | 
 
 def keras_loss(case: LossCase, settings: Mapping[str, Any] | None = None, **options: Any) -> Any:
     """The namesake of a row's loss, with the row's settings or others, and Keras' own options."""
-    return getattr(losses, case.loss.__name__)(
-        **keras_settings(case.settings if settings is None else settings), **options
-    )
+    settings = keras_settings(case.settings if settings is None else settings)
+    return filled(case, getattr(losses, case.loss.__name__)(**settings, **options))
+
+
+def filled(case: LossCase, loss: Any) -> Any:
+    """The same loss, with the row's parameters if it learns any."""
+    if case.parameters is not None:
+        loss.build(*(to_keras(case, np.empty(shape)).shape for shape in case.shapes))
+        fill(loss, case.parameters)
+    return loss
+
+
+def fill(loss: Any, parameters: Mapping[str, NDArray[Any]]) -> None:
+    """Set a learned loss's parameters, given by the names and in the layout of PyTorch's state_dict."""
+    for name, array in parameters.items():
+        variable = variable_of(loss, name)
+        variable.assign(keras_kernel(array, len(variable.shape)) if name.endswith("weight") else array)
+
+
+def variable_of(loss: Any, name: str) -> keras.Variable:
+    """A parameter by its name in PyTorch, where the functions between the layers count too: mean.2 is the second."""
+    if name == "rho":
+        return loss.layer.rho
+    _, index, kind = name.split(".")
+    return getattr(loss.layer.parts[int(index) // 2], {"weight": "kernel", "bias": "bias"}[kind])
+
+
+def keras_kernel(weight: NDArray[Any], rank: int) -> NDArray[Any]:
+    """A kernel in Keras' layout; where Keras has a dense layer, PyTorch's kernel of one position is its matrix."""
+    kernel = np.moveaxis(weight, (0, 1), (-1, -2))
+    return kernel.reshape(kernel.shape[-rank:])
 
 
 def class_indices(teacher: NDArray[Any]) -> NDArray[np.int32]:

@@ -54,6 +54,23 @@ class Labelled(nn.Module):
         return self.loss(student, teacher, labels_of(teacher.detach(), self.loss.class_dim))
 
 
+class Learned(nn.Module):
+    """A loss with its parameters fixed, in the precision and on the device of what it is called with."""
+
+    def __init__(self, loss: losses.DistillationLoss, parameters: Arrays, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        loss.build(*(torch.Size(shape) for shape in shapes))
+        loss.double().load_state_dict({name: torch.from_numpy(array) for name, array in parameters.items()})
+        self.loss = loss
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        first = next(self.loss.parameters())
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        if (first.dtype, first.device) != (dtype, student.device):
+            self.loss.to(student.device, dtype)
+        return self.loss(student, teacher)
+
+
 @dataclass(frozen=True)
 class LossCase:
     """How the generic tests use one loss."""
@@ -69,7 +86,17 @@ class LossCase:
     on_logits: bool = False
     shift_invariant: bool = True  # whether a shift of all logits of a row changes nothing
     per_example: bool = True  # whether the loss of a batch is the mean over its examples
+    parameters: Arrays | None = None  # of a learned loss, by the names of PyTorch's state_dict
     detached: bool = False  # whether the oracle's ``frozen`` is the student at which a factor without gradient is taken
+
+    def __str__(self) -> str:
+        """What tests are called after."""
+        return self.name
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of both features."""
+        return self.student_shape, self.teacher_shape or self.student_shape
 
     def build(self) -> nn.Module:
         return self.make(**self.settings)
@@ -77,6 +104,8 @@ class LossCase:
     def make(self, **settings: Any) -> nn.Module:
         """The loss with other settings; called with the two tensors only, even where it needs labels."""
         loss = self.loss(**settings)
+        if self.parameters is not None:
+            return Learned(loss, self.parameters, *self.shapes)
         return Labelled(loss) if loss.needs_labels else loss
 
     def reference(self, student: oracle.Array, teacher: oracle.Array, frozen: oracle.Array | None = None) -> float:
@@ -84,14 +113,15 @@ class LossCase:
         if self.loss.needs_labels:
             labels = labels_of(torch.tensor(teacher), settings.get("class_dim", -1))
             settings["labels"] = labels.numpy()
+        if self.parameters is not None:
+            settings["parameters"] = self.parameters
         if self.detached:
             settings["frozen"] = student if frozen is None else frozen
         return self.oracle(student, teacher, **settings)
 
     def inputs(self, seed: int = 0, scale: float = 2.0) -> tuple[oracle.Array, oracle.Array]:
         generator = np.random.default_rng(seed)
-        shapes = (self.student_shape, self.teacher_shape or self.student_shape)
-        student, teacher = (scale * generator.standard_normal(shape) for shape in shapes)
+        student, teacher = (scale * generator.standard_normal(shape) for shape in self.shapes)
         return student, teacher
 
 

@@ -21,6 +21,7 @@ from keras_distill.functional.features import (
     feature_mse,
     feature_smooth_l1,
 )
+from keras_distill.functional.learned import masked_generative, variational_information
 from keras_distill.functional.logit_relations import (
     batch_correlation,
     class_correlation,
@@ -74,6 +75,7 @@ __all__ = [
     "inter_class_relation",
     "intra_class_relation",
     "logit_mse",
+    "masked_generative",
     "multi_level_logits",
     "neuron_selectivity",
     "normalized_kd",
@@ -89,5 +91,6 @@ __all__ = [
     "soft_cross_entropy",
     "soft_target_kl",
     "total_variation",
+    "variational_information",
     "weighted_soft_labels",
 ]

@@ -7,6 +7,7 @@ from keras_distill.losses.attention import (
 from keras_distill.losses.base import DistillationLoss, FunctionLoss
 from keras_distill.losses.divergences import GeneralizedJSDLoss, ReverseKLLoss, SkewKLLoss, TotalVariationLoss
 from keras_distill.losses.features import AttentionTransferLoss, ChannelWiseLoss, FeatureDistance
+from keras_distill.losses.learned import MaskedGenerativeLoss, VariationalInformationLoss
 from keras_distill.losses.logit_relations import DISTLoss, MultiLevelLogitLoss
 from keras_distill.losses.logits import LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from keras_distill.losses.normalized import (
@@ -47,6 +48,7 @@ __all__ = [
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
     "LogitMSELoss",
+    "MaskedGenerativeLoss",
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
@@ -60,5 +62,6 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SoftTargetLoss",
     "TotalVariationLoss",
+    "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -14,12 +14,14 @@ from keras_distill import backends, checks
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Five attributes tell a term what it is:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Six attributes tell a term what it is:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
     - ``positions_must_match``: the two features need the same positions; a term resizes the teacher's map.
     - ``several_layers``: ``y_true`` and ``y_pred`` are lists of features, one for each layer.
+    - ``learned``: :meth:`build` makes parameters in ``layer``. A FeatureDistillation builds a copy of the loss for each
+      pair of layers, and treats it as it does adapters.
     - ``gives``: ``"positions"`` where ``call`` returns one value for each position (the shape of the student's tensor
       without its last dimension), ``"examples"`` where it returns one for each example, ``"batch"`` where it compares
       the examples of a batch and returns a scalar, to which neither sample weights nor masks apply.
@@ -42,10 +44,23 @@ class DistillationLoss(keras.losses.Loss):
     channels_must_match: ClassVar[bool] = True
     positions_must_match: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
+    layer: keras.layers.Layer | None = None
 
     def __init__(self, *, name: str, reduction: str | None = "sum_over_batch_size", dtype: Any = None) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
+
+    def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
+        """Make the parameters of a loss with ``learned = True``.
+
+        Args:
+            student: Shape of the student's feature, after the adapter, channels last.
+            teacher: Shape of the teacher's feature.
+
+        Raises:
+            ValueError: If the loss cannot compare features of these shapes.
+        """
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """The loss of a batch, a scalar unless ``reduction`` is None."""

@@ -17,6 +17,7 @@ from lightning_distill.functional.features import (
     feature_mse,
     feature_smooth_l1,
 )
+from lightning_distill.functional.learned import masked_generative, variational_information
 from lightning_distill.functional.logit_relations import (
     batch_correlation,
     class_correlation,
@@ -70,6 +71,7 @@ __all__ = [
     "inter_class_relation",
     "intra_class_relation",
     "logit_mse",
+    "masked_generative",
     "multi_level_logits",
     "neuron_selectivity",
     "normalized_kd",
@@ -85,5 +87,6 @@ __all__ = [
     "soft_cross_entropy",
     "soft_target_kl",
     "total_variation",
+    "variational_information",
     "weighted_soft_labels",
 ]

@@ -184,6 +184,23 @@ def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int,
     return torch.where(squares > 0, squares / count + eps, 1.0).sqrt()
 
 
+def precise(function: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
+    """What a function makes of a feature, in the feature's precision also where autocast would lower it.
+
+    Args:
+        function: A network, or any map of one tensor.
+        feature: Any shape.
+
+    Returns:
+        Whatever the function gives.
+    """
+    device = feature.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(feature)
+    with torch.autocast(device, enabled=False):
+        return function(feature)
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Matrix product in the precision of its factors, also where autocast would lower it.
 
@@ -194,11 +211,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     Returns:
         Shape ``(..., A, C)``.
     """
-    device = left.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return left @ right
-    with torch.autocast(device, enabled=False):
-        return left @ right
+    return precise(lambda factor: factor @ right, left)
 
 
 def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size: int, inputs: int) -> Tensor:

@@ -4,6 +4,7 @@ from lightning_distill.losses.attention import AttentionMapLoss, AttentionRelati
 from lightning_distill.losses.base import DistillationLoss
 from lightning_distill.losses.divergences import GeneralizedJSDLoss, ReverseKLLoss, SkewKLLoss, TotalVariationLoss
 from lightning_distill.losses.features import AttentionTransferLoss, ChannelWiseLoss, FeatureDistance
+from lightning_distill.losses.learned import MaskedGenerativeLoss, VariationalInformationLoss
 from lightning_distill.losses.logit_relations import DISTLoss, MultiLevelLogitLoss
 from lightning_distill.losses.logits import LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from lightning_distill.losses.normalized import (
@@ -43,6 +44,7 @@ __all__ = [
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
     "LogitMSELoss",
+    "MaskedGenerativeLoss",
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
@@ -56,5 +58,6 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SoftTargetLoss",
     "TotalVariationLoss",
+    "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from lightning_distill import checks
@@ -14,12 +15,14 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Four attributes tell a term what to hand over:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Five attributes tell a term what to hand over:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
     - ``positions_must_match``: the two features need the same positions; a term resizes the teacher's map.
     - ``several_layers``: the two arguments are lists of features, one for each layer.
+    - ``learned``: :meth:`build` makes parameters. A FeatureDistillation builds a copy of the loss for each pair of
+      layers, and treats it as it does adapters.
 
     Example:
         >>> import torch
@@ -34,10 +37,22 @@ class DistillationLoss(nn.Module):
     channels_must_match: ClassVar[bool] = True
     positions_must_match: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
         self.schedules: dict[str, Schedule] = {}
+
+    def build(self, student: torch.Size, teacher: torch.Size) -> None:
+        """Make the parameters of a loss with ``learned = True``.
+
+        Args:
+            student: Shape of the student's feature, after the adapter.
+            teacher: Shape of the teacher's feature.
+
+        Raises:
+            ValueError: If the loss cannot compare features of these shapes.
+        """
 
     def _setting(self, name: str, value: float | Schedule) -> float:
         """A checked setting greater than 0 that may be a schedule: the number that it has at first."""

@@ -141,9 +141,10 @@ def test_k22_a_student_that_was_built_by_its_data_goes_on_too(tmp_path: Path, ki
     """K22 for a subclassed student and a Sequential without an input."""
 
     def model() -> DistillModel:
+        teacher = teacher_of()  # and the same seed for the student's layers
         layers = [keras.layers.Dense(8, name="hidden"), keras.layers.Dense(3)]
         student = Unbuilt() if kind == "subclassed" else keras.Sequential(layers)
-        made = DistillModel(student, teacher_of(), [FeatureDistillation("hidden", "hidden")])
+        made = DistillModel(student, teacher, [FeatureDistillation("hidden", "hidden")])
         made.compile(keras.optimizers.Adam(0.01), cross_entropy(), jit_compile=False)
         return made
 

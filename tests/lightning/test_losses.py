@@ -195,13 +195,13 @@ def test_temperature_may_change_while_training(loss: type[losses.DistillationLos
 
 
 @every_case
-def test_module_pickles_copies_and_holds_no_state(case: LossCase) -> None:
+def test_module_pickles_copies_and_holds_no_state_but_what_it_learns(case: LossCase) -> None:
     student, teacher = (torch.tensor(array) for array in case.inputs())
     loss = case.build()
 
     assert pickle.loads(pickle.dumps(loss))(student, teacher) == loss(student, teacher)
     assert copy.deepcopy(loss)(student, teacher) == loss(student, teacher)
-    assert not loss.state_dict()
+    assert bool(loss.state_dict()) == case.loss.learned
 
 
 @every_case
@@ -222,10 +222,20 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "RelationalLoss",
         "SimilarityPreservingLoss",
     }
-    assert any_channels == {"AttentionRelationLoss", "AttentionTransferLoss", "NeuronSelectivityLoss", *of_examples}
+    assert any_channels == {
+        "AttentionRelationLoss",
+        "AttentionTransferLoss",
+        "NeuronSelectivityLoss",
+        "VariationalInformationLoss",
+        *of_examples,
+    }
     assert any_positions == {"InterChannelCorrelationLoss", *of_examples}
     assert losses.CorrelationCongruenceLoss("neighbour").channels_must_match
     assert not any(loss.several_layers for loss in public.values())
+    assert {name for name, loss in public.items() if loss.learned} == {
+        "MaskedGenerativeLoss",
+        "VariationalInformationLoss",
+    }
 
 
 @every_case

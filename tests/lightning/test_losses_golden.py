@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES
 from loss_case import GOLDEN_FOLDER, Golden, LossCase, golden_arrays, golden_index
+from torch import Tensor
 
 from lightning_distill import functional
 from lightning_distill.losses import FeatureDistance
 
 # Sums over layers or over queries, keys and values: test_losses_attention.py has them.
+LEARNED = ("vid", "mgd")  # with parameters: test_losses_learned.py has them
 SEVERAL_LAYERS = ("tinybert_attention", "tinybert_hidden", "minilm_v2_relation")
 ROWS = [
     pytest.param(case, golden, entry, id=f"{entry['key']}-{entry['case']}")
@@ -96,12 +99,50 @@ def test_parts_of_the_multi_level_loss_equal_the_published_implementation(key: s
         torch.testing.assert_close(student.grad, tensors["grad_student_logits"], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("entry", golden_index("mlkd_total"), ids=lambda entry: entry["case"])
+def test_published_total_of_the_multi_level_loss_can_be_rebuilt_from_our_parts(entry: dict) -> None:
+    """The published masks of confident examples and classes multiply sums: only the share that they keep counts."""
+    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    weak, strong = (
+        (tensors[f"student_logits_{view}"].requires_grad_(), tensors[f"teacher_logits_{view}"])
+        for view in ("weak", "strong")
+    )
+    probabilities = weak[1].softmax(-1)
+    examples, classes = (
+        (confidence <= confidence.quantile(0.5)).double().mean()
+        for confidence in (probabilities.amax(1), probabilities.sum(0))
+    )
+    first, weight = entry["hyperparameters"]["temperature"], entry["hyperparameters"]["kd_weight"]
+    temperatures = (first, 3.0, 5.0, 2.0, 6.0)
+
+    def total(part: Callable[..., Tensor], pair: tuple[Tensor, Tensor], *some: float) -> Tensor:
+        return sum(part(*pair, temperature=temperature).mean() for temperature in some)
+
+    divergences = examples * total(functional.soft_target_kl, weak, *temperatures)
+    divergences += total(functional.soft_target_kl, strong, first, 3.0, 5.0)
+    divergences += total(functional.soft_target_kl, weak, 2.0, 6.0)  # the weak view, as published
+    by_class = weight * classes * total(functional.class_correlation, weak, *temperatures)
+    by_batch = weight * examples * total(functional.batch_correlation, weak, *temperatures)
+    task = sum(F.cross_entropy(student, tensors["targets"]) for student, _ in (weak, strong))
+    value = entry["hyperparameters"]["ce_weight"] * task + weight * divergences + by_class + by_batch
+    value.backward()
+
+    tolerance = entry["tolerance_suggested"]["float64"]
+    torch.testing.assert_close(by_class.detach(), tensors["component_loss_cc"], **tolerance)
+    torch.testing.assert_close(by_batch.detach(), tensors["component_loss_bc"], **tolerance)
+    torch.testing.assert_close(value.detach(), tensors["loss"], **tolerance)
+    for (student, _), view in ((weak, "weak"), (strong, "strong")):
+        torch.testing.assert_close(student.grad, tensors[f"grad_student_logits_{view}"], **tolerance)
+
+
 def test_every_golden_case_kept_here_is_used() -> None:
     used = {golden.key for case in CASES for golden in case.golden} | {
         "inc_intermediate",
         "mlkd_batch",
         "mlkd_class",
+        "mlkd_total",
         *SEVERAL_LAYERS,
+        *LEARNED,
     }
     entries = json.loads((GOLDEN_FOLDER / "index.json").read_text(encoding="utf-8"))
 

@@ -1,0 +1,97 @@
+"""Formulas with learned parts: student first, channels last, no gradient into the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from keras_distill import checks
+from keras_distill.functional.inputs import prepare
+from keras_distill.functional.vectors import flattened, per_example
+
+_REMEDY = "The learned part must give the teacher's channels at the teacher's positions."
+
+
+def variational_information(
+    student: Any, teacher: Any, *, mean: Callable[[Any], Any], variance: Any, per_position: bool = False
+) -> Any:
+    r"""Negative log-likelihood of the teacher's feature under a Gaussian that the student's feature predicts.
+
+    .. math:: \frac{1}{D} \sum_d \frac{1}{2} \left( \frac{(\mu(f^s)_d - f^t_d)^2}{\sigma_{c(d)}^2}
+        + \log \sigma_{c(d)}^2 \right)
+
+    To lower it is to raise a bound of the information that the two features share. What the student cannot predict gets
+    a large variance and costs little. The constant :math:`\frac{1}{2} \log 2 \pi` is left out: values may be negative.
+
+    Args:
+        student: The student's feature, shape ``(N, ..., C_s)``.
+        teacher: The teacher's feature with D numbers per example, shape ``(N, ..., C)``.
+        mean: The learned map from the student's feature to the teacher's shape.
+        variance: The learned variance of each channel of the teacher, greater than 0, shape ``(C,)``.
+        per_position: Whether only the channels are averaged.
+
+    Returns:
+        Mean over the example's numbers in nats, shape ``(N,)``, or ``(N, ...)`` per position.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If ``mean`` does not give the teacher's shape, or there is not one variance for each channel.
+
+    Example:
+        >>> values = variational_information([[1.0, 2.0]], [[4.0, 2.0]], mean=lambda f: 2 * f, variance=[1.0, 4.0])
+        >>> round(float(values[0]), 4)
+        1.5966
+
+    References:
+        Ahn et al. 2019, section 2, arXiv:1904.05835; deviation: the mean instead of the sum over channels and
+        positions, as in published code.
+    """
+    student, teacher = prepare(student, teacher)
+    predicted = mean(student)
+    checks.same_shape(predicted, teacher, names=("mean(student)", "teacher"), remedy=_REMEDY)
+    variance = ops.cast(variance, teacher.dtype)
+    if tuple(variance.shape) != (teacher.shape[-1],):
+        expected = f"`variance` to have one value for each of the teacher's {teacher.shape[-1]} channels"
+        raise ValueError(checks.message(expected, f"shape {tuple(variance.shape)}"))
+    values = 0.5 * (ops.square(predicted - teacher) / variance + ops.log(variance))
+    return ops.mean(values, axis=-1) if per_position else per_example(values)
+
+
+def masked_generative(student: Any, teacher: Any, *, generator: Callable[[Any], Any], mask: Any = None) -> Any:
+    r"""Squared error of the teacher's feature as generated from what a mask leaves of the student's.
+
+    .. math:: \sum_d \left( G(m \odot f^s)_d - f^t_d \right)^2
+
+    The student has to carry enough in each part of its feature for the rest to be guessed. The sum makes values large:
+    the published weights are 7e-5 and smaller.
+
+    Args:
+        student: The student's feature, shape ``(N, ..., C)``.
+        teacher: The teacher's feature with D numbers per example, shape ``(N, ...)``.
+        generator: The learned map G from the masked feature to the teacher's.
+        mask: 0 where the student's feature is hidden, else 1; a shape that broadcasts to the feature's. None hides
+            nothing.
+
+    Returns:
+        Sum over the example's numbers, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the generator does not give the teacher's shape.
+
+    Example:
+        >>> values = masked_generative(
+        ...     [[1.0, 2.0, 0.5]], [[4.0, 3.0, 1.0]], generator=lambda f: 3 * f, mask=ops.array([1.0, 0.0, 1.0])
+        ... )
+        >>> float(values[0])
+        10.25
+
+    References:
+        Yang et al. 2022, section 3, arXiv:2205.01529, which weighs the sum with alpha.
+    """
+    student, teacher = prepare(student, teacher)
+    generated = generator(student if mask is None else student * ops.cast(mask, student.dtype))
+    checks.same_shape(generated, teacher, names=("generator(student)", "teacher"), remedy=_REMEDY)
+    return ops.sum(flattened(ops.square(generated - teacher), 1), axis=-1)

@@ -1,0 +1,96 @@
+"""Formulas with learned parts: student first, one value per example, no gradient into the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_distill import checks
+from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.vectors import channels_at, per_example, precise
+
+_REMEDY = "The learned part must give the teacher's channels at the teacher's positions."
+
+
+def variational_information(
+    student: Tensor, teacher: Tensor, *, mean: Callable[[Tensor], Tensor], variance: Tensor
+) -> Tensor:
+    r"""Negative log-likelihood of the teacher's feature under a Gaussian that the student's feature predicts.
+
+    .. math:: \frac{1}{D} \sum_d \frac{1}{2} \left( \frac{(\mu(f^s)_d - f^t_d)^2}{\sigma_{c(d)}^2}
+        + \log \sigma_{c(d)}^2 \right)
+
+    To lower it is to raise a bound of the information that the two features share. What the student cannot predict gets
+    a large variance and costs little. The constant :math:`\frac{1}{2} \log 2 \pi` is left out: values may be negative.
+
+    Args:
+        student: The student's feature, shape ``(N, ..., C_s)`` or ``(N, C_s, H, W)``.
+        teacher: The teacher's feature with D numbers per example, shape ``(N, ..., C)`` or ``(N, C, H, W)``.
+        mean: The learned map from the student's feature to the teacher's shape.
+        variance: The learned variance of each channel of the teacher, greater than 0, shape ``(C,)``.
+
+    Returns:
+        Mean over the example's numbers in nats, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If ``mean`` does not give the teacher's shape, or there is not one variance for each channel.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 2.0]])
+        >>> variational_information(student, teacher, mean=lambda feature: 2 * feature, variance=torch.tensor([1.0, 4]))
+        tensor([1.5966])
+
+    References:
+        Ahn et al. 2019, section 2, arXiv:1904.05835; deviation: the mean instead of the sum over channels and
+        positions, as in published code.
+    """
+    student, teacher = prepare(student, teacher)
+    predicted = precise(mean, student)
+    checks.same_shape(predicted, teacher, names=("mean(student)", "teacher"), remedy=_REMEDY)
+    channels = channels_at(teacher)
+    if variance.shape != (teacher.shape[channels],):
+        expected = f"`variance` to have one value for each of the teacher's {teacher.shape[channels]} channels"
+        raise ValueError(checks.message(expected, f"shape {tuple(variance.shape)}"))
+    variance = variance.view(-1, *[1] * (teacher.ndim - 2)) if channels == 1 else variance
+    return per_example(0.5 * ((predicted - teacher).square() / variance + variance.log()))
+
+
+def masked_generative(
+    student: Tensor, teacher: Tensor, *, generator: Callable[[Tensor], Tensor], mask: Tensor | None = None
+) -> Tensor:
+    r"""Squared error of the teacher's feature as generated from what a mask leaves of the student's.
+
+    .. math:: \sum_d \left( G(m \odot f^s)_d - f^t_d \right)^2
+
+    The student has to carry enough in each part of its feature for the rest to be guessed. The sum makes values large:
+    the published weights are 7e-5 and smaller.
+
+    Args:
+        student: The student's feature, shape ``(N, ..., C)`` or ``(N, C, H, W)``.
+        teacher: The teacher's feature with D numbers per example, shape ``(N, ...)``.
+        generator: The learned map G from the masked feature to the teacher's.
+        mask: 0 where the student's feature is hidden, else 1; a shape that broadcasts to the feature's. None hides
+            nothing.
+
+    Returns:
+        Sum over the example's numbers, shape ``(N,)``.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the generator does not give the teacher's shape.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[4.0, 3.0, 1.0]])
+        >>> masked_generative(student, teacher, generator=lambda f: 3 * f, mask=torch.tensor([1.0, 0.0, 1.0]))
+        tensor([10.2500])
+
+    References:
+        Yang et al. 2022, section 3, arXiv:2205.01529, which weighs the sum with alpha.
+    """
+    student, teacher = prepare(student, teacher)
+    generated = precise(generator, student if mask is None else student * mask)
+    checks.same_shape(generated, teacher, names=("generator(student)", "teacher"), remedy=_REMEDY)
+    return torch.sum((generated - teacher).square().flatten(1), dim=1)

@@ -1,0 +1,126 @@
+"""The launcher's built-in training, on Lightning's Trainer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_distill.adapters import OptimizerCallable
+from lightning_distill.launcher import conf
+from lightning_distill.launcher.batches import call_with, split_batch
+from lightning_distill.launcher.scores import BestStudent
+from lightning_distill.module import DistillModule
+from lightning_distill.outputs import select
+from lightning_distill.taps import Call
+from lightning_distill.terms import DistillationTerm
+
+
+class LauncherModule(DistillModule):
+    """A student in built-in training, of batches ``(inputs, labels)`` or dicts; inputs may be several tensors."""
+
+    validation_step = LightningModule.validation_step  # type: ignore[assignment] # none: epochs are scored instead
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The student's own loss on a batch."""
+        inputs, labels = split_batch(batch)
+        output = call_with(self.student, inputs)
+        loss: Tensor = self.task_loss(select(output, None, "the student's output"), labels)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The user's optimizer, or the configured one."""
+        given: Any = self.optimizer
+        if isinstance(given, torch.optim.Optimizer):
+            return given
+        return super().configure_optimizers()
+
+
+class CriterionTerm(DistillationTerm):
+    """A user's criterion, which makes the total itself from both outputs and the student's own loss.
+
+    Args:
+        criterion: Called with ``(student_output, teacher_output, student_loss)``, gives a scalar.
+        task_loss: The student's own loss where nobody gives it, called with its output and the labels.
+    """
+
+    def __init__(
+        self, criterion: Callable[..., Tensor], task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__(name="criterion")
+        self.criterion, self._task_loss = criterion, task_loss
+        self.needs_labels = task_loss is not None
+        self.student_loss: Tensor | None = None
+
+    def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
+        """The total, a scalar."""
+        loss = self.student_loss
+        if self._task_loss is not None and labels is not None:
+            loss = self._task_loss(student.logits, labels)
+        return self.criterion(student.output, teacher.output, loss)
+
+
+class Scoring(Callback):
+    """A callback that scores the student after its epochs and gives it the best weights at the end.
+
+    Args:
+        best: What keeps them.
+        teacher: The teacher, if there is one.
+    """
+
+    def __init__(self, best: BestStudent, teacher: nn.Module | None) -> None:
+        self.best, self.teacher = best, teacher
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the first step: score teacher and student."""
+        self.best.begin(_student(pl_module), self.teacher)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After each epoch: score the student."""
+        self.best.end_epoch(_student(pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end: restore the best; here, so that a spawned process hands it on."""
+        self.best.restore(_student(pl_module))
+
+
+def _student(pl_module: LightningModule) -> nn.Module:
+    student: nn.Module = pl_module.student  # type: ignore[assignment]
+    return student
+
+
+def optimizer_of(settings: conf.Optimizer | None) -> OptimizerCallable | None:
+    """A function from parameters to the configured optimizer.
+
+    Args:
+        settings: The optimizer's section, if there is one.
+
+    Returns:
+        The function, or None for the default.
+
+    Example:
+        >>> make = optimizer_of(conf.Optimizer(SGD={"learning_rate": 0.5, "momentum": 0.9}))
+        >>> make([nn.Parameter(torch.zeros(1))]).defaults["momentum"]
+        0.9
+    """
+    if settings is None:
+        return None
+    if settings.SGD is not None:
+        values = settings.SGD.model_dump()
+        return functools.partial(torch.optim.SGD, lr=values.pop("learning_rate"), **values)
+    kind, adam = (torch.optim.Adam, settings.Adam) if settings.AdamW is None else (torch.optim.AdamW, settings.AdamW)
+    values = (adam or conf.AdamSettings()).model_dump(exclude_none=True)  # without a weight decay each has its own
+    betas = (values.pop("beta_1"), values.pop("beta_2"))
+    return functools.partial(kind, lr=values.pop("learning_rate"), betas=betas, eps=values.pop("epsilon"), **values)
+
+
+def trainer_of(train: conf.Train) -> Trainer:
+    """The Trainer that a configuration means; the section ``trainer`` goes to it as it is."""
+    usual = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    limits = {"max_epochs": train.end_epoch - train.start_epoch, "limit_train_batches": train.iteration}
+    return Trainer(**{**usual, **limits, **train.trainer})

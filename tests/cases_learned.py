@@ -1,0 +1,60 @@
+"""Rows of ``cases.py`` for the losses with parameters of their own, whose tests fix the parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle_learned as oracle
+from loss_case import LossCase
+from oracle import Array, channel_axis
+
+from lightning_distill import losses
+
+
+def _drawn(shapes: dict[str, tuple[int, ...]], scale: float) -> dict[str, Array]:
+    generator = np.random.default_rng(7)
+    return {name: scale * generator.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def _variational(
+    name: str, student: tuple[int, ...], teacher: tuple[int, ...], kernel: tuple[int, ...] = ()
+) -> LossCase:
+    ours, wide = (shape[channel_axis(np.empty(shape))] for shape in (student, teacher))
+    shapes = {f"mean.{index}.weight": (wide, width, *kernel) for index, width in ((0, ours), (2, wide), (4, wide))}
+    # Variances above 1, so that the loss is positive and what the generic tests say about all losses holds.
+    parameters = {**_drawn(shapes, 0.7), "rho": 2 + _drawn({"rho": (wide,)}, 0.3)["rho"]}
+    settings = {"initial_variance": 2.0}
+    return LossCase(
+        name,
+        losses.VariationalInformationLoss,
+        oracle.variational_information,
+        student,
+        teacher,
+        settings=settings,
+        zero_at_identity=False,
+        parameters=parameters,
+    )
+
+
+def _generative(name: str, shape: tuple[int, ...], mask: str, kernel: tuple[int, ...] = ()) -> LossCase:
+    channels = shape[channel_axis(np.empty(shape))]
+    weights = {f"generator.{index}.weight": (channels, channels, *kernel) for index in (0, 2)}
+    biases = {f"generator.{index}.bias": (channels,) for index in (0, 2)}
+    return LossCase(
+        name,
+        losses.MaskedGenerativeLoss,
+        oracle.masked_generative,
+        shape,
+        settings={"mask_ratio": 0.0, "mask": mask},  # what is drawn has tests of its own
+        zero_at_identity=False,
+        parameters=_drawn({**weights, **biases}, 0.2),
+    )
+
+
+LEARNED_CASES = [
+    _variational("variational_information", (2, 3, 2, 3), (2, 4, 2, 3), (1, 1)),
+    _variational("variational_information_tokens", (2, 4, 3), (2, 4, 2), (1,)),
+    _variational("variational_information_vectors", (3, 4), (3, 5)),
+    _generative("masked_generative", (2, 3, 2, 3), "spatial", (3, 3)),
+    _generative("masked_generative_tokens", (2, 4, 3), "spatial", (3,)),
+    _generative("masked_generative_vectors", (3, 4), "channel"),
+]
