@@ -41,6 +41,7 @@ Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attent
 """
 
 import importlib.util
+from typing import Any
 
 if importlib.util.find_spec("keras") is None:
     raise ModuleNotFoundError('keras_distill needs Keras: pip install "lightning-distill[keras]".', name="keras")
@@ -102,6 +103,8 @@ __all__ = [
     "DecoupledKDLoss",
     "DistillModel",
     "DistillTargets",
+    "Distillation",
+    "DistillationConf",
     "DistillationLoss",
     "DistillationScheduler",
     "DistillationTerm",
@@ -110,6 +113,8 @@ __all__ = [
     "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
+    "IntermediateLayersKnowledgeDistillationLoss",
+    "KnowledgeDistillationLoss",
     "LogitMSELoss",
     "LogitsDistillation",
     "MaskedGenerativeLoss",
@@ -137,3 +142,12 @@ __all__ = [
     "metrics",
     "schedules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The launcher's names, imported when they are first asked for: it alone needs pydantic and PyYAML."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from keras_distill import launcher
+
+    return getattr(launcher, name)

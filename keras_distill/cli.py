@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else 0
-    return _demo(arguments)
+    return _demo(arguments) if arguments.command == "demo" else _validate_config(arguments.file)
 
 
 def _parser() -> _Parser:
@@ -56,6 +57,13 @@ def _parser() -> _Parser:
     )
     demo.add_argument("--seeds", type=_count, metavar="N", help="number of seeds for each student, 1 or more (3)")
     demo.add_argument("--quick", action="store_true", help="one seed and two epochs: shows that it runs, not more")
+    validate = commands.add_parser(
+        "validate-config",
+        help="check a YAML file of the launcher",
+        description="Check a YAML file of keras_distill.Distillation without training: exit code 0 and one line if it"
+        " is right, 2 and a line for each wrong value, with its path within the file, if not.",
+    )
+    validate.add_argument("file", type=Path, metavar="FILE", help="the YAML file")
     return parser
 
 
@@ -83,6 +91,33 @@ def _demo(arguments: argparse.Namespace) -> int:
         run(arguments.output, seeds=arguments.seeds, quick=arguments.quick)
     except OSError as error:
         return _fail(f"cannot write to {arguments.output}: {error.strerror or error}")
+    return 0
+
+
+def _validate_config(file: Path) -> int:
+    try:
+        from keras_distill.launcher.conf import DistillationConf
+        from keras_distill.launcher.criteria import criterion_of
+    except ModuleNotFoundError as error:
+        if error.name not in ("pydantic", "yaml"):
+            raise
+        sys.stderr.write(
+            f"keras-distill validate-config: needs {error.name}. Install it with: pip install pydantic pyyaml\n"
+        )
+        return 1
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            criterion_of(DistillationConf(file).distillation.train.criterion)
+    except (OSError, UnicodeDecodeError) as error:
+        sys.stderr.write(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}\n")
+        return 2
+    except ValueError as error:
+        lines = str(error).splitlines()
+        sys.stderr.writelines(f"{line if line.startswith(str(file)) else f'{file}: {line}'}\n" for line in lines)
+        return 2
+    sys.stderr.writelines(f"{file}: {one.message}\n" for one in warned)
+    sys.stdout.write(f"{file}: OK\n")
     return 0
 
 

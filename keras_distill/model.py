@@ -373,8 +373,10 @@ class DistillModel(keras.Model):
 
     def _task_loss(self, x: Any, labels: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
         """The compiled loss without the regularisers, which must not be multiplied by the task's weight."""
+        # a copy: on torch Keras multiplies the weights by the mask in place, and the terms want them as they came
+        weights = keras.tree.map_structure(lambda one: None if one is None else ops.copy(one), sample_weight)
         with in_step(Step(self, task_alone=True)):
-            return super().compute_loss(x, labels, y_pred, sample_weight, training=training)
+            return super().compute_loss(x, labels, y_pred, weights, training=training)
 
     def _regularizers(self) -> Any:
         losses = [ops.sum(ops.cast(loss, keras.config.floatx())) for loss in self.losses]

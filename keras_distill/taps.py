@@ -187,9 +187,20 @@ class Recorder:
         Returns:
             The output and the features.
         """
+        return self.watch(lambda: self.model(inputs, training=training))
+
+    def watch(self, run: Callable[[], Any]) -> Call:
+        """The features at the taps in one forward pass that someone else makes.
+
+        Args:
+            run: Makes it, and gives the model's output.
+
+        Returns:
+            The output and the features.
+        """
         seen: dict[tuple[int, str], list[Any]] = {(id(layer), key[1]): [] for key, layer in self._layers.items()}
         with _reports(list({id(layer): layer for layer in self._layers.values()}.values()), seen):
-            output = self.model(inputs, training=training)
+            output = run()
         runs: dict[Place, list[Any]] = {key: seen[id(layer), key[1]] for key, layer in self._layers.items()}
         return Call(output, runs, who=self.who)
 

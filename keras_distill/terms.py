@@ -374,7 +374,8 @@ def as_terms(terms: DistillationTerm | Sequence[DistillationTerm] | None) -> lis
         >>> [term.name for term in as_terms(None)]
         ['logits']
     """
-    found = [LogitsDistillation()] if terms is None else [terms] if isinstance(terms, DistillationTerm) else [*terms]
+    several: Any = [LogitsDistillation()] if terms is None else terms
+    found = [*several] if isinstance(several, (list, tuple)) else [several]
     if not found:
         raise ValueError(checks.message("`terms` to hold at least one term", "terms=[]", "Pass None for logits alone."))
     for index, term in enumerate(found):

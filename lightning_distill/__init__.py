@@ -43,6 +43,7 @@ Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attent
 from typing import TYPE_CHECKING, Any
 
 from lightning_distill import functional, losses, metrics, schedules
+from lightning_distill.cache import CacheError, TeacherCache
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
 from lightning_distill.losses import (
@@ -101,6 +102,7 @@ __all__ = [
     "AttentionTransferLoss",
     "BinarySoftTargetLoss",
     "CKALoss",
+    "CacheError",
     "Call",
     "ChannelWiseLoss",
     "CorrelationCongruenceLoss",
@@ -139,6 +141,7 @@ __all__ = [
     "SoftTargetLoss",
     "Tap",
     "TeacherAgreement",
+    "TeacherCache",
     "TeacherDivergence",
     "TotalVariationLoss",
     "VariationalInformationLoss",

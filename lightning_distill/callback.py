@@ -20,6 +20,9 @@ from torch.optim import Optimizer
 
 from lightning_distill import checks
 from lightning_distill.adapters import OptimizerCallable, bare
+from lightning_distill.cache import TeacherCache
+from lightning_distill.cache.teacher import CachedTeacher
+from lightning_distill.cache.training import LoaderPatch, watch_batches
 from lightning_distill.distiller import Distiller, as_terms
 from lightning_distill.metrics import TeacherAgreement
 from lightning_distill.module_distiller import ModuleDistiller
@@ -47,9 +50,9 @@ class DistillCallback(Callback):
     would make a folder.
 
     Args:
-        teacher: The network to match, called with what the student is called with; or several, over which the terms
-            are averaged; ``None`` where no term needs one. It is frozen while the Trainer runs, then given back as it
-            was.
+        teacher: The network to match, called with what the student is called with; several, over which the terms are
+            averaged; a :class:`TeacherCache` of its outputs; or ``None`` where no term needs one. A network is frozen
+            while the Trainer runs, then given back as it was.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself where its forward is
             called in the step, else the one child that is called and has the tapped layers.
@@ -85,7 +88,7 @@ class DistillCallback(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | Sequence[nn.Module] | None,
+        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         student: str | None = None,
@@ -110,7 +113,7 @@ class DistillCallback(Callback):
         self.distiller: ModuleDistiller | None = None
         self._state: dict[str, Any] = {}  # what was loaded, or what an earlier process or object has learned
         self._mailbox = _mailbox()
-        self._patches: list[Patch] = []
+        self._patches: list[Patch | LoaderPatch] = []
         self._agreement: dict[int, TeacherAgreement] = {}
         self._batch: Any = None
         self._explicit = self._takes_iterator = False
@@ -190,7 +193,15 @@ class DistillCallback(Callback):
                 Patch(pl_module, "training_step", self._training_step),
                 Patch(pl_module, "on_before_optimizer_step", self._before_optimizer_step),
             ]
-        if self.validate and _overrides(pl_module, "validation_step"):
+            if isinstance(self.teacher, CachedTeacher):
+                if self._takes_iterator:
+                    raise MisconfigurationException(
+                        "Expected `training_step` to take a batch where the teacher is a cache, but it takes"
+                        " `dataloader_iter`. Take the batch."
+                    )
+                self._patches += watch_batches(trainer, self.teacher)
+        cached = isinstance(self.teacher, CachedTeacher)  # it has not seen the validation data
+        if self.validate and not cached and _overrides(pl_module, "validation_step"):
             self._patches.append(Patch(pl_module, "validation_step", self._validation_step))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

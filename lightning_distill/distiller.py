@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_distill import checks
 from lightning_distill.adapter_trainer import AdapterTrainer
+from lightning_distill.cache import TeacherCache
+from lightning_distill.cache.teacher import CachedTeacher
 from lightning_distill.labels import find_labels
 from lightning_distill.outputs import first_tensor, select
 from lightning_distill.schedules import Progress, Schedule, Scheduler, first_value
@@ -68,7 +70,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Sequence[nn.Module] | None,
+        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
         terms: Terms = None,
         *,
         task_weight: float | Schedule = 1.0,
@@ -85,7 +87,8 @@ class Distiller:
         self._several = isinstance(self.teacher, TeacherEnsemble)
         self._recorder: Recorder | StudentFinder | None = None
         taps = [tap for term in self.terms for tap in term.teacher_taps]
-        teachers = list(self.teacher.children()) if self._several else [self.teacher]
+        cached = isinstance(self.teacher, CachedTeacher)
+        teachers = list(self.teacher.children()) if self._several else [] if cached else [self.teacher]
         self._teachers = [Recorder(one, taps, "teacher") for one in teachers] if taps else []
         self.adapters = AdapterTrainer(self.terms)
         self.scheduler = Scheduler(self.terms, self)
@@ -218,6 +221,9 @@ class Distiller:
         """
         first = first_tensor(call.args, call.kwargs, call.output)
         device, self.batch_size = first.device, len(first) if first.ndim else 1
+        if isinstance(self.teacher, CachedTeacher):
+            call.read_logits = self.logits
+            return [self.teacher.answer(self.batch_size, device, self.logits)]
         self.frozen.freeze(device)
         self.frozen.still()
         call.read_logits, shown = self.logits, call
@@ -245,7 +251,7 @@ class Distiller:
         """
         try:
             pairs = []
-            alone = isinstance(self.teacher, NoTeacher)
+            alone = isinstance(self.teacher, (NoTeacher, CachedTeacher))
             for call in self._recorder.calls if self._recorder and not alone else []:
                 theirs = [answer.logits for answer in self.answers(call)]
                 if self._several:
@@ -336,6 +342,9 @@ class Distiller:
                 f"Expected `teacher` to be a module, since term {lacking!r} reads it, but got teacher=None. Pass the"
                 " teacher, or terms of SelfDistillation alone."
             )
+        if isinstance(self.teacher, CachedTeacher):
+            reads_logits = any(isinstance(term, LogitsDistillation) for term in self.terms)
+            self.teacher.check([tap for term in self.terms for tap in term.teacher_taps], reads_logits)
         for side, recorders in (("student", [self._watch()]), ("teacher", self._teachers)):
             taps = [
                 (f"terms[{index}].{side}_layer", tap)

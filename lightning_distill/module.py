@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill.adapters import OptimizerCallable
+from lightning_distill.cache import TeacherCache
 from lightning_distill.callback import DistillCallback
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms import DistillationTerm
@@ -51,7 +52,7 @@ class DistillModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | Sequence[nn.Module] | None,
+        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -83,7 +83,7 @@ class NoTeacher(nn.Module):
         """Nothing."""
 
 
-def as_teacher(teacher: nn.Module | Sequence[nn.Module] | None) -> nn.Module:
+def as_teacher(teacher: Any) -> nn.Module:
     """The teacher, or several as one module; for None one that gives nothing.
 
     Raises:
@@ -94,7 +94,10 @@ def as_teacher(teacher: nn.Module | Sequence[nn.Module] | None) -> nn.Module:
         return NoTeacher()
     if isinstance(teacher, nn.Module):
         return teacher
-    several: Any = teacher
+    several = teacher
+    if hasattr(several, "as_teacher"):  # a cache
+        stand_in: nn.Module = several.as_teacher()
+        return stand_in
     if not isinstance(several, (list, tuple)):
         raise TypeError(
             f"Expected `teacher` to be a module or a sequence of modules, but got teacher={teacher!r}."

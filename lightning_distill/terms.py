@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_distill import checks
 from lightning_distill.adapters import AdapterFactory, make_adapter
+from lightning_distill.functional.top_k import TopK, merge_classes
 from lightning_distill.losses import DistillationLoss, FeatureDistance, SoftTargetLoss
 from lightning_distill.schedules import Schedule, first_value
 from lightning_distill.taps import Call, Tap
@@ -131,7 +132,18 @@ class LogitsDistillation(DistillationTerm):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
-        return _scalar(self.loss, student.logits, teacher.logits, labels, self.needs_labels)
+        top_k: TopK | None = getattr(teacher, "top_k", None)
+        if top_k is None:
+            return _scalar(self.loss, student.logits, teacher.logits, labels, self.needs_labels)
+        own = getattr(self.loss, "merges_classes", False) and not getattr(self.loss, "standardize", False)
+        if not own or self.class_dim not in (-1, student.logits.ndim - 1):
+            raise ValueError(
+                f"Expected a cache of full outputs for {self.loss}, but it holds the likeliest"
+                f" {top_k.indices.shape[-1]} classes alone. Build it without top_k, or use a divergence such as"
+                " SoftTargetLoss."
+            )
+        merged = merge_classes(student.logits, top_k, getattr(self.loss, "temperature", 1.0))
+        return _scalar(self.loss, *merged, labels, False)
 
 
 class FeatureDistillation(DistillationTerm):

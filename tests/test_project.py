@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lightning_distill", "keras_distill")
-PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+PRODUCT = sorted(path for package in ("distill_core", *PACKAGES) for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 OPTIONAL = ("jsonargparse", "matplotlib", "sklearn", "pytorch_lightning")
 # What each package must do without, the other package included.
@@ -115,6 +115,13 @@ def test_package_works_where_what_the_other_stands_on_is_absent(package: str) ->
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) > 0
+
+
+def test_what_both_share_needs_numpy_alone() -> None:
+    absent = (*ABSENT["lightning_distill"], *ABSENT["keras_distill"], "pydantic", "yaml")
+    code = f"{BLOCK.format(absent)}\nimport distill_core.codecs, distill_core.store"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_import_of_the_package_imports_no_optional_dependency() -> None:

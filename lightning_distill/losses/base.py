@@ -15,12 +15,14 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Five attributes tell a term what to hand over:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Six attributes tell a term what to hand over:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
     - ``positions_must_match``: the two features need the same positions; a term resizes the teacher's map.
     - ``several_layers``: the two arguments are lists of features, one for each layer.
+    - ``merges_classes``: it is a divergence between the distributions of a row, also where classes of the row are
+      merged, so that a cache of the likeliest classes is enough.
     - ``learned``: :meth:`build` makes parameters. A FeatureDistillation builds a copy of the loss for each pair of
       layers, and treats it as it does adapters.
 
@@ -38,6 +40,7 @@ class DistillationLoss(nn.Module):
     positions_must_match: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
+    merges_classes: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

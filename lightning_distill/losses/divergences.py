@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from lightning_distill import checks
@@ -43,6 +45,8 @@ class ReverseKLLoss(DistillationLoss):
     References:
         Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()
@@ -89,6 +93,8 @@ class GeneralizedJSDLoss(DistillationLoss):
     References:
         Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(self, beta: float = 0.5, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()
@@ -140,6 +146,8 @@ class SkewKLLoss(DistillationLoss):
         Ko et al. 2024 (DistiLLM), equation 4 and section 3.1, arXiv:2402.03898, which recommends 0.1.
     """
 
+    merges_classes: ClassVar[bool] = True
+
     def __init__(self, skew: float = 0.1, *, reverse: bool = False, class_dim: int = -1) -> None:
         super().__init__()
         checks.fraction("skew", skew)
@@ -186,6 +194,8 @@ class TotalVariationLoss(DistillationLoss):
     References:
         Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from lightning_distill import checks
@@ -38,6 +40,8 @@ class SoftTargetLoss(DistillationLoss):
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, arXiv:2403.01427.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(self, temperature: float | Schedule = 4.0, *, standardize: bool = False, class_dim: int = -1) -> None:
         super().__init__()
@@ -90,6 +94,8 @@ class SoftCrossEntropyLoss(DistillationLoss):
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()

@@ -1,0 +1,197 @@
+"""Teacher outputs on disk: the teacher runs once, and every later training costs what the student costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill_core.store import CacheError, Manifest, Reader
+from lightning_distill.cache.builder import Builder, Forward, build, teacher_fingerprint
+from lightning_distill.cache.data import AttachedDataset, IndexedBatch, check_data
+from lightning_distill.cache.teacher import CachedTeacher
+from lightning_distill.taps import Tap
+
+__all__ = ["AttachedDataset", "CacheError", "IndexedBatch", "TeacherCache"]
+
+
+class TeacherCache:
+    """What a teacher gave for every item of some data, in a folder; it takes the teacher's place.
+
+    Build it once with :meth:`build`, open it with :meth:`open`, and pass it as ``DistillCallback(teacher=cache)``: the
+    module, its batches and its data loaders stay as they are. The folder is a JSON manifest and NumPy files, described
+    in :mod:`distill_core.store`; ``keras_distill.TeacherCache`` reads the same.
+
+    Args:
+        reader: Reads the folder.
+
+    Attributes:
+        manifest: What it holds.
+
+    Example:
+        >>> import tempfile
+        >>> teacher, data = nn.Linear(4, 3), torch.utils.data.TensorDataset(torch.randn(6, 4), torch.arange(6) % 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache = TeacherCache.build(teacher, data, folder, dtype="float32", progress=False)
+        ...     row = cache.read([4])["output"]
+        >>> bool(torch.allclose(torch.from_numpy(row), teacher(data[4][0])))
+        True
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache holds."""
+        return self.reader.manifest
+
+    @classmethod
+    def build(
+        cls,
+        teacher: nn.Module,
+        dataset: Any,
+        path: str | PathLike[str],
+        *,
+        layers: Sequence[str | Tap] = (),
+        outputs: bool = True,
+        top_k: int | None = None,
+        dtype: str = "float16",
+        views: int = 1,
+        transform_seed: int | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        progress: bool = True,
+        resume: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        forward: Forward | None = None,
+        device: torch.device | str | None = None,
+        allow_stale_augmentation: bool = False,
+        shard_bytes: int = 64 * 2**20,
+    ) -> TeacherCache:
+        """Run the teacher over the data once and keep what it gives.
+
+        A build that was stopped goes on where it was: only whole shards count. Under ``torch.distributed`` the
+        processes share the work.
+
+        Args:
+            teacher: The teacher; it runs in eval mode and is given back as it was.
+            dataset: The data, map-style, with a length.
+            path: The folder.
+            layers: Layers whose features are kept.
+            outputs: Whether the outputs are kept.
+            top_k: How many of the likeliest classes are kept of each output; None keeps all numbers.
+            dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; with ``top_k`` ``"float16"`` or ``"uint8"``, 8 bits
+                linear in the log-probability.
+            views: How many augmented views of each item the teacher is shown; epochs cycle through them.
+            transform_seed: Makes random transforms repeatable: the student is shown what the teacher was.
+            batch_size: Items that the teacher is shown at a time.
+            num_workers: Worker processes that load data.
+            progress: Whether to print the size beforehand and show a progress bar.
+            resume: Whether a folder that was begun, or is whole, is taken up.
+            collate_fn: Makes a batch of items; None is torch's own.
+            forward: Called with the teacher and a batch, gives its output; None calls it with the batch's inputs.
+            device: Where the teacher runs; None leaves it where it is.
+            allow_stale_augmentation: Accept items that change between reads: the student is then shown others than the
+                teacher was.
+            shard_bytes: About how large a shard is; one is held in memory while it is built.
+
+        Returns:
+            The cache, opened.
+
+        Raises:
+            CacheError: If items change between reads, the folder holds something else, or another process builds there.
+            OSError: If the disk is full; resuming completes the folder.
+        """
+        builder = Builder(
+            teacher,
+            dataset,
+            layers=layers,
+            outputs=outputs,
+            top_k=top_k,
+            dtype=dtype,
+            views=views,
+            transform_seed=transform_seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            forward=forward,
+            device=device,
+            allow_stale_augmentation=allow_stale_augmentation,
+            shard_bytes=shard_bytes,
+        )
+        try:
+            build(builder, Path(path), resume=resume, progress=progress)
+        finally:
+            builder.close()
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | PathLike[str], *, teacher: nn.Module | None = None, dataset: Any = None) -> TeacherCache:
+        """A cache that was built before.
+
+        Args:
+            path: The folder.
+            teacher: The teacher that it must come from; None does not ask.
+            dataset: The data that it must come from; None does not ask.
+
+        Returns:
+            The cache.
+
+        Raises:
+            CacheError: If it is not whole, or comes from another teacher or other data.
+        """
+        cache = cls(Reader(Path(path)))
+        if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
+            raise CacheError(
+                f"Expected {path} to be of this teacher, but it was built with another"
+                f" {cache.manifest.teacher['class']}. Build it anew."
+            )
+        if dataset is not None:
+            check_data(dataset, cache.manifest)
+        return cache
+
+    def as_teacher(self) -> CachedTeacher:
+        """A module that stands in for the teacher."""
+        return CachedTeacher(self.reader)
+
+    def attach(self, dataset: Any) -> AttachedDataset:
+        """The data with the row of each item, for a loop of your own; the callback does this by itself.
+
+        Args:
+            dataset: The data that the cache was built from, or a Subset of them.
+
+        Returns:
+            A data set of ``(item, row)``, whose item ``view * len(dataset) + index`` is augmented for that view.
+
+        Raises:
+            CacheError: If the data are others.
+        """
+        check_data(dataset, self.manifest)
+        return AttachedDataset(dataset, self.manifest.length, self.manifest.data["transform_seed"])
+
+    def read(self, rows: Any) -> dict[str, Any]:
+        """What is held for some rows.
+
+        Args:
+            rows: Row numbers, ``view * length + index``.
+
+        Returns:
+            ``"output"`` and ``"feature0"``...: arrays, or for ``top_k`` classes, log-probabilities and tail.
+
+        Raises:
+            CacheError: If a file is missing or altered.
+        """
+        return self.reader.read(rows)
+
+    def verify(self) -> None:
+        """Check every file against its checksum.
+
+        Raises:
+            CacheError: With the name of the first that differs.
+        """
+        self.reader.verify()

@@ -1,0 +1,272 @@
+"""Running a teacher once over the data and keeping what it gave."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from distill_core.codecs import Array
+from distill_core.store import CacheError, Manifest, Writer, fingerprint
+from lightning_distill.cache.data import (
+    AttachedDataset,
+    IndexedBatch,
+    IndexedCollate,
+    changes_between_reads,
+    data_fingerprint,
+)
+from lightning_distill.labels import LABEL_NAMES
+from lightning_distill.outputs import map_tensors, select
+from lightning_distill.taps import Call, Recorder, Recording, Tap
+from lightning_distill.teacher import FrozenTeacher
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class Builder:
+    """One build of a cache: what is asked for, and the manifest that follows from it.
+
+    Args:
+        teacher: The teacher.
+        dataset: The data, map-style.
+        layers: Layers whose features are kept.
+        outputs: Whether the outputs are kept.
+        top_k: How many classes of each output are kept; None keeps all.
+        dtype: Precision of what is stored.
+        views: How many augmented views of each item are shown to the teacher.
+        transform_seed: What the views are seeded with.
+        batch_size: Items in a batch.
+        num_workers: Worker processes that load data.
+        collate_fn: Makes a batch of items; None is torch's own.
+        forward: Calls the teacher with a batch; None calls it with the batch's inputs.
+        device: Where the teacher runs; None leaves it where it is.
+        allow_stale_augmentation: Whether items that change between reads are accepted as they come.
+        shard_bytes: About how large a shard is.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        dataset: Any,
+        *,
+        layers: Sequence[str | Tap],
+        outputs: bool,
+        top_k: int | None,
+        dtype: str,
+        views: int,
+        transform_seed: int | None,
+        batch_size: int,
+        num_workers: int,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        forward: Forward | None,
+        device: torch.device | str | None,
+        allow_stale_augmentation: bool,
+        shard_bytes: int,
+    ) -> None:
+        self.teacher, self.forward = teacher, forward or call_teacher
+        self.taps = [Tap.of(layer) for layer in layers]
+        self.outputs, self.batch_size = outputs, batch_size
+        self.attached = AttachedDataset(dataset, len(dataset), transform_seed)
+        self._workers = num_workers
+        self._collate = IndexedCollate(collate_fn or torch.utils.data.default_collate)
+        stale = changes_between_reads(dataset, transform_seed)
+        if stale and not allow_stale_augmentation:
+            raise CacheError(
+                "Expected the data to give the same items whenever they are read, but some change: the student would"
+                " not be shown what the teacher was. Pass transform_seed=0, which makes the augmentation of each item"
+                " repeatable, and views=... for several of them, or allow_stale_augmentation=True."
+            )
+        if views > 1 and transform_seed is None:
+            raise CacheError(f"Expected `transform_seed` to be given with views={views}, but got None. Pass a number.")
+        self.frozen = FrozenTeacher(teacher)
+        if not outputs and not self.taps:
+            raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
+        self.recorder = Recorder(teacher, self.taps, "teacher")
+        self.recorder.check((f"layers[{index}]", tap) for index, tap in enumerate(self.taps))
+        self.frozen.freeze(None if device is None else torch.device(device))
+        try:
+            self.manifest = self._described(views, top_k, dtype, stale, shard_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the teacher back as it was."""
+        self.recorder.detach()
+        self.frozen.release()
+
+    def shards(self, wanted: Sequence[int], progress: Progress | None = None) -> Iterator[tuple[int, dict[str, Array]]]:
+        """The contents of shards, one after the other.
+
+        Args:
+            wanted: Their numbers.
+            progress: Where to show how far it is.
+
+        Yields:
+            Number and rows of each.
+        """
+        batches = [batch for shard in wanted for batch in self._batches(shard)]
+        task = None if progress is None else progress.add_task("teacher", total=sum(map(len, batches)))
+        loaded = iter(self._loader(batches, self._workers))
+        for shard in wanted:
+            parts: list[dict[str, Array]] = []
+            for batch in self._batches(shard):
+                parts.append(self._rows(next(loaded)))
+                if progress is not None and task is not None:
+                    progress.advance(task, len(batch))
+            yield shard, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _batches(self, shard: int) -> list[list[int]]:
+        # the same batches whenever the shard is built: other batches would round otherwise
+        rows = self.manifest.shard_range(shard)
+        return [list(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
+
+    def _loader(self, batches: list[list[int]], workers: int) -> DataLoader[Any]:
+        return DataLoader(self.attached, batch_sampler=batches, num_workers=workers, collate_fn=self._collate)
+
+    def _described(self, views: int, top_k: int | None, dtype: str, stale: bool, shard_bytes: int) -> Manifest:
+        """The manifest, with the shapes that a first batch shows."""
+        codes = list(range(min(self.batch_size, len(self.attached))))
+        first = self._rows(next(iter(self._loader([codes], 0))))
+        arrays: dict[str, dict[str, Any]] = {}
+        for name, rows in first.items():
+            shape = list(rows.shape[1:])
+            if name == "output" and top_k is not None:
+                arrays[name] = {"shape": shape, "dtype": dtype, "top_k": top_k}
+            else:
+                arrays[name] = {"shape": shape, "dtype": "float16" if dtype == "uint8" else dtype}
+        seed = self.attached.transform_seed
+        whole = self.attached.dataset
+        manifest = Manifest(
+            length=len(whole),
+            views=views,
+            shard_rows=self.batch_size,
+            arrays=arrays,
+            layers={f"feature{index}": f"{tap.layer}|{tap.where}" for index, tap in enumerate(self.taps)},
+            teacher={"class": type(self.teacher).__qualname__, "fingerprint": teacher_fingerprint(self.teacher)},
+            data={"fingerprint": data_fingerprint(whole, seed, stale), "transform_seed": seed, "stale": stale},
+            versions={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+        )
+        if dtype == "uint8" and top_k is None:
+            raise CacheError("Expected `dtype` to be float16, bfloat16 or float32 without top_k, but got 'uint8'.")
+        row = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
+        batches = max(1, shard_bytes // (row * self.batch_size))
+        return Manifest(**{**vars(manifest), "shard_rows": batches * self.batch_size})
+
+    def _rows(self, indexed: IndexedBatch) -> dict[str, Array]:
+        """What the teacher gives for a batch."""
+        device = next((parameter.device for parameter in self.teacher.parameters()), torch.device("cpu"))
+        batch = map_tensors(indexed.batch, lambda tensor: tensor.to(device))
+        with torch.no_grad(), Recording([self.recorder]):
+            output = self.forward(self.teacher, batch)
+        call = self.recorder.calls[-1] if self.recorder.calls else Call((), {}, who="teacher")
+        call.output = output
+        kept = {f"feature{index}": call.feature(tap) for index, tap in enumerate(self.taps)}
+        if self.outputs:
+            kept["output"] = select(output, None, "the teacher's output")
+        self.recorder.clear()
+        for name, tensor in kept.items():
+            if tensor.ndim == 0 or len(tensor) != len(indexed.rows):
+                raise CacheError(
+                    f"Expected {name!r} to have one entry for each of the {len(indexed.rows)} items of a batch, but got"
+                    f" shape {tuple(tensor.shape)}. Pass forward=... to call the teacher otherwise."
+                )
+        return {name: tensor.detach().float().cpu().numpy() for name, tensor in kept.items()}
+
+
+def build(builder: Builder, folder: Path, *, resume: bool, progress: bool) -> None:
+    """Write the cache.
+
+    Args:
+        builder: What it holds.
+        folder: Where to.
+        resume: Whether one that was begun is completed.
+        progress: Whether to say how large it will be, and show how far it is.
+
+    Raises:
+        CacheError: If another process builds there, or something else is there.
+        OSError: If the disk is full; what is whole stays, and resuming completes it.
+    """
+    # imported late: it takes as long as all of this package
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    rank, world = _rank()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        if rank == 0:
+            lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise CacheError(f"Expected {folder} to be free, but another process is building there. Wait for it.") from None
+    try:
+        if rank == 0:
+            Writer(folder, builder.manifest, resume)  # its checks, and the file that says what is being built
+        _barrier()
+        writer = Writer(folder, builder.manifest, resume=True)
+        missing = writer.missing
+        console = Console(quiet=not (progress and rank == 0))
+        size = f"{builder.manifest.rows:,} rows, {builder.manifest.bytes / 2**20:,.1f} MiB"
+        console.print(f"{size} in {builder.manifest.shards} shards; {len(missing)} to build")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, disable=console.quiet) as bar:
+            for shard, values in builder.shards(missing[rank::world], bar):
+                writer.write(shard, values)
+        _barrier()
+        if rank == 0:
+            writer.finish()
+        _barrier()
+    finally:
+        if lock.is_locked:
+            (folder / ".lock").unlink(missing_ok=True)
+            lock.release()
+
+
+def call_teacher(teacher: nn.Module, batch: Any) -> Any:
+    """The teacher's output for a batch: a dict without its labels as keywords, else the first of several, else all."""
+    if isinstance(batch, dict):
+        return teacher(**{key: value for key, value in batch.items() if key not in LABEL_NAMES})
+    inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+    return teacher(*inputs) if isinstance(inputs, (list, tuple)) else teacher(inputs)
+
+
+def teacher_fingerprint(teacher: nn.Module) -> str:
+    """A digest of a teacher's class, parameters and buffers.
+
+    Args:
+        teacher: The teacher.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+
+    def parts() -> Iterator[Any]:
+        yield type(teacher).__qualname__
+        for name, value in teacher.state_dict().items():
+            yield name
+            if isinstance(value, Tensor):
+                plain = value.detach().cpu().contiguous()
+                yield (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
+
+    return fingerprint(parts())
+
+
+def _rank() -> tuple[int, int]:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+
+
+def _barrier() -> None:
+    if _rank()[1] > 1:
+        torch.distributed.barrier()

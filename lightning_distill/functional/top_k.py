@@ -1,0 +1,69 @@
+"""Distributions of which only the likeliest classes are known."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TopK(NamedTuple):
+    """The k likeliest classes of each row.
+
+    Attributes:
+        indices: Their indices, int64, shape ``(..., k)``.
+        logs: Their log-probabilities in nats, shape ``(..., k)``.
+        tail: The log-probability of all other classes together, shape ``(..., 1)``.
+        classes: Number of all classes.
+    """
+
+    indices: Tensor
+    logs: Tensor
+    tail: Tensor
+    classes: int
+
+
+def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> tuple[Tensor, Tensor]:
+    r"""Logits over k + 1 outcomes: the teacher's k likeliest classes, and all others together.
+
+    .. math:: z_i = T \log p_i, \quad i \le k; \qquad z_{k+1} = T \log \Big( 1 - \sum_{i \le k} p_i \Big),
+        \qquad p = \mathrm{softmax}(z / T)
+
+    Any divergence of the two results at that temperature is the one between the merged distributions. Of the teacher's
+    other classes only the sum is known: softened, each is taken to be equally likely.
+
+    Args:
+        student_logits: Logits of the student, shape ``(..., C)``.
+        teacher: The teacher's likeliest classes for the same rows.
+        temperature: Softening at which the divergence will be taken, greater than 0.
+
+    Returns:
+        The student's and the teacher's logits, both ``(..., k + 1)``.
+
+    Raises:
+        ValueError: If the numbers of classes or the rows differ.
+
+    Example:
+        >>> teacher = TopK(torch.tensor([[2]]), torch.tensor([[0.5]]).log(), torch.tensor([[0.5]]).log(), classes=3)
+        >>> student, _ = merge_classes(torch.tensor([[0.1, 0.3, 0.6]]).log(), teacher, temperature=1.0)
+        >>> student.exp()
+        tensor([[0.6000, 0.4000]])
+    """
+    rows = teacher.indices.shape[:-1]
+    if student_logits.shape != (*rows, teacher.classes):
+        raise ValueError(
+            f"Expected `student_logits` to have the teacher's shape {(*rows, teacher.classes)}, but got"
+            f" {tuple(student_logits.shape)}. The cache is of another teacher, or of other data."
+        )
+    scaled = (
+        student_logits.float() / temperature if student_logits.dtype != torch.float64 else student_logits / temperature
+    )
+    total = scaled.logsumexp(-1, keepdim=True)
+    # over the others themselves: 1 minus the sum of the k would lose all digits where the student is sure
+    others = scaled.scatter(-1, teacher.indices, -math.inf).logsumexp(-1, keepdim=True)
+    student = torch.cat([scaled.gather(-1, teacher.indices), others], -1) - total
+    number = math.log(teacher.classes - teacher.indices.shape[-1])
+    theirs = torch.cat([teacher.logs / temperature, (teacher.tail - number) / temperature + number], -1)
+    return temperature * student, temperature * theirs.log_softmax(-1)

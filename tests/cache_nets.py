@@ -1,0 +1,86 @@
+"""Data, networks and a LightningModule for the tests of the cache."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_distill import DistillCallback
+
+ITEMS = 40
+
+
+def network(width: int, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def table(items: int = ITEMS, seed: int = 1) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(items, 6, generator=generator), torch.arange(items) % 10)
+
+
+class Augmented(Dataset[Any]):
+    """Items with noise from all three random states; images would be cropped and flipped like that."""
+
+    def __len__(self) -> int:
+        return ITEMS
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x = torch.randn(6, generator=torch.Generator().manual_seed(index))
+        noise = torch.rand(1) + float(np.random.rand()) + random.random()
+        return (x if random.random() < 0.5 else x.flip(0)) + noise, index % 10
+
+
+class Module(LightningModule):
+    """A user's module, which knows nothing of a cache and notes what its code sees."""
+
+    def __init__(self, data: Any, batch_size: int = 8, shuffle: bool = True, **loading: Any) -> None:
+        super().__init__()
+        self.model, self.data = network(8, seed=3), data
+        self.loading = {"batch_size": batch_size, "shuffle": shuffle, **loading}
+        self.batches: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.batches.append(batch)
+        return nn.functional.cross_entropy(self.model(x), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", nn.functional.cross_entropy(self.model(x), y))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        torch.manual_seed(5)
+        return DataLoader(self.data, **self.loading)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(table(), batch_size=8)
+
+
+def trained(module: Module, teacher: Any, terms: Any, epochs: int = 2, **settings: Any) -> Module:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(
+        max_epochs=epochs, callbacks=[DistillCallback(teacher, terms)], accelerator="cpu", **quiet, **settings
+    )
+    trainer.fit(module)
+    return module
+
+
+def difference(first: nn.Module, second: nn.Module) -> float:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return max(float((one - other).detach().abs().max()) for one, other in pairs)
