@@ -1,0 +1,55 @@
+"""The relation and kernel losses that the benchmarks measure, each with shapes for both halves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Shape = tuple[int, ...]
+MAPS, TOKENS, SCORES, LOGITS = (256, 512, 8, 8), (256, 64, 512), (256, 8, 64, 64), (256, 1000)
+VECTORS, FEW_MAPS = (256, 512), (16, 64, 8, 8)
+SMALL = {MAPS: (32, 64, 8, 8), TOKENS: (8, 64, 64), SCORES: (8, 8, 32, 32), LOGITS: (64, 100)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss.
+
+    Attributes:
+        loss: Class in either half's ``losses``.
+        formula: Function in ``loss_formulas``.
+        settings: Of the loss.
+        shape: What memory is measured with.
+        timed: What time is measured with, where the paper's formula would not fit into memory; None for ``shape``.
+    """
+
+    loss: str
+    formula: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    shape: Shape = MAPS
+    timed: Shape | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether memory has a gate: it stands for features, of which logits are no more than a part."""
+        return self.shape != LOGITS
+
+
+CASES = {
+    "similarity preserving": Case("SimilarityPreservingLoss", "similarity_preserving"),
+    "relational, distances": Case("RelationalLoss", "relational_distance", {"angle_weight": 0.0}),
+    "relational": Case("RelationalLoss", "relational", timed=VECTORS),
+    "probabilistic transfer": Case("ProbabilisticTransferLoss", "probabilistic_transfer"),
+    "congruence, gaussian": Case("CorrelationCongruenceLoss", "gaussian_congruence"),
+    "congruence, neighbour": Case("CorrelationCongruenceLoss", "neighbour_congruence", {"kernel": "neighbour"}),
+    "inter-channel correlation": Case("InterChannelCorrelationLoss", "inter_channel_correlation"),
+    "neuron selectivity": Case("NeuronSelectivityLoss", "neuron_selectivity", timed=FEW_MAPS),
+    "CKA": Case("CKALoss", "centered_kernel_alignment", timed=VECTORS),
+    "Pearson": Case("PearsonFeatureLoss", "pearson_feature"),
+    "Patient": Case("PatientLoss", "normalized_mse"),
+    "attention transfer": Case("AttentionTransferLoss", "attention_transfer"),
+    "attention relation": Case("AttentionRelationLoss", "attention_relation", {"relation_heads": 8}, TOKENS),
+    "attention map": Case("AttentionMapLoss", "attention_kl", shape=SCORES),
+    "DIST": Case("DISTLoss", "dist", shape=LOGITS),
+    "multi-level logits": Case("MultiLevelLogitLoss", "multi_level", shape=LOGITS),
+}
