@@ -32,7 +32,8 @@ class Absent(PathFinder):
         return None if name.split(".")[0] in {0} else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Absent
 """
-REQUIREMENTS = [*(f"L{number}" for number in range(1, 33)), *(f"K{number}" for number in range(1, 32))]
+LAST = {"L": 32, "K": 31, "N": 24, "C": 16}
+REQUIREMENTS = [f"{letter}{number}" for letter, last in LAST.items() for number in range(1, last + 1)]
 
 
 def relative(path: Path) -> str:
