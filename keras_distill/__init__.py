@@ -46,7 +46,9 @@ from typing import Any
 if importlib.util.find_spec("keras") is None:
     raise ModuleNotFoundError('keras_distill needs Keras: pip install "lightning-distill[keras]".', name="keras")
 
+from distill_core.store import CacheError
 from keras_distill import functional, losses, metrics, schedules
+from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.losses import (
     AttentionMapLoss,
@@ -96,6 +98,7 @@ __all__ = [
     "AttentionTransferLoss",
     "BinarySoftTargetLoss",
     "CKALoss",
+    "CacheError",
     "Call",
     "ChannelWiseLoss",
     "CorrelationCongruenceLoss",
@@ -133,6 +136,7 @@ __all__ = [
     "StudentCheckpoint",
     "Tap",
     "TeacherAgreement",
+    "TeacherCache",
     "TeacherDivergence",
     "TotalVariationLoss",
     "VariationalInformationLoss",

@@ -98,7 +98,7 @@ def neuron_selectivity(student: Any, teacher: Any) -> Any:
     check_positions(student, teacher)
     maps = [unit(flattened(feature, 1, -1), 1) for feature in (student, teacher)]
     positions, channels = maps[0].shape[1], (maps[0].shape[2], maps[1].shape[2])
-    if positions is not None and positions <= max(channels):
+    if None not in (positions, *channels) and positions <= max(channels):
         # The same sums as traces: sum_ij (a_i . b_j)^2 = <A A^T, B B^T>, which the fewer positions keep small.
         grams = [ops.matmul(matrix, transposed(matrix)) / matrix.shape[2] for matrix in maps]
         return ops.sum(ops.square(grams[0] - grams[1]), axis=(1, 2))

@@ -155,7 +155,12 @@ class Builder:
             arrays=arrays,
             layers={f"feature{index}": f"{tap.layer}|{tap.where}" for index, tap in enumerate(self.taps)},
             teacher={"class": type(self.teacher).__qualname__, "fingerprint": teacher_fingerprint(self.teacher)},
-            data={"fingerprint": data_fingerprint(whole, seed, stale), "transform_seed": seed, "stale": stale},
+            data={
+                "fingerprint": data_fingerprint(whole, seed, stale),
+                "transform_seed": seed,
+                "stale": stale,
+                "kind": "torch",
+            },
             versions={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
         )
         if dtype == "uint8" and top_k is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,5 +96,7 @@ class CachedTeacher(nn.Module):
             output = None
         elif output is not None:
             output = torch.from_numpy(output).to(device).float()
-        cached = {place: torch.from_numpy(found[name]).to(device).float() for place, name in self.layers.items()}
+        last = self.reader.manifest.data["kind"] == "keras"  # whose maps have their channels there
+        features = {name: np.moveaxis(one, -1, 1) if last and one.ndim == 4 else one for name, one in found.items()}
+        cached = {place: torch.from_numpy(features[name]).to(device).float() for place, name in self.layers.items()}
         return CachedCall((), {}, output=output, who="teacher", read_logits=logits, cached=cached, top_k=top_k)  # type: ignore[arg-type]

@@ -335,3 +335,15 @@ def test_the_tables_of_both_packages_are_the_same() -> None:
 
 def test_every_row_of_cases_is_walked_on_keras() -> None:
     assert [case.name for case in KERAS_CASES] == [case.name for case in CASES]
+
+
+@pytest.mark.tensorflow
+def test_neuron_selectivity_serves_maps_whose_channels_are_not_known() -> None:
+    import tensorflow as tf
+
+    loss = keras_distill.NeuronSelectivityLoss()
+    traced = tf.function(
+        lambda student, teacher: loss(teacher, student), input_signature=2 * [tf.TensorSpec((None, 3, 3, None))]
+    )
+    student, teacher = (np.random.default_rng(seed).normal(size=(2, 3, 3, 4)).astype("float32") for seed in (0, 1))
+    assert float(traced(student, teacher)) == pytest.approx(float(loss(teacher, student)), rel=1e-5)

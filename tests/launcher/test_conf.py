@@ -354,3 +354,16 @@ def test_n1_a_value_assigned_later_is_checked_too():
     conf = DistillationConf()
     with pytest.raises(ValueError, match="end_epoch"):
         conf.distillation.train.end_epoch = -3
+
+
+def test_n1_a_section_of_which_only_the_name_stands_there_has_its_defaults(tmp_path):
+    file = tmp_path / "empty.yaml"
+    file.write_text("tuning:\ndistillation:\n  train:\n")
+    assert DistillationConf(file) == DistillationConf()
+
+
+@pytest.mark.parametrize("key", ["end_epoch", "iteration"])
+def test_n1_true_is_no_number(key):
+    words = rf"^Expected `distillation\.train\.{key}` to be a number, but got True\.$"
+    with pytest.raises(ValueError, match=words):
+        DistillationConf({"distillation": {"train": {key: True}}})

@@ -1,0 +1,15 @@
+"""A BERT encoder's logits for a convolutional text classifier: `python examples/bert_to_blendcnn.py`."""
+
+from __future__ import annotations
+
+import bert_to_bilstm
+from networks import BlendCNN
+
+
+def main(epochs: int = 8) -> dict[str, float]:
+    """The same recipe with another student."""
+    return bert_to_bilstm.main(epochs, BlendCNN)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Small real data that need no download, and what the recipes share."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+MODULES = ("argparse", "fractions", "ipaddress", "calendar")
+WORDS, LENGTH = 400, 16
+
+
+def digits(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Handwritten digits: images (N, 1, 8, 8) and labels, to train and to test."""
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().unsqueeze(1) / 16
+    return _split(images, torch.from_numpy(data.target).long(), batch_size)
+
+
+def lines(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Lines of Python's standard library: word numbers (N, 16), 0 where there is none; which module a line is from."""
+    texts = [(re.findall(r"[A-Za-z]+", line), label) for label, name in enumerate(MODULES) for line in _source(name)]
+    texts = [(words, label) for words, label in texts if len(words) >= 3]
+    common = Counter(word for words, _ in texts for word in words).most_common(WORDS - 2)
+    numbers = {word: index + 2 for index, (word, _) in enumerate(common)}
+    rows = [[numbers.get(word, 1) for word in words[:LENGTH]] for words, _ in texts]
+    return _split(_padded(rows), torch.tensor([label for _, label in texts]), batch_size)
+
+
+def questions(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Lines with one call in them, as numbers of tokens (N, 16); the answer is the span of its arguments (N, 2)."""
+    found = []
+    for name in MODULES:
+        for line in _source(name):
+            tokens = re.findall(r"\w+|[()]", line)[:LENGTH]
+            if tokens.count("(") == tokens.count(")") == 1 and tokens.index(")") > tokens.index("(") + 1:
+                found.append((tokens, tokens.index("(") + 1, tokens.index(")") - 1))
+    common = Counter(token for tokens, _, _ in found for token in tokens).most_common(WORDS - 2)
+    numbers = {token: index + 2 for index, (token, _) in enumerate(common)}
+    rows = [[numbers.get(token, 1) for token in tokens] for tokens, _, _ in found]
+    return _split(_padded(rows), torch.tensor([(start, end) for _, start, end in found]), batch_size)
+
+
+def train(
+    model: nn.Module, loader: Iterable[Any], epochs: int, loss: Callable[..., Tensor] = nn.functional.cross_entropy
+) -> nn.Module:
+    """The model after a plain training."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss(logits(model(x)), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, loader: Iterable[Any]) -> float:
+    """The share of right answers."""
+    training = model.training
+    model.eval()
+    right = torch.cat([logits(model(x)).argmax(-1) == y for x, y in loader])
+    model.train(training)
+    return float(right.float().mean())
+
+
+def logits(output: Any) -> Tensor:
+    """The logits in what a model of transformers, or any other, returns."""
+    found: Tensor = getattr(output, "logits", output)
+    return found
+
+
+def show(title: str, results: dict[str, float]) -> dict[str, float]:
+    """Print accuracies, and hand them on."""
+    table = Table("", "accuracy", title=title)
+    for name, value in results.items():
+        table.add_row(name, f"{100 * value:.1f} %")
+    Console().print(table)
+    return results
+
+
+def _source(name: str) -> list[str]:
+    """The lines of a module's code, without its docstrings and comments."""
+    return ast.unparse(ast.parse(inspect.getsource(importlib.import_module(name)))).splitlines()
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    return torch.tensor([row + [0] * (LENGTH - len(row)) for row in rows])
+
+
+def _split(x: Tensor, y: Tensor, batch_size: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    test, rest = order[: len(x) // 4], order[len(x) // 4 :]
+    generator = torch.Generator().manual_seed(0)
+    training = DataLoader(TensorDataset(x[rest], y[rest]), batch_size, shuffle=True, generator=generator)
+    return training, DataLoader(TensorDataset(x[test], y[test]), 256)
