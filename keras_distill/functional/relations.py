@@ -9,7 +9,16 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare, prepare_equal
-from keras_distill.functional.vectors import centred, flattened, or_one, prepare_examples, transposed, unit
+from keras_distill.functional.vectors import (
+    by_rows,
+    centred,
+    flattened,
+    or_one,
+    per_example,
+    prepare_examples,
+    transposed,
+    unit,
+)
 
 _TRANSFER_EPS = 1e-7
 KERNELS = ("gaussian", "neighbour")
@@ -113,7 +122,12 @@ def relational_angle(student: Any, teacher: Any) -> Any:
         Park et al. 2019, equations 8 to 10, arXiv:1904.05068.
     """
     student, teacher = prepare_examples(student, teacher)
-    return ops.mean(_huber(_cosines(student) - _cosines(teacher)))
+    grams, rows = [], []
+    for feature in (student, teacher):
+        gram, *seen = _from_anchors(feature)
+        grams.append(gram)
+        rows += seen
+    return ops.mean(by_rows(_angle_differences, rows, grams, row_size=ops.shape(grams[0])[0] ** 2))
 
 
 def probabilistic_transfer(student: Any, teacher: Any) -> Any:
@@ -252,7 +266,11 @@ def inter_channel_correlation(student: Any, teacher: Any) -> Any:
         remedy = "Map the student's channels with an adapter."
         raise ValueError(checks.message(expected, f"{mine} and {theirs}", remedy))
     maps = [_scaled(flattened(feature, 1, -1)) for feature in (student, teacher)]
-    grams = [unit(ops.matmul(transposed(matrix), matrix), 2) for matrix in maps]
+    return by_rows(_channel_differences, maps, row_size=mine[-1] ** 2)
+
+
+def _channel_differences(student: Any, teacher: Any) -> Any:
+    grams = [unit(ops.matmul(transposed(matrix), matrix), 2) for matrix in (student, teacher)]
     return ops.mean(ops.square(grams[0] - grams[1]), axis=(1, 2))
 
 
@@ -285,10 +303,20 @@ def _distances(feature: Any) -> tuple[Any, Any]:
     return gram, ops.where(apart, roots, ops.zeros_like(roots))
 
 
-def _cosines(feature: Any) -> Any:
+def _from_anchors(feature: Any) -> tuple[Any, Any, Any]:
+    """Products of the examples, their products with the anchor less half its square, inverse distances to the anchor.
+
+    The last two have one row for each anchor, an example that others are seen from.
+    """
     gram, distances = _distances(feature)
     inverse = ops.where(distances > 0, 1 / or_one(distances), ops.zeros_like(distances))
-    # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.
-    to_anchor = transposed(gram - ops.diagonal(gram)[None, :] / 2)
-    products = gram[None] - to_anchor[:, :, None] - to_anchor[:, None, :]
-    return products * inverse[:, :, None] * inverse[:, None, :]
+    return gram, transposed(gram - ops.diagonal(gram)[None, :] / 2), inverse
+
+
+def _angle_differences(student: Any, teacher: Any, *rows: Any) -> Any:
+    cosines = []
+    for gram, to_anchor, inverse in ((student, *rows[:2]), (teacher, *rows[2:])):
+        # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.
+        products = gram - to_anchor[:, :, None] - to_anchor[:, None, :]
+        cosines.append(products * inverse[:, :, None] * inverse[:, None, :])
+    return per_example(_huber(cosines[0] - cosines[1]))

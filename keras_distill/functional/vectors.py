@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare
+
+# Numbers of a chunk's largest tensor: fewer gain no memory worth speaking of.
+_CHUNK = 2**20
 
 
 def prepare_examples(student: Any, teacher: Any) -> tuple[Any, Any]:
@@ -154,3 +159,33 @@ def transposed(matrices: Any) -> Any:
         Shape ``(..., B, A)``.
     """
     return ops.swapaxes(matrices, -1, -2)
+
+
+def by_rows(function: Callable[..., Any], rows: Sequence[Any], shared: Sequence[Any] = (), *, row_size: Any) -> Any:
+    """What a function gives for each row, from chunks of rows so small that little of what it holds is held at once.
+
+    The backward pass computes a chunk anew instead of having kept it.
+
+    Args:
+        function: Called with the shared tensors and a chunk of each of the others; returns one value for each row.
+        rows: Tensors with equally many rows.
+        shared: Tensors that are handed over whole. A tensor that ``function`` took from elsewhere would get no
+            gradient on TensorFlow.
+        row_size: How many numbers the largest tensor that ``function`` makes has for each row: an int, or an integer
+            tensor where the sizes are not known yet.
+
+    Returns:
+        The values, shape ``(N,)``.
+    """
+    count = ops.shape(rows[0])[0]
+    known = isinstance(row_size, int)
+    if known and isinstance(count, int) and count * row_size <= _CHUNK:
+        return function(*shared, *rows)
+    size = max(_CHUNK // row_size, 1) if known else ops.maximum(_CHUNK // row_size, 1)
+    chunks = -(-count // size)
+    stacked = []
+    for tensor in rows:
+        padded = ops.pad(tensor, [(0, chunks * size - count)] + [(0, 0)] * (len(tensor.shape) - 1))
+        stacked.append(ops.reshape(padded, (chunks, size, *ops.shape(tensor)[1:])))
+    repeated = keras.remat(function)
+    return ops.reshape(ops.map(lambda chunk: repeated(*shared, *chunk), stacked), (-1,))[:count]

@@ -1,0 +1,72 @@
+"""Losses that are computed in chunks of rows: value and gradient do not depend on the chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from keras_loss_cases import Result, differentiated
+
+from keras_distill import InterChannelCorrelationLoss, RelationalLoss
+from keras_distill.functional import vectors
+
+FEATURES = [np.random.default_rng(seed).normal(size=(7, 2, 3, 5)).astype("float32") for seed in (1, 2)]
+LOSSES = [RelationalLoss(distance_weight=0.0), InterChannelCorrelationLoss()]
+
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+# One row, three rows (the last chunk is not full), all of them.
+every_chunk = pytest.mark.parametrize("numbers", [1, 3 * 49, 7 * 49], ids=str)
+
+
+def same(one: Result, other: Result) -> None:
+    np.testing.assert_allclose(one.value, other.value, rtol=1e-6)
+    np.testing.assert_allclose(one.student, other.student, rtol=1e-4, atol=1e-6 * np.abs(other.student).max())
+    assert one.teacher is None
+
+
+@every_loss
+@every_chunk
+def test_chunks_change_neither_value_nor_gradient(loss: Any, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = differentiated(loss, *FEATURES)
+    calls = counted(monkeypatch)
+    monkeypatch.setattr(vectors, "_CHUNK", numbers)
+    same(differentiated(loss, *FEATURES), whole)
+    assert bool(calls) == (numbers < 7 * (25 if loss is LOSSES[1] else 49))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows whenever something is done in chunks."""
+    calls: list[Any] = []
+    original = vectors.ops.map
+
+    def counting(function: Callable[..., Any], rows: Any) -> Any:
+        calls.append(rows)
+        return original(function, rows)
+
+    monkeypatch.setattr(vectors.ops, "map", counting)
+    return calls
+
+
+@pytest.mark.tensorflow
+@every_loss
+@every_chunk
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+def test_chunks_of_a_batch_of_unknown_size(loss: Any, numbers: int, jit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `fit`, whose last batch may be smaller: examples and positions are known only when the graph runs."""
+    import tensorflow as tf
+
+    whole = differentiated(loss, *FEATURES)
+    monkeypatch.setattr(vectors, "_CHUNK", numbers)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 5))] * 2, jit_compile=jit)
+    def gradient(student: Any, teacher: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(student)
+            value = loss(teacher, student)
+        return value, tape.gradient(value, student)
+
+    value, student = (tensor.numpy() for tensor in gradient(*FEATURES))
+    np.testing.assert_allclose(value, whole.value, rtol=1e-5)
+    np.testing.assert_allclose(student, whole.student, rtol=1e-4, atol=1e-5 * np.abs(whole.student).max())

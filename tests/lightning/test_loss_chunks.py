@@ -1,0 +1,38 @@
+"""Losses that are computed in chunks of rows: value and gradient do not depend on the chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_distill import InterChannelCorrelationLoss, RelationalLoss
+from lightning_distill.functional import vectors
+
+CASES = [(RelationalLoss(distance_weight=0.0), (7, 5)), (InterChannelCorrelationLoss(), (7, 5, 2, 3))]
+
+
+def differentiated(loss: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    student, teacher = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randn(shape).double()
+    value = loss(student, teacher)
+    value.backward()
+    return value.detach(), student.grad
+
+
+@pytest.mark.parametrize(("loss", "shape"), CASES, ids=["angles", "channels"])
+@pytest.mark.parametrize("numbers", [1, 3 * 49], ids=str)
+def test_chunks_change_neither_value_nor_gradient(
+    loss: Any, shape: tuple[int, ...], numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of one row, and of some with a smaller one at the end."""
+    whole = differentiated(loss, shape)
+    calls: list[Any] = []
+    original = vectors.checkpoint
+    monkeypatch.setattr(vectors, "checkpoint", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
+    monkeypatch.setattr(vectors, "_SMALLEST_CHUNK", numbers)
+    parts = differentiated(loss, shape)
+    assert len(calls) > 1
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
