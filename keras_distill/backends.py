@@ -32,6 +32,20 @@ def no_gradient() -> contextlib.AbstractContextManager[Any]:
     return torch.no_grad()
 
 
+def check_batch(student: Any, teacher: Any) -> None:
+    """A check, where only the running graph knows the sizes, that both tensors have equally many examples.
+
+    Args:
+        student: The student's tensor.
+        teacher: The teacher's: a single row would be broadcast over the batch.
+    """
+    if keras.backend.backend() == "tensorflow" and None in (student.shape[0], teacher.shape[0]):
+        import tensorflow as tf
+
+        words = "Expected student and teacher to give equally many examples."
+        tf.debugging.assert_equal(tf.shape(student)[0], tf.shape(teacher)[0], words)
+
+
 def mask_of(tensor: Any) -> Any:
     """The mask that Keras' layers have handed down with a tensor, or None."""
     return get_keras_mask(tensor)

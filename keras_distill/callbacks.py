@@ -127,7 +127,25 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def set_model(self, model: Any) -> None:
         """Take the student out of the model that trains it."""
+        self._trained = model
         super().set_model(getattr(model, "student", model))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Keep the student, if it is better."""
+        known = logs or {}
+        validated = any(key.startswith("val_") for key in known)  # not in every epoch with validation_freq=2
+        missing = self.monitor not in known and (validated or not self.monitor.startswith("val_"))
+        if self.save_best_only and missing:
+            remedy = checks.closest(self.monitor, known)
+            raise ValueError(checks.message("`monitor` to be a key of the logs", f"monitor={self.monitor!r}", remedy))
+        super().on_epoch_end(epoch, logs)
+
+    def _set_monitor_op(self) -> None:
+        """The student is not compiled: what its metrics want is known to the model that trains it."""
+        student = self.model
+        super().set_model(self._trained)
+        super()._set_monitor_op()
+        super().set_model(student)
 
 
 def _positional(function: Callable[..., Any]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 from keras import ops
+from keras.src.trainers.compile_utils import MetricsList  # callbacks find no other metrics
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare
@@ -119,6 +121,34 @@ class TeacherDivergence(keras.metrics.Mean):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
         return {**super().get_config(), "temperature": self.temperature}
+
+
+class LossParts(MetricsList):
+    """Means of the parts of the loss and the agreement, in the list where Keras' callbacks look for what is better.
+
+    Args:
+        parts: Names of the parts.
+        agreement: Whether the agreement with the teacher is among the metrics.
+
+    Example:
+        >>> LossParts(["task"], agreement=True).result().keys()
+        dict_keys(['task_loss', 'teacher_agreement'])
+    """
+
+    def __init__(self, parts: Iterable[str], *, agreement: bool) -> None:
+        means = [keras.metrics.Mean(name=f"{part}_loss") for part in parts]
+        for mean in means:
+            mean._direction = "down"
+        super().__init__([*means, TeacherAgreement()] if agreement else means, name="loss_parts")
+
+    def __getitem__(self, name: str) -> keras.metrics.Metric:
+        """The metric of this name."""
+        return next(metric for metric in self.metrics if metric.name == name)
+
+    def result(self) -> dict[str, Any]:
+        """The value of each metric."""
+        values: dict[str, Any] = self.get_result()
+        return values
 
 
 def _pair(student_logits: Any, teacher_logits: Any) -> tuple[Any, Any]:

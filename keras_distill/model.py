@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks
-from keras_distill.metrics import TeacherAgreement
+from keras_distill.metrics import LossParts
 from keras_distill.probe import probed
 from keras_distill.steps import Step, current_step, in_step
 from keras_distill.taps import Call, Recorder
@@ -81,6 +81,9 @@ class DistillModel(keras.Model):
         if not isinstance(student, keras.Model):
             raise TypeError(checks.message("`student` to be a keras.Model", f"a {type(student).__name__}"))
         checks.non_negative("task_weight", task_weight)
+        switches = {"evaluate_distillation": evaluate_distillation, "track_agreement": track_agreement}
+        for switch, value in {**switches, "save_teacher": save_teacher}.items():
+            checks.boolean(switch, value)
         kwargs.setdefault("dtype", student.dtype_policy)  # so that compile() scales the loss for mixed_float16
         kwargs.setdefault("autocast", False)  # the inputs reach both models as they are
         super().__init__(name=name, **kwargs)
@@ -97,13 +100,8 @@ class DistillModel(keras.Model):
             initializer=keras.initializers.Constant(float(task_weight)),
         )
         self._task_weight.exact = float(task_weight)
-        self._parts = {
-            part: keras.metrics.Mean(name=f"{part}_loss")
-            for part in ("task", "distillation", *(term.name for term in self.terms))
-        }
-        for mean in self._parts.values():
-            mean._direction = "down"  # what Keras' own callbacks ask in mode="auto"
-        self._agreement = TeacherAgreement() if track_agreement else None
+        parts = ("task", "distillation", *(term.name for term in self.terms))
+        self._parts = LossParts(parts, agreement=track_agreement)
         taps = [tap for term in self.terms for tap in term.student_taps]
         # recorders are no layers: Keras does not track what they hold
         self._student_recorder = Recorder(student, taps, "student")
@@ -278,7 +276,7 @@ class DistillModel(keras.Model):
         if step is None:
             return logs
         # what this kind of step never computes would be a number that means nothing
-        own = {mean.name for mean in self._parts.values()} | {"teacher_agreement"}
+        own = {metric.name for metric in self._parts.metrics}
         return {key: value for key, value in logs.items() if key not in own or key in step.tracked}
 
     def get_metrics_result(self) -> dict[str, Any]:
@@ -384,14 +382,14 @@ class DistillModel(keras.Model):
 
     def _track(self, part: str, value: Any, x: Any, step: Step) -> None:
         examples = ops.shape(next(one for one in keras.tree.flatten(x) if one is not None))[0]
-        self._parts[part].update_state(value * backends.replicas(), sample_weight=examples)
-        step.tracked.add(self._parts[part].name)
+        self._parts[f"{part}_loss"].update_state(value * backends.replicas(), sample_weight=examples)
+        step.tracked.add(f"{part}_loss")
 
     def _track_agreement(self, student: Call, teacher: Call, step: Step) -> None:
-        if self._agreement is None:
+        if not self.track_agreement:
             return
         output = next((term.output_key for term in self.terms if isinstance(term, LogitsDistillation)), None)
         for mine, theirs, _ in paired_outputs(student, teacher, output):
             if not checks.shapes_differ(mine.shape, theirs.shape):
-                self._agreement.update_state(theirs, mine, sample_weight=backends.mask_of(mine))
-                step.tracked.add(self._agreement.name)
+                self._parts["teacher_agreement"].update_state(theirs, mine, sample_weight=backends.mask_of(mine))
+                step.tracked.add("teacher_agreement")

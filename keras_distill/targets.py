@@ -60,6 +60,8 @@ def split_targets(targets: Any) -> tuple[Any, Call | None]:
     if not isinstance(targets, DistillTargets):
         return targets, None
     answer = targets.teacher
+    if answer is None:
+        return targets.labels, None
     if not carries_features(answer):
         return targets.labels, Call(answer, who="teacher")
     return targets.labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")

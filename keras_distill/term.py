@@ -51,6 +51,8 @@ class DistillationTerm(keras.layers.Layer):
     def __init__(self, *, weight: float = 1.0, name: str, use_sample_weight: bool = True, **kwargs: Any) -> None:
         checks.non_negative("weight", weight)
         checks.boolean("use_sample_weight", use_sample_weight)
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(checks.message("`name` to be a string", f"name={name!r}"))
         if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
             raise ValueError(checks.message("`name` to be neither empty, 'task' nor 'distillation'", f"name={name!r}"))
         if "/" in name or "." in name:  # Keras separates layers by the one, torch by the other

@@ -101,6 +101,7 @@ class LogitsDistillation(DistillationTerm):
         """The loss without its weight, a scalar."""
         total = 0.0
         for mine, theirs, weights in paired_outputs(student, teacher, self.output_key, sample_weight):
+            backends.check_batch(mine, theirs)
             target = (theirs, labels) if self.needs_labels else theirs
             mask = backends.mask_of(mine)
             mine = backends.without_mask(mine)
@@ -271,6 +272,7 @@ class FeatureDistillation(DistillationTerm):
         if self._resizes(feature.shape, target.shape):
             target = resized(target, feature.shape)
         self._check(tuple(feature.shape), tuple(target.shape), self.student_taps[index])
+        backends.check_batch(feature, target)
         return feature, target, mask
 
     def _resizes(self, mapped: Sequence[int | None], wanted: Sequence[int | None]) -> bool:
@@ -322,6 +324,9 @@ def paired_outputs(
         received = f"{sorted(mine)} and {sorted(theirs)}"
         raise ValueError(checks.message("both models to have the same outputs", received, "Pass output=<a key>."))
     students, teachers = keras.tree.flatten(mine), keras.tree.flatten(theirs)
+    if isinstance(mine, dict) != isinstance(theirs, dict) and len(students) == len(teachers) > 1:
+        received = f"a {type(mine).__name__} and a {type(theirs).__name__}"
+        raise ValueError(checks.message("both models to name their outputs, or neither", received))
     if len(students) != len(teachers):
         received = f"{len(students)} and {len(teachers)}"
         raise ValueError(checks.message("both models to have equally many outputs", received, "Pass output=..."))
@@ -331,8 +336,7 @@ def paired_outputs(
 
 
 def _taps(layers: Layers) -> list[Tap]:
-    single = isinstance(layers, (str, keras.layers.Layer, Tap))
-    return [Tap.of(layer) for layer in ([layers] if single else layers)]  # type: ignore[union-attr]
+    return [Tap.of(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
 
 
 def _as_loss(loss: LossLike) -> keras.losses.Loss:

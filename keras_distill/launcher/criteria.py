@@ -163,6 +163,7 @@ class IntermediateLayersKnowledgeDistillationLoss:
         return [*terms]
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class CriterionTerm(DistillationTerm):
     """A user's criterion, which makes the total itself from both outputs and the student's own loss.
 
@@ -187,6 +188,7 @@ class CriterionTerm(DistillationTerm):
         return self.criterion(student.output, teacher.output, loss) / backends.replicas()
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class LabelCrossEntropy(keras.losses.Loss):
     """Cross entropy of labels that are numbers of classes or one-hot, as their shape says.
 

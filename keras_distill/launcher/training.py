@@ -10,6 +10,7 @@ from keras_distill.launcher import conf
 from keras_distill.model import DistillModel
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class StudentAlone(DistillModel):
     """A student that trains on its labels alone: a teacher without weight never runs.
 

@@ -14,12 +14,14 @@ from keras_distill import backends, checks
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Six attributes tell a term what it is:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Seven attributes tell a term what it is:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
     - ``positions_must_match``: the two features need the same positions; a term resizes the teacher's map.
     - ``several_layers``: ``y_true`` and ``y_pred`` are lists of features, one for each layer.
+    - ``merges_classes``: it is a divergence between the distributions of a row, also where classes of the row are
+      merged.
     - ``learned``: :meth:`build` makes parameters in ``layer``. A FeatureDistillation builds a copy of the loss for each
       pair of layers, and treats it as it does adapters.
     - ``gives``: ``"positions"`` where ``call`` returns one value for each position (the shape of the student's tensor
@@ -45,6 +47,7 @@ class DistillationLoss(keras.losses.Loss):
     positions_must_match: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
+    merges_classes: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
@@ -47,6 +47,8 @@ class ReverseKLLoss(DistillationLoss):
     References:
         Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -108,6 +110,8 @@ class GeneralizedJSDLoss(DistillationLoss):
     References:
         Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -176,6 +180,8 @@ class SkewKLLoss(DistillationLoss):
         Ko et al. 2024 (DistiLLM), equation 4 and section 3.1, arXiv:2402.03898, which recommends 0.1.
     """
 
+    merges_classes: ClassVar[bool] = True
+
     def __init__(
         self,
         skew: float = 0.1,
@@ -238,6 +244,8 @@ class TotalVariationLoss(DistillationLoss):
     References:
         Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(
         self,

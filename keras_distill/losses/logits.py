@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
@@ -42,6 +42,8 @@ class SoftTargetLoss(DistillationLoss):
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, arXiv:2403.01427.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -111,6 +113,8 @@ class SoftCrossEntropyLoss(DistillationLoss):
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
     """
+
+    merges_classes: ClassVar[bool] = True
 
     def __init__(
         self,
