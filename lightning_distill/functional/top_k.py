@@ -28,8 +28,7 @@ class TopK(NamedTuple):
 def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> tuple[Tensor, Tensor]:
     r"""Logits over k + 1 outcomes: the teacher's k likeliest classes, and all others together.
 
-    .. math:: z_i = T \log p_i, \quad i \le k; \qquad z_{k+1} = T \log \Big( 1 - \sum_{i \le k} p_i \Big),
-        \qquad p = \mathrm{softmax}(z / T)
+    .. math:: z_i, \quad i \le k; \qquad z_{k+1} = T \log \sum_{i > k} \exp(z_i / T)
 
     Any divergence of the two results at that temperature is the one between the merged distributions. Of the teacher's
     other classes only the sum is known: softened, each is taken to be equally likely.
@@ -57,13 +56,10 @@ def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> 
             f"Expected `student_logits` to have the teacher's shape {(*rows, teacher.classes)}, but got"
             f" {tuple(student_logits.shape)}. The cache is of another teacher, or of other data."
         )
-    scaled = (
-        student_logits.float() / temperature if student_logits.dtype != torch.float64 else student_logits / temperature
-    )
-    total = scaled.logsumexp(-1, keepdim=True)
+    logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
     # over the others themselves: 1 minus the sum of the k would lose all digits where the student is sure
-    others = scaled.scatter(-1, teacher.indices, -math.inf).logsumexp(-1, keepdim=True)
-    student = torch.cat([scaled.gather(-1, teacher.indices), others], -1) - total
+    others = temperature * (logits.scatter(-1, teacher.indices, -math.inf) / temperature).logsumexp(-1, keepdim=True)
+    student = torch.cat([logits.gather(-1, teacher.indices), others], -1)
     number = math.log(teacher.classes - teacher.indices.shape[-1])
     theirs = torch.cat([teacher.logs / temperature, (teacher.tail - number) / temperature + number], -1)
-    return temperature * student, temperature * theirs.log_softmax(-1)
+    return student, temperature * theirs
