@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
-from lightning_distill.functional.vectors import per_example, prepare_equal, product
+from lightning_distill.functional.primitives import gram, softmax_divergence
+from lightning_distill.functional.vectors import per_example, prepare_equal
 
 _MASKED = -100.0
-_LEAST_SCORE = -1e30
 _LEAST_PROBABILITY = 1e-6
 
 
@@ -80,7 +79,7 @@ def attention_kl(student: Tensor, teacher: Tensor, *, from_scores: bool = True) 
     checks.boolean("from_scores", from_scores)
     student, teacher = prepare_equal(student, teacher)
     if from_scores:
-        return per_example(_divergence(student, teacher))
+        return per_example(softmax_divergence(student, teacher, dim=-1))
     logarithms = [_log(probabilities) for probabilities in (student, teacher)]
     return per_example((teacher * (logarithms[1] - logarithms[0])).sum(dim=-1))
 
@@ -125,20 +124,14 @@ def attention_relation(student: Tensor, teacher: Tensor, *, relation_heads: int)
             expected = f"`relation_heads` to divide the width {vectors.shape[2]}"
             raise ValueError(checks.message(expected, f"{relation_heads=}"))
         heads = vectors.reshape(*vectors.shape[:2], relation_heads, -1).transpose(1, 2)
-        scores.append(product(heads, heads.mT) / math.sqrt(heads.shape[3]))
-    return per_example(_divergence(scores[0], scores[1]))
+        scores.append(gram(heads).div_(math.sqrt(heads.shape[3])))
+    return per_example(softmax_divergence(scores[0], scores[1], dim=-1))
 
 
 def _check_heads(relation_heads: int) -> None:
     if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
         raise TypeError(checks.message("`relation_heads` to be an int", f"{relation_heads=}"))
     checks.at_least("relation_heads", relation_heads, 1)
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    # Minus infinity in both would give a difference of infinities.
-    log_student, log_teacher = (F.log_softmax(s.clamp(min=_LEAST_SCORE), dim=-1) for s in (student, teacher))
-    return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
 
 
 def _log(probabilities: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare
+from lightning_distill.functional.primitives import softmax_divergence, sum_of_squares
 from lightning_distill.functional.vectors import (
     channel_maps,
     channels_at,
@@ -174,9 +175,7 @@ def feature_kl(student: Tensor, teacher: Tensor, *, channel_dim: int | None = No
         # The softmax over one channel is always 1: the loss would be zero whatever the student does.
         expected = f"`student` to have at least 2 channels at dimension {dim}"
         raise ValueError(checks.message(expected, f"shape {tuple(student.shape)}", "Pass another channel_dim."))
-    log_student = F.log_softmax(student, dim=dim)
-    log_teacher = F.log_softmax(teacher, dim=dim)
-    return per_example((log_teacher.exp() * (log_teacher - log_student)).sum(dim=dim))
+    return per_example(softmax_divergence(student, teacher, dim))
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> Tensor:
@@ -250,8 +249,8 @@ def channel_wise_kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.
     checks.positive("temperature", temperature)
     student, teacher = prepare_equal(student, teacher)
     check_positions(student, teacher)
-    log_student, log_teacher = (F.log_softmax(channel_maps(maps) / temperature, dim=2) for maps in (student, teacher))
-    return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=2).mean(dim=1) * temperature**2
+    student, teacher = (channel_maps(maps) / temperature for maps in (student, teacher))
+    return softmax_divergence(student, teacher, dim=2).mean(dim=1) * temperature**2
 
 
 def _distance(kernel: Callable[..., Tensor], student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
@@ -263,7 +262,17 @@ def _distance(kernel: Callable[..., Tensor], student: Tensor, teacher: Tensor, r
 
 
 def _attention_map(feature: Tensor, p: float) -> Tensor:
-    # The normalised map does not change with the size of the feature: dividing by the largest activation costs nothing
-    # and keeps the power, and the square of it, within float32.
-    feature = feature / or_one(feature.detach().abs().flatten(1).amax(dim=1)).view(-1, *[1] * (feature.ndim - 1))
-    return feature.abs().pow(p).mean(dim=channels_at(feature)).flatten(1)
+    # The normalised map does not change with the size of what it is made of: dividing by the largest number keeps the
+    # power of the feature, and the square of the map, within float32.
+    dim = channels_at(feature)
+    if p == 2:
+        attention = sum_of_squares(feature, dim)
+    else:
+        feature = feature / _largest(feature.abs())
+        attention = feature.abs().pow(p).mean(dim=dim)
+    return (attention / _largest(attention)).flatten(1)
+
+
+def _largest(values: Tensor) -> Tensor:
+    largest = or_one(values.detach().flatten(1).amax(dim=1))
+    return largest.view(-1, *[1] * (values.ndim - 1))

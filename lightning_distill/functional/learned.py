@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
-from lightning_distill.functional.vectors import channels_at, per_example, precise
+from lightning_distill.functional.primitives import precise
+from lightning_distill.functional.vectors import channels_at, per_example
 
 _REMEDY = "The learned part must give the teacher's channels at the teacher's positions."
 

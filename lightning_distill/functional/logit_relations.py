@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare_logits
 from lightning_distill.functional.logits import soft_target_kl
-from lightning_distill.functional.vectors import product
+from lightning_distill.functional.primitives import gram
 
 _CORRELATION_EPS = 1e-8
 
@@ -228,7 +228,7 @@ def _matrices(
 
 
 def _gram_difference(student: Tensor, teacher: Tensor) -> Tensor:
-    difference = product(student, student.T) - product(teacher, teacher.T)
+    difference = gram(student) - gram(teacher)
     return difference.square().sum() / len(difference)
 
 

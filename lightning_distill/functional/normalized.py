@@ -6,16 +6,16 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.primitives import gram, product
 from lightning_distill.functional.vectors import (
     centred,
     channel_maps,
     channels_at,
     check_positions,
-    or_one,
     per_example,
     prepare_equal,
     prepare_examples,
-    product,
+    relative_gram,
     spread_or_one,
     unit,
 )
@@ -101,9 +101,9 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     positions, channels = maps[0].shape[2], (maps[0].shape[1], maps[1].shape[1])
     if positions <= max(channels):
         # The same sums as traces: sum_ij (a_i . b_j)^2 = <A^T A, B^T B>, which the fewer positions keep small.
-        grams = [product(matrix.mT, matrix) / matrix.shape[1] for matrix in maps]
+        grams = [gram(matrix.mT) / matrix.shape[1] for matrix in maps]
         return (grams[0] - grams[1]).square().sum(dim=(1, 2))
-    within = [product(matrix, matrix.mT).square().mean(dim=(1, 2)) for matrix in maps]
+    within = [gram(matrix).square().mean(dim=(1, 2)) for matrix in maps]
     return within[0] + within[1] - 2 * product(maps[0], maps[1].mT).square().mean(dim=(1, 2))
 
 
@@ -138,11 +138,7 @@ def centered_kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = prepare_examples(student, teacher)
     # <X X^T, Y Y^T> is the same number as |Y^T X|^2, from matrices of N^2 instead of D^2 elements.
-    kernels = []
-    for feature in (student, teacher):
-        columns = centred(feature, 0)
-        columns = columns / or_one(columns.detach().abs().amax())
-        kernels.append(unit(product(columns, columns.mT).flatten(), dim=0))
+    kernels = [unit(relative_gram(centred(feature, 0)).flatten(), dim=0) for feature in (student, teacher)]
     return 1 - (kernels[0] * kernels[1]).sum()
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.primitives import gram
 from lightning_distill.functional.vectors import (
     centred,
     channel_maps,
     or_one,
     prepare_equal,
     prepare_examples,
-    product,
+    relative_gram,
     summed,
     unit,
 )
@@ -55,7 +56,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
         Tung and Mori 2019, equation 4, arXiv:1907.09682, for one pair of layers.
     """
     student, teacher = prepare_examples(student, teacher)
-    rows = [unit(_gram(_scaled(feature)), dim=1) for feature in (student, teacher)]
+    rows = [unit(relative_gram(feature), dim=1) for feature in (student, teacher)]
     return (rows[0] - rows[1]).square().mean()
 
 
@@ -263,40 +264,30 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
         expected = "`student` and `teacher` to have the same examples and channels, and positions"
         got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(checks.message(expected, got, "Map the student's channels with an adapter."))
-    maps = [_scaled(channel_maps(feature)) for feature in (student, teacher)]
+    maps = [channel_maps(feature) for feature in (student, teacher)]
     count, channels = maps[0].shape[:2]
     total = summed(_channel_differences, maps, row_size=channels**2, inputs=student.numel())
     return total / (count * channels**2)
 
 
-def _scaled(feature: Tensor) -> Tensor:
-    # The batch's size, of which no formula here depends, is taken out before the squares: they could overflow.
-    return feature / or_one(feature.detach().abs().amax())
-
-
-def _gram(rows: Tensor) -> Tensor:
-    return product(rows, rows.mT)
-
-
 def _distances(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Products of the centred examples, and the distances between them: 0 where they coincide up to rounding."""
     # Centred first: distances do not change, and their differences lose fewer digits.
-    gram = _gram(_scaled(centred(feature, 0)))
-    sizes = gram.diagonal()
+    products = gram(centred(feature, 0))
+    sizes = products.diagonal()
     sums = sizes[:, None] + sizes
-    squares = sums - 2 * gram
-    apart = squares > 4 * torch.finfo(gram.dtype).eps * sums
+    squares = sums - 2 * products
+    apart = squares > 4 * torch.finfo(products.dtype).eps * sums
     # The root has no gradient at zero: it is taken of 1 there, and the result dropped.
-    return gram, torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
+    return products, torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)
 
 
 def _cosines(feature: Tensor, *, eps: float = 0.0) -> Tensor:
     """Cosines between the examples, ``eps`` added to their lengths; 0 where one of the two is a vector of zeros."""
-    largest = or_one(feature.detach().abs().amax(dim=1, keepdim=True))
-    gram = _gram(feature / largest)
+    products = gram(feature)
     # The lengths are divided out of the N^2 products instead of the N D numbers, which would take copies of them.
-    inverse = 1 / (or_one(gram.diagonal()).sqrt() + eps / largest[:, 0])
-    return gram * inverse[:, None] * inverse
+    inverse = 1 / (or_one(products.diagonal()).sqrt() + eps)
+    return products * inverse[:, None] * inverse
 
 
 def _from_anchors(feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,20 +295,20 @@ def _from_anchors(feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The last two have one row for each anchor, an example that others are seen from.
     """
-    gram, distances = _distances(feature)
+    products, distances = _distances(feature)
     inverse = torch.where(distances > 0, 1 / or_one(distances), 0.0)
-    return gram, (gram - gram.diagonal() / 2).mT, inverse
+    return products, (products - products.diagonal() / 2).mT, inverse
 
 
 def _angle_differences(student: Tensor, teacher: Tensor, *rows: Tensor) -> Tensor:
     cosines = []
-    for gram, to_anchor, inverse in ((student, *rows[:2]), (teacher, *rows[2:])):
+    for between, to_anchor, inverse in ((student, *rows[:2]), (teacher, *rows[2:])):
         # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.
-        products = gram - to_anchor[:, :, None] - to_anchor[:, None, :]
+        products = between - to_anchor[:, :, None] - to_anchor[:, None, :]
         cosines.append(products * inverse[:, :, None] * inverse[:, None, :])
     return F.smooth_l1_loss(cosines[0], cosines[1], reduction="sum")
 
 
 def _channel_differences(student: Tensor, teacher: Tensor) -> Tensor:
-    grams = [unit(product(matrix, matrix.mT), dim=2) for matrix in (student, teacher)]
+    grams = [unit(relative_gram(maps), dim=2) for maps in (student, teacher)]
     return (grams[0] - grams[1]).square().sum()

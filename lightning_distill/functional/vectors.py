@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.primitives import gram, sum_of_squares
 
 # Numbers of a chunk's largest tensor: fewer gain no memory worth speaking of.
 _SMALLEST_CHUNK = 2**20
@@ -129,12 +130,24 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
         dim: Dimension along which the vectors lie.
 
     Returns:
-        Vectors of length 1, same shape.
+        Vectors of length 1, same shape; in float32 their lengths may be from 1e-18 to 1e18.
     """
-    # Scaled first so that the squares neither overflow nor vanish. A vector of zeros is divided by 1: dividing by a
-    # tiny constant instead would give it a gradient that overflows half precision.
-    vectors = vectors / or_one(vectors.detach().abs().amax(dim=dim, keepdim=True))
-    return vectors / or_one(vectors.square().sum(dim=dim, keepdim=True)).sqrt()
+    # A vector of zeros is divided by 1: dividing by a tiny constant instead would give it a gradient that overflows
+    # half precision. The product with the inverse has a cheaper gradient than the quotient.
+    return vectors * (1 / or_one(sum_of_squares(vectors, dim)).sqrt())
+
+
+def relative_gram(rows: Tensor) -> Tensor:
+    """Products of all pairs of rows in units of the largest row's square: at most 1, so that they can be squared.
+
+    Args:
+        rows: Shape ``(..., A, B)``.
+
+    Returns:
+        Shape ``(..., A, A)``; the gradient takes the unit for a constant.
+    """
+    products = gram(rows)
+    return products / or_one(products.detach().diagonal(dim1=-2, dim2=-1).amax(dim=-1))[..., None, None]
 
 
 def or_one(values: Tensor) -> Tensor:
@@ -161,10 +174,8 @@ def centred(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     Returns:
         Same shape.
     """
-    difference = values - values.mean(dim=dim, keepdim=True)
-    rounding = 4 * torch.finfo(values.dtype).eps * values.detach().abs().amax(dim=dim, keepdim=True)
-    constant = difference.detach().abs().amax(dim=dim, keepdim=True) <= rounding
-    return difference.masked_fill(constant, 0.0)
+    mean = values.mean(dim=dim, keepdim=True)
+    return (values - mean) * _varies(values.detach(), mean.detach(), dim)
 
 
 def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int, eps: float = 0.0) -> Tensor:
@@ -179,39 +190,9 @@ def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int,
     Returns:
         The deviations, with ``dim`` kept at size 1.
     """
-    squares = difference.square().sum(dim=dim, keepdim=True)
+    squares = sum_of_squares(difference, dim)
     # The root of a zero variance has no gradient, and the root of a tiny eps is a divisor out of reach of float16.
     return torch.where(squares > 0, squares / count + eps, 1.0).sqrt()
-
-
-def precise(function: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
-    """What a function makes of a feature, in the feature's precision also where autocast would lower it.
-
-    Args:
-        function: A network, or any map of one tensor.
-        feature: Any shape.
-
-    Returns:
-        Whatever the function gives.
-    """
-    device = feature.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return function(feature)
-    with torch.autocast(device, enabled=False):
-        return function(feature)
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product in the precision of its factors, also where autocast would lower it.
-
-    Args:
-        left: Shape ``(..., A, B)``.
-        right: Shape ``(..., B, C)``.
-
-    Returns:
-        Shape ``(..., A, C)``.
-    """
-    return precise(lambda factor: factor @ right, left)
 
 
 def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size: int, inputs: int) -> Tensor:
@@ -235,3 +216,10 @@ def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size:
     chunks = zip(*(tensor.chunk(-(-len(tensor) // size)) for tensor in rows), strict=True)
     parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(parts).sum()
+
+
+def _varies(values: Tensor, mean: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """1 where values differ from their mean by more than rounding, else 0; from their extremes, without copies."""
+    low, high = values.amin(dim=dim, keepdim=True), values.amax(dim=dim, keepdim=True)
+    rounding = 4 * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
+    return (torch.maximum(high - mean, mean - low) > rounding).to(values.dtype)

@@ -1,0 +1,181 @@
+"""What the formulas spend their time in: products in full precision, and three functions with gradients by hand.
+
+Autograd's own gradients of those three make needless copies. They may be differentiated again, forward too, and take
+part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes it fuses by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Two scores of minus infinity have no difference; the softmax of these is 0 as well.
+_LEAST_SCORE = -1e30
+
+
+def precise(function: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
+    """What a function makes of a feature, in the feature's precision also where autocast would lower it.
+
+    Args:
+        function: A network, or any map of one tensor.
+        feature: Any shape.
+
+    Returns:
+        Whatever the function gives.
+    """
+    device = feature.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(feature)
+    with torch.autocast(device, enabled=False):
+        return function(feature)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product in the precision of its factors, also where autocast would lower it.
+
+    Args:
+        left: Shape ``(..., A, B)``.
+        right: Shape ``(..., B, C)``.
+
+    Returns:
+        Shape ``(..., A, C)``.
+    """
+    return precise(lambda factor: factor @ right, left)
+
+
+def sum_of_squares(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Sum of the squares, whose gradient is one product instead of four passes over the values.
+
+    Args:
+        values: Any shape.
+        dim: Dimensions of the sum.
+
+    Returns:
+        The sums, with ``dim`` kept at size 1.
+    """
+    if torch.compiler.is_compiling():
+        return values.square().sum(dim=dim, keepdim=True)
+    return cast(Tensor, _SumOfSquares.apply(values, dim))
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Products of all pairs of rows, whose gradient takes one matrix product instead of two.
+
+    In the rows' precision also where autocast would lower it.
+
+    Args:
+        rows: Shape ``(..., A, B)``.
+
+    Returns:
+        Shape ``(..., A, A)``.
+    """
+    if torch.compiler.is_compiling():
+        return product(rows, rows.mT)
+    return cast(Tensor, _Gram.apply(rows))
+
+
+def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    """Kullback-Leibler divergence of the student's softmax from the teacher's, of which no gradient flows back.
+
+    Args:
+        student: Scores of any shape; minus infinity is a probability of 0.
+        teacher: Scores of the same shape.
+        dim: Dimension of the softmax.
+
+    Returns:
+        Divergence in nats, the shape without ``dim``; 0 where all scores are minus infinity.
+    """
+    if torch.compiler.is_compiling():
+        return _SoftmaxDivergence.forward(student, teacher, dim)[0]
+    return cast(tuple[Tensor, Tensor], _SoftmaxDivergence.apply(student, teacher.detach(), dim))[0]
+
+
+class _SumOfSquares(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+        return values.square().sum(dim=dim, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, ctx.dim = inputs
+        ctx.save_for_backward(values)
+        ctx.save_for_forward(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (values,) = ctx.saved_tensors
+        return values * (2 * gradient), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (values,) = ctx.saved_tensors
+        return 2 * (values * tangent).sum(dim=ctx.dim, keepdim=True)
+
+
+class _Gram(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor) -> Tensor:
+        return product(rows, rows.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return product(gradient + gradient.mT, rows)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        change = product(tangent, rows.mT)
+        return change + change.mT
+
+
+class _SoftmaxDivergence(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        # In place, and in this order, so that no more than three tensors of the scores' size are held at a time.
+        apart = F.log_softmax(_bounded(teacher), dim=dim).sub_(F.log_softmax(_bounded(student), dim=dim))
+        probabilities = F.softmax(_bounded(teacher), dim=dim)  # faster than the exponentials of log_softmax
+        return apart.mul_(probabilities).sum(dim=dim), probabilities
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        student, _, ctx.dim = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(student, output[1])
+        ctx.save_for_forward(student, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        student, probabilities = ctx.saved_tensors
+        return _excess(student, probabilities, ctx.dim) * gradient.unsqueeze(ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+        student, probabilities = ctx.saved_tensors
+        return (_excess(student, probabilities, ctx.dim) * tangent).sum(dim=ctx.dim), None
+
+
+def _excess(student: Tensor, teacher_probabilities: Tensor, dim: int) -> Tensor:
+    probabilities = F.softmax(_bounded(student), dim=dim)
+    if torch.is_grad_enabled():  # to be differentiated again
+        return probabilities - teacher_probabilities
+    return probabilities.sub_(teacher_probabilities)
+
+
+def _bounded(scores: Tensor) -> Tensor:
+    return scores.clamp(min=_LEAST_SCORE)

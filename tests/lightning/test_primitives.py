@@ -1,0 +1,63 @@
+"""Issue 4: the functions whose gradients are written by hand, against finite differences, differentiated twice too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_distill.functional import primitives
+
+Function = Callable[[Tensor], Tensor]
+TEACHER = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+BY_HAND: dict[str, Function] = {
+    "gram": primitives.gram,
+    "sum_of_squares": lambda values: primitives.sum_of_squares(values, (0, 2)),
+    "softmax_divergence": lambda values: primitives.softmax_divergence(values, TEACHER, 1),
+}
+
+
+def plain(name: str, values: Tensor) -> Tensor:
+    if name == "gram":
+        return values @ values.mT
+    if name == "sum_of_squares":
+        return (values * values).sum(dim=(0, 2), keepdim=True)
+    return (TEACHER.softmax(1) * (TEACHER.log_softmax(1) - values.log_softmax(1))).sum(dim=1)
+
+
+@pytest.fixture
+def values() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 4, 5, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_value_is_that_of_the_plain_formula(name: str, values: Tensor) -> None:
+    torch.testing.assert_close(BY_HAND[name](values), plain(name, values))
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_gradients_backward_forward_batched_and_second(name: str, values: Tensor) -> None:
+    assert torch.autograd.gradcheck(BY_HAND[name], values, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(BY_HAND[name], values)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_hessian_under_torch_func(name: str, values: Tensor) -> None:
+    inputs = values.detach()
+    functions = (BY_HAND[name], lambda one: plain(name, one))
+    hessians = [torch.func.hessian(lambda one, f=f: f(one).sum())(inputs) for f in functions]
+    torch.testing.assert_close(*hessians)
+
+
+def test_scores_of_minus_infinity_have_no_probability_and_rows_of_them_no_divergence() -> None:
+    student = torch.tensor([[0.0, 1.0, -torch.inf], [-torch.inf] * 3], requires_grad=True)
+    value = primitives.softmax_divergence(student, torch.tensor([[2.0, 0.0, -torch.inf], [-torch.inf] * 3]), -1)
+    value.sum().backward()
+    expected = primitives.softmax_divergence(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0]), -1)
+    torch.testing.assert_close(value, torch.stack([expected, torch.tensor(0.0)]))
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert student.grad[0, 2] == 0
