@@ -59,7 +59,7 @@ def sum_of_squares(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return values.square().sum(dim=dim, keepdim=True)
-    return cast(Tensor, _SumOfSquares.apply(values, dim))
+    return cast(Tensor, _applied(_SumOfSquares, values, dim))
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def gram(rows: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return product(rows, rows.mT)
-    return cast(Tensor, _Gram.apply(rows))
+    return cast(Tensor, _applied(_Gram, rows))
 
 
 def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
@@ -91,7 +91,7 @@ def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _SoftmaxDivergence.forward(student, teacher, dim)[0]
-    return cast(tuple[Tensor, Tensor], _SoftmaxDivergence.apply(student, teacher.detach(), dim))[0]
+    return cast(Tensor, _applied(_SoftmaxDivergence, student, teacher.detach(), dim)[0])
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _SumOfSquares(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        (values,) = ctx.saved_tensors
+        values: Tensor = ctx.saved_tensors[0]
         return 2 * (values * tangent).sum(dim=ctx.dim, keepdim=True)
 
 
@@ -168,6 +168,10 @@ class _SoftmaxDivergence(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
         student, probabilities = ctx.saved_tensors
         return (_excess(student, probabilities, ctx.dim) * tangent).sum(dim=ctx.dim), None
+
+
+def _applied(function: Any, *inputs: Any) -> Any:
+    return function.apply(*inputs)  # which torch leaves without types
 
 
 def _excess(student: Tensor, teacher_probabilities: Tensor, dim: int) -> Tensor:
