@@ -147,6 +147,8 @@ def xla_questions(effort: Effort) -> list[Row]:
         made = {
             "ours": fitting(distil_model(work, [FEATURE]), data, jit_compile=False),
             "ours, XLA": fitting(distil_model(work, [FEATURE]), data, jit_compile=True),
+            "plain": fitting(work.student(), data, jit_compile=False),
+            "plain, XLA": fitting(work.student(), data, jit_compile=True),
         }
         if PEER:
             made["peer"] = fitting(keras_distiller(work, [FEATURE]), data, jit_compile=False)
@@ -160,6 +162,7 @@ def xla_questions(effort: Effort) -> list[Row]:
     return [
         compare("logits + feature: XLA / without", runs, "ours, XLA", "ours", gate=gate),
         *peer,
+        compare("student alone: XLA / without", runs, "plain, XLA", "plain", note="for scale"),
         *against_peer(f"logits + feature / {NAME}, both with XLA", runs, "ours, XLA", "peer, XLA"),
     ]
 

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 from keras.src.trainers.compile_utils import MetricsList  # callbacks find no other metrics
 
-from keras_distill import checks
+from keras_distill import backends, checks
 from keras_distill.functional.inputs import prepare
 from keras_distill.functional.logits import soft_target_kl
 
@@ -61,7 +61,7 @@ class TeacherAgreement(keras.metrics.Mean):
         if student.shape[-1] == 1:
             agrees = ops.equal(ops.squeeze(student, -1) > 0, ops.squeeze(teacher, -1) > 0)
         else:
-            agrees = ops.equal(ops.argmax(student, axis=-1), ops.argmax(teacher, axis=-1))
+            agrees = ops.equal(backends.likeliest(student), backends.likeliest(teacher))
         super().update_state(ops.cast(agrees, "float32"), sample_weight)
 
 
