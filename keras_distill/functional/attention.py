@@ -73,7 +73,7 @@ def attention_kl(student: Any, teacher: Any, *, from_scores: bool = True) -> Any
         1.8226
 
     References:
-        Sun et al. 2020 (MobileBERT), equation 2, arXiv:2004.02984.
+        Sun et al. 2020 (MobileBERT), equation 3, arXiv:2004.02984.
     """
     checks.boolean("from_scores", from_scores)
     student, teacher = prepare_equal(student, teacher)

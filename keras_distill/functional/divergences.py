@@ -82,7 +82,7 @@ def generalized_jsd(
 
     References:
         Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649. At 0 and 1 the formula itself is 0; as in
-        the authors' code these stand for the two divergences that it tends to, divided by its weight, near the ends.
+        published code these stand for the two divergences that it tends to, divided by its weight, near the ends.
         There is no factor :math:`T^2`.
     """
     checks.between("beta", beta, 0, 1)
@@ -191,8 +191,8 @@ def total_variation(
         0.271
 
     References:
-        Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190; deviation: the distance at each position, summed
-        exactly. There is no factor :math:`T^2`.
+        Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190, where the sum over the steps bounds the distance of
+        whole sequences; deviation: the distance at each position, summed exactly. There is no factor :math:`T^2`.
     """
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
     return 0.5 * ops.sum(ops.abs(ops.exp(log_student) - ops.exp(log_teacher)), axis=-1)

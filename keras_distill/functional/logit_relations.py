@@ -43,7 +43,7 @@ def inter_class_relation(
         1.5
 
     References:
-        Huang et al. 2022 (DIST), equation 9, arXiv:2205.10536; 1e-8 is added to the product of norms. Deviation:
+        Huang et al. 2022 (DIST), equation 8, arXiv:2205.10536; 1e-8 is added to the product of norms. Deviation:
         probabilities that are constant up to rounding are centred but not divided, because the gradient would be
         noise divided by 1e-8; their correlation counts as 0.
     """
@@ -81,7 +81,7 @@ def intra_class_relation(
         0.6667
 
     References:
-        Huang et al. 2022 (DIST), equation 10, arXiv:2205.10536; as in :func:`inter_class_relation`.
+        Huang et al. 2022 (DIST), equation 9, arXiv:2205.10536; as in :func:`inter_class_relation`.
     """
     student, teacher, temperature = _matrices(student_logits, teacher_logits, temperature, from_logits)
     return ops.mean(temperature**2 * (1 - _correlation(student, teacher, axis=0)))
@@ -117,7 +117,7 @@ def batch_correlation(
         0.0919
 
     References:
-        Jin, Wang and Lin 2023, section 3.3, CVPR.
+        Jin, Wang and Lin 2023, "Batch-level Alignment" in section 3, CVPR.
     """
     student, teacher, _ = _matrices(student_logits, teacher_logits, temperature, from_logits)
     return _gram_difference(student, teacher)
@@ -153,7 +153,7 @@ def class_correlation(
         0.2621
 
     References:
-        Jin, Wang and Lin 2023, section 3.4, CVPR.
+        Jin, Wang and Lin 2023, "Class-level Alignment" in section 3, CVPR.
     """
     student, teacher, _ = _matrices(student_logits, teacher_logits, temperature, from_logits)
     return _gram_difference(ops.transpose(student), ops.transpose(teacher))
@@ -195,8 +195,9 @@ def multi_level_logits(
         0.8134
 
     References:
-        Jin, Wang and Lin 2023, section 3, CVPR; deviation: the mean over the temperatures, and neither two views of
-        each image nor the masks of confidence of the authors' code.
+        Jin, Wang and Lin 2023, section 3, CVPR; deviations: the mean over the temperatures, where the paper has the
+        sum; :math:`T^2` and the mean over the examples in the divergence, as in the authors' code; but neither two
+        views of each image nor the masks of confidence of that code.
     """
     checks.positives("temperatures", temperatures)
     total = 0.0

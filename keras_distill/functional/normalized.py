@@ -92,7 +92,8 @@ def neuron_selectivity(student: Any, teacher: Any) -> Any:
         1.28
 
     References:
-        Huang and Wang 2017, section 4, arXiv:1707.01219, with the polynomial kernel of d = 2 and c = 0.
+        Huang and Wang 2017, section 4, arXiv:1707.01219, with the polynomial kernel of d = 2 and c = 0; deviation:
+        without the factor 1/2 that the paper gives its term.
     """
     student, teacher = prepare(student, teacher)
     check_positions(student, teacher)
@@ -201,9 +202,9 @@ def feature_map_transfer(student: Any, teacher: Any, *, eps: float = 1e-12, per_
         1.0
 
     References:
-        Sun et al. 2020 (MobileBERT), section 3.4, arXiv:2004.02984: the discrepancy of the normalised feature maps, not
-        that of their statistics; deviation: a vector that is constant up to rounding becomes zero and gets no
-        gradient, because dividing by the root of a tiny eps would overflow half precision.
+        Sun et al. 2020 (MobileBERT), section 3.5 and equation 2, arXiv:2004.02984: the discrepancy of the normalised
+        feature maps, not that of their statistics; deviation: a vector that is constant up to rounding becomes zero
+        and gets no gradient, because dividing by the root of a tiny eps would overflow half precision.
     """
     checks.non_negative("eps", eps)
     student, teacher = _with_channels(student, teacher)

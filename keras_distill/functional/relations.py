@@ -81,7 +81,8 @@ def relational_distance(student: Any, teacher: Any) -> Any:
         0.0139
 
     References:
-        Park et al. 2019, equations 5 to 7, arXiv:1904.05068.
+        Park et al. 2019, equations 5 to 8, arXiv:1904.05068; deviation, as in the authors' code: the mean over all
+        pairs, where the paper has the sum over pairs of different examples.
     """
     student, teacher = prepare_examples(student, teacher)
     ratios = []
@@ -119,7 +120,8 @@ def relational_angle(student: Any, teacher: Any) -> Any:
         0.1296
 
     References:
-        Park et al. 2019, equations 8 to 10, arXiv:1904.05068.
+        Park et al. 2019, equations 8 to 10, arXiv:1904.05068; deviation, as in the authors' code: the mean over all
+        triples, where the paper has the sum over triples of different examples.
     """
     student, teacher = prepare_examples(student, teacher)
     grams, rows = [], []
@@ -208,7 +210,8 @@ def correlation_congruence(
         8.0
 
     References:
-        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code.
+        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code as RepDistiller has it,
+        there with a weight of 0.02.
     """
     checks.one_of("kernel", kernel, KERNELS)
     checks.positive("gamma", gamma)
@@ -236,8 +239,8 @@ def inter_channel_correlation(student: Any, teacher: Any) -> Any:
     .. math:: \frac{1}{C^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
         \hat G_i = G_i / \|G_i\|_2
 
-    F has one row per channel, the map of that channel: how diverse the channels are, and which go together. The usual
-    weight is 2.5. A row of zeros stays zero.
+    F has one row per channel, the map of that channel: how diverse the channels are, and which go together. The
+    authors' weight of 2.5 is 2.5 C here. A row of zeros stays zero.
 
     Args:
         student: The student's feature, shape ``(N, H, W, C)`` or ``(N, L, C)``.
@@ -256,8 +259,8 @@ def inter_channel_correlation(student: Any, teacher: Any) -> Any:
         0.3
 
     References:
-        Liu et al. 2021, equations 2 and 3, arXiv:2202.03680; deviation: the plain mean over examples and pairs of
-        channels.
+        Liu et al. 2021, equations 2 to 4, arXiv:2202.03680; deviations: rows of length one, as in the authors' code,
+        and the mean over examples and pairs of channels, as in equation 4, where that code divides by N C.
     """
     student, teacher = prepare(student, teacher)
     mine, theirs = tuple(student.shape), tuple(teacher.shape)

@@ -42,7 +42,8 @@ class AttentionMapLoss(DistillationLoss):
         1.8226
 
     References:
-        Sun et al. 2020 (MobileBERT), arXiv:2004.02984; Jiao et al. 2020 (TinyBERT), equation 7, arXiv:1909.10351.
+        Sun et al. 2020 (MobileBERT), equation 3, arXiv:2004.02984; Jiao et al. 2020 (TinyBERT), equation 7,
+        arXiv:1909.10351.
     """
 
     gives: ClassVar[str] = "examples"

@@ -242,7 +242,7 @@ class TotalVariationLoss(DistillationLoss):
         0.271
 
     References:
-        Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190.
+        Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190.
     """
 
     merges_classes: ClassVar[bool] = True

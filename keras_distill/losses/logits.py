@@ -40,7 +40,8 @@ class SoftTargetLoss(DistillationLoss):
         0.5694
 
     References:
-        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, arXiv:2403.01427.
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, section 4.3,
+        arXiv:2403.01427; the authors' code runs it at temperature 2 with a weight of 9 on CIFAR-100.
     """
 
     merges_classes: ClassVar[bool] = True

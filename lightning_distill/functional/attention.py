@@ -74,7 +74,7 @@ def attention_kl(student: Tensor, teacher: Tensor, *, from_scores: bool = True) 
         tensor([1.8226])
 
     References:
-        Sun et al. 2020 (MobileBERT), equation 2, arXiv:2004.02984.
+        Sun et al. 2020 (MobileBERT), equation 3, arXiv:2004.02984.
     """
     checks.boolean("from_scores", from_scores)
     student, teacher = prepare_equal(student, teacher)

@@ -45,7 +45,7 @@ def variational_information(
         tensor([1.5966])
 
     References:
-        Ahn et al. 2019, section 2, arXiv:1904.05835; deviation: the mean instead of the sum over channels and
+        Ahn et al. 2019, equations 5 and 6, arXiv:1904.05835; deviation: the mean instead of the sum over channels and
         positions, as in published code.
     """
     student, teacher = prepare(student, teacher)
@@ -67,7 +67,7 @@ def masked_generative(
     .. math:: \sum_d \left( G(m \odot f^s)_d - f^t_d \right)^2
 
     The student has to carry enough in each part of its feature for the rest to be guessed. The sum makes values large:
-    the published weights are 7e-5 and smaller.
+    the paper's weights are 7e-5 and smaller.
 
     Args:
         student: The student's feature, shape ``(N, ..., C)`` or ``(N, C, H, W)``.

@@ -51,9 +51,10 @@ def soft_target_kl(
         tensor([0.5694])
 
     References:
-        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, arXiv:2403.01427;
-        deviation: a row that is constant up to rounding is centred but not divided, because dividing by 1e-7 would
-        give gradients that overflow half precision.
+        Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531. Standardisation: Sun et al. 2024, section 4.3,
+        arXiv:2403.01427; deviations: the unbiased deviation plus 1e-7, as in the authors' code, where algorithm 1
+        divides by C and adds nothing; and a row that is constant up to rounding is centred but not divided, because
+        dividing by 1e-7 would give gradients that overflow half precision.
     """
     checks.positive("temperature", temperature)
     student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=2)

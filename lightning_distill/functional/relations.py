@@ -86,7 +86,8 @@ def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(0.0139)
 
     References:
-        Park et al. 2019, equations 5 to 7, arXiv:1904.05068.
+        Park et al. 2019, equations 5 to 8, arXiv:1904.05068; deviation, as in the authors' code: the mean over all
+        pairs, where the paper has the sum over pairs of different examples.
     """
     student, teacher = prepare_examples(student, teacher)
     distances = [_distances(feature)[1] for feature in (student, teacher)]
@@ -122,7 +123,8 @@ def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(0.1296)
 
     References:
-        Park et al. 2019, equations 8 to 10, arXiv:1904.05068.
+        Park et al. 2019, equations 8 to 10, arXiv:1904.05068; deviation, as in the authors' code: the mean over all
+        triples, where the paper has the sum over triples of different examples.
     """
     student, teacher = prepare_examples(student, teacher)
     pairs, count = [_from_anchors(feature) for feature in (student, teacher)], len(student)
@@ -207,7 +209,8 @@ def correlation_congruence(
         tensor(8.)
 
     References:
-        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code.
+        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code as RepDistiller has it,
+        there with a weight of 0.02.
     """
     checks.one_of("kernel", kernel, KERNELS)
     checks.positive("gamma", gamma)
@@ -235,8 +238,8 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
     .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2, \qquad G_n = F_n F_n^\top, \quad
         \hat G_{ni} = G_{ni} / \|G_{ni}\|_2
 
-    F has one row per channel, the map of that channel: how diverse the channels are, and which go together. The usual
-    weight is 2.5. A row of zeros stays zero.
+    F has one row per channel, the map of that channel: how diverse the channels are, and which go together. The
+    authors' weight of 2.5 is 2.5 C here. A row of zeros stays zero.
 
     Args:
         student: The student's feature, shape ``(N, C, H, W)`` or ``(N, L, C)``.
@@ -256,8 +259,8 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(0.3000)
 
     References:
-        Liu et al. 2021, equations 2 and 3, arXiv:2202.03680; deviation: the plain mean over examples and pairs of
-        channels.
+        Liu et al. 2021, equations 2 to 4, arXiv:2202.03680; deviations: rows of length one, as in the authors' code,
+        and the mean over examples and pairs of channels, as in equation 4, where that code divides by N C.
     """
     student, teacher = prepare(student, teacher)
     if student.ndim < 3 or teacher.ndim < 3 or channel_maps(student).shape[:2] != channel_maps(teacher).shape[:2]:

@@ -39,7 +39,8 @@ class AttentionMapLoss(DistillationLoss):
         tensor(1.8226)
 
     References:
-        Sun et al. 2020 (MobileBERT), arXiv:2004.02984; Jiao et al. 2020 (TinyBERT), equation 7, arXiv:1909.10351.
+        Sun et al. 2020 (MobileBERT), equation 3, arXiv:2004.02984; Jiao et al. 2020 (TinyBERT), equation 7,
+        arXiv:1909.10351.
     """
 
     def __init__(self, kind: str = "kl", *, from_scores: bool = True) -> None:

@@ -192,7 +192,7 @@ class TotalVariationLoss(DistillationLoss):
         tensor(0.2710)
 
     References:
-        Wen et al. 2023 (f-distillation), section 3, arXiv:2307.15190.
+        Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190.
     """
 
     merges_classes: ClassVar[bool] = True

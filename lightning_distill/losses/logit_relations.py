@@ -49,9 +49,8 @@ class DISTLoss(DistillationLoss):
         tensor(1.2769)
 
     References:
-        Huang et al. 2022 (DIST), equations 9 and 10, arXiv:2205.10536, which recommends weights of 1 at temperature 1
-        for
-        ImageNet, and of 2 at temperature 4 for CIFAR-100.
+        Huang et al. 2022 (DIST), equations 8 and 9, arXiv:2205.10536, with weights of 2 for ImageNet (temperature 1)
+        and CIFAR-100 (temperature 4), and of 1 for detection and segmentation.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class MultiLevelLogitLoss(DistillationLoss):
         tensor(0.8134)
 
     References:
-        Jin, Wang and Lin 2023, section 3, CVPR.
+        Jin, Wang and Lin 2023, section 3, CVPR; deviations as in the function.
     """
 
     def __init__(self, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0), *, class_dim: int = -1) -> None:

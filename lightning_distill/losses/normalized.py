@@ -62,7 +62,8 @@ class NeuronSelectivityLoss(DistillationLoss):
         tensor(1.2800)
 
     References:
-        Huang and Wang 2017, section 4, arXiv:1707.01219, with the polynomial kernel of d = 2 and c = 0.
+        Huang and Wang 2017, section 4, arXiv:1707.01219, with the polynomial kernel of d = 2 and c = 0; deviation:
+        without the factor 1/2 that the paper gives its term.
     """
 
     channels_must_match: ClassVar[bool] = False
@@ -153,8 +154,8 @@ class FeatureMapTransferLoss(DistillationLoss):
         tensor(1.0000)
 
     References:
-        Sun et al. 2020 (MobileBERT), section 3.4, arXiv:2004.02984: the discrepancy of the normalised feature maps, not
-        that of their statistics; deviation: a vector that is constant up to rounding becomes zero.
+        Sun et al. 2020 (MobileBERT), section 3.5 and equation 2, arXiv:2004.02984: the discrepancy of the normalised
+        feature maps, not that of their statistics; deviation: a vector that is constant up to rounding becomes zero.
     """
 
     def __init__(self, *, eps: float = 1e-12) -> None:

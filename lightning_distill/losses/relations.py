@@ -76,7 +76,8 @@ class RelationalLoss(DistillationLoss):
         tensor(0.3472)
 
     References:
-        Park et al. 2019, equations 5 to 10, arXiv:1904.05068.
+        Park et al. 2019, equations 5 to 10, arXiv:1904.05068, with weights of 25 and 50 for classification and of 1 and
+        2 for metric learning; deviation, as in the authors' code: means where the paper has sums.
     """
 
     channels_must_match: ClassVar[bool] = False
@@ -161,7 +162,8 @@ class CorrelationCongruenceLoss(DistillationLoss):
         tensor(0.0532)
 
     References:
-        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code.
+        Peng et al. 2019, equations 6 to 10, arXiv:1904.01802. "neighbour": the authors' code as RepDistiller has it,
+        there with a weight of 0.02.
     """
 
     channels_must_match: ClassVar[bool] = False
@@ -193,7 +195,7 @@ class InterChannelCorrelationLoss(DistillationLoss):
 
     .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2
 
-    The channels must be equally many, the positions need not. The usual weight is 2.5. See
+    The channels must be equally many, the positions need not. The authors' weight of 2.5 is 2.5 C here. See
     :func:`lightning_distill.functional.inter_channel_correlation`.
 
     Returns:
@@ -206,8 +208,8 @@ class InterChannelCorrelationLoss(DistillationLoss):
         tensor(0.3000)
 
     References:
-        Liu et al. 2021, equations 2 and 3, arXiv:2202.03680; deviation: the plain mean over examples and pairs of
-        channels.
+        Liu et al. 2021, equations 2 to 4, arXiv:2202.03680; deviations: rows of length one, as in the authors' code,
+        and the mean over examples and pairs of channels, as in equation 4, where that code divides by N C.
     """
 
     positions_must_match: ClassVar[bool] = False
