@@ -140,11 +140,8 @@ class TeacherCache:
         writer = Writer(Path(path), manifest, resume)
         for shard in writer.missing:
             wanted = manifest.shard_range(shard)
-            parts = [
-                rows(start, min(start + batch_size, wanted.stop))
-                for start in range(wanted.start, wanted.stop, batch_size)
-            ]
-            writer.write(shard, {name: np.concatenate([part[name] for part in parts]) for name in arrays})
+            starts = range(wanted.start, wanted.stop, batch_size)
+            writer.write(shard, (rows(start, min(start + batch_size, wanted.stop)) for start in starts))
         writer.finish()
         return cls.open(path)
 
