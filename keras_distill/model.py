@@ -10,13 +10,15 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks
+from keras_distill.functional.top_k import TopK, best_scores
 from keras_distill.metrics import LossParts
+from keras_distill.pairs import paired_outputs
 from keras_distill.probe import probed
 from keras_distill.steps import Step, current_step, in_step
 from keras_distill.taps import Call, Recorder
 from keras_distill.targets import DistillTargets, carries_features, split_targets, weights_of
 from keras_distill.term import DistillationTerm
-from keras_distill.terms import LogitsDistillation, as_terms, paired_outputs
+from keras_distill.terms import LogitsDistillation, as_terms
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -390,6 +392,7 @@ class DistillModel(keras.Model):
             return
         output = next((term.output_key for term in self.terms if isinstance(term, LogitsDistillation)), None)
         for mine, theirs, _ in paired_outputs(student, teacher, output):
+            theirs = best_scores(theirs) if isinstance(theirs, TopK) else theirs
             if not checks.shapes_differ(mine.shape, theirs.shape):
                 self._parts["teacher_agreement"].update_state(theirs, mine, sample_weight=backends.mask_of(mine))
                 step.tracked.add("teacher_agreement")
