@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from keras_distill import checks
-from keras_distill.functional.top_k import TopK
+from keras_distill.functional.top_k import TopK, best_scores
 from keras_distill.taps import Call, select
 
 
@@ -52,3 +53,20 @@ def paired_outputs(
     nested = isinstance(sample_weight, (dict, list, tuple))
     weights = keras.tree.flatten(sample_weight) if nested else [sample_weight] * len(students)
     return list(zip(students, teachers, weights, strict=True))
+
+
+def comparable_outputs(student: Call, teacher: Call, output: int | str | None = None) -> Iterator[tuple[Any, Any]]:
+    """The paired outputs of equal shape, in which the two models may agree on a class.
+
+    Args:
+        student: The student's call.
+        teacher: The teacher's call.
+        output: Which of the outputs, an index or a key; None pairs all of them.
+
+    Yields:
+        The student's logits and the teacher's, or what has the teacher's likeliest class in their place.
+    """
+    for mine, theirs, _ in paired_outputs(student, teacher, output):
+        scores = best_scores(theirs) if isinstance(theirs, TopK) else theirs
+        if not checks.shapes_differ(mine.shape, scores.shape):
+            yield mine, scores

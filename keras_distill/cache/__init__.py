@@ -12,7 +12,8 @@ import numpy as np
 
 from distill_core.store import CacheError, Manifest, Reader
 from keras_distill.cache.builder import Builder, teacher_fingerprint
-from keras_distill.cache.data import CachedData, check_length, data_fingerprint, zipped
+from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
+from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
 from keras_distill.functional.top_k import TopK
 from keras_distill.taps import Tap
 
@@ -82,6 +83,9 @@ class TeacherCache:
         outputs: bool = True,
         top_k: int | None = None,
         dtype: str = "float16",
+        views: int = 1,
+        transform: Transform | None = None,
+        transform_seed: int | None = None,
         batch_size: int = 64,
         resume: bool = True,
         shard_bytes: int = 64 * 2**20,
@@ -97,6 +101,11 @@ class TeacherCache:
             top_k: How many of the likeliest classes are kept of each output; None keeps all numbers.
             dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; with ``top_k`` ``"float16"`` or ``"uint8"``, 8 bits
                 linear in the log-probability.
+            views: How many augmented views of each item the teacher is shown; epochs cycle through them.
+            transform: Augments an item: ``transform(x, seed)``, where ``x`` is one item, NumPy arrays in the structure
+                of the inputs, and ``seed`` two int32 numbers from which everything random must come, by
+                ``np.random.default_rng(seed)`` or as the seed of ``tf.image.stateless_random_crop``.
+            transform_seed: What those numbers are drawn from, for each item and view.
             batch_size: Items that the teacher is shown at a time.
             resume: Whether a folder that was begun, or is whole, is taken up; only whole shards count.
             shard_bytes: About how large a shard is.
@@ -105,8 +114,10 @@ class TeacherCache:
             The cache, opened.
 
         Raises:
-            CacheError: If the folder holds something else, or the teacher gives several outputs, or probabilities where
-                ``top_k`` is given.
+            CacheError: If the folder holds something else; if the teacher gives several outputs, or probabilities where
+                ``top_k`` is given; if ``views``, ``transform`` and ``transform_seed`` do not go together, or the
+                transform gives other items for the same seed.
+            TypeError: If ``transform`` cannot be called.
             ValueError: If ``top_k`` or ``dtype`` is out of range.
             OSError: If the disk is full; resuming completes the folder.
         """
@@ -117,6 +128,8 @@ class TeacherCache:
             outputs=outputs,
             top_k=top_k,
             dtype=dtype,
+            views=views,
+            augmentation=requested(transform, transform_seed, views),
             batch_size=batch_size,
             shard_bytes=shard_bytes,
         )
@@ -124,7 +137,14 @@ class TeacherCache:
         return cls.open(path)
 
     def attach(
-        self, data: Any, *, batch_size: int = 32, shuffle: bool = False, seed: int = 0, view: int = 0
+        self,
+        data: Any,
+        *,
+        batch_size: int = 32,
+        shuffle: bool = False,
+        seed: int = 0,
+        view: int | None = None,
+        transform: Transform | None = None,
     ) -> CachedData | Any:
         """Data whose targets carry what the teacher gave.
 
@@ -134,26 +154,36 @@ class TeacherCache:
             batch_size: Examples in a batch of arrays.
             shuffle: Whether arrays come in another order in each epoch.
             seed: Of that order.
-            view: Which augmented view's answers are given.
+            view: Which augmented view's answers are given; None takes view ``epoch % views`` in ``DistillModel.fit``.
+            transform: The transform that the cache was built with; the student is shown what the teacher was.
 
         Returns:
             For arrays a ``keras.utils.PyDataset``; for a ``tf.data.Dataset`` another, to shuffle and batch.
 
         Raises:
-            CacheError: If the data have another length, or are others than the cache was built from in Keras.
+            CacheError: If the data have another length, are others than the cache was built from in Keras or augmented
+                otherwise, or it cannot be told which view they are.
         """
-        if not 0 <= view < self.manifest.views:
-            raise CacheError(f"Expected `view` to be below {self.manifest.views}, but got view={view}.")
-        start = view * self.manifest.length
-        if hasattr(data, "element_spec"):
+        arrays, manifest = not hasattr(data, "element_spec"), self.manifest
+        views = chosen_views(manifest, view, augmented=transform is not None, cycles=arrays)
+        if not arrays:
             length = int(data.cardinality())
-            check_length(self.manifest.length if length == _UNKNOWN else length, self.manifest)
-            return zipped(data, self.answers, start, self.manifest.length)
+            check_length(manifest.length if length == _UNKNOWN else length, manifest)
+            return zipped(data, self.answers, views[0] * manifest.length, manifest.length)
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-        check_length(len(keras.tree.flatten(x)[0]), self.manifest)
-        if self.manifest.data["kind"] == "keras" and data_fingerprint(x) != self.manifest.data["fingerprint"]:
+        check_length(len(keras.tree.flatten(x)[0]), manifest)
+        augmentation = None if transform is None else Augmentation(transform, manifest.data["transform_seed"])
+        if manifest.data["kind"] == "keras" and data_fingerprint(x, augmentation) != manifest.data["fingerprint"]:
             raise CacheError("Expected the data to be those that the cache was built from, but some items differ.")
-        return CachedData(self.answers, (x, y, weight), start=start, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        return CachedData(
+            self.answers,
+            (x, y, weight),
+            augmentation=augmentation,
+            views=views,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+        )
 
     def answers(self, rows: Any) -> Any:
         """What a DistillTargets carries for some rows.

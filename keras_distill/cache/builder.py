@@ -13,7 +13,7 @@ import numpy as np
 from distill_core.codecs import Array
 from distill_core.store import CacheError, Manifest, Writer, fingerprint
 from keras_distill import backends
-from keras_distill.cache.data import data_fingerprint
+from keras_distill.cache.views import Augmentation, data_fingerprint
 from keras_distill.probe import probed
 from keras_distill.taps import Recorder, Tap
 
@@ -28,6 +28,8 @@ class Builder:
         outputs: Whether the outputs are kept.
         top_k: How many classes of each output are kept; None keeps all.
         dtype: Precision of what is stored.
+        views: How many augmented views of each item are shown to the teacher.
+        augmentation: Augments them; None leaves items as they are.
         batch_size: Items in a batch.
         shard_bytes: About how large a shard is.
 
@@ -44,6 +46,8 @@ class Builder:
         outputs: bool,
         top_k: int | None,
         dtype: str,
+        views: int,
+        augmentation: Augmentation | None,
         batch_size: int,
         shard_bytes: int,
     ) -> None:
@@ -52,8 +56,10 @@ class Builder:
             raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
         if dtype == "uint8" and top_k is None:
             raise CacheError("Expected `dtype` to be float16, bfloat16 or float32 without top_k, but got 'uint8'.")
-        self.inputs, self.outputs, self.batch_size = inputs, outputs, batch_size
+        self.inputs, self.outputs, self.batch_size, self.augmentation = inputs, outputs, batch_size, augmentation
         self.recorder, self.length = Recorder(teacher, self.taps, "teacher"), len(keras.tree.flatten(inputs)[0])
+        if augmentation is not None:
+            augmentation.check(inputs)
         if top_k is not None and outputs:
             self._check_logits()
         arrays: dict[str, dict[str, Any]] = {}
@@ -65,12 +71,17 @@ class Builder:
                 arrays[name]["dtype"] = "float16"
         manifest = Manifest(
             length=self.length,
-            views=1,
+            views=views,
             shard_rows=batch_size,
             arrays=arrays,
             layers={f"feature{index}": f"{tap.name}|{tap.where}" for index, tap in enumerate(self.taps)},
             teacher={"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)},
-            data={"fingerprint": data_fingerprint(inputs), "transform_seed": None, "stale": False, "kind": "keras"},
+            data={
+                "fingerprint": data_fingerprint(inputs, augmentation),
+                "transform_seed": None if augmentation is None else augmentation.seed,
+                "stale": False,
+                "kind": "keras",
+            },
             versions={name: importlib.metadata.version(name) for name in ("keras", "numpy")},
         )
         row = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
@@ -97,7 +108,13 @@ class Builder:
 
     def _inputs(self, start: int, stop: int) -> Any:
         """What the teacher is shown for some rows."""
-        return keras.tree.map_structure(lambda array: keras.ops.convert_to_tensor(array[start:stop]), self.inputs)
+        if self.augmentation is None:
+            return keras.tree.map_structure(lambda array: keras.ops.convert_to_tensor(array[start:stop]), self.inputs)
+        views, indices = np.divmod(
+            np.arange(start, stop), self.length
+        )  # a batch may begin in one view, end in the next
+        parts = [self.augmentation.batch(self.inputs, indices[views == view], int(view)) for view in np.unique(views)]
+        return keras.tree.map_structure(lambda *same: keras.ops.convert_to_tensor(np.concatenate(same)), *parts)
 
     def _rows(self, start: int, stop: int) -> dict[str, Array]:
         """What the teacher gives for some rows."""
