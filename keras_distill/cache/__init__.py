@@ -26,7 +26,8 @@ class TeacherCache:
     """What a teacher gave for every item of some data, in a folder, as targets for ``DistillModel.fit``.
 
     The folder is that of ``lightning_distill.TeacherCache``, described in :mod:`distill_core.store`: either half reads
-    what the other has built. Feature maps of a PyTorch teacher are given channels last.
+    what the other has built. Feature maps of a PyTorch teacher are given channels last. Of a cache of the likeliest
+    classes the loss is taken over those and all others together, which divergences such as SoftTargetLoss allow.
 
     Args:
         reader: Reads the folder.
