@@ -150,25 +150,32 @@ class Writer:
         """Numbers of the shards that are not there, or not whole."""
         return [shard for shard in range(self.manifest.shards) if not self._whole(shard)]
 
-    def write(self, shard: int, values: Mapping[str, Array]) -> None:
-        """Encode and write one shard.
+    def write(self, shard: int, batches: Iterable[Mapping[str, Array]]) -> None:
+        """Encode and write one shard; of its rows as they come only one batch is held at a time.
 
         Args:
             shard: Its number.
-            values: The rows of each array.
+            batches: The rows of each array, one batch after the other.
 
         Raises:
             ValueError: If the values do not fit the manifest.
             OSError: If they cannot be written; what was whole before stays whole.
         """
         rows, files = self.manifest.shard_range(shard), {}
-        for name, codec in self._codecs.items():
-            wanted = (len(rows), *self.manifest.arrays[name]["shape"])
-            if values[name].shape != wanted:
-                raise ValueError(f"Expected {name!r} to be of shape {wanted}, but got {values[name].shape}.")
-            for column, stored in codec.encode(values[name]).items():
-                file = self.folder / _file_name(shard, name, column)
-                files[file.name] = _write(file, stored)
+        parts: dict[tuple[str, str], list[Array]] = {}
+        for values in batches:
+            for name, codec in self._codecs.items():
+                wanted = tuple(self.manifest.arrays[name]["shape"])
+                if values[name].shape[1:] != wanted:
+                    raise ValueError(f"Expected rows of {name!r} to be {wanted}, but got {values[name].shape[1:]}.")
+                for column, stored in codec.encode(values[name]).items():
+                    parts.setdefault((name, column), []).append(stored)
+        for (name, column), several in parts.items():
+            stored = np.concatenate(several)
+            if len(stored) != len(rows):
+                raise ValueError(f"Expected {len(rows)} rows of {name!r} in a shard, but got {len(stored)}.")
+            file = self.folder / _file_name(shard, name, column)
+            files[file.name] = _write(file, stored)
         _write(self.folder / f"shard-{shard:05d}.json", (json.dumps(files, indent=2, sort_keys=True) + "\n").encode())
 
     def finish(self) -> None:

@@ -10,13 +10,15 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks
+from keras_distill.cache.data import told_epochs
 from keras_distill.metrics import LossParts
+from keras_distill.pairs import comparable_outputs
 from keras_distill.probe import probed
 from keras_distill.steps import Step, current_step, in_step
 from keras_distill.taps import Call, Recorder
 from keras_distill.targets import DistillTargets, carries_features, split_targets, weights_of
 from keras_distill.term import DistillationTerm
-from keras_distill.terms import LogitsDistillation, as_terms, paired_outputs
+from keras_distill.terms import LogitsDistillation, as_terms
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -186,6 +188,10 @@ class DistillModel(keras.Model):
             return self.student(inputs, training=training)
         step.student = self._student_recorder.forward(inputs, training=training)
         return step.student.output
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; data of a :class:`TeacherCache` is told each epoch, whose view it shows."""
+        return told_epochs(super().fit, args, kwargs)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of training, as the backend does it."""
@@ -389,7 +395,6 @@ class DistillModel(keras.Model):
         if not self.track_agreement:
             return
         output = next((term.output_key for term in self.terms if isinstance(term, LogitsDistillation)), None)
-        for mine, theirs, _ in paired_outputs(student, teacher, output):
-            if not checks.shapes_differ(mine.shape, theirs.shape):
-                self._parts["teacher_agreement"].update_state(theirs, mine, sample_weight=backends.mask_of(mine))
-                step.tracked.add("teacher_agreement")
+        for mine, theirs in comparable_outputs(student, teacher, output):
+            self._parts["teacher_agreement"].update_state(theirs, mine, sample_weight=backends.mask_of(mine))
+            step.tracked.add("teacher_agreement")

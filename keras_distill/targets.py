@@ -16,7 +16,8 @@ class DistillTargets(NamedTuple):
         labels: What the compiled loss and metrics compare the student with; None for unlabelled data.
         teacher: The teacher's output; or ``{"output": output, "features": {layer: feature}}`` where terms read
             features of the teacher too, which are named by the keys of their taps. ``DistillModel.teacher_targets``
-            makes either.
+            makes either. From a cache of the likeliest classes the output is a
+            :class:`keras_distill.functional.top_k.TopK`.
 
     Example:
         >>> DistillTargets(labels=[1], teacher=[[0.5, 2.0]]).labels

@@ -11,8 +11,10 @@ from keras import ops
 
 from keras_distill import backends, checks
 from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter, resized
+from keras_distill.functional.top_k import TopK, check_classes, merge_classes
 from keras_distill.losses import FeatureDistance, FunctionLoss, SoftTargetLoss
-from keras_distill.taps import Call, Tap, select
+from keras_distill.pairs import paired_outputs
+from keras_distill.taps import Call, Tap
 from keras_distill.term import DistillationTerm
 from keras_distill.weighting import weighted_loss
 
@@ -93,6 +95,10 @@ class LogitsDistillation(DistillationTerm):
                     expected = f"the {who}'s output to be logits, since the loss has from_logits=True"
                     remedy = "Leave out the last softmax or sigmoid, or pass a loss with from_logits=False."
                     raise ValueError(checks.message(expected, "probabilities of a softmax or sigmoid", remedy))
+            if isinstance(theirs, TopK):
+                self._check_merging(theirs)
+                check_classes(mine, theirs)
+                continue
             remedy = "Both models must score the same classes."
             checks.same_shape(mine, theirs, names=("student_logits", "teacher_logits"), remedy=remedy)
         self.built = True
@@ -101,12 +107,24 @@ class LogitsDistillation(DistillationTerm):
         """The loss without its weight, a scalar."""
         total = 0.0
         for mine, theirs, weights in paired_outputs(student, teacher, self.output_key, sample_weight):
-            backends.check_batch(mine, theirs)
-            target = (theirs, labels) if self.needs_labels else theirs
             mask = backends.mask_of(mine)
             mine = backends.without_mask(mine)
+            if isinstance(theirs, TopK):
+                self._check_merging(theirs)  # here too: the term may have been built with a teacher
+                mine, theirs = merge_classes(mine, theirs, getattr(self.loss, "temperature", 1.0))
+            backends.check_batch(mine, theirs)
+            target = (theirs, labels) if self.needs_labels else theirs
             total = total + weighted_loss(self.loss, mine, target, sample_weight=weights, mask=mask)
         return total
+
+    def _check_merging(self, teacher: TopK) -> None:
+        """Raise if the loss is no divergence of logits, in which classes may be merged."""
+        own = getattr(self.loss, "merges_classes", False) and not getattr(self.loss, "standardize", False)
+        if not own or not getattr(self.loss, "from_logits", True):
+            expected = f"a cache of full outputs for {type(self.loss).__name__}"
+            remedy = "Build it without top_k, or use a divergence of logits such as SoftTargetLoss()."
+            received = f"the likeliest {teacher.indices.shape[-1]} classes alone"
+            raise ValueError(checks.message(expected, received, remedy))
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
@@ -291,48 +309,6 @@ class FeatureDistillation(DistillationTerm):
     def _value(self, loss: Any, student: Any, teacher: Any, mask: Any, labels: Any, sample_weight: Any) -> Any:
         target = (teacher, labels) if self.needs_labels else teacher
         return weighted_loss(loss, student, target, sample_weight=sample_weight, mask=mask)
-
-
-def paired_outputs(
-    student: Call, teacher: Call, output: int | str | None = None, sample_weight: Any = None
-) -> list[tuple[Any, Any, Any]]:
-    """The outputs that are compared with each other, and their sample weights.
-
-    Args:
-        student: The student's call.
-        teacher: The teacher's call.
-        output: Which of the outputs, an index or a key; None pairs all of them.
-        sample_weight: The batch's weights, for all outputs or nested as they are.
-
-    Returns:
-        The student's output, the teacher's and the weights, for each pair.
-
-    Raises:
-        ValueError: If the two models' outputs cannot be paired.
-
-    Example:
-        >>> paired_outputs(Call({"a": 1.0, "b": 2.0}), Call({"a": 3.0, "b": 4.0}), "b")
-        [(2.0, 4.0, None)]
-    """
-    mine, theirs = student.output, teacher.output
-    if output is not None:
-        if keras.tree.is_nested(sample_weight):
-            sample_weight = sample_weight[output]
-        mine = select(mine, output, "the student's output")
-        theirs = select(theirs, output, "the teacher's output")
-    elif isinstance(mine, dict) and isinstance(theirs, dict) and mine.keys() != theirs.keys():
-        received = f"{sorted(mine)} and {sorted(theirs)}"
-        raise ValueError(checks.message("both models to have the same outputs", received, "Pass output=<a key>."))
-    students, teachers = keras.tree.flatten(mine), keras.tree.flatten(theirs)
-    if isinstance(mine, dict) != isinstance(theirs, dict) and len(students) == len(teachers) > 1:
-        received = f"a {type(mine).__name__} and a {type(theirs).__name__}"
-        raise ValueError(checks.message("both models to name their outputs, or neither", received))
-    if len(students) != len(teachers):
-        received = f"{len(students)} and {len(teachers)}"
-        raise ValueError(checks.message("both models to have equally many outputs", received, "Pass output=..."))
-    nested = isinstance(sample_weight, (dict, list, tuple))
-    weights = keras.tree.flatten(sample_weight) if nested else [sample_weight] * len(students)
-    return list(zip(students, teachers, weights, strict=True))
 
 
 def _taps(layers: Layers) -> list[Tap]:

@@ -38,6 +38,19 @@ class Augmented(Dataset[Any]):
         return (x if random.random() < 0.5 else x.flip(0)) + noise, index % 10
 
 
+class Views(Dataset[Any]):
+    """The views of a cache as a data set of their own, in the order of the epochs; ``module`` is that of the run."""
+
+    def __init__(self, views: Any, count: int) -> None:
+        self.views, self.count, self.module = views, count, None
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.views[index + len(self) * (self.module.trainer.current_epoch % self.count)].batch
+
+
 class Module(LightningModule):
     """A user's module, which knows nothing of a cache and notes what its code sees."""
 

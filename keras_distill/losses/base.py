@@ -21,7 +21,7 @@ class DistillationLoss(keras.losses.Loss):
     - ``positions_must_match``: the two features need the same positions; a term resizes the teacher's map.
     - ``several_layers``: ``y_true`` and ``y_pred`` are lists of features, one for each layer.
     - ``merges_classes``: it is a divergence between the distributions of a row, also where classes of the row are
-      merged.
+      merged, so that a cache of the likeliest classes is enough.
     - ``learned``: :meth:`build` makes parameters in ``layer``. A FeatureDistillation builds a copy of the loss for each
       pair of layers, and treats it as it does adapters.
     - ``gives``: ``"positions"`` where ``call`` returns one value for each position (the shape of the student's tensor

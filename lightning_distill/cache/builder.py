@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -106,7 +105,9 @@ class Builder:
         self.recorder.detach()
         self.frozen.release()
 
-    def shards(self, wanted: Sequence[int], progress: Progress | None = None) -> Iterator[tuple[int, dict[str, Array]]]:
+    def shards(
+        self, wanted: Sequence[int], progress: Progress | None = None
+    ) -> Iterator[tuple[int, Iterator[dict[str, Array]]]]:
         """The contents of shards, one after the other.
 
         Args:
@@ -114,18 +115,20 @@ class Builder:
             progress: Where to show how far it is.
 
         Yields:
-            Number and rows of each.
+            Number and batches of each; the batches are to be taken before the next shard.
         """
         batches = [batch for shard in wanted for batch in self._batches(shard)]
         task = None if progress is None else progress.add_task("teacher", total=sum(map(len, batches)))
         loaded = iter(self._loader(batches, self._workers))
-        for shard in wanted:
-            parts: list[dict[str, Array]] = []
+
+        def rows(shard: int) -> Iterator[dict[str, Array]]:
             for batch in self._batches(shard):
-                parts.append(self._rows(next(loaded)))
+                yield self._rows(next(loaded))
                 if progress is not None and task is not None:
                     progress.advance(task, len(batch))
-            yield shard, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+        for shard in wanted:
+            yield shard, rows(shard)
 
     def _batches(self, shard: int) -> list[list[int]]:
         # the same batches whenever the shard is built: other batches would round otherwise
@@ -226,8 +229,8 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool) -> No
         console.print(f"{size} in {builder.manifest.shards} shards; {len(missing)} to build")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=console.quiet) as bar:
-            for shard, values in builder.shards(missing[rank::world], bar):
-                writer.write(shard, values)
+            for shard, batches in builder.shards(missing[rank::world], bar):
+                writer.write(shard, batches)
         _barrier()
         if rank == 0:
             writer.finish()

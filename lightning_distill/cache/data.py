@@ -185,6 +185,11 @@ def check_data(dataset: Any, manifest: Manifest) -> None:
             f" {len(whole)}. Pass the whole data set, or a Subset of it."
         )
     if manifest.data["kind"] != "torch":
+        if manifest.data["transform_seed"] is not None:
+            raise CacheError(
+                "Expected a cache of plain items or one that was built in PyTorch, but Keras has augmented what the"
+                " teacher was shown. Build it in PyTorch."
+            )
         return  # the other half has seen arrays, and not these items
     stale = bool(manifest.data["stale"])
     if data_fingerprint(whole, manifest.data["transform_seed"], stale) != manifest.data["fingerprint"]:

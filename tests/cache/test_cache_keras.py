@@ -140,11 +140,3 @@ def test_c5_another_keras_teacher_and_other_arrays_are_refused(
         cache.attach((X[1:], Y[1:]))
     with pytest.raises(CacheError, match=r"but some items differ"):
         cache.attach((X + 1, Y))
-
-
-def test_c7_a_cache_of_the_likeliest_classes_is_refused_in_keras(tmp_path: Path) -> None:
-    """C7: the divergence over k + 1 outcomes is not there yet."""
-    data = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y).long())
-    lightning_distill.TeacherCache.build(torch_twin(keras_network(8, 1)), data, tmp_path, top_k=3, progress=False)
-    with pytest.raises(CacheError, match=r"^Expected a cache of full outputs, but it holds the likeliest classes"):
-        keras_distill.TeacherCache.open(tmp_path)

@@ -21,6 +21,7 @@ from cache_nets import ITEMS, network, table
 from torch import nn
 
 from distill_core import store
+from distill_core.codecs import TopKCodec
 from distill_core.store import CacheError
 from lightning_distill import TeacherCache
 
@@ -254,6 +255,17 @@ def test_c10_the_size_is_said_beforehand(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert "40 rows, 0.0 MiB in 10 shards; 10 to build" in printed
     assert "40/40" in printed
+
+
+def test_c15_what_the_likeliest_classes_are_taken_from_is_held_one_batch_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C15: a shard of 64 MiB stands for gigabytes of logits, of which only a few bytes a row are kept."""
+    seen: list[int] = []
+    encode = TopKCodec.encode
+    monkeypatch.setattr(TopKCodec, "encode", lambda self, rows: (seen.append(len(rows)), encode(self, rows))[1])
+    cache = built(tmp_path, top_k=3, dtype="float16", shard_bytes=2**20)
+    assert (cache.manifest.shards, seen) == (1, [4] * 10)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

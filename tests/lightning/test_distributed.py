@@ -7,12 +7,7 @@ process on the same global batches, which here is a loop written by hand.
 from __future__ import annotations
 
 import copy
-import json
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run_processes
 from tiny import Classifier, Mlp, ValidatedClassifier, dataset, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,41 +23,13 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation
 
 ROWS, GLOBAL_BATCH = 48, 8
-HERE = Path(__file__).parent
+SCRIPT = Path(__file__).parent / "two_processes.py"
 distributed = pytest.mark.distributed
-
-
-def run_processes(what: str, count: int, folder: Path) -> list[dict[str, Any]]:
-    """The JSON that each process wrote; a hang ends with the stacks of its threads in the error."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
-    processes, logs = [], []
-    for rank in range(count):
-        log = (folder / f"{what}{rank}.log").open("w+")
-        ranked = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
-        command = [sys.executable, str(HERE / "two_processes.py"), what, str(folder)]
-        processes.append(subprocess.Popen(command, env={**environment, **ranked}, stdout=log, stderr=log, cwd=folder))
-        logs.append(log)
-    try:
-        for process in processes:
-            process.wait(timeout=140)
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    texts = [(folder / f"{what}{rank}.log").read_text()[-4000:] for rank in range(count)]
-    assert [process.returncode for process in processes] == [0] * count, "\n\n".join(texts)
-    names = [f"{what}{rank}.json" for rank in range(count)] if count > 1 else [f"{what}.json"]
-    return [json.loads((folder / name).read_text()) for name in names]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_processes("pair", 2, tmp_path_factory.mktemp("pair"))
+    return run_processes(SCRIPT, "pair", 2, tmp_path_factory.mktemp("pair"))
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -195,7 +163,7 @@ def test_l19_callback_pickles_after_fit_with_its_adapters_and_without_the_module
 
 @distributed
 def test_l19_ddp_spawn_runs_and_its_adapters_come_back_to_the_main_process(tmp_path):
-    (ended,) = run_processes("spawn", 1, tmp_path)
+    (ended,) = run_processes(SCRIPT, "spawn", 1, tmp_path)
     assert ended["adapters"].keys() == {"body.adapters.0.weight", "body.adapters.0.bias"}
     # the first adapters were seen in the spawned processes only: what they became determines them up to the training
     students, adapters, _ = one_process(ended["start_from_children"], steps=4)

@@ -1,0 +1,150 @@
+"""Running a teacher once over arrays and keeping what it gave."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from distill_core.codecs import Array
+from distill_core.store import CacheError, Manifest, Writer, fingerprint
+from keras_distill import backends
+from keras_distill.cache.views import Augmentation, data_fingerprint
+from keras_distill.probe import probed
+from keras_distill.taps import Recorder, Tap
+
+
+class Builder:
+    """One build of a cache: what is asked for, and the manifest that follows from it.
+
+    Args:
+        teacher: The teacher.
+        inputs: What it takes, arrays of all items.
+        layers: Layers whose features are kept.
+        outputs: Whether the outputs are kept.
+        top_k: How many classes of each output are kept; None keeps all.
+        dtype: Precision of what is stored.
+        views: How many augmented views of each item are shown to the teacher.
+        augmentation: Augments them; None leaves items as they are.
+        batch_size: Items in a batch.
+        shard_bytes: About how large a shard is.
+
+    Raises:
+        CacheError: If there is nothing to keep, or the teacher's output cannot be kept so.
+    """
+
+    def __init__(
+        self,
+        teacher: keras.Model,
+        inputs: Any,
+        *,
+        layers: Sequence[str | Tap],
+        outputs: bool,
+        top_k: int | None,
+        dtype: str,
+        views: int,
+        augmentation: Augmentation | None,
+        batch_size: int,
+        shard_bytes: int,
+    ) -> None:
+        self.taps = [Tap.of(layer) for layer in layers]
+        if not outputs and not self.taps:
+            raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
+        if dtype == "uint8" and top_k is None:
+            raise CacheError("Expected `dtype` to be float16, bfloat16 or float32 without top_k, but got 'uint8'.")
+        self.inputs, self.outputs, self.batch_size, self.augmentation = inputs, outputs, batch_size, augmentation
+        self.recorder, self.length = Recorder(teacher, self.taps, "teacher"), len(keras.tree.flatten(inputs)[0])
+        if augmentation is not None:
+            augmentation.check(inputs)
+        if top_k is not None and outputs:
+            self._check_logits()
+        arrays: dict[str, dict[str, Any]] = {}
+        for name, one in self._rows(0, min(batch_size, self.length)).items():
+            arrays[name] = {"shape": list(one.shape[1:]), "dtype": dtype}
+            if name == "output" and top_k is not None:
+                arrays[name]["top_k"] = top_k
+            elif dtype == "uint8":
+                arrays[name]["dtype"] = "float16"
+        manifest = Manifest(
+            length=self.length,
+            views=views,
+            shard_rows=batch_size,
+            arrays=arrays,
+            layers={f"feature{index}": f"{tap.name}|{tap.where}" for index, tap in enumerate(self.taps)},
+            teacher={"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)},
+            data={
+                "fingerprint": data_fingerprint(inputs, augmentation),
+                "transform_seed": None if augmentation is None else augmentation.seed,
+                "stale": False,
+                "kind": "keras",
+            },
+            versions={name: importlib.metadata.version(name) for name in ("keras", "numpy")},
+        )
+        row = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
+        batches = max(1, shard_bytes // (row * batch_size))
+        self.manifest = Manifest(**{**vars(manifest), "shard_rows": batches * batch_size})
+
+    def write(self, folder: Path, resume: bool) -> None:
+        """Write what the folder lacks.
+
+        Args:
+            folder: Where to.
+            resume: Whether one that was begun is completed.
+
+        Raises:
+            CacheError: If something else is there.
+            OSError: If the disk is full.
+        """
+        writer = Writer(folder, self.manifest, resume)
+        for shard in writer.missing:
+            wanted, size = self.manifest.shard_range(shard), self.batch_size
+            starts = range(wanted.start, wanted.stop, size)
+            writer.write(shard, (self._rows(start, min(start + size, wanted.stop)) for start in starts))
+        writer.finish()
+
+    def _inputs(self, start: int, stop: int) -> Any:
+        """What the teacher is shown for some rows."""
+        if self.augmentation is None:
+            return keras.tree.map_structure(lambda array: keras.ops.convert_to_tensor(array[start:stop]), self.inputs)
+        views, indices = np.divmod(
+            np.arange(start, stop), self.length
+        )  # a batch may begin in one view, end in the next
+        parts = [self.augmentation.batch(self.inputs, indices[views == view], int(view)) for view in np.unique(views)]
+        return keras.tree.map_structure(lambda *same: keras.ops.convert_to_tensor(np.concatenate(same)), *parts)
+
+    def _rows(self, start: int, stop: int) -> dict[str, Array]:
+        """What the teacher gives for some rows."""
+        with backends.no_gradient():
+            call = self.recorder.forward(self._inputs(start, stop), training=False)
+        kept = {f"feature{index}": call.feature(tap) for index, tap in enumerate(self.taps)}
+        if self.outputs and keras.tree.is_nested(call.output):
+            raise CacheError("Expected the teacher to have one output, but it has several. Wrap the one to keep.")
+        if self.outputs:
+            kept["output"] = call.output
+        return {name: np.asarray(keras.ops.convert_to_numpy(one), "float32") for name, one in kept.items()}
+
+    def _check_logits(self) -> None:
+        """Raise if the output is of probabilities: as logits they would be another distribution."""
+        outputs = keras.tree.flatten(probed(self.recorder, self._inputs(0, 1)).output)
+        if any(getattr(tensor, "_keras_logits", None) is not None for tensor in outputs):
+            raise CacheError(
+                "Expected the teacher's outputs to be logits with top_k, but got probabilities of a softmax or sigmoid."
+                " Leave out the last softmax or sigmoid."
+            )
+
+
+def teacher_fingerprint(teacher: keras.Model) -> str:
+    """A digest of a teacher's class and weights.
+
+    Args:
+        teacher: The teacher.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    weights = [keras.ops.convert_to_numpy(weight) for weight in teacher.weights]
+    return fingerprint([type(teacher).__qualname__, *weights])

@@ -1,0 +1,206 @@
+"""Data whose targets carry what a teacher gave for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+
+from distill_core.store import CacheError, Manifest
+from keras_distill.cache.views import Augmentation
+from keras_distill.targets import DistillTargets
+
+# From row numbers to what DistillTargets carry for them.
+Answers: TypeAlias = Callable[[Any], Any]
+
+
+class CachedData(keras.utils.PyDataset):
+    """Batches of arrays whose targets carry the teacher's answers; :meth:`TeacherCache.attach` makes it.
+
+    Args:
+        answers: Gives what the targets carry for some rows.
+        data: The inputs, labels and sample weights; the last two may be None.
+        augmentation: Augments the inputs; None leaves them as they are.
+        views: Numbers of the views that the epochs cycle through.
+        batch_size: Examples in a batch.
+        shuffle: Whether each epoch has another order.
+        seed: Of that order.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        data: tuple[Any, Any, Any],
+        *,
+        augmentation: Augmentation | None,
+        views: Sequence[int],
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self._answers, self._data, self._augmentation, self._views = answers, data, augmentation, views
+        self._batch_size, self._seed = batch_size, seed if shuffle else None
+        self._length = len(keras.tree.flatten(data[0])[0])
+        self.epoch = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, by which view and order are chosen; ``DistillModel.fit`` sets it."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch, self._order = value, np.arange(self._length)
+        if self._seed is not None:
+            self._order = np.random.default_rng([self._seed, value]).permutation(self._length)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self._length // self._batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Inputs, targets and, where there are any, sample weights."""
+        items, view = (
+            self._order[index * self._batch_size :][: self._batch_size],
+            self._views[self.epoch % len(self._views)],
+        )
+        x, y, weight = (
+            None if part is None else keras.tree.map_structure(lambda array: np.asarray(array)[items], part)
+            for part in ((None, *self._data[1:]) if self._augmentation is not None else self._data)
+        )
+        if self._augmentation is not None:
+            x = self._augmentation.batch(self._data[0], items, view)
+        targets = DistillTargets(y, self._answers(view * self._length + items))
+        return (x, targets) if weight is None else (x, targets, weight)
+
+    def on_epoch_end(self) -> None:
+        """The next epoch, for loops that set none."""
+        self.epoch += 1
+
+
+class EpochTeller(keras.callbacks.Callback):
+    """Tells data of a cache which epoch begins: Keras tells its own data sets nothing that they could count.
+
+    Args:
+        data: The data.
+    """
+
+    def __init__(self, data: CachedData) -> None:
+        super().__init__()
+        self._data = data
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Before the first batch, also of a training that goes on from a later epoch."""
+        self._data.epoch = epoch
+
+
+def told_epochs(fit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``fit`` returns, with data of a cache told each epoch.
+
+    Args:
+        fit: The method of Keras.
+        args: What it is called with.
+        kwargs: The same, by name.
+
+    Returns:
+        The history.
+    """
+    data = kwargs.get("x", args[0] if args else None)
+    if not isinstance(data, CachedData):
+        return fit(*args, **kwargs)
+    given = inspect.signature(fit).bind(*args, **kwargs).arguments
+    callbacks, teller = given.pop("callbacks", None), EpochTeller(data)
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.callbacks.append(teller)
+    else:
+        callbacks = [*keras.tree.flatten(callbacks), teller] if callbacks is not None else [teller]
+    return fit(**given, callbacks=callbacks)
+
+
+def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
+    """A ``tf.data.Dataset`` of single items whose targets carry the teacher's answers.
+
+    Args:
+        data: Items in the order that the cache was built in.
+        answers: Gives what the targets carry for some rows.
+        start: Row of the first item.
+        length: Number of items.
+
+    Returns:
+        The data set, to shuffle and batch.
+    """
+    import tensorflow as tf
+
+    first = answers([start])
+    flat = keras.tree.flatten(first)
+
+    def read(row: Any) -> Any:
+        kinds = [tf.as_dtype(one.dtype) for one in flat]
+        found = tf.numpy_function(lambda one: [part[0] for part in keras.tree.flatten(answers([one]))], [row], kinds)
+        for tensor, like in zip(found, flat, strict=True):
+            tensor.set_shape(like.shape[1:])
+        return keras.tree.pack_sequence_as(first, found)
+
+    def joined(item: Any, answer: Any) -> Any:
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(item)
+        return (x, DistillTargets(y, answer)) if weight is None else (x, DistillTargets(y, answer), weight)
+
+    return tf.data.Dataset.zip((data, tf.data.Dataset.range(start, start + length).map(read))).map(joined)
+
+
+def check_length(length: int, manifest: Manifest) -> None:
+    """Raise if the data have another length than those that a cache was built from.
+
+    Args:
+        length: Number of items.
+        manifest: What the cache holds.
+
+    Raises:
+        CacheError: If so.
+    """
+    if length != manifest.length:
+        raise CacheError(
+            f"Expected the data to have the {manifest.length} items that the cache was built from, but got {length}."
+        )
+
+
+def chosen_views(manifest: Manifest, view: int | None, augmented: bool, cycles: bool) -> list[int]:
+    """The views whose answers go with some data.
+
+    Args:
+        manifest: What the cache holds.
+        view: The one that is asked for, or None.
+        augmented: Whether a transform is given.
+        cycles: Whether the data can be another view in each epoch.
+
+    Returns:
+        Their numbers; epochs cycle through them.
+
+    Raises:
+        CacheError: If the student would not be shown what the teacher was.
+    """
+    if view is not None and not 0 <= view < manifest.views:
+        raise CacheError(f"Expected `view` to be below {manifest.views}, but got view={view}.")
+    seeded, here = manifest.data["transform_seed"] is not None, manifest.data["kind"] == "keras"
+    if augmented and not (here and seeded):
+        raise CacheError(
+            "Expected a cache that was built with a transform in Keras, but this one was not. Pass the data as the"
+            " teacher was shown them, or build it with transform=... and transform_seed=..."
+        )
+    if here and seeded and not cycles:
+        raise CacheError("Expected arrays where the cache holds augmented views, but got a tf.data.Dataset.")
+    if here and seeded and not augmented:
+        raise CacheError(
+            "Expected `transform` to be given, since the teacher was shown augmented items, but got None. Pass the"
+            " function that the cache was built with."
+        )
+    if seeded and not here and view is None:
+        raise CacheError(
+            "Expected `view` to be given, since the teacher was shown what PyTorch had augmented, but got None. Pass"
+            " the arrays of one view and its number."
+        )
+    return list(range(manifest.views)) if view is None else [view]

@@ -1,0 +1,85 @@
+"""What two processes do for test_cached_distributed.py; run as a script, it writes what each run ended with as JSON.
+
+``python cached_processes.py cached FOLDER``, started twice with LOCAL_RANK set, trains with a live teacher and from its
+cache, each time with the shuffled sampler that Lightning gives the data loader.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from cache_nets import Augmented, Module, Views, network, table, trained
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_distill import LogitsDistillation, TeacherCache
+
+SECONDS, EPOCHS = 100, 3
+
+
+class Numbered(Dataset[Any]):
+    """Data whose labels are their places, so that a run tells which items it has seen."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.data[index][0], index
+
+
+class Labelled(Module):
+    """The same classes as ever, from the places."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.sampler = type(self.trainer.train_dataloader.sampler).__name__
+        x, places = batch
+        self.places = [*getattr(self, "places", []), places.tolist()]
+        return super().training_step([x, places % 10], batch_idx)
+
+
+def run(data: Any, teacher: Any, **loading: Any) -> dict[str, Any]:
+    module = Labelled(data, batch_size=4, **loading)
+    if isinstance(data, Views):
+        data.module = module
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=SECONDS // 2))
+    trained(module, teacher, [LogitsDistillation()], epochs=EPOCHS, strategy=strategy, devices=2)
+    return {
+        "weights": [parameter.tolist() for parameter in module.model.parameters()],
+        "places": module.places,
+        "sampler": module.sampler,
+    }
+
+
+def cached(folder: Path) -> None:
+    rank, teacher = int(os.environ["LOCAL_RANK"]), network(32)
+    plain, augmented = Numbered(table()), Numbered(Augmented())
+    # each process has a folder of its own: what is written together is the subject of other tests
+    whole = TeacherCache.build(teacher, plain, folder / f"whole{rank}", dtype="float32", progress=False)
+    seeds = {"views": 2, "transform_seed": 7}
+    views = TeacherCache.build(teacher, augmented, folder / f"views{rank}", dtype="float32", progress=False, **seeds)
+    results = {
+        "live": run(plain, teacher),
+        "cached": run(plain, whole),
+        "views_live": run(Views(views.attach(augmented), 2), teacher, num_workers=2),
+        "views_cached": run(augmented, views, num_workers=2),
+    }
+    (folder / f"cached{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    {"cached": cached}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,226 @@
+"""Augmented views in a cache that Keras builds: the student is shown what the teacher was (C9)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras_nets import assert_same_weights, cross_entropy
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import keras_distill
+import lightning_distill
+from keras_distill import CacheError, DistillModel, TeacherCache
+
+ITEMS = 20
+X = np.random.default_rng(0).normal(size=(ITEMS, 8, 8, 2)).astype("float32")
+Y = (np.arange(ITEMS) % 3).astype("int32")
+
+
+def crop_and_flip(x: Any, seed: Any) -> Any:
+    """6 of 8 rows and columns, half of them mirrored."""
+    random = np.random.default_rng(seed)
+    top, left = random.integers(0, 3, size=2)
+    x = x[top : top + 6, left : left + 6]
+    return x[:, ::-1] if random.random() < 0.5 else x
+
+
+def network(filters: int, seed: int) -> keras.Model:
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((6, 6, 2))
+    maps = keras.layers.Conv2D(filters, 3, activation="relu", name="maps")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(maps)))
+
+
+def built(folder: Path, transform: Any = crop_and_flip, inputs: Any = X, **settings: Any) -> TeacherCache:
+    settings = {"views": 2, "transform_seed": 7, "dtype": "float32", "batch_size": 8, "shard_bytes": 1, **settings}
+    return TeacherCache.build(network(9, seed=2), inputs, folder, transform=transform, **settings)
+
+
+def distilled(teacher: Any) -> DistillModel:
+    model = DistillModel(network(3, seed=1), teacher)
+    model.compile(keras.optimizers.SGD(0.05), cross_entropy(), jit_compile=False)
+    return model
+
+
+def epoch_of(data: Any, epoch: int) -> list[Any]:
+    data.epoch = epoch
+    return [data[index] for index in range(len(data))]
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_c9_the_answers_are_those_to_the_very_inputs(tmp_path: Path, views: int) -> None:
+    """C9: the teacher, run again on what the student is shown, gives what the cache holds; views differ."""
+    teacher = network(9, seed=2)
+    data = built(tmp_path, views=views).attach((X, Y), transform=crop_and_flip, batch_size=7, shuffle=True)
+    shown = []
+    for epoch in range(2 * views):
+        batches = epoch_of(data, epoch)
+        for x, targets in batches:
+            np.testing.assert_allclose(targets.teacher, teacher.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+        labels = np.concatenate([targets.labels for _, targets in batches])
+        np.testing.assert_array_equal(np.sort(labels), np.sort(Y))
+        shown.append({x.tobytes() for batch, _ in batches for x in batch})
+    assert shown[views:] == shown[:views]
+    assert all(first != second for index, first in enumerate(shown[:views]) for second in shown[:index])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("layers", [(), ("maps",)])
+def test_c9_cached_and_live_distillation_give_the_same_weights(tmp_path: Path, shuffle: bool, layers: Any) -> None:
+    """C9: random crops and flips, three epochs over two views."""
+    cache = built(tmp_path, layers=layers)
+    attached = [cache.attach((X, Y), transform=crop_and_flip, batch_size=8, shuffle=shuffle) for _ in range(2)]
+    cached, live = distilled(None), distilled(network(9, seed=2))
+    cached.fit(attached[0], epochs=3, shuffle=False, verbose=0)
+    for epoch in range(3):
+        for x, targets in epoch_of(attached[1], epoch):
+            live.train_on_batch(x, targets.labels)
+    assert_same_weights(cached, live, 1e-5)
+
+
+def test_c9_a_training_that_goes_on_is_shown_the_views_of_its_epochs(tmp_path: Path) -> None:
+    """C9: three epochs at once and in parts, with callbacks of the user's in every form that Keras takes."""
+    cache = built(tmp_path)
+    whole, parts, seen = distilled(None), distilled(None), []
+    whole.fit(cache.attach((X, Y), transform=crop_and_flip, shuffle=True), epochs=3, shuffle=False, verbose=0)
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
+    for epoch in range(3):
+        data = cache.attach((X, Y), transform=crop_and_flip, shuffle=True)
+        given = [callback, [callback], keras.callbacks.CallbackList([callback], model=parts)][epoch]
+        parts.fit(x=data, epochs=epoch + 1, initial_epoch=epoch, shuffle=False, verbose=0, callbacks=given)
+    assert_same_weights(parts, whole, 1e-6)
+    assert seen == [0, 1, 2]
+
+
+def test_c9_one_view_can_be_asked_for(tmp_path: Path) -> None:
+    """C9: in every epoch, and views go with the likeliest classes too."""
+    cache = built(tmp_path, top_k=2, dtype="float16")
+    data = cache.attach((X, Y), transform=crop_and_flip, view=1, batch_size=ITEMS)
+    [(first, targets)], [(second, _)] = epoch_of(data, 0), epoch_of(data, 1)
+    np.testing.assert_array_equal(first, second)
+    best = network(9, seed=2).predict(first, verbose=0).argmax(-1)
+    np.testing.assert_array_equal(targets.teacher.indices[:, 0], best)
+
+
+def test_c9_inputs_of_several_arrays_are_augmented_together(tmp_path: Path) -> None:
+    """C9: a transform is given the item in the structure of the inputs, and may work in place."""
+    inputs = {"image": X[:, :6, :6], "number": np.arange(ITEMS, dtype="float32")[:, None]}
+    image, number = keras.Input((6, 6, 2), name="image"), keras.Input((1,), name="number")
+    flat = keras.layers.Concatenate()([keras.layers.Flatten()(image), number])
+    teacher = keras.Model({"image": image, "number": number}, keras.layers.Dense(3)(flat))
+
+    def shifted(item: Any, seed: Any) -> Any:
+        item["number"] += np.random.default_rng(seed).integers(5)
+        return {"image": keras.ops.flip(item["image"], axis=0), "number": item["number"]}
+
+    settings = {"transform": shifted, "transform_seed": 3, "views": 2, "dtype": "float32"}
+    cache = TeacherCache.build(teacher, inputs, tmp_path, **settings)
+    np.testing.assert_array_equal(inputs["number"][:, 0], np.arange(ITEMS))
+    (x, targets) = cache.attach((inputs, Y), transform=shifted, view=1, batch_size=ITEMS)[0]
+    assert (x["number"] != inputs["number"]).any()
+    np.testing.assert_array_equal(x["image"], inputs["image"][:, ::-1])
+    np.testing.assert_allclose(targets.teacher, teacher.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.tensorflow
+def test_c9_stateless_functions_of_tensorflow_take_the_seed(tmp_path: Path) -> None:
+    """C9: as the docstring says."""
+    import tensorflow as tf
+
+    def crop(x: Any, seed: Any) -> Any:
+        return tf.image.stateless_random_flip_left_right(tf.image.stateless_random_crop(x, (6, 6, 2), seed), seed)
+
+    cached, live = distilled(None), distilled(network(9, seed=2))
+    cache = built(tmp_path, crop)
+    cached.fit(cache.attach((X, Y), transform=crop, batch_size=8), epochs=2, shuffle=False, verbose=0)
+    for epoch in range(2):
+        for x, targets in epoch_of(cache.attach((X, Y), transform=crop, batch_size=8), epoch):
+            live.train_on_batch(x, targets.labels)
+    assert_same_weights(cached, live, 1e-5)
+
+
+def test_c12_a_build_of_views_that_was_stopped_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C12: batches of 8 of 20 items, so that one lies in both views."""
+    built(tmp_path / "whole")
+    write = keras_distill.cache.builder.Writer.write
+
+    def fails(self: Any, shard: int, batches: Any) -> None:
+        if shard == 2:
+            raise OSError("No space left on device")
+        write(self, shard, batches)
+
+    monkeypatch.setattr(keras_distill.cache.builder.Writer, "write", fails)
+    with pytest.raises(OSError, match="No space"):
+        built(tmp_path / "stopped")
+    monkeypatch.undo()
+    built(tmp_path / "stopped")
+    whole, stopped = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "stopped")
+    )
+    assert whole == stopped
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"transform": None}, r"^Expected `transform` to be given with transform_seed=7, but got None"),
+        ({"transform": None, "transform_seed": None}, r"^Expected `transform` to be given with views=2, but got None"),
+        ({"transform_seed": None}, r"^Expected `transform_seed` to be given with a transform, but got None"),
+        ({"views": 0}, r"^Expected `views` to be 1 or greater, but got views=0\.$"),
+        (
+            {"transform": lambda x, seed: x[1:7, 1:7] + np.random.rand()},
+            r"^Expected `transform` to give the same for the same item and seed, but some items differ",
+        ),
+    ],
+)
+def test_c9_what_does_not_go_together_is_refused_when_building(tmp_path: Path, settings: Any, words: str) -> None:
+    """C9"""
+    with pytest.raises(CacheError, match=words):
+        built(tmp_path / "new", **settings)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(TypeError, match=r"^Expected `transform` to be a function of an item and a seed, but got 3\.$"):
+        built(tmp_path / "new", 3)
+
+
+def test_c9_what_does_not_go_together_is_refused_when_attaching(tmp_path: Path) -> None:
+    """C5, C9: no transform, another one, one too many, a view that is not there, data that know no epochs."""
+    cache, plain = built(tmp_path / "views"), X[:, 1:7, 1:7]
+    with pytest.raises(CacheError, match=r"^Expected `transform` to be given, since the teacher was shown augmented"):
+        cache.attach((X, Y))
+    with pytest.raises(CacheError, match=r"but some items differ\.$"):
+        cache.attach((X, Y), transform=lambda x, seed: x[1:7, 1:7])
+    with pytest.raises(CacheError, match=r"^Expected `view` to be below 2, but got view=2\.$"):
+        cache.attach((X, Y), transform=crop_and_flip, view=2)
+    once = TeacherCache.build(network(9, seed=2), plain, tmp_path / "plain")
+    with pytest.raises(CacheError, match=r"^Expected a cache that was built with a transform in Keras, but this one"):
+        once.attach((plain, Y), transform=crop_and_flip)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with pytest.raises(CacheError, match=r"^Expected arrays where the cache holds augmented views, but got a tf"):
+            cache.attach(tf.data.Dataset.from_tensor_slices((plain, Y)), view=0)
+
+
+def test_c3_c9_neither_half_takes_the_others_augmentation_for_its_own(tmp_path: Path) -> None:
+    """C3, C9: PyTorch cannot repeat Keras' views, and Keras those of PyTorch only as arrays of a named view."""
+    built(tmp_path / "keras")
+    data = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y).long())
+    with pytest.raises(CacheError, match=r"but Keras has augmented what the teacher was shown\. Build it in PyTorch"):
+        lightning_distill.TeacherCache.open(tmp_path / "keras").attach(data)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(128, 3))
+    lightning_distill.TeacherCache.build(
+        teacher, data, tmp_path / "torch", views=2, transform_seed=1, dtype="float32", progress=False
+    )
+    cache = TeacherCache.open(tmp_path / "torch")
+    with pytest.raises(CacheError, match=r"^Expected `view` to be given, since the teacher was shown what PyTorch had"):
+        cache.attach((X, Y))
+    (_, targets) = cache.attach((X, Y), view=1, batch_size=ITEMS)[0]
+    np.testing.assert_array_equal(targets.teacher, cache.answers(range(ITEMS, 2 * ITEMS)))
