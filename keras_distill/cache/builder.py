@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import keras
 import numpy as np
 
@@ -96,15 +97,27 @@ class Builder:
             resume: Whether one that was begun is completed.
 
         Raises:
-            CacheError: If something else is there.
+            CacheError: If another process builds there, or something else is there.
             OSError: If the disk is full.
         """
-        writer = Writer(folder, self.manifest, resume)
-        for shard in writer.missing:
-            wanted, size = self.manifest.shard_range(shard), self.batch_size
-            starts = range(wanted.start, wanted.stop, size)
-            writer.write(shard, (self._rows(start, min(start + size, wanted.stop)) for start in starts))
-        writer.finish()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise CacheError(
+                f"Expected {folder} to be free, but another process is building there. Wait for it."
+            ) from None
+        try:
+            writer, size = Writer(folder, self.manifest, resume), self.batch_size
+            for shard in writer.missing:
+                wanted = self.manifest.shard_range(shard)
+                starts = range(wanted.start, wanted.stop, size)
+                writer.write(shard, (self._rows(start, min(start + size, wanted.stop)) for start in starts))
+            writer.finish()
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+            lock.release()
 
     def _inputs(self, start: int, stop: int) -> Any:
         """What the teacher is shown for some rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import filelock
 import keras
 import numpy as np
 import pytest
@@ -140,3 +141,15 @@ def test_c5_another_keras_teacher_and_other_arrays_are_refused(
         cache.attach((X[1:], Y[1:]))
     with pytest.raises(CacheError, match=r"but some items differ"):
         cache.attach((X + 1, Y))
+
+
+def test_c13_a_second_build_into_one_folder_is_refused(tmp_path: Path) -> None:
+    """C13: by the lock that builds of the other half take too; none is left behind."""
+    with (
+        filelock.FileLock(tmp_path / ".lock"),
+        pytest.raises(CacheError, match=r"to be free, but another process is building there\. Wait for it\.$"),
+    ):
+        keras_distill.TeacherCache.build(keras_network(8, 1), X, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+    keras_distill.TeacherCache.build(keras_network(8, 1), X, tmp_path)
+    assert not (tmp_path / ".lock").exists()
