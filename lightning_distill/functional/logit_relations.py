@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare_logits
 from lightning_distill.functional.logits import soft_target_kl
-from lightning_distill.functional.primitives import gram
+from lightning_distill.functional.primitives import gram, sum_of_squares
 
 _CORRELATION_EPS = 1e-8
 
@@ -51,8 +51,9 @@ def inter_class_relation(
         probabilities that are constant up to rounding are centred but not divided, because the gradient would be
         noise divided by 1e-8; their correlation counts as 0.
     """
-    student, teacher = _rows_of_probabilities(student_logits, teacher_logits, temperature, class_dim)
-    return temperature**2 * (1 - _correlation(student, teacher, dim=-1))
+    return temperature**2 * _uncorrelated(
+        *_rows_of_probabilities(student_logits, teacher_logits, temperature, class_dim), dim=-1
+    )
 
 
 def intra_class_relation(
@@ -87,8 +88,31 @@ def intra_class_relation(
     References:
         Huang et al. 2022 (DIST), equation 9, arXiv:2205.10536; as in :func:`inter_class_relation`.
     """
-    student, teacher = _rows_of_probabilities(student_logits, teacher_logits, temperature, class_dim)
-    return temperature**2 * (1 - _correlation(student.flatten(0, -2), teacher.flatten(0, -2), dim=0)).mean()
+    student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
+    return temperature**2 * _uncorrelated(student, teacher, dim=0).mean()
+
+
+def inter_and_intra_class_relation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+) -> tuple[Tensor, Tensor]:
+    """The mean of :func:`inter_class_relation` and :func:`intra_class_relation`, with one softmax for both.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+
+    Returns:
+        Two scalars.
+
+    Raises:
+        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
+    """
+    student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
+    inter, intra = (temperature**2 * _uncorrelated(student, teacher, dim).mean() for dim in (1, 0))
+    return inter, intra
 
 
 def batch_correlation(
@@ -233,13 +257,14 @@ def _gram_difference(student: Tensor, teacher: Tensor) -> Tensor:
     return difference.square().sum() / len(difference)
 
 
-def _correlation(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+def _uncorrelated(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    """One minus the correlation."""
     (student, norm_student), (teacher, norm_teacher) = (_centred(values, dim) for values in (student, teacher))
-    return (student * teacher).sum(dim=dim) / (norm_student * norm_teacher + _CORRELATION_EPS)
+    return 1 - (student * teacher).sum(dim=dim) / (norm_student * norm_teacher + _CORRELATION_EPS)
 
 
 def _centred(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     centred = values - values.mean(dim=dim, keepdim=True)
-    norm = torch.linalg.vector_norm(centred, dim=dim)
+    squares = sum_of_squares(centred, dim).squeeze(dim)
     rounding = 4 * torch.finfo(values.dtype).eps * values.shape[dim] ** 0.5 * values.detach().amax(dim=dim)
-    return centred, torch.where(norm <= rounding, 1.0, norm)
+    return centred, torch.where(squares <= rounding.square(), 1.0, squares).sqrt()

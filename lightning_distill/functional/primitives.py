@@ -90,7 +90,9 @@ def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
         Divergence in nats, the shape without ``dim``; 0 where all scores are minus infinity.
     """
     if torch.compiler.is_compiling():
-        return _SoftmaxDivergence.forward(student, teacher, dim)[0]
+        student, teacher = _bounded(student), _bounded(teacher.detach())
+        apart = F.log_softmax(teacher, dim=dim) - F.log_softmax(student, dim=dim)
+        return (F.softmax(teacher, dim=dim) * apart).sum(dim=dim)
     return cast(Tensor, _applied(_SoftmaxDivergence, student, teacher.detach(), dim)[0])
 
 
@@ -147,38 +149,38 @@ class _SoftmaxDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        # In place, and in this order, so that no more than three tensors of the scores' size are held at a time.
-        apart = F.log_softmax(_bounded(teacher), dim=dim).sub_(F.log_softmax(_bounded(student), dim=dim))
-        probabilities = F.softmax(_bounded(teacher), dim=dim)  # faster than the exponentials of log_softmax
-        return apart.mul_(probabilities).sum(dim=dim), probabilities
+        # The two softmaxes, which the gradient needs, give the logarithms as well: log p = z - max z + log max p.
+        student, teacher = _bounded(student), _bounded(teacher)
+        excess, probabilities = F.softmax(student, dim=dim), F.softmax(teacher, dim=dim)
+        shift = teacher.amax(dim=dim) - student.amax(dim=dim)
+        ratio = probabilities.amax(dim=dim).log() - excess.amax(dim=dim).log()
+        # In place only where vmap allows it: the result of both models is batched if one of them is.
+        apart = (teacher - student).sub_(shift.unsqueeze(dim)).mul_(probabilities).sum(dim=dim)
+        return apart + ratio, excess - probabilities
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         student, _, ctx.dim = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(student, output[1])
-        ctx.save_for_forward(student, output[1])
+        ctx.save_for_forward(output[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        student, probabilities = ctx.saved_tensors
-        return _excess(student, probabilities, ctx.dim) * gradient.unsqueeze(ctx.dim), None, None
+        student, excess = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: equal in value, and a function of the student
+            probabilities = F.softmax(_bounded(student), dim=ctx.dim)
+            excess = excess + (probabilities - probabilities.detach())
+        return excess * gradient.unsqueeze(ctx.dim), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
-        student, probabilities = ctx.saved_tensors
-        return (_excess(student, probabilities, ctx.dim) * tangent).sum(dim=ctx.dim), None
+        excess: Tensor = ctx.saved_tensors[0]
+        return (excess * tangent).sum(dim=ctx.dim), None
 
 
 def _applied(function: Any, *inputs: Any) -> Any:
     return function.apply(*inputs)  # which torch leaves without types
-
-
-def _excess(student: Tensor, teacher_probabilities: Tensor, dim: int) -> Tensor:
-    probabilities = F.softmax(_bounded(student), dim=dim)
-    if torch.is_grad_enabled():  # to be differentiated again
-        return probabilities - teacher_probabilities
-    return probabilities.sub_(teacher_probabilities)
 
 
 def _bounded(scores: Tensor) -> Tensor:

@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.logit_relations import (
-    inter_class_relation,
-    intra_class_relation,
-    multi_level_logits,
-)
+from lightning_distill.functional.logit_relations import inter_and_intra_class_relation, multi_level_logits
 from lightning_distill.losses.base import DistillationLoss
 from lightning_distill.schedules import Schedule
 
@@ -72,8 +68,9 @@ class DISTLoss(DistillationLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Loss of a batch, a scalar."""
-        inter = inter_class_relation(student, teacher, temperature=self.temperature, class_dim=self.class_dim).mean()
-        intra = intra_class_relation(student, teacher, temperature=self.temperature, class_dim=self.class_dim)
+        inter, intra = inter_and_intra_class_relation(
+            student, teacher, temperature=self.temperature, class_dim=self.class_dim
+        )
         return self.inter_weight * inter + self.intra_weight * intra
 
     def extra_repr(self) -> str:

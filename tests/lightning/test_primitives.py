@@ -52,6 +52,15 @@ def test_hessian_under_torch_func(name: str, values: Tensor) -> None:
     torch.testing.assert_close(*hessians)
 
 
+def test_divergence_of_one_teacher_from_many_students_and_the_other_way_round(values: Tensor) -> None:
+    many, one = values.detach(), TEACHER[0]
+    for student, teacher, dims in ((many, one, (0, None)), (one, many, (None, 0))):
+        found = torch.func.vmap(lambda s, t: primitives.softmax_divergence(s, t, 0), in_dims=dims)(student, teacher)
+        pairs = zip(student if dims[0] == 0 else [one] * 3, teacher if dims[1] == 0 else [one] * 3, strict=True)
+        expected = [(t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum(dim=0) for s, t in pairs]
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
 def test_scores_of_minus_infinity_have_no_probability_and_rows_of_them_no_divergence() -> None:
     student = torch.tensor([[0.0, 1.0, -torch.inf], [-torch.inf] * 3], requires_grad=True)
     value = primitives.softmax_divergence(student, torch.tensor([[2.0, 0.0, -torch.inf], [-torch.inf] * 3]), -1)
