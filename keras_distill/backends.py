@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -70,7 +72,42 @@ def mask_of(tensor: Any) -> Any:
 
 def without_mask(tensor: Any) -> Any:
     """The same numbers without the mask, for a computation that treats the mask itself."""
-    return tensor if mask_of(tensor) is None else ops.reshape(tensor, ops.shape(tensor))
+    if mask_of(tensor) is None:
+        return tensor
+    # JAX gives the same object back where the shape is, and with it the mask
+    return ops.copy(tensor) if keras.backend.backend() == "jax" else ops.reshape(tensor, ops.shape(tensor))
+
+
+def unless_zero(weights: Sequence[Any], work: Callable[[], Any], zeros: Any) -> Any:
+    """What some work gives, or zeros, without the work, where all of its weights are 0 when the graph runs.
+
+    Args:
+        weights: Scalars, at least one.
+        work: Gives tensors; it changes no variable.
+        zeros: Zeros of the same shapes, nested as the work's.
+
+    Returns:
+        As ``zeros``, in their precision.
+    """
+    needed = functools.reduce(ops.logical_or, [ops.not_equal(weight, 0.0) for weight in weights])
+
+    def worked() -> Any:
+        return keras.tree.map_structure(lambda value, zero: ops.cast(value, zero.dtype), work(), zeros)
+
+    return ops.cond(needed, worked, lambda: zeros)
+
+
+def first_batch(batches: Any) -> Any:
+    """The first batch of what ``fit`` goes over, as Keras itself looks at it before it trains.
+
+    Args:
+        batches: Keras' iterator over an epoch.
+
+    Returns:
+        Inputs, labels and weights, as the data has them.
+    """
+    _, _, block = next(iter(batches))
+    return block[0] if isinstance(block, (list, tuple)) else next(block)
 
 
 def as_float(value: Any) -> float:

@@ -51,6 +51,14 @@ class DistillationScheduler(keras.callbacks.Callback):
         self._owner: Any = None
         self._epoch = self._step = 0
 
+    def set_model(self, model: Any) -> None:
+        """As in Keras; a weight that may become 0 wants a graph in which its term can be left out."""
+        super().set_model(model)
+        for term in getattr(model, "terms", ()) if self.parameter == "weight" else ():
+            if self.term in (None, term.name) and not term.weight_is_scheduled:
+                term.weight_is_scheduled = True
+                model.train_function = None  # Keras makes it next
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find what is to be scheduled."""
         self._owner = self._find_owner()

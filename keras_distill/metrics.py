@@ -57,12 +57,16 @@ class TeacherAgreement(keras.metrics.Mean):
             y_pred: The student's logits, same shape.
             sample_weight: Weight of each row.
         """
-        student, teacher = _pair(y_pred, y_true)
-        if student.shape[-1] == 1:
-            agrees = ops.equal(ops.squeeze(student, -1) > 0, ops.squeeze(teacher, -1) > 0)
-        else:
-            agrees = ops.equal(backends.likeliest(student), backends.likeliest(teacher))
-        super().update_state(ops.cast(agrees, "float32"), sample_weight)
+        super().update_state(_agrees(y_pred, y_true), sample_weight)
+
+    def add(self, share: Any, rows: Any) -> None:
+        """The agreement in some rows, added to the state.
+
+        Args:
+            share: Of the rows, a scalar from 0 to 1.
+            rows: How many they are.
+        """
+        super().update_state(share, rows)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -141,7 +145,7 @@ class LossParts(MetricsList):
             mean._direction = "down"
         super().__init__([*means, TeacherAgreement()] if agreement else means, name="loss_parts")
 
-    def __getitem__(self, name: str) -> keras.metrics.Metric:
+    def __getitem__(self, name: str) -> Any:
         """The metric of this name."""
         return next(metric for metric in self.metrics if metric.name == name)
 
@@ -149,6 +153,32 @@ class LossParts(MetricsList):
         """The value of each metric."""
         values: dict[str, Any] = self.get_result()
         return values
+
+
+def agreement(student_logits: Any, teacher_logits: Any, mask: Any = None) -> tuple[Any, Any]:
+    """Share of the rows where student and teacher choose the same class, and their number.
+
+    Args:
+        student_logits: Shape ``(N, ..., C)``.
+        teacher_logits: Same shape.
+        mask: Which rows count, or None for all.
+
+    Returns:
+        Two scalars.
+    """
+    agrees = _agrees(student_logits, teacher_logits)
+    counts = ops.ones_like(agrees) if mask is None else ops.ones_like(agrees) * ops.cast(mask, agrees.dtype)
+    rows = ops.sum(counts)
+    return ops.sum(agrees * counts) / ops.maximum(rows, 1.0), rows
+
+
+def _agrees(student_logits: Any, teacher_logits: Any) -> Any:
+    student, teacher = _pair(student_logits, teacher_logits)
+    if student.shape[-1] == 1:
+        agrees = ops.equal(ops.squeeze(student, -1) > 0, ops.squeeze(teacher, -1) > 0)
+    else:
+        agrees = ops.equal(backends.likeliest(student), backends.likeliest(teacher))
+    return ops.cast(agrees, "float32")
 
 
 def _pair(student_logits: Any, teacher_logits: Any) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,14 +12,14 @@ from keras import ops
 
 from keras_distill import backends, checks
 from keras_distill.cache.data import told_epochs
+from keras_distill.comparison import compare
 from keras_distill.metrics import LossParts
-from keras_distill.pairs import comparable_outputs
 from keras_distill.probe import probed
 from keras_distill.steps import Step, current_step, in_step
 from keras_distill.taps import Call, Recorder
 from keras_distill.targets import DistillTargets, carries_features, split_targets, weights_of
 from keras_distill.term import DistillationTerm
-from keras_distill.terms import LogitsDistillation, as_terms
+from keras_distill.terms import as_terms
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -248,18 +249,15 @@ class DistillModel(keras.Model):
             if self._student_recorder.taps:
                 return total  # Keras is only building the compiled loss
             step.student = Call(y_pred)
-        teacher = self._teacher_call(source, x) if isinstance(source, Recorder) else source
-        distillation = 0.0
-        for term in self.terms:
-            if not term.built:
-                term.build_from_calls(step.student, teacher)
-            weights = sample_weight if term.use_sample_weight else None
-            value = term.compute(step.student, teacher, labels=labels, sample_weight=weights)
-            self._track(term.name, value, x, step)
-            distillation = distillation + ops.convert_to_tensor(term.weight) * value
-        self._track("distillation", distillation, x, step)
-        self._track_agreement(step.student, teacher, step)
-        return total + distillation
+        teacher = functools.partial(self._teacher_call, source, x)
+        found = compare(self.terms, step.student, teacher, labels, sample_weight, training=training)
+        for term, value, computed in zip(self.terms, found.values, found.computed, strict=True):
+            self._track(term.name, value, x, step, computed)
+        self._track("distillation", found.total, x, step)
+        if self.track_agreement and found.rows is not None:
+            self._parts["teacher_agreement"].add(found.agreement, found.rows)
+            step.tracked.add("teacher_agreement")
+        return total + found.total
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The compiled metrics on the labels, and this model's own.
@@ -361,6 +359,14 @@ class DistillModel(keras.Model):
             if not term.built:
                 term.build_from_calls(student, teacher)
 
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """As in Keras; the terms first, for which a step of JAX comes too late: it cannot create variables."""
+        if keras.backend.backend() == "jax" and not all(term.built for term in self.terms):
+            data_batch = data_batch or backends.first_batch(iterator)
+            inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data_batch)
+            self._build_terms(inputs, split_targets(targets)[1])
+        super()._symbolic_build(iterator, data_batch)
+
     @contextlib.contextmanager
     def _recording(self, data: Any) -> Iterator[None]:
         """The context of one step on this thread: ``call`` leaves the student's call in it for ``compute_loss``."""
@@ -369,9 +375,11 @@ class DistillModel(keras.Model):
         with in_step(Step(self)):
             yield
 
-    def _teacher_call(self, recorder: Recorder, inputs: Any) -> Call:
+    def _teacher_call(self, source: Recorder | Call, inputs: Any) -> Call:
+        if isinstance(source, Call):
+            return source
         with backends.no_gradient():
-            call = recorder.forward(inputs, training=False)
+            call = source.forward(inputs, training=False)
         output, runs = keras.tree.map_structure(ops.stop_gradient, (call.output, list(call.runs.values())))
         return Call(output, dict(zip(call.runs, runs, strict=True)), who="teacher")
 
@@ -386,15 +394,8 @@ class DistillModel(keras.Model):
         losses = [ops.sum(ops.cast(loss, keras.config.floatx())) for loss in self.losses]
         return sum(losses) / backends.replicas() if losses else 0.0
 
-    def _track(self, part: str, value: Any, x: Any, step: Step) -> None:
+    def _track(self, part: str, value: Any, x: Any, step: Step, computed: Any = 1.0) -> None:
         examples = ops.shape(next(one for one in keras.tree.flatten(x) if one is not None))[0]
-        self._parts[f"{part}_loss"].update_state(value * backends.replicas(), sample_weight=examples)
+        weight = computed * ops.cast(examples, "float32")
+        self._parts[f"{part}_loss"].update_state(value * backends.replicas(), sample_weight=weight)
         step.tracked.add(f"{part}_loss")
-
-    def _track_agreement(self, student: Call, teacher: Call, step: Step) -> None:
-        if not self.track_agreement:
-            return
-        output = next((term.output_key for term in self.terms if isinstance(term, LogitsDistillation)), None)
-        for mine, theirs in comparable_outputs(student, teacher, output):
-            self._parts["teacher_agreement"].update_state(theirs, mine, sample_weight=backends.mask_of(mine))
-            step.tracked.add("teacher_agreement")

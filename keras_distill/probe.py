@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_distill.taps import Call, Place, Recorder
+from keras_distill.taps import Call, Place, Recorder, reports, sublayers
 
 
 def probed(recorder: Recorder, inputs: Any) -> Call:
@@ -25,9 +25,8 @@ def probed(recorder: Recorder, inputs: Any) -> Call:
     probe = _Probe(recorder)
     answer = probe.compute_output_spec(specification)
     output = keras.tree.pack_sequence_as(probe.structure, keras.tree.flatten(answer["output"]))
-    last = [_last_layer(tensor) for tensor in getattr(recorder.model, "outputs", None) or [None] * len(probe.squashed)]
-    for tensor, squashed, layer in zip(keras.tree.flatten(output), probe.squashed, last, strict=True):
-        tensor._keras_logits = tensor if squashed or _squashes(layer) else None
+    for tensor, squashed in zip(keras.tree.flatten(output), probe.squashed, strict=True):
+        tensor._keras_logits = tensor if squashed else None
     return Call(output, dict(zip(probe.places, answer["runs"], strict=True)), who=recorder.who)
 
 
@@ -44,15 +43,18 @@ class _Probe(keras.Operation):
     def call(self, inputs: Any) -> dict[str, Any]:
         if not self.recorder.model.built:
             self.recorder.model(inputs, training=False)  # building may run the layers once more
-        call = self.recorder.forward(inputs, training=False)
+        ends = [layer for _, layer in sublayers(self.recorder.model) if _squashes(layer)]
+        seen: dict[tuple[int, str], list[Any]] = {(id(layer), "output"): [] for layer in ends}
+        with reports(ends, seen):
+            call = self.recorder.forward(inputs, training=False)
+        probabilities = [tensor for outputs in seen.values() for tensor in outputs]
         self.places = list(call.runs)
         self.structure = keras.tree.map_structure(lambda tensor: 0, call.output)
-        self.squashed = [getattr(one, "_keras_logits", None) is not None for one in keras.tree.flatten(call.output)]
+        self.squashed = [
+            getattr(one, "_keras_logits", None) is not None or any(one is other for other in probabilities)
+            for one in keras.tree.flatten(call.output)
+        ]
         return {"output": call.output, "runs": list(call.runs.values())}
-
-
-def _last_layer(tensor: Any) -> Any:
-    return getattr(getattr(tensor, "_keras_history", None), "operation", None)
 
 
 def _squashes(layer: Any) -> bool:

@@ -199,7 +199,7 @@ class Recorder:
             The output and the features.
         """
         seen: dict[tuple[int, str], list[Any]] = {(id(layer), key[1]): [] for key, layer in self._layers.items()}
-        with _reports(list({id(layer): layer for layer in self._layers.values()}.values()), seen):
+        with reports(list({id(layer): layer for layer in self._layers.values()}.values()), seen):
             output = run()
         runs: dict[Place, list[Any]] = {key: seen[id(layer), key[1]] for key, layer in self._layers.items()}
         return Call(output, runs, who=self.who)
@@ -221,7 +221,7 @@ def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) ->
     """
     if layer == "":
         return "", model
-    everything = dict(_sublayers(model))
+    everything = dict(sublayers(model))
     expected = f"`{who}_layer` to name one layer of the {who} {model.name!r}"
     if not isinstance(layer, str):
         for path, found in everything.items():
@@ -245,8 +245,15 @@ def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) ->
     raise ValueError(checks.message(expected, f"{layer!r}", checks.closest(layer, everything)))
 
 
-def _sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """Every layer below one, with the path of names to it; a shared layer once."""
+def sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """Every layer below one, with the path of names to it; a shared layer once.
+
+    Args:
+        layer: A layer or a model.
+
+    Yields:
+        The path and the layer.
+    """
     seen: set[int] = set()
 
     def walk(parent: keras.layers.Layer, prefix: str) -> Iterator[tuple[str, keras.layers.Layer]]:
@@ -262,8 +269,13 @@ def _sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.La
 
 
 @contextlib.contextmanager
-def _reports(layers: list[keras.layers.Layer], seen: dict[tuple[int, str], list[Any]]) -> Iterator[None]:
-    """Lets the layers report their calls on this thread into ``seen``."""
+def reports(layers: list[keras.layers.Layer], seen: dict[tuple[int, str], list[Any]]) -> Iterator[None]:
+    """Lets layers report their calls on this thread.
+
+    Args:
+        layers: Each once.
+        seen: For the id of a layer and ``"input"`` or ``"output"``, a list that takes what comes by.
+    """
     open_ones = _THREAD.__dict__.setdefault("open", [])
     wrapped: list[keras.layers.Layer] = []
     try:

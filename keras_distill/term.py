@@ -29,6 +29,7 @@ class DistillationTerm(keras.layers.Layer):
         student_taps: Layers of the student that the term reads.
         teacher_taps: Layers of the teacher that the term reads.
         needs_labels: Whether :meth:`compute` is given the batch's labels.
+        weight_is_scheduled: Whether a :class:`DistillationScheduler` changes the weight.
 
     Raises:
         ValueError: If ``weight`` is negative or not finite, or ``name`` is empty, taken by the library or has a
@@ -47,6 +48,7 @@ class DistillationTerm(keras.layers.Layer):
     student_taps: Sequence[Tap] = ()
     teacher_taps: Sequence[Tap] = ()
     needs_labels: bool = False
+    weight_is_scheduled: bool = False
 
     def __init__(self, *, weight: float = 1.0, name: str, use_sample_weight: bool = True, **kwargs: Any) -> None:
         checks.non_negative("weight", weight)
@@ -58,6 +60,7 @@ class DistillationTerm(keras.layers.Layer):
         if "/" in name or "." in name:  # Keras separates layers by the one, torch by the other
             raise ValueError(checks.message("`name` to hold neither '/' nor '.'", f"name={name!r}", "Use '_'."))
         super().__init__(name=name, **kwargs)
+        self._settings: list[keras.Variable] = []
         self._weight = self._setting("weight", weight)
         self.use_sample_weight = use_sample_weight
 
@@ -71,6 +74,18 @@ class DistillationTerm(keras.layers.Layer):
         checks.non_negative("weight", value)
         self._weight.assign(value)
         self._weight.exact = float(value)
+
+    @property
+    def may_rest(self) -> bool:
+        """Whether a step of training may leave the term out while its weight is 0.
+
+        A step that is traced keeps a branch for it, which costs a little: only where the weight is 0 now or follows a
+        schedule, and not where the term has a state of its own, such as a layer of batch normalisation in its adapter.
+        """
+        settings = {id(variable) for variable in self._settings}
+        if any(id(variable) not in settings for variable in self.non_trainable_variables):
+            return False
+        return self.weight_is_scheduled or getattr(self._weight, "exact", None) == 0
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make what depends on the features' shapes, once, before the first use.
@@ -112,5 +127,6 @@ class DistillationTerm(keras.layers.Layer):
         variable = self.add_weight(
             name=name, shape=(), dtype="float32", trainable=False, autocast=False, initializer=initializer
         )
+        self._settings.append(variable)
         variable.exact = float(value)  # float32 has no 1/3: what the user wrote is what a file must say
         return variable

@@ -92,7 +92,7 @@ def called(loss: Any, student: Any, teacher: Any, labels: Any = None) -> Any:
     """The value of a loss, in its own order of arguments."""
     if not loss.needs_labels:
         return loss(teacher, student)
-    labels = class_indices(ops.convert_to_numpy(ops.cast(teacher, "float64"))) if labels is None else labels
+    labels = class_indices(as_array(teacher)) if labels is None else labels
     return loss((teacher, ops.convert_to_tensor(labels)), student)
 
 
@@ -151,4 +151,5 @@ def _result(value: Any, student: Any, teacher: Any) -> Result:
 
 def as_array(tensor: Any) -> NDArray[np.float64]:
     """A tensor of the backend as float64: NumPy itself has no bfloat16."""
-    return ops.convert_to_numpy(ops.cast(ops.stop_gradient(tensor), "float64"))
+    widened = ops.cast(tensor, "float32") if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16" else tensor
+    return ops.convert_to_numpy(ops.stop_gradient(widened)).astype("float64")

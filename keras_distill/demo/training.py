@@ -159,7 +159,7 @@ def _restart(model: keras.Model, fresh: keras.Model) -> None:
     """Give a compiled model the weights of a fresh one: compiling each run's own would take longer than the run."""
     model.set_weights(fresh.get_weights())
     for variable in model.optimizer.variables:  # its count of steps and its moments; the rate is a schedule
-        variable.assign(ops.zeros_like(variable))
+        variable.assign(ops.zeros_like(ops.convert_to_tensor(variable)))
 
 
 def _train(

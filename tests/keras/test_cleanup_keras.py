@@ -162,6 +162,8 @@ class TestK10:
                 except BaseException as error:
                     errors.append(error)
 
+            if threaded and keras.backend.backend() == "jax":
+                continue  # while it fits, Keras keeps the variables of a model in a state that no other thread sees
             if threaded:
                 threads = [threading.Thread(target=train, args=(model,)) for model in models]
                 for thread in threads:

@@ -178,7 +178,7 @@ class HeadAgain(DistillationTerm):
     """Largest difference of the student's output from its last layer applied to the captured feature."""
 
     def __init__(self, head: Any, tap: str) -> None:
-        super().__init__(name="gap", weight=0.0)
+        super().__init__(name="gap", weight=1e-20)
         self.head = [head]  # in a list of its own Keras would track it: it is the student's already
         self.student_taps = [Tap.of(tap)]
 
@@ -192,7 +192,7 @@ class Zeros(DistillationTerm):
     """Share of zeros in the captured feature."""
 
     def __init__(self, tap: str) -> None:
-        super().__init__(name="zeros", weight=0.0)
+        super().__init__(name="zeros", weight=1e-20)
         self.student_taps = [Tap.of(tap)]
 
     def compute(self, student: Any, teacher: Any, labels: Any = None, sample_weight: Any = None) -> Any:
@@ -255,7 +255,7 @@ class TestK8:
             def compute(self, student: Any, teacher: Any, labels: Any = None, sample_weight: Any = None) -> Any:
                 return ops.max(ops.abs(teacher.output - target))
 
-        model = DistillModel(student, teacher, [Target(name="target", weight=0.0), LogitsDistillation()])
+        model = DistillModel(student, teacher, [Target(name="target", weight=1e-20), LogitsDistillation()])
         model.compile(keras.optimizers.SGD(0.1))
         assert model.fit(x, batch_size=16, shuffle=False, epochs=2, verbose=0).history["target_loss"] < [1e-5, 1e-5]
 
