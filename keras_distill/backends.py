@@ -97,6 +97,23 @@ def unless_zero(weights: Sequence[Any], work: Callable[[], Any], zeros: Any) -> 
     return ops.cond(needed, worked, lambda: zeros)
 
 
+def zero_of(tensors: Sequence[Any], dtype: Any) -> Any:
+    """A zero whose gradient with respect to some tensors is 0.
+
+    A constant would have none, of which Keras warns, and where no tensor has one torch refuses the backward pass.
+
+    Args:
+        tensors: Of any shapes; those that are no floating point tensors are left out.
+        dtype: Precision of the zero.
+
+    Returns:
+        A scalar.
+    """
+    floats = [tensor for tensor in tensors if keras.backend.is_float_dtype(tensor.dtype)]
+    nothing = [ops.where(False, tensor, ops.zeros_like(tensor)) for tensor in map(ops.convert_to_tensor, floats)]
+    return sum((ops.cast(ops.sum(tensor), dtype) for tensor in nothing), ops.zeros((), dtype))
+
+
 def first_batch(batches: Any) -> Any:
     """The first batch of what ``fit`` goes over, as Keras itself looks at it before it trains.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_distill import backends, checks
 from keras_distill.schedules import Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
@@ -66,7 +67,7 @@ class DistillationScheduler(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Set the epoch's value."""
         if isinstance(self.schedule, Schedule):
-            self._epoch, self._step = epoch, int(self.model.optimizer.iterations)
+            self._epoch, self._step = epoch, int(ops.convert_to_numpy(self.model.optimizer.iterations))
             self._set_along(0)
         else:
             arguments = (epoch, self._value()) if self._takes_value else (epoch,)

@@ -62,9 +62,12 @@ def compare(
     """
     weights = [ops.convert_to_tensor(term.weight) for term in terms]
     may_rest = [training and term.may_rest for term in terms]
-    precision = keras.backend.result_type(keras.tree.flatten(student.output)[0].dtype, "float32")
-    zero = ops.zeros((), precision)
-    comparable = False
+    outputs = keras.tree.flatten(student.output)
+    trained = [variable for term in terms for variable in term.trainable_variables]
+    zero = backends.zero_of(
+        [*outputs, *trained] if any(may_rest) else [], keras.backend.result_type(outputs[0].dtype, "float32")
+    )
+    comparable = True  # where the teacher rests in an eager step nobody knows
 
     def work() -> tuple[list[Any], list[Any]]:
         nonlocal comparable

@@ -159,8 +159,7 @@ class DistillModel(keras.Model):
     def losses(self) -> list[Any]:
         """The student's regularisers, left out while the task loss alone is asked for."""
         step = current_step(self)
-        regularizers: list[Any] = [] if step is not None and step.task_alone else super().losses
-        return regularizers
+        return [] if step is not None and step.task_alone else list(super().losses)
 
     @property
     def non_trainable_variables(self) -> list[keras.Variable]:
@@ -249,8 +248,8 @@ class DistillModel(keras.Model):
             if self._student_recorder.taps:
                 return total  # Keras is only building the compiled loss
             step.student = Call(y_pred)
-        teacher = functools.partial(self._teacher_call, source, x)
-        found = compare(self.terms, step.student, teacher, labels, sample_weight, training=training)
+        ask = functools.partial(self._teacher_call, source, x)
+        found = compare(self.terms, step.student, ask, labels, sample_weight, training=training)
         for term, value, computed in zip(self.terms, found.values, found.computed, strict=True):
             self._track(term.name, value, x, step, computed)
         self._track("distillation", found.total, x, step)

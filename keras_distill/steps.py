@@ -53,7 +53,7 @@ def current_step(model: Any) -> Step | None:
     return step if step is not None and step.model is model else None
 
 
-def evaluates() -> bool:
-    """Whether this thread is within a step that trains nothing."""
+def trains() -> bool | None:
+    """Whether the step that this thread makes is one of training; None outside of any step."""
     step = getattr(_THREAD, "step", None)
-    return step is not None and not step.training
+    return None if step is None else step.training

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import keras
 from keras import ops
 
-from keras_distill import backends, checks
+from keras_distill import backends, checks, steps
 from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter, resized
 from keras_distill.functional.top_k import TopK, check_classes, merge_classes
 from keras_distill.losses import FeatureDistance, FunctionLoss, SoftTargetLoss
@@ -286,7 +286,7 @@ class FeatureDistillation(DistillationTerm):
         target = _channels_last(_widened(target))
         adapter = self.adapters[index]
         if adapter is not None:
-            feature = adapter(feature)
+            feature = adapter(feature, training=steps.trains())
         if self._resizes(feature.shape, target.shape):
             target = resized(target, feature.shape)
         self._check(tuple(feature.shape), tuple(target.shape), self.student_taps[index])

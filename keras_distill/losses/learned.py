@@ -174,7 +174,7 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def _drawn(self, student: Any) -> Any:
         """A mask for a batch, 1 where the feature stays."""
-        if self.mask_ratio == 0 or steps.evaluates():
+        if self.mask_ratio == 0 or steps.trains() is False:
             return None
         *outer, channels = ops.shape(student)
         shape = (outer[0], *[1] * (len(outer) - 1), channels) if self.mask == "channel" else (*outer, 1)

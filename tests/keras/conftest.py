@@ -1,9 +1,12 @@
-"""Rules of the Keras tests, which run once on TensorFlow and once, in another process, on torch."""
+"""Rules of the Keras tests, which run once on TensorFlow and once, in another process, on torch; on JAX by hand."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")  # which adds its own words to every message
 
 import keras
 import pytest

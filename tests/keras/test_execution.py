@@ -338,4 +338,5 @@ def test_k21_a_rematerialised_layer_is_tapped(mode: str, way: dict[str, Any]) ->
     usual, remat = distilled(student=student("plain"), **way), distilled(student=student("recomputed"), **way)
     assert_same_logs(fitted(remat), fitted(usual))
     assert_same_weights(remat, usual)
-    assert calls["recomputed"] > calls["plain"]
+    if keras.backend.backend() != "jax":  # it recomputes what it has traced, without another call
+        assert calls["recomputed"] > calls["plain"]

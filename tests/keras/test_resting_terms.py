@@ -15,12 +15,16 @@ from keras_distill.schedules import Step
 
 IMAGES = np.random.default_rng(0).standard_normal((32, 4)).astype("float32")
 LABELS = np.arange(32) % 3
-WAYS = [pytest.param({"jit_compile": False}, id="graph"), pytest.param({"jit_compile": True}, id="XLA")]
+WAYS = [
+    pytest.param({"jit_compile": False}, id="graph"),
+    pytest.param({"jit_compile": True}, marks=pytest.mark.tensorflow, id="XLA"),
+    pytest.param({"run_eagerly": True}, id="eager"),
+]
 SETTINGS: dict[str, Any] = {"batch_size": 8, "verbose": 0, "shuffle": False}
 
 
 class Poison(keras.layers.Layer):
-    """Passes its input on; in the two batches in the middle that would be minus infinity, if it ran there."""
+    """Passes its input on, but for rows that begin with a 7, which become minus infinity."""
 
     def call(self, inputs: Any) -> Any:
         return ops.where(inputs[:, :1] == 7.0, -np.inf, inputs)
@@ -46,15 +50,17 @@ def images() -> Any:
     return poisonous
 
 
-def middle_off() -> Step:
-    return Step([1.0, 0.0, 1.0], boundaries=[2, 3], over="steps")
+def third_step_off(before: int = 0) -> Step:
+    return Step([1.0, 0.0, 1.0], boundaries=[before + 2, before + 3], over="steps")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_teacher_does_not_run_where_all_weights_are_scheduled_to_0(way: dict[str, Any]) -> None:
     """A teacher that ran in the third step would give NaN, which a factor of 0 does not take away."""
     model = made(LogitsDistillation(), way=way)
-    logs = model.fit(images(), LABELS, callbacks=[DistillationScheduler("weight", middle_off())], **SETTINGS).history
+    logs = model.fit(
+        images(), LABELS, callbacks=[DistillationScheduler("weight", third_step_off())], **SETTINGS
+    ).history
     assert np.isfinite([values[0] for values in logs.values()]).all()
     assert all(np.isfinite(weight).all() for weight in model.student.get_weights())
     model = made(LogitsDistillation(), way=way)
@@ -116,8 +122,10 @@ def test_evaluation_measures_a_term_of_weight_0() -> None:
 
 def test_a_schedule_for_a_model_that_has_trained_already_rests_too() -> None:
     model = made(LogitsDistillation(), way={"jit_compile": False})
-    model.fit(IMAGES, LABELS, **SETTINGS)
-    logs = model.fit(images(), LABELS, callbacks=[DistillationScheduler("weight", middle_off())], **SETTINGS).history
+    assert np.isfinite(model.fit(IMAGES, LABELS, **SETTINGS).history["loss"]).all()
+    logs = model.fit(
+        images(), LABELS, callbacks=[DistillationScheduler("weight", third_step_off(4))], **SETTINGS
+    ).history
     assert np.isfinite(logs["loss"]).all()
 
 
@@ -127,7 +135,29 @@ def test_a_term_with_a_state_of_its_own_never_rests() -> None:
     model = made(FeatureDistillation("hidden", "hidden", weight=0.0, adapter=adapter), way={}, poisoned=False)
     model.fit(IMAGES, LABELS, **SETTINGS)
     assert not model.terms[0].may_rest
-    assert np.any(adapter.layers[1].moving_mean != 0)
+    assert np.any(ops.convert_to_numpy(adapter.layers[1].moving_mean) != 0)
+
+
+def test_an_adapter_is_in_training_mode_in_training_and_only_there() -> None:
+    adapter = keras.Sequential([keras.layers.Dense(6), keras.layers.Dropout(0.5, seed=1)])
+    model = made(FeatureDistillation("hidden", "hidden", adapter=adapter), way={"jit_compile": False}, poisoned=False)
+    model.optimizer.learning_rate = 0.0
+    first, second = model.fit(IMAGES, LABELS, epochs=2, **SETTINGS).history["hidden_loss"]
+    assert first != second  # the dropout draws anew
+    evaluated = [model.evaluate(IMAGES, LABELS, verbose=0, return_dict=True)["hidden_loss"] for _ in range(2)]
+    assert evaluated[0] == evaluated[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_student_that_learns_from_nothing_for_a_while_stays_as_it_is(way: dict[str, Any]) -> None:
+    """Without labels and with every term at rest there is no gradient, which is no error."""
+    model = made(LogitsDistillation(), FeatureDistillation("hidden", "hidden"), way=way, poisoned=False)
+    before = model.student.get_weights()
+    both = [DistillationScheduler("weight", lambda epoch: 0.0, term=name) for name in ("logits", "hidden")]
+    logs = model.fit(IMAGES, callbacks=both, **SETTINGS).history
+    assert logs["loss"] == [0.0]
+    for weight, same in zip(model.student.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, same)
 
 
 @pytest.mark.tensorflow
@@ -137,7 +167,7 @@ def test_terms_rest_on_several_replicas_and_in_several_steps_at_once() -> None:
     with tf.distribute.MirroredStrategy([device.name for device in tf.config.list_logical_devices("CPU")]).scope():
         together = made(LogitsDistillation(), FeatureDistillation("hidden", "hidden", weight=0.0), way={})
     logs = together.fit(
-        images(), LABELS, callbacks=[DistillationScheduler("weight", middle_off(), term="logits")], **SETTINGS
+        images(), LABELS, callbacks=[DistillationScheduler("weight", third_step_off(), term="logits")], **SETTINGS
     ).history
     assert np.isfinite(logs["loss"]).all()
     assert logs["hidden_loss"] == [0.0]
