@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 from keras.src.backend import get_keras_mask  # the only way to a mask that serves all backends
+from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 
 def replicas() -> int:
@@ -92,9 +93,23 @@ def unless_zero(weights: Sequence[Any], work: Callable[[], Any], zeros: Any) -> 
     needed = functools.reduce(ops.logical_or, [ops.not_equal(weight, 0.0) for weight in weights])
 
     def worked() -> Any:
-        return keras.tree.map_structure(lambda value, zero: ops.cast(value, zero.dtype), work(), zeros)
+        with _discarding_changes():
+            return keras.tree.map_structure(lambda value, zero: ops.cast(value, zero.dtype), work(), zeros)
 
     return ops.cond(needed, worked, lambda: zeros)
+
+
+@contextlib.contextmanager
+def _discarding_changes() -> Iterator[None]:
+    """Keeps what a model changes in itself within a branch of JAX, which can hand on results alone."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    outer = get_stateless_scope()
+    with keras.StatelessScope() as scope:
+        if outer is not None:
+            scope.state_mapping.update(outer.state_mapping)
+        yield
 
 
 def zero_of(tensors: Sequence[Any], dtype: Any) -> Any:

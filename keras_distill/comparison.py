@@ -61,7 +61,8 @@ def compare(
         The comparison.
     """
     weights = [ops.convert_to_tensor(term.weight) for term in terms]
-    may_rest = [training and term.may_rest for term in terms]
+    # a branch of a graph cannot make the variables of a term that is yet to be built
+    may_rest = [training and term.built and term.may_rest for term in terms]
     outputs = keras.tree.flatten(student.output)
     trained = [variable for term in terms for variable in term.trainable_variables]
     zero = backends.zero_of(
@@ -74,6 +75,8 @@ def compare(
         teacher = ask_teacher()
         values = []
         for term, weight, rests in zip(terms, weights, may_rest, strict=True):
+            if not term.built:
+                term.build_from_calls(student, teacher)
             weighting = sample_weight if term.use_sample_weight else None
             value = functools.partial(term.compute, student, teacher, labels=labels, sample_weight=weighting)
             values.append(backends.unless_zero([weight], value, zero) if rests else value())

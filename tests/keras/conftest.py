@@ -23,6 +23,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     backend = keras.backend.backend()
     if item.get_closest_marker("tensorflow") and backend != "tensorflow":
         pytest.skip(f"is about TensorFlow, and this process runs on {backend}")
+    if item.get_closest_marker("not_jax") and backend == "jax":
+        pytest.skip(
+            "is about what Keras does not do on JAX: see the mark in pyproject.toml, or the line above the test"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -148,7 +148,14 @@ class Counted(layers.Layer):
         return inputs
 
 
-@pytest.mark.parametrize(("make", "expected"), [(theirs, 2), (ours, 1)], ids=["keras.distillation", "keras_distill"])
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        # on JAX it warns of the structure of its inputs
+        pytest.param(theirs, 2, marks=pytest.mark.not_jax, id="keras.distillation"),
+        pytest.param(ours, 1, id="keras_distill"),
+    ],
+)
 def test_forward_passes_of_the_student_with_a_feature(make, expected):
     """K5."""
     inputs = keras.Input((4,))

@@ -58,6 +58,15 @@ def parameter_gradients(loss: Any, value: Callable[[], Any], names: Any) -> dict
             variable.value.grad = None
         value().backward()
         return {name: variable.value.grad.numpy() for name, variable in zip(names, variables, strict=True)}
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def given(values: Any) -> Any:
+            with keras.StatelessScope(zip(variables, values, strict=True)):
+                return value()
+
+        gradients = jax.grad(given)([variable.value for variable in variables])
+        return {name: as_array(gradient) for name, gradient in zip(names, gradients, strict=True)}
     import tensorflow as tf
 
     with tf.GradientTape() as tape:

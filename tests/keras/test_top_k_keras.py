@@ -197,7 +197,7 @@ def test_c7_all_classes_but_one_lose_nothing_of_masked_sequences(tmp_path: Path)
     model, own = run(None, cache.attach((tokens, labels, weight), batch_size=8))
     assert_same_logs(own, logs, 2e-3)
     assert_same_weights(model, live, 2e-3)
-    assert logs["logits_loss"][-1] < 0.9 * logs["logits_loss"][0]
+    assert logs["logits_loss"][-1] < 0.95 * logs["logits_loss"][0]
 
 
 def test_c7_a_student_that_is_sure_has_finite_gradients() -> None:

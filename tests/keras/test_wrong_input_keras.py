@@ -302,7 +302,9 @@ FITS: dict[str, tuple[Make, Any, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", FITS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.not_jax if what == "no teacher" else ()) for what in FITS]
+)
 def test_data_that_do_not_fit_raise_before_the_first_step(what: str) -> None:
     """Nothing has trained by then, and the student is left clean."""
     make, targets, settings, words = FITS[what]
@@ -336,6 +338,7 @@ def test_a_model_without_known_inputs_is_checked_at_its_first_batch(kind: str, w
     assert int(model.optimizer.iterations) == 0
 
 
+@pytest.mark.not_jax
 def test_training_goes_on_after_an_error() -> None:
     """Nothing of the failed attempt is in the way."""
     model = DistillModel(student())
