@@ -21,6 +21,7 @@ class DistillationTerm(keras.layers.Layer):
 
     Args:
         weight: Factor of the term in the total loss, 0 or greater; kept in a variable, which may be set while training.
+            0 skips the term's work in training, if it is there at first or by a schedule (see :attr:`may_rest`).
         name: Name in logs and files, distinct among the terms.
         use_sample_weight: Whether the batch's sample weights count in the term. False where a weight of 0 only says
             that an example has no label: the task loss then leaves it out, and the term learns from it.
