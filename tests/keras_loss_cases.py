@@ -151,5 +151,6 @@ def _result(value: Any, student: Any, teacher: Any) -> Result:
 
 def as_array(tensor: Any) -> NDArray[np.float64]:
     """A tensor of the backend as float64: NumPy itself has no bfloat16."""
+    tensor = ops.convert_to_tensor(tensor)
     widened = ops.cast(tensor, "float32") if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16" else tensor
     return ops.convert_to_numpy(ops.stop_gradient(widened)).astype("float64")
