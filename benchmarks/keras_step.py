@@ -144,26 +144,27 @@ def xla_questions(effort: Effort) -> list[Row]:
 
     def arms() -> dict[str, KerasArm]:
         data = work.data(steps)
-        made = {
-            "ours": fitting(distil_model(work, [FEATURE]), data, jit_compile=False),
-            "ours, XLA": fitting(distil_model(work, [FEATURE]), data, jit_compile=True),
-            "plain": fitting(work.student(), data, jit_compile=False),
-            "plain, XLA": fitting(work.student(), data, jit_compile=True),
-        }
-        if PEER:
-            made["peer"] = fitting(keras_distiller(work, [FEATURE]), data, jit_compile=False)
-            made["peer, XLA"] = fitting(keras_distiller(work, [FEATURE]), data, jit_compile=True)
+        made: dict[str, KerasArm] = {}
+        for suffix, xla in (("", False), (", XLA", True)):
+            made["plain" + suffix] = fitting(work.student(), data, jit_compile=xla)
+            made["logits" + suffix] = fitting(distil_model(work), data, jit_compile=xla)
+            made["features" + suffix] = fitting(distil_model(work, [FEATURE]), data, jit_compile=xla)
+            if PEER:
+                made["peer logits" + suffix] = fitting(keras_distiller(work), data, jit_compile=xla)
+                made["peer features" + suffix] = fitting(keras_distiller(work, [FEATURE]), data, jit_compile=xla)
         return made
 
     runs = interleave_blocks(arms, effort.xla, "XLA")
-    peer = against_peer(f"{NAME}: XLA / without", runs, "peer, XLA", "peer")
-    # no slower than without by more than keras.distillation is: where it gains, ours need not gain as much
-    gate = max(1.0, peer[0].value or 1.0)
+    rows = []
+    for what, arm in (("logits", "logits"), ("logits + feature", "features")):
+        peer = against_peer(f"{NAME}, {what}: XLA / without", runs, f"peer {arm}, XLA", f"peer {arm}")
+        # no slower than without by more than keras.distillation is: where it gains, ours need not gain as much
+        gate = max(1.0, peer[0].value or 1.0)
+        rows += [compare(f"{what}: XLA / without", runs, f"{arm}, XLA", arm, gate=gate), *peer]
     return [
-        compare("logits + feature: XLA / without", runs, "ours, XLA", "ours", gate=gate),
-        *peer,
+        *rows,
         compare("student alone: XLA / without", runs, "plain, XLA", "plain", note="for scale"),
-        *against_peer(f"logits + feature / {NAME}, both with XLA", runs, "ours, XLA", "peer, XLA"),
+        *against_peer(f"logits + feature / {NAME}, both with XLA", runs, "features, XLA", "peer features, XLA"),
     ]
 
 

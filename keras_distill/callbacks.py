@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -16,7 +17,69 @@ from keras_distill.schedules import Linear, Progress, Schedule  # noqa: F401 - t
 _PARAMETERS = ("weight", "temperature", "task_weight")
 
 
-class DistillationScheduler(keras.callbacks.Callback):
+class _Following(keras.callbacks.Callback):
+    """A callback that knows how far the training has come."""
+
+    _epoch = _step = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Note where the epoch begins."""
+        self._epoch, self._step = epoch, int(ops.convert_to_numpy(self.model.optimizer.iterations))
+
+    def _progress(self, batch: int) -> Progress:
+        batches = self.params.get("steps") or math.inf  # in the first epoch of a generator nobody knows them
+        fraction = (self._epoch + min(batch / batches, 1.0)) / self.params["epochs"]
+        step = self._step + batch // (getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1)
+        return Progress(step, self._epoch, fraction)
+
+
+class ScheduleFollower(_Following):
+    """Sets the weights and temperatures that are given as schedules; ``DistillModel.fit`` adds it.
+
+    Each number is set before each batch (or each of ``steps_per_execution``), and written into the logs under the name
+    of the setting: ``task_weight``, ``<term>_weight``, ``<term>_temperature``.
+
+    Args:
+        model: The model that is trained.
+
+    Attributes:
+        values: The numbers set last, by the names that logs give them; empty before the first epoch.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        held = [(name, schedule, functools.partial(setattr, model, name)) for name, schedule in model.schedules.items()]
+        held += [
+            (f"{term.name}_{name}", schedule, functools.partial(term.set_setting, name))
+            for term in model.terms
+            for name, schedule in term.schedules.items()
+        ]
+        self._held, self.values = held, dict[str, float]()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Set the epoch's numbers."""
+        super().on_epoch_begin(epoch, logs)
+        self._follow(0)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Set the numbers of the batch."""
+        self._follow(batch)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Write the numbers into the logs."""
+        if logs is not None:
+            logs.update(self.values)
+
+    def _follow(self, batch: int) -> None:
+        progress = self._progress(batch)
+        for label, schedule, assign in self._held:
+            value = schedule.at(progress)
+            if self.values.get(label) != value:
+                assign(value)
+            self.values[label] = value
+
+
+class DistillationScheduler(_Following):
     """A schedule for a term's weight or temperature, or for the weight of the task loss.
 
     The value lives in a variable, so that a change costs no new trace, and it is written into the logs. A function of
@@ -50,7 +113,6 @@ class DistillationScheduler(keras.callbacks.Callback):
         self.parameter, self.schedule, self.term, self.verbose = parameter, schedule, term, verbose
         self._takes_value = not isinstance(schedule, Schedule) and _positional(schedule) >= 2
         self._owner: Any = None
-        self._epoch = self._step = 0
 
     def set_model(self, model: Any) -> None:
         """As in Keras; a weight that may become 0 wants a graph in which its term can be left out."""
@@ -67,7 +129,7 @@ class DistillationScheduler(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Set the epoch's value."""
         if isinstance(self.schedule, Schedule):
-            self._epoch, self._step = epoch, int(ops.convert_to_numpy(self.model.optimizer.iterations))
+            super().on_epoch_begin(epoch, logs)
             self._set_along(0)
         else:
             arguments = (epoch, self._value()) if self._takes_value else (epoch,)
@@ -86,10 +148,7 @@ class DistillationScheduler(keras.callbacks.Callback):
             logs[self._log_name()] = self._value()
 
     def _set_along(self, batch: int) -> None:
-        batches = self.params.get("steps") or math.inf  # in the first epoch of a generator nobody knows them
-        fraction = (self._epoch + min(batch / batches, 1.0)) / self.params["epochs"]
-        step = self._step + batch // (getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1)
-        setattr(self._owner, self.parameter, self.schedule.at(Progress(step, self._epoch, fraction)))
+        setattr(self._owner, self.parameter, self.schedule.at(self._progress(batch)))
 
     def _value(self) -> float:
         return backends.as_float(getattr(self._owner, self.parameter))
@@ -155,6 +214,37 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
         super().set_model(self._trained)
         super()._set_monitor_op()
         super().set_model(student)
+
+
+def with_callbacks(
+    fit: Callable[..., Any], own: Sequence[keras.callbacks.Callback], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What ``fit`` returns, with callbacks of ours before the caller's, who thereby see what ours write into the logs.
+
+    Args:
+        fit: The method of Keras.
+        own: Our callbacks.
+        args: What it is called with.
+        kwargs: The same, by name.
+
+    Returns:
+        The history.
+    """
+    if not own:
+        return fit(*args, **kwargs)
+    given = inspect.signature(fit).bind(*args, **kwargs).arguments
+    callbacks = given.pop("callbacks", None)
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return fit(**given, callbacks=[*own, *keras.tree.flatten([] if callbacks is None else callbacks)])
+    for one in own:  # a list that is given as a CallbackList has been told of its model and its epochs already
+        one.set_model(callbacks.model)
+        one.set_params({"epochs": given.get("epochs", 1), **(callbacks.params or {})})
+    theirs = callbacks.callbacks
+    callbacks.callbacks = [*own, *theirs]
+    try:
+        return fit(**given, callbacks=callbacks)
+    finally:
+        callbacks.callbacks = theirs
 
 
 def _positional(function: Callable[..., Any]) -> int:

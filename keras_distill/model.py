@@ -11,10 +11,12 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks
-from keras_distill.cache.data import told_epochs
+from keras_distill.cache.data import CachedData, EpochTeller
+from keras_distill.callbacks import ScheduleFollower, with_callbacks
 from keras_distill.comparison import compare
 from keras_distill.metrics import LossParts
 from keras_distill.probe import probed
+from keras_distill.schedules import Schedule, add_setting, deserialized, first_value, serialized, set_setting
 from keras_distill.steps import Step, current_step, in_step
 from keras_distill.taps import Call, Recorder
 from keras_distill.targets import DistillTargets, carries_features, split_targets, weights_of
@@ -40,7 +42,8 @@ class DistillModel(keras.Model):
         teacher: A trained model that takes the same inputs; None where the data carries :class:`DistillTargets`. It may
             be set later: ``model.teacher = teacher``.
         terms: What the student imitates; ``None`` is ``[LogitsDistillation()]``.
-        task_weight: Factor of the compiled loss, 0 or greater; kept in a variable, which may be set while training.
+        task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; kept in a variable, which may be
+            set while training.
         evaluate_distillation: Whether ``evaluate`` and validation run the teacher. If not, their loss is the task's.
         track_agreement: Whether the logs hold the share of examples where student and teacher choose the same class.
         save_teacher: Whether the teacher is kept in the files of this model.
@@ -74,7 +77,7 @@ class DistillModel(keras.Model):
         teacher: keras.Model | None = None,
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
-        task_weight: float = 1.0,
+        task_weight: float | Schedule = 1.0,
         evaluate_distillation: bool = True,
         track_agreement: bool = True,
         save_teacher: bool = False,
@@ -83,7 +86,8 @@ class DistillModel(keras.Model):
     ) -> None:
         if not isinstance(student, keras.Model):
             raise TypeError(checks.message("`student` to be a keras.Model", f"a {type(student).__name__}"))
-        checks.non_negative("task_weight", task_weight)
+        schedules: dict[str, Schedule] = {}
+        task_weight = first_value("task_weight", task_weight, checks.non_negative, schedules)
         switches = {"evaluate_distillation": evaluate_distillation, "track_agreement": track_agreement}
         for switch, value in {**switches, "save_teacher": save_teacher}.items():
             checks.boolean(switch, value)
@@ -91,18 +95,10 @@ class DistillModel(keras.Model):
         kwargs.setdefault("autocast", False)  # the inputs reach both models as they are
         super().__init__(name=name, **kwargs)
         self.student = student
-        self.terms = as_terms(terms)
+        self.terms, self.schedules = as_terms(terms), schedules
         self.evaluate_distillation, self.track_agreement = evaluate_distillation, track_agreement
         self.save_teacher = save_teacher
-        self._task_weight = self.add_weight(
-            name="task_weight",
-            shape=(),
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-            initializer=keras.initializers.Constant(float(task_weight)),
-        )
-        self._task_weight.exact = float(task_weight)
+        self._task_weight = add_setting(self, "task_weight", task_weight)
         parts = ("task", "distillation", *(term.name for term in self.terms))
         self._parts = LossParts(parts, agreement=track_agreement)
         taps = [tap for term in self.terms for tap in term.student_taps]
@@ -146,9 +142,7 @@ class DistillModel(keras.Model):
 
     @task_weight.setter
     def task_weight(self, value: float) -> None:
-        checks.non_negative("task_weight", value)
-        self._task_weight.assign(value)
-        self._task_weight.exact = float(value)
+        set_setting("task_weight", self._task_weight, value)
 
     @property
     def output_names(self) -> list[str]:
@@ -190,8 +184,14 @@ class DistillModel(keras.Model):
         return step.student.output
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras; data of a :class:`TeacherCache` is told each epoch, whose view it shows."""
-        return told_epochs(super().fit, args, kwargs)
+        """As in Keras; schedules are followed, and data of a :class:`TeacherCache` is told which view to show."""
+        own: list[keras.callbacks.Callback] = []
+        if self.schedules or any(term.schedules for term in self.terms):
+            own.append(ScheduleFollower(self))
+        data = kwargs.get("x", args[0] if args else None)
+        if isinstance(data, CachedData):
+            own.append(EpochTeller(data))
+        return with_callbacks(super().fit, own, args, kwargs)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of training, as the backend does it."""
@@ -322,7 +322,7 @@ class DistillModel(keras.Model):
             "student": serialize(self.student),
             "teacher": serialize(self.teacher) if self.save_teacher and self.teacher is not None else None,
             "terms": [serialize(term) for term in self.terms],
-            "task_weight": backends.as_float(self._task_weight),
+            "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,
             "track_agreement": self.track_agreement,
             "save_teacher": self.save_teacher,
@@ -336,7 +336,7 @@ class DistillModel(keras.Model):
             for key, value in config.items()
             if key in ("student", "teacher", "terms") and value is not None
         }
-        return cls(**{**config, **restored})
+        return cls(**deserialized({key: value for key, value in config.items() if key not in restored}), **restored)
 
     def _build_from_specifications(self) -> None:
         """Build the terms where both models know their inputs already, so that errors come here."""

@@ -1,206 +1,113 @@
-"""Schedules for ``DistillationScheduler``: a weight or a temperature that changes while the student trains."""
+"""Schedules: a weight or a temperature that changes while the student trains."""
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from keras_distill import checks
+import keras
 
-Over = Literal["steps", "epochs", "fraction"]
-_AXES = ("steps", "epochs", "fraction")
+from distill_core.schedules import Cosine, Linear, Progress, Schedule, Step, WarmUp, first_value
+from keras_distill import backends, checks
 
+__all__ = [
+    "Cosine",
+    "Linear",
+    "Progress",
+    "Schedule",
+    "Step",
+    "WarmUp",
+    "add_setting",
+    "deserialized",
+    "first_value",
+    "serialized",
+    "set_setting",
+]
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a training has come.
-
-    Args:
-        step: Optimizer steps made so far.
-        epoch: The epoch, from 0; None where it is not known.
-        fraction: Share of the whole training, from 0 to 1; None where its length is not known.
-    """
-
-    step: int = 0
-    epoch: int | None = None
-    fraction: float | None = None
-
-    def along(self, over: Over) -> float:
-        """The position on the axis of a schedule.
-
-        Args:
-            over: The axis.
-
-        Returns:
-            Steps, epochs or the fraction.
-
-        Raises:
-            ValueError: If it is not known.
-        """
-        position = {"steps": self.step, "epochs": self.epoch, "fraction": self.fraction}[over]
-        if position is None:
-            raise ValueError(checks.message(f"the position over {over!r} to be known", "none"))
-        return float(position)
+for _kind in (Schedule, Linear, Cosine, WarmUp, Step):
+    keras.saving.register_keras_serializable(package="keras_distill")(_kind)
 
 
-class Schedule:
-    """A number as a function of the position in training, for a weight or a temperature.
+def serialized(schedule: Schedule | None, value: Any) -> Any:
+    """A setting as a file of Keras keeps it: its schedule, or the number where it has none.
 
     Args:
-        function: From the position to the number. Within a training that is resumed it goes on where it was, since it
-            depends on the position alone.
-        over: What the position counts: optimizer ``"steps"`` from 0, ``"epochs"`` from 0, or the ``"fraction"`` of the
-            training, from 0 to 1.
+        schedule: The schedule, or None.
+        value: The number that the setting has now, in Python or in a variable.
 
-    Raises:
-        TypeError: If ``function`` cannot be called.
-        ValueError: If ``over`` is none of the three.
+    Returns:
+        A number, or a dict ready for JSON.
 
     Example:
-        >>> Schedule(lambda epoch: 0.9**epoch, over="epochs").at(Progress(epoch=2))
-        0.81
+        >>> serialized(None, 0.7), serialized(Linear(1.0, 0.5), 0.7)["config"]["end"]
+        (0.7, 0.5)
     """
-
-    def __init__(self, function: Callable[[float], float], *, over: Over = "steps") -> None:
-        if not callable(function):
-            raise TypeError(checks.message("`function` to be a function of the position", f"function={function!r}"))
-        checks.one_of("over", over, _AXES)
-        self.function, self.over = function, over
-
-    def at(self, progress: Progress) -> float:
-        """The number at a point of the training.
-
-        Args:
-            progress: The point.
-
-        Returns:
-            The number.
-
-        Raises:
-            ValueError: If the position is not known, or the number is not finite.
-        """
-        value = float(self._value(progress.along(self.over)))
-        checks.number(f"the value of {type(self).__name__}", value)
-        return value
-
-    def _value(self, position: float) -> float:
-        return self.function(position)
+    return backends.as_float(value) if schedule is None else keras.saving.serialize_keras_object(schedule)
 
 
-class Linear(Schedule):
-    """A straight line from one number to another, which then stays.
+def deserialized(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they were before Keras made them ready for JSON, the schedules among them too.
 
     Args:
-        start: The number at first.
-        end: The number at the end.
-        duration: Steps or epochs from the one to the other, or the fraction of the training, all of it by default.
-        over: What the duration counts.
+        config: What ``get_config`` gave, with the settings of :func:`serialized` in it.
 
-    Raises:
-        TypeError: If a setting is no number.
-        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
+    Returns:
+        Settings for the constructor.
 
     Example:
-        >>> Linear(8.0, 1.0, duration=0.5).at(Progress(fraction=0.25))
-        4.5
-    """
-
-    def __init__(self, start: float, end: float, *, duration: float | None = None, over: Over = "fraction") -> None:
-        checks.number("start", start)
-        checks.number("end", end)
-        self.start, self.end, self.duration = float(start), float(end), _duration(duration, over)
-        super().__init__(self._value, over=over)
-
-    def _value(self, position: float) -> float:
-        return self._between(min(position / self.duration, 1.0))
-
-    def _between(self, share: float) -> float:
-        return self.start + (self.end - self.start) * share
-
-
-class Cosine(Linear):
-    """Half a wave of the cosine from one number to another, which then stays: slow at both ends.
-
-    Args:
-        start: The number at first.
-        end: The number at the end.
-        duration: Steps or epochs from the one to the other, or the fraction of the training, all of it by default.
-        over: What the duration counts.
-
-    Raises:
-        TypeError: If a setting is no number.
-        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
-
-    Example:
-        >>> round(Cosine(1.0, 0.0, duration=100, over="steps").at(Progress(step=25)), 4)
-        0.8536
-    """
-
-    def _between(self, share: float) -> float:
-        return super()._between((1 - math.cos(math.pi * share)) / 2)
-
-
-class WarmUp(Linear):
-    """A number that grows from 0 and then stays.
-
-    Args:
-        value: The number that stays.
-        duration: Steps or epochs until then, or the fraction of the training.
-        over: What the duration counts.
-
-    Raises:
-        TypeError: If a setting is no number.
-        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
-
-    Example:
-        >>> WarmUp(0.5, duration=10, over="epochs").at(Progress(epoch=4))
-        0.2
-    """
-
-    def __init__(self, value: float, *, duration: float | None = None, over: Over = "fraction") -> None:
-        super().__init__(0.0, value, duration=duration, over=over)
-
-
-class Step(Schedule):
-    """Numbers that hold between boundaries.
-
-    Args:
-        values: The numbers, one more than the boundaries.
-        boundaries: Positions, rising, from which the next number holds.
-        over: What the positions count.
-
-    Raises:
-        TypeError: If an entry is no number.
-        ValueError: If the counts do not fit, or the boundaries do not rise.
-
-    Example:
-        >>> Step([4.0, 2.0, 1.0], boundaries=[10, 20], over="epochs").at(Progress(epoch=10))
+        >>> deserialized({"name": "soft", "weight": serialized(Linear(8.0, 2.0), 8.0)})["weight"].end
         2.0
     """
-
-    def __init__(self, values: Sequence[float], *, boundaries: Sequence[float], over: Over = "epochs") -> None:
-        for name, entries in (("values", values), ("boundaries", boundaries)):
-            for index, entry in enumerate(entries):
-                checks.number(f"{name}[{index}]", entry)
-        if len(values) != len(boundaries) + 1 or any(a >= b for a, b in itertools.pairwise(boundaries)):
-            expected = "`values` to be one more than `boundaries`, which rise"
-            raise ValueError(checks.message(expected, f"values={list(values)} and boundaries={list(boundaries)}"))
-        self.values, self.boundaries = [float(value) for value in values], [float(one) for one in boundaries]
-        super().__init__(self._value, over=over)
-
-    def _value(self, position: float) -> float:
-        return self.values[bisect.bisect_right(self.boundaries, position)]
+    return {
+        name: _made(value) if _is_schedule(value) else keras.saving.deserialize_keras_object(value)
+        for name, value in config.items()
+    }
 
 
-def _duration(duration: float | None, over: str) -> float:
-    checks.one_of("over", over, _AXES)
-    if duration is None and over == "fraction":
-        return 1.0
-    if duration is None:
-        raise ValueError(checks.message(f"`duration` to be given in {over}", "duration=None"))
-    checks.positive("duration", duration)
-    return float(duration)
+def add_setting(layer: keras.layers.Layer, name: str, value: float) -> keras.Variable:
+    """A variable for a setting, which may change without a new trace.
+
+    Args:
+        layer: The layer that saves it.
+        name: Name of the setting.
+        value: The number at first.
+
+    Returns:
+        A float32 scalar whose attribute ``exact`` is the number as the user wrote it: float32 has no 1/3.
+    """
+    initializer = keras.initializers.Constant(float(value))
+    variable = layer.add_weight(
+        name=name, shape=(), dtype="float32", trainable=False, autocast=False, initializer=initializer
+    )
+    variable.exact = float(value)
+    return variable
+
+
+def set_setting(name: str, variable: keras.Variable, value: float) -> None:
+    """Set a setting for the steps to come.
+
+    Args:
+        name: Name of the setting, which says what it may be: 0 or greater for a weight, else greater than 0.
+        variable: What :func:`add_setting` made.
+        value: The number.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is none that the setting may have.
+    """
+    (checks.non_negative if name.endswith("weight") else checks.positive)(name, value)
+    variable.assign(value)
+    variable.exact = float(value)
+
+
+def _is_schedule(value: Any) -> bool:
+    if not isinstance(value, dict) or "registered_name" not in value:
+        return False
+    kind = keras.saving.get_registered_object(value["registered_name"])
+    return isinstance(kind, type) and issubclass(kind, Schedule)
+
+
+def _made(value: dict[str, Any]) -> Any:
+    # the function of a plain Schedule first: Keras hands `from_config` its settings as they are
+    return keras.saving.deserialize_keras_object(
+        {**value, "config": keras.saving.deserialize_keras_object(value["config"])}
+    )

@@ -14,8 +14,9 @@ from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter, resiz
 from keras_distill.functional.top_k import TopK, check_classes, merge_classes
 from keras_distill.losses import FeatureDistance, FunctionLoss, SoftTargetLoss
 from keras_distill.pairs import paired_outputs
+from keras_distill.schedules import Schedule, deserialized
 from keras_distill.taps import Call, Tap
-from keras_distill.term import DistillationTerm
+from keras_distill.term import DistillationTerm, LossTerm, copied
 from keras_distill.weighting import weighted_loss
 
 LossLike: TypeAlias = keras.losses.Loss | Callable[..., Any]
@@ -23,13 +24,13 @@ Layers: TypeAlias = str | keras.layers.Layer | Tap | Sequence[str | keras.layers
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class LogitsDistillation(DistillationTerm):
+class LogitsDistillation(LossTerm):
     """A loss between the outputs of the two models.
 
     Args:
         loss: A loss of this package or of Keras, or a function of ``(student_logits, teacher_logits)``; ``None`` is
             :class:`SoftTargetLoss` at temperature 4.
-        weight: Factor of the term in the total loss.
+        weight: Factor of the term in the total loss, a number or a schedule.
         output: Which of a model's outputs, an index or a key; ``None`` adds the loss up over all of them.
         use_sample_weight: Whether the batch's sample weights count in the term.
         name: Name in logs and files.
@@ -54,38 +55,19 @@ class LogitsDistillation(DistillationTerm):
         self,
         loss: LossLike | None = None,
         *,
-        weight: float = 1.0,
+        weight: float | Schedule = 1.0,
         output: int | str | None = None,
         use_sample_weight: bool = True,
         name: str = "logits",
         **kwargs: Any,
     ) -> None:
-        super().__init__(weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
-        # a copy: its temperature becomes this term's variable, and another term may have been given the same loss
-        self.loss = _copied(_as_loss(SoftTargetLoss() if loss is None else loss))
+        chosen = _as_loss(SoftTargetLoss() if loss is None else loss)
+        super().__init__(chosen, weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
         if getattr(loss, "learned", False):
             expected = "`loss` to have no parameters of its own"
             remedy = "Use it in a FeatureDistillation, between the models' last layers for instance."
             raise TypeError(checks.message(expected, f"a {type(loss).__name__}", remedy))
-        self.needs_labels = getattr(self.loss, "needs_labels", False)
         self.output_key = output
-        self._temperature = None
-        if isinstance(getattr(self.loss, "temperature", None), (int, float)):
-            self._temperature = self._setting("temperature", self.loss.temperature)
-            self.loss.temperature = self._temperature
-
-    @property
-    def temperature(self) -> keras.Variable:
-        """The loss's temperature, a scalar variable; a number may be assigned to it."""
-        if self._temperature is None:
-            raise AttributeError(f"The loss {type(self.loss).__name__} of term {self.name!r} has no temperature.")
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        checks.positive("temperature", value)
-        self.temperature.assign(value)
-        self.temperature.exact = float(value)
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
@@ -133,7 +115,7 @@ class LogitsDistillation(DistillationTerm):
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class FeatureDistillation(DistillationTerm):
+class FeatureDistillation(LossTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
     A teacher map (N, H, W, C) of another height or width than the student's is resized to it: averaged down,
@@ -147,7 +129,7 @@ class FeatureDistillation(DistillationTerm):
             function of ``(student, teacher)``. A loss with ``several_layers = True`` is given lists of features; any
             other is averaged over the pairs of layers. A loss with ``learned = True`` is trained along with the
             adapters.
-        weight: Factor of the term in the total loss.
+        weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a dense layer for
             vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, or a factory called with the
             shapes of both features, channels last.
@@ -176,7 +158,7 @@ class FeatureDistillation(DistillationTerm):
         teacher_layer: Layers,
         loss: str | LossLike = "mse",
         *,
-        weight: float = 1.0,
+        weight: float | Schedule = 1.0,
         adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
         use_sample_weight: bool = True,
         name: str | None = None,
@@ -185,7 +167,8 @@ class FeatureDistillation(DistillationTerm):
         mine, theirs = _taps(student_layer), _taps(teacher_layer)
         own = re.sub(r"\W", "_", "_".join(tap.name for tap in mine))
         name = name or own or "features"
-        super().__init__(weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
+        chosen: Any = FeatureDistance(loss) if isinstance(loss, str) else _as_loss(loss)  # type: ignore[arg-type]
+        super().__init__(chosen, weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
         if len(mine) != len(theirs) or not mine:
             expected = "`student_layer` and `teacher_layer` to name equally many layers, at least one"
             raise ValueError(checks.message(expected, f"{len(mine)} and {len(theirs)}", "Pair them."))
@@ -195,11 +178,9 @@ class FeatureDistillation(DistillationTerm):
             remedy = "Pass a function that makes one for each pair."
             raise ValueError(checks.message("`adapter` not to be one layer for several pairs", f"{adapter}", remedy))
         self.student_taps, self.teacher_taps = mine, theirs
-        self.loss = FeatureDistance(loss) if isinstance(loss, str) else _as_loss(loss)  # type: ignore[arg-type]
         if getattr(self.loss, "layer", None) is not None:
             remedy = "Pass a new one: the term builds a copy for each pair of layers."
             raise ValueError(checks.message("`loss` not to be built yet", f"a {type(self.loss).__name__}", remedy))
-        self.needs_labels = getattr(self.loss, "needs_labels", False)
         self.adapter = adapter
         self.adapters: list[keras.layers.Layer | None] = []
         self.learned: list[keras.losses.Loss] = []
@@ -248,7 +229,7 @@ class FeatureDistillation(DistillationTerm):
             side: [Tap(**tap) for tap in config[side]] for side in ("student_layer", "teacher_layer")
         }
         rest = {key: value for key, value in config.items() if key not in taps}
-        return cls(**taps, **keras.saving.deserialize_keras_object(rest))
+        return cls(**taps, **deserialized(rest))
 
     def get_build_config(self) -> dict[str, Any] | None:
         """The shapes that the adapters were made from."""
@@ -268,7 +249,7 @@ class FeatureDistillation(DistillationTerm):
             for (mine, theirs), tap in zip(pairs, self.student_taps, strict=True)
         ]
         if getattr(self.loss, "learned", False):
-            self.learned = [_copied(self.loss) for _ in pairs]
+            self.learned = [copied(self.loss) for _ in pairs]
             for loss, adapter, (mine, theirs) in zip(self.learned, self.adapters, pairs, strict=True):
                 loss.build(mine if adapter is None else adapter.compute_output_shape(mine), theirs)
             self._learned_layers = [loss.layer for loss in self.learned]  # Keras tracks layers, but not in a loss
@@ -317,12 +298,6 @@ def _taps(layers: Layers) -> list[Tap]:
 
 def _as_loss(loss: LossLike) -> keras.losses.Loss:
     return loss if isinstance(loss, keras.losses.Loss) else FunctionLoss(loss)
-
-
-def _copied(loss: keras.losses.Loss) -> keras.losses.Loss:
-    twin = object.__new__(type(loss))  # copy.copy would save and load it, which a function not registered does not bear
-    twin.__dict__.update(loss.__dict__)
-    return twin
 
 
 def _channels_last(feature: Any) -> Any:

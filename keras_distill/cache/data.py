@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -96,29 +95,6 @@ class EpochTeller(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Before the first batch, also of a training that goes on from a later epoch."""
         self._data.epoch = epoch
-
-
-def told_epochs(fit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What ``fit`` returns, with data of a cache told each epoch.
-
-    Args:
-        fit: The method of Keras.
-        args: What it is called with.
-        kwargs: The same, by name.
-
-    Returns:
-        The history.
-    """
-    data = kwargs.get("x", args[0] if args else None)
-    if not isinstance(data, CachedData):
-        return fit(*args, **kwargs)
-    given = inspect.signature(fit).bind(*args, **kwargs).arguments
-    callbacks, teller = given.pop("callbacks", None), EpochTeller(data)
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.callbacks.append(teller)
-    else:
-        callbacks = [*keras.tree.flatten(callbacks), teller] if callbacks is not None else [teller]
-    return fit(**given, callbacks=callbacks)
 
 
 def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:

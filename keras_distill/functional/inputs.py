@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -111,10 +112,25 @@ def prepare_temperature(temperature: Any, like: Any) -> Any:
         TypeError: If it is neither.
         ValueError: If the number is not greater than 0.
     """
-    if isinstance(temperature, keras.Variable) or keras.ops.is_tensor(temperature):
-        return ops.cast(ops.convert_to_tensor(temperature), like.dtype)
-    checks.positive("temperature", temperature)
-    return float(temperature)
+    return prepare_number("temperature", temperature, like, checks.positive)
+
+
+def prepare_number(name: str, value: Any, like: Any, check: Callable[[str, Any], None]) -> Any:
+    """A setting, a number or a variable that a schedule sets, in the precision of the logits.
+
+    Args:
+        name: Name of the setting.
+        value: A number, or a scalar variable.
+        like: The logits, or a loss of them.
+        check: What a number must pass; it raises.
+
+    Returns:
+        The number itself, or a scalar tensor.
+    """
+    if isinstance(value, keras.Variable) or ops.is_tensor(value):
+        return ops.cast(ops.convert_to_tensor(value), like.dtype)
+    check(name, value)
+    return float(value)
 
 
 def epsilon_of(tensor: Any) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.functional.inputs import prepare_logits, prepare_temperature
+from keras_distill.functional.inputs import prepare_logits, prepare_number, prepare_temperature
 
 _WEIGHT_EPS = 1e-7
 # A logit of probability 0. Minus infinity would make the gradient NaN, and the sum of two of these still is a float32.
@@ -21,8 +21,8 @@ def decoupled_kd(
     teacher_logits: Any,
     labels: Any,
     *,
-    target_weight: float = 1.0,
-    nontarget_weight: float = 8.0,
+    target_weight: Any = 1.0,
+    nontarget_weight: Any = 8.0,
     temperature: Any = 4.0,
     from_logits: bool = True,
 ) -> Any:
@@ -61,9 +61,9 @@ def decoupled_kd(
         Deviation: computed in log space without the target class, finite where that code, which subtracts 1000 from
         its logit and takes logarithms of sums, is not.
     """
-    checks.non_negative("target_weight", target_weight)
-    checks.non_negative("nontarget_weight", nontarget_weight)
     student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    target_weight = prepare_number("target_weight", target_weight, student, checks.non_negative)
+    nontarget_weight = prepare_number("nontarget_weight", nontarget_weight, student, checks.non_negative)
     temperature = prepare_temperature(temperature, student)
     is_target = _is_target(labels, student)
     student, teacher = student / temperature, teacher / temperature
@@ -85,7 +85,7 @@ def normalized_kd(
     teacher_logits: Any,
     labels: Any,
     *,
-    nontarget_weight: float = 1.5,
+    nontarget_weight: Any = 1.5,
     temperature: Any = 1.0,
     from_logits: bool = True,
 ) -> Any:
@@ -122,8 +122,8 @@ def normalized_kd(
         Yang et al. 2023, section 3.1, arXiv:2303.13005; deviation: the student's own cross entropy on the label is the
         task loss and not part of this one. The target part has no temperature.
     """
-    checks.non_negative("nontarget_weight", nontarget_weight)
     student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    nontarget_weight = prepare_number("nontarget_weight", nontarget_weight, student, checks.non_negative)
     temperature = prepare_temperature(temperature, student)
     is_target = _is_target(labels, student)
     log_student = _target(ops.log_softmax(student, axis=-1), is_target)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import keras
 
 from keras_distill import backends, checks
+from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 
 
 class DistillationLoss(keras.losses.Loss):
@@ -53,6 +54,8 @@ class DistillationLoss(keras.losses.Loss):
 
     def __init__(self, *, name: str, reduction: str | None = "sum_over_batch_size", dtype: Any = None) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
+        self.schedules: dict[str, Schedule] = {}
+        self._settings: list[str] = []
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
         """Make the parameters of a loss with ``learned = True``.
@@ -75,7 +78,23 @@ class DistillationLoss(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "dtype": self.dtype}
+        settings = {name: serialized(self.schedules.get(name), getattr(self, name)) for name in self._settings}
+        return {**super().get_config(), "dtype": self.dtype, **settings}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DistillationLoss:
+        """The loss that :meth:`get_config` describes."""
+        return cls(**deserialized(config))
+
+    def _setting(
+        self, name: str, value: float | Schedule, check: Callable[[str, Any], None] = checks.positive
+    ) -> float:
+        """A setting that may be a schedule, whose numbers pass a check: the number that it has at first.
+
+        A term puts a variable in its place, which the schedule sets.
+        """
+        self._settings.append(name)
+        return first_value(name, value, check, self.schedules)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")

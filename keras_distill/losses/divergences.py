@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_distill import backends, checks
+from keras_distill import checks
 from keras_distill.functional.divergences import (
     generalized_jsd,
     reverse_kl,
@@ -15,6 +15,7 @@ from keras_distill.functional.divergences import (
     total_variation,
 )
 from keras_distill.losses.base import DistillationLoss
+from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -27,7 +28,7 @@ class ReverseKLLoss(DistillationLoss):
     :func:`keras_distill.functional.reverse_kl`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
@@ -52,7 +53,7 @@ class ReverseKLLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -60,9 +61,8 @@ class ReverseKLLoss(DistillationLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -73,7 +73,6 @@ class ReverseKLLoss(DistillationLoss):
         """Settings of the constructor, ready for JSON."""
         return {
             **super().get_config(),
-            "temperature": backends.as_float(self.temperature),
             "from_logits": self.from_logits,
         }
 
@@ -90,7 +89,7 @@ class GeneralizedJSDLoss(DistillationLoss):
 
     Args:
         beta: Share of the teacher in the mixture, from 0 to 1.
-        temperature: Softening of both distributions, greater than 0.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
@@ -116,7 +115,7 @@ class GeneralizedJSDLoss(DistillationLoss):
     def __init__(
         self,
         beta: float = 0.5,
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -125,10 +124,9 @@ class GeneralizedJSDLoss(DistillationLoss):
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         checks.between("beta", beta, 0, 1)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
         self.beta = float(beta)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -142,7 +140,6 @@ class GeneralizedJSDLoss(DistillationLoss):
         return {
             **super().get_config(),
             "beta": self.beta,
-            "temperature": backends.as_float(self.temperature),
             "from_logits": self.from_logits,
         }
 
@@ -224,7 +221,7 @@ class TotalVariationLoss(DistillationLoss):
     Symmetric and at most 1, however certain the models are. See :func:`keras_distill.functional.total_variation`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
@@ -249,7 +246,7 @@ class TotalVariationLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -257,9 +254,8 @@ class TotalVariationLoss(DistillationLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -270,6 +266,5 @@ class TotalVariationLoss(DistillationLoss):
         """Settings of the constructor, ready for JSON."""
         return {
             **super().get_config(),
-            "temperature": backends.as_float(self.temperature),
             "from_logits": self.from_logits,
         }

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final, Literal
 
 import keras
 
-from keras_distill import backends, checks
+from keras_distill import checks
 from keras_distill.functional.features import (
     attention_transfer,
     channel_wise_kl,
@@ -18,6 +18,7 @@ from keras_distill.functional.features import (
     feature_smooth_l1,
 )
 from keras_distill.losses.base import DistillationLoss
+from keras_distill.schedules import Schedule
 
 DISTANCES: Final[dict[str, Callable[..., Any]]] = {
     "mse": feature_mse,
@@ -146,7 +147,7 @@ class ChannelWiseLoss(DistillationLoss):
     :func:`keras_distill.functional.channel_wise_kl`.
 
     Args:
-        temperature: Softening of both distributions over the positions, greater than 0.
+        temperature: Softening of both distributions over the positions, greater than 0; a number or a schedule.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
@@ -173,20 +174,15 @@ class ChannelWiseLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
+        temperature: float | Schedule = 4.0,
         *,
         reduction: str | None = "sum_over_batch_size",
         name: str = "channel_wise_loss",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.positive("temperature", temperature)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per example."""
         return channel_wise_kl(y_pred, y_true, temperature=self.temperature)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "temperature": backends.as_float(self.temperature)}

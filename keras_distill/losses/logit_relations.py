@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_distill import backends, checks
+from keras_distill import checks
+from keras_distill.functional.inputs import prepare_number
 from keras_distill.functional.logit_relations import (
     inter_class_relation,
     intra_class_relation,
     multi_level_logits,
 )
 from keras_distill.losses.base import DistillationLoss
+from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -28,9 +30,11 @@ class DISTLoss(DistillationLoss):
     :func:`keras_distill.functional.inter_class_relation` and :func:`keras_distill.functional.intra_class_relation`.
 
     Args:
-        inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater.
-        intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater.
-        temperature: Softening of both distributions, greater than 0.
+        inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater; a
+            number or a schedule.
+        intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater; a
+            number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: As for every Keras loss; the loss is one number, which no reduction changes.
         name: Name of the loss.
@@ -58,9 +62,9 @@ class DISTLoss(DistillationLoss):
 
     def __init__(
         self,
-        inter_weight: float = 1.0,
-        intra_weight: float = 1.0,
-        temperature: float = 1.0,
+        inter_weight: float | Schedule = 1.0,
+        intra_weight: float | Schedule = 1.0,
+        temperature: float | Schedule = 1.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -68,28 +72,27 @@ class DISTLoss(DistillationLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.non_negative("inter_weight", inter_weight)
-        checks.non_negative("intra_weight", intra_weight)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
-        self.inter_weight = float(inter_weight)
-        self.intra_weight = float(intra_weight)
-        self.temperature = float(temperature)
+        self.inter_weight = self._setting("inter_weight", inter_weight, checks.non_negative)
+        self.intra_weight = self._setting("intra_weight", intra_weight, checks.non_negative)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Loss of the batch, a scalar."""
         settings: dict[str, Any] = {"temperature": self.temperature, "from_logits": self.from_logits}
         inter = ops.mean(inter_class_relation(y_pred, y_true, **settings))
-        return self.inter_weight * inter + self.intra_weight * intra_class_relation(y_pred, y_true, **settings)
+        intra = intra_class_relation(y_pred, y_true, **settings)
+        weights = [
+            prepare_number(name, getattr(self, name), intra, checks.non_negative)
+            for name in ("inter_weight", "intra_weight")
+        ]
+        return weights[0] * inter + weights[1] * intra
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
         return {
             **super().get_config(),
-            "inter_weight": self.inter_weight,
-            "intra_weight": self.intra_weight,
-            "temperature": backends.as_float(self.temperature),
             "from_logits": self.from_logits,
         }
 

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_distill import backends, checks
+from keras_distill import checks
 from keras_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
 from keras_distill.losses.base import DistillationLoss
+from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -20,7 +21,7 @@ class SoftTargetLoss(DistillationLoss):
     The loss most people mean by knowledge distillation. See :func:`keras_distill.functional.soft_target_kl`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         standardize: Whether each row of logits is z-scored first.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
@@ -48,7 +49,7 @@ class SoftTargetLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 4.0,
+        temperature: float | Schedule = 4.0,
         *,
         standardize: bool = False,
         from_logits: bool = True,
@@ -57,10 +58,9 @@ class SoftTargetLoss(DistillationLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.positive("temperature", temperature)
         checks.boolean("standardize", standardize)
         checks.boolean("from_logits", from_logits)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.standardize = standardize
         self.from_logits = from_logits
 
@@ -78,7 +78,6 @@ class SoftTargetLoss(DistillationLoss):
         """Settings of the constructor, ready for JSON."""
         return {
             **super().get_config(),
-            "temperature": backends.as_float(self.temperature),
             "standardize": self.standardize,
             "from_logits": self.from_logits,
         }
@@ -94,7 +93,7 @@ class SoftCrossEntropyLoss(DistillationLoss):
     See :func:`keras_distill.functional.soft_cross_entropy`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
@@ -119,7 +118,7 @@ class SoftCrossEntropyLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -127,9 +126,8 @@ class SoftCrossEntropyLoss(DistillationLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -138,8 +136,7 @@ class SoftCrossEntropyLoss(DistillationLoss):
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
-        temperature = backends.as_float(self.temperature)
-        return {**super().get_config(), "temperature": temperature, "from_logits": self.from_logits}
+        return {**super().get_config(), "from_logits": self.from_logits}
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")

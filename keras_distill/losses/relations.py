@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import keras
+from keras import ops
 
-from keras_distill import checks
+from keras_distill import backends, checks
 from keras_distill.functional.relations import (
     KERNELS,
     correlation_congruence,
@@ -17,6 +19,7 @@ from keras_distill.functional.relations import (
     similarity_preserving,
 )
 from keras_distill.losses.base import DistillationLoss
+from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -75,8 +78,8 @@ class RelationalLoss(DistillationLoss):
     :func:`keras_distill.functional.relational_angle`.
 
     Args:
-        distance_weight: Factor of the distances, at least 0; 0 skips the work.
-        angle_weight: Factor of the angles, at least 0; 0 skips the work.
+        distance_weight: Factor of the distances, at least 0, a number or a schedule; 0 skips the work.
+        angle_weight: Factor of the angles, at least 0, a number or a schedule; 0 skips the work.
         reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
         name: Name of the loss.
         dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
@@ -104,34 +107,32 @@ class RelationalLoss(DistillationLoss):
 
     def __init__(
         self,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
+        distance_weight: float | Schedule = 25.0,
+        angle_weight: float | Schedule = 50.0,
         *,
         reduction: str | None = "sum_over_batch_size",
         name: str = "relational_loss",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.non_negative("distance_weight", distance_weight)
-        checks.non_negative("angle_weight", angle_weight)
         if distance_weight == angle_weight == 0:
             raise ValueError(checks.message("`distance_weight` or `angle_weight` to be greater than 0", "0 for both"))
-        self.distance_weight = float(distance_weight)
-        self.angle_weight = float(angle_weight)
+        self.distance_weight = self._setting("distance_weight", distance_weight, checks.non_negative)
+        self.angle_weight = self._setting("angle_weight", angle_weight, checks.non_negative)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value for the batch."""
-        if self.angle_weight == 0:
-            return self.distance_weight * relational_distance(y_pred, y_true)
-        angles = self.angle_weight * relational_angle(y_pred, y_true)
-        if self.distance_weight == 0:
-            return angles
-        return self.distance_weight * relational_distance(y_pred, y_true) + angles
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        weights = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
-        return {**super().get_config(), **weights}
+        total = 0.0
+        weights: list[Any] = [self.distance_weight, self.angle_weight]
+        for weight, formula in zip(weights, (relational_distance, relational_angle), strict=True):
+            value = functools.partial(formula, y_pred, y_true)
+            if isinstance(weight, float):
+                total = total + weight * value() if weight else total
+            else:  # a variable that a schedule sets, which the graph looks at
+                zero = backends.zero_of([y_pred], keras.backend.result_type(y_pred.dtype, "float32"))
+                weight = ops.cast(ops.convert_to_tensor(weight), zero.dtype)
+                total = total + weight * backends.unless_zero([weight], value, zero)
+        return total
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_distill import backends, checks
+from keras_distill import checks
 from keras_distill.functional.targets import binary_soft_target, decoupled_kd, normalized_kd, weighted_soft_labels
 from keras_distill.losses.base import DistillationLoss
+from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -37,9 +38,9 @@ class DecoupledKDLoss(LabelledLoss):
     :func:`keras_distill.functional.decoupled_kd`.
 
     Args:
-        target_weight: Weight of the divergence between target and the rest, 0 or greater.
-        nontarget_weight: Weight of the divergence among the other classes, 0 or greater.
-        temperature: Softening of both distributions, greater than 0.
+        target_weight: Weight of the divergence between target and the rest, 0 or greater; a number or a schedule.
+        nontarget_weight: Weight of the divergence among the other classes, 0 or greater; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
@@ -64,9 +65,9 @@ class DecoupledKDLoss(LabelledLoss):
 
     def __init__(
         self,
-        target_weight: float = 1.0,
-        nontarget_weight: float = 8.0,
-        temperature: float = 4.0,
+        target_weight: float | Schedule = 1.0,
+        nontarget_weight: float | Schedule = 8.0,
+        temperature: float | Schedule = 4.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -74,13 +75,10 @@ class DecoupledKDLoss(LabelledLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.non_negative("target_weight", target_weight)
-        checks.non_negative("nontarget_weight", nontarget_weight)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
-        self.target_weight = float(target_weight)
-        self.nontarget_weight = float(nontarget_weight)
-        self.temperature = float(temperature)
+        self.target_weight = self._setting("target_weight", target_weight, checks.non_negative)
+        self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -100,9 +98,6 @@ class DecoupledKDLoss(LabelledLoss):
         """Settings of the constructor, ready for JSON."""
         return {
             **super().get_config(),
-            "target_weight": self.target_weight,
-            "nontarget_weight": self.nontarget_weight,
-            "temperature": backends.as_float(self.temperature),
             "from_logits": self.from_logits,
         }
 
@@ -118,8 +113,8 @@ class NormalizedKDLoss(LabelledLoss):
     :func:`keras_distill.functional.normalized_kd`.
 
     Args:
-        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater.
-        temperature: Softening of both distributions, greater than 0.
+        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
@@ -144,8 +139,8 @@ class NormalizedKDLoss(LabelledLoss):
 
     def __init__(
         self,
-        nontarget_weight: float = 1.5,
-        temperature: float = 1.0,
+        nontarget_weight: float | Schedule = 1.5,
+        temperature: float | Schedule = 1.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -153,11 +148,9 @@ class NormalizedKDLoss(LabelledLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.non_negative("nontarget_weight", nontarget_weight)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
-        self.nontarget_weight = float(nontarget_weight)
-        self.temperature = float(temperature)
+        self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -176,8 +169,6 @@ class NormalizedKDLoss(LabelledLoss):
         """Settings of the constructor, ready for JSON."""
         return {
             **super().get_config(),
-            "nontarget_weight": self.nontarget_weight,
-            "temperature": backends.as_float(self.temperature),
             "from_logits": self.from_logits,
         }
 
@@ -193,7 +184,7 @@ class WeightedSoftLabelLoss(LabelledLoss):
     :func:`keras_distill.functional.weighted_soft_labels`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
@@ -218,7 +209,7 @@ class WeightedSoftLabelLoss(LabelledLoss):
 
     def __init__(
         self,
-        temperature: float = 2.0,
+        temperature: float | Schedule = 2.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -226,9 +217,8 @@ class WeightedSoftLabelLoss(LabelledLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -240,7 +230,6 @@ class WeightedSoftLabelLoss(LabelledLoss):
         """Settings of the constructor, ready for JSON."""
         return {
             **super().get_config(),
-            "temperature": backends.as_float(self.temperature),
             "from_logits": self.from_logits,
         }
 
@@ -256,7 +245,7 @@ class BinarySoftTargetLoss(DistillationLoss):
     :func:`keras_distill.functional.binary_soft_target`.
 
     Args:
-        temperature: Softening of both models' answers, greater than 0.
+        temperature: Softening of both models' answers, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities of a sigmoid, and z is the
             logarithm of their odds.
         reduction: How the values are averaged, as for every Keras loss.
@@ -281,7 +270,7 @@ class BinarySoftTargetLoss(DistillationLoss):
 
     def __init__(
         self,
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
@@ -289,9 +278,8 @@ class BinarySoftTargetLoss(DistillationLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.positive("temperature", temperature)
         checks.boolean("from_logits", from_logits)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
@@ -302,6 +290,5 @@ class BinarySoftTargetLoss(DistillationLoss):
         """Settings of the constructor, ready for JSON."""
         return {
             **super().get_config(),
-            "temperature": backends.as_float(self.temperature),
             "from_logits": self.from_logits,
         }

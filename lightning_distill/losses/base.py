@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -57,6 +58,8 @@ class DistillationLoss(nn.Module):
             ValueError: If the loss cannot compare features of these shapes.
         """
 
-    def _setting(self, name: str, value: float | Schedule) -> float:
-        """A checked setting greater than 0 that may be a schedule: the number that it has at first."""
-        return first_value(name, value, checks.positive, self.schedules)
+    def _setting(
+        self, name: str, value: float | Schedule, check: Callable[[str, Any], None] = checks.positive
+    ) -> float:
+        """A setting that may be a schedule, whose numbers pass a check: the number that it has at first."""
+        return first_value(name, value, check, self.schedules)

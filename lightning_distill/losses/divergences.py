@@ -27,7 +27,7 @@ class ReverseKLLoss(DistillationLoss):
     :func:`lightning_distill.functional.reverse_kl`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -74,7 +74,7 @@ class GeneralizedJSDLoss(DistillationLoss):
 
     Args:
         beta: Share of the teacher in the mixture, from 0 to 1; may be set while training.
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -176,7 +176,7 @@ class TotalVariationLoss(DistillationLoss):
     :func:`lightning_distill.functional.total_variation`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:

@@ -18,6 +18,7 @@ from lightning_distill.functional.features import (
     feature_smooth_l1,
 )
 from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.schedules import Schedule
 
 DISTANCES: Final[dict[str, Callable[..., Tensor]]] = {
     "mse": feature_mse,
@@ -137,7 +138,7 @@ class ChannelWiseLoss(DistillationLoss):
     :func:`lightning_distill.functional.channel_wise_kl`.
 
     Args:
-        temperature: Softening of both distributions over the positions, greater than 0; may be set while training.
+        temperature: Softening of both distributions over the positions, greater than 0; a number or a schedule.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with maps ``(N, C, H, W)`` of the student, then the teacher.
@@ -158,10 +159,9 @@ class ChannelWiseLoss(DistillationLoss):
         and a weight of 3.
     """
 
-    def __init__(self, temperature: float = 4.0) -> None:
+    def __init__(self, temperature: float | Schedule = 4.0) -> None:
         super().__init__()
-        checks.positive("temperature", temperature)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Loss of a batch, a scalar."""

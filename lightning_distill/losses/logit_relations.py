@@ -24,9 +24,11 @@ class DISTLoss(DistillationLoss):
     :func:`lightning_distill.functional.intra_class_relation`.
 
     Args:
-        inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater.
-        intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater.
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater; a
+            number or a schedule.
+        intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater; a
+            number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -51,18 +53,16 @@ class DISTLoss(DistillationLoss):
 
     def __init__(
         self,
-        inter_weight: float = 1.0,
-        intra_weight: float = 1.0,
+        inter_weight: float | Schedule = 1.0,
+        intra_weight: float | Schedule = 1.0,
         temperature: float | Schedule = 1.0,
         *,
         class_dim: int = -1,
     ) -> None:
         super().__init__()
-        checks.non_negative("inter_weight", inter_weight)
-        checks.non_negative("intra_weight", intra_weight)
         checks.inner_dim("class_dim", class_dim)
-        self.inter_weight = float(inter_weight)
-        self.intra_weight = float(intra_weight)
+        self.inter_weight = self._setting("inter_weight", inter_weight, checks.non_negative)
+        self.intra_weight = self._setting("intra_weight", intra_weight, checks.non_negative)
         self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 

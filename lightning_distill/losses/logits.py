@@ -20,7 +20,7 @@ class SoftTargetLoss(DistillationLoss):
     The loss most people mean by knowledge distillation. See :func:`lightning_distill.functional.soft_target_kl`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         standardize: Whether each row of logits is z-scored first.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
@@ -77,7 +77,7 @@ class SoftCrossEntropyLoss(DistillationLoss):
     See :func:`lightning_distill.functional.soft_cross_entropy`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:

@@ -17,6 +17,7 @@ from lightning_distill.functional.relations import (
     similarity_preserving,
 )
 from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.schedules import Schedule
 
 
 class SimilarityPreservingLoss(DistillationLoss):
@@ -59,8 +60,8 @@ class RelationalLoss(DistillationLoss):
     :func:`lightning_distill.functional.relational_angle`.
 
     Args:
-        distance_weight: Factor of the distances, at least 0; 0 skips the work.
-        angle_weight: Factor of the angles, at least 0; 0 skips the work.
+        distance_weight: Factor of the distances, at least 0, a number or a schedule; 0 skips the work.
+        angle_weight: Factor of the angles, at least 0, a number or a schedule; 0 skips the work.
 
     Returns:
         A scalar when called with features ``(N, ...)`` of the student, then the teacher.
@@ -83,14 +84,12 @@ class RelationalLoss(DistillationLoss):
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
 
-    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
+    def __init__(self, distance_weight: float | Schedule = 25.0, angle_weight: float | Schedule = 50.0) -> None:
         super().__init__()
-        checks.non_negative("distance_weight", distance_weight)
-        checks.non_negative("angle_weight", angle_weight)
         if distance_weight == angle_weight == 0:
             raise ValueError(checks.message("`distance_weight` or `angle_weight` to be greater than 0", "0 for both"))
-        self.distance_weight = float(distance_weight)
-        self.angle_weight = float(angle_weight)
+        self.distance_weight = self._setting("distance_weight", distance_weight, checks.non_negative)
+        self.angle_weight = self._setting("angle_weight", angle_weight, checks.non_negative)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Loss of a batch, a scalar."""

@@ -22,9 +22,9 @@ class DecoupledKDLoss(DistillationLoss):
     :func:`lightning_distill.functional.decoupled_kd`.
 
     Args:
-        target_weight: Weight of the divergence between target and the rest, 0 or greater.
-        nontarget_weight: Weight of the divergence among the other classes, 0 or greater.
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        target_weight: Weight of the divergence between target and the rest, 0 or greater; a number or a schedule.
+        nontarget_weight: Weight of the divergence among the other classes, 0 or greater; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -50,18 +50,16 @@ class DecoupledKDLoss(DistillationLoss):
 
     def __init__(
         self,
-        target_weight: float = 1.0,
-        nontarget_weight: float = 8.0,
+        target_weight: float | Schedule = 1.0,
+        nontarget_weight: float | Schedule = 8.0,
         temperature: float | Schedule = 4.0,
         *,
         class_dim: int = -1,
     ) -> None:
         super().__init__()
-        checks.non_negative("target_weight", target_weight)
-        checks.non_negative("nontarget_weight", nontarget_weight)
         checks.inner_dim("class_dim", class_dim)
-        self.target_weight = float(target_weight)
-        self.nontarget_weight = float(nontarget_weight)
+        self.target_weight = self._setting("target_weight", target_weight, checks.non_negative)
+        self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
         self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
@@ -95,8 +93,8 @@ class NormalizedKDLoss(DistillationLoss):
     :func:`lightning_distill.functional.normalized_kd`.
 
     Args:
-        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater.
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -121,12 +119,11 @@ class NormalizedKDLoss(DistillationLoss):
     needs_labels: ClassVar[bool] = True
 
     def __init__(
-        self, nontarget_weight: float = 1.5, temperature: float | Schedule = 1.0, *, class_dim: int = -1
+        self, nontarget_weight: float | Schedule = 1.5, temperature: float | Schedule = 1.0, *, class_dim: int = -1
     ) -> None:
         super().__init__()
-        checks.non_negative("nontarget_weight", nontarget_weight)
         checks.inner_dim("class_dim", class_dim)
-        self.nontarget_weight = float(nontarget_weight)
+        self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
         self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
@@ -156,7 +153,7 @@ class WeightedSoftLabelLoss(DistillationLoss):
     :func:`lightning_distill.functional.weighted_soft_labels`.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number, or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -206,7 +203,7 @@ class BinarySoftTargetLoss(DistillationLoss):
     :func:`lightning_distill.functional.binary_soft_target`.
 
     Args:
-        temperature: Softening of both models' answers, greater than 0; may be set while training.
+        temperature: Softening of both models' answers, greater than 0; a number or a schedule.
         class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
 
     Returns:
@@ -226,11 +223,10 @@ class BinarySoftTargetLoss(DistillationLoss):
         softmax over the classes.
     """
 
-    def __init__(self, temperature: float = 1.0, *, class_dim: int = -1) -> None:
+    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
         super().__init__()
-        checks.positive("temperature", temperature)
         checks.inner_dim("class_dim", class_dim)
-        self.temperature = float(temperature)
+        self.temperature = self._setting("temperature", temperature)
         self.class_dim = class_dim
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

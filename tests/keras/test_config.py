@@ -27,6 +27,7 @@ from keras_distill import (
     losses,
     metrics,
 )
+from keras_distill.term import LossTerm
 
 
 def teacher_of(width: int = 12) -> keras.Model:
@@ -84,7 +85,8 @@ def serializable() -> set[type]:
             own = isinstance(value, type) and value.__module__ == module.name and not value.__name__.startswith("_")
             if own and issubclass(value, kinds):
                 found.add(value)
-    return found - {keras_distill.DistillationTerm, keras_distill.DistillationLoss, metrics.LossParts}
+    abstract = {keras_distill.DistillationTerm, LossTerm, keras_distill.DistillationLoss}
+    return found - abstract - {metrics.LossParts}
 
 
 def test_k25_every_class_is_registered() -> None:

@@ -1,0 +1,257 @@
+"""Schedules: a weight or a temperature that changes while the student trains."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distill_core.checks import Checks, message
+
+Over = Literal["steps", "epochs", "fraction"]
+_AXES = ("steps", "epochs", "fraction")
+_CHECKS = Checks()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come.
+
+    Args:
+        step: Optimizer steps made so far.
+        epoch: The epoch, from 0; None where it is not known.
+        fraction: Share of the whole training, from 0 to 1; None where its length is not known.
+    """
+
+    step: int = 0
+    epoch: int | None = None
+    fraction: float | None = None
+
+    def along(self, over: Over) -> float:
+        """The position on the axis of a schedule.
+
+        Args:
+            over: The axis.
+
+        Returns:
+            Steps, epochs or the fraction.
+
+        Raises:
+            ValueError: If it is not known.
+        """
+        position = {"steps": self.step, "epochs": self.epoch, "fraction": self.fraction}[over]
+        if position is None:
+            remedy = "Give the training an end, or in a loop of your own call distiller.advance(step, epoch, fraction)."
+            raise ValueError(message(f"the position over {over!r} to be known", "none", remedy))
+        return float(position)
+
+
+class Schedule:
+    """A number as a function of the position in training: given wherever a weight or a temperature is.
+
+    Args:
+        function: From the position to the number. Within a training that is resumed it goes on where it was, since it
+            depends on the position alone.
+        over: What the position counts: optimizer ``"steps"`` from 0, ``"epochs"`` from 0, or the ``"fraction"`` of the
+            training, from 0 to 1.
+
+    Raises:
+        TypeError: If ``function`` cannot be called.
+        ValueError: If ``over`` is none of the three.
+
+    Example:
+        >>> Schedule(lambda epoch: 0.9**epoch, over="epochs").at(Progress(epoch=2))
+        0.81
+    """
+
+    def __init__(self, function: Callable[[float], float], *, over: Over = "steps") -> None:
+        if not callable(function):
+            raise TypeError(message("`function` to be a function of the position", f"function={function!r}"))
+        _CHECKS.one_of("over", over, _AXES)
+        self.function, self.over = function, over
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor."""
+        return {"function": self.function, "over": self.over}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Schedule:
+        """The schedule that :meth:`get_config` describes."""
+        return cls(**config)
+
+    def at(self, progress: Progress) -> float:
+        """The number at a point of the training.
+
+        Args:
+            progress: The point.
+
+        Returns:
+            The number.
+
+        Raises:
+            ValueError: If the position is not known, or the number is not finite.
+        """
+        value = float(self._value(progress.along(self.over)))
+        _CHECKS.number(f"the value of {type(self).__name__}", value)
+        return value
+
+    def _value(self, position: float) -> float:  # methods, not closures: a schedule travels to spawned processes
+        return self.function(position)
+
+
+class Linear(Schedule):
+    """A straight line from one number to another, which then stays.
+
+    Args:
+        start: The number at first.
+        end: The number at the end.
+        duration: Steps or epochs from the one to the other, or the fraction of the training, all of it by default.
+        over: What the duration counts.
+
+    Raises:
+        TypeError: If a setting is no number.
+        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
+
+    Example:
+        >>> Linear(8.0, 1.0, duration=0.5).at(Progress(fraction=0.25))
+        4.5
+    """
+
+    def __init__(self, start: float, end: float, *, duration: float | None = None, over: Over = "fraction") -> None:
+        _CHECKS.number("start", start)
+        _CHECKS.number("end", end)
+        self.start, self.end, self.duration = float(start), float(end), _duration(duration, over)
+        super().__init__(self._value, over=over)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor."""
+        return {"start": self.start, "end": self.end, "duration": self.duration, "over": self.over}
+
+    def _value(self, position: float) -> float:
+        return self._between(min(position / self.duration, 1.0))
+
+    def _between(self, share: float) -> float:
+        return self.start + (self.end - self.start) * share
+
+
+class Cosine(Linear):
+    """Half a wave of the cosine from one number to another, which then stays: slow at both ends.
+
+    Args:
+        start: The number at first.
+        end: The number at the end.
+        duration: Steps or epochs from the one to the other, or the fraction of the training, all of it by default.
+        over: What the duration counts.
+
+    Raises:
+        TypeError: If a setting is no number.
+        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
+
+    Example:
+        >>> round(Cosine(1.0, 0.0, duration=100, over="steps").at(Progress(step=25)), 4)
+        0.8536
+    """
+
+    def _between(self, share: float) -> float:
+        return super()._between((1 - math.cos(math.pi * share)) / 2)
+
+
+class WarmUp(Linear):
+    """A number that grows from 0 and then stays.
+
+    Args:
+        value: The number that stays.
+        duration: Steps or epochs until then, or the fraction of the training.
+        over: What the duration counts.
+
+    Raises:
+        TypeError: If a setting is no number.
+        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
+
+    Example:
+        >>> WarmUp(0.5, duration=10, over="epochs").at(Progress(epoch=4))
+        0.2
+    """
+
+    def __init__(self, value: float, *, duration: float | None = None, over: Over = "fraction") -> None:
+        super().__init__(0.0, value, duration=duration, over=over)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor."""
+        return {"value": self.end, "duration": self.duration, "over": self.over}
+
+
+class Step(Schedule):
+    """Numbers that hold between boundaries.
+
+    Args:
+        values: The numbers, one more than the boundaries.
+        boundaries: Positions, rising, from which the next number holds.
+        over: What the positions count.
+
+    Raises:
+        TypeError: If an entry is no number.
+        ValueError: If the counts do not fit, or the boundaries do not rise.
+
+    Example:
+        >>> Step([4.0, 2.0, 1.0], boundaries=[10, 20], over="epochs").at(Progress(epoch=10))
+        2.0
+    """
+
+    def __init__(self, values: Sequence[float], *, boundaries: Sequence[float], over: Over = "epochs") -> None:
+        for name, entries in (("values", values), ("boundaries", boundaries)):
+            for index, entry in enumerate(entries):
+                _CHECKS.number(f"{name}[{index}]", entry)
+        if len(values) != len(boundaries) + 1 or any(a >= b for a, b in itertools.pairwise(boundaries)):
+            expected = "`values` to be one more than `boundaries`, which rise"
+            raise ValueError(message(expected, f"values={list(values)} and boundaries={list(boundaries)}"))
+        self.values, self.boundaries = [float(value) for value in values], [float(one) for one in boundaries]
+        super().__init__(self._value, over=over)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor."""
+        return {"values": self.values, "boundaries": self.boundaries, "over": self.over}
+
+    def _value(self, position: float) -> float:
+        return self.values[bisect.bisect_right(self.boundaries, position)]
+
+
+def first_value(name: str, value: Any, check: Callable[[str, Any], None], schedules: dict[str, Schedule]) -> float:
+    """The number that a setting has at first; a schedule is noted under the setting's name.
+
+    Args:
+        name: Name of the setting.
+        value: A number, or a schedule.
+        check: What every number of the setting must pass.
+        schedules: Where a schedule is noted.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: If the value is neither a number nor a schedule.
+        ValueError: If the number does not pass.
+
+    Example:
+        >>> noted = {}
+        >>> first_value("temperature", Linear(8.0, 1.0), Checks().positive, noted), list(noted)
+        (8.0, ['temperature'])
+    """
+    if isinstance(value, Schedule):
+        schedules[name] = value
+        value = value.at(Progress(0, 0, 0.0))
+    check(name, value)
+    return float(value)
+
+
+def _duration(duration: float | None, over: str) -> float:
+    _CHECKS.one_of("over", over, _AXES)
+    if duration is None and over == "fraction":
+        return 1.0
+    if duration is None:
+        raise ValueError(message(f"`duration` to be given in {over}", "duration=None"))
+    _CHECKS.positive("duration", duration)
+    return float(duration)
