@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare, prepare_equal
-from keras_distill.functional.vectors import per_example, transposed
+from keras_distill.functional.vectors import by_rows, gram, per_example
 
 _MASKED = -100.0
 _LEAST_SCORE = -1e30
@@ -117,17 +118,11 @@ def attention_relation(student: Any, teacher: Any, *, relation_heads: int) -> An
     if len(mine) != 3 or len(theirs) != 3 or checks.shapes_differ(mine[:2], theirs[:2]):
         expected = "`student` and `teacher` to have the shapes (N, L, H_s) and (N, L, H_t)"
         raise ValueError(checks.message(expected, f"{mine} and {theirs}"))
-    scores = []
-    for vectors in (student, teacher):
-        width = vectors.shape[2]
+    for width in (mine[2], theirs[2]):
         if width % relation_heads:
-            expected = f"`relation_heads` to divide the width {width}"
-            raise ValueError(checks.message(expected, f"{relation_heads=}"))
-        size = width // relation_heads
-        heads = ops.reshape(vectors, (*ops.shape(vectors)[:2], relation_heads, size))
-        heads = ops.transpose(heads, (0, 2, 1, 3))
-        scores.append(ops.matmul(heads, transposed(heads)) / math.sqrt(size))
-    return per_example(_divergence(scores[0], scores[1]))
+            raise ValueError(checks.message(f"`relation_heads` to divide the width {width}", f"{relation_heads=}"))
+    relations = functools.partial(_relations, relation_heads)
+    return by_rows(relations, (student, teacher), row_size=relation_heads * ops.shape(student)[1] ** 2)
 
 
 def check_heads(relation_heads: int) -> None:
@@ -143,6 +138,15 @@ def check_heads(relation_heads: int) -> None:
     if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
         raise TypeError(checks.message("`relation_heads` to be an int", f"{relation_heads=}"))
     checks.at_least("relation_heads", relation_heads, 1)
+
+
+def _relations(relation_heads: int, student: Any, teacher: Any) -> Any:
+    scores = []
+    for vectors in (student, teacher):
+        size = vectors.shape[2] // relation_heads
+        heads = ops.reshape(vectors, (*ops.shape(vectors)[:2], relation_heads, size))
+        scores.append(gram(ops.transpose(heads, (0, 2, 1, 3))) / math.sqrt(size))
+    return per_example(_divergence(scores[0], scores[1]))
 
 
 def _divergence(student: Any, teacher: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
@@ -13,9 +14,11 @@ from keras_distill.functional.vectors import (
     by_rows,
     centred,
     flattened,
+    gram,
     or_one,
     per_example,
     prepare_examples,
+    relative_gram,
     transposed,
     unit,
 )
@@ -52,7 +55,7 @@ def similarity_preserving(student: Any, teacher: Any) -> Any:
         Tung and Mori 2019, equation 4, arXiv:1907.09682, for one pair of layers.
     """
     student, teacher = prepare_examples(student, teacher)
-    rows = [unit(_gram(_scaled(feature)), 1) for feature in (student, teacher)]
+    rows = [unit(relative_gram(feature), 1) for feature in (student, teacher)]
     return ops.mean(ops.square(rows[0] - rows[1]))
 
 
@@ -85,12 +88,7 @@ def relational_distance(student: Any, teacher: Any) -> Any:
         pairs, where the paper has the sum over pairs of different examples.
     """
     student, teacher = prepare_examples(student, teacher)
-    ratios = []
-    for feature in (student, teacher):
-        distances = _distances(feature)[1]
-        pairs = ops.sum(ops.cast(distances > 0, distances.dtype))
-        ratios.append(distances / or_one(ops.sum(distances) / or_one(pairs)))
-    return ops.mean(_huber(ratios[0] - ratios[1]))
+    return _distance_differences([_distances(feature)[1] for feature in (student, teacher)])
 
 
 def relational_angle(student: Any, teacher: Any) -> Any:
@@ -124,12 +122,26 @@ def relational_angle(student: Any, teacher: Any) -> Any:
         triples, where the paper has the sum over triples of different examples.
     """
     student, teacher = prepare_examples(student, teacher)
-    grams, rows = [], []
-    for feature in (student, teacher):
-        gram, *seen = _from_anchors(feature)
-        grams.append(gram)
-        rows += seen
-    return ops.mean(by_rows(_angle_differences, rows, grams, row_size=ops.shape(grams[0])[0] ** 2))
+    return _angle_differences([_distances(feature) for feature in (student, teacher)])
+
+
+def relational_distance_and_angle(student: Any, teacher: Any) -> tuple[Any, Any]:
+    """Both relations between the examples, from the same products.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+
+    Returns:
+        What :func:`relational_distance` and :func:`relational_angle` give.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the numbers of examples differ, or a feature has no inner dimension.
+    """
+    student, teacher = prepare_examples(student, teacher)
+    seen = [_distances(feature) for feature in (student, teacher)]
+    return _distance_differences([distances for _, distances in seen]), _angle_differences(seen)
 
 
 def probabilistic_transfer(student: Any, teacher: Any) -> Any:
@@ -163,11 +175,7 @@ def probabilistic_transfer(student: Any, teacher: Any) -> Any:
     student, teacher = prepare_examples(student, teacher)
     probabilities = []
     for feature in (student, teacher):
-        # The length plus eps, without the square root of a vector of zeros, which has no gradient.
-        largest = or_one(ops.max(ops.abs(ops.stop_gradient(feature)), axis=1, keepdims=True))
-        length = ops.sqrt(or_one(ops.sum(ops.square(feature / largest), axis=1, keepdims=True))) * largest
-        cosines = _gram(unit(feature, 1) * (length / (length + _TRANSFER_EPS)))
-        kernel = ops.maximum(cosines + 1, 0.0) / 2  # rounding may take a cosine below -1
+        kernel = ops.maximum(_cosines(feature, eps=_TRANSFER_EPS) + 1, 0.0) / 2  # rounding may take a cosine below -1
         probabilities.append(kernel / ops.sum(kernel, axis=1, keepdims=True))
     logarithms = [ops.log(probability + _TRANSFER_EPS) for probability in probabilities]
     return ops.mean(probabilities[1] * (logarithms[1] - logarithms[0]))
@@ -220,12 +228,12 @@ def correlation_congruence(
         student, teacher = prepare_examples(*prepare_equal(student, teacher))
         errors = ops.abs(student - teacher)
         pairs = ops.maximum(ops.shape(errors)[0] - 1, 1)
-        return ops.sum(errors[1:] * errors[:-1]) / ops.cast(pairs, errors.dtype)
+        return ops.sum(ops.einsum("nd,nd->n", errors[1:], errors[:-1])) / ops.cast(pairs, errors.dtype)
     student, teacher = prepare_examples(student, teacher)
     factors = [math.exp(-2 * gamma) * (2 * gamma) ** power / math.factorial(power) for power in range(order + 1)]
     kernels = []
     for feature in (student, teacher):
-        cosines = _gram(unit(feature, 1))
+        cosines = _cosines(feature)
         value = ops.full_like(cosines, factors[-1])
         for factor in reversed(factors[:-1]):
             value = value * cosines + factor
@@ -268,22 +276,21 @@ def inter_channel_correlation(student: Any, teacher: Any) -> Any:
         expected = "`student` and `teacher` to have the same examples and channels, and positions"
         remedy = "Map the student's channels with an adapter."
         raise ValueError(checks.message(expected, f"{mine} and {theirs}", remedy))
-    maps = [_scaled(flattened(feature, 1, -1)) for feature in (student, teacher)]
+    maps = [flattened(feature, 1, -1) for feature in (student, teacher)]
     return by_rows(_channel_differences, maps, row_size=mine[-1] ** 2)
 
 
 def _channel_differences(student: Any, teacher: Any) -> Any:
-    grams = [unit(ops.matmul(transposed(matrix), matrix), 2) for matrix in (student, teacher)]
+    grams = [unit(relative_gram(transposed(maps)), 2) for maps in (student, teacher)]
     return ops.mean(ops.square(grams[0] - grams[1]), axis=(1, 2))
 
 
-def _scaled(feature: Any) -> Any:
-    # The batch's size, of which no formula here depends, is taken out before the squares: they could overflow.
-    return feature / or_one(ops.max(ops.abs(ops.stop_gradient(feature))))
-
-
-def _gram(rows: Any) -> Any:
-    return ops.matmul(rows, transposed(rows))
+def _cosines(feature: Any, *, eps: float = 0.0) -> Any:
+    """Cosines between the examples, ``eps`` added to their lengths; 0 where one of the two is a vector of zeros."""
+    products = gram(feature)
+    # The lengths are divided out of the N^2 products instead of the N D numbers, which would take copies of them.
+    inverse = 1 / (ops.sqrt(or_one(ops.diagonal(products))) + eps)
+    return products * inverse[:, None] * inverse[None, :]
 
 
 def _huber(difference: Any) -> Any:
@@ -296,30 +303,41 @@ def _huber(difference: Any) -> Any:
 def _distances(feature: Any) -> tuple[Any, Any]:
     """Products of the centred examples, and the distances between them: 0 where they coincide up to rounding."""
     # Centred first: distances do not change, and their differences lose fewer digits.
-    gram = _gram(_scaled(centred(feature, 0)))
-    sizes = ops.diagonal(gram)
+    products = gram(centred(feature, 0))
+    sizes = ops.diagonal(products)
     sums = sizes[:, None] + sizes[None, :]
-    squares = sums - 2 * gram
-    apart = squares > 4 * epsilon_of(gram) * sums
+    squares = sums - 2 * products
+    apart = squares > 4 * epsilon_of(products) * sums
     # The root has no gradient at zero: it is taken of 1 there, and the result dropped.
     roots = ops.sqrt(ops.where(apart, squares, ops.ones_like(squares)))
-    return gram, ops.where(apart, roots, ops.zeros_like(roots))
+    return products, ops.where(apart, roots, ops.zeros_like(roots))
 
 
-def _from_anchors(feature: Any) -> tuple[Any, Any, Any]:
-    """Products of the examples, their products with the anchor less half its square, inverse distances to the anchor.
-
-    The last two have one row for each anchor, an example that others are seen from.
-    """
-    gram, distances = _distances(feature)
-    inverse = ops.where(distances > 0, 1 / or_one(distances), ops.zeros_like(distances))
-    return gram, transposed(gram - ops.diagonal(gram)[None, :] / 2), inverse
+def _distance_differences(distances: Sequence[Any]) -> Any:
+    ratios = []
+    for each in distances:
+        pairs = ops.sum(ops.cast(each > 0, each.dtype))
+        ratios.append(each / or_one(ops.sum(each) / or_one(pairs)))
+    return ops.mean(_huber(ratios[0] - ratios[1]))
 
 
-def _angle_differences(student: Any, teacher: Any, *rows: Any) -> Any:
+def _angle_differences(seen: Sequence[tuple[Any, Any]]) -> Any:
+    rows = []
+    for products, distances in seen:
+        # One row for each anchor, an example that others are seen from: the products with it less half its square, and
+        # the inverse distances to it.
+        rows += [
+            transposed(products - ops.diagonal(products)[None, :] / 2),
+            ops.where(distances > 0, 1 / or_one(distances), ops.zeros_like(distances)),
+        ]
+    grams = [products for products, _ in seen]
+    return ops.mean(by_rows(_differences_from_anchors, rows, grams, row_size=ops.shape(grams[0])[0] ** 2))
+
+
+def _differences_from_anchors(student: Any, teacher: Any, *rows: Any) -> Any:
     cosines = []
-    for gram, to_anchor, inverse in ((student, *rows[:2]), (teacher, *rows[2:])):
+    for between, to_anchor, inverse in ((student, *rows[:2]), (teacher, *rows[2:])):
         # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.
-        products = gram - to_anchor[:, :, None] - to_anchor[:, None, :]
+        products = between - to_anchor[:, :, None] - to_anchor[:, None, :]
         cosines.append(products * inverse[:, :, None] * inverse[:, None, :])
     return per_example(_huber(cosines[0] - cosines[1]))

@@ -98,7 +98,34 @@ def unit(vectors: Any, axis: int) -> Any:
     # Scaled first so that the squares neither overflow nor vanish. A vector of zeros is divided by 1: dividing by a
     # tiny constant instead would give it a gradient that overflows half precision.
     vectors = vectors / or_one(ops.max(ops.abs(ops.stop_gradient(vectors)), axis=axis, keepdims=True))
-    return vectors / ops.sqrt(or_one(ops.sum(ops.square(vectors), axis=axis, keepdims=True)))
+    # The product with the inverse has a cheaper gradient than the quotient.
+    return vectors * (1 / ops.sqrt(or_one(ops.sum(ops.square(vectors), axis=axis, keepdims=True))))
+
+
+def relative_gram(rows: Any) -> Any:
+    """Products of all pairs of rows in units of the largest row's square: at most 1, so that they can be squared.
+
+    Args:
+        rows: Shape ``(..., A, B)``.
+
+    Returns:
+        Shape ``(..., A, A)``; the gradient takes the unit for a constant.
+    """
+    products = gram(rows)
+    squares = ops.diagonal(ops.stop_gradient(products), axis1=-2, axis2=-1)
+    return products / or_one(ops.max(squares, axis=-1))[..., None, None]
+
+
+def gram(rows: Any) -> Any:
+    """Products of all pairs of rows.
+
+    Args:
+        rows: Shape ``(..., A, B)``.
+
+    Returns:
+        Shape ``(..., A, A)``.
+    """
+    return ops.matmul(rows, transposed(rows))
 
 
 def or_one(values: Any) -> Any:
@@ -125,11 +152,13 @@ def centred(values: Any, axis: int | tuple[int, ...]) -> Any:
     Returns:
         Same shape.
     """
-    difference = values - ops.mean(values, axis=axis, keepdims=True)
-    fixed = ops.stop_gradient(values)
-    rounding = 4 * epsilon_of(values) * ops.max(ops.abs(fixed), axis=axis, keepdims=True)
-    varies = ops.max(ops.abs(ops.stop_gradient(difference)), axis=axis, keepdims=True) > rounding
-    return ops.where(varies, difference, ops.zeros_like(difference))
+    mean, fixed = ops.mean(values, axis=axis, keepdims=True), ops.stop_gradient(values)
+    # Told from the extremes, without copies of all values.
+    low, high = ops.min(fixed, axis=axis, keepdims=True), ops.max(fixed, axis=axis, keepdims=True)
+    middle = ops.stop_gradient(mean)
+    rounding = 4 * epsilon_of(values) * ops.maximum(ops.abs(low), ops.abs(high))
+    varies = ops.maximum(high - middle, middle - low) > rounding
+    return (values - mean) * ops.cast(varies, values.dtype)
 
 
 def spread_or_one(difference: Any, axis: int | tuple[int, ...], *, count: Any, eps: float = 0.0) -> Any:
@@ -183,9 +212,15 @@ def by_rows(function: Callable[..., Any], rows: Sequence[Any], shared: Sequence[
         return function(*shared, *rows)
     size = max(_CHUNK // row_size, 1) if known else ops.maximum(_CHUNK // row_size, 1)
     chunks = -(-count // size)
+    if known and isinstance(count, int):
+        # equal chunks need no padding, which would copy all rows
+        chunks = next((number for number in range(chunks, 2 * chunks) if count % number == 0), chunks)
+        size = -(-count // chunks)
     stacked = []
     for tensor in rows:
-        padded = ops.pad(tensor, [(0, chunks * size - count)] + [(0, 0)] * (len(tensor.shape) - 1))
-        stacked.append(ops.reshape(padded, (chunks, size, *ops.shape(tensor)[1:])))
+        missing = chunks * size - count
+        if not isinstance(missing, int) or missing:
+            tensor = ops.pad(tensor, [(0, missing)] + [(0, 0)] * (len(tensor.shape) - 1))
+        stacked.append(ops.reshape(tensor, (chunks, size, *ops.shape(tensor)[1:])))
     repeated = keras.remat(function)
     return ops.reshape(ops.map(lambda chunk: repeated(*shared, *chunk), stacked), (-1,))[:count]

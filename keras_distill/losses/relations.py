@@ -16,6 +16,7 @@ from keras_distill.functional.relations import (
     probabilistic_transfer,
     relational_angle,
     relational_distance,
+    relational_distance_and_angle,
     similarity_preserving,
 )
 from keras_distill.losses.base import DistillationLoss
@@ -122,8 +123,11 @@ class RelationalLoss(DistillationLoss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value for the batch."""
-        total = 0.0
         weights: list[Any] = [self.distance_weight, self.angle_weight]
+        if all(isinstance(weight, float) and weight for weight in weights):
+            distance, angle = relational_distance_and_angle(y_pred, y_true)
+            return weights[0] * distance + weights[1] * angle
+        total = 0.0
         for weight, formula in zip(weights, (relational_distance, relational_angle), strict=True):
             value = functools.partial(formula, y_pred, y_true)
             if isinstance(weight, float):

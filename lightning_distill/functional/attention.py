@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.inputs import prepare
 from lightning_distill.functional.primitives import gram, softmax_divergence
-from lightning_distill.functional.vectors import per_example, prepare_equal
+from lightning_distill.functional.vectors import by_examples, per_example, prepare_equal
 
 _MASKED = -100.0
 _LEAST_PROBABILITY = 1e-6
@@ -118,11 +119,16 @@ def attention_relation(student: Tensor, teacher: Tensor, *, relation_heads: int)
     if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
         expected = "`student` and `teacher` to have the shapes (N, L, H_s) and (N, L, H_t)"
         raise ValueError(checks.message(expected, f"{tuple(student.shape)} and {tuple(teacher.shape)}"))
+    for width in (student.shape[2], teacher.shape[2]):
+        if width % relation_heads:
+            raise ValueError(checks.message(f"`relation_heads` to divide the width {width}", f"{relation_heads=}"))
+    relations = functools.partial(_relations, relation_heads)
+    return by_examples(relations, (student, teacher), example_size=relation_heads * student.shape[1] ** 2)
+
+
+def _relations(relation_heads: int, student: Tensor, teacher: Tensor) -> Tensor:
     scores = []
     for vectors in (student, teacher):
-        if vectors.shape[2] % relation_heads:
-            expected = f"`relation_heads` to divide the width {vectors.shape[2]}"
-            raise ValueError(checks.message(expected, f"{relation_heads=}"))
         heads = vectors.reshape(*vectors.shape[:2], relation_heads, -1).transpose(1, 2)
         scores.append(gram(heads).div_(math.sqrt(heads.shape[3])))
     return per_example(softmax_divergence(scores[0], scores[1], dim=-1))

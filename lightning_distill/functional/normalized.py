@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
@@ -60,11 +61,7 @@ def pearson_feature(student: Tensor, teacher: Tensor) -> Tensor:
     dim = channels_at(student) % student.ndim
     others = tuple(i for i in range(student.ndim) if i != dim)
     count = max(student.numel() // student.shape[dim] - 1, 1)
-    scores = []
-    for feature in (student, teacher):
-        difference = centred(feature, others)
-        scores.append(difference / (spread_or_one(difference, others, count=count) + _PEARSON_EPS))
-    return (scores[0] - scores[1]).square().mean() / 2
+    return F.mse_loss(_z_scores(student, others, count), _z_scores(teacher, others, count)) / 2
 
 
 def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
@@ -213,3 +210,8 @@ def feature_map_transfer(student: Tensor, teacher: Tensor, *, eps: float = 1e-12
         difference = centred(feature, dim)
         normalized.append(difference / spread_or_one(difference, dim, count=feature.shape[dim], eps=eps))
     return per_example((normalized[0] - normalized[1]).square())
+
+
+def _z_scores(feature: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
+    difference = centred(feature, dims)
+    return difference * (1 / (spread_or_one(difference, dims, count=count) + _PEARSON_EPS))

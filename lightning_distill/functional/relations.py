@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -90,9 +91,7 @@ def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
         pairs, where the paper has the sum over pairs of different examples.
     """
     student, teacher = prepare_examples(student, teacher)
-    distances = [_distances(feature)[1] for feature in (student, teacher)]
-    ratios = [distance / or_one(distance.sum() / or_one((distance > 0).sum())) for distance in distances]
-    return F.smooth_l1_loss(ratios[0], ratios[1])
+    return _distance_differences([_distances(feature)[1] for feature in (student, teacher)])
 
 
 def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
@@ -127,10 +126,26 @@ def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
         triples, where the paper has the sum over triples of different examples.
     """
     student, teacher = prepare_examples(student, teacher)
-    pairs, count = [_from_anchors(feature) for feature in (student, teacher)], len(student)
-    shared, rows = [pair[0] for pair in pairs], [row for pair in pairs for row in pair[1:]]
-    total = summed(partial(_angle_differences, *shared), rows, row_size=count**2, inputs=student.numel())
-    return total / count**3
+    return _angle_differences([_distances(feature) for feature in (student, teacher)], student.numel())
+
+
+def relational_distance_and_angle(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both relations between the examples, from the same products.
+
+    Args:
+        student: The student's feature, shape ``(N, ...)``.
+        teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+
+    Returns:
+        What :func:`relational_distance` and :func:`relational_angle` give.
+
+    Raises:
+        TypeError: If a feature is no floating point tensor.
+        ValueError: If the numbers of examples differ, or a feature has no inner dimension.
+    """
+    student, teacher = prepare_examples(student, teacher)
+    seen = [_distances(feature) for feature in (student, teacher)]
+    return _distance_differences([one[1] for one in seen]), _angle_differences(seen, student.numel())
 
 
 def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
@@ -293,17 +308,25 @@ def _cosines(feature: Tensor, *, eps: float = 0.0) -> Tensor:
     return products * inverse[:, None] * inverse
 
 
-def _from_anchors(feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Products of the examples, their products with the anchor less half its square, inverse distances to the anchor.
-
-    The last two have one row for each anchor, an example that others are seen from.
-    """
-    products, distances = _distances(feature)
-    inverse = torch.where(distances > 0, 1 / or_one(distances), 0.0)
-    return products, (products - products.diagonal() / 2).mT, inverse
+def _distance_differences(distances: Sequence[Tensor]) -> Tensor:
+    ratios = [distance / or_one(distance.sum() / or_one((distance > 0).sum())) for distance in distances]
+    return F.smooth_l1_loss(ratios[0], ratios[1])
 
 
-def _angle_differences(student: Tensor, teacher: Tensor, *rows: Tensor) -> Tensor:
+def _angle_differences(seen: Sequence[tuple[Tensor, Tensor]], inputs: int) -> Tensor:
+    rows, count = [], len(seen[0][0])
+    for products, distances in seen:
+        # One row for each anchor, an example that others are seen from: the products with it less half its square, and
+        # the inverse distances to it.
+        rows += [
+            (products - products.diagonal() / 2).mT,
+            torch.where(distances > 0, 1 / or_one(distances), 0.0),
+        ]
+    differences = partial(_differences_from_anchors, *(products for products, _ in seen))
+    return summed(differences, rows, row_size=count**2, inputs=inputs) / count**3
+
+
+def _differences_from_anchors(student: Tensor, teacher: Tensor, *rows: Tensor) -> Tensor:
     cosines = []
     for between, to_anchor, inverse in ((student, *rows[:2]), (teacher, *rows[2:])):
         # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.

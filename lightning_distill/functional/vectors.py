@@ -14,6 +14,7 @@ from lightning_distill.functional.primitives import gram, sum_of_squares
 
 # Numbers of a chunk's largest tensor: fewer gain no memory worth speaking of.
 _SMALLEST_CHUNK = 2**20
+_MOST_CHUNKS = 8  # where each is kept for the backward pass, more of them would save little
 _REMEDY = "Map the student's feature to the teacher's shape with an adapter."
 
 
@@ -216,6 +217,25 @@ def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size:
     chunks = zip(*(tensor.chunk(-(-len(tensor) // size)) for tensor in rows), strict=True)
     parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(parts).sum()
+
+
+def by_examples(function: Callable[..., Tensor], examples: Sequence[Tensor], *, example_size: int) -> Tensor:
+    """What a function gives for each example, from a few chunks of the batch: most of what it needs it needs for one.
+
+    Args:
+        function: Called with a chunk of each tensor; returns one value for each example.
+        examples: Tensors with equally many examples.
+        example_size: How many numbers the largest tensor that ``function`` makes has for each example.
+
+    Returns:
+        The values, shape ``(N,)``.
+    """
+    count = len(examples[0])
+    chunks = min(_MOST_CHUNKS, count * example_size // _SMALLEST_CHUNK, count)
+    if chunks < 2:
+        return function(*examples)
+    parts = zip(*(tensor.chunk(chunks) for tensor in examples), strict=True)
+    return torch.cat([function(*part) for part in parts])
 
 
 def _varies(values: Tensor, mean: Tensor, dim: int | tuple[int, ...]) -> Tensor:

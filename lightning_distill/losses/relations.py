@@ -14,6 +14,7 @@ from lightning_distill.functional.relations import (
     probabilistic_transfer,
     relational_angle,
     relational_distance,
+    relational_distance_and_angle,
     similarity_preserving,
 )
 from lightning_distill.losses.base import DistillationLoss
@@ -95,10 +96,10 @@ class RelationalLoss(DistillationLoss):
         """Loss of a batch, a scalar."""
         if self.angle_weight == 0:
             return self.distance_weight * relational_distance(student, teacher)
-        angles = self.angle_weight * relational_angle(student, teacher)
         if self.distance_weight == 0:
-            return angles
-        return self.distance_weight * relational_distance(student, teacher) + angles
+            return self.angle_weight * relational_angle(student, teacher)
+        distance, angle = relational_distance_and_angle(student, teacher)
+        return self.distance_weight * distance + self.angle_weight * angle
 
     def extra_repr(self) -> str:
         """Settings, as in the constructor."""

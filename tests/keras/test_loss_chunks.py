@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 from keras_loss_cases import Result, differentiated
 
-from keras_distill import InterChannelCorrelationLoss, RelationalLoss
+from keras_distill import AttentionRelationLoss, InterChannelCorrelationLoss, RelationalLoss
 from keras_distill.functional import vectors
 
 FEATURES = [np.random.default_rng(seed).normal(size=(7, 2, 3, 5)).astype("float32") for seed in (1, 2)]
-LOSSES = [RelationalLoss(distance_weight=0.0), InterChannelCorrelationLoss()]
+TOKENS = [np.random.default_rng(seed).normal(size=(7, 3, 10)).astype("float32") for seed in (1, 2)]
+# The features, and how many numbers the largest tensor has for each row.
+LOSSES = {
+    "angles": (RelationalLoss(distance_weight=0.0), FEATURES, 49),
+    "channels": (InterChannelCorrelationLoss(), FEATURES, 25),
+    "attention": (AttentionRelationLoss(relation_heads=5), TOKENS, 45),
+}
 
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+every_loss = pytest.mark.parametrize("name", LOSSES)
 # One row, three rows (the last chunk is not full), all of them.
 every_chunk = pytest.mark.parametrize("numbers", [1, 3 * 49, 7 * 49], ids=str)
 
@@ -28,12 +34,24 @@ def same(one: Result, other: Result) -> None:
 
 @every_loss
 @every_chunk
-def test_chunks_change_neither_value_nor_gradient(loss: Any, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = differentiated(loss, *FEATURES)
+def test_chunks_change_neither_value_nor_gradient(name: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, features, row_size = LOSSES[name]
+    whole = differentiated(loss, *features)
     calls = counted(monkeypatch)
     monkeypatch.setattr(vectors, "_CHUNK", numbers)
-    same(differentiated(loss, *FEATURES), whole)
-    assert bool(calls) == (numbers < 7 * (25 if loss is LOSSES[1] else 49))
+    same(differentiated(loss, *features), whole)
+    assert bool(calls) == (numbers < 7 * row_size)
+
+
+def test_equal_chunks_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six examples in chunks of at most four are two chunks of three: padding would copy all of them."""
+    loss, features = LOSSES["channels"][0], [feature[:6] for feature in FEATURES]
+    whole = differentiated(loss, *features)
+    calls = counted(monkeypatch)
+    monkeypatch.setattr(vectors, "_CHUNK", 4 * 25)
+    monkeypatch.delattr(vectors.ops, "pad")
+    same(differentiated(loss, *features), whole)
+    assert tuple(calls[0][0].shape[:2]) == (2, 3)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -53,20 +71,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @every_loss
 @every_chunk
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
-def test_chunks_of_a_batch_of_unknown_size(loss: Any, numbers: int, jit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_a_batch_of_unknown_size(name: str, numbers: int, jit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in `fit`, whose last batch may be smaller: examples and positions are known only when the graph runs."""
     import tensorflow as tf
 
-    whole = differentiated(loss, *FEATURES)
+    loss, features, _ = LOSSES[name]
+    whole = differentiated(loss, *features)
     monkeypatch.setattr(vectors, "_CHUNK", numbers)
+    unknown = tf.TensorSpec([None] * (features[0].ndim - 1) + [features[0].shape[-1]])
 
-    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 5))] * 2, jit_compile=jit)
+    @tf.function(input_signature=[unknown] * 2, jit_compile=jit)
     def gradient(student: Any, teacher: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(student)
             value = loss(teacher, student)
         return value, tape.gradient(value, student)
 
-    value, student = (tensor.numpy() for tensor in gradient(*FEATURES))
+    value, student = (tensor.numpy() for tensor in gradient(*features))
     np.testing.assert_allclose(value, whole.value, rtol=1e-5)
     np.testing.assert_allclose(student, whole.student, rtol=1e-4, atol=1e-5 * np.abs(whole.student).max())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_distill import InterChannelCorrelationLoss, RelationalLoss
-from lightning_distill.functional import vectors
+from lightning_distill import AttentionRelationLoss, InterChannelCorrelationLoss, RelationalLoss
+from lightning_distill.functional import attention, vectors
 
 CASES = [(RelationalLoss(distance_weight=0.0), (7, 5)), (InterChannelCorrelationLoss(), (7, 5, 2, 3))]
 
@@ -36,3 +36,18 @@ def test_chunks_change_neither_value_nor_gradient(
     parts = differentiated(loss, shape)
     assert len(calls) > 1
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("numbers", [45, 3 * 45, 7 * 45], ids=str)
+def test_chunks_of_examples_change_neither_value_nor_gradient(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention relations are kept for the backward pass, but what lies between them and the loss is not."""
+    loss, shape = AttentionRelationLoss(relation_heads=5), (7, 3, 10)
+    whole = differentiated(loss, shape)
+    calls: list[Any] = []
+    original = attention.softmax_divergence
+    monkeypatch.setattr(
+        attention, "softmax_divergence", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs)
+    )
+    monkeypatch.setattr(vectors, "_SMALLEST_CHUNK", numbers)
+    torch.testing.assert_close(differentiated(loss, shape), whole, rtol=1e-12, atol=1e-12)
+    assert len(calls) == {45: 7, 3 * 45: 2, 7 * 45: 1}[numbers]
