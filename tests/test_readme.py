@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from lightning_distill import losses
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -71,3 +73,12 @@ def test_make_targets_in_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
     named = {t for b in BLOCKS if b.language == "bash" for t in re.findall(r"^make ([a-z]+)", b.code, re.MULTILINE)}
     assert named <= targets, f"README.md names make targets that do not exist: {sorted(named - targets)}"
+
+
+def test_every_loss_has_a_row_with_its_paper_and_its_setting() -> None:
+    table = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name for _, loss, *_ in table for name in re.findall(r"`(\w+)\(", loss)}
+    single = {"DistillationLoss", "FeatureDistance"}  # the base class, and what the strings stand for
+    assert set(losses.__all__) - single <= named
+    strings = {name for _, loss, *_ in table for name in re.findall(r"`\"(\w+)\"`", loss)}
+    assert {"mse", "l1", "smooth_l1", "cosine", "kl"} <= strings

@@ -43,7 +43,7 @@ class AttentionMapLoss(DistillationLoss):
 
     References:
         Sun et al. 2020 (MobileBERT), equation 3, arXiv:2004.02984; Jiao et al. 2020 (TinyBERT), equation 7,
-        arXiv:1909.10351.
+        arXiv:1909.10351, with a weight of 1 for each layer.
     """
 
     gives: ClassVar[str] = "examples"
@@ -101,7 +101,8 @@ class AttentionRelationLoss(DistillationLoss):
         0.089
 
     References:
-        Wang et al. 2021 (MiniLMv2), equations 5 to 8, arXiv:2012.15828.
+        Wang et al. 2021 (MiniLMv2), equations 5 to 8, arXiv:2012.15828, with 48 relation heads for teachers of base and
+        64 for those of large size, and a weight of 1 each for queries, keys and values.
     """
 
     channels_must_match: ClassVar[bool] = False

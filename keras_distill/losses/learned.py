@@ -51,7 +51,7 @@ class VariationalInformationLoss(DistillationLoss):
 
     References:
         Ahn et al. 2019, equations 5 and 6, arXiv:1904.05835; deviation: the mean instead of the sum over channels and
-        positions, as in published code.
+        positions, as in published code, which has a weight of 1.
     """
 
     channels_must_match: ClassVar[bool] = False

@@ -128,7 +128,8 @@ class MultiLevelLogitLoss(DistillationLoss):
         0.8134
 
     References:
-        Jin, Wang and Lin 2023, section 3, CVPR; deviations as in the function.
+        Jin, Wang and Lin 2023, section 3, CVPR; deviations as in the function. The authors' code has a weight of 9 for
+        the sum over the five temperatures, which is 45 for their mean.
     """
 
     gives: ClassVar[str] = "batch"

@@ -265,7 +265,7 @@ class BinarySoftTargetLoss(DistillationLoss):
 
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531; deviation: a sigmoid for each class instead of one
-        softmax over the classes.
+        softmax over the classes, for which no weight is given.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class ReverseKLLoss(DistillationLoss):
         tensor(0.4825)
 
     References:
-        Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543.
+        Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543, with a weight of 1.
     """
 
     merges_classes: ClassVar[bool] = True
@@ -91,7 +91,7 @@ class GeneralizedJSDLoss(DistillationLoss):
         tensor(0.0226)
 
     References:
-        Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649.
+        Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649, with a beta of 0.1, 0.5 or 0.9 by task.
     """
 
     merges_classes: ClassVar[bool] = True
@@ -192,7 +192,7 @@ class TotalVariationLoss(DistillationLoss):
         tensor(0.2710)
 
     References:
-        Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190.
+        Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190. No weight is given.
     """
 
     merges_classes: ClassVar[bool] = True

@@ -107,7 +107,8 @@ class MultiLevelLogitLoss(DistillationLoss):
         tensor(0.8134)
 
     References:
-        Jin, Wang and Lin 2023, section 3, CVPR; deviations as in the function.
+        Jin, Wang and Lin 2023, section 3, CVPR; deviations as in the function. The authors' code has a weight of 9 for
+        the sum over the five temperatures, which is 45 for their mean.
     """
 
     def __init__(self, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0), *, class_dim: int = -1) -> None:

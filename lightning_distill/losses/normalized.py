@@ -36,7 +36,7 @@ class PearsonFeatureLoss(DistillationLoss):
         tensor(0.3333)
 
     References:
-        Cao et al. 2022 (PKD), section 3, arXiv:2207.02039.
+        Cao et al. 2022 (PKD), section 3, arXiv:2207.02039; its weight depends on the detector.
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -90,7 +90,8 @@ class CKALoss(DistillationLoss):
         tensor(0.9343)
 
     References:
-        Kornblith et al. 2019, equation 4, arXiv:1905.00414; with the biased estimate of HSIC.
+        Kornblith et al. 2019, equation 4, arXiv:1905.00414; with the biased estimate of HSIC. A measure there and
+        no loss: no weight is given.
     """
 
     channels_must_match: ClassVar[bool] = False
@@ -156,6 +157,7 @@ class FeatureMapTransferLoss(DistillationLoss):
     References:
         Sun et al. 2020 (MobileBERT), section 3.5 and equation 2, arXiv:2004.02984: the discrepancy of the normalised
         feature maps, not that of their statistics; deviation: a vector that is constant up to rounding becomes zero.
+        No weight is given.
     """
 
     def __init__(self, *, eps: float = 1e-12) -> None:
