@@ -1,1 +1,4 @@
-"""What both halves share and no framework is needed for: the files of a teacher cache. Imports NumPy alone."""
+"""What both halves share and no framework is needed for.
+
+The files of a teacher cache, schedules, and checks of settings. Imports NumPy alone.
+"""

@@ -17,7 +17,19 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distill import DistillCallback, Distiller, LogitsDistillation, SoftTargetLoss
+from lightning_distill import (
+    BinarySoftTargetLoss,
+    ChannelWiseLoss,
+    DecoupledKDLoss,
+    DistillCallback,
+    Distiller,
+    DISTLoss,
+    FeatureDistillation,
+    LogitsDistillation,
+    NormalizedKDLoss,
+    RelationalLoss,
+    SoftTargetLoss,
+)
 from lightning_distill.schedules import Cosine, Linear, Progress, Schedule, Step, WarmUp
 
 ALL = [
@@ -187,6 +199,45 @@ def test_a_loop_of_ones_own_tells_the_epoch_where_a_schedule_needs_it() -> None:
             distiller.total(loss)
         distiller.advance(10, epoch=1, fraction=0.75)
         assert (term.weight, distiller.task_weight) == (0.5, 0.25)
+
+
+LOSSES = {
+    "dist": (DISTLoss, {"inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0}),
+    "dkd": (DecoupledKDLoss, {"target_weight": 1.0, "nontarget_weight": 8.0, "temperature": 4.0}),
+    "nkd": (NormalizedKDLoss, {"nontarget_weight": 1.5, "temperature": 1.0}),
+    "relational": (RelationalLoss, {"distance_weight": 25.0, "angle_weight": 50.0}),
+    "binary": (BinarySoftTargetLoss, {"temperature": 1.0}),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_every_weight_and_temperature_within_a_loss_may_be_a_schedule(kind: str) -> None:
+    """At each step the value is that of the loss with the step's numbers in its constructor."""
+    loss, settings = LOSSES[kind]
+    schedules = {name: Step([value, 3.0, 0.5], boundaries=[1, 2], over="steps") for name, value in settings.items()}
+    student, teacher, (images, labels) = nn.Linear(4, 3), nn.Linear(4, 3), next(iter(data()))
+    extra = (labels,) if loss.needs_labels else ()
+    with Distiller(student, teacher, LogitsDistillation(loss(**schedules))) as distiller:
+        for numbers in (settings, dict.fromkeys(settings, 3.0), dict.fromkeys(settings, 0.5)):
+            with distiller.record():
+                task = nn.functional.cross_entropy(student(images), labels)
+            distiller.total(task, (images, labels))
+            expected = loss(**numbers)(student(images), teacher(images), *extra)
+            torch.testing.assert_close(distiller.parts["logits_loss"], expected.detach())
+            assert distiller.scheduler.values == {f"logits_{name}": value for name, value in numbers.items()}
+
+
+def test_a_feature_term_has_the_temperature_of_its_loss() -> None:
+    student, teacher = (nn.Sequential(nn.Conv2d(1, 3, 1), nn.Flatten()) for _ in range(2))
+    term = FeatureDistillation("0", "0", ChannelWiseLoss(Step([4.0, 2.0], boundaries=[1], over="steps")), name="maps")
+    images = torch.randn(4, 1, 2, 3)
+    with Distiller(student, teacher, term) as distiller:
+        for temperature in (4.0, 2.0):
+            with distiller.record():
+                student(images)
+            distiller.total(torch.zeros(()))
+            expected = ChannelWiseLoss(temperature)(student[0](images), teacher[0](images))
+            torch.testing.assert_close(distiller.parts["maps_loss"], expected.detach())
 
 
 def test_a_schedule_over_the_fraction_needs_an_end(trainer: Callable[..., Trainer]) -> None:
