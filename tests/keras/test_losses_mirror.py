@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import oracle
+import oracle_features
 import pytest
 import torch
 from cases import CASES
@@ -123,6 +124,34 @@ def test_both_halves_give_the_same_numbers_in_float32(case: LossCase) -> None:
     np.testing.assert_allclose(to_torch(case, result.student), leaf.grad.numpy(), rtol=0, atol=limit)
 
 
+def degenerate(array: Any, how: str) -> Any:
+    """A feature in PyTorch's layout with what a ReLU or a repeated example makes of it."""
+    array = array.astype("float32")
+    if how == "an example of zeros":
+        array[0] = 0
+    elif how == "a channel of zeros":
+        array[:, 0] = 0
+    elif how == "equal examples":
+        array[1] = array[0]
+    return array
+
+
+@pytest.mark.parametrize("how", ["an example of zeros", "a channel of zeros", "equal examples"])
+@every_case
+def test_both_halves_give_the_same_numbers_for_a_degenerate_student(case: LossCase, how: str) -> None:
+    student, teacher = case.inputs(seed=3)
+    student, teacher = degenerate(student, how), teacher.astype("float32")
+    leaf = torch.tensor(student, requires_grad=True)
+
+    result = differentiated(keras_loss(case), to_keras(case, student), to_keras(case, teacher))
+    value = case.build()(leaf, torch.tensor(teacher))
+    value.backward()
+
+    assert float(result.value) == pytest.approx(value.item(), rel=1e-6, abs=1e-7)
+    limit = 1e-5 * leaf.grad.abs().max().item()
+    np.testing.assert_allclose(to_torch(case, result.student), leaf.grad.numpy(), rtol=0, atol=limit)
+
+
 def finite_value(case: LossCase, student: Any, teacher: Any, dtype: str) -> float:
     """The value, after a check that it and the student's gradient are finite."""
     result = differentiated(keras_loss(case), student, teacher, dtype)
@@ -166,6 +195,58 @@ def test_finite_where_a_model_is_constant(case: LossCase, dtype: str, constant: 
     finite_value(case, np.full_like(student, constant), teacher, dtype)
     finite_value(case, student, np.full_like(teacher, constant), dtype)
     finite_value(case, np.full_like(student, constant), np.full_like(teacher, constant), dtype)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        keras_distill.SoftTargetLoss(standardize=True),
+        keras_distill.DISTLoss(),
+        keras_distill.PearsonFeatureLoss(),
+        keras_distill.FeatureMapTransferLoss(),
+        keras_distill.CKALoss(),
+        keras_distill.RelationalLoss(),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_student_that_is_constant_up_to_rounding_counts_as_constant(loss: Any) -> None:
+    """The means of 11 or 12 times 0.7 are not 0.7: what is left must not be divided by its own size."""
+    teacher = np.random.default_rng(0).normal(size=(11, 12))
+
+    rounded, exact = (differentiated(loss, np.full((11, 12), constant), teacher) for constant in (0.7, 0.0))
+
+    assert float(rounded.value) == pytest.approx(float(exact.value), rel=1e-6)
+    gradients = [np.zeros((11, 12)) if result.student is None else result.student for result in (rounded, exact)]
+    np.testing.assert_allclose(*gradients, atol=1e-6)
+    assert np.abs(gradients[0]).max() < 1
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_attention_transfer_ignores_an_extreme_scale(size: float) -> None:
+    student, teacher = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 5)).astype("float32")
+    loss = keras_distill.AttentionTransferLoss()
+
+    assert float(loss(teacher, size * student)) == pytest.approx(float(loss(teacher, student)), rel=1e-5)
+
+
+def test_attention_of_a_weak_example_survives_beside_a_strong_one() -> None:
+    loss = keras_distill.AttentionTransferLoss(p=12.0)
+    student, teacher = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 5)).astype("float32")
+    student *= np.array([1e4, 1e-2], "float32").reshape(2, 1, 1, 1)
+
+    alone = [float(loss(teacher[i : i + 1], student[i : i + 1])) for i in range(2)]
+
+    assert float(loss(teacher, student)) == pytest.approx(sum(alone) / 2, rel=1e-5)
+
+
+def test_distances_beyond_the_quadratic_part_of_the_huber_function_equal_the_oracle() -> None:
+    student, teacher = np.random.default_rng(0).normal(size=(2, 5, 4))
+    student[2] += 100  # its distances are 2.5 times the mean
+
+    value = keras_distill.functional.relational_distance(student.astype("float32"), teacher.astype("float32"))
+
+    expected = oracle_features.relational(student, teacher, distance_weight=1.0, angle_weight=0.0)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [6e-8, 6e4])
