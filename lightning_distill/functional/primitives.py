@@ -150,12 +150,15 @@ class _SoftmaxDivergence(torch.autograd.Function):
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         # The two softmaxes, which the gradient needs, give the logarithms as well: log p = z - max z + log max p.
-        student, teacher = _bounded(student), _bounded(teacher)
+        # Each model's own largest score goes first: a difference of the two models' scores would lose digits where one
+        # of them is large.
+        student, teacher = (
+            scores.sub_(scores.amax(dim=dim, keepdim=True)) for scores in map(_bounded, (student, teacher))
+        )
         excess, probabilities = F.softmax(student, dim=dim), F.softmax(teacher, dim=dim)
-        shift = teacher.amax(dim=dim) - student.amax(dim=dim)
         ratio = probabilities.amax(dim=dim).log() - excess.amax(dim=dim).log()
         # In place only where vmap allows it: the result of both models is batched if one of them is.
-        apart = (teacher - student).sub_(shift.unsqueeze(dim)).mul_(probabilities).sum(dim=dim)
+        apart = (teacher - student).mul_(probabilities).sum(dim=dim)
         return apart + ratio, excess - probabilities
 
     @staticmethod

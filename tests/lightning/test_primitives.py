@@ -70,3 +70,11 @@ def test_scores_of_minus_infinity_have_no_probability_and_rows_of_them_no_diverg
     assert student.grad is not None
     assert student.grad.isfinite().all()
     assert student.grad[0, 2] == 0
+
+
+def test_divergence_loses_no_digits_where_one_model_has_large_scores(values: Tensor) -> None:
+    student, teacher = values.detach().float(), TEACHER.float() + 1e4
+
+    found = primitives.softmax_divergence(student, teacher, 1)
+
+    torch.testing.assert_close(found, primitives.softmax_divergence(student.double(), teacher.double(), 1).float())
