@@ -7,7 +7,7 @@ import torch
 from cases import CASES
 from loss_case import LossCase
 
-from lightning_distill import functional
+from lightning_distill import functional, losses
 from lightning_distill.losses import (
     AttentionTransferLoss,
     FeatureDistance,
@@ -122,6 +122,32 @@ def test_standardized_constant_row_gets_the_gradient_of_centred_logits() -> None
     torch.testing.assert_close(student.grad, 0.25 - z_scores.softmax(-1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        SoftTargetLoss(standardize=True),
+        losses.DISTLoss(),
+        losses.PearsonFeatureLoss(),
+        losses.FeatureMapTransferLoss(),
+        losses.CKALoss(),
+        losses.RelationalLoss(),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_student_that_is_constant_up_to_rounding_counts_as_constant(loss: losses.DistillationLoss) -> None:
+    """The means of 11 or 12 times 0.7 are not 0.7: what is left must not be divided by its own size."""
+    teacher = torch.randn(11, 12)
+    results = []
+    for constant in (0.7, 0.0):
+        student = torch.full((11, 12), constant, requires_grad=True)
+        value = loss(student, teacher)
+        value.backward()
+        results.append((value.detach(), student.grad))
+
+    torch.testing.assert_close(*results)
+    assert results[0][1].abs().max() < 1
+
+
 def test_zero_vector_counts_as_orthogonal_and_is_pulled_along_the_teacher() -> None:
     student = torch.zeros(1, 2, requires_grad=True)
 
@@ -140,6 +166,25 @@ def test_attention_transfer_survives_large_powers() -> None:
 
     assert torch.isfinite(student.grad).all()
     assert student.grad.abs().max() > 0
+
+
+def test_attention_of_a_weak_example_survives_beside_a_strong_one() -> None:
+    loss = AttentionTransferLoss(p=12.0)
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+    student = student * torch.tensor([1e4, 1e-2]).view(2, 1, 1, 1)
+
+    alone = [loss(student[i : i + 1], teacher[i : i + 1]) for i in range(2)]
+
+    torch.testing.assert_close(loss(student, teacher), torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_attention_transfer_ignores_an_extreme_scale(size: float) -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, 5)
+
+    torch.testing.assert_close(
+        AttentionTransferLoss()(size * student, teacher), AttentionTransferLoss()(student, teacher)
+    )
 
 
 def test_feature_without_inner_dimensions_is_compared_number_by_number() -> None:

@@ -94,6 +94,17 @@ def test_divergences_have_no_factor_of_the_temperature(function: object) -> None
     torch.testing.assert_close(function(student, teacher, temperature=2.0), function(student / 2, teacher / 2))
 
 
+def test_relations_of_rows_and_of_columns_are_the_two_parts_of_the_dist_loss() -> None:
+    student, teacher = logits(0, 4, 5)
+
+    inter = functional.inter_class_relation(student, teacher, temperature=2.0)
+    intra = functional.intra_class_relation(student, teacher, temperature=2.0)
+
+    assert inter.shape == (4,)
+    torch.testing.assert_close(inter.mean(), losses.DISTLoss(1.0, 0.0, temperature=2.0)(student, teacher))
+    torch.testing.assert_close(intra, losses.DISTLoss(0.0, 1.0, temperature=2.0)(student, teacher))
+
+
 def test_divergences_give_one_value_per_row() -> None:
     student, teacher = logits(0, 2, 3, 4, 5)
     for name in ("reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl", "total_variation"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracle_features
 import pytest
 import torch
 
@@ -62,6 +63,16 @@ def test_neuron_selectivity_is_the_same_whichever_products_are_smaller(shape: tu
     value = functional.neuron_selectivity(student, teacher)
 
     torch.testing.assert_close(value, kernels[0] + kernels[3] - 2 * kernels[1])
+
+
+def test_distances_beyond_the_quadratic_part_of_the_huber_function_equal_the_oracle() -> None:
+    student, teacher = features(5, 4), features(5, 7, seed=1)
+    student[2] += 100  # its distances are 2.5 times the mean
+
+    value = functional.relational_distance(student, teacher)
+
+    expected = oracle_features.relational(student.numpy(), teacher.numpy(), distance_weight=1.0, angle_weight=0.0)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_duplicated_examples_have_finite_gradients() -> None:
