@@ -221,7 +221,8 @@ def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) ->
     """
     if layer == "":
         return "", model
-    everything = dict(sublayers(model))
+    named = list(_named_sublayers(model))
+    everything = {path: found for path, _, found in named}
     expected = f"`{who}_layer` to name one layer of the {who} {model.name!r}"
     if not isinstance(layer, str):
         for path, found in everything.items():
@@ -230,7 +231,7 @@ def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) ->
         raise ValueError(checks.message(expected, f"the layer {layer.name!r}, which is not in it"))
     if layer in everything:
         return layer, everything[layer]
-    tails = [path for path in everything if path.endswith("/" + layer)]
+    tails = [path for path, names, _ in named if f"/{names}".endswith(f"/{layer}")]
     if len(tails) == 1:
         return tails[0], everything[tails[0]]
     if tails:
@@ -252,20 +253,28 @@ def sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Lay
         layer: A layer or a model.
 
     Yields:
-        The path and the layer.
+        The path and the layer; ``layers.0`` stands for the name of a layer whose sibling is called the same.
     """
+    return ((path, found) for path, _, found in _named_sublayers(layer))
+
+
+def _named_sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, str, keras.layers.Layer]]:
+    """A path that no other layer has, the path of names, and the layer."""
     seen: set[int] = set()
 
-    def walk(parent: keras.layers.Layer, prefix: str) -> Iterator[tuple[str, keras.layers.Layer]]:
+    def walk(parent: keras.layers.Layer, prefix: str, above: str) -> Iterator[tuple[str, str, keras.layers.Layer]]:
         below = parent.layers if isinstance(parent, keras.Model) else getattr(parent, "_layers", [])
-        for child in below:
-            if isinstance(child, keras.layers.Layer) and id(child) not in seen:
+        below = list({id(child): child for child in below if isinstance(child, keras.layers.Layer)}.values())
+        called = [child.name for child in below]
+        for index, child in enumerate(below):
+            if id(child) not in seen:
                 seen.add(id(child))
-                path = f"{prefix}/{child.name}" if prefix else child.name
-                yield path, child
-                yield from walk(child, path)
+                own = child.name if called.count(child.name) == 1 else f"layers.{index}"
+                path, names = prefix + own, above + child.name
+                yield path, names, child
+                yield from walk(child, f"{path}/", f"{names}/")
 
-    yield from walk(layer, "")
+    yield from walk(layer, "", "")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
@@ -90,6 +92,45 @@ def test_k29_layers_are_named_by_name_path_attribute_or_themselves() -> None:
         DistillModel(nested(), model, FeatureDistillation("heat", "head"))
     with pytest.raises(ValueError, match=r"Received: the layer 'alien', which is not in it"):
         DistillModel(nested(), model, FeatureDistillation("head", layers.Dense(3, name="alien")))
+
+
+class Twins(keras.Model):
+    """Two layers that are called the same, next to each other and within others that are too."""
+
+    def __init__(self, depth: int = 1, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.first, self.second = (Twins(0, name="twin") if depth else layers.Dense(4, name="twin") for _ in range(2))
+
+    def call(self, x: Any) -> Any:
+        return self.second(self.first(x))
+
+
+def test_k29_siblings_of_one_name_are_told_apart() -> None:
+    """K29: subclassed models may have them; the candidates are names that choose, as do attributes and the layers."""
+    student, teacher = Twins(0), Twins(1)
+    words = r"Pass one of 'layers\.0', 'layers\.1'\. Received: 'twin', which several layers are called$"
+    with pytest.raises(ValueError, match=words):
+        DistillModel(student, teacher, FeatureDistillation("twin", "layers.0"))
+    words = r"Pass one of 'layers\.0/layers\.0', 'layers\.0/layers\.1', 'layers\.1/layers\.0', 'layers\.1/layers\.1'\."
+    with pytest.raises(ValueError, match=words):
+        DistillModel(student, teacher, FeatureDistillation("layers.0", "twin/twin"))
+    ways = [student.first, "first", "layers.0"]
+    wanted = [teacher.second.first, "second.first", "layers.1/layers.0"]
+    terms = [
+        FeatureDistillation(*pair, name=f"way{number}") for number, pair in enumerate(zip(ways, wanted, strict=True))
+    ]
+    model = DistillModel(student, teacher, terms)
+    assert [terms[0].get_config()[side][0]["layer"] for side in ("student_layer", "teacher_layer")] == [
+        "layers.0",
+        "layers.1/layers.0",
+    ]
+    model.compile("sgd")
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
+    logs = model.evaluate(x, verbose=0, return_dict=True)
+    mine = ops.convert_to_numpy(student.first(x))
+    theirs = ops.convert_to_numpy(teacher.second.first(teacher.first(x)))
+    for number in range(3):
+        assert logs[f"way{number}_loss"] == pytest.approx(np.square(mine - theirs).mean(), rel=1e-5)
 
 
 def test_k31_metrics_count_rows_over_batches_of_any_size() -> None:
