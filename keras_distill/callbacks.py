@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -216,33 +216,39 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
         super().set_model(student)
 
 
-def with_callbacks(
-    fit: Callable[..., Any], own: Sequence[keras.callbacks.Callback], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def schedule_followers(model: Any) -> list[keras.callbacks.Callback]:
+    """What sets a model's scheduled weights and temperatures: one callback, or none where there is no schedule.
+
+    Args:
+        model: The model that is trained.
+    """
+    scheduled = model.schedules or any(term.schedules for term in model.terms)
+    return [ScheduleFollower(model)] if scheduled else []
+
+
+def with_callbacks(fit: Callable[..., Any], own: Sequence[keras.callbacks.Callback], given: Mapping[str, Any]) -> Any:
     """What ``fit`` returns, with callbacks of ours before the caller's, who thereby see what ours write into the logs.
 
     Args:
         fit: The method of Keras.
         own: Our callbacks.
-        args: What it is called with.
-        kwargs: The same, by name.
+        given: What it is given, by name.
 
     Returns:
         The history.
     """
+    callbacks = given.get("callbacks")
     if not own:
-        return fit(*args, **kwargs)
-    given = inspect.signature(fit).bind(*args, **kwargs).arguments
-    callbacks = given.pop("callbacks", None)
+        return fit(**given)
     if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return fit(**given, callbacks=[*own, *keras.tree.flatten([] if callbacks is None else callbacks)])
+        return fit(**{**given, "callbacks": [*own, *keras.tree.flatten([] if callbacks is None else callbacks)]})
     for one in own:  # a list that is given as a CallbackList has been told of its model and its epochs already
         one.set_model(callbacks.model)
         one.set_params({"epochs": given.get("epochs", 1), **(callbacks.params or {})})
     theirs = callbacks.callbacks
     callbacks.callbacks = [*own, *theirs]
     try:
-        return fit(**given, callbacks=callbacks)
+        return fit(**given)
     finally:
         callbacks.callbacks = theirs
 

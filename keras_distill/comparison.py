@@ -65,9 +65,9 @@ def compare(
     may_rest = [training and term.built and term.may_rest for term in terms]
     outputs = keras.tree.flatten(student.output)
     trained = [variable for term in terms for variable in term.trainable_variables]
-    zero = backends.zero_of(
-        [*outputs, *trained] if any(may_rest) else [], keras.backend.result_type(outputs[0].dtype, "float32")
-    )
+    # that of the compiled loss, to which the total is added: TensorFlow adds no float32 to a float64
+    dtype = keras.backend.result_type(keras.config.floatx(), "float32")
+    zero = backends.zero_of([*outputs, *trained] if any(may_rest) else [], dtype)
     comparable = True  # where the teacher rests in an eager step nobody knows
 
     def work() -> tuple[list[Any], list[Any]]:
@@ -79,11 +79,11 @@ def compare(
                 term.build_from_calls(student, teacher)
             weighting = sample_weight if term.use_sample_weight else None
             value = functools.partial(term.compute, student, teacher, labels=labels, sample_weight=weighting)
-            values.append(backends.unless_zero([weight], value, zero) if rests else value())
+            values.append(backends.unless_zero([weight], value, zero) if rests else ops.cast(value(), dtype))
         pairs = _agreements(terms, student, teacher)
         comparable = bool(pairs)
-        rows = sum((rows for _, rows in pairs), zero)
-        agreeing = sum((share * rows for share, rows in pairs), zero)
+        rows = sum((ops.cast(rows, dtype) for _, rows in pairs), zero)
+        agreeing = sum((ops.cast(share * rows, dtype) for share, rows in pairs), zero)
         return values, [agreeing / ops.maximum(rows, 1), rows]
 
     if all(may_rest):
@@ -94,7 +94,7 @@ def compare(
         ops.cast(ops.not_equal(weight, 0), "float32") if rests else 1.0
         for weight, rests in zip(weights, may_rest, strict=True)
     ]
-    total = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    total = sum(ops.cast(weight, dtype) * value for weight, value in zip(weights, values, strict=True))
     return Comparison(total, values, computed, share, rows if comparable else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks
-from keras_distill.cache.data import CachedData, EpochTeller
-from keras_distill.callbacks import ScheduleFollower, with_callbacks
+from keras_distill.cache.data import check_class_weight, epoch_tellers
+from keras_distill.callbacks import schedule_followers, with_callbacks
 from keras_distill.comparison import compare
 from keras_distill.metrics import LossParts
 from keras_distill.probe import probed
@@ -101,9 +102,8 @@ class DistillModel(keras.Model):
         self._task_weight = add_setting(self, "task_weight", task_weight)
         parts = ("task", "distillation", *(term.name for term in self.terms))
         self._parts = LossParts(parts, agreement=track_agreement)
-        taps = [tap for term in self.terms for tap in term.student_taps]
         # recorders are no layers: Keras does not track what they hold
-        self._student_recorder = Recorder(student, taps, "student")
+        self._student_recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
         self._teacher_recorder: Recorder | None = None
         self.teacher = teacher
         self._build_from_specifications()
@@ -185,13 +185,13 @@ class DistillModel(keras.Model):
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; schedules are followed, and data of a :class:`TeacherCache` is told which view to show."""
-        own: list[keras.callbacks.Callback] = []
-        if self.schedules or any(term.schedules for term in self.terms):
-            own.append(ScheduleFollower(self))
-        data = kwargs.get("x", args[0] if args else None)
-        if isinstance(data, CachedData):
-            own.append(EpochTeller(data))
-        return with_callbacks(super().fit, own, args, kwargs)
+        given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        check_class_weight(given)
+        return with_callbacks(super().fit, [*schedule_followers(self), *epoch_tellers(given.get("x"))], given)
+
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; the student alone, as which this model predicts."""
+        return self.student.export(*args, **kwargs)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of training, as the backend does it."""
@@ -232,7 +232,7 @@ class DistillModel(keras.Model):
         if self.loss is not None and labels is not None:
             task = self._task_loss(x, labels, y_pred, sample_weight, training)
             self._track("task", task, x, step)
-            total = total + ops.convert_to_tensor(self._task_weight) * task
+            total = total + ops.cast(ops.convert_to_tensor(self._task_weight), task.dtype) * task
         if not training and not self.evaluate_distillation:
             return total
         source = self._teacher_recorder if teacher is None else teacher

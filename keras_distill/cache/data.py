@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
 from distill_core.store import CacheError, Manifest
+from keras_distill import checks
 from keras_distill.cache.views import Augmentation
 from keras_distill.targets import DistillTargets
 
@@ -95,6 +96,37 @@ class EpochTeller(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Before the first batch, also of a training that goes on from a later epoch."""
         self._data.epoch = epoch
+
+
+def epoch_tellers(data: Any) -> list[keras.callbacks.Callback]:
+    """What tells data of a cache which epoch begins: one callback, or none for other data.
+
+    Args:
+        data: What ``fit`` is given.
+    """
+    return [EpochTeller(data)] if isinstance(data, CachedData) else []
+
+
+def check_class_weight(given: Mapping[str, Any]) -> None:
+    """Refuse weights of classes beside :class:`DistillTargets`, which Keras takes for the targets of two outputs.
+
+    Args:
+        given: What ``fit`` is given, by name.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if not given.get("class_weight"):
+        return
+    data, targets = given.get("x"), [given.get("y")]
+    if isinstance(data, keras.utils.PyDataset):
+        targets += data[0]
+    elif isinstance(specification := getattr(data, "element_spec", None), tuple):
+        targets += specification
+    if any(isinstance(one, DistillTargets) for one in targets):
+        expected = "`class_weight` to be None where the targets carry the teacher's outputs"
+        remedy = "Pass the weight of each example's class in `sample_weight`."
+        raise ValueError(checks.message(expected, f"class_weight={given['class_weight']!r}", remedy))
 
 
 def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:

@@ -277,6 +277,30 @@ def test_k26_without_teacher_and_targets_there_is_nothing_to_learn() -> None:
         distilled(LOGITS, None).teacher_targets(ops.ones((2, 6)))
 
 
+@pytest.mark.parametrize("kind", ["arrays", "PyDataset", pytest.param("tf.data", marks=pytest.mark.tensorflow)])
+def test_k26_class_weights_are_refused_in_words(kind: str) -> None:
+    """K26: Keras takes the targets for those of two outputs, and says so of a model that has one."""
+    inputs, targets = cached(LOGITS)
+
+    class Whole(keras.utils.PyDataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Any:
+            return inputs, targets
+
+    data: Any = (inputs, targets)
+    if kind == "PyDataset":
+        data = (Whole(),)
+    elif kind == "tf.data":
+        import tensorflow as tf
+
+        data = (tf.data.Dataset.from_tensors((inputs, targets)),)
+    words = r"^Expected `class_weight` to be None where .*`sample_weight`\. Received: class_weight=\{0: 2\.0\}$"
+    with pytest.raises(ValueError, match=words):
+        distilled(LOGITS, None).fit(*data, class_weight={0: 2.0}, verbose=0)
+
+
 def test_k26_a_missing_feature_is_named() -> None:
     """K26: targets made without the features that a term reads."""
     inputs, targets = cached(LOGITS)

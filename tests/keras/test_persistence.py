@@ -319,6 +319,18 @@ def test_k24_the_students_file_is_that_of_a_plain_student(tmp_path: Path) -> Non
     assert not [name for layer in model.student.layers for name in vars(layer) if "distill" in name]
 
 
+@pytest.mark.tensorflow
+def test_k24_an_export_is_that_of_the_student(tmp_path: Path) -> None:
+    """K24: `model.export` writes what serves predictions, in the precision and the structure of the inputs."""
+    import tensorflow as tf
+
+    model = distilled()
+    model.export(tmp_path / "served", verbose=False)
+    inputs, _ = table(4)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(inputs), model.predict(inputs, verbose=0), rtol=1e-5, atol=1e-6)
+
+
 # Every class of the package that Keras may meet in a file, with settings that are not the defaults.
 INSTANCES: list[Any] = [
     SoftTargetLoss(temperature=0.7, standardize=True, from_logits=False, reduction="sum", name="mine"),
