@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation
+from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation, taps
 
 # every structure in a graph, and two of them without one
 WAYS = [*((kind, False) for kind in nets.STRUCTURES), ("functional", True), ("subclassed", True)]
@@ -112,6 +113,20 @@ class TestK10:
         history = model.fit(x, y, callbacks=[Interrupt()], **STEP).history
         assert np.isfinite(history["loss"]).all()
         assert traces(student, teacher, model) == []
+
+    @pytest.mark.parametrize("fail", [False, True])
+    def test_no_tensor_is_kept_when_a_step_has_ended(self, fail):
+        """K10: what the layers have reported goes with the step; it would fill the memory in an eager training."""
+        x, y = nets.table(16)
+        fails = Fails()
+        student = nets.chained([keras.layers.Dense(8, name="hidden"), fails, keras.layers.Dense(3)], "student")
+        model = DistillModel(student, nets.mlp(), FeatureDistillation("hidden", "hidden"))
+        model.compile(keras.optimizers.SGD(0.1), nets.cross_entropy(), run_eagerly=True)
+        model.fit(x, y, **STEP)
+        fails.fail = fail
+        with pytest.raises(RuntimeError) if fail else contextlib.nullcontext():
+            model.fit(x, y, **STEP)
+        assert taps._THREAD.open == []
 
     def test_a_call_of_the_users_own_on_an_instance_stays(self):
         """K10: a method that the user has replaced on a layer is used and is still there."""

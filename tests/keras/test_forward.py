@@ -259,6 +259,23 @@ class TestK8:
         model.compile(keras.optimizers.SGD(0.1))
         assert model.fit(x, batch_size=16, shuffle=False, epochs=2, verbose=0).history["target_loss"] < [1e-5, 1e-5]
 
+    def test_a_teacher_that_trains_unless_told_otherwise_does_not(self):
+        """K8: `training=False` is said, and not left to the default of the teacher's own call."""
+
+        class Noisy(keras.Model):
+            def __init__(self) -> None:
+                super().__init__()
+                self.drop, self.head = keras.layers.Dropout(0.9, seed=1), keras.layers.Dense(3)
+
+            def call(self, inputs: Any, training: bool = True) -> Any:
+                return self.head(self.drop(inputs, training=training))
+
+        x, y = nets.table(8)
+        model = DistillModel(nets.mlp(), teacher := Noisy())
+        model.compile(keras.optimizers.SGD(0.0), nets.cross_entropy())
+        expected = nets.kl64(model.student(x), teacher(x, training=False)).mean()
+        np.testing.assert_allclose(model.fit(x, y, **STEP).history["logits_loss"], expected, rtol=1e-4)
+
     def test_the_teacher_is_no_part_of_the_model(self):
         """K8: it is neither counted nor among the layers, variables and optimizer's variables."""
         x, y = nets.table(16)
@@ -305,9 +322,10 @@ def operations(graph: Any) -> set[str]:
 
 class TestK9:
     @pytest.mark.tensorflow
+    @pytest.mark.parametrize("own", [False, True])
     @pytest.mark.parametrize("who", ["teacher", "student"])
-    def test_no_gradient_operation_of_the_teacher_is_in_the_graph(self, who):
-        """K9: a elu in the teacher leaves no EluGrad in the traced step; one in the student does."""
+    def test_no_gradient_operation_of_the_teacher_is_in_the_graph(self, who, own):
+        """K9: a elu in the teacher leaves no EluGrad in the traced step, whoever wrote the loss; the student's does."""
         import tensorflow as tf
 
         def net(activation: str, name: str) -> keras.Model:
@@ -316,7 +334,9 @@ class TestK9:
 
         student = net("elu" if who == "student" else "relu", "student")
         teacher = net("elu" if who == "teacher" else "relu", "teacher")
-        terms = [LogitsDistillation(), FeatureDistillation("hidden", "hidden")]
+        # the losses of this package stop the teacher's gradient themselves, a user's own do not
+        given = [lambda a, b: ops.square(a - b)] if own else []
+        terms = [LogitsDistillation(*given), FeatureDistillation("hidden", "hidden", *given)]
         model = DistillModel(student, teacher, terms)
         model.compile(keras.optimizers.SGD(0.1), nets.cross_entropy())
         x, y = nets.table(8)

@@ -10,7 +10,14 @@ import pytest
 from keras import ops
 from keras_nets import ce64, cross_entropy, kl64, mlp, numpy_of, table
 
-from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation
+from keras_distill import (
+    CorrelationCongruenceLoss,
+    DistillModel,
+    FeatureDistillation,
+    LogitsDistillation,
+    NeuronSelectivityLoss,
+    SimilarityPreservingLoss,
+)
 
 INPUTS, LABELS = table(16)
 WEIGHTS = np.linspace(0.0, 2.0, 16, dtype="float32")
@@ -51,6 +58,26 @@ def test_k11_sample_weights_match_numpy(run: Any) -> None:
     logs = run(model, INPUTS, LABELS, sample_weight=WEIGHTS)
     for key, value in expected(model, WEIGHTS.astype("float64")).items():
         assert logs[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_k11_a_column_of_weights_weighs_as_a_row_does() -> None:
+    """K11: shape (N, 1), as tables give them."""
+    model = distilled()
+    logs = stepped(model, INPUTS, LABELS, sample_weight=WEIGHTS[:, None])
+    for key, value in expected(model, WEIGHTS.astype("float64")).items():
+        assert logs[key] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.parametrize("shape", [(16, 3), (16, 16), (16, 1, 2)])
+def test_k11_weights_that_fit_nothing_raise(shape: tuple[int, ...]) -> None:
+    """K11: a weight for each class, or for each pair of examples, is broadcast over nothing."""
+    model = distilled()
+    model.compile(keras.optimizers.SGD(0.0))
+    words = (
+        r"^Expected `sample_weight` to have one weight for each example, or for each of the values \(16,\)\. Received"
+    )
+    with pytest.raises(ValueError, match=words):
+        model.train_on_batch(INPUTS, LABELS, sample_weight=np.ones(shape, "float32"))
 
 
 def test_k11_class_weights_match_numpy() -> None:
@@ -131,6 +158,33 @@ def test_k11_weights_of_tokens_count_within_the_mask() -> None:
     there = TOKENS > 0
     assert logs["logits_loss"] == pytest.approx((weights * divergence)[there].mean(), rel=1e-5)
     assert logs["hidden_loss"] == pytest.approx((weights * distance)[there].mean(), rel=1e-5)
+
+
+def test_k12_the_agreement_is_that_of_the_tokens_that_are_there() -> None:
+    """K12: rows without a token are no choices."""
+    model = DistillModel(tagger("student"), tagger("teacher"))
+    words, *rest = model.student.get_weights()
+    words[:2] *= -1  # of the token that is not there, and of the first one that is
+    model.teacher.set_weights([words, *rest])
+    mine, theirs = (numpy_of(one(TOKENS)).argmax(-1) for one in (model.student, model.teacher))
+    assert 0 < (mine == theirs)[TOKENS > 0].mean() < 1
+    assert not (mine == theirs)[TOKENS == 0].any()
+    share = (mine == theirs)[TOKENS > 0].mean()
+    assert evaluated(model, TOKENS)["teacher_agreement"] == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [SimilarityPreservingLoss(), CorrelationCongruenceLoss(), NeuronSelectivityLoss()])
+def test_k12_what_compares_whole_examples_does_not_see_missing_tokens(loss: Any) -> None:
+    """K12: other numbers at the masked tokens, in both models, change nothing."""
+    model = DistillModel(tagger("student"), tagger("teacher"), FeatureDistillation("words", "words", loss))
+    before = evaluated(model, TOKENS)["words_loss"]
+    for one, number in ((model.student, 3.0), (model.teacher, -5.0)):
+        words = one.get_layer("words")
+        table = words.get_weights()[0]
+        table[0] = number
+        words.set_weights([table])
+    assert before > 0
+    assert evaluated(model, TOKENS)["words_loss"] == pytest.approx(before, rel=1e-6)
 
 
 def test_k12_a_batch_without_any_token_is_finite() -> None:
