@@ -249,6 +249,30 @@ def test_k13_several_outputs_with_loss_weights_and_metrics(form: str, output: st
     assert all(bool(ops.all(ops.isfinite(weight))) for weight in model.weights)
 
 
+@pytest.mark.parametrize("form", ["list", "dict"])
+@pytest.mark.parametrize("output", [None, "second"])
+def test_k13_each_output_has_the_weights_that_are_given_for_it(form: str, output: str | None) -> None:
+    """K13 and K11: in the structure of the outputs; a feature that all of them share has none."""
+    parts = {"first": WEIGHTS, "second": WEIGHTS[::-1].copy()}
+    key = {None: None, "second": "second" if form == "dict" else 1}[output]
+    terms = [LogitsDistillation(output=key), FeatureDistillation("hidden", "hidden")]
+    model = DistillModel(several(form, "student"), several(form, "teacher"), terms)
+    model.compile(
+        keras.optimizers.SGD(0.0), {"list": [cross_entropy()] * 2, "dict": dict.fromkeys(parts, cross_entropy())}[form]
+    )
+    y, weights = (dict.fromkeys(parts, LABELS), parts) if form == "dict" else ([LABELS] * 2, [*parts.values()])
+    logs = model.train_on_batch(INPUTS, y, sample_weight=weights, return_dict=True)
+    mine, theirs = (
+        dict(zip(parts, keras.tree.flatten(one(INPUTS)), strict=True)) for one in (model.student, model.teacher)
+    )
+    divergences = {name: (parts[name] * kl64(mine[name], theirs[name])).mean() for name in parts}
+    assert logs["logits_loss"] == pytest.approx(
+        divergences["second"] if output else sum(divergences.values()), rel=1e-5
+    )
+    distance = (features(model.student, "hidden") - features(model.teacher, "hidden")) ** 2
+    assert logs["hidden_loss"] == pytest.approx(distance.mean(), rel=1e-5)
+
+
 # Adapters -------------------------------------------------------------------------------------------------------------
 
 
