@@ -58,6 +58,16 @@ def test_k15_a_layer_that_ran_twice_raises_unless_a_call_is_named() -> None:
     assert logs["shared_loss"] == pytest.approx(np.square(mine - theirs).mean(), rel=1e-5)
 
 
+def test_k15_a_call_that_the_layer_does_not_make_raises() -> None:
+    """K15: calls are counted from 0, and the message says how many there are."""
+    inputs = keras.Input((4,))
+    shared = layers.Dense(4, name="shared")
+    student = keras.Model(inputs, layers.Dense(3)(shared(shared(inputs))))
+    words = r"^Expected student layer 'shared' to run more than 2 times\. Received: 2 calls$"
+    with pytest.raises(ValueError, match=words):
+        DistillModel(student, keras.models.clone_model(student), FeatureDistillation(Tap("shared", call=2), "shared"))
+
+
 class Subclassed(keras.Model):
     def __init__(self) -> None:
         super().__init__()
