@@ -249,6 +249,76 @@ def test_distances_beyond_the_quadratic_part_of_the_huber_function_equal_the_ora
     assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_duplicated_examples_coincide_in_spite_of_rounding(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    student, teacher = np.tile(random.normal(size=(3, 4)), (2, 1)), random.normal(size=(6, 5))
+
+    value = keras_distill.RelationalLoss()(teacher.astype("float32"), student.astype("float32"))
+
+    assert float(value) == pytest.approx(oracle_features.relational(student, teacher), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["RelationalLoss", "CKALoss"])
+def test_relations_keep_their_digits_far_from_the_origin(name: str) -> None:
+    student, teacher = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
+    student += 1000
+
+    value = getattr(keras_distill, name)()(teacher, student)
+
+    function = {"RelationalLoss": oracle_features.relational, "CKALoss": oracle_features.cka}[name]
+    assert float(value) == pytest.approx(function(*(array.astype("float64") for array in (student, teacher))), rel=1e-5)
+
+
+def test_probabilistic_transfer_of_opposite_examples_survives_cosines_below_minus_one() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        vector = random.normal(size=(1, 1000))
+        result = differentiated(
+            keras_distill.ProbabilisticTransferLoss(),
+            np.concatenate([vector, -1.7 * vector]),
+            random.normal(size=(2, 3)),
+        )
+        assert np.isfinite(result.value)
+        assert np.isfinite(result.student).all()
+
+
+def test_scores_of_minus_one_hundred_and_less_count_as_zero() -> None:
+    scores = np.array([[[[-99.0, -100.0, -101.0, 2.0]]]], "float32")
+
+    value = keras_distill.AttentionMapLoss("mse")(np.zeros_like(scores), scores)
+
+    assert float(value) == (99**2 + 2**2) / 4
+
+
+def test_divergence_of_probabilities_equals_that_of_their_scores() -> None:
+    student, teacher = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 5)).astype("float32")
+
+    value = keras_distill.AttentionMapLoss(from_scores=False)(ops.softmax(teacher), ops.softmax(student))
+
+    assert float(value) == pytest.approx(float(keras_distill.AttentionMapLoss()(teacher, student)), rel=1e-5)
+
+
+def test_probability_of_zero_has_a_finite_value_and_a_gradient() -> None:
+    loss = keras_distill.AttentionMapLoss(from_scores=False)
+
+    result = differentiated(loss, np.array([[[[0.0, 1.0]]]]), np.array([[[[1.0, 0.0]]]]))
+
+    assert float(result.value) == pytest.approx(1 - np.log(1e-6), rel=1e-6)
+    assert result.student[0, 0, 0, 0] == pytest.approx(-1e6)
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_keys_masked_by_minus_infinity_have_no_gradient(kind: str) -> None:
+    student, teacher = (np.array([[[[score, 2.0, -np.inf]]]]) for score in (1.0, 3.0))
+
+    result = differentiated(keras_distill.AttentionMapLoss(kind), student, teacher)
+
+    assert np.isfinite(result.value)
+    assert np.isfinite(result.student).all()
+    assert result.student[0, 0, 0, 2] == 0
+
+
 @pytest.mark.parametrize("size", [6e-8, 6e4])
 @every_case
 def test_finite_at_the_smallest_and_the_largest_float16(case: LossCase, size: float) -> None:

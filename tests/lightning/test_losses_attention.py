@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,8 +81,14 @@ def test_probability_of_zero_has_a_finite_value_and_a_gradient() -> None:
     value = losses.AttentionMapLoss(from_scores=False)(student, torch.tensor([[[[1.0, 0.0]]]]))
     value.backward()
 
-    assert torch.isfinite(value)
+    assert value.item() == pytest.approx(1 - math.log(1e-6))
     assert student.grad[0, 0, 0, 0].item() == pytest.approx(-1e6)
+
+
+def test_scores_of_minus_one_hundred_and_less_count_as_zero() -> None:
+    scores = torch.tensor([[[[-99.0, -100.0, -101.0, 2.0]]]])
+
+    assert losses.AttentionMapLoss("mse")(scores, torch.zeros(1, 1, 1, 4)).item() == (99**2 + 2**2) / 4
 
 
 def test_keys_masked_by_minus_infinity_have_no_gradient() -> None:

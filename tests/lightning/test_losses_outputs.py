@@ -105,6 +105,38 @@ def test_relations_of_rows_and_of_columns_are_the_two_parts_of_the_dist_loss() -
     torch.testing.assert_close(intra, losses.DISTLoss(0.0, 1.0, temperature=2.0)(student, teacher))
 
 
+def test_dist_is_next_to_zero_with_next_to_no_gradient_at_the_teacher() -> None:
+    student = logits(0, 4, 5)[0].requires_grad_()
+
+    value = losses.DISTLoss()(student, student.detach().clone())
+    value.backward()
+
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    assert student.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_binary_soft_targets_are_least_at_the_teacher_where_they_are_its_entropy(temperature: float) -> None:
+    teacher = logits(0, 4, 5)[1]
+    student = teacher.clone().requires_grad_()
+
+    value = losses.BinarySoftTargetLoss(temperature)(student, teacher)
+    value.backward()
+
+    entropies = torch.distributions.Bernoulli(logits=teacher / temperature).entropy()
+    torch.testing.assert_close(value.detach(), temperature**2 * entropies.mean())
+    assert student.grad.abs().max() < 1e-12
+
+
+def test_weighted_soft_labels_have_no_gradient_at_the_teacher() -> None:
+    teacher = logits(0, 4, 5)[1]
+    student = teacher.clone().requires_grad_()
+
+    losses.WeightedSoftLabelLoss()(student, teacher, torch.tensor([0, 4, 2, 1])).backward()
+
+    assert student.grad.abs().max() < 1e-12
+
+
 def test_divergences_give_one_value_per_row() -> None:
     student, teacher = logits(0, 2, 3, 4, 5)
     for name in ("reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl", "total_variation"):

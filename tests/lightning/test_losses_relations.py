@@ -83,6 +83,71 @@ def test_duplicated_examples_have_finite_gradients() -> None:
     assert torch.isfinite(student.grad).all()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_duplicated_examples_coincide_in_spite_of_rounding(seed: int) -> None:
+    student, teacher = features(3, 4, seed=seed).repeat(2, 1), features(6, 5, seed=9)
+
+    value = losses.RelationalLoss()(student.float(), teacher.float())
+
+    expected = oracle_features.relational(student.numpy(), teacher.numpy())
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_probabilistic_transfer_of_opposite_examples_survives_cosines_below_minus_one() -> None:
+    for seed in range(50):
+        vector = features(1, 1000, seed=seed).float()
+        student = torch.cat([vector, -1.7 * vector]).requires_grad_()
+
+        value = losses.ProbabilisticTransferLoss()(student, features(2, 3).float())
+        value.backward()
+
+        assert torch.isfinite(value)
+        assert torch.isfinite(student.grad).all()
+
+
+def test_relations_keep_their_digits_far_from_the_origin() -> None:
+    student, teacher = features(5, 4).float() + 1000, features(5, 7, seed=1).float()
+
+    for loss in (losses.RelationalLoss(), losses.CKALoss()):
+        torch.testing.assert_close(loss(student, teacher), loss(student.double(), teacher.double()).float())
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 2, 3), (3, 6, 5)], ids=["map", "tokens"])
+def test_correlations_of_channels_ignore_scale_and_rotation_of_the_positions(shape: tuple[int, ...]) -> None:
+    student, teacher = features(*shape), features(*shape, seed=1)
+    rotation = torch.linalg.qr(features(6, 6, seed=2)).Q
+    rotated = rotation @ student if len(shape) == 3 else (student.flatten(2) @ rotation).view(shape)
+
+    loss = losses.InterChannelCorrelationLoss()
+    torch.testing.assert_close(loss(3.0 * rotated, teacher), loss(student, teacher))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.NeuronSelectivityLoss(),
+        losses.PatientLoss(),
+        losses.PearsonFeatureLoss(),
+        losses.FeatureMapTransferLoss(),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_normalised_features_ignore_the_scale_of_the_student(loss: losses.DistillationLoss) -> None:
+    student, teacher = features(3, 5, 2, 3), features(3, 5, 2, 3, seed=1)
+
+    # up to the 1e-6 beside the deviation in Pearson's
+    torch.testing.assert_close(loss(30.0 * student, teacher), loss(student, teacher), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.PearsonFeatureLoss(), losses.FeatureMapTransferLoss()], ids=lambda loss: type(loss).__name__
+)
+def test_shift_of_all_numbers_of_the_student_changes_no_score(loss: losses.DistillationLoss) -> None:
+    student, teacher = features(3, 5, 2, 3), features(3, 5, 2, 3, seed=1)
+
+    torch.testing.assert_close(loss(student + 7, teacher), loss(student, teacher))
+
+
 @every_relation
 def test_unequal_numbers_of_examples_raise(loss: losses.DistillationLoss) -> None:
     with pytest.raises(
