@@ -124,6 +124,32 @@ def test_both_halves_give_the_same_numbers_in_float32(case: LossCase) -> None:
     np.testing.assert_allclose(to_torch(case, result.student), leaf.grad.numpy(), rtol=0, atol=limit)
 
 
+RELATIONS = ["inter_class_relation", "intra_class_relation", "batch_correlation", "class_correlation"]
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+def test_functions_that_are_parts_of_a_loss_are_the_same_in_both_halves(name: str) -> None:
+    student, teacher = np.random.default_rng(0).normal(size=(2, 4, 5)).astype("float32")
+
+    value = getattr(keras_distill.functional, name)(student, teacher, temperature=2.0)
+
+    expected = getattr(lightning_distill.functional, name)(*map(torch.tensor, (student, teacher)), temperature=2.0)
+    np.testing.assert_allclose(as_array(value), expected, rtol=1e-5)
+
+
+@logits_cases
+def test_probabilities_give_what_their_logits_do(case: LossCase) -> None:
+    student, teacher = (to_keras(case, array).astype("float32") for array in case.inputs())
+    probability = ops.sigmoid if case.loss.__name__ == "BinarySoftTargetLoss" else ops.softmax
+    if case.loss.__name__ == "LogitMSELoss":  # the logits themselves are compared: those that are logarithms
+        student, teacher = (as_array(ops.log_softmax(array)).astype("float32") for array in (student, teacher))
+    labels = class_indices(teacher)
+
+    value = called(keras_loss(case, from_logits=False), probability(student), probability(teacher), labels)
+
+    assert float(value) == pytest.approx(float(called(keras_loss(case), student, teacher, labels)), rel=1e-4)
+
+
 def degenerate(array: Any, how: str) -> Any:
     """A feature in PyTorch's layout with what a ReLU or a repeated example makes of it."""
     array = array.astype("float32")

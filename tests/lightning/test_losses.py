@@ -59,9 +59,10 @@ def test_value_and_gradient_equal_the_oracle(case: LossCase, dtype: torch.dtype,
     np.testing.assert_allclose(student.grad.numpy(), gradient, rtol=0, atol=tolerance * np.abs(gradient).max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=["float64", "float32", "float16"])
 @every_case
-def test_teacher_gets_no_gradient(case: LossCase) -> None:
-    student, teacher = (torch.tensor(array, requires_grad=True) for array in case.inputs())
+def test_teacher_gets_no_gradient(case: LossCase, dtype: torch.dtype) -> None:
+    student, teacher = (torch.tensor(array, dtype=dtype, requires_grad=True) for array in case.inputs())
 
     case.build()(student, teacher).backward()
 

@@ -112,6 +112,14 @@ def test_relations_keep_their_digits_far_from_the_origin() -> None:
         torch.testing.assert_close(loss(student, teacher), loss(student.double(), teacher.double()).float())
 
 
+def test_float64_features_that_differ_in_the_tenth_digit_are_not_constant() -> None:
+    student, teacher = features(5, 4), features(5, 7, seed=1)
+
+    torch.testing.assert_close(
+        losses.CKALoss()(1 + 1e-9 * student, teacher), losses.CKALoss()(student, teacher), rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 2, 3), (3, 6, 5)], ids=["map", "tokens"])
 def test_correlations_of_channels_ignore_scale_and_rotation_of_the_positions(shape: tuple[int, ...]) -> None:
     student, teacher = features(*shape), features(*shape, seed=1)
