@@ -94,7 +94,7 @@ def compare(
         ops.cast(ops.not_equal(weight, 0), "float32") if rests else 1.0
         for weight, rests in zip(weights, may_rest, strict=True)
     ]
-    total = sum(ops.cast(weight, dtype) * value for weight, value in zip(weights, values, strict=True))
+    total = sum(weight * value for weight, value in zip(weights, values, strict=True))
     return Comparison(total, values, computed, share, rows if comparable else None)
 
 

@@ -232,7 +232,7 @@ class DistillModel(keras.Model):
         if self.loss is not None and labels is not None:
             task = self._task_loss(x, labels, y_pred, sample_weight, training)
             self._track("task", task, x, step)
-            total = total + ops.cast(ops.convert_to_tensor(self._task_weight), task.dtype) * task
+            total = total + ops.convert_to_tensor(self._task_weight) * task
         if not training and not self.evaluate_distillation:
             return total
         source = self._teacher_recorder if teacher is None else teacher
