@@ -223,6 +223,24 @@ def test_k26_several_outputs(structure: str) -> None:
     assert logs["distillation_loss"] == pytest.approx(half["distillation_loss"], rel=1e-5)
 
 
+def test_k26_outputs_of_which_one_is_called_output_serve_as_they_are() -> None:
+    """K26: only a dict of an output and features is read as such."""
+
+    def network(width: int) -> keras.Model:
+        inputs = keras.Input((6,))
+        hidden = keras.layers.Dense(width)(inputs)
+        return keras.Model(inputs, {name: keras.layers.Dense(3)(hidden) for name in ("output", "another")})
+
+    student, teacher = network(8), network(12)
+    inputs, _ = table(16)
+    logs = []
+    for live, targets in ((teacher, None), (None, DistillTargets(None, teacher.predict_on_batch(inputs)))):
+        model = DistillModel(student, live)
+        model.compile("sgd", run_eagerly=True)
+        logs.append(model.test_on_batch(inputs, targets, return_dict=True))
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+
+
 def test_k26_targets_work_in_loaders_and_generators() -> None:
     """K26: batches that come from Python."""
     live = distilled(FEATURES, counting_teacher()[0])

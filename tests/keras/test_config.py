@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import pkgutil
 import warnings
@@ -144,6 +145,30 @@ def test_k25_numbers_in_variables_stay_exact(value: float) -> None:
         assert back.get_config() == term.get_config()
         term.temperature = 2 * value
         assert term.get_config()["loss"]["config"]["temperature"] == 2 * value
+
+
+def test_k25_numbers_that_changed_are_those_in_the_config() -> None:
+    """K25: exact where they were set, the shortest number where a file or a callback has written to the variable."""
+    term = LogitsDistillation(weight=0.3)
+    term.weight = 1 / 3
+    assert term.get_config()["weight"] == 1 / 3
+    term.weight.assign(0.7)
+    assert term.get_config()["weight"] == 0.7
+
+
+def test_k25_no_setting_of_a_term_is_lost() -> None:
+    """K25: every parameter of a constructor, at a value that is not its default."""
+    settings: dict[str, Any] = {"weight": 0.7, "use_sample_weight": False, "name": "mine"}
+    logits = {**settings, "loss": LogitMSELoss(), "output": 1}
+    feature = {**settings, "student_layer": "a", "teacher_layer": "b", "loss": "l1", "adapter": None}
+    for kind, given in ((LogitsDistillation, logits), (FeatureDistillation, feature)):
+        named = [name for name, one in inspect.signature(kind).parameters.items() if one.kind is not one.VAR_KEYWORD]
+        assert set(named) == set(given)
+        config = kind(**given).get_config()
+        assert set(named) <= set(config)
+        back = kind.from_config(json.loads(json.dumps(config)))
+        assert (float(back.weight), back.use_sample_weight, back.name) == (pytest.approx(0.7), False, "mine")
+    assert LogitsDistillation.from_config(LogitsDistillation(output=1).get_config()).output_key == 1
 
 
 TERMS = {

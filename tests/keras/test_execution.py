@@ -192,30 +192,6 @@ def test_k19_activations_of_ten_thousand_stay_finite(width: int) -> None:
     assert all(np.isfinite(weights).all() for weights in model.get_weights())
 
 
-@pytest.mark.parametrize("who", ["student", "teacher", "everything"])
-def test_k19_a_model_in_float64_works_too(who: str) -> None:
-    """K19: logs are those of float32, whichever of the two is wider."""
-
-    def model(wide: bool) -> DistillModel:
-        keras.utils.set_random_seed(1)
-        student, teacher = mlp(8), mlp(12)
-        return distilled(student=built("student", wide, student), teacher=built("teacher", wide, teacher))
-
-    def built(name: str, wide: bool, narrow: keras.Model) -> keras.Model:
-        if not wide or who not in (name, "everything"):
-            return narrow
-        keras.config.set_dtype_policy("float64")
-        wider = mlp(narrow.get_layer("hidden").units, name=name)
-        keras.config.set_dtype_policy("float32")
-        wider.set_weights(narrow.get_weights())
-        return wider
-
-    inputs, labels = table(16)
-    logs = [model(wide).evaluate(inputs, labels, verbose=0, return_dict=True) for wide in (True, False)]
-    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-    assert np.isfinite(fitted(model(True))["loss"]).all()
-
-
 class Counting(keras.layers.Layer):
     """Passes its input on, and counts how often Python runs it."""
 

@@ -276,6 +276,18 @@ class TestK8:
         expected = nets.kl64(*(nets.numpy_of(one(x, training=False)) for one in (model.student, teacher))).mean()
         np.testing.assert_allclose(model.fit(x, y, **STEP).history["logits_loss"], expected, rtol=1e-4)
 
+    def test_a_teacher_that_is_assigned_later_is_the_one_that_teaches(self):
+        """K8: what has been traced with another teacher is not used again."""
+        x, y = nets.table(8)
+        model = DistillModel(nets.mlp(), nets.mlp(12))
+        model.compile(keras.optimizers.SGD(0.0), nets.cross_entropy())
+        for _ in range(2):
+            expected = nets.kl64(*(one.predict(x, verbose=0) for one in (model.student, model.teacher))).mean()
+            np.testing.assert_allclose(model.fit(x, y, **STEP).history["logits_loss"], expected, rtol=1e-4)
+            logs = model.evaluate(x, y, verbose=0, return_dict=True)
+            np.testing.assert_allclose(logs["logits_loss"], expected, rtol=1e-4)
+            model.teacher = nets.mlp(16)
+
     def test_the_teacher_is_no_part_of_the_model(self):
         """K8: it is neither counted nor among the layers, variables and optimizer's variables."""
         x, y = nets.table(16)

@@ -109,6 +109,24 @@ def test_k22_the_weights_of_a_file_fit_a_new_model(tmp_path: Path) -> None:
     assert float(other.terms[0].temperature) == 7.0
 
 
+def test_k22_the_weights_of_a_file_fit_a_model_that_has_been_called(tmp_path: Path) -> None:
+    """K22: a call by hand makes the student's weights and the adapters, before any training."""
+
+    def unbuilt() -> DistillModel:
+        layers = [keras.layers.Dense(8, name="hidden"), keras.layers.Dense(3)]
+        return DistillModel(keras.Sequential(layers), teacher_of(), FeatureDistillation("hidden", "hidden"))
+
+    inputs, _ = table(4)
+    first, second = unbuilt(), unbuilt()
+    for model in (first, second):
+        model(inputs)
+        assert len(model.trainable_weights) == 6
+    first.terms[0].adapters[0].kernel.assign_add(ops.ones((8, 12)))
+    first.save_weights(tmp_path / "model.weights.h5")
+    second.load_weights(tmp_path / "model.weights.h5")
+    assert_same_weights(second, first, 0.0)
+
+
 def test_k22_settings_that_were_changed_come_back(tmp_path: Path) -> None:
     """K22: weights, temperature and the task's weight as they were when the model was saved."""
     model = distilled()

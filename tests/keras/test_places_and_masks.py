@@ -7,8 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 from keras import layers, ops
 
+import keras_distill
+import lightning_distill.metrics
 from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation, SoftTargetLoss, Tap
 from keras_distill.metrics import TeacherAgreement, TeacherDivergence
 
@@ -104,6 +107,35 @@ def test_k29_layers_are_named_by_name_path_attribute_or_themselves() -> None:
         DistillModel(nested(), model, FeatureDistillation("head", layers.Dense(3, name="alien")))
 
 
+class Block(layers.Layer):
+    """A layer that is made of layers, as custom blocks are."""
+
+    def __init__(self, width: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.steps = [layers.Dense(width, name="inner"), layers.Dense(4, name="outer")]
+
+    def call(self, x: Any) -> Any:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def test_k29_layers_within_a_layer_are_named_too() -> None:
+    """K29: of a custom layer, by the path of names and by the end of it."""
+
+    def network(width: int) -> keras.Model:
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, layers.Dense(3)(Block(width, name="block")(inputs)))
+
+    student, teacher = network(5), network(5)
+    model = DistillModel(student, teacher, FeatureDistillation("block/inner", "inner", adapter=None, name="feature"))
+    model.compile("sgd")
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
+    mine, theirs = (ops.convert_to_numpy(one.get_layer("block").steps[0](x)) for one in (student, teacher))
+    logs = model.evaluate(x, verbose=0, return_dict=True)
+    assert logs["feature_loss"] == pytest.approx(np.square(mine - theirs).mean(), rel=1e-5)
+
+
 class Twins(keras.Model):
     """Two layers that are called the same, next to each other and within others that are too."""
 
@@ -157,3 +189,29 @@ def test_k31_metrics_count_rows_over_batches_of_any_size() -> None:
     single = TeacherAgreement()
     single.update_state(np.float32([[1.0], [-1.0]]), np.float32([[2.0], [0.5]]))
     assert float(single.result()) == 0.5
+
+
+def test_k31_rows_have_weights() -> None:
+    """K31: as every metric of Keras takes them; the mean is divided by their sum."""
+    student, teacher = np.random.default_rng(1).standard_normal((2, 7, 3)).astype("float32")
+    weights = np.float32([0, 1, 2, 3, 0, 5, 1])
+    agreement, divergence = TeacherAgreement(), TeacherDivergence()
+    for metric in (agreement, divergence):
+        metric.update_state(teacher, student, sample_weight=weights)
+    agrees = student.argmax(1) == teacher.argmax(1)
+    assert np.average(agrees, weights=weights) != pytest.approx(agrees.mean())
+    assert float(agreement.result()) == pytest.approx(np.average(agrees, weights=weights))
+    mine, theirs = log_softmax(np.float64(student)), log_softmax(np.float64(teacher))
+    expected = np.average((np.exp(theirs) * (theirs - mine)).sum(-1), weights=weights)
+    assert float(divergence.result()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 4), (6, 1), (6,)])
+def test_k31_both_halves_give_the_same_numbers(shape: tuple[int, ...]) -> None:
+    """K31: rows of several classes, rows of rows, and single scores, which are logits of one of two classes."""
+    student, teacher = np.random.default_rng(2).standard_normal((2, *shape)).astype("float32")
+    for name, settings in (("TeacherAgreement", {}), ("TeacherDivergence", {"temperature": 2.5})):
+        mine, theirs = (getattr(half.metrics, name)(**settings) for half in (keras_distill, lightning_distill))
+        mine.update_state(teacher, student)
+        theirs.update(torch.from_numpy(student), torch.from_numpy(teacher))
+        assert float(mine.result()) == pytest.approx(float(theirs.compute()), rel=1e-6, abs=1e-7), name
