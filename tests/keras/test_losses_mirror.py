@@ -110,6 +110,56 @@ def test_value_and_gradient_equal_the_published_implementation(case: LossCase, g
     np.testing.assert_allclose(factor * student.grad.numpy(), arrays[f"grad_{name}"], **tolerance)
 
 
+def layers_of(entry: dict) -> tuple[Callable[[], Any], list[tuple[str, str]]]:
+    """A loss for one layer, and the names of the arrays that it is the sum over: student's, teacher's."""
+    settings = entry["hyperparameters"]
+    if entry["key"] == "minilm_v2_relation":
+        heads = settings["relation_heads"]
+        return lambda: keras_distill.AttentionRelationLoss(heads), [(f"student_{x}", f"teacher_{x}") for x in "qkv"]
+    every = settings["teacher_layers"] // settings["student_layers"]
+    pairs = [(f"student_att_{i}", f"teacher_att_{i * every + every - 1}") for i in range(settings["student_layers"])]
+    return lambda: keras_distill.AttentionMapLoss("mse"), pairs
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [entry for key in ("minilm_v2_relation", "tinybert_attention") for entry in golden_index(key)],
+    ids=lambda entry: f"{entry['key']}-{entry['case']}",
+)
+def test_sum_over_layers_equals_the_published_implementation(entry: dict) -> None:
+    arrays, tolerance = golden_arrays(entry), entry["tolerance_suggested"]["float32"]
+    make, pairs = layers_of(entry)
+
+    results = {mine: differentiated(make(), arrays[mine], arrays[theirs]) for mine, theirs in pairs}
+
+    assert set(results) == set(entry["student_inputs"])
+    np.testing.assert_allclose(sum(result.value for result in results.values()), arrays["loss"], **tolerance)
+    for name, result in results.items():
+        np.testing.assert_allclose(result.student, arrays[f"grad_{name}"], **tolerance)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [entry for key in ("mlkd_batch", "mlkd_class") for entry in golden_index(key)],
+    ids=lambda entry: f"{entry['key']}-{entry['case']}",
+)
+def test_parts_of_the_multi_level_loss_equal_the_published_implementation(entry: dict) -> None:
+    arrays, settings = golden_arrays(entry), entry["hyperparameters"]
+    part = {"mlkd_batch": "batch_correlation", "mlkd_class": "class_correlation"}[entry["key"]]
+
+    class Part:
+        needs_labels = False
+
+        def __call__(self, teacher: Any, student: Any) -> Any:
+            return getattr(keras_distill.functional, part)(student, teacher, temperature=settings["temperature"])
+
+    result = differentiated(Part(), arrays["student_logits"], arrays["teacher_logits"])
+
+    tolerance = entry["tolerance_suggested"]["float32"]
+    np.testing.assert_allclose(result.value, arrays["loss"], **tolerance)
+    np.testing.assert_allclose(result.student, arrays["grad_student_logits"], **tolerance)
+
+
 @every_case
 def test_both_halves_give_the_same_numbers_in_float32(case: LossCase) -> None:
     student, teacher = (array.astype("float32") for array in case.inputs(seed=3))
