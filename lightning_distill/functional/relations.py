@@ -336,5 +336,13 @@ def _differences_from_anchors(student: Tensor, teacher: Tensor, *rows: Tensor) -
 
 
 def _channel_differences(student: Tensor, teacher: Tensor) -> Tensor:
-    grams = [unit(relative_gram(maps), dim=2) for maps in (student, teacher)]
-    return (grams[0] - grams[1]).square().sum()
+    return F.mse_loss(_channel_products(student), _channel_products(teacher), reduction="sum")
+
+
+def _channel_products(maps: Tensor) -> Tensor:
+    """Products of all pairs of channels, each row of length one; a row of zeros stays zero."""
+    # In units of the largest channel's square, so that the products can be squared; divided out of the C P numbers,
+    # which are fewer than the C^2 products.
+    largest = or_one(maps.detach().square().sum(dim=2).amax(dim=1))
+    products = gram(maps * largest.rsqrt()[:, None, None])
+    return products * (1 / or_one(torch.linalg.vector_norm(products, dim=2, keepdim=True)))
