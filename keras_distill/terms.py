@@ -15,7 +15,7 @@ from keras_distill.functional.top_k import TopK, check_classes, merge_classes
 from keras_distill.losses import FeatureDistance, FunctionLoss, SoftTargetLoss
 from keras_distill.pairs import paired_outputs
 from keras_distill.schedules import Schedule, deserialized
-from keras_distill.taps import Call, Tap
+from keras_distill.taps import Call, Tap, select
 from keras_distill.term import DistillationTerm, LossTerm, copied
 from keras_distill.weighting import weighted_loss
 
@@ -88,16 +88,29 @@ class LogitsDistillation(LossTerm):
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
         total = 0.0
-        for mine, theirs, weights in paired_outputs(student, teacher, self.output_key, sample_weight):
+        pairs = paired_outputs(student, teacher, self.output_key, sample_weight)
+        for (mine, theirs, weights), known in zip(pairs, self._labels_of(labels, len(pairs)), strict=True):
             mask = backends.mask_of(mine)
             mine = backends.without_mask(mine)
             if isinstance(theirs, TopK):
                 self._check_merging(theirs)  # here too: the term may have been built with a teacher
                 mine, theirs = merge_classes(mine, theirs, getattr(self.loss, "temperature", 1.0))
             backends.check_batch(mine, theirs)
-            target = (theirs, labels) if self.needs_labels else theirs
+            target = (theirs, known) if self.needs_labels else theirs
             total = total + weighted_loss(self.loss, mine, target, sample_weight=weights, mask=mask)
         return total
+
+    def _labels_of(self, labels: Any, count: int) -> list[Any]:
+        """The labels of each output: nested ones are told apart as the outputs are, others serve all of them."""
+        if not self.needs_labels or not keras.tree.is_nested(labels):
+            return [labels] * count
+        if self.output_key is not None:
+            return [select(labels, self.output_key, "the labels")]
+        several: list[Any] = keras.tree.flatten(labels)
+        if len(several) != count:
+            expected = f"labels for each of the {count} outputs, since {type(self.loss).__name__} needs them"
+            raise ValueError(checks.message(expected, f"{len(several)}", "Pass output=<the output that has labels>."))
+        return several
 
     def _check_merging(self, teacher: TopK) -> None:
         """Raise if the loss is no divergence of logits, in which classes may be merged."""

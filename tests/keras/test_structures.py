@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_distill import DistillModel, DistillTargets, FeatureDistillation, LogitsDistillation, Tap
+from keras_distill import DecoupledKDLoss, DistillModel, DistillTargets, FeatureDistillation, LogitsDistillation, Tap
 
 X, Y = nets.table(16)
 BATCH = {"batch_size": 16, "verbose": 0}
@@ -71,6 +71,23 @@ def test_k13_outputs_of_other_names_raise(names: tuple[str, ...], words: str) ->
 
 
 # Layers with several tensors ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["cls", None])
+def test_k13_labels_of_an_output_reach_a_loss_that_needs_them(output: str | None) -> None:
+    """K13: each output is compared with the labels that are given for it."""
+    student, teacher = (heads("dict", ("cls", "two"), name) for name in ("student", "teacher"))
+    loss = DecoupledKDLoss()
+    model = DistillModel(student, teacher, LogitsDistillation(loss, output=output))
+    model.compile("sgd", nets.cross_entropy(), run_eagerly=True)
+    x = np.random.default_rng(0).standard_normal((6, *student.input_shape[1:])).astype("float32")
+    labels = {"cls": np.arange(6) % 3, "two": (np.arange(6) + 1) % 3}
+    mine, theirs = (one.predict(x, verbose=0) for one in (student, teacher))
+    expected = sum(
+        float(loss((theirs[name], labels[name]), mine[name])) for name in ([output] if output else ["cls", "two"])
+    )
+    logs = model.evaluate(x, labels, verbose=0, return_dict=True)
+    assert logs["logits_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def recurrent(width: int, name: str) -> keras.Model:
