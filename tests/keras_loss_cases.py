@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import torch
 from cases import CASES
 from keras import ops
@@ -18,6 +19,9 @@ from keras_distill import losses
 
 BACKEND = keras.backend.backend()
 KERAS_CASES = [case for case in CASES if hasattr(losses, case.loss.__name__)]
+every_case = pytest.mark.parametrize("case", KERAS_CASES, ids=[case.name for case in KERAS_CASES])
+logits_cases = pytest.mark.parametrize("case", [c for c in KERAS_CASES if c.on_logits], ids=lambda case: case.name)
+every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 # The settings that PyTorch's losses and functions alone have: Keras is channels-last.
 LAYOUT = ("class_dim", "channel_dim")
 # Their four dimensions are heads, queries and keys in both halves, and no map with channels.

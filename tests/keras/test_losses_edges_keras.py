@@ -9,20 +9,18 @@ import oracle_features
 import pytest
 from keras import ops
 from keras_loss_cases import (
-    KERAS_CASES,
     as_array,
     called,
     differentiated,
+    every_case,
+    every_dtype,
     keras_loss,
+    logits_cases,
     to_keras,
 )
 from loss_case import LossCase
 
 import keras_distill
-
-every_case = pytest.mark.parametrize("case", KERAS_CASES, ids=[case.name for case in KERAS_CASES])
-logits_cases = pytest.mark.parametrize("case", [c for c in KERAS_CASES if c.on_logits], ids=lambda case: case.name)
-every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 
 
 @pytest.fixture(autouse=True)
