@@ -44,14 +44,14 @@ def test_chunks_change_neither_value_nor_gradient(name: str, numbers: int, monke
 
 
 def test_equal_chunks_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six examples in chunks of at most four are two chunks of three: padding would copy all of them."""
-    loss, features = LOSSES["channels"][0], [feature[:6] for feature in FEATURES]
+    """Eight examples in chunks of at most three are four chunks of two: padding would copy all of them."""
+    loss, features = LOSSES["channels"][0], [np.concatenate([feature, feature[:1]]) for feature in FEATURES]
     whole = differentiated(loss, *features)
     calls = counted(monkeypatch)
-    monkeypatch.setattr(vectors, "_CHUNK", 4 * 25)
+    monkeypatch.setattr(vectors, "_CHUNK", 3 * 25)
     monkeypatch.delattr(vectors.ops, "pad")
     same(differentiated(loss, *features), whole)
-    assert tuple(calls[0][0].shape[:2]) == (2, 3)
+    assert tuple(calls[0][0].shape[:2]) == (4, 2)
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -213,3 +213,13 @@ def test_half_precision_inputs_are_computed_in_float32(case: LossCase, dtype: st
 
     assert half.value_dtype == "float32"
     assert float(half.value) == pytest.approx(float(single.value), rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["SimilarityPreservingLoss", "InterChannelCorrelationLoss"])
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_relations_of_products_ignore_an_extreme_scale(name: str, size: float) -> None:
+    """The squares of the products would leave float32."""
+    student, teacher = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 5)).astype("float32")
+    loss = getattr(keras_distill, name)()
+
+    assert float(loss(teacher, size * student)) == pytest.approx(float(loss(teacher, student)), rel=1e-5)

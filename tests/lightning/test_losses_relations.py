@@ -176,3 +176,13 @@ def test_correlation_congruence_rejects_an_unknown_kernel() -> None:
         ValueError, match=r"Expected `kernel` to be one of 'gaussian', 'neighbour', but got kernel='rbf'"
     ):
         losses.CorrelationCongruenceLoss("rbf")
+
+
+@pytest.mark.parametrize("name", ["SimilarityPreservingLoss", "InterChannelCorrelationLoss"])
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_relations_of_products_ignore_an_extreme_scale(name: str, size: float) -> None:
+    """The squares of the products would leave float32."""
+    student, teacher = features(2, 3, 4, 5).float(), features(2, 3, 4, 5, seed=1).float()
+    loss = getattr(losses, name)()
+
+    torch.testing.assert_close(loss(size * student, teacher), loss(student, teacher))
