@@ -37,7 +37,7 @@ class ScheduleFollower(_Following):
     """Sets the weights and temperatures that are given as schedules; ``DistillModel.fit`` adds it.
 
     Each number is set before each batch (or each of ``steps_per_execution``), and written into the logs under the name
-    of the setting: ``task_weight``, ``<term>_weight``, ``<term>_temperature``.
+    of the setting: ``task_weight``, ``<term>_weight``, ``<term>_temperature`` and so on.
 
     Args:
         model: The model that is trained.

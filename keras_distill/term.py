@@ -79,7 +79,7 @@ class DistillationTerm(keras.layers.Layer):
 
     @weight.setter
     def weight(self, value: float) -> None:
-        self.set_setting("weight", value)
+        set_setting("weight", self.weight, value)
 
     @property
     def may_rest(self) -> bool:
@@ -176,8 +176,7 @@ class LossTerm(DistillationTerm):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        _ = self.temperature
-        self.set_setting("temperature", value)
+        set_setting("temperature", self.temperature, value)
 
 
 def copied(loss: keras.losses.Loss) -> keras.losses.Loss:
