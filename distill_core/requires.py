@@ -1,0 +1,41 @@
+"""What a loss needs from the term that calls it, declared in one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What a loss needs, read once from its attributes of the same names.
+
+    Args:
+        needs_labels: The batch's labels are the third argument.
+        channels_must_match: Both features need the same number of channels, if necessary through an adapter.
+        positions_must_match: Both features need the same positions; a term resizes the teacher's map.
+        several_layers: The two arguments are lists of features, one for each layer.
+        merges_classes: The loss is a divergence between the distributions of a row that also holds where classes are
+            merged, so that a cache of the likeliest classes is enough.
+        learned: The loss has parameters of its own, made once the shapes are known.
+        class_scores: Both arguments are class scores (logits), so that agreement with the teacher is meaningful.
+
+    Example:
+        >>> class WithLabels:
+        ...     needs_labels = True
+        >>> Requires.of(WithLabels()).needs_labels, Requires.of(len).needs_labels
+        (True, False)
+    """
+
+    needs_labels: bool = False
+    channels_must_match: bool = True
+    positions_must_match: bool = True
+    several_layers: bool = False
+    merges_classes: bool = False
+    learned: bool = False
+    class_scores: bool = False
+
+    @classmethod
+    def of(cls, loss: Any) -> Requires:
+        """What any loss needs: one of this project, or a user's function or object that sets some of the attributes."""
+        return cls(**{field.name: bool(getattr(loss, field.name, field.default)) for field in fields(cls)})
