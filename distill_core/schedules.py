@@ -247,6 +247,63 @@ def first_value(name: str, value: Any, check: Callable[[str, Any], None], schedu
     return float(value)
 
 
+class Setting:
+    """A number of an object that is checked whenever it is assigned, and may be a schedule.
+
+    The object keeps its schedules by name in ``schedules``. Assigning a number takes the place of a schedule; what the
+    schedule sets in each step is written by :func:`set_scheduled`.
+
+    Args:
+        check: The check that every number must pass, called with the setting's name and the number.
+
+    Example:
+        >>> class Term:
+        ...     weight = Setting(Checks().non_negative)
+        >>> term = Term()
+        >>> term.weight = Linear(2.0, 0.0)
+        >>> term.weight, list(term.schedules)
+        (2.0, ['weight'])
+        >>> term.weight = 1
+        >>> term.weight, list(term.schedules)
+        (1.0, [])
+    """
+
+    def __init__(self, check: Callable[[str, Any], None]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        if owner is None:
+            return self
+        try:
+            return owner.__dict__["_settings"][self._name]
+        except KeyError:
+            raise AttributeError(f"{type(owner).__name__!r} object has no attribute {self._name!r}") from None
+
+    def __set__(self, owner: Any, value: float | Schedule) -> None:
+        schedules: dict[str, Schedule] = {}
+        number = first_value(self._name, value, self._check, schedules)
+        attributes = owner.__dict__
+        kept = attributes.setdefault("schedules", {})
+        kept.pop(self._name, None)
+        kept.update(schedules)
+        attributes.setdefault("_settings", {})[self._name] = number
+
+
+def set_scheduled(owner: Any, name: str, value: float) -> None:
+    """Give a scheduled setting its number at a point of the training, and keep its schedule.
+
+    Args:
+        owner: The object with the setting.
+        name: Name of the setting.
+        value: The number.
+    """
+    attributes = owner.__dict__
+    (attributes["_settings"] if name in attributes.get("_settings", ()) else attributes)[name] = value
+
+
 def _duration(duration: float | None, over: str) -> float:
     _CHECKS.one_of("over", over, _AXES)
     if duration is None and over == "fraction":

@@ -81,8 +81,8 @@ from lightning_distill.losses import (
 )
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
-from lightning_distill.taps import Call, Tap
-from lightning_distill.teacher import load_teacher
+from lightning_distill.recording import Call, Tap
+from lightning_distill.teachers import load_teacher
 from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
 
 if TYPE_CHECKING:

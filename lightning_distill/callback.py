@@ -1,37 +1,27 @@
-"""The callback: when the distiller is called in a Lightning run, what is logged, what is saved."""
+"""The callback: settings, the methods that users override, logging and saving; a run does the work."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import tempfile
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lightning_distill import checks
-from lightning_distill.adapters import OptimizerCallable, bare
+from lightning_distill import checks, compat
+from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.cache import TeacherCache
-from lightning_distill.cache.teacher import CachedTeacher
-from lightning_distill.cache.training import LoaderPatch, watch_batches
-from lightning_distill.distiller import Distiller, as_terms
-from lightning_distill.metrics import TeacherAgreement
-from lightning_distill.module_distiller import ModuleDistiller
-from lightning_distill.outputs import select
-from lightning_distill.patch import Patch
-from lightning_distill.schedules import Schedule, first_value
-from lightning_distill.taps import Call
-from lightning_distill.teacher import as_dtype, as_teacher
-from lightning_distill.terms import DistillationTerm
+from lightning_distill.distiller import Terms
+from lightning_distill.mailbox import Mailbox
+from lightning_distill.recording import Call, select
+from lightning_distill.run import Run
+from lightning_distill.schedules import Schedule, Setting
+from lightning_distill.teachers import as_dtype, as_teacher
+from lightning_distill.terms import LogitsDistillation, as_terms
 
 
 class DistillCallback(Callback):
@@ -43,32 +33,43 @@ class DistillCallback(Callback):
     those of a run without the callback. With automatic optimization there is nothing else to do; with manual
     optimization add :meth:`loss` to the loss inside ``training_step``.
 
-    Logged on log steps: ``<name>/task_loss``, ``<name>/distillation_loss``, ``<name>/<term>_loss`` (each term without
-    its weight) and what schedules set, such as ``<name>/<term>_weight``; after a validation epoch
-    ``<name>/val_teacher_agreement``, the share of examples on which both networks' top classes agree. A
-    ``ModelCheckpoint`` with such a key in its ``filename`` needs ``auto_insert_metric_name=False``, since the slash
-    would make a folder.
+    Logged on log steps: ``<name>/loss`` (the total), ``<name>/task_loss``, ``<name>/distillation_loss``,
+    ``<name>/<term>_loss`` (each term without its weight) and the numbers that schedules set, such as
+    ``<name>/<term>_weight``. At the end of an epoch the same names hold the means over the epoch. After validation
+    ``<name>/val_distillation_loss``, ``<name>/val_<term>_loss``, with a ``validation_step`` that returns its loss also
+    ``<name>/val_loss`` and ``<name>/val_task_loss``, and ``<name>/val_teacher_agreement``, the share of examples on
+    which both networks' top classes agree, where a term compares class scores. ``ModelCheckpoint`` and
+    ``EarlyStopping`` can monitor all of them. A ``ModelCheckpoint`` with such a key in its ``filename`` needs
+    ``auto_insert_metric_name=False``, since the slash would make a folder.
 
     Args:
         teacher: The network to match, called with what the student is called with; several, over which the terms are
             averaged; a :class:`TeacherCache` of its outputs; or ``None`` where no term needs one. A network is frozen
             while the Trainer runs, then given back as it was.
-        terms: The terms; ``None`` is ``[LogitsDistillation()]``.
+        terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits stands for a term with it.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself where its forward is
-            called in the step, else the one child that is called and has the tapped layers.
+            called in the step, else the one child that is called and has the tapped layers. Several paths are networks
+            that are called one after the other, as in ``self.head(self.backbone(x))``, and are the student together.
         task_weight: Factor of the module's own loss, 0 or greater, or a schedule. At 0 the loss is left out altogether:
             under DDP parameters that only it uses then need ``find_unused_parameters``.
-        labels: Where a batch keeps its labels: a key, an index, or a function of the batch. ``None`` is ``batch[1]``,
-            or the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Read only for losses that need labels.
+        labels: Where a batch keeps its labels: a key, an index, or a function of the batch. ``None`` is the second
+            entry of a pair, or the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Read only for losses that
+            need labels.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever the trainer's.
         adapter_optimizer: Makes the adapters' optimizer from their parameters; ``None`` mirrors the student's.
-        validate: Whether the agreement with the teacher is measured in validation.
+        validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
+            the teacher there too. ``None`` does so where a term compares class scores, and stops with a warning where
+            the outputs cannot be compared.
         log: Whether the losses are logged.
         name: Prefix of the logged keys and key of the saved state, distinct for each callback of a Trainer.
 
+    Attributes:
+        terms: The terms, with what they have learned.
+        teacher: The teacher, or a container of several.
+
     Raises:
         ValueError: If a setting is not as above.
-        TypeError: If the teacher is no module, or a term is no :class:`DistillationTerm`.
+        TypeError: If the teacher is not a module, or a term is not a :class:`DistillationTerm`.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -80,67 +81,70 @@ class DistillCallback(Callback):
         >>> trainer = Trainer(callbacks=callback, max_steps=1, accelerator="cpu", log_every_n_steps=1, **quiet)
         >>> trainer.fit(BoringModel())
         >>> sorted(key for key in trainer.callback_metrics if key.startswith("distill/"))
-        ['distill/distillation_loss', 'distill/logits_loss', 'distill/task_loss']
+        ['distill/distillation_loss', 'distill/logits_loss', 'distill/loss', 'distill/task_loss']
 
     References:
         Hinton, Vinyals, Dean (2015). Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
     """
 
+    task_weight = Setting(checks.non_negative)
+
     def __init__(
         self,
         teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
-        terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
+        terms: Terms = None,
         *,
-        student: str | None = None,
+        student: str | Sequence[str] | None = None,
         task_weight: float | Schedule = 1.0,
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_dtype: torch.dtype | str | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
-        validate: bool = True,
+        validate: bool | None = None,
         log: bool = True,
         name: str = "distill",
     ) -> None:
-        self.schedules: dict[str, Schedule] = {}
-        self.task_weight = first_value("task_weight", task_weight, checks.non_negative, self.schedules)
+        self.task_weight = task_weight
         if not name:
             raise ValueError(f"Expected `name` to be a word, but got name={name!r}. It prefixes the logged keys.")
-        self.teacher, self.terms = as_teacher(teacher), as_terms(terms)
+        self.teacher = as_teacher(teacher)
+        self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
         self.student, self.labels = student, labels
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
         self.validate, self.name = validate, name
-        self._logs = log  # the Trainer puts the module's `log` on every callback
+        self.logs = log  # the Trainer puts the module's `log` on every callback
         self._state_key = self._generate_state_key(name=name)
-        self.distiller: ModuleDistiller | None = None
-        self._state: dict[str, Any] = {}  # what was loaded, or what an earlier process or object has learned
-        self._mailbox = _mailbox()
-        self._patches: list[Patch | LoaderPatch] = []
-        self._agreement: dict[int, TeacherAgreement] = {}
-        self._batch: Any = None
-        self._explicit = self._takes_iterator = False
+        self._run: Run | None = None
+        self._state: dict[str, Any] = {}  # what the last run has learned, or a checkpoint holds
+        self._trained: Any = None  # a weak reference to the module of the last run
+        self._mailbox = Mailbox()
 
     # What users call and override ------------------------------------------------------------------------------------
 
-    def loss(self) -> Tensor:
+    def loss(self, calls: int | slice | None = None) -> Tensor:
         """The weighted distillation loss of the student's calls so far in this ``training_step``, a scalar.
 
-        For manual optimization: add it to the loss that is differentiated. The task weight is then the user's affair.
+        For manual optimization: add it to the loss that is differentiated, in the steps that distil. `task_weight` is
+        then ignored.
+
+        Args:
+            calls: Which of the student's calls count, such as ``-1`` for the last one; ``None`` is the mean of all.
 
         Raises:
             MisconfigurationException: If no training step is running.
             ValueError: If the student has not been called, a layer did not run, a shape does not fit.
         """
-        if self.distiller is None or not self._patches:
+        if self._run is None:
             raise MisconfigurationException(
                 "Expected `loss` to be called inside `training_step`, but no training is under way. Call trainer.fit."
             )
-        self._explicit = True
-        return self.distiller.loss(self._batch)
+        return self._run.loss(calls)
 
     def teacher_forward(self, call: Call) -> Any:
         """The teacher's output for a call of the student; override it to show the teacher another input.
 
         Args:
-            call: The student's call, with ``call.args`` and ``call.kwargs``.
+            call: The student's call, with ``call.args``, ``call.kwargs`` and ``call.batch``, the batch of the training
+                or validation step.
 
         Returns:
             The output, or with several teachers the list of their outputs.
@@ -151,19 +155,20 @@ class DistillCallback(Callback):
         """The logits in a model's output; override it for unusual outputs.
 
         Args:
-            output: What the student or the teacher returned.
+            output: The student's or the teacher's output.
 
         Returns:
-            The tensor itself, its ``logits``, or its first element.
+            The tensor itself, its ``logits``, or its only tensor.
         """
         return select(output, None, "the model's output")
 
     def adapter_state(self) -> dict[str, Any]:
         """The adapters by term and their optimizer's state, as checkpoints hold them; empty where there are none."""
-        if self._mailbox.exists():  # a spawned process has trained them
-            self._state = torch.load(self._mailbox, weights_only=True)
-            self._mailbox.unlink()
-        return self._state if self.distiller is None else self.distiller.state_dict()
+        if self._run is not None:
+            return self._run.learned.state_dict()
+        if (sent := self._mailbox.receive()) is not None:  # from a process that this one has spawned
+            self._state = sent
+        return self._state
 
     @property
     def state_key(self) -> str:
@@ -173,48 +178,41 @@ class DistillCallback(Callback):
     # Lightning's hooks -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """At the start of fit or validate: check, freeze the teacher, wrap the module's steps."""
+        """At the start of fit or validate: check everything, hold the teacher, wrap the module's steps."""
         if stage not in ("fit", "validate"):
             return
-        self._release()
+        self._drop()
         self._check_names(trainer)
-        distiller = self._distiller_for(pl_module)
-        strategies = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-        distiller.adapters.allowed = "DeepSpeedStrategy" not in strategies
-        if not (_overrides(pl_module, "configure_model") or _overrides(pl_module, "setup")):
-            distiller.check()  # else the layers may not exist yet: the first step checks
-        # not by the precision plugin, which replaces layers under some settings and could not be undone
-        dtype = _TRUE_PRECISIONS.get(str(trainer.precision_plugin.precision))
-        distiller.frozen.freeze(trainer.strategy.root_device, dtype)
-        if stage == "fit":
-            distiller.begin()
-            self._takes_iterator = "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
-            self._patches += [
-                Patch(pl_module, "training_step", self._training_step),
-                Patch(pl_module, "on_before_optimizer_step", self._before_optimizer_step),
-            ]
-            if isinstance(self.teacher, CachedTeacher):
-                if self._takes_iterator:
-                    raise MisconfigurationException(
-                        "Expected `training_step` to take a batch where the teacher is a cache, but it takes"
-                        " `dataloader_iter`. Take the batch."
-                    )
-                self._patches += watch_batches(trainer, self.teacher)
-        cached = isinstance(self.teacher, CachedTeacher)  # it has not seen the validation data
-        if self.validate and not cached and _overrides(pl_module, "validation_step"):
-            self._patches.append(Patch(pl_module, "validation_step", self._validation_step))
+        state = self.adapter_state()
+        if self._trained is not None and self._trained() is not pl_module:
+            state = {}  # another module's
+        adapters = {"adapters": state["adapters"]} if state else {}  # a new fit starts with a fresh optimizer
+        self._run = Run(self, trainer, pl_module, stage, adapters)
+        self._trained = ref(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the start of an epoch: start its means."""
+        if self._run is not None:
+            self._run.start_epoch()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the end of an epoch: log the means over it."""
+        if self._run is not None:
+            self._run.check_explicit()
+            self._log(pl_module, self._run.train_means())
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the start of a validation epoch: count agreements from zero."""
-        self._agreement = {}
+        """At the start of validation: count from zero, and log the means so far, which a checkpoint may monitor."""
+        if self._run is None:
+            return
+        self._run.start_validation()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._log(pl_module, self._run.train_means())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of a validation epoch: log the agreement with the teacher, over all processes."""
-        for index, metric in self._agreement.items():
-            suffix = f"/dataloader_idx_{index}" if len(self._agreement) > 1 else ""
-            key = f"{self.name}/val_teacher_agreement{suffix}"
-            # the metric has counted over all processes already; their equal values have themselves as mean
-            pl_module.log(key, metric.compute(), sync_dist=True, batch_size=1, add_dataloader_idx=False)
+        """At the end of a validation epoch: log what was measured, over all processes."""
+        if self._run is not None:
+            self._log(pl_module, self._run.end_validation())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """With each checkpoint: add the adapters, if there are any."""
@@ -223,140 +221,56 @@ class DistillCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """With each restored checkpoint: take its adapters, or fresh ones where it has none."""
-        self._state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        if self.distiller is not None:
-            self.distiller.load_state_dict(self._state)
+        # not load_state_dict, which Lightning does not call for an empty state: adapters that a finder has trained at
+        # its last learning rate would stay
+        self._state = copy.deepcopy(checkpoint.get("callbacks", {}).get(self.state_key, {}))
+        if self._run is not None:
+            self._run.learned.load_state_dict(self._state)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """At the end: leave no patch, no hook, and the teacher as it was."""
-        self._release()
-        if hasattr(trainer.strategy.launcher, "_start_method") and trainer.is_global_zero and self.adapter_state():
-            # this process ends here; the callback lives on in its parent
-            torch.save(self.adapter_state(), self._mailbox)
+        self._drop()
+        if compat.spawns(trainer) and trainer.is_global_zero and self._state:
+            self._mailbox.send(self._state)  # this process ends here; the callback lives on in its parent
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """After an exception: the same."""
-        self._release()
-
-    # The steps -------------------------------------------------------------------------------------------------------
-
-    def _training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        distiller, pl_module = self._running()
-        distiller.advance_with_trainer()
-        distiller.task_weight, distiller.parts = self.task_weight, {}
-        self._batch = None if self._takes_iterator else args[0] if args else kwargs.get("batch")
-        self._explicit = False
-        try:
-            with distiller.record():
-                output = step(*args, **kwargs)
-            # asked after the step, which may have set a weight
-            if not self._explicit and not (distiller.idle and self.task_weight == 1):
-                output = self._add_distillation(output, distiller, pl_module.automatic_optimization)
-        finally:
-            distiller.release()
-            self._batch = None
-        if self._logs and distiller.parts and pl_module.trainer._logger_connector.should_update_logs:
-            logged: dict[str, Any] = {**distiller.parts, **distiller.scheduler.values}
-            parts = {f"{self.name}/{key}": value for key, value in logged.items()}
-            pl_module.log_dict(parts, on_step=True, on_epoch=False, batch_size=distiller.batch_size)
-        return output
-
-    def _add_distillation(self, output: Any, distiller: Distiller, automatic: bool) -> Any:
-        """What a training step returned, with the total in place of its loss."""
-        if not automatic:
-            if distiller.idle:
-                return output
-            raise MisconfigurationException(
-                "Expected `callback.loss()` to be added to the loss inside `training_step`, since optimization is"
-                " manual, but it was not called. Call it after the student."
-            )
-        if output is None:  # Lightning skips such a batch
-            return None
-        if isinstance(output, Mapping):
-            return {**output, "loss": distiller.total(output["loss"], self._batch)}
-        return distiller.total(output, self._batch)
-
-    def _before_optimizer_step(self, hook: Callable[..., Any], optimizer: Optimizer) -> Any:
-        # wrapped on the module, not taken as the callback's own hook: the learning rate finder puts callbacks aside
-        distiller, pl_module = self._running()
-        follower = distiller.adapters.follower
-        if follower is not None and bare(optimizer) is follower.leader:
-            trainer = pl_module.trainer
-            follower.prepare(getattr(trainer.precision_plugin, "scaler", None))
-            if trainer.gradient_clip_val:  # by themselves: the student's gradients are clipped as in a plain run
-                algorithm = GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
-                trainer.precision_plugin.clip_gradients(follower.optimizer, trainer.gradient_clip_val, algorithm)
-        return hook(optimizer)
-
-    def _validation_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        distiller, pl_module = self._running()
-        if pl_module.trainer.sanity_checking:
-            return step(*args, **kwargs)
-        with distiller.record(needs_grad=False, features=False):
-            output = step(*args, **kwargs)
-        loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
-        try:
-            for student_logits, teacher_logits in distiller.agree():
-                if loader not in self._agreement:
-                    self._agreement[loader] = TeacherAgreement(class_dim=distiller.class_dim).to(student_logits.device)
-                self._agreement[loader].update(student_logits, teacher_logits)
-        except ValueError as error:  # outputs that are no logits can well be distilled by their features
-            rank_zero_warn(f"The agreement with the teacher is not measured: {error} Pass validate=False.")
-        return output
+        self._drop()
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
-    def _running(self) -> tuple[ModuleDistiller, LightningModule]:
-        if self.distiller is None:
-            raise MisconfigurationException("Expected a step to run under a Trainer, but none is under way.")
-        return self.distiller, self.distiller.student
-
-    def _distiller_for(self, pl_module: LightningModule) -> ModuleDistiller:
-        """The distiller of an earlier run of this module, with its adapters, or a new one."""
-        if self.distiller is None or self.distiller.student is not pl_module:
-            state = self.adapter_state() if self.distiller is None else {}
-            self.distiller = ModuleDistiller(self, pl_module)
-            self.distiller.load_state_dict(state)
-        return self.distiller
+    def _log(self, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            # the means are over all processes already; equal values have themselves as mean
+            pl_module.log(f"{self.name}/{key}", value, sync_dist=True, batch_size=1, add_dataloader_idx=False)
 
     def _check_names(self, trainer: Trainer) -> None:
-        callbacks = [one for one in getattr(trainer, "callbacks", []) if isinstance(one, DistillCallback)]
-        if sum(one.name == self.name for one in callbacks) > 1:
+        callbacks = [other for other in getattr(trainer, "callbacks", []) if isinstance(other, DistillCallback)]
+        alike = sum(other.name == self.name for other in callbacks)
+        if alike > 1:
             raise MisconfigurationException(
                 f"Expected `name` to be distinct for each DistillCallback of a Trainer, but got name={self.name!r}"
-                f" {len(callbacks)} times. Pass name=... to all but one."
+                f" {alike} times. Pass name=... to all but one."
             )
 
-    def _release(self) -> None:
-        for patch in self._patches:
-            patch.undo()
-        self._patches = []
-        self._agreement = {}
-        if self.distiller is not None:
-            self.distiller.close()
+    def _drop(self) -> None:
+        if self._run is not None:
+            run, self._run = self._run, None
+            run.close()
+            self._state = run.learned.state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle: dict[str, Any] = {"distiller": None, "_patches": [], "_agreement": {}, "_batch": None}
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
-        return {**kept, **idle, "_state": self.adapter_state()}
+        return {**kept, "_run": None, "_trained": None, "_state": self.adapter_state()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistillCallback:
         # of a module that holds the callback EMA and SWA make copies; the frozen teacher must not be among them
         other = type(self).__new__(type(self))
-        other.__dict__.update(
-            self.__getstate__(), terms=copy.deepcopy(self.terms, memo), _state={}, _mailbox=_mailbox()
-        )
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+        fresh: dict[str, Any] = {"_run": None, "_trained": None, "_state": {}, "_mailbox": Mailbox()}
+        other.__dict__.update(kept, **fresh)
+        other.terms = [copy.deepcopy(term, memo) for term in self.terms]
+        for term in other.terms:
+            term._remake(term.reset)
+        other.__dict__["_settings"], other.schedules = dict(self.__dict__["_settings"]), dict(self.schedules)
         return other
-
-
-def _mailbox() -> Path:
-    return Path(tempfile.gettempdir()) / f"lightning_distill-{uuid.uuid4().hex}.pt"
-
-
-def _overrides(pl_module: LightningModule, name: str) -> bool:
-    return next(kind for kind in type(pl_module).__mro__ if name in vars(kind)).__name__ not in _BASES
-
-
-_TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-# where `lightning` and the older `pytorch_lightning` define the empty hooks
-_BASES = ("LightningModule", "ModelHooks", "DataHooks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -17,8 +18,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.cache import TeacherCache
 from lightning_distill.callback import DistillCallback
+from lightning_distill.distiller import Terms
+from lightning_distill.recording.batches import call_with, inputs_in, split_batch
+from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
-from lightning_distill.terms import DistillationTerm
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
@@ -27,21 +30,29 @@ class DistillModule(LightningModule):
     """A LightningModule for a plain student network: use it as it is, or subclass it and override what differs.
 
     It distils through a :class:`DistillCallback` of its own, ``self.distill``, and holds the teacher outside its
-    parameters: the state_dict has the student alone, under ``"student."``. Batches are ``(inputs, labels)`` unless
-    ``training_step`` and its like are overridden. Logs ``train_loss`` (the task loss), ``val_loss`` and ``test_loss``.
+    parameters: the state_dict has the student alone, under ``"student."``. A batch is ``(inputs, labels)``, where the
+    inputs may be a tensor, a tuple of arguments or a dict of keyword arguments, or one dict with the labels under
+    ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Logs ``train_loss`` (the task loss), ``val_loss`` and
+    ``test_loss``. A subclass may add callbacks in ``configure_callbacks``; the module's own is always among them.
 
     Args:
         student: The network to train.
         teacher: The network to match, or several; ``None`` where no term needs one.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
-        task_loss: The student's own loss, called with its output and the labels, a scalar.
+        task_loss: The student's own loss, called with the logits in its output and the labels, a scalar.
         task_weight: Factor of the task loss, 0 or greater, or a schedule.
         optimizer: Makes the optimizer from the student's parameters; ``None`` is ``torch.optim.AdamW``.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; it steps once an epoch.
+        labels: As in :class:`DistillCallback`.
+        teacher_dtype: As in :class:`DistillCallback`.
+        adapter_optimizer: As in :class:`DistillCallback`.
+        validate: As in :class:`DistillCallback`.
+        log: As in :class:`DistillCallback`.
+        name: As in :class:`DistillCallback`.
 
     Raises:
         ValueError: If ``task_weight`` is negative, or terms share a name.
-        TypeError: If the teacher is no module.
+        TypeError: If the teacher is not a module.
 
     Example:
         >>> module = DistillModule(nn.Linear(4, 3), nn.Linear(4, 3))
@@ -53,30 +64,52 @@ class DistillModule(LightningModule):
         self,
         student: nn.Module,
         teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
-        terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
+        terms: Terms = None,
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
         task_weight: float | Schedule = 1.0,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        labels: str | int | Callable[[Any], Tensor] | None = None,
+        teacher_dtype: torch.dtype | str | None = None,
+        adapter_optimizer: OptimizerCallable | None = None,
+        validate: bool | None = None,
+        log: bool = True,
+        name: str = "distill",
     ) -> None:
         super().__init__()
         self.student, self.task_loss, self.lr_scheduler = student, task_loss, lr_scheduler
         # not the default in the signature: a YAML file that names another class would inherit AdamW's weight decay
         self.optimizer = torch.optim.AdamW if optimizer is None else optimizer
-        self.distill = DistillCallback(teacher, terms, student="student", task_weight=task_weight)
+        self.distill = DistillCallback(
+            teacher,
+            terms,
+            student="student",
+            task_weight=task_weight,
+            labels=labels,
+            teacher_dtype=teacher_dtype,
+            adapter_optimizer=adapter_optimizer,
+            validate=validate,
+            log=log,
+            name=name,
+        )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "configure_callbacks" in vars(cls):  # one that forgets `super` would train without distillation, silently
+            cls.configure_callbacks = _with_distillation(cls.configure_callbacks)  # type: ignore[method-assign]
 
     @property
-    def teacher(self) -> nn.Module:
-        """The teacher, which is no part of the state_dict."""
+    def teacher(self) -> Any:
+        """The teacher. It is not part of the state_dict."""
         return self.distill.teacher
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """The callback that distils, and any other of its kind that the Trainer has: it would drop them."""
+        """The callback that distils, and any other of its kind that the Trainer has, which Lightning would drop."""
         callbacks = [] if self._trainer is None else getattr(self._trainer, "callbacks", [])
         return [
             self.distill,
-            *(one for one in callbacks if isinstance(one, DistillCallback) and one is not self.distill),
+            *(other for other in callbacks if isinstance(other, DistillCallback) and other is not self.distill),
         ]
 
     def save_hyperparameters(
@@ -99,12 +132,12 @@ class DistillModule(LightningModule):
         return self.student(*args, **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The task loss of a batch ``(inputs, labels)``; the callback adds the distillation loss."""
+        """The task loss of a batch; the callback adds the distillation loss."""
         return self._task_loss(batch, "train_loss")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logs ``val_loss``."""
-        self._task_loss(batch, "val_loss")
+        return self._task_loss(batch, "val_loss")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Logs ``test_loss``."""
@@ -112,7 +145,7 @@ class DistillModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The student's output for a batch of inputs, or of inputs and labels."""
-        return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        return call_with(self, inputs_in(batch, self.distill.labels))
 
     def configure_optimizers(self) -> Any:
         """The student's optimizer, and its scheduler if there is one."""
@@ -125,7 +158,28 @@ class DistillModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _task_loss(self, batch: Any, name: str) -> Tensor:
-        inputs, labels = batch
-        loss = self.task_loss(self(inputs), labels)
+        inputs, labels = split_batch(batch, self.distill.labels)
+        output = call_with(self, inputs)
+        # a task loss of one's own may want the whole output of a network without obvious logits
+        logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else _obvious(output)
+        loss = self.task_loss(logits, labels)
         self.log(name, loss, prog_bar=True, batch_size=len(labels))
         return loss
+
+
+def _obvious(output: Any) -> Any:
+    try:
+        return select(output, None, "the student's output")
+    except ValueError:
+        return output
+
+
+def _with_distillation(configure: Callable[[Any], Any]) -> Callable[[Any], list[Callback]]:
+    @functools.wraps(configure)
+    def configure_callbacks(self: DistillModule) -> list[Callback]:
+        callbacks = configure(self)
+        given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        own = DistillModule.configure_callbacks(self)
+        return [*(callback for callback in own if callback not in given), *given]
+
+    return configure_callbacks

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
+_MISSING: Any = object()
 
-class Patch:
-    """A wrapper around a method of an instance that can be taken off again, in any order among several.
 
-    The class of the object is left alone. ``functools.wraps`` keeps the signature that the Trainer inspects.
+class MethodPatch:
+    """A wrapper around a method of an object that can be taken off again, in any order among several.
+
+    For objects of the Trainer (strategy, precision plugin, fit loop) and optimizers, which no copy and no pickle of a
+    LightningModule contains; the class of the object is left alone.
 
     Args:
         owner: The object.
         name: Name of the method.
-        wrapper: Called as ``wrapper(original, *args, **kwargs)`` in the method's place.
+        around: Called as ``around(original, *args, **kwargs)`` in the method's place.
 
     Example:
         >>> import types
         >>> greeter = types.SimpleNamespace(greet=lambda: "hello")
-        >>> patch = Patch(greeter, "greet", lambda original: original() + ", you")
+        >>> patch = MethodPatch(greeter, "greet", lambda original: original() + ", you")
         >>> greeter.greet()
         'hello, you'
         >>> patch.undo()
@@ -28,24 +30,63 @@ class Patch:
         'hello'
     """
 
-    def __init__(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        self._owner, self._name, self._active = owner, name, True
-        self._previous = owner.__dict__.get(name)  # None: the method is the class's own
-        original = getattr(owner, name)
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self._owner, self._name = owner, name
+        self._around: Callable[..., Any] | None = around
+        self._below, self._original = owner.__dict__.get(name, _MISSING), getattr(owner, name)
+        owner.__dict__[name] = self
 
-        @functools.wraps(original)
-        def patched(*args: Any, **kwargs: Any) -> Any:
-            return wrapper(original, *args, **kwargs) if self._active else original(*args, **kwargs)
-
-        patched._patch = self  # type: ignore[attr-defined]
-        owner.__dict__[name] = patched
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapper, or the method itself once the patch is undone and another wrapper still holds it."""
+        if self._around is None:
+            return self._original(*args, **kwargs)
+        return self._around(self._original, *args, **kwargs)
 
     def undo(self) -> None:
-        """Take the wrapper off. One that others were put over goes silent now and leaves together with them."""
-        self._active = False
+        """Take the wrapper off. If others were put over it, it is silent now and leaves together with them."""
+        self._around = None
         attributes = self._owner.__dict__
-        while (top := getattr(attributes.get(self._name), "_patch", None)) is not None and not top._active:
-            if top._previous is None:
-                attributes.pop(self._name)
-            else:
-                attributes[self._name] = top._previous
+        while isinstance(top := attributes.get(self._name), MethodPatch) and top._around is None:
+            put_attribute(self._owner, self._name, top._below)
+
+
+def put_attribute(owner: Any, name: str, value: Any) -> None:
+    """Set an instance attribute past ``__setattr__``, or remove it where the value says that there was none."""
+    if value is _MISSING:
+        owner.__dict__.pop(name, None)
+    else:
+        owner.__dict__[name] = value
+
+
+def patch_step(strategy: Any, name: str, around: Callable[..., Any]) -> MethodPatch:
+    """Call ``around(method, *args, **kwargs)`` in place of the module's step, in whatever way the strategy calls it.
+
+    The strategy looks the step up on the module: directly, or inside the forward of DDP or FSDP. So an attribute is put
+    on the module, from the strategy's call to the step's first line: no code of the user, no copy and no pickle ever
+    sees it, while autocast and DDP's forward are open around the step.
+
+    Args:
+        strategy: The Trainer's strategy.
+        name: ``"training_step"`` or ``"validation_step"``.
+        around: The wrapper of the module's method.
+
+    Returns:
+        The patch, to be undone.
+    """
+
+    def strategy_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        module = strategy.lightning_module
+        before = module.__dict__.get(name, _MISSING)  # another wrapper, torch.compile's method, another callback's
+
+        def once(*step_args: Any, **step_kwargs: Any) -> Any:
+            put_attribute(module, name, before)  # before any code of the user runs
+            return around(getattr(module, name), *step_args, **step_kwargs)
+
+        module.__dict__[name] = once
+        try:
+            return original(*args, **kwargs)
+        finally:
+            if module.__dict__.get(name) is once:  # the step was never reached
+                put_attribute(module, name, before)
+
+    return MethodPatch(strategy, name, strategy_step)

@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distill_core.schedules import Cosine, Linear, Progress, Schedule, Step, WarmUp, first_value
+from torch import nn
+
+from distill_core.schedules import (
+    Cosine,
+    Linear,
+    Progress,
+    Schedule,
+    Setting,
+    Step,
+    WarmUp,
+    first_value,
+    set_scheduled,
+)
 from lightning_distill import checks
 
-__all__ = ["Cosine", "Linear", "Progress", "Schedule", "Scheduler", "Step", "WarmUp", "first_value"]
+__all__ = ["Cosine", "Linear", "Progress", "Schedule", "Scheduler", "Setting", "Step", "WarmUp", "first_value"]
 
 
 class Scheduler:
     """Sets every scheduled weight and temperature to its number at a point of the training.
 
+    Schedules are looked for in the terms and in every module inside them, whenever they are needed, so that one that is
+    assigned while training counts too.
+
     Args:
-        terms: The terms, whose weights and whose losses' settings may be scheduled.
-        owner: What holds the task's weight.
+        terms: The terms.
+        owner: The object with the task weight.
 
     Attributes:
         values: The numbers set last, by the names that logs give them.
     """
 
-    def __init__(self, terms: Sequence[Any], owner: Any) -> None:
-        owners = [("", owner)]
-        owners += [(f"{term.name}_", one) for term in terms for one in (term, getattr(term, "loss", None))]
-        self._scheduled = [
-            (f"{prefix}{name}", one, name, schedule)
-            for prefix, one in owners
-            for name, schedule in getattr(one, "schedules", {}).items()
-        ]
+    def __init__(self, terms: Sequence[nn.Module], owner: Any) -> None:
+        self._terms, self._owner = terms, owner
         self.values: dict[str, float] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._scheduled)
+        return any(True for _ in self._scheduled())
+
+    def _scheduled(self) -> Iterator[tuple[str, Any, str, Schedule]]:
+        """Label in the logs, object, name and schedule of each scheduled setting."""
+        for name, schedule in self._owner.schedules.items():
+            yield name, self._owner, name, schedule
+        for term in self._terms:
+            for path, module in term.named_modules():
+                schedules = module.__dict__.get("schedules")
+                if not schedules:
+                    continue
+                # the loss is the term's own, and copies of a learned loss have its settings
+                inside = "" if not path or path.split(".")[0] in ("loss", "learned") else f"{path.replace('.', '_')}_"
+                for name, schedule in schedules.items():
+                    yield f"{term.name}_{inside}{name}", module, name, schedule
 
     def advance(self, progress: Progress) -> None:
         """Set the numbers.
@@ -42,10 +65,12 @@ class Scheduler:
             progress: The point of the training.
 
         Raises:
-            ValueError: If a position is not known, or a number is none that the setting may have.
+            ValueError: If a position is not known, or the setting does not allow the number.
         """
-        for label, owner, name, schedule in self._scheduled:
+        values = {}
+        for label, owner, name, schedule in list(self._scheduled()):
             value = schedule.at(progress)
             (checks.non_negative if name.endswith("weight") else checks.positive)(label, value)
-            setattr(owner, name, value)
-            self.values[label] = value
+            set_scheduled(owner, name, value)
+            values[label] = value
+        self.values = values

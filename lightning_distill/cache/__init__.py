@@ -14,7 +14,7 @@ from distill_core.store import CacheError, Manifest, Reader
 from lightning_distill.cache.builder import Builder, Forward, build, teacher_fingerprint
 from lightning_distill.cache.data import AttachedDataset, IndexedBatch, check_data
 from lightning_distill.cache.teacher import CachedTeacher
-from lightning_distill.taps import Tap
+from lightning_distill.recording import Tap
 
 __all__ = ["AttachedDataset", "CacheError", "IndexedBatch", "TeacherCache"]
 

@@ -22,10 +22,8 @@ from lightning_distill.cache.data import (
     changes_between_reads,
     data_fingerprint,
 )
-from lightning_distill.labels import LABEL_NAMES
-from lightning_distill.outputs import map_tensors, select
-from lightning_distill.taps import Call, Recorder, Recording, Tap
-from lightning_distill.teacher import FrozenTeacher
+from lightning_distill.recording import LABEL_NAMES, Call, Recorder, Recording, Tap, map_tensors, select
+from lightning_distill.teachers.hold import Hold
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -88,12 +86,12 @@ class Builder:
             )
         if views > 1 and transform_seed is None:
             raise CacheError(f"Expected `transform_seed` to be given with views={views}, but got None. Pass a number.")
-        self.frozen = FrozenTeacher(teacher)
+        self.frozen = Hold(teacher)
         if not outputs and not self.taps:
             raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
         self.recorder = Recorder(teacher, self.taps, "teacher")
         self.recorder.check((f"layers[{index}]", tap) for index, tap in enumerate(self.taps))
-        self.frozen.freeze(None if device is None else torch.device(device))
+        self.frozen.take(None if device is None else torch.device(device))
         try:
             self.manifest = self._described(views, top_k, dtype, stale, shard_bytes)
         except BaseException:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill_core.store import CacheError, Reader
 from lightning_distill.functional.top_k import TopK
-from lightning_distill.taps import Call, Tap
+from lightning_distill.recording import Call, Tap
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from distill_core.store import CacheError
 from lightning_distill.cache.data import AttachedDataset, IndexedBatch, check_data, index_loader
 from lightning_distill.cache.teacher import CachedTeacher
-from lightning_distill.patch import Patch
+from lightning_distill.patch import MethodPatch
 
 
 class LoaderPatch:
@@ -26,7 +26,7 @@ class LoaderPatch:
             self.undone.pop()()
 
 
-def watch_batches(trainer: Trainer, teacher: CachedTeacher) -> list[Patch | LoaderPatch]:
+def watch_batches(trainer: Trainer, teacher: CachedTeacher) -> list[MethodPatch | LoaderPatch]:
     """Let the training batches bring their rows, and take those off before any code of the user sees them.
 
     Args:
@@ -49,7 +49,11 @@ def watch_batches(trainer: Trainer, teacher: CachedTeacher) -> list[Patch | Load
         return original(batch, *args, **kwargs)
 
     strategy = trainer.strategy
-    return [loaders, Patch(strategy, "process_dataloader", process), Patch(strategy, "batch_to_device", to_device)]
+    return [
+        loaders,
+        MethodPatch(strategy, "process_dataloader", process),
+        MethodPatch(strategy, "batch_to_device", to_device),
+    ]
 
 
 def _index(loader: Any, teacher: CachedTeacher, trainer: Trainer, loaders: LoaderPatch) -> None:

@@ -12,7 +12,6 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_distill import checks
-from lightning_distill.distiller import as_terms
 from lightning_distill.launcher import criteria
 from lightning_distill.launcher.batches import as_loader
 from lightning_distill.launcher.conf import DistillationConf
@@ -30,7 +29,7 @@ from lightning_distill.launcher.training import (
     optimizer_of,
     trainer_of,
 )
-from lightning_distill.terms import DistillationTerm
+from lightning_distill.terms import DistillationTerm, LogitsDistillation, as_terms
 
 __all__ = [
     "Distillation",
@@ -320,7 +319,7 @@ class Distillation:
             self.criterion = self._configured_criterion()
         if not hasattr(self.criterion, "terms"):
             return [CriterionTerm(self.criterion, task_loss)], 0.0
-        return as_terms(self.criterion.terms()), self.criterion.task_weight
+        return as_terms(self.criterion.terms(), LogitsDistillation), self.criterion.task_weight
 
     def _configured_criterion(self) -> Any:
         section = self.conf.distillation.train.criterion

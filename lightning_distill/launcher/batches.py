@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_distill.labels import LABEL_NAMES, find_labels
+from lightning_distill.recording import LABEL_NAMES, find_labels
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:

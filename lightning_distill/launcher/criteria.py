@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lightning_distill import checks
 from lightning_distill.losses import FeatureDistance, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
-from lightning_distill.outputs import select
-from lightning_distill.taps import Tap
+from lightning_distill.recording import Tap, select
 from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_distill.distiller import Distiller
 from lightning_distill.launcher.batches import as_arguments
 from lightning_distill.launcher.training import CriterionTerm
-from lightning_distill.taps import Call
+from lightning_distill.recording import Call
 
 
 class LoopDistiller(Distiller):

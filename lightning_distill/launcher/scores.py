@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_distill.launcher.batches import call_with, split_batch
 from lightning_distill.launcher.conf import Metric
-from lightning_distill.outputs import map_tensors, select
+from lightning_distill.recording import map_tensors, select
 
 _LOG = logging.getLogger("lightning_distill")
 

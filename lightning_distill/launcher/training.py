@@ -15,8 +15,7 @@ from lightning_distill.launcher import conf
 from lightning_distill.launcher.batches import call_with, split_batch
 from lightning_distill.launcher.scores import BestStudent
 from lightning_distill.module import DistillModule
-from lightning_distill.outputs import select
-from lightning_distill.taps import Call
+from lightning_distill.recording import Call, select
 from lightning_distill.terms import DistillationTerm
 
 

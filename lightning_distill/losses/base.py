@@ -47,6 +47,12 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.schedules: dict[str, Schedule] = {}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        schedules = self.__dict__.get("schedules")
+        if schedules and name in schedules and not isinstance(value, Schedule):
+            del schedules[name]  # a number that is assigned takes the place of the schedule
+        super().__setattr__(name, value)
+
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
         """Make the parameters of a loss with ``learned = True``.
 

@@ -88,7 +88,7 @@ def test_c7_values_and_gradients_are_the_lightning_halfs(
     stand_in.rows = torch.tensor(rows)
     theirs = stand_in.answer(3, torch.device("cpu"), lambda output: output)
     term = lightning_distill.LogitsDistillation(getattr(lightning_distill.losses, name)(**settings))
-    expected = term(lightning_distill.taps.Call((), {}, output=mine), theirs)
+    expected = term(lightning_distill.Call((), {}, output=mine), theirs)
     expected.backward()
 
     answers = keras_distill.TeacherCache.open(tmp_path).answers(rows)

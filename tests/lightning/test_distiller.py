@@ -18,7 +18,7 @@ from lightning_distill import (
     SoftTargetLoss,
     Tap,
 )
-from lightning_distill.taps import Call
+from lightning_distill.recording import Call
 
 
 def soft_targets(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:

@@ -19,8 +19,8 @@ from lightning_distill import (
     Tap,
 )
 from lightning_distill.adapters import make_adapter
-from lightning_distill.labels import find_labels
-from lightning_distill.patch import Patch
+from lightning_distill.recording import find_labels
+from lightning_distill.patch import MethodPatch
 
 
 class Maps(nn.Module):
@@ -268,7 +268,7 @@ def test_patches_come_off_in_any_order(order: tuple[int, ...]) -> None:
             return "."
 
     thing = Thing()
-    patches = [Patch(thing, "speak", lambda original, n=n: f"{n}{original()}") for n in range(3)]
+    patches = [MethodPatch(thing, "speak", lambda original, n=n: f"{n}{original()}") for n in range(3)]
     assert thing.speak() == "210."
     alive = {0, 1, 2}
     for index in order:

@@ -14,37 +14,40 @@ def find_labels(batch: Any, where: str | int | Callable[[Any], Tensor] | None) -
     """The labels in a batch.
 
     Args:
-        batch: What the data loader gave.
-        where: A key or field name, an index, a callable on the batch, or ``None``: ``batch[1]`` of a tuple or list,
-            else the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``.
+        batch: The batch, as the data loader returned it.
+        where: A key or field name, an index, a callable on the batch, or ``None``: the second entry of a pair, else the
+            entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``.
 
     Returns:
         The labels.
 
     Raises:
-        ValueError: If there are none at that place; the message says how to pass them.
+        ValueError: If they are not there, or nothing says which entry of a longer tuple they are; the message says how
+            to pass them.
 
     Example:
         >>> import torch
         >>> find_labels({"x": torch.zeros(2), "y": torch.tensor([3, 1])}, None)
         tensor([3, 1])
     """
-    found: Any
+    labels: Any = None
+    unnamed = isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields")
     if callable(where):
-        found = where(batch)
+        labels = where(batch)
     elif where is not None:
-        found = _entry(batch, where)
-    elif isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        found = _entry(batch, 1)
+        labels = _entry(batch, where)
+    elif unnamed:
+        labels = batch[1] if len(batch) == 2 else None  # of three or more the second may well be an index or a weight
     else:
-        found = next((entry for name in LABEL_NAMES if (entry := _entry(batch, name)) is not None), None)
-    if not isinstance(found, Tensor):
+        labels = next((entry for name in LABEL_NAMES if (entry := _entry(batch, name)) is not None), None)
+    if not isinstance(labels, Tensor):
         names = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        size = f" of {len(batch)} entries" if unnamed else ""
         raise ValueError(
             f"Expected `labels` to say where a batch keeps its labels, which a term needs, but got labels={where!r} and"
-            f" a batch of {names}. Pass labels=<key, index, or a function of the batch>."
+            f" a batch of {names}{size}. Pass labels=<key, index, or a function of the batch>."
         )
-    return found
+    return labels
 
 
 def _entry(batch: Any, where: str | int) -> Any:

@@ -1,0 +1,279 @@
+"""What the terms learn in a run: adapters, and the parameters of learned losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_distill.adapters.follower import Follower, OptimizerCallable, bare, world_size
+from lightning_distill.adapters.shapes import Shapes, calls_of, describe
+from lightning_distill.recording import Call
+
+if TYPE_CHECKING:
+    from lightning_distill.terms import DistillationTerm
+
+
+class LearnedParts:
+    """The parts of the terms that are trained: made from a first call, agreed on by all processes, trained, saved.
+
+    Making them is local: the shapes are equal in all processes and so is the seed. A part is made when its term first
+    has work to do. Processes may differ in that (a weight of 0 on one of them, a batch without targets): they agree at
+    the student's next optimizer step, where those that lack a part make it from the shapes alone.
+
+    Args:
+        terms: The terms, owned by whoever trains these parts.
+        factory: Makes their optimizer; ``None`` clones the student's.
+
+    Attributes:
+        allowed: Whether there may be such parts at all.
+        awaits_leader: If True, a missing optimizer is not an error yet: one may still step.
+        seed: Seed of the first values; ``None`` takes the seed of torch's generator.
+    """
+
+    def __init__(self, terms: Sequence[DistillationTerm], factory: OptimizerCallable | None = None) -> None:
+        self.terms, self.factory = terms, factory
+        self.allowed, self.awaits_leader = True, False
+        self.seed: int | None = None
+        self._follower: Follower | None = None
+        self._leader: Optimizer | None = None
+        self._scaler: torch.amp.GradScaler | None = None
+        self._handed_over = False
+        self._start()
+
+    def _start(self) -> None:
+        self._unmade = {term.name for term in self.terms if term.makes_parts}  # not made in this process
+        self._open = self._unmade | {term.name for term in self.terms if trained_by(term)}  # not agreed on by all
+        self._shapes: dict[str, Shapes] = {}
+        self._saved: dict[str, Any] = {}  # waits for the calls that show device and shapes
+
+    # Making them -----------------------------------------------------------------------------------------------------
+
+    def build(self, active: Sequence[DistillationTerm], student: Call, teachers: Sequence[Call]) -> None:
+        """Make the parts of the active terms that are not made yet.
+
+        Args:
+            active: The terms that have work to do.
+            student: A recorded call of the student.
+            teachers: The answer of each teacher to it.
+
+        Raises:
+            ValueError: If saved values do not fit, or the strategy allows no such parts.
+        """
+        if not self._unmade or not any(term.name in self._unmade for term in active):
+            return
+        for term in active:
+            if term.name in self._unmade:
+                self._shapes[term.name] = describe(term, student, teachers)
+                self._make(term, student, teachers)
+        self._train()
+
+    def _make(self, term: DistillationTerm, student: Call, teachers: Sequence[Call]) -> None:
+        index = next(position for position, other in enumerate(self.terms) if other is term)
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            # the seed is read, not drawn: the global random state stays as it is
+            torch.default_generator.manual_seed((seed + index) % 2**63)
+            term._remake(term.build, student, teachers)
+        self._unmade.discard(term.name)
+        if not self.allowed and (trained := trained_by(term)):
+            raise ValueError(
+                "Expected the terms to need no adapters under DeepSpeed, whose engine steps only the parameters it was"
+                f" given, but got {len(trained)} adapter parameters. Distil logits only, or use DDP or FSDP2."
+            )
+        values = self._saved.get("adapters", {}).get(term.name)
+        if values is not None:
+            _restore(term, values)
+
+    def agree(self, device: torch.device) -> None:
+        """Have every process make what any of them has made; called by all of them at the same place.
+
+        A small reduction each time, until all parts exist everywhere.
+
+        Raises:
+            ValueError: If the shapes differ between processes; in all of them.
+        """
+        if not self._open:
+            return
+        names = [term.name for term in self.terms if term.name in self._open]
+        made = torch.tensor([float(name not in self._unmade) for name in names], device=device)
+        torch.distributed.all_reduce(made)
+        counts = dict(zip(names, made.tolist(), strict=True))
+        fresh = [name for name in names if counts[name]]
+        if not fresh:
+            return
+        if any(counts[name] < world_size() for name in fresh):
+            known: list[Any] = [None] * world_size()
+            torch.distributed.all_gather_object(known, self._shapes)
+            for term in self.terms:
+                if term.name in fresh and term.name in self._unmade:
+                    self._shapes[term.name] = next(shapes[term.name] for shapes in known if term.name in shapes)
+                    self._make(term, *calls_of(term, self._shapes[term.name], device))
+        for term in self.terms:
+            if term.name in fresh:  # values that a factory drew elsewhere may differ
+                for tensor in term.state_dict().values():
+                    torch.distributed.broadcast(tensor, src=0)
+        self._open -= set(fresh)
+        self._train()
+
+    # Training them ---------------------------------------------------------------------------------------------------
+
+    @property
+    def leader(self) -> Optimizer | None:
+        """The optimizer that the parts' own follows, without its wrapper."""
+        return None if self._leader is None else bare(self._leader)
+
+    @property
+    def follower(self) -> Follower | None:
+        """What trains the parts; ``None`` without a leader."""
+        return self._follower
+
+    @property
+    def leaderless(self) -> bool:
+        """Whether neither an optimizer to follow nor one of the user's own is known."""
+        return self._leader is None and not self._handed_over
+
+    def check_trained(self) -> None:
+        """Raise if the parts made in an earlier step have been given to no optimizer.
+
+        Raises:
+            ValueError: If so; they would keep their first values.
+        """
+        if self._leader is None and not self._handed_over and not self.awaits_leader and self._trained():
+            raise ValueError(
+                "Expected an optimizer for the adapters, but none has been given. In a loop of your own call"
+                " distiller.follow(optimizer), or give distiller.parameters() to the student's optimizer; under a"
+                " Trainer let an optimizer hold the student's parameters."
+            )
+
+    def hand_over(self) -> list[nn.Parameter]:
+        """The parameters, for an optimizer of the user's own.
+
+        Raises:
+            ValueError: If a term reads layers and no batch has shown their shapes yet.
+        """
+        if any(term.student_taps for term in self.terms if term.name in self._unmade):
+            raise ValueError(
+                "Expected a first call of `total` before `parameters`, since adapters take their shapes from the first"
+                " batch, but got none. Call it first, or use distiller.follow(optimizer), which needs no batch."
+            )
+        self._handed_over = True
+        return self._trained()
+
+    def follow(self, leader: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Step with this optimizer from now on."""
+        self.unfollow()
+        self._leader, self._scaler = leader, scaler
+        if any(term.makes_parts or trained_by(term) for term in self.terms):
+            self._follower = Follower(self, leader, self.factory, scaler)
+            self._train()
+
+    def unfollow(self) -> None:
+        """Let the leader go; the optimizer's state is kept for the next one."""
+        if self._follower is not None:
+            optimizer = self._optimizer_state()
+            self._follower.close()
+            self._follower = None
+            self._saved = {**self._saved, "optimizer": optimizer}
+        self._leader = None
+
+    def forget_optimizer(self) -> None:
+        """Begin a new run with the values as they are and a fresh optimizer, as the student's is."""
+        self.unfollow()
+        self._saved.pop("optimizer", None)
+
+    def made(self, term: DistillationTerm) -> bool:
+        """Whether a term's parts exist, so that it can be called."""
+        return term.name not in self._unmade
+
+    def waits(self, term: DistillationTerm) -> bool:
+        """Whether a term's saved values wait for the parts to be made."""
+        return term.name in self._unmade and term.name in self._saved.get("adapters", {})
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for term in self._agreed() for parameter in trained_by(term)]
+
+    def _agreed(self) -> list[DistillationTerm]:
+        missing = self._open if world_size() > 1 else self._unmade
+        return [term for term in self.terms if term.name not in missing]
+
+    def _train(self) -> None:
+        """Give the follower's optimizer the parts that exist now, with the state that they have."""
+        follower = self._follower
+        parameters = self._trained()
+        if follower is None or not parameters or len(parameters) == len(follower._parameters):
+            return
+        saved = self._saved.get("optimizer") or {}
+        state = []
+        for term in self._agreed():
+            entries = saved.get("state", {}).get(term.name, [])
+            for index, parameter in enumerate(trained_by(term)):
+                state.append(follower.state_of(parameter) or (entries[index] if index < len(entries) else {}))
+        follower.adopt(parameters, state, follower.groups() or saved.get("groups", []))
+
+    # Saving them -----------------------------------------------------------------------------------------------------
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        saved = self._saved.get("optimizer") or {}
+        follower = self._follower
+        if follower is None or follower.optimizer is None:
+            return dict(saved)
+        state = dict(saved.get("state", {}))
+        state.update({term.name: [follower.state_of(one) for one in trained_by(term)] for term in self._agreed()})
+        return {"state": state, "groups": follower.groups()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values by term and their optimizer's state; empty where nothing is learned."""
+        adapters = dict(self._saved.get("adapters", {}))
+        made = [term for term in self.terms if term.name not in self._unmade]
+        adapters.update({term.name: values for term in made if (values := dict(term.state_dict()))})
+        return {"adapters": adapters, "optimizer": self._optimizer_state() or None} if adapters else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Start over, from saved values or, if the state is empty, from fresh ones.
+
+        Raises:
+            ValueError: If values were saved for other terms.
+        """
+        saved = state.get("adapters") or {}
+        if unknown := [name for name in saved if name not in {term.name for term in self.terms}]:
+            raise ValueError(
+                f"Expected the saved adapters to be of the terms {[term.name for term in self.terms]}, but got"
+                f" adapters of {unknown}. Resume with the terms that were saved, or start from the student's weights"
+                " alone."
+            )
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
+        leader = self._leader
+        for term in self.terms:
+            term._remake(term.reset)
+        self._start()
+        self._handed_over = False
+        self._saved = {key: value for key, value in state.items() if value}
+        for term in self.terms:
+            if term.name in saved and term.name not in self._unmade:  # parts of a user's own term, made by itself
+                _restore(term, saved[term.name])
+        self._leader = None
+        if leader is not None:
+            self.follow(leader, self._scaler)
+
+
+def trained_by(term: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a term that are trained."""
+    return [parameter for parameter in term.parameters() if parameter.requires_grad]
+
+
+def _restore(term: DistillationTerm, values: dict[str, Tensor]) -> None:
+    try:
+        term.load_state_dict(values)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"Expected the saved adapters to fit term {term.name!r}, but got {reason}. Resume with the terms that"
+            " were saved, or start from the student's weights alone."
+        ) from None

@@ -1,0 +1,78 @@
+"""The shapes that a term's parts are made from, so that a process without a batch can make them too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_distill.recording import Call, Tap
+
+if TYPE_CHECKING:
+    from lightning_distill.terms import DistillationTerm
+
+Shape = tuple[list[int], str]
+Shapes = dict[str, Any]  # "student" and "teachers": the shapes at the term's taps and of the logits
+
+
+class _ShapedCall(Call):
+    """A call of which only shapes are known: its features are zeros."""
+
+    features: dict[Tap, Tensor]
+
+    def feature(self, tap: Tap) -> Tensor:
+        """Zeros in the shape of the feature."""
+        return self.features[tap]
+
+
+def describe(term: DistillationTerm, student: Call, teachers: Sequence[Call]) -> Shapes:
+    """The shapes and dtypes that a term reads in these calls.
+
+    Args:
+        term: The term.
+        student: A recorded call of the student.
+        teachers: The answer of each teacher to it.
+    """
+    return {
+        "student": _side(student, term.student_taps),
+        "teachers": [_side(teacher, term.teacher_taps) for teacher in teachers],
+    }
+
+
+def calls_of(term: DistillationTerm, shapes: Shapes, device: torch.device) -> tuple[Call, list[Call]]:
+    """Calls of zeros in the shapes that :func:`describe` has noted.
+
+    Args:
+        term: The term.
+        shapes: The shapes.
+        device: Device of the zeros.
+    """
+    student = _shaped(shapes["student"], term.student_taps, device, "student", 0)
+    teachers = [
+        _shaped(side, term.teacher_taps, device, "teacher", index) for index, side in enumerate(shapes["teachers"])
+    ]
+    return student, teachers
+
+
+def _side(call: Call, taps: Sequence[Tap]) -> dict[str, Any]:
+    output = _shape(call.output) if isinstance(call.output, Tensor) else None
+    return {"taps": [_shape(call.feature(tap)) for tap in taps], "output": output}
+
+
+def _shape(tensor: Tensor) -> Shape:
+    # under autocast parameters stay in float32
+    dtype = torch.float32 if torch.is_autocast_enabled(tensor.device.type) else tensor.dtype
+    return list(tensor.shape), str(dtype).removeprefix("torch.")
+
+
+def _zeros(shape: Shape | None, device: torch.device) -> Tensor | None:
+    return None if shape is None else torch.zeros(shape[0], dtype=getattr(torch, shape[1]), device=device)
+
+
+def _shaped(side: dict[str, Any], taps: Sequence[Tap], device: torch.device, who: str, teacher: int) -> Call:
+    call = _ShapedCall((), {}, output=_zeros(side["output"], device), who=who, teacher=teacher)
+    features = [_zeros(shape, device) for shape in side["taps"]]
+    call.features = dict(zip(taps, features, strict=True))  # type: ignore[arg-type]
+    return call

@@ -1,0 +1,154 @@
+"""Every private name of torch and Lightning that this package uses; tests/lightning/test_compat.py has a test for each.
+
+A new release of torch or Lightning is checked by running that file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:  # recording, teachers and adapters use this module and know no Trainer
+    from lightning.pytorch import Trainer
+
+# torch ---------------------------------------------------------------------------------------------------------------
+
+
+def version_of(tensor: Tensor) -> int:
+    """How many in-place changes a tensor has seen; not for inference tensors, which do not count them."""
+    return tensor._version
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Any]:
+    """The table of a module's forward hooks.
+
+    An entry costs a twentieth of ``register_forward_hook`` and ``remove``, which matters for hooks of one step.
+    """
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
+    """The table of a module's forward pre-hooks."""
+    return module._forward_pre_hooks
+
+
+def pre_hooks_with_kwargs(module: nn.Module) -> dict[int, bool]:
+    """Keys of the pre-hooks that receive keyword arguments too."""
+    return module._forward_pre_hooks_with_kwargs
+
+
+def always_called_hooks(module: nn.Module) -> dict[int, bool]:
+    """Keys of the forward hooks that also run after an exception."""
+    return module._forward_hooks_always_called
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was applied to this very module, as a wrapper or in place."""
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(module, "_orig_mod") or getattr(module, "_compiler_ctx", None) is not None
+
+
+def unwrapped(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper of DDP, torch.compile or Fabric; ``None`` if it is not such a wrapper."""
+    inside = [module._modules.get(name) for name in ("module", "_orig_mod", "_forward_module")]
+    return next((inner for inner in inside if inner is not None), None)
+
+
+class HookGuards:
+    """Makes torch.compile notice hooks that come and go, while it is held.
+
+    By default dynamo does not guard on hooks: a graph that was traced without them is used with them, and the feature
+    is missing without an error. With the guards there is one graph with hooks and one without, and no recompilation
+    from step to step. Graphs from before have no such guard and are dropped, if there are any.
+    """
+
+    _holders = 0  # several may be held at once, and released in any order
+    _before = True
+
+    def __init__(self) -> None:
+        self._held = "torch._dynamo" in sys.modules  # else nothing has been compiled, and importing it takes a second
+        if not self._held:
+            return
+        from torch._dynamo import config, convert_frame
+
+        if HookGuards._holders == 0:
+            HookGuards._before = config.skip_nnmodule_hook_guards
+            config.skip_nnmodule_hook_guards = False
+            if convert_frame.input_codes.seen:
+                torch.compiler.reset()
+        HookGuards._holders += 1
+
+    def undo(self) -> None:
+        """Give the setting back when the last holder lets go."""
+        if not self._held:
+            return
+        self._held = False
+        HookGuards._holders -= 1
+        if HookGuards._holders == 0:
+            from torch._dynamo import config
+
+            config.skip_nnmodule_hook_guards = HookGuards._before
+
+
+def overflow_flags(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[torch.device, Tensor]:
+    """The flags of each device that say whether an optimizer's unscaled gradients overflowed.
+
+    The scaler has no public way to make two optimizers skip a step together; ``step`` asks each for its own flags.
+    """
+    found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return dict(found)
+
+
+def plain_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """The step of an optimizer that nobody can have hooked, without the profiler's record; it shows in short steps."""
+    step = type(optimizer).step
+    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+
+
+# Lightning -----------------------------------------------------------------------------------------------------------
+
+
+def is_log_step(trainer: Trainer) -> bool:
+    """Whether the loggers are updated in this step."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def spawns(trainer: Trainer) -> bool:
+    """Whether the Trainer's processes are started by multiprocessing, so that the callback lives on in their parent."""
+    return hasattr(trainer.strategy.launcher, "_start_method")
+
+
+def after_closure(trainer: Trainer) -> tuple[Any, str]:
+    """The method that every optimizer step passes once its gradients are there and unscaled: owner and name.
+
+    The callbacks' own hook would not do: the finders put callbacks aside.
+    """
+    return trainer.precision_plugin, "_after_closure"
+
+
+def training_loaders(trainer: Trainer) -> Any:
+    """The CombinedLoader of the training loop; ``None`` before the data are set up."""
+    return trainer.fit_loop._combined_loader
+
+
+_BASES = ("LightningModule", "ModelHooks", "DataHooks")  # where `lightning` and `pytorch_lightning` define empty hooks
+
+
+def overrides(module: Any, name: str) -> bool:
+    """Whether a LightningModule of either package defines a hook itself, in its class or on the object.
+
+    Lightning's own ``is_overridden`` refuses modules of the other package.
+    """
+    if name in vars(module):
+        return True
+    return next(kind for kind in type(module).__mro__ if name in vars(kind)).__name__ not in _BASES
+
+
+def has_strategy(trainer: Trainer, name: str) -> bool:
+    """Whether the strategy is of a class of this name, in ``lightning`` or ``pytorch_lightning``."""
+    return name in [kind.__name__ for kind in type(trainer.strategy).__mro__]

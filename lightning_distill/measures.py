@@ -1,0 +1,99 @@
+"""Means over an epoch of what the steps have measured, and the agreement with the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_distill.metrics import TeacherAgreement
+
+Reduce = Callable[[Tensor], Tensor]
+_PENDING = 256  # sums are taken this rarely, since every operation on single numbers shows in a short step
+
+
+class Means:
+    """Means of named scalars over the batches of an epoch, weighted by the number of examples.
+
+    Args:
+        names: The names, equal in all processes.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._pending: list[tuple[Mapping[str, Tensor], int]] = []
+        self._sums: Tensor | None = None  # a row of weighted sums and a row of weights
+
+    def add(self, values: Mapping[str, Tensor], size: int) -> None:
+        """Add the values of a batch.
+
+        Args:
+            values: Detached scalars by name; names may be missing.
+            size: Number of examples.
+        """
+        self._pending.append((values, size))
+        if len(self._pending) >= _PENDING:
+            self._flush()
+
+    def _flush(self) -> None:
+        for index, name in enumerate(self._names):
+            present = [(values[name], size) for values, size in self._pending if name in values]
+            if not present:
+                continue
+            values = torch.stack([value.float() for value, _ in present])
+            sizes = torch.tensor([float(size) for _, size in present], device=values.device)
+            if self._sums is None:
+                self._sums = torch.zeros(2, len(self._names), device=values.device)
+            self._sums[0, index] += (values * sizes).sum()
+            self._sums[1, index] += sizes.sum()
+        self._pending = []
+
+    def compute(self, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
+        """The means since the last reset; only names that had a value in some process.
+
+        Args:
+            device: Device of the result.
+            reduce: The sum of a tensor over all processes.
+        """
+        self._flush()
+        sums = torch.zeros(2, len(self._names), device=device) if self._sums is None else self._sums
+        totals, weights = reduce(sums.clone())
+        return {
+            name: totals[index] / weights[index]
+            for index, (name, weight) in enumerate(zip(self._names, weights.tolist(), strict=True))
+            if weight > 0
+        }
+
+    def reset(self) -> None:
+        """Start over."""
+        self._pending, self._sums = [], None
+
+
+class LoaderMeasures:
+    """What validation measures on one loader.
+
+    Args:
+        names: Names of the losses.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.losses = Means(names)
+        self.agreement: TeacherAgreement | None = None
+
+    def agree(self, student: Tensor, teacher: Tensor, mask: Tensor | None, class_dim: int | None) -> None:
+        """Count a batch.
+
+        Args:
+            student: The student's logits.
+            teacher: The teacher's logits.
+            mask: The positions that count; ``None`` is all of them.
+            class_dim: Dimension that counts the classes; ``None`` leaves it to the shape.
+        """
+        if self.agreement is None:
+            dim = class_dim if class_dim is not None else 1 if student.ndim >= 4 else -1
+            self.agreement = TeacherAgreement(class_dim=dim).to(student.device)
+        if mask is None:
+            self.agreement.update(student, teacher)
+        else:
+            self.agreement.update(student, teacher, mask=mask)

@@ -1,0 +1,52 @@
+"""What a batch holds, and how a network is called with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_distill.recording.labels import LABEL_NAMES, find_labels
+
+
+def split_batch(batch: Any, labels: str | int | Callable[[Any], Tensor] | None = None) -> tuple[Any, Tensor]:
+    """Inputs and labels of a batch.
+
+    Args:
+        batch: ``(inputs, labels)``, or a dict with the labels under one of their usual names.
+        labels: Where the labels are, as in :func:`find_labels`.
+
+    Returns:
+        Inputs and labels.
+
+    Raises:
+        ValueError: If there are no labels.
+
+    Example:
+        >>> import torch
+        >>> split_batch({"x": torch.ones(2), "labels": torch.tensor([1, 0])})
+        ({'x': tensor([1., 1.])}, tensor([1, 0]))
+    """
+    return inputs_in(batch, labels), find_labels(batch, labels)
+
+
+def inputs_in(batch: Any, labels: str | int | Callable[[Any], Tensor] | None = None) -> Any:
+    """The inputs in a batch: a dict without its labels, the first of several entries, or all of it."""
+    if isinstance(batch, Mapping):
+        names = (*LABEL_NAMES, labels) if isinstance(labels, str) else LABEL_NAMES
+        return {key: value for key, value in batch.items() if key not in names}
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments that inputs mean: a dict is keywords, a tuple or list several, all else one."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def call_with(model: Any, inputs: Any) -> Any:
+    """The output of a model for the inputs of a batch."""
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)

@@ -1,0 +1,241 @@
+"""Taps, the places that features are read from, and calls, the recorded forward passes that they are read in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.compat import version_of
+from lightning_distill.recording.outputs import map_tensors, select, tensors_in
+
+Versions = list[tuple[Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a network that a feature is read from.
+
+    Args:
+        layer: Dotted path of the layer below the student or the teacher, such as ``"layer3.0"``; ``""`` is the whole
+            network.
+        output: Which part of the layer's output: an index of a tuple or list, a key of a dict or a field of a
+            dataclass, a tuple of these for nested outputs, or a callable that picks a tensor. ``None`` takes the
+            obvious tensor and refuses to guess.
+        call: Which call of the layer, from 0, where one forward pass runs it several times.
+        where: ``"output"`` reads what the layer returns, ``"input"`` what it is called with.
+
+    Raises:
+        TypeError: If ``layer`` is not a string.
+        ValueError: If ``where`` is neither ``"output"`` nor ``"input"``, or ``call`` is negative.
+
+    Example:
+        >>> Tap("encoder.layer.3", output=0)
+        Tap(layer='encoder.layer.3', output=0, call=None, where='output')
+    """
+
+    layer: str
+    output: int | str | tuple[int | str, ...] | Callable[[Any], Tensor] | None = None
+    call: int | None = None
+    where: Literal["output", "input"] = "output"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, str):
+            raise TypeError(f"Expected `layer` to be a string, but got layer={self.layer!r}. Pass the layer's path.")
+        if self.where not in ("output", "input"):
+            raise ValueError(f"Expected `where` to be 'output' or 'input', but got where={self.where!r}.")
+        if self.call is not None and self.call < 0:
+            raise ValueError(f"Expected `call` to be 0 or greater, but got call={self.call}.")
+
+    @classmethod
+    def of(cls, layer: str | Tap) -> Tap:
+        """The tap itself, or a tap on the output of the layer of that name."""
+        return layer if isinstance(layer, Tap) else cls(layer)
+
+
+def snapshot(value: Any, copy: bool) -> tuple[Any, Versions]:
+    """A value with the versions of its tensors, which tell later whether one of them was changed in place.
+
+    Args:
+        value: What a network was called with or returned.
+        copy: Whether to copy the tensors, because their versions say nothing.
+    """
+    # A compiled graph turns in-place changes into new tensors, so versions say nothing there: take a copy, which the
+    # compiler fuses. Inference tensors keep no versions either.
+    if copy or torch.compiler.is_compiling():
+        return map_tensors(value, torch.clone), []
+    if isinstance(value, Tensor) and not value.is_inference():  # by far the commonest
+        return value, [(value, version_of(value))]
+    return value, [(tensor, version_of(tensor)) for tensor in tensors_in(value) if not tensor.is_inference()]
+
+
+def changed(versions: Versions, picked: Tensor | None = None) -> bool:
+    """Whether a tensor was changed in place since its version was noted.
+
+    Args:
+        versions: The tensors and their versions.
+        picked: The tensor that is read. If it is one of them, the others may change.
+    """
+    if picked is not None:
+        for tensor, version in versions:
+            if tensor is picked:
+                return version_of(tensor) != version
+    for tensor, version in versions:  # noqa: SIM110 - a generator would cost more than the loop
+        if version_of(tensor) != version:
+            return True
+    return False
+
+
+@dataclass(eq=False)
+class Call:
+    """One recorded forward pass of a network.
+
+    Attributes:
+        args: Positional arguments that the network was called with.
+        kwargs: Keyword arguments that it was called with.
+        output: What it returned.
+        who: ``"student"`` or ``"teacher"``, for messages.
+        teacher: Which of several teachers answered, from 0.
+        trains: Whether gradients must flow back into the call, so that reading a tensor without them is an error.
+        read_logits: From the output to the logits.
+        batch: The batch of the step, as the training or validation step received it; ``None`` where it is not known.
+        top_k: The likeliest classes, where a cached teacher holds only those.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    who: str = "student"
+    teacher: int = 0
+    trains: bool = False
+    read_logits: Callable[[Any], Tensor] | None = None
+    batch: Any = field(default=None, repr=False)
+    top_k: Any = None
+    input_versions: Versions = field(default_factory=list, repr=False)
+    output_versions: Versions = field(default_factory=list, repr=False)
+    runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def given(
+        cls,
+        output: Any = None,
+        features: Mapping[tuple[str, str], Any] | None = None,
+        *,
+        who: str = "teacher",
+        **attributes: Any,
+    ) -> Call:
+        """A call that was not recorded, made from outputs that are known.
+
+        Args:
+            output: What the network would return.
+            features: What its layers would give, by layer and side, such as ``{("layer3", "output"): tensor}``.
+            who: ``"student"`` or ``"teacher"``.
+            **attributes: Further attributes of the call.
+
+        Example:
+            >>> Call.given(features={("body", "output"): torch.ones(2, 3)}).feature(Tap("body")).shape
+            torch.Size([2, 3])
+        """
+        runs = {place: [(feature, [])] for place, feature in (features or {}).items()}
+        return cls((), {}, output=output, who=who, runs=runs, **attributes)  # type: ignore[arg-type]
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits in the call's output.
+
+        Raises:
+            ValueError: If the output was changed in place since, holds no obvious logits, or carries no gradient.
+        """
+        return self.output_at(None)
+
+    def output_at(self, output: int | str | tuple[int | str, ...] | Callable[[Any], Tensor] | None) -> Tensor:
+        """One tensor of the call's output.
+
+        Args:
+            output: Which one, as in :class:`Tap`; ``None`` is the logits.
+
+        Raises:
+            ValueError: As for :attr:`logits`.
+        """
+        if output is None and self.read_logits is not None:
+            picked = self.read_logits(self.output)
+        else:
+            picked = select(self.output, output, f"the {self.who}'s output")
+        if changed(self.output_versions, picked):
+            raise ValueError(
+                f"Expected the {self.who}'s output to stay as it was returned, but it was changed in place since."
+                " Compute a new tensor from it."
+            )
+        return self._with_gradient(picked)
+
+    def _with_gradient(self, tensor: Tensor, layer: str | None = None) -> Tensor:
+        if self.trains and not tensor.requires_grad:
+            place = "output" if layer is None else f"layer {layer!r}"
+            raise ValueError(
+                f"Expected the student's {place} to carry a gradient, but it does not: it is frozen, or runs inside"
+                " reentrant activation checkpointing. Unfreeze it, pass use_reentrant=False, or tap another layer."
+            )
+        return tensor
+
+    def feature(self, tap: Tap) -> Tensor:
+        """The tensor that a tap reads.
+
+        Args:
+            tap: The place; the recorder must have been made with it.
+
+        Returns:
+            The feature, with its graph.
+
+        Raises:
+            ValueError: If the layer did not run, ran more than once without a call index, was changed in place after
+                it was read, gives no obvious tensor, or carries no gradient where the call needs one.
+        """
+        runs = self.runs.get((tap.layer, tap.where), [])
+        if not runs and tap.layer == "":
+            whole = self.output if tap.where == "output" else inputs_of(self.args, self.kwargs)
+            runs = [(whole, self.input_versions if tap.where == "input" else self.output_versions)]
+        if len(runs) == 1 and not tap.call and tap.output is None and isinstance(runs[0][0], Tensor):
+            value, versions = runs[0]  # by far the commonest
+            if not changed(versions):
+                return self._with_gradient(value, tap.layer)
+        place = f"{self.who} layer {tap.layer!r}"
+        if not runs:
+            raise ValueError(f"Expected {place} to run in the {self.who}'s forward pass, but it did not. Tap another.")
+        if tap.call is None and len(runs) > 1:
+            raise ValueError(
+                f"Expected {place} to run once in a forward pass, but it ran {len(runs)} times."
+                f" Pass Tap({tap.layer!r}, call=0) to call={len(runs) - 1}."
+            )
+        if (tap.call or 0) >= len(runs):
+            raise ValueError(f"Expected `call` to be below {len(runs)}, the runs of {place}, but got call={tap.call}.")
+        value, versions = runs[tap.call or 0]
+        picked = select(value, tap.output, f"the {tap.where} of {place}")
+        if changed(versions, picked):
+            raise ValueError(
+                f"Expected {place} to keep the feature that was read from it, but a later layer changed it in place."
+                " Tap that later layer, or build it with inplace=False."
+            )
+        return self._with_gradient(picked, tap.layer)
+
+    def check_input(self) -> None:
+        """Raise if the network's input was changed in place since, so that the teacher would see another one.
+
+        Raises:
+            ValueError: If it was.
+        """
+        if changed(self.input_versions):
+            raise ValueError(
+                f"Expected the {self.who}'s input to stay as it was, but it was changed in place, so the teacher would"
+                " not see what the student saw. Build the first layer with inplace=False, and make a new tensor where"
+                " the training step changes it."
+            )
+
+
+def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer was called with, as one value: its only argument, or the tuple or dict of them."""
+    if kwargs and not args:
+        return kwargs
+    return args[0] if len(args) == 1 else args

@@ -1,0 +1,134 @@
+"""What networks and layers return: tensors, and tuples, lists, dicts, dataclasses and model outputs of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+Output = int | str | tuple[int | str, ...] | Callable[[Any], Tensor] | None
+
+
+def select(value: Any, output: Output, what: str) -> Tensor:
+    """The tensor that ``output`` picks from ``value``, or the obvious one where ``output`` is ``None``.
+
+    Obvious are, in this order: the tensor itself; the entry named ``"logits"`` of a dict, model output, named tuple or
+    dataclass; its only tensor with at least one dimension. Where there are several, nothing is obvious.
+
+    Args:
+        value: The output of a network or a layer.
+        output: An index, a key or field name, a tuple of these for nested outputs, a callable, or ``None``.
+        what: Name of the value in error messages.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: If nothing is obvious, or ``output`` does not pick a tensor; the message lists the entries.
+
+    Example:
+        >>> import torch
+        >>> select({"logits": torch.ones(2, 3), "state": torch.zeros(2)}, None, "the student's output").shape
+        torch.Size([2, 3])
+    """
+    if isinstance(value, Tensor) and output is None:
+        return value
+    picked: Any = None
+    entries = entries_of(value)
+    if callable(output):
+        picked = output(value)
+    elif isinstance(value, Tensor):
+        raise ValueError(f"Expected `output` to be None where {what} is a tensor, but got output={output!r}.")
+    elif output is not None:
+        picked = value
+        for key in output if isinstance(output, tuple) else (output,):
+            picked = _entry(picked, key)
+    else:
+        tensors = {key: entry for key, entry in entries.items() if isinstance(entry, Tensor) and entry.ndim > 0}
+        if "logits" in entries:
+            picked = entries["logits"]
+        elif len(tensors) == 1:
+            picked = next(iter(tensors.values()))
+    if not isinstance(picked, Tensor):
+        present = ", ".join(f"{key!r}: {_describe(entry)}" for key, entry in entries.items()) or _describe(value)
+        remedy = "Pass output=..., as in LogitsDistillation(output=1) or Tap(layer, output=1), or override `logits`"
+        raise ValueError(
+            f"Expected `output` to pick one tensor of {what}, but got output={output!r}. {remedy}; the entries are"
+            f" {present}."
+        )
+    return picked
+
+
+def entries_of(value: Any) -> dict[Any, Any]:
+    """The entries of a tuple, list, dict, model output, named tuple or dataclass by key; empty for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "_fields"):
+        return {name: getattr(value, name) for name in value._fields}
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: getattr(value, entry.name) for entry in fields(value)}
+    return {}
+
+
+def _entry(value: Any, key: Any) -> Any:
+    entries = entries_of(value)
+    if key in entries:
+        return entries[key]
+    if isinstance(key, int) and -len(entries) <= key < len(entries):
+        return list(entries.values())[key]
+    return None
+
+
+def _describe(value: Any) -> str:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a value and in its tuples, lists, dicts and dataclasses, in order."""
+    waiting = [value]
+    while waiting:  # not recursive: this runs for every feature of every step
+        first = waiting.pop()
+        if isinstance(first, Tensor):
+            yield first
+        elif isinstance(first, (tuple, list)):
+            waiting += reversed(first)
+        elif not isinstance(first, (str, int, float, bytes, type(None))):
+            waiting += reversed(entries_of(first).values())
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``function`` applied to every tensor in its tuples, lists, dicts and dataclasses."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(entry, function) for entry in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)([map_tensors(entry, function) for entry in value])
+    if isinstance(value, Mapping):
+        copied: Any = dict(value) if type(value) is dict else copy.copy(value)
+        for key, entry in value.items():
+            copied[key] = map_tensors(entry, function)
+        return copied
+    if is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for entry in fields(value):
+            object.__setattr__(copied, entry.name, map_tensors(getattr(value, entry.name), function))
+        return copied
+    return value
+
+
+def first_tensor(*values: Any) -> Tensor:
+    """The first tensor in the values and their tuples, lists, dicts and dataclasses.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for value in values:
+        for tensor in tensors_in(value):
+            return tensor
+    raise ValueError("Expected the student to be called with a tensor or to return one, but found none.")

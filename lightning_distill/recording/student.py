@@ -1,0 +1,128 @@
+"""The search for the student inside a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from lightning_distill.checks import closest
+from lightning_distill.recording.calls import Call, Tap
+from lightning_distill.recording.recorder import Recorder, Recording, find_layer
+
+
+class StudentFinder:
+    """Finds the network that a training step calls, and records it.
+
+    The student is the module itself where its forward is called; else the one child with trainable parameters and all
+    the tapped layers that is called. A path names it; several paths name networks that are called one after the other,
+    as in ``self.head(self.backbone(x))``: together they are the student.
+
+    Args:
+        module: The LightningModule.
+        taps: Layers to read, named from the module (``"model.layer3"``) or from the student (``"layer3"``).
+        student: Path of the student, paths of its parts, or ``None`` to find it.
+
+    Raises:
+        ValueError: If a path is unknown.
+    """
+
+    def __init__(self, module: nn.Module, taps: Sequence[Tap], student: str | Sequence[str] | None = None) -> None:
+        self._module, self._taps, self._student = module, taps, student
+        self._recorders: dict[str, Recorder] | None = None
+        self._found: Recorder | None = None
+        if student is not None:
+            self._found = self._named()
+
+    def _named(self) -> Recorder:
+        paths = [self._student] if isinstance(self._student, str) else list(self._student or [])
+        modules = []
+        for path in paths:
+            network = find_layer(self._module, path)
+            if network is None:
+                names = [name for name, _ in self._module.named_modules() if name]
+                raise ValueError(
+                    f"Expected `student` to name a module of the LightningModule, but got student={path!r}."
+                    f" {closest(path, names)}"
+                )
+            modules.append(network)
+        if not modules:
+            raise ValueError("Expected `student` to name a module, but got an empty sequence. Pass None to find it.")
+        if len(modules) == 1:
+            return Recorder(modules[0], self._taps, prefix=f"{paths[0]}." if paths[0] else "")
+        return Recorder(self._module, self._taps, first=modules[0], last=modules[-1])
+
+    def check(self, terms: Iterable[tuple[str, Tap]]) -> None:
+        """Raise if no candidate has the tapped layers.
+
+        Raises:
+            ValueError: With the closest names.
+        """
+        candidates = [self._found] if self._found else list(self._candidates().values())
+        min(candidates, key=lambda recorder: len(recorder.unknown())).check(terms)
+
+    def _candidates(self) -> dict[str, Recorder]:
+        recorders = {"": Recorder(self._module, self._taps)}
+        for name, child in _children(self._module):
+            # Losses, metrics and frozen networks are called too, and are not students.
+            if any(parameter.requires_grad for parameter in child.parameters()):
+                recorders[name] = Recorder(child, self._taps, prefix=f"{name}.")
+        return recorders
+
+    @property
+    def root(self) -> nn.Module:
+        """The student once it is found; before that the whole module."""
+        return self._module if self._found is None else self._found.root
+
+    def recording(self, needs_grad: bool, features: bool) -> Recording:
+        """A context that records the student, or every candidate until a step has shown which one it is."""
+        if self._found is not None:
+            return Recording([self._found], needs_grad, features)
+        if self._recorders is None:
+            self._recorders = {name: one for name, one in self._candidates().items() if not one.unknown()}
+        return Recording(list(self._recorders.values()), needs_grad, features)
+
+    def find(self) -> list[Call]:
+        """Find the student among the candidates that were called, and return its recorded calls.
+
+        Raises:
+            ValueError: If several children were called.
+        """
+        if self._found is None:
+            called = {name: recorder for name, recorder in (self._recorders or {}).items() if recorder.calls}
+            if "" in called:
+                called = {"": called[""]}
+            if len(called) > 1:
+                raise ValueError(
+                    "Expected one student to be called in `training_step`, but several modules were:"
+                    f" {', '.join(map(repr, called))}. Pass student=<one of them>, or student={[*called]} if they are"
+                    " called one after the other and are the student together."
+                )
+            for recorder in called.values():
+                self._found, self._recorders = recorder, None
+        return [] if self._found is None else self._found.calls
+
+    def never_called(self) -> str:
+        """The error message where no call was recorded."""
+        if self._student is not None:
+            place = f"the student {self._student!r}"
+        else:
+            place = "the LightningModule or one child that has the tapped layers"
+        return (
+            f"Expected {place} to be called with gradients in `training_step`, but it was not. Call it as a module,"
+            " self.model(x) and not self.model.forward(x), or name the submodule that is called: student=<its path>."
+            " Networks that are called one after the other are named together: student=['backbone', 'head']."
+        )
+
+    def clear(self) -> None:
+        """Release what was recorded."""
+        for recorder in [self._found] if self._found else (self._recorders or {}).values():
+            recorder.clear()
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # containers are never called themselves
+            yield from ((f"{name}.{key}", inner) for key, inner in child.named_children())
+        else:
+            yield name, child

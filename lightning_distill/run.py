@@ -1,0 +1,326 @@
+"""Everything of one fit or validation under a Trainer: made in `setup`, dropped at the end."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_distill import compat
+from lightning_distill.adapters.follower import bare
+from lightning_distill.adapters.learned import LearnedParts
+from lightning_distill.measures import LoaderMeasures, Means
+from lightning_distill.patch import MethodPatch, patch_step
+from lightning_distill.progress import fraction_done
+from lightning_distill.recording.student import StudentFinder
+from lightning_distill.schedules import Progress
+from lightning_distill.step import DistillStep, Given
+from lightning_distill.teachers.source import as_source, shared_parameter
+
+if TYPE_CHECKING:
+    from lightning_distill.callback import DistillCallback
+
+_TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+class Run:
+    """One fit or validation: the patches, the recording, the hold on the teacher, what is learned and measured.
+
+    Nothing is left on the LightningModule between two steps. Patches sit on objects of the Trainer, which no copy and
+    no pickle of the module contains; what must be on the module, its step and the hooks of its layers, is put there for
+    one call.
+
+    Args:
+        callback: The settings, and the methods that users override.
+        trainer: The Trainer.
+        module: The LightningModule.
+        stage: ``"fit"`` or ``"validate"``.
+        state: What an earlier run has learned.
+
+    Raises:
+        MisconfigurationException: If the strategy or the module's step cannot be distilled.
+        ValueError: If a layer is unknown, or the teacher shares trained parameters with the student.
+    """
+
+    def __init__(
+        self, callback: DistillCallback, trainer: Trainer, module: LightningModule, stage: str, state: dict[str, Any]
+    ) -> None:
+        self.callback, self.trainer, self.module = callback, trainer, module
+        self._patches: list[Any] = []
+        terms = callback.terms
+        self.learned = LearnedParts(terms, callback.adapter_optimizer)
+        self.learned.allowed = not compat.has_strategy(trainer, "DeepSpeedStrategy")
+        self.learned.seed = trainer.strategy.broadcast(torch.initial_seed())  # processes may be seeded differently
+        taps = [tap for term in terms for tap in term.teacher_taps]
+        student = StudentFinder(module, [tap for term in terms for tap in term.student_taps], callback.student)
+        self.step = DistillStep(
+            callback,
+            terms,
+            student,
+            as_source(callback.teacher, taps, callback.teacher_forward, callback.teacher_dtype),
+            self.learned,
+            labels=callback.labels,
+            read_logits=callback.logits,
+            never_called=student.never_called,
+        )
+        names = [f"{term.name}_loss" for term in terms]
+        self._train_means = Means(["loss", "task_loss", "distillation_loss", *names])
+        self._val_names = ["loss", "task_loss", "distillation_loss", *names]
+        self._loaders: dict[int, LoaderMeasures] = {}
+        self._measures = False
+        self._position: float | None = 0.0
+        self._batch: Any = None
+        self._in_step = self._explicit = self._ever_explicit = False
+        if not (compat.overrides(module, "configure_model") or compat.overrides(module, "setup")):
+            self._check()  # else the layers may not exist yet: the first step checks
+            self._checked = True
+        else:
+            self._checked = False
+        self.learned.load_state_dict(state)
+        try:
+            self._begin(stage)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self) -> None:
+        self.step.check()
+        name = shared_parameter(self.step.student.root, self.step.source)
+        if name is not None:
+            raise ValueError(
+                f"Expected `teacher` to share no trained parameter with the student, but got {name!r} in both. Pass a"
+                " copy, copy.deepcopy(teacher), or freeze what both have; where the module keeps the teacher beside the"
+                " student, pass student=<path of the student>."
+            )
+
+    def _begin(self, stage: str) -> None:
+        trainer, callback = self.trainer, self.callback
+        # not by the precision plugin, which replaces layers under some settings and could not be undone
+        dtype = _TRUE_PRECISIONS.get(str(trainer.precision_plugin.precision))
+        self.step.source.hold(trainer.strategy.root_device, dtype)
+        self._patches.append(compat.HookGuards())
+        if stage == "fit":
+            self._takes_iterator = "dataloader_iter" in inspect.signature(self.module.training_step).parameters
+            self._patches += [
+                patch_step(trainer.strategy, "training_step", self.training_step),
+                MethodPatch(*compat.after_closure(trainer), self._before_optimizer_step),
+            ]
+        scored = any(term.compares_class_scores for term in callback.terms)
+        wanted = scored if callback.validate is None else callback.validate
+        if wanted and self.step.source.live and compat.overrides(self.module, "validation_step"):
+            self._measures = True
+            self._patches.append(patch_step(trainer.strategy, "validation_step", self.validation_step))
+
+    def close(self) -> None:
+        """Take every patch off, and give the teacher back as it was."""
+        for patch in self._patches:
+            patch.undo()
+        self._patches = []
+        self.learned.unfollow()
+        self.step.release()
+        self.step.source.release()
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def training_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's training step, with the total in place of its loss."""
+        if not self._checked:
+            self._check()
+            self._checked = True
+        self._advance()
+        distill = self.step
+        distill.parts = {}
+        self._batch = None if self._takes_iterator else args[0] if args else kwargs.get("batch")
+        self._in_step, self._explicit = True, False
+        try:
+            with distill.record():
+                output = step(*args, **kwargs)
+            self._follow_the_students()
+            # asked after the step, which may have set a weight
+            if not self._explicit and self._changes_loss():
+                output = self._with_distillation(output)
+        finally:
+            distill.release()
+            self._in_step, self._batch = False, None
+        if distill.parts:
+            self._log(output)
+        return output
+
+    def _changes_loss(self) -> bool:
+        idle = self.step.idle and self.callback.task_weight == 1
+        return not idle or self.trainer.world_size > 1
+
+    def _with_distillation(self, output: Any) -> Any:
+        """The result of a training step, with the total in place of its loss."""
+        if output is None or not self.module.automatic_optimization:
+            return output  # Lightning skips such a batch; in manual optimization the step adds `callback.loss()`
+        if isinstance(output, Mapping):
+            if "loss" not in output:
+                return output  # Lightning says what is missing
+            return {**output, "loss": self.step.total(output["loss"], self._batch, self._given())}
+        return self.step.total(output, self._batch, self._given())
+
+    def _given(self, calls: int | slice | None = None) -> Given:
+        return Given(calls)
+
+    def loss(self, calls: int | slice | None) -> Tensor:
+        """The weighted distillation loss of the student's calls so far in this step.
+
+        Args:
+            calls: Which of them count.
+
+        Raises:
+            MisconfigurationException: If no training step is running.
+        """
+        if not self._in_step:
+            raise MisconfigurationException(
+                "Expected `loss` to be called inside `training_step`, but no step is under way. Call it there."
+            )
+        self._explicit = self._ever_explicit = True
+        self._follow_the_students()
+        return self.step.loss(self._batch, self._given(calls))
+
+    def _advance(self) -> None:
+        """Set what schedules determine at this point of the training."""
+        if not self.step.scheduler:
+            return
+        trainer = self.trainer
+        if self.callback in trainer.callbacks:  # type: ignore[attr-defined]
+            self._position = fraction_done(trainer)
+        # else a finder tries something out: it has put all callbacks aside, and the place stands still
+        self.step.scheduler.advance(Progress(trainer.global_step, trainer.current_epoch, self._position))
+
+    def _follow_the_students(self) -> None:
+        """Let what is learned step with the optimizer of the student."""
+        leader = self.learned.leader
+        if leader is not None and any(leader is optimizer for optimizer in self.trainer.optimizers):
+            return
+        if not self.step.student.find() and self.trainer.world_size == 1:
+            return  # which network the student is shows when it is called; other processes may wait for this one
+        trained = {id(parameter) for parameter in self.step.student.root.parameters()}
+        wrapped = self.module.optimizers()
+        for optimizer in wrapped if isinstance(wrapped, list) else [wrapped]:
+            groups = bare(optimizer).param_groups
+            if any(id(parameter) in trained for group in groups for parameter in group["params"]):
+                self.learned.follow(cast(Optimizer, optimizer))
+                return
+
+    def _before_optimizer_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Called by every optimizer step once the gradients are there and unscaled."""
+        optimizer = kwargs["optimizer"] if "optimizer" in kwargs else args[1]
+        follower, trainer = self.learned.follower, self.trainer
+        if follower is not None and bare(optimizer) is follower.leader:
+            follower.prepare(getattr(trainer.precision_plugin, "scaler", None))
+            if trainer.gradient_clip_val and follower.optimizer is not None:
+                # by themselves: the student's gradients are clipped as in a plain run
+                algorithm = GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
+                trainer.precision_plugin.clip_gradients(follower.optimizer, trainer.gradient_clip_val, algorithm)
+        return original(*args, **kwargs)
+
+    def check_explicit(self) -> None:
+        """Raise if no step of an epoch of manual optimization has added the distillation loss.
+
+        Raises:
+            MisconfigurationException: If so.
+        """
+        if not (self.module.automatic_optimization or self._ever_explicit or self.step.idle):
+            raise MisconfigurationException(
+                "Expected `callback.loss()` to be added to the loss inside `training_step`, since optimization is"
+                " manual, but it was not called in any step. Call it after the student."
+            )
+
+    # Validation ------------------------------------------------------------------------------------------------------
+
+    def validation_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's validation step; the terms' losses and the agreement with the teacher are measured beside it."""
+        if not self._measures or self.trainer.sanity_checking:
+            return step(*args, **kwargs)
+        with self.step.record(needs_grad=False):
+            output = step(*args, **kwargs)
+        batch = args[0] if args else kwargs.get("batch")
+        loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
+        try:
+            self._measure(batch, loader, output)
+        except ValueError as error:
+            if self.callback.validate:
+                raise
+            # outputs that are not logits can well be distilled by their features
+            self._measures, self._loaders = False, {}
+            rank_zero_warn(f"Validation does not measure distillation: {error} Pass validate=False.")
+        finally:
+            self.step.release()
+        return output
+
+    def _measure(self, batch: Any, loader: int, output: Any) -> None:
+        losses, pair = self.step.measure(batch)
+        if not losses and pair is None:
+            return
+        measures = self._loaders.setdefault(loader, LoaderMeasures(self._val_names))
+        values = {f"{name}_loss": value.detach() for name, value in losses.items()}
+        if len(losses) == len(self.step.terms):
+            values["distillation_loss"] = sum(
+                (term.weight * values[f"{term.name}_loss"] for term in self.step.terms), torch.zeros(())
+            )
+            task_loss = output.get("loss") if isinstance(output, Mapping) else output
+            if isinstance(task_loss, Tensor) and task_loss.ndim == 0:
+                values["task_loss"] = task_loss.detach()
+                values["loss"] = self.callback.task_weight * values["task_loss"] + values["distillation_loss"]
+        measures.losses.add(values, self.step.batch_size)
+        if pair is not None:
+            scored = next(term for term in self.step.terms if term.compares_class_scores)
+            measures.agree(*pair, class_dim=getattr(scored, "class_dim", None))
+
+    def start_validation(self) -> None:
+        """Count from zero."""
+        self._loaders = {}
+
+    def end_validation(self) -> dict[str, Tensor]:
+        """The measurements of a validation epoch, over all processes, by their names in the logs."""
+        results = {}
+        for index, measures in sorted(self._loaders.items()):
+            suffix = f"/dataloader_idx_{index}" if len(self._loaders) > 1 else ""
+            for name, value in measures.losses.compute(self._device, self._sum).items():
+                results[f"val_{name}{suffix}"] = value
+            if measures.agreement is not None:
+                results[f"val_teacher_agreement{suffix}"] = measures.agreement.compute()
+        self._loaders = {}
+        return results
+
+    # Logging ---------------------------------------------------------------------------------------------------------
+
+    def _log(self, output: Any) -> None:
+        callback, parts = self.callback, dict(self.step.parts)
+        if not callback.logs:
+            return
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor) and not self._explicit:
+            parts["loss"] = loss.detach()
+        self._train_means.add(parts, self.step.batch_size)
+        if compat.is_log_step(self.trainer):
+            logged: dict[str, Any] = {**parts, **self.step.scheduler.values}
+            named = {f"{callback.name}/{key}": value for key, value in logged.items()}
+            self.module.log_dict(named, on_step=True, on_epoch=False, batch_size=self.step.batch_size)
+
+    def train_means(self) -> dict[str, Tensor]:
+        """The means of the parts over the epoch so far, over all processes."""
+        return self._train_means.compute(self._device, self._sum) if self.callback.logs else {}
+
+    def start_epoch(self) -> None:
+        """Start the means of an epoch."""
+        self._train_means.reset()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(tensor.to(self._device), reduce_op="sum")
+        return total

@@ -1,0 +1,273 @@
+"""One step of distillation: the student's calls, the teacher's answers, the terms, the total."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_distill.adapters.follower import world_size
+from lightning_distill.adapters.learned import LearnedParts
+from lightning_distill.recording import Call, find_labels, first_tensor
+from lightning_distill.recording.student import StudentFinder
+from lightning_distill.schedules import Scheduler
+from lightning_distill.teachers.source import TeacherSource
+from lightning_distill.terms import DistillationTerm, LogitsDistillation
+
+Pair = tuple[Tensor, Tensor, Tensor | None]
+Labels = str | int | Callable[[Any], Tensor] | None
+
+
+@dataclass
+class Given:
+    """Calls and answers of a step that are known already.
+
+    Args:
+        calls: Which of the recorded calls count, or calls in place of them; ``None`` is all of the recorded ones, of
+            which the mean is taken.
+        answers: The teachers' answers to every call; ``None`` asks the teacher.
+        stored: The answers of a cache, which came with the batch.
+    """
+
+    calls: int | slice | list[Call] | None = None
+    answers: list[Call] | None = None
+    stored: Any = None
+
+    def of(self, recorded: Sequence[Call]) -> list[Call]:
+        """The calls that count."""
+        if isinstance(self.calls, list):
+            return self.calls
+        if self.calls is None or not recorded:
+            return list(recorded)
+        return list(recorded[self.calls]) if isinstance(self.calls, slice) else [recorded[self.calls]]
+
+
+class DistillStep:
+    r"""Turns the student's calls in a step into the total loss; the distiller and the run of a Trainer both use it.
+
+    .. math:: \text{total} = w_{task} \, L_{task} + \sum_i w_i \, D_i(A_i(F^{student}_i), F^{teacher}_i)
+
+    Args:
+        settings: The object with the task weight and its schedules.
+        terms: The terms, owned by it.
+        student: Finds and records the student.
+        source: The teacher.
+        learned: What the terms learn.
+        labels: Where a batch keeps its labels.
+        read_logits: From a network's output to its logits.
+        never_called: The error message where the student was not called.
+
+    Attributes:
+        parts: The detached parts of the last total.
+        batch_size: Number of examples of the last call.
+        scheduler: Sets what schedules determine.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        terms: Sequence[DistillationTerm],
+        student: StudentFinder,
+        source: TeacherSource,
+        learned: LearnedParts,
+        *,
+        labels: Labels,
+        read_logits: Callable[[Any], Tensor],
+        never_called: Callable[[], str],
+    ) -> None:
+        self.settings, self.terms, self.student, self.source, self.learned = settings, terms, student, source, learned
+        self._labels, self._read_logits, self._never_called = labels, read_logits, never_called
+        self.scheduler = Scheduler(terms, settings)
+        self.parts: dict[str, Tensor] = {}
+        self.batch_size = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether every term's weight is 0."""
+        return all(term.weight == 0 for term in self.terms)
+
+    def check(self) -> None:
+        """Raise if a tapped layer does not exist, or the teacher lacks what the terms read.
+
+        Raises:
+            ValueError: With the closest layer names.
+        """
+        taps: dict[str, list[tuple[str, Any]]] = {}
+        for side in ("student", "teacher"):
+            taps[side] = [
+                (f"terms[{index}].{side}_layer", tap)
+                for index, term in enumerate(self.terms)
+                for tap in getattr(term, f"{side}_taps")
+            ]
+        reads = [term for term in self.terms if term.needs_teacher]
+        on_output = [term.name for term in reads if not term.teacher_taps]
+        self.source.check(taps["teacher"], on_output[0] if on_output else None)
+        self.student.check(taps["student"])
+
+    def record(self, needs_grad: bool = True, features: bool = True) -> AbstractContextManager[None]:
+        """A context in which the student's calls are recorded.
+
+        Args:
+            needs_grad: Whether to leave out calls made with gradients disabled.
+            features: Whether to keep the features at the tapped layers.
+        """
+        return self.student.recording(needs_grad, features)
+
+    def total(self, task_loss: Tensor, batch: Any = None, given: Given | None = None) -> Tensor:
+        """``task_weight * task_loss`` plus the weighted terms, a scalar.
+
+        Args:
+            task_loss: The student's own loss on its labels, a scalar.
+            batch: The batch.
+            given: Calls or answers that are known already.
+        """
+        distillation = self.loss(batch, given)
+        self.parts["task_loss"] = task_loss.detach()
+        weight = self.settings.task_weight
+        # where all weights are 0 the task loss stays even so: a total without any graph could not be differentiated
+        if weight == 0 and distillation.requires_grad:
+            return distillation
+        return _weighted(weight, task_loss) + distillation
+
+    def loss(self, batch: Any = None, given: Given | None = None) -> Tensor:
+        """The weighted sum of the terms over the calls recorded since the last one, a scalar.
+
+        Args:
+            batch: The batch.
+            given: Calls or answers that are known already.
+
+        Raises:
+            ValueError: If the student was not called, a layer did not run, a shape does not fit, labels are missing.
+        """
+        try:
+            return self._loss(batch, given or Given())
+        finally:
+            self.release()
+
+    def _loss(self, batch: Any, given: Given) -> Tensor:
+        active = [term for term in self.terms if term.weight != 0]
+        calls = given.of(self.student.find())
+        self.parts = {}
+        rest = self._anchor(calls)
+        if not active:
+            if isinstance(rest, Tensor):
+                return rest
+            return torch.zeros((), device=next((one.device for one in self.student.root.parameters()), None))
+        if not calls:
+            raise ValueError(self._never_called())
+        self.learned.check_trained()
+        values = self._values(active, calls, batch, given)
+        parts = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in values.items()}
+        weighted = [_weighted(term.weight, parts[term.name]) for term in active]
+        loss = sum(weighted[1:], weighted[0])
+        self.parts = {f"{name}_loss": part.detach() for name, part in parts.items()}
+        self.parts["distillation_loss"] = loss.detach()
+        return loss if isinstance(rest, float) else loss + rest
+
+    def _values(
+        self, active: Sequence[DistillationTerm], calls: Sequence[Call], batch: Any, given: Given
+    ) -> dict[str, list[Tensor]]:
+        """The value of each active term, for each call and each teacher."""
+        labels = find_labels(batch, self._labels) if any(term.needs_labels for term in active) else None
+        values: dict[str, list[Tensor]] = {term.name: [] for term in active}
+        for call in calls:
+            call.batch, call.read_logits = batch, self._read_logits
+            asks = any(term.needs_teacher for term in active)
+            answers = given.answers or self.answers(call, given.stored, asks)
+            self.learned.build(active, call, answers)
+            for term in active:
+                values[term.name] += [term(call, answer, labels) for answer in answers]
+        return values
+
+    def answers(self, call: Call, stored: Any = None, asks: bool = True) -> list[Call]:
+        """The answer of each teacher to a call of the student.
+
+        Args:
+            call: The student's call.
+            stored: The teacher's answers, where they came with the batch.
+            asks: Whether any term reads the teacher.
+        """
+        call.check_input()
+        first = first_tensor(call.args, call.kwargs, call.output)
+        self.batch_size = len(first) if first.ndim else 1
+        if not asks:
+            return [Call((), {}, who="teacher")]
+        return self.source.answers(call, stored)
+
+    def _anchor(self, calls: Sequence[Call]) -> Tensor | float:
+        """A zero that depends on what resting terms read.
+
+        Under DDP every process must have gradients for the same parameters, and on another one these terms may work.
+        A product with 0 would be NaN where the feature is infinite.
+        """
+        if world_size() == 1:
+            return 0.0
+        resting = [term for term in self.terms if term.weight == 0]
+        rest: Tensor | float = 0.0
+        for call in calls:
+            places = [(tap.layer, tap.where) for term in resting for tap in term.student_taps]
+            runs = [run for place in places for run in call.runs.get(place, [])]
+            outputs = [call.output] if any(not term.student_taps for term in resting) else []
+            for value in [*(run[0] for run in runs), *outputs]:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    rest = rest + value.reshape(-1)[:0].sum()
+        return rest
+
+    def measure(self, batch: Any) -> tuple[dict[str, Tensor], Pair | None]:
+        """What validation measures in the calls recorded since the last loss.
+
+        Args:
+            batch: The batch.
+
+        Returns:
+            The loss of each term whose parts exist, and the logits of both sides with the mask of the positions that
+            count, where a term compares class scores; of several teachers the log of their mean probabilities.
+
+        Raises:
+            ValueError: If an output does not fit.
+        """
+        try:
+            calls = list(self.student.find())
+            scored = next((term for term in self.terms if term.compares_class_scores), None)
+            values: dict[str, list[Tensor]] = {}
+            pair = None
+            for call in calls:
+                call.batch, call.read_logits = batch, self._read_logits
+                answers = self.answers(call)
+                labels = self._labels_or_none(batch)
+                # adapters of a checkpoint are made here too, for validation without training
+                self.learned.build([term for term in self.terms if self.learned.waits(term)], call, answers)
+                for term in self.terms:
+                    if self.learned.made(term) and not (term.needs_labels and labels is None):
+                        values.setdefault(term.name, []).extend(term(call, answer, labels) for answer in answers)
+                if isinstance(scored, LogitsDistillation):
+                    student_logits, teacher_logits = scored.pair(call, answers[0])
+                    if len(answers) > 1:
+                        each = torch.stack([scored.pair(call, answer)[1].float() for answer in answers])
+                        dim = scored.class_dim or (1 if student_logits.ndim >= 4 else -1)
+                        teacher_logits = each.softmax(dim if dim < 0 else dim + 1).mean(0).log()
+                    pair = (student_logits.detach(), teacher_logits, scored.positions(call, labels))
+            return {name: torch.stack(each).mean() for name, each in values.items()}, pair
+        finally:
+            self.release()
+
+    def _labels_or_none(self, batch: Any) -> Tensor | None:
+        if not any(term.needs_labels for term in self.terms):
+            return None
+        try:
+            return find_labels(batch, self._labels)
+        except ValueError:  # validation data need not be labelled: the terms that need labels are left out
+            return None
+
+    def release(self) -> None:
+        """Let go of everything recorded."""
+        self.student.clear()
+        self.source.clear()
+
+
+def _weighted(weight: float, value: Tensor) -> Tensor:
+    return value if weight == 1 else weight * value  # a product is an operation forward and one backward

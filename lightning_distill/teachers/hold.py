@@ -1,0 +1,166 @@
+"""The hold on a teacher: frozen while it is held, and given back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, finalize
+
+import torch
+from torch import Tensor, nn
+
+
+class _State:
+    """How a module was before it was held: its own mode, its tensors by name, who holds it and in which precision."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.training: bool | None = getattr(module, "training", None)  # a frozen TorchScript program has none
+        self.requires_grad = {name: tensor.requires_grad for name, tensor in module.named_parameters(recurse=False)}
+        self.data = {name: tensor.data for name, tensor in module.named_parameters(recurse=False)}
+        self.buffers: dict[str, Tensor] = dict(module.named_buffers(recurse=False))
+        self.holders = 0
+        self.dtype: torch.dtype | None = None
+
+    def restore(self, module: nn.Module) -> None:
+        """Give the module its mode, flags, device and precision back."""
+        if self.training is not None:
+            module.training = self.training
+        for name, parameter in module.named_parameters(recurse=False):
+            before = self.data.get(name)
+            if before is not None and not _same_storage(before, parameter.data):
+                _keep_changes(before, parameter.data)
+                parameter.data = before
+            if self.requires_grad.get(name, parameter.requires_grad) != parameter.requires_grad:
+                parameter.requires_grad_(self.requires_grad[name])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            before = self.buffers.get(name)
+            if before is not None and before is not buffer:
+                _keep_changes(before, buffer)
+                module._buffers[name] = before
+
+
+class Hold:
+    """Holds a teacher still: in eval mode, without gradients, on a device, in a precision.
+
+    Several may hold one network, or networks that share parts; each module is given back when its last holder lets go.
+    What the user writes into the teacher meanwhile, such as a moving average of the student, stays in it.
+
+    Args:
+        module: The teacher, or several in a container.
+        dtype: The precision it runs in, whatever precision surrounds it; ``None`` leaves that to the surroundings.
+    """
+
+    # by module and not by teacher: two callbacks may share one network, alone in one and among several in the other
+    _held: ClassVar[WeakKeyDictionary[nn.Module, _State]] = WeakKeyDictionary()
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.module, self.dtype = module, dtype
+        self._modules: list[nn.Module] = []
+        self._end: Any = None
+
+    def take(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Hold the teacher; further calls do nothing.
+
+        Args:
+            device: Where to move it; ``None`` leaves it where it is.
+            dtype: The precision where it has none of its own; ``None`` leaves it as it is.
+
+        Raises:
+            ValueError: If another holder has it in another precision, or it cannot be moved.
+        """
+        if self._modules:
+            return
+        dtype = self.dtype or dtype
+        modules = list(self.module.modules())
+        states = [self._held.setdefault(module, _State(module)) for module in modules]
+        for state in states:
+            if state.holders and state.dtype != dtype:
+                raise ValueError(
+                    f"Expected `teacher_dtype` to be the same for all that use one teacher, but got {dtype} and"
+                    f" {state.dtype}. Pass one value, or a copy of the teacher: copy.deepcopy(teacher)."
+                )
+        for state in states:
+            state.holders, state.dtype = state.holders + 1, dtype
+        self._modules = modules
+        # a holder that is dropped without letting go gives the teacher back too
+        self._end = finalize(self, _release, modules)
+        with contextlib.suppress(NotImplementedError):  # an exported program keeps the mode that it was traced in
+            self.module.eval()
+        self.still()
+        try:
+            self._move(device, dtype)
+        except BaseException:
+            self.release()
+            raise
+
+    def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        if _is_dispatched(self.module):  # its parts stand on devices of their own, and its hooks move the inputs
+            if dtype is not None:
+                raise ValueError(
+                    "Expected a teacher that stands on one device where `teacher_dtype` or a true precision is given,"
+                    " but got one that was dispatched or offloaded. Load it in that precision."
+                )
+            return
+        # `to` puts new data into the parameters; the data noted before is what `release` gives back, unrounded
+        if device is not None or dtype is not None:
+            self.module.to(device=device, dtype=dtype)
+
+    def release(self) -> None:
+        """Let go; the last holder gives the teacher its modes, flags, device and precision back."""
+        if self._end is not None:
+            self._end()
+        self._modules, self._end = [], None
+
+    def still(self) -> None:
+        """Put the teacher back in eval mode and without gradients, should somebody have changed that."""
+        for module in self._modules:
+            if getattr(module, "training", False):  # a `train()` on something that holds the teacher reaches it too
+                module.training = False
+            for parameter in _own_parameters(module):
+                if parameter.requires_grad:
+                    with contextlib.suppress(RuntimeError):  # a frozen TorchScript program has constants
+                        parameter.requires_grad_(False)
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    if isinstance(module, torch.jit.ScriptModule):
+        yield from module.parameters(recurse=False)
+        return
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            yield parameter
+
+
+def _release(modules: list[nn.Module]) -> None:
+    for module in modules:
+        state = Hold._held.get(module)
+        if state is None:
+            continue
+        state.holders -= 1
+        if state.holders == 0:
+            del Hold._held[module]
+            state.restore(module)
+
+
+def _same_storage(before: Tensor, now: Tensor) -> bool:
+    if (before.dtype, before.device) != (now.dtype, now.device):
+        return False
+    try:
+        return before.data_ptr() == now.data_ptr()
+    except RuntimeError:  # a quantized tensor that stands for several others
+        return True
+
+
+def _keep_changes(before: Tensor, now: Tensor) -> None:
+    """Write into the old tensor what was written into the converted one."""
+    if before.is_inference() or before.shape != now.shape or before.is_meta or now.is_meta:
+        return
+    converted = before.to(device=now.device, dtype=now.dtype)
+    if not torch.equal(converted, now):
+        before.copy_(now)
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether accelerate has put parts of the network on devices of their own."""
+    return any(hasattr(part, "_hf_hook") or hasattr(part, "hf_device_map") for part in module.modules())

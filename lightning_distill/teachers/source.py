@@ -1,0 +1,278 @@
+"""The protocol by which a distiller asks a teacher, and the teachers that are networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lightning_distill.recording import Call, Recorder, Recording, Tap, first_tensor, map_tensors
+from lightning_distill.teachers.hold import Hold
+
+
+class TeacherSource(Protocol):
+    """Where the teacher's answers come from.
+
+    Attributes:
+        count: Number of teachers.
+        live: Whether it can answer any input, so that validation can be measured.
+        stored: Whether the answers come with the batches of a Trainer's training loader.
+    """
+
+    count: int
+    live: bool
+    stored: bool
+
+    def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
+        """Raise if it lacks what the terms read.
+
+        Args:
+            terms: Pairs of the argument that named a layer of the teacher, and the tap.
+            reader: Name of a term that reads the teacher's output; ``None`` where no term does.
+        """
+
+    def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Get ready for a run: frozen, on a device, in a precision where it has none of its own."""
+
+    def release(self) -> None:
+        """Give everything back as it was."""
+
+    def answers(self, call: Call, stored: Any = None) -> list[Call]:
+        """The answer of each teacher to a call of the student, with the features at the terms' taps.
+
+        Args:
+            call: The student's call.
+            stored: Answers that came with the batch.
+        """
+
+    def clear(self) -> None:
+        """Release everything recorded."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The networks; none where the answers are stored."""
+
+
+class TeacherEnsemble(nn.ModuleList):
+    """Several teachers that are shown the same input; their answers come in a list."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The output of every teacher."""
+        return [teacher(*args, **kwargs) for teacher in self]
+
+
+class LiveTeachers:
+    """One network or several, run without gradients on what the student was called with.
+
+    Args:
+        module: The network, or an ensemble of several.
+        taps: The layers that terms read.
+        forward: The teacher's output for a call of the student; a list of outputs for an ensemble.
+        dtype: The precision of the teachers, whatever surrounds them.
+
+    Attributes:
+        held: The hold on the networks.
+    """
+
+    live, stored = True, False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        taps: Sequence[Tap],
+        forward: Callable[[Call], Any],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._several = isinstance(module, TeacherEnsemble)
+        networks = list(module.children()) if self._several else [module]
+        self.module, self.count, self.held = module, len(networks), Hold(module, dtype)
+        self._forward = forward
+        self._recorders = [Recorder(network, taps, "teacher") for network in networks] if taps else []
+        self._own_dtype: torch.dtype | None = None
+
+    def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
+        """Raise if a teacher lacks a layer.
+
+        Raises:
+            ValueError: With the closest names.
+        """
+        for recorder in self._recorders:
+            recorder.check(terms)
+
+    def hold(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Freeze the networks on a device, in a precision where they have none of their own."""
+        self.held.take(device, dtype)
+        dtypes = {tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()}
+        own = next(iter(dtypes)) if len(dtypes) == 1 else None
+        # a teacher that is kept in half or double precision works in it, beside whatever student
+        self._own_dtype = own if own in (torch.float16, torch.bfloat16, torch.float64) else None
+
+    def release(self) -> None:
+        """Give the networks back as they were."""
+        self.held.release()
+        self.clear()
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The networks."""
+        yield from self.module.children() if self._several else [self.module]
+
+    def clear(self) -> None:
+        """Release everything recorded."""
+        for recorder in self._recorders:
+            recorder.clear()
+
+    def cast(self, value: Any) -> Any:
+        """``value`` with its floating point tensors in the teacher's own precision, if it has one."""
+        dtype = self.held.dtype or self._own_dtype
+        if dtype is None:
+            return value
+        return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def answers(self, call: Call, stored: Any = None) -> list[Call]:
+        """The teachers' outputs and features for a call of the student."""
+        device = first_tensor(call.args, call.kwargs, call.output).device
+        self.hold(device)
+        self.held.still()
+        self.clear()
+        shown = call
+        surroundings: AbstractContextManager[None] = nullcontext()
+        if self.held.dtype is not None:  # its own precision, whatever surrounds it
+            surroundings = torch.autocast(device.type, enabled=False)
+        if self.held.dtype is not None or (self._own_dtype and not torch.is_autocast_enabled(device.type)):
+            shown = replace(call, args=self.cast(call.args), kwargs=self.cast(call.kwargs))
+        # not inference_mode: its tensors could not be saved for the backward
+        with torch.no_grad(), surroundings, Recording(self._recorders):
+            output = self._forward(shown)
+        answers = []
+        for index, single in enumerate(output if self._several else [output]):
+            recorded = self._recorders[index].calls if self._recorders else []
+            # an override may answer without calling the teacher: then there are no features to read
+            answer = recorded[-1] if recorded else Call((), {}, who="teacher")
+            answer.output, answer.teacher, answer.read_logits = single, index, call.read_logits
+            answers.append(answer)
+        return answers
+
+
+class NoTeacher:
+    """The source of terms that read the student alone."""
+
+    count, live, stored = 1, False, False
+
+    def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
+        """Raise if a term reads the teacher.
+
+        Raises:
+            ValueError: If so.
+        """
+        if reader is not None or terms:
+            name = reader if reader is not None else terms[0][0]
+            raise ValueError(
+                f"Expected `teacher` to be a module, since term {name!r} reads it, but got teacher=None. Pass the"
+                " teacher, or terms of SelfDistillation alone."
+            )
+
+    def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Nothing to hold."""
+
+    def release(self) -> None:
+        """Nothing to give back."""
+
+    def answers(self, call: Call, stored: Any = None) -> list[Call]:
+        """An empty answer."""
+        return [Call((), {}, who="teacher", read_logits=call.read_logits)]
+
+    def clear(self) -> None:
+        """Nothing to release."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """No network."""
+        return iter(())
+
+
+def as_teacher(teacher: Any) -> Any:
+    """The teacher as given, several as one ensemble; a cache and ``None`` stay what they are.
+
+    Raises:
+        TypeError: If something in it is not a module.
+        ValueError: If it is an empty sequence.
+    """
+    if teacher is None or isinstance(teacher, nn.Module) or hasattr(teacher, "as_source"):
+        return teacher
+    if isinstance(teacher, (str, bytes, dict)) or not isinstance(teacher, Sequence):
+        got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"teacher={teacher!r}"
+        raise TypeError(
+            f"Expected `teacher` to be a module or a sequence of modules, but got {got}."
+            " Use load_teacher(checkpoint, model) for a file."
+        )
+    if not teacher:
+        raise ValueError("Expected `teacher` to be at least one module, but got an empty sequence. Pass a network.")
+    if wrong := [type(network).__name__ for network in teacher if not isinstance(network, nn.Module)]:
+        raise TypeError(f"Expected `teacher` to hold modules only, but got {wrong[0]}. Pass networks.")
+    return TeacherEnsemble(teacher)
+
+
+def as_source(
+    teacher: Any, taps: Sequence[Tap], forward: Callable[[Call], Any], dtype: torch.dtype | None
+) -> TeacherSource:
+    """The source of a teacher that :func:`as_teacher` has returned.
+
+    Args:
+        teacher: A network, an ensemble, a cache, or ``None``.
+        taps: The layers of the teacher that terms read.
+        forward: The teacher's output for a call of the student.
+        dtype: The precision of networks.
+    """
+    if teacher is None:
+        return NoTeacher()
+    if isinstance(teacher, nn.Module):
+        return LiveTeachers(teacher, taps, forward, dtype)
+    source: TeacherSource = teacher.as_source()
+    return source
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name.
+
+    Raises:
+        ValueError: If the name is not that of a floating point dtype.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            f"Expected `teacher_dtype` to be a floating point dtype, but got teacher_dtype={dtype!r}."
+            " Pass 'bfloat16', 'float16', 'float32' or 'float64'."
+        )
+    return found
+
+
+def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
+    """Name of a parameter that the student trains and the teacher has too; ``None`` if there is none.
+
+    A teacher that is a part of the student's module (``self.teacher``) does not count as the student's, and frozen
+    parameters may be shared.
+
+    Args:
+        student: The student, or the module that contains it.
+        source: The teacher.
+    """
+    parts = {part for network in source.modules() for part in network.modules()}
+    if student in parts:
+        parts = set()
+    trained, waiting, seen = set(), [student], set()
+    while waiting:
+        module = waiting.pop()
+        if module in parts or module in seen:
+            continue
+        seen.add(module)
+        waiting += module.children()
+        trained |= {id(one) for one in module.parameters(recurse=False) if one.requires_grad}
+    if not trained:  # everything that the student trains is inside the teacher
+        trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    for network in source.modules():
+        for name, parameter in network.named_parameters():
+            if id(parameter) in trained:
+                return name
+    return None

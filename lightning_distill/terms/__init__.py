@@ -1,0 +1,7 @@
+"""Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
+
+from lightning_distill.terms.base import DistillationTerm, as_terms
+from lightning_distill.terms.features import FeatureDistillation, SelfDistillation
+from lightning_distill.terms.logits import LogitsDistillation
+
+__all__ = ["DistillationTerm", "FeatureDistillation", "LogitsDistillation", "SelfDistillation", "as_terms"]

@@ -1,0 +1,207 @@
+"""The base class of the terms, which are settings, and the copies of a term that its owners train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from lightning_distill import checks
+from lightning_distill.losses import DistillationLoss
+from lightning_distill.recording import Call, Tap
+from lightning_distill.schedules import Schedule, Setting
+
+LossCallable = Callable[..., Tensor]
+_MISSING = object()
+
+
+class DistillationTerm(nn.Module):
+    """A loss at a place, with a weight: the base class of the terms, and of a user's own.
+
+    A subclass implements :meth:`forward`. It names the layers that it reads in ``student_taps`` and ``teacher_taps``,
+    and makes parts that depend on the features' shapes in :meth:`build`. Its parameters are trained along with the
+    student.
+
+    A term may be given to several callbacks, modules or distillers. Each of them owns a copy of what the term learns,
+    in its own ``terms``; the settings are shared, so an assignment to the term counts for every owner from the next
+    step on. Attributes that are set within :meth:`build` belong to the owner alone.
+
+    Args:
+        weight: Factor of the term in the total loss, 0 or greater, or a schedule; 0 skips its work. May be set at any
+            time; a number takes the place of a schedule.
+        name: Name in logs and checkpoints, distinct among the terms.
+
+    Attributes:
+        student_taps: Layers of the student that the term reads.
+        teacher_taps: Layers of the teacher that the term reads.
+        needs_labels: Whether :meth:`forward` is called with the batch's labels.
+        needs_teacher: Whether the term reads the teacher at all, and not the student alone.
+        compares_class_scores: Whether the term compares class scores, so that the agreement of the two networks is
+            measured in validation.
+
+    Raises:
+        ValueError: If ``weight`` is negative or not finite, or ``name`` is empty or taken by the library.
+        TypeError: If ``weight`` is not a number.
+
+    Example:
+        >>> import torch
+        >>> class MeanGap(DistillationTerm):
+        ...     def forward(self, student, teacher, labels=None):
+        ...         return (student.logits.mean() - teacher.logits.mean()).abs()
+        >>> term = MeanGap(weight=0.5, name="gap")
+        >>> term(Call((), {}, output=torch.ones(2, 3)), Call((), {}, output=torch.full((2, 3), 3.0)))
+        tensor(2.)
+    """
+
+    student_taps: Sequence[Tap] = ()
+    teacher_taps: Sequence[Tap] = ()
+    needs_labels: bool = False
+    needs_teacher: bool = True
+    compares_class_scores: bool = False
+    weight = Setting(checks.non_negative)
+
+    def __init__(self, *, weight: float | Schedule = 1.0, name: str) -> None:
+        super().__init__()
+        self.schedules: dict[str, Schedule] = {}
+        self.weight = weight
+        if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
+            raise ValueError(f"Expected `name` to be neither empty, 'task' nor 'distillation', but got name={name!r}.")
+        self.name = name
+
+    def build(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Make what depends on the features' shapes, once for each owner, before the first use.
+
+        Args:
+            student: A recorded call of the student.
+            teachers: The answer of each teacher to it.
+        """
+
+    def reset(self) -> None:
+        """Drop what :meth:`build` made."""
+
+    @property
+    def makes_parts(self) -> bool:
+        """Whether the term has a :meth:`build` of its own."""
+        return type(self).build is not DistillationTerm.build
+
+    def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
+        """The loss without its weight.
+
+        Args:
+            student: A recorded call of the student; ``student.batch`` is the batch.
+            teacher: One teacher's answer to it.
+            labels: The batch's labels, where ``needs_labels``.
+
+        Returns:
+            A scalar.
+        """
+        raise NotImplementedError(f"Expected {type(self).__name__} to implement `forward(student, teacher, labels)`.")
+
+    # Owners ----------------------------------------------------------------------------------------------------------
+
+    def owned(self) -> DistillationTerm:
+        """A copy for one owner: it shares the settings and has what it learns to itself."""
+        state = self.__dict__
+        if "_relatives" not in state:
+            state["_relatives"] = WeakSet([self])
+        copied: DistillationTerm = type(self).__new__(type(self))
+        copied.__dict__.update(state)
+        memo: dict[int, Any] = {}
+        for kind in ("_parameters", "_buffers"):
+            copied.__dict__[kind] = copy.deepcopy(state[kind], memo)
+        copied.__dict__["_modules"] = {
+            # a loss that learns nothing is settings, and shared; containers are filled by `build`
+            name: module if _is_settings(module) else copy.deepcopy(module, memo)
+            for name, module in self._modules.items()
+        }
+        copied.__dict__["_is_copy"] = True
+        copied._remake(copied.reset)
+        state["_relatives"].add(copied)
+        return copied
+
+    def _remake(self, make: Callable[..., None], *arguments: Any) -> None:
+        """Call :meth:`build` or :meth:`reset`, whose assignments belong to this owner alone."""
+        self.__dict__["_own"] = True
+        try:
+            make(*arguments)
+        finally:
+            self.__dict__["_own"] = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        relatives = self.__dict__.get("_relatives")
+        if relatives is None or self.__dict__.get("_own") or name not in self.__dict__:
+            return
+        for term in list(relatives):
+            term.__dict__[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the term; what only one owner's copy has is read from that copy."""
+        try:
+            value = super().__getattr__(name)
+        except AttributeError:
+            value = _MISSING
+        state = self.__dict__
+        if state.get("_is_copy") or "_relatives" not in state or not (value is _MISSING or _is_empty(value)):
+            if value is _MISSING:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return value
+        built = [entry for term in state["_relatives"] if not _is_empty(entry := term._stored(name))]
+        if len(built) > 1:
+            raise ValueError(
+                f"Expected one owner of term {self.name!r} to ask for its {name!r}, but got {len(built)}. Read it from"
+                " the owner's own terms, such as callback.terms[0]."
+            )
+        if not built and value is _MISSING:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return built[0] if built else value
+
+    def _stored(self, name: str) -> Any:
+        places = (self.__dict__, *(self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")))
+        return next((place[name] for place in places if name in place), _MISSING) if "_is_copy" in places[0] else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_relatives"}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is _MISSING or (isinstance(value, nn.ModuleList) and len(value) == 0)
+
+
+def _is_settings(module: nn.Module | None) -> bool:
+    if module is None or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return module is None
+    return next(module.parameters(), None) is None and next(module.buffers(), None) is None
+
+
+def as_terms(terms: Any, default: Callable[[DistillationLoss | None], DistillationTerm]) -> list[DistillationTerm]:
+    """The terms as a list with distinct names.
+
+    Args:
+        terms: A term, a loss on logits, a sequence of them, or ``None`` for the default.
+        default: Makes a term on the logits from a loss, or from ``None``.
+
+    Raises:
+        TypeError: If one of them is not a term.
+        ValueError: If there are none, or two share a name.
+    """
+    if terms is None or isinstance(terms, nn.Module) or not isinstance(terms, Sequence):
+        terms = [default(None) if terms is None else terms]
+    if not terms:
+        raise ValueError("Expected `terms` to hold at least one term, but got terms=[]. Pass None for logits alone.")
+    terms = [default(term) if isinstance(term, DistillationLoss) and term.class_scores else term for term in terms]
+    for index, term in enumerate(terms):
+        if not isinstance(term, DistillationTerm):
+            got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
+            raise TypeError(
+                f"Expected `terms[{index}]` to be a term, but got {got}. Wrap a loss:"
+                " LogitsDistillation(loss) or FeatureDistillation(student_layer, teacher_layer, loss)."
+            )
+    names = [term.name for term in terms]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"Expected `terms` to have distinct names, but got {twice!r} twice. Pass name=... to one.")
+    return terms

@@ -1,0 +1,246 @@
+"""The terms on inner layers: of the student and a teacher, or of the student alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill_core.requires import Requires
+from lightning_distill import checks
+from lightning_distill.adapters import AdapterFactory, make_adapter
+from lightning_distill.losses import DistillationLoss, FeatureDistance
+from lightning_distill.recording import Call, Tap
+from lightning_distill.schedules import Schedule
+from lightning_distill.terms.base import DistillationTerm, LossCallable
+from lightning_distill.terms.losses import Mask, checked_loss, find_mask, takes_mask, value_of, widened
+
+
+class FeatureDistillation(DistillationTerm):
+    """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
+
+    A teacher map (N, C, H, W) of another height or width than the student's is resized to it: averaged down,
+    interpolated up. The adapters take their shapes from the first batch, and so does a loss with parameters of its own,
+    of which every pair of layers has a copy.
+
+    Args:
+        student_layer: Name of a layer of the student, such as ``"layer3.0"``, or a :class:`Tap`, or a list of them.
+        teacher_layer: The same for the teacher; as many as for the student.
+        loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, or a loss on ``(student, teacher)``. A loss
+            with ``several_layers = True`` is given lists of features; any other is averaged over the pairs of layers.
+            A loss with ``learned = True`` is trained along with the adapters.
+        weight: Factor of the term in the total loss, a number or a schedule.
+        adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
+            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a module, which is copied, or a factory
+            called with the shapes of both features.
+        name: Name in logs and checkpoints; ``None`` takes the student layer's.
+        mask: Where a batch keeps the mask of the positions that count: a key such as ``"attention_mask"``, an index, or
+            a function of the batch. Shape ``(N,)`` or ``(N, L)``.
+        ignore_index: Positions with this label do not count; ``None`` reads no labels.
+
+    Attributes:
+        adapters: The adapters, by teacher and then by layer; empty before the first step.
+        learned: The copies of a loss with parameters of its own, in the same order; empty for other losses.
+
+    Raises:
+        ValueError: If a setting is not one of those above, ``loss`` has been built already, or it cannot leave out
+            positions where a mask is given.
+        TypeError: If ``loss`` cannot be called.
+
+    Example:
+        >>> FeatureDistillation("layer2", "layer4", "cosine", weight=10.0).name
+        'layer2'
+
+    References:
+        Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
+    """
+
+    def __init__(
+        self,
+        student_layer: str | Tap | Sequence[str | Tap],
+        teacher_layer: str | Tap | Sequence[str | Tap],
+        loss: str | DistillationLoss | LossCallable = "mse",
+        *,
+        weight: float | Schedule = 1.0,
+        adapter: str | nn.Module | AdapterFactory | None = "auto",
+        name: str | None = None,
+        mask: Mask | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        student_taps, teacher_taps = _taps(student_layer), _taps(teacher_layer)
+        super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in student_taps) or "features")
+        if len(student_taps) != len(teacher_taps) or not student_taps:
+            raise ValueError(
+                "Expected `student_layer` and `teacher_layer` to name equally many layers, at least one, but got"
+                f" {len(student_taps)} and {len(teacher_taps)}. Pair them."
+            )
+        if isinstance(adapter, str):
+            checks.one_of("adapter", adapter, ("auto", "linear", "conv1x1"))
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        self._pairs = [*zip(student_taps, teacher_taps, strict=True)]
+        self.loss = FeatureDistance(loss) if isinstance(loss, str) else checked_loss(loss)
+        self.requires = Requires.of(self.loss)
+        if self.requires.learned and any(True for _ in self.loss.parameters()):
+            raise ValueError(
+                f"Expected `loss` not to be built yet, but got {type(self.loss).__name__} with parameters. Pass a new"
+                " one: the term builds a copy for each pair of layers."
+            )
+        if (mask is not None or ignore_index is not None) and not takes_mask(self.loss):
+            raise ValueError(
+                f"Expected `loss` to take a mask where the term has one, but got {self.loss!r}. Pass a loss whose"
+                " forward has a parameter `mask`."
+            )
+        self.mask, self.ignore_index = mask, ignore_index
+        self.needs_labels = self.requires.needs_labels or ignore_index is not None
+        self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
+        self.adapters = nn.ModuleList()
+        self.learned = nn.ModuleList()
+        self._fitted: list[nn.Module] = []  # the adapters again: a module list is slow to index
+
+    def build(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Make the adapters from the features of a first call."""
+        adapters, learned = nn.ModuleList(), nn.ModuleList()
+        kind = self._adapter[0]
+        if kind == "auto" and not self.requires.channels_must_match:
+            kind = None
+        for teacher in teachers:
+            for student_tap, teacher_tap in self._pairs:
+                feature, target = student.feature(student_tap), self._target(student, teacher, teacher_tap)
+                adapter = make_adapter(kind, feature.shape, target.shape, student_tap.layer)
+                # under autocast parameters stay in float32; without it they must have the feature's own precision
+                dtype = torch.float32 if torch.is_autocast_enabled(feature.device.type) else feature.dtype
+                adapter = adapter.to(device=feature.device, dtype=dtype)
+                if self.requires.learned:
+                    learned.append(self._built_loss(adapter, feature, target))
+                adapters.append(adapter.train())
+        self.adapters, self.learned, self._fitted = adapters, learned, [*adapters]
+
+    def reset(self) -> None:
+        """Drop the adapters, and the parameters of the loss."""
+        self.adapters, self.learned, self._fitted = nn.ModuleList(), nn.ModuleList(), []
+
+    def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
+        """The loss without its weight, a scalar."""
+        mask = find_mask(student, self.mask, self.ignore_index, labels)
+        pairs = [self._pair(index, student, teacher) for index in range(len(self._pairs))]
+        if self.requires.several_layers:
+            features, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            return value_of(self.loss, self.requires, features, targets, labels, mask)
+        first = teacher.teacher * len(pairs)
+        losses = self.learned[first : first + len(pairs)] if self.requires.learned else [self.loss] * len(pairs)
+        values = [value_of(loss, self.requires, *pair, labels, mask) for loss, pair in zip(losses, pairs, strict=True)]
+        return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+    def _built_loss(self, adapter: nn.Module, student: Tensor, teacher: Tensor) -> nn.Module:
+        """The copy of a learned loss for one pair of layers."""
+        with torch.no_grad():
+            adapted = adapter.eval()(student)
+        loss: DistillationLoss = copy.deepcopy(self.loss)
+        loss.build(adapted.shape, teacher.shape)
+        # in the precision in which the features will be compared
+        dtype = torch.promote_types(torch.promote_types(adapted.dtype, teacher.dtype), torch.float32)
+        return loss.to(device=adapted.device, dtype=dtype).train()
+
+    def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
+        student_tap, teacher_tap = self._pairs[index]
+        feature = student.feature(student_tap)
+        target = self._target(student, teacher, teacher_tap)
+        adapted = self._fitted[teacher.teacher * len(self._pairs) + index](feature)
+        match = self.requires
+        if match.positions_must_match and adapted.ndim == target.ndim == 4 and self._adapter[0] != "linear":
+            target = _resized(widened(target), adapted)
+        if match.channels_must_match and match.positions_must_match and adapted.shape != target.shape:
+            raise ValueError(
+                f"Expected student feature {student_tap.layer!r} and teacher feature {teacher_tap.layer!r} to have"
+                f" equal shapes, but got {tuple(adapted.shape)} and {tuple(target.shape)}."
+                + (' Pass adapter="auto".' if self._adapter[0] is None else " Pass an adapter that makes them equal.")
+            )
+        return adapted, target
+
+    def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
+        """The feature that the student's is compared with."""
+        return teacher.feature(tap)
+
+    def extra_repr(self) -> str:
+        """Layers and settings."""
+        layers = ", ".join(f"{student.layer!r} -> {teacher.layer!r}" for student, teacher in self._pairs)
+        adapter = self._adapter[0] if isinstance(self._adapter[0], str | None) else type(self._adapter[0]).__name__
+        return f"{layers}, weight={self.weight}, adapter={adapter!r}, name={self.name!r}"
+
+
+class SelfDistillation(FeatureDistillation):
+    """A loss between shallow layers of the student and a deep one, from which they learn: a network with several exits.
+
+    The deep layer's feature is the target and gets no gradient. No teacher is needed: pass ``teacher=None`` where there
+    are no other terms.
+
+    Args:
+        student_layer: The shallow layer, or several.
+        teacher_layer: The deep layer of the same network; one for all, or as many.
+        loss: As for :class:`FeatureDistillation`; between exits that give logits a loss on logits.
+        weight: Factor of the term in the total loss, a number or a schedule.
+        adapter: As for :class:`FeatureDistillation`.
+        name: Name in logs and checkpoints; ``None`` takes the shallow layer's.
+        mask: As for :class:`FeatureDistillation`.
+        ignore_index: As for :class:`FeatureDistillation`.
+
+    Raises:
+        ValueError: If a setting is not one of those above.
+        TypeError: If ``loss`` cannot be called.
+
+    Example:
+        >>> SelfDistillation(["exit1", "exit2"], "exit3", SoftTargetLoss(temperature=3.0), weight=0.5).name
+        'exit1+exit2'
+
+    References:
+        Zhang et al. (2019). Be Your Own Teacher, arXiv:1905.08094.
+    """
+
+    needs_teacher = False
+
+    def __init__(
+        self,
+        student_layer: str | Tap | Sequence[str | Tap],
+        teacher_layer: str | Tap | Sequence[str | Tap],
+        loss: str | DistillationLoss | LossCallable = "mse",
+        *,
+        weight: float | Schedule = 1.0,
+        adapter: str | nn.Module | AdapterFactory | None = "auto",
+        name: str | None = None,
+        mask: Mask | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        deep = [teacher_layer] if isinstance(teacher_layer, (str, Tap)) else [*teacher_layer]
+        if len(deep) == 1 and not isinstance(student_layer, (str, Tap)):
+            deep *= len(student_layer)
+        super().__init__(
+            student_layer,
+            deep,
+            loss,
+            weight=weight,
+            adapter=adapter,
+            name=name,
+            mask=mask,
+            ignore_index=ignore_index,
+        )
+        self.student_taps, self.teacher_taps = [tap for pair in self._pairs for tap in pair], ()
+
+    def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
+        return student.feature(tap).detach()
+
+
+def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:
+    return [Tap.of(layer) for layer in ([layers] if isinstance(layers, (str, Tap)) else layers)]
+
+
+def _resized(teacher: Tensor, student: Tensor) -> Tensor:
+    """The teacher's map at the student's height and width: averaged down, interpolated up."""
+    size = student.shape[-2:]
+    if teacher.shape[-2:] == size:
+        return teacher
+    smaller = (min(teacher.shape[-2], size[0]), min(teacher.shape[-1], size[1]))
+    teacher = F.adaptive_avg_pool2d(teacher, smaller)
+    return teacher if smaller == size else F.interpolate(teacher, size, mode="bilinear", align_corners=False)

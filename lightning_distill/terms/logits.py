@@ -1,0 +1,115 @@
+"""The term on the two networks' outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from distill_core.requires import Requires
+from lightning_distill.functional.top_k import TopK, merge_classes
+from lightning_distill.losses import DistillationLoss, SoftTargetLoss
+from lightning_distill.recording import Call
+from lightning_distill.recording.outputs import Output
+from lightning_distill.schedules import Schedule
+from lightning_distill.terms.base import DistillationTerm, LossCallable
+from lightning_distill.terms.losses import Mask, checked_loss, find_mask, takes_mask, value_of
+
+
+class LogitsDistillation(DistillationTerm):
+    """A loss between the logits of the two networks.
+
+    A network whose output has several tensors and none named ``"logits"`` is refused until ``output`` names one; for
+    several outputs give a term for each, with names of their own.
+
+    Args:
+        loss: A loss on ``(student_logits, teacher_logits)``; ``None`` is :class:`SoftTargetLoss` at temperature 4.
+            Given ``needs_labels = True`` it is called with the labels too.
+        weight: Factor of the term in the total loss, a number or a schedule.
+        name: Name in logs and checkpoints.
+        output: Which tensor of the networks' outputs: an index, a key or field name, or a function of the output; a
+            pair of the student's and the teacher's where they differ. ``None`` takes the logits.
+        mask: Where a batch keeps the mask of the positions that count: a key such as ``"attention_mask"``, an index, or
+            a function of the batch. Shape ``(N,)``, ``(N, L)`` or ``(N, H, W)``.
+        ignore_index: Positions with this label do not count, as in ``torch.nn.CrossEntropyLoss``; ``None`` reads no
+            labels.
+
+    Raises:
+        TypeError: If ``loss`` cannot be called, or is a class.
+        ValueError: If ``weight`` is negative, or the loss cannot leave out positions where a mask is given.
+
+    Example:
+        >>> import torch
+        >>> term = LogitsDistillation(SoftTargetLoss(temperature=1.0), weight=0.5)
+        >>> term(Call((), {}, output=torch.tensor([[2.0, 0.0]])), Call((), {}, output=torch.tensor([[0.0, 1.0]])))
+        tensor(1.0068)
+
+    References:
+        Hinton, Vinyals, Dean (2015). Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
+    """
+
+    def __init__(
+        self,
+        loss: DistillationLoss | LossCallable | None = None,
+        *,
+        weight: float | Schedule = 1.0,
+        name: str = "logits",
+        output: Output | tuple[Output, Output] = None,
+        mask: Mask | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__(weight=weight, name=name)
+        self.loss = checked_loss(SoftTargetLoss() if loss is None else loss)
+        self.requires = Requires.of(self.loss)
+        if self.requires.learned:
+            raise TypeError(
+                f"Expected `loss` to have no parameters of its own, but got {type(loss).__name__}. Use it in a"
+                ' FeatureDistillation; the layers "" and "" are the outputs of the two networks.'
+            )
+        if (mask is not None or ignore_index is not None) and not takes_mask(self.loss):
+            raise ValueError(
+                f"Expected `loss` to take a mask where the term has one, but got {self.loss!r}. Pass a loss whose"
+                " forward has a parameter `mask`."
+            )
+        self.output, self.mask, self.ignore_index = output, mask, ignore_index
+        self.needs_labels = self.requires.needs_labels or ignore_index is not None
+        self.compares_class_scores = self.requires.class_scores
+
+    @property
+    def class_dim(self) -> int | None:
+        """Dimension of the logits that counts the classes; ``None`` leaves it to their shape."""
+        dim: int | None = getattr(self.loss, "class_dim", None)
+        return dim
+
+    def pair(self, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
+        """The logits of the two calls.
+
+        Raises:
+            ValueError: If one of them has none at that place.
+        """
+        return student.output_at(self._output(0)), teacher.output_at(self._output(1))
+
+    def positions(self, student: Call, labels: Tensor | None) -> Tensor | None:
+        """The positions that count, a bool tensor, or ``None`` for all."""
+        return find_mask(student, self.mask, self.ignore_index, labels)
+
+    def _output(self, side: int) -> Any:
+        # a tuple of two is a pair of outputs: nested outputs are named as ((outer, inner), (outer, inner))
+        return self.output[side] if isinstance(self.output, tuple) else self.output
+
+    def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
+        """The loss without its weight, a scalar."""
+        mask = self.positions(student, labels)
+        top_k: TopK | None = teacher.top_k
+        if top_k is None:
+            return value_of(self.loss, self.requires, *self.pair(student, teacher), labels, mask)
+        logits = student.output_at(self._output(0))
+        plain = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
+        if not plain or self.class_dim not in (None, -1, logits.ndim - 1):
+            raise ValueError(
+                f"Expected a cache of full outputs for {self.loss}, but it holds the likeliest"
+                f" {top_k.indices.shape[-1]} classes alone. Build it without top_k, or use a divergence such as"
+                " SoftTargetLoss."
+            )
+        merged = merge_classes(logits, top_k, getattr(self.loss, "temperature", 1.0))
+        return value_of(self.loss, self.requires, *merged, labels, mask)

@@ -1,0 +1,110 @@
+"""How terms call losses: in float32 or better, with labels and a mask where there are any."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_core.requires import Requires
+from lightning_distill.losses import DistillationLoss
+from lightning_distill.recording import Call, find_labels
+
+Mask = str | int | Callable[[Any], Tensor]
+
+
+def checked_loss(loss: Any) -> Any:
+    """A loss object or a function.
+
+    Raises:
+        TypeError: If it is a class, or cannot be called.
+    """
+    if isinstance(loss, type) or not callable(loss):
+        got = f"the class {loss.__name__}" if isinstance(loss, type) else f"loss={loss!r}"
+        remedy = f"Pass an instance: {loss.__name__}(...)." if isinstance(loss, type) else "Pass a loss from losses."
+        raise TypeError(f"Expected `loss` to be a loss object or a function, but got {got}. {remedy}")
+    return loss
+
+
+def takes_mask(loss: Any) -> bool:
+    """Whether a loss can be called with ``mask=``."""
+    function = loss.forward if isinstance(loss, torch.nn.Module) else loss
+    try:
+        return "mask" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+
+
+def find_mask(call: Call, mask: Mask | None, ignore_index: int | None, labels: Tensor | None) -> Tensor | None:
+    """The positions that count.
+
+    Args:
+        call: The student's call, with the batch.
+        mask: A key, field name or index in the batch, or a function of the batch; positions that are not 0 count.
+        ignore_index: Label of positions that do not count.
+        labels: The labels, where ``ignore_index`` is given.
+
+    Returns:
+        A bool tensor, or ``None`` if all positions count.
+
+    Raises:
+        ValueError: If the batch has no mask at that place.
+    """
+    counted: Tensor | None = None
+    if mask is not None:
+        if call.batch is None:
+            raise ValueError(
+                f"Expected the batch to be known where a term has mask={mask!r}, but got none. Call"
+                " distiller.total(task_loss, batch)."
+            )
+        try:
+            counted = find_labels(call.batch, mask).bool()
+        except ValueError:
+            raise ValueError(
+                f"Expected `mask` to say where a batch keeps its mask, but got mask={mask!r} and a batch of"
+                f" {type(call.batch).__name__}. Pass a key, an index, or a function of the batch."
+            ) from None
+    if ignore_index is not None and labels is not None:
+        kept = labels != ignore_index
+        counted = kept if counted is None else counted & kept
+    return counted
+
+
+def value_of(
+    loss: Any,
+    requires: Requires,
+    student: Tensor | list[Tensor],
+    teacher: Tensor | list[Tensor],
+    labels: Tensor | None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """A loss in float32 or better, whatever precision surrounds it, averaged if it is not a scalar.
+
+    Raises:
+        TypeError: If the loss does not return a tensor.
+    """
+    first = student if isinstance(student, Tensor) else student[0]
+    if not isinstance(loss, DistillationLoss):  # the library's losses widen their inputs themselves
+        student, teacher = _widened(student), _widened(teacher)
+    arguments = (student, teacher, labels) if requires.needs_labels else (student, teacher)
+    keywords = {} if mask is None else {"mask": mask}
+    if torch.is_autocast_enabled(first.device.type):
+        with torch.autocast(first.device.type, enabled=False):
+            value = loss(*arguments, **keywords)
+    else:
+        value = loss(*arguments, **keywords)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected `loss` to return a tensor, but got {type(value).__name__}.")
+    return value if value.ndim == 0 else value.mean()
+
+
+def widened(value: Tensor) -> Tensor:
+    """A tensor in float32 where it is in half precision."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return [widened(tensor) for tensor in value] if isinstance(value, list) else widened(value)
