@@ -272,5 +272,6 @@ class DistillCallback(Callback):
         other.terms = [copy.deepcopy(term, memo) for term in self.terms]
         for term in other.terms:
             term._remake(term.reset)
-        other.__dict__["_settings"], other.schedules = dict(self.__dict__["_settings"]), dict(self.schedules)
+        for shared in ("_settings", "schedules"):
+            other.__dict__[shared] = dict(self.__dict__[shared])
         return other

@@ -17,7 +17,7 @@ from lightning_distill.compat import HookGuards, is_compiled
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
-from lightning_distill.schedules import Progress, Schedule, Setting
+from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
 from lightning_distill.step import DistillStep, Given, Labels
 from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.source import as_source, shared_parameter
@@ -166,7 +166,7 @@ class Distiller:
         """
         if not torch.is_grad_enabled() and not self._step.student.find():
             self._step.parts = {"task_loss": task_loss.detach()}
-            return self.task_weight * task_loss
+            return torch.mul(task_loss, self.task_weight)
         if self._counts and self._step.scheduler:
             self._step.scheduler.advance(Progress(self._count))
             self._count += 1
@@ -187,9 +187,9 @@ class Distiller:
         self._step.scheduler.advance(Progress(step, epoch, fraction))
 
     @property
-    def scheduled(self) -> dict[str, float]:
-        """The numbers that schedules have set last, by the names that logs give them."""
-        return self._step.scheduler.values
+    def scheduler(self) -> Scheduler:
+        """What sets scheduled numbers; its ``values`` are the last ones, by the names that logs give them."""
+        return self._step.scheduler
 
     def loss(self, batch: Any = None, calls: int | slice | None = None) -> Tensor:
         """The weighted sum of the terms, without the task loss, over the calls recorded since the last one.
@@ -205,6 +205,17 @@ class Distiller:
             ValueError: As :meth:`total`.
         """
         return self._step.loss(batch, Given(calls))
+
+    def agree(self, batch: Any = None) -> list[tuple[Tensor, Tensor]]:
+        """The logits of both sides for each call recorded since the last loss.
+
+        Args:
+            batch: The batch, where :meth:`teacher_forward` reads it.
+
+        Returns:
+            Pairs of the student's and the teacher's logits; of several teachers the log of their mean probabilities.
+        """
+        return [pair[:2] for pair in self._step.measure(batch)[1]]
 
     # Adapters --------------------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ class DistillModule(LightningModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "configure_callbacks" in vars(cls):  # one that forgets `super` would train without distillation, silently
-            cls.configure_callbacks = _with_distillation(cls.configure_callbacks)  # type: ignore[method-assign]
+            cls.configure_callbacks = _with_distillation(cls.configure_callbacks)  # type: ignore[method-assign, assignment]
 
     @property
     def teacher(self) -> Any:

@@ -19,7 +19,7 @@ def fraction_done(trainer: Trainer) -> float | None:
         trainer: The Trainer, in a training step.
     """
     shares = []
-    if trainer.max_steps is not None and trainer.max_steps >= 0:
+    if trainer.max_steps >= 0:
         shares.append(trainer.global_step / max(trainer.max_steps, 1))
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         epochs = trainer.max_epochs - sum(  # it appends an epoch to measure BatchNorm's statistics, without a step

@@ -260,8 +260,8 @@ class Run:
         return output
 
     def _measure(self, batch: Any, loader: int, output: Any) -> None:
-        losses, pair = self.step.measure(batch)
-        if not losses and pair is None:
+        losses, pairs = self.step.measure(batch)
+        if not losses and not pairs:
             return
         measures = self._loaders.setdefault(loader, LoaderMeasures(self._val_names))
         values = {f"{name}_loss": value.detach() for name, value in losses.items()}
@@ -274,8 +274,8 @@ class Run:
                 values["task_loss"] = task_loss.detach()
                 values["loss"] = self.callback.task_weight * values["task_loss"] + values["distillation_loss"]
         measures.losses.add(values, self.step.batch_size)
-        if pair is not None:
-            scored = next(term for term in self.step.terms if term.compares_class_scores)
+        scored = next((term for term in self.step.terms if term.compares_class_scores), None)
+        for pair in pairs:
             measures.agree(*pair, class_dim=getattr(scored, "class_dim", None))
 
     def start_validation(self) -> None:

@@ -217,15 +217,16 @@ class DistillStep:
                     rest = rest + value.reshape(-1)[:0].sum()
         return rest
 
-    def measure(self, batch: Any) -> tuple[dict[str, Tensor], Pair | None]:
+    def measure(self, batch: Any) -> tuple[dict[str, Tensor], list[Pair]]:
         """What validation measures in the calls recorded since the last loss.
 
         Args:
             batch: The batch.
 
         Returns:
-            The loss of each term whose parts exist, and the logits of both sides with the mask of the positions that
-            count, where a term compares class scores; of several teachers the log of their mean probabilities.
+            The loss of each term whose parts exist, and for each call the logits of both sides with the mask of the
+            positions that count, where a term compares class scores; of several teachers the log of their mean
+            probabilities.
 
         Raises:
             ValueError: If an output does not fit.
@@ -234,7 +235,7 @@ class DistillStep:
             calls = list(self.student.find())
             scored = next((term for term in self.terms if term.compares_class_scores), None)
             values: dict[str, list[Tensor]] = {}
-            pair = None
+            pairs: list[Pair] = []
             for call in calls:
                 call.batch, call.read_logits = batch, self._read_logits
                 answers = self.answers(call)
@@ -250,8 +251,8 @@ class DistillStep:
                         each = torch.stack([scored.pair(call, answer)[1].float() for answer in answers])
                         dim = scored.class_dim or (1 if student_logits.ndim >= 4 else -1)
                         teacher_logits = each.softmax(dim if dim < 0 else dim + 1).mean(0).log()
-                    pair = (student_logits.detach(), teacher_logits, scored.positions(call, labels))
-            return {name: torch.stack(each).mean() for name, each in values.items()}, pair
+                    pairs.append((student_logits.detach(), teacher_logits, scored.positions(call, labels)))
+            return {name: torch.stack(each).mean() for name, each in values.items()}, pairs
         finally:
             self.release()
 

@@ -64,7 +64,9 @@ class Follower:
     @property
     def device(self) -> torch.device:
         """The device of the student's parameters."""
-        return next(parameter for group in self.leader.param_groups for parameter in group["params"]).device
+        parameters = (parameter for group in self.leader.param_groups for parameter in group["params"])
+        device: torch.device = next(parameters).device
+        return device
 
     def adopt(self, parameters: list[nn.Parameter], state: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         """Train these parameters from now on.
@@ -83,7 +85,8 @@ class Follower:
             full["state"] = {index: entry for index, entry in enumerate(state) if entry}
             if len(groups) == len(full["param_groups"]):
                 full["param_groups"] = [
-                    {**group, **saved} for group, saved in zip(full["param_groups"], groups, strict=True)
+                    {**group, **saved, "params": group["params"]}
+                    for group, saved in zip(full["param_groups"], groups, strict=True)
                 ]
             optimizer.load_state_dict(full)
         self._parameters, self.optimizer = parameters, optimizer

@@ -175,10 +175,10 @@ class LearnedParts:
     def unfollow(self) -> None:
         """Let the leader go; the optimizer's state is kept for the next one."""
         if self._follower is not None:
-            optimizer = self._optimizer_state()
+            kept = {key: value for key, value in self.state_dict().items() if key != "adapters"}
             self._follower.close()
             self._follower = None
-            self._saved = {**self._saved, "optimizer": optimizer}
+            self._saved = {**self._saved, **kept}
         self._leader = None
 
     def forget_optimizer(self) -> None:
@@ -207,31 +207,54 @@ class LearnedParts:
         parameters = self._trained()
         if follower is None or not parameters or len(parameters) == len(follower._parameters):
             return
-        saved = self._saved.get("optimizer") or {}
+        saved = self._saved_states()
         state = []
         for term in self._agreed():
-            entries = saved.get("state", {}).get(term.name, [])
+            entries = saved.get(term.name, [])
             for index, parameter in enumerate(trained_by(term)):
                 state.append(follower.state_of(parameter) or (entries[index] if index < len(entries) else {}))
-        follower.adopt(parameters, state, follower.groups() or saved.get("groups", []))
+        groups = (self._saved.get("optimizer") or {}).get("param_groups", [])
+        follower.adopt(parameters, state, follower.groups() or groups)
 
     # Saving them -----------------------------------------------------------------------------------------------------
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        saved = self._saved.get("optimizer") or {}
-        follower = self._follower
-        if follower is None or follower.optimizer is None:
-            return dict(saved)
-        state = dict(saved.get("state", {}))
-        state.update({term.name: [follower.state_of(one) for one in trained_by(term)] for term in self._agreed()})
-        return {"state": state, "groups": follower.groups()}
+    def _saved_states(self) -> dict[str, list[dict[str, Any]]]:
+        """The saved state of the optimizer for the parameters of each term."""
+        state, start, states = (self._saved.get("optimizer") or {}).get("state", {}), 0, {}
+        for name, size in self._saved.get("terms", {}).items():
+            states[name] = [state.get(index, {}) for index in range(start, start + size)]
+            start += size
+        return states
 
     def state_dict(self) -> dict[str, Any]:
-        """The values by term and their optimizer's state; empty where nothing is learned."""
-        adapters = dict(self._saved.get("adapters", {}))
+        """The values by term, their optimizer's state and the number of trained parameters of every term.
+
+        Empty where nothing is learned. ``optimizer`` has the form of ``torch.optim.Optimizer.state_dict``.
+        """
+        waiting = self._saved.get("adapters", {})
         made = [term for term in self.terms if term.name not in self._unmade]
-        adapters.update({term.name: values for term in made if (values := dict(term.state_dict()))})
-        return {"adapters": adapters, "optimizer": self._optimizer_state() or None} if adapters else {}
+        adapters = {**waiting, **{term.name: values for term in made if (values := dict(term.state_dict()))}}
+        if not adapters:
+            return {}
+        follower, saved = self._follower, self._saved_states()
+        trained = {term.name for term in self._agreed()} if follower and follower.optimizer else set()
+        states: dict[str, list[dict[str, Any]]] = {}
+        for term in self.terms:
+            fresh = [{} for _ in trained_by(term)]
+            states[term.name] = saved.get(term.name) or fresh
+            if term.name in trained and follower is not None:
+                states[term.name] = [follower.state_of(parameter) for parameter in trained_by(term)]
+        entries = [entry for term in self.terms for entry in states[term.name]]
+        groups = (follower.groups() if follower else []) or (self._saved.get("optimizer") or {}).get("param_groups", [])
+        optimizer = {
+            "state": {index: entry for index, entry in enumerate(entries) if entry},
+            "param_groups": [{**group, "params": list(range(len(entries)))} for group in groups[:1]],
+        }
+        return {
+            "adapters": adapters,
+            "optimizer": optimizer if groups else None,
+            "terms": {name: len(each) for name, each in states.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start over, from saved values or, if the state is empty, from fresh ones.
@@ -239,12 +262,14 @@ class LearnedParts:
         Raises:
             ValueError: If values were saved for other terms.
         """
-        saved = state.get("adapters") or {}
-        if unknown := [name for name in saved if name not in {term.name for term in self.terms}]:
+        saved, names = state.get("adapters") or {}, [term.name for term in self.terms]
+        of_terms = list(state.get("terms", saved))
+        unknown = [name for name in saved if name not in names]
+        lacking = [term.name for term in self.terms if saved and term.makes_parts and term.name not in of_terms]
+        if unknown or lacking:
             raise ValueError(
-                f"Expected the saved adapters to be of the terms {[term.name for term in self.terms]}, but got"
-                f" adapters of {unknown}. Resume with the terms that were saved, or start from the student's weights"
-                " alone."
+                f"Expected the saved adapters to fit term {[*lacking, *names][0]!r}, but got adapters of the terms"
+                f" {of_terms}. Resume with the terms that were saved, or start from the student's weights alone."
             )
         if self._follower is not None:
             self._follower.close()

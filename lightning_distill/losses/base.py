@@ -49,8 +49,8 @@ class DistillationLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         schedules = self.__dict__.get("schedules")
-        if schedules and name in schedules and not isinstance(value, Schedule):
-            del schedules[name]  # a number that is assigned takes the place of the schedule
+        if schedules and name in schedules and name in self.__dict__:  # not when the constructor sets it
+            del schedules[name]  # a number that is assigned later takes the place of the schedule
         super().__setattr__(name, value)
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:

@@ -139,8 +139,10 @@ class Call:
             >>> Call.given(features={("body", "output"): torch.ones(2, 3)}).feature(Tap("body")).shape
             torch.Size([2, 3])
         """
-        runs = {place: [(feature, [])] for place, feature in (features or {}).items()}
-        return cls((), {}, output=output, who=who, runs=runs, **attributes)  # type: ignore[arg-type]
+        runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = {
+            place: [(feature, [])] for place, feature in (features or {}).items()
+        }
+        return cls((), {}, output=output, who=who, runs=runs, **attributes)
 
     @property
     def logits(self) -> Tensor:

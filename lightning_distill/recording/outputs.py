@@ -54,10 +54,10 @@ def select(value: Any, output: Output, what: str) -> Tensor:
             picked = next(iter(tensors.values()))
     if not isinstance(picked, Tensor):
         present = ", ".join(f"{key!r}: {_describe(entry)}" for key, entry in entries.items()) or _describe(value)
-        remedy = "Pass output=..., as in LogitsDistillation(output=1) or Tap(layer, output=1), or override `logits`"
+        remedy = "Pass Tap(layer, output=...), or for the network's output LogitsDistillation(output=...)"
         raise ValueError(
-            f"Expected `output` to pick one tensor of {what}, but got output={output!r}. {remedy}; the entries are"
-            f" {present}."
+            f"Expected `output` to pick one tensor of {what}, but got output={output!r}. {remedy}, or override `logits`;"
+            f" there is {present}."
         )
     return picked
 

@@ -23,16 +23,12 @@ class StudentFinder:
         taps: Layers to read, named from the module (``"model.layer3"``) or from the student (``"layer3"``).
         student: Path of the student, paths of its parts, or ``None`` to find it.
 
-    Raises:
-        ValueError: If a path is unknown.
     """
 
     def __init__(self, module: nn.Module, taps: Sequence[Tap], student: str | Sequence[str] | None = None) -> None:
         self._module, self._taps, self._student = module, taps, student
         self._recorders: dict[str, Recorder] | None = None
         self._found: Recorder | None = None
-        if student is not None:
-            self._found = self._named()
 
     def _named(self) -> Recorder:
         paths = [self._student] if isinstance(self._student, str) else list(self._student or [])
@@ -58,10 +54,12 @@ class StudentFinder:
         Raises:
             ValueError: With the closest names.
         """
-        candidates = [self._found] if self._found else list(self._candidates().values())
+        candidates = list(self._candidates().values())
         min(candidates, key=lambda recorder: len(recorder.unknown())).check(terms)
 
     def _candidates(self) -> dict[str, Recorder]:
+        if self._student is not None:
+            return {"": self._named()}
         recorders = {"": Recorder(self._module, self._taps)}
         for name, child in _children(self._module):
             # Losses, metrics and frozen networks are called too, and are not students.
@@ -71,11 +69,15 @@ class StudentFinder:
 
     @property
     def root(self) -> nn.Module:
-        """The student once it is found; before that the whole module."""
+        """The student, where it is named or found; before that the whole module."""
+        if self._found is None and self._student is not None:
+            return self._named().root
         return self._module if self._found is None else self._found.root
 
     def recording(self, needs_grad: bool, features: bool) -> Recording:
         """A context that records the student, or every candidate until a step has shown which one it is."""
+        if self._found is None and self._student is not None:
+            self._found = self._named()  # made in the first step: hooks of the module may build it later than ours run
         if self._found is not None:
             return Recording([self._found], needs_grad, features)
         if self._recorders is None:
@@ -99,6 +101,9 @@ class StudentFinder:
                     " called one after the other and are the student together."
                 )
             for recorder in called.values():
+                for other in (self._recorders or {}).values():
+                    if other is not recorder:
+                        other.clear()  # it has recorded calls inside the student's, or of it
                 self._found, self._recorders = recorder, None
         return [] if self._found is None else self._found.calls
 

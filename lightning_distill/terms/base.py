@@ -141,7 +141,7 @@ class DistillationTerm(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """An attribute of the term; what only one owner's copy has is read from that copy."""
         try:
-            value = super().__getattr__(name)
+            value: Any = super().__getattr__(name)
         except AttributeError:
             value = _MISSING
         state = self.__dict__
@@ -200,8 +200,9 @@ def as_terms(terms: Any, default: Callable[[DistillationLoss | None], Distillati
                 f"Expected `terms[{index}]` to be a term, but got {got}. Wrap a loss:"
                 " LogitsDistillation(loss) or FeatureDistillation(student_layer, teacher_layer, loss)."
             )
-    names = [term.name for term in terms]
+    checked: list[DistillationTerm] = list(terms)
+    names = [term.name for term in checked]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"Expected `terms` to have distinct names, but got {twice!r} twice. Pass name=... to one.")
-    return terms
+    return checked

@@ -81,7 +81,7 @@ class FeatureDistillation(DistillationTerm):
             checks.one_of("adapter", adapter, ("auto", "linear", "conv1x1"))
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         self._pairs = [*zip(student_taps, teacher_taps, strict=True)]
-        self.loss = FeatureDistance(loss) if isinstance(loss, str) else checked_loss(loss)
+        self.loss = FeatureDistance(loss) if isinstance(loss, str) else checked_loss(loss)  # type: ignore[arg-type]
         self.requires = Requires.of(self.loss)
         if self.requires.learned and any(True for _ in self.loss.parameters()):
             raise ValueError(
