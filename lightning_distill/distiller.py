@@ -15,6 +15,7 @@ from lightning_distill import checks
 from lightning_distill.adapter_trainer import AdapterTrainer
 from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.teacher import CachedTeacher
+from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.labels import find_labels
 from lightning_distill.outputs import first_tensor, select
 from lightning_distill.schedules import Progress, Schedule, Scheduler, first_value
@@ -256,16 +257,17 @@ class Distiller:
             for call in self._recorder.calls if self._recorder and not alone else []:
                 theirs = [answer.logits for answer in self.answers(call)]
                 if self._several:
-                    theirs = [torch.stack([one.float().softmax(self.class_dim) for one in theirs]).mean(0).log()]
+                    dim = resolve_class_dim(theirs[0], self.class_dim)
+                    theirs = [torch.stack([one.float().softmax(dim) for one in theirs]).mean(0).log()]
                 pairs.append((call.logits.detach(), theirs[0]))
             return pairs
         finally:
             self.release()
 
     @property
-    def class_dim(self) -> int:
+    def class_dim(self) -> int | None:
         """Dimension of the logits that counts the classes, as the first term on logits has it."""
-        return next((term.class_dim for term in self.terms if isinstance(term, LogitsDistillation)), -1)
+        return next((term.class_dim for term in self.terms if isinstance(term, LogitsDistillation)), None)
 
     # Adapters --------------------------------------------------------------------------------------------------------
 

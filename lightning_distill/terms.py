@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_distill import checks
 from lightning_distill.adapters import AdapterFactory, make_adapter
+from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.functional.top_k import TopK, merge_classes
 from lightning_distill.losses import DistillationLoss, FeatureDistance, SoftTargetLoss
 from lightning_distill.schedules import Schedule, first_value
@@ -126,9 +127,10 @@ class LogitsDistillation(DistillationTerm):
         self.needs_labels = getattr(self.loss, "needs_labels", False)
 
     @property
-    def class_dim(self) -> int:
-        """Dimension of the logits that counts the classes."""
-        return int(getattr(self.loss, "class_dim", -1))
+    def class_dim(self) -> int | None:
+        """Dimension of the logits that counts the classes; None where their shape tells."""
+        dim: int | None = getattr(self.loss, "class_dim", None)
+        return dim
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
@@ -136,7 +138,8 @@ class LogitsDistillation(DistillationTerm):
         if top_k is None:
             return _scalar(self.loss, student.logits, teacher.logits, labels, self.needs_labels)
         own = getattr(self.loss, "merges_classes", False) and not getattr(self.loss, "standardize", False)
-        if not own or self.class_dim not in (-1, student.logits.ndim - 1):
+        dims = (-1, student.logits.ndim - 1)
+        if not own or resolve_class_dim(student.logits, self.class_dim, labels) not in dims:
             raise ValueError(
                 f"Expected a cache of full outputs for {self.loss}, but it holds the likeliest"
                 f" {top_k.indices.shape[-1]} classes alone. Build it without top_k, or use a divergence such as"

@@ -36,8 +36,9 @@ class Golden:
     )
 
 
-def labels_of(teacher: Tensor, class_dim: int) -> Tensor:
+def labels_of(teacher: Tensor, class_dim: int | None) -> Tensor:
     """Labels that follow a row of logits wherever a test moves it: the teacher's first or second choice."""
+    class_dim = (1 if teacher.ndim >= 4 else -1) if class_dim is None else class_dim
     choices = teacher.argsort(dim=class_dim, descending=True, stable=True)
     second = teacher.argmin(dim=class_dim) % 2 == 1
     return torch.where(second, choices.select(class_dim, 1), choices.select(class_dim, 0))
@@ -50,8 +51,11 @@ class Labelled(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.loss(student, teacher, labels_of(teacher.detach(), self.loss.class_dim))
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        labels = labels_of(teacher.detach(), self.loss.class_dim) if labels is None else labels
+        return self.loss(student, teacher, labels, mask=mask)
 
 
 class Learned(nn.Module):
@@ -63,12 +67,12 @@ class Learned(nn.Module):
         loss.double().load_state_dict({name: torch.from_numpy(array) for name, array in parameters.items()})
         self.loss = loss
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         first = next(self.loss.parameters())
         dtype = torch.promote_types(student.dtype, torch.float32)
         if (first.dtype, first.device) != (dtype, student.device):
             self.loss.to(student.device, dtype)
-        return self.loss(student, teacher)
+        return self.loss(student, teacher, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class LossCase:
     def reference(self, student: oracle.Array, teacher: oracle.Array, frozen: oracle.Array | None = None) -> float:
         settings = {name: value for name, value in self.settings.items() if name != "kind"}
         if self.loss.needs_labels:
-            labels = labels_of(torch.tensor(teacher), settings.get("class_dim", -1))
+            labels = labels_of(torch.tensor(teacher), settings.get("class_dim"))
             settings["labels"] = labels.numpy()
         if self.parameters is not None:
             settings["parameters"] = self.parameters
