@@ -187,10 +187,11 @@ MAPS = [
         losses.ChannelWiseLoss,
         oracle.channel_wise_kl,
         (2, 3, 2, 3),
+        over="examples",
         settings={"temperature": 2.0},
         golden=(Golden("cwd", settings=softened),),
     ),
-    LossCase("channel_wise_tokens", losses.ChannelWiseLoss, oracle.channel_wise_kl, (2, 4, 3)),
+    LossCase("channel_wise_tokens", losses.ChannelWiseLoss, oracle.channel_wise_kl, (2, 4, 3), over="examples"),
 ]
 
 RELATIONS = [

@@ -89,6 +89,9 @@ class LossCase:
     zero_at_identity: bool = True
     on_logits: bool = False
     shift_invariant: bool = True  # whether a shift of all logits of a row changes nothing
+    # One value for each position, for each example from its positions, or for the batch from the examples' relations;
+    # "neighbourhood" where a position's value depends on its neighbours, so that masking is not slicing.
+    over: str = "positions"
     per_example: bool = True  # whether the loss of a batch is the mean over its examples
     parameters: Arrays | None = None  # of a learned loss, by the names of PyTorch's state_dict
     detached: bool = False  # whether the oracle's ``frozen`` is the student at which a factor without gradient is taken
@@ -122,6 +125,11 @@ class LossCase:
         if self.detached:
             settings["frozen"] = student if frozen is None else frozen
         return self.oracle(student, teacher, **settings)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a mask selects rows, for which the host waits for the device."""
+        return (self.over == "batch" and not self.on_logits) or self.loss is losses.PearsonFeatureLoss
 
     def inputs(self, seed: int = 0, scale: float = 2.0) -> tuple[oracle.Array, oracle.Array]:
         generator = np.random.default_rng(seed)

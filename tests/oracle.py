@@ -56,7 +56,9 @@ def soft_target(
     return sum(values) / len(values)
 
 
-def soft_cross_entropy(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None) -> float:
+def soft_cross_entropy(
+    student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None
+) -> float:
     """Hinton et al. 2015: -T^2 sum_c p_t log p_s, mean over the rows."""
     values = []
     for z_s, z_t in zip(rows(student, class_dim), rows(teacher, class_dim), strict=True):

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from oracle import Array, kl, rows, softmax
 
 
-def softened(student: Array, teacher: Array, temperature: float, class_dim: int | None) -> Iterator[tuple[Array, Array]]:
+def softened(
+    student: Array, teacher: Array, temperature: float, class_dim: int | None
+) -> Iterator[tuple[Array, Array]]:
     """The two models' softened probabilities, row by row."""
     for z_s, z_t in zip(rows(student, class_dim), rows(teacher, class_dim), strict=True):
         yield softmax(z_s / temperature), softmax(z_t / temperature)
@@ -37,7 +39,9 @@ def generalized_jsd(
     return mean(values)
 
 
-def skew_kl(student: Array, teacher: Array, *, skew: float = 0.1, reverse: bool = False, class_dim: int | None = None) -> float:
+def skew_kl(
+    student: Array, teacher: Array, *, skew: float = 0.1, reverse: bool = False, class_dim: int | None = None
+) -> float:
     """DistiLLM: KL(p_t || a p_t + (1 - a) p_s), or KL(p_s || a p_s + (1 - a) p_t), mean over the rows."""
     values = []
     for p_s, p_t in softened(student, teacher, 1.0, class_dim):
@@ -172,7 +176,9 @@ def multi_level_logits(
     return mean(values)
 
 
-def binary_soft_target(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None) -> float:
+def binary_soft_target(
+    student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None
+) -> float:
     """T^2 times the binary cross entropy of sigmoids at z / T, mean over classes and rows."""
     values = []
     for z_s, z_t in zip(student.ravel(), teacher.ravel(), strict=True):
