@@ -183,7 +183,7 @@ class LabelledLoss(LogitsLoss):
         """One value per row of logits, masked where the label is ignored."""
         teacher, labels = y_true
         values = self._values(y_pred, teacher, labels)
-        counts = keras.ops.logical_not(ignored(prepare_labels(labels, y_pred), self.ignore_index))
+        counts = keras.ops.logical_not(ignored(prepare_labels(labels, values[..., None]), self.ignore_index))
         return backends.with_mask(values, counts)
 
 

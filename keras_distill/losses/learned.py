@@ -184,6 +184,7 @@ class _Network(keras.layers.Layer):
     def __init__(self, layers: Sequence[keras.layers.Layer], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.parts = list(layers)
+        self.supports_masking = True
 
     def build(self, shape: Any) -> None:
         for part in self.parts:
