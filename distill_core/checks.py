@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,14 +39,14 @@ class Checks:
         self._message, self._shown = message, shown
 
     def number(self, name: str, value: Any) -> None:
-        """Check that a setting is a finite int or float; a bool is neither.
+        """Check that a setting is a finite int or float, NumPy's among them; a bool is neither.
 
         Args:
             name: Name of the argument, for the message.
             value: What the user passed.
 
         Raises:
-            TypeError: If the value is no int or float.
+            TypeError: If the value is not an int or a float.
             ValueError: If the value is NaN or infinite.
 
         Example:
@@ -53,11 +54,29 @@ class Checks:
             Traceback (most recent call last):
             TypeError: Expected `weight` to be an int or a float, but got weight=True.
         """
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(self._message(f"`{name}` to be an int or a float", f"{name}={value!r}"))
         # Not math.isfinite: torch.compile turns a temperature that changes into a symbol, which it can only compare.
-        if not -math.inf < value < math.inf:
+        if not -math.inf < value < math.inf:  # type: ignore[operator]
             raise ValueError(self._message(f"`{name}` to be finite", f"{name}={value!r}"))
+
+    def integer(self, name: str, value: Any) -> None:
+        """Check that a setting is an int, NumPy's among them; a bool is not.
+
+        Args:
+            name: Name of the argument, for the message.
+            value: The user's value.
+
+        Raises:
+            TypeError: If the value is not an int.
+
+        Example:
+            >>> Checks().integer("ignore_index", 2.0)
+            Traceback (most recent call last):
+            TypeError: Expected `ignore_index` to be an int, but got ignore_index=2.0.
+        """
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(self._message(f"`{name}` to be an int", f"{name}={value!r}"))
 
     def positive(self, name: str, value: Any) -> None:
         """Check that a setting is a finite number greater than 0.
@@ -67,7 +86,7 @@ class Checks:
             value: What the user passed.
 
         Raises:
-            TypeError: If the value is no int or float.
+            TypeError: If the value is not an int or a float.
             ValueError: If the value is not finite or not greater than 0.
 
         Example:
@@ -87,7 +106,7 @@ class Checks:
             value: What the user passed.
 
         Raises:
-            TypeError: If the value is no list or tuple, or an entry is no int or float.
+            TypeError: If the value is not a list or a tuple, or an entry is not an int or a float.
             ValueError: If the value is empty, or an entry is not finite or not greater than 0.
 
         Example:
@@ -110,7 +129,7 @@ class Checks:
             value: What the user passed.
 
         Raises:
-            TypeError: If the value is no int or float.
+            TypeError: If the value is not an int or a float.
             ValueError: If the value is not finite or less than 0.
 
         Example:
@@ -129,7 +148,7 @@ class Checks:
             minimum: Smallest value allowed.
 
         Raises:
-            TypeError: If the value is no int or float.
+            TypeError: If the value is not an int or a float.
             ValueError: If the value is not finite or too small.
 
         Example:
@@ -151,7 +170,7 @@ class Checks:
             maximum: Largest value allowed.
 
         Raises:
-            TypeError: If the value is no int or float.
+            TypeError: If the value is not an int or a float.
             ValueError: If the value is not finite or out of the range.
 
         Example:
@@ -171,7 +190,7 @@ class Checks:
             value: What the user passed.
 
         Raises:
-            TypeError: If the value is no int or float.
+            TypeError: If the value is not an int or a float.
             ValueError: If the value is not finite, less than 0, or 1 or more.
 
         Example:
@@ -191,7 +210,7 @@ class Checks:
             value: What the user passed.
 
         Raises:
-            TypeError: If the value is no bool.
+            TypeError: If the value is not a bool.
 
         Example:
             >>> Checks().boolean("standardize", 1)
@@ -210,7 +229,7 @@ class Checks:
             choices: The words allowed.
 
         Raises:
-            TypeError: If the value is no string.
+            TypeError: If the value is not a string.
             ValueError: If the value is none of the words.
 
         Example:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.src.backend import get_keras_mask  # the only way to a mask that serves all backends
+from keras.src.backend import get_keras_mask, set_keras_mask  # the only way to a mask that serves all backends
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 
@@ -69,6 +69,20 @@ def likeliest(logits: Any) -> Any:
 def mask_of(tensor: Any) -> Any:
     """The mask that Keras' layers have handed down with a tensor, or None."""
     return get_keras_mask(tensor)
+
+
+def with_mask(tensor: Any, mask: Any) -> Any:
+    """The same tensor with a mask that Keras takes into account where it averages, as its own ``ignore_class`` does.
+
+    Args:
+        tensor: Values of a loss.
+        mask: True where a value counts, same shape.
+
+    Returns:
+        The tensor.
+    """
+    set_keras_mask(tensor, mask)
+    return tensor
 
 
 def without_mask(tensor: Any) -> Any:

@@ -30,6 +30,7 @@ def message(expected: str, received: str, remedy: str = "") -> str:
 
 _CHECKS = Checks(message, shown=8)
 number = _CHECKS.number
+integer = _CHECKS.integer
 positive = _CHECKS.positive
 positives = _CHECKS.positives
 non_negative = _CHECKS.non_negative

@@ -31,7 +31,7 @@ class TeacherAgreement(keras.metrics.Mean):
         From 0 to 1, higher is better. ``update_state`` takes logits ``(N, ..., C)`` of the teacher, then the student.
 
     Raises:
-        TypeError: If the logits are no floating point tensors.
+        TypeError: If the logits are not floating point tensors.
         ValueError: If the shapes differ.
 
     Example:
@@ -88,7 +88,7 @@ class TeacherDivergence(keras.metrics.Mean):
         student.
 
     Raises:
-        TypeError: If the logits are no floating point tensors or the temperature is no number.
+        TypeError: If the logits are not floating point tensors or the temperature is not a number.
         ValueError: If the shapes differ or the temperature is not greater than 0.
 
     Example:

@@ -16,6 +16,7 @@ __all__ = [
     "floating",
     "fraction",
     "inner_dim",
+    "integer",
     "message",
     "non_negative",
     "number",
@@ -27,6 +28,7 @@ __all__ = [
 
 _CHECKS = Checks(message)
 number = _CHECKS.number
+integer = _CHECKS.integer
 positive = _CHECKS.positive
 positives = _CHECKS.positives
 non_negative = _CHECKS.non_negative
@@ -47,7 +49,7 @@ def inner_dim(name: str, value: Any, ndim: int | None = None) -> None:
         ndim: Number of dimensions of the tensor, where it is known already.
 
     Raises:
-        TypeError: If the value is no int.
+        TypeError: If the value is not an int.
         ValueError: If the value is the batch dimension or outside of the tensor.
 
     Example:
@@ -55,8 +57,7 @@ def inner_dim(name: str, value: Any, ndim: int | None = None) -> None:
         Traceback (most recent call last):
         ValueError: Expected `class_dim` to be other than the batch dimension, but got class_dim=0.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(message(f"`{name}` to be an int", f"{name}={value!r}"))
+    integer(name, value)
     if value == 0 or (ndim is not None and value == -ndim):
         got = f"{name}={value!r}" + (f" for a tensor of {ndim} dimensions" if ndim is not None else "")
         raise ValueError(message(f"`{name}` to be other than the batch dimension", got))
@@ -72,7 +73,7 @@ def floating(name: str, value: Any) -> None:
         value: What the user passed.
 
     Raises:
-        TypeError: If the value is no tensor or holds integers, bools or complex numbers.
+        TypeError: If the value is not a tensor or holds integers, bools or complex numbers.
 
     Example:
         >>> import torch

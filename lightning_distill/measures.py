@@ -91,9 +91,5 @@ class LoaderMeasures:
             class_dim: Dimension that counts the classes; ``None`` leaves it to the shape.
         """
         if self.agreement is None:
-            dim = class_dim if class_dim is not None else 1 if student.ndim >= 4 else -1
-            self.agreement = TeacherAgreement(class_dim=dim).to(student.device)
-        if mask is None:
-            self.agreement.update(student, teacher)
-        else:
-            self.agreement.update(student, teacher, mask=mask)
+            self.agreement = TeacherAgreement(class_dim=class_dim).to(student.device)
+        self.agreement.update(student, teacher, mask=mask)

@@ -9,60 +9,65 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.inputs import prepare, resolve_class_dim, rows_mask
 from lightning_distill.functional.logits import soft_target_kl
 
 _NAMES = ("student_logits", "teacher_logits")
 
 
-class _MeanOverRows(Metric):
-    """Mean over all rows of logits seen, whatever the sizes of the batches and however many processes."""
+class _OverRows(Metric):
+    """A mean over all rows of logits seen, whatever the sizes of the batches and however many processes.
+
+    The states are of types that every device has: MPS has no float64.
+
+    Args:
+        class_dim: Dimension of the classes, or None.
+        **kwargs: Settings of every torchmetrics metric.
+    """
 
     is_differentiable = False
     full_state_update = False
     total: Tensor
     count: Tensor
 
-    def __init__(self, class_dim: int, **kwargs: Any) -> None:
+    def __init__(self, class_dim: int | None, total_dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        checks.inner_dim("class_dim", class_dim)
+        if class_dim is not None:
+            checks.inner_dim("class_dim", class_dim)
         self.class_dim = class_dim
-        # Both are float64 sums: exact up to 2^53 rows, and an average over processes does not round a count.
-        self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.zeros((), dtype=total_dtype), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def compute(self) -> Tensor:
-        """Mean over the rows seen since the last reset, a float32 scalar; nan where there were none."""
-        return (self.total / self.count).float()
-
-    def _add(self, rows: Tensor) -> None:
-        self.total += rows.double().sum()
-        self.count += rows.numel()
-
-    def _pair(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(
+        self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, int, Tensor | None]:
+        """Both models' logits with at least two dimensions, the dimension of the classes and the mask of the rows."""
         student, teacher = prepare(student_logits, teacher_logits, _NAMES)
         checks.same_shape(student, teacher, names=_NAMES, remedy="Both models must score the same classes.")
         if student.ndim == 1:
             student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
-        checks.inner_dim("class_dim", self.class_dim, student.ndim)
-        return student.detach(), teacher
+        dim = resolve_class_dim(student, self.class_dim) % student.ndim
+        shape = tuple(student.shape)
+        rows = None if mask is None else rows_mask(mask, shape[:dim] + shape[dim + 1 :])
+        self.count += student.numel() // student.shape[dim] if rows is None else rows.sum()
+        return student.detach(), teacher, dim, rows
 
 
-class TeacherAgreement(_MeanOverRows):
+class TeacherAgreement(_OverRows):
     """Share of the rows of logits where student and teacher give the highest score to the same class.
 
     It says how faithfully the student decides as its teacher does, right or wrong. With a single score per example,
     ``(N, 1)`` or ``(N,)``, the two agree where both scores lie on the same side of zero, zero counting as negative.
 
     Args:
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
         **kwargs: Settings of every torchmetrics metric, such as ``sync_on_compute``.
 
     Returns:
         From 0 to 1, higher is better. ``update`` takes logits ``(N, ..., C)`` of the student, then the teacher.
 
     Raises:
-        TypeError: If the logits are no floating point tensors or ``class_dim`` is no int.
+        TypeError: If the logits are not floating point tensors or ``class_dim`` is not an int.
         ValueError: If the shapes differ or ``class_dim`` is the batch dimension.
 
     Example:
@@ -79,19 +84,30 @@ class TeacherAgreement(_MeanOverRows):
 
     higher_is_better = True
 
-    def __init__(self, class_dim: int = -1, **kwargs: Any) -> None:
-        super().__init__(class_dim, **kwargs)
+    def __init__(self, *, class_dim: int | None = None, **kwargs: Any) -> None:
+        super().__init__(class_dim, torch.int64, **kwargs)
 
-    def update(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
-        """Count of the agreeing rows of one batch, added to the state."""
-        student, teacher = self._pair(student_logits, teacher_logits)
-        if student.shape[self.class_dim] == 1:
-            self._add((student > 0) == (teacher > 0))
+    def update(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> None:
+        """Count the agreeing rows of one batch.
+
+        Args:
+            student_logits: Shape ``(N, ..., C)``.
+            teacher_logits: Same shape.
+            mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        """
+        student, teacher, dim, counts = self._pair(student_logits, teacher_logits, mask)
+        if student.shape[dim] == 1:
+            agrees = ((student > 0) == (teacher > 0)).squeeze(dim)
         else:
-            self._add(student.argmax(dim=self.class_dim) == teacher.argmax(dim=self.class_dim))
+            agrees = student.argmax(dim=dim) == teacher.argmax(dim=dim)
+        self.total += agrees.sum() if counts is None else (agrees & counts).sum()
+
+    def compute(self) -> Tensor:
+        """Share of the rows seen since the last reset, a float32 scalar; NaN where there were none."""
+        return self.total.float() / self.count.float()
 
 
-class TeacherDivergence(_MeanOverRows):
+class TeacherDivergence(_OverRows):
     r"""Mean Kullback-Leibler divergence of the student's probabilities from the teacher's, in nats.
 
     .. math:: \frac{1}{N} \sum_n \sum_c p^t_{nc} (\log p^t_{nc} - \log p^s_{nc}), \qquad p = \mathrm{softmax}(z / T)
@@ -101,14 +117,14 @@ class TeacherDivergence(_MeanOverRows):
 
     Args:
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
         **kwargs: Settings of every torchmetrics metric, such as ``sync_on_compute``.
 
     Returns:
         From 0 up, in nats, lower is better. ``update`` takes logits ``(N, ..., C)`` of the student, then the teacher.
 
     Raises:
-        TypeError: If the logits are no floating point tensors or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors or a setting has the wrong type.
         ValueError: If the shapes differ, ``class_dim`` is the batch dimension or the temperature is not greater than 0.
 
     Example:
@@ -122,18 +138,35 @@ class TeacherDivergence(_MeanOverRows):
     """
 
     higher_is_better = False
+    rest: Tensor
 
-    def __init__(self, temperature: float = 1.0, class_dim: int = -1, **kwargs: Any) -> None:
-        super().__init__(class_dim, **kwargs)
+    def __init__(self, temperature: float = 1.0, *, class_dim: int | None = None, **kwargs: Any) -> None:
+        super().__init__(class_dim, torch.float32, **kwargs)
         checks.positive("temperature", temperature)
         self.temperature = float(temperature)
+        self.add_state("rest", default=torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
 
-    def update(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
-        """Sum of the divergences of one batch, added to the state."""
-        student, teacher = self._pair(student_logits, teacher_logits)
-        dim = self.class_dim
+    def update(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> None:
+        """Add the divergences of one batch.
+
+        Args:
+            student_logits: Shape ``(N, ..., C)``.
+            teacher_logits: Same shape.
+            mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        """
+        student, teacher, dim, counts = self._pair(student_logits, teacher_logits, mask)
         if student.shape[dim] == 1:
             # The sigmoid of z is the softmax of (0, z).
             student, teacher = (torch.cat([torch.zeros_like(z), z], dim=dim) for z in (student, teacher))
-        divergence = soft_target_kl(student, teacher, temperature=self.temperature, class_dim=dim)
-        self._add(divergence / self.temperature**2)
+        values = soft_target_kl(student, teacher, temperature=self.temperature, class_dim=dim, mask=counts)
+        exact = values.sum() / self.temperature**2
+        added = exact.float()
+        # What the float32 sum loses is kept beside it (Knuth's two-sum), so that many small batches lose nothing.
+        total = self.total + added
+        part = total - self.total
+        self.rest += (self.total - (total - part)) + (added - part) + (exact - added).float()
+        self.total = total
+
+    def compute(self) -> Tensor:
+        """Mean over the rows seen since the last reset, a float32 scalar; NaN where there were none."""
+        return (self.total + self.rest) / self.count.float()

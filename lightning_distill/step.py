@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_distill.adapters.follower import world_size
 from lightning_distill.adapters.learned import LearnedParts
+from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
@@ -249,7 +250,7 @@ class DistillStep:
                     student_logits, teacher_logits = scored.pair(call, answers[0])
                     if len(answers) > 1:
                         each = torch.stack([scored.pair(call, answer)[1].float() for answer in answers])
-                        dim = scored.class_dim or (1 if student_logits.ndim >= 4 else -1)
+                        dim = resolve_class_dim(student_logits, scored.class_dim)
                         teacher_logits = each.softmax(dim if dim < 0 else dim + 1).mean(0).log()
                     pairs.append((student_logits.detach(), teacher_logits, scored.positions(call, labels)))
             return {name: torch.stack(each).mean() for name, each in values.items()}, pairs

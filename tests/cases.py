@@ -58,8 +58,8 @@ CASES = [
         losses.SoftTargetLoss,
         oracle.soft_target,
         (2, 3, 2, 3),
-        settings={"temperature": 4.0, "class_dim": 1},
-        golden=(Golden("pixel_kl", settings=lambda ref: {**softened(ref), "class_dim": 1}),),
+        settings={"temperature": 4.0},
+        golden=(Golden("pixel_kl", settings=lambda ref: softened(ref)),),
         on_logits=True,
     ),
     LossCase(
@@ -95,6 +95,7 @@ CASES = [
         oracle.attention_transfer,
         (2, 3, 2, 3),
         (2, 5, 2, 3),
+        over="examples",
         golden=(Golden("attention_transfer", arrange=larger_map_pooled),),
     ),
     LossCase(
@@ -103,6 +104,7 @@ CASES = [
         oracle.attention_transfer,
         (2, 4, 3),
         (2, 4, 2),
+        over="examples",
         settings={"p": 3.0},
     ),
     LossCase(

@@ -46,6 +46,7 @@ def _generative(name: str, shape: tuple[int, ...], mask: str, kernel: tuple[int,
         shape,
         settings={"mask_ratio": 0.0, "mask": mask},  # what is drawn has tests of its own
         zero_at_identity=False,
+        over="neighbourhood" if len(shape) > 2 else "positions",
         parameters=_drawn({**weights, **biases}, 0.2),
     )
 

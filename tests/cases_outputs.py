@@ -55,7 +55,7 @@ DIVERGENCES = [
         losses.GeneralizedJSDLoss,
         oracle.generalized_jsd,
         (2, 3, 2, 3),
-        settings={"beta": 0.0, "class_dim": 1},
+        settings={"beta": 0.0},
         on_logits=True,
     ),
     LossCase(
@@ -139,7 +139,6 @@ TARGETS = [
         losses.DecoupledKDLoss,
         oracle.decoupled_kd,
         (2, 3, 2, 3),
-        settings={"class_dim": 1},
         on_logits=True,
     ),
     LossCase(
@@ -188,10 +187,11 @@ MAPS = [
         losses.ChannelWiseLoss,
         oracle.channel_wise_kl,
         (2, 3, 2, 3),
+        over="examples",
         settings={"temperature": 2.0},
         golden=(Golden("cwd", settings=softened),),
     ),
-    LossCase("channel_wise_tokens", losses.ChannelWiseLoss, oracle.channel_wise_kl, (2, 4, 3)),
+    LossCase("channel_wise_tokens", losses.ChannelWiseLoss, oracle.channel_wise_kl, (2, 4, 3), over="examples"),
 ]
 
 RELATIONS = [
@@ -211,7 +211,7 @@ RELATIONS = [
                 },
                 cases=("s1", "s2"),
             ),
-            Golden("dist", settings=lambda ref: {"class_dim": 1}, cases=("s3",)),
+            Golden("dist", cases=("s3",)),
         ),
         zero_at_identity=False,  # up to the 1e-8 beside the norms
         on_logits=True,
@@ -231,7 +231,6 @@ RELATIONS = [
         losses.MultiLevelLogitLoss,
         oracle.multi_level_logits,
         (2, 3, 2, 3),
-        settings={"class_dim": 1},
         on_logits=True,
         per_example=False,
     ),

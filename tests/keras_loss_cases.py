@@ -35,9 +35,8 @@ def keras_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def moves(case: LossCase, settings: Mapping[str, Any], rank: int) -> bool:
     """Whether dimension 1 of PyTorch's tensor is the last of Keras'."""
-    if any(settings.get(name) == 1 for name in LAYOUT):
-        return True
-    return rank >= 4 and not case.on_logits and case.loss.__name__ not in NO_MAPS
+    chosen = [settings[name] for name in LAYOUT if settings.get(name) is not None]
+    return 1 in chosen if chosen else rank >= 4 and case.loss.__name__ not in NO_MAPS
 
 
 def to_keras(case: LossCase, array: NDArray[Any], settings: Mapping[str, Any] | None = None) -> NDArray[Any]:

@@ -36,8 +36,9 @@ class Golden:
     )
 
 
-def labels_of(teacher: Tensor, class_dim: int) -> Tensor:
+def labels_of(teacher: Tensor, class_dim: int | None) -> Tensor:
     """Labels that follow a row of logits wherever a test moves it: the teacher's first or second choice."""
+    class_dim = (1 if teacher.ndim >= 4 else -1) if class_dim is None else class_dim
     choices = teacher.argsort(dim=class_dim, descending=True, stable=True)
     second = teacher.argmin(dim=class_dim) % 2 == 1
     return torch.where(second, choices.select(class_dim, 1), choices.select(class_dim, 0))
@@ -50,8 +51,11 @@ class Labelled(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.loss(student, teacher, labels_of(teacher.detach(), self.loss.class_dim))
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        labels = labels_of(teacher.detach(), self.loss.class_dim) if labels is None else labels
+        return self.loss(student, teacher, labels, mask=mask)
 
 
 class Learned(nn.Module):
@@ -63,12 +67,12 @@ class Learned(nn.Module):
         loss.double().load_state_dict({name: torch.from_numpy(array) for name, array in parameters.items()})
         self.loss = loss
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         first = next(self.loss.parameters())
         dtype = torch.promote_types(student.dtype, torch.float32)
         if (first.dtype, first.device) != (dtype, student.device):
             self.loss.to(student.device, dtype)
-        return self.loss(student, teacher)
+        return self.loss(student, teacher, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,9 @@ class LossCase:
     zero_at_identity: bool = True
     on_logits: bool = False
     shift_invariant: bool = True  # whether a shift of all logits of a row changes nothing
+    # One value for each position, for each example from its positions, or for the batch from the examples' relations;
+    # "neighbourhood" where a position's value depends on its neighbours, so that masking is not slicing.
+    over: str = "positions"
     per_example: bool = True  # whether the loss of a batch is the mean over its examples
     parameters: Arrays | None = None  # of a learned loss, by the names of PyTorch's state_dict
     detached: bool = False  # whether the oracle's ``frozen`` is the student at which a factor without gradient is taken
@@ -111,13 +118,18 @@ class LossCase:
     def reference(self, student: oracle.Array, teacher: oracle.Array, frozen: oracle.Array | None = None) -> float:
         settings = {name: value for name, value in self.settings.items() if name != "kind"}
         if self.loss.needs_labels:
-            labels = labels_of(torch.tensor(teacher), settings.get("class_dim", -1))
+            labels = labels_of(torch.tensor(teacher), settings.get("class_dim"))
             settings["labels"] = labels.numpy()
         if self.parameters is not None:
             settings["parameters"] = self.parameters
         if self.detached:
             settings["frozen"] = student if frozen is None else frozen
         return self.oracle(student, teacher, **settings)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a mask selects rows, for which the host waits for the device."""
+        return (self.over == "batch" and not self.on_logits) or self.loss is losses.PearsonFeatureLoss
 
     def inputs(self, seed: int = 0, scale: float = 2.0) -> tuple[oracle.Array, oracle.Array]:
         generator = np.random.default_rng(seed)

@@ -21,9 +21,9 @@ def softmax(scores: Array) -> Array:
     return np.array([value / sum(exponentials) for value in exponentials])
 
 
-def rows(array: Array, axis: int) -> Iterator[Array]:
-    """The vectors along one axis, one after the other."""
-    moved = np.moveaxis(array, axis, -1)
+def rows(array: Array, axis: int | None) -> Iterator[Array]:
+    """The vectors along one axis, one after the other; None is the axis of the channels or classes."""
+    moved = np.moveaxis(array, channel_axis(array) if axis is None else axis, -1)
     for index in np.ndindex(moved.shape[:-1]):
         yield moved[index]
 
@@ -45,7 +45,7 @@ def kl(p: Array, q: Array) -> float:
 
 
 def soft_target(
-    student: Array, teacher: Array, *, temperature: float = 4.0, standardize: bool = False, class_dim: int = -1
+    student: Array, teacher: Array, *, temperature: float = 4.0, standardize: bool = False, class_dim: int | None = None
 ) -> float:
     """Hinton et al. 2015: T^2 KL(softmax(z_t / T) || softmax(z_s / T)), mean over the rows."""
     values = []
@@ -56,7 +56,9 @@ def soft_target(
     return sum(values) / len(values)
 
 
-def soft_cross_entropy(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int = -1) -> float:
+def soft_cross_entropy(
+    student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None
+) -> float:
     """Hinton et al. 2015: -T^2 sum_c p_t log p_s, mean over the rows."""
     values = []
     for z_s, z_t in zip(rows(student, class_dim), rows(teacher, class_dim), strict=True):
@@ -65,7 +67,7 @@ def soft_cross_entropy(student: Array, teacher: Array, *, temperature: float = 1
     return float(sum(values) / len(values))
 
 
-def logit_mse(student: Array, teacher: Array, *, class_dim: int = -1) -> float:
+def logit_mse(student: Array, teacher: Array, *, class_dim: int | None = None) -> float:
     """Ba and Caruana 2014: mean over the classes of (z_s - z_t)^2, mean over the rows."""
     values = []
     for z_s, z_t in zip(rows(student, class_dim), rows(teacher, class_dim), strict=True):

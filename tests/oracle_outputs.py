@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from oracle import Array, kl, rows, softmax
 
 
-def softened(student: Array, teacher: Array, temperature: float, class_dim: int) -> Iterator[tuple[Array, Array]]:
+def softened(
+    student: Array, teacher: Array, temperature: float, class_dim: int | None
+) -> Iterator[tuple[Array, Array]]:
     """The two models' softened probabilities, row by row."""
     for z_s, z_t in zip(rows(student, class_dim), rows(teacher, class_dim), strict=True):
         yield softmax(z_s / temperature), softmax(z_t / temperature)
@@ -20,13 +22,13 @@ def mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values))
 
 
-def reverse_kl(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int = -1) -> float:
+def reverse_kl(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None) -> float:
     """MiniLLM: KL(p_s || p_t), mean over the rows."""
     return mean([kl(p_s, p_t) for p_s, p_t in softened(student, teacher, temperature, class_dim)])
 
 
 def generalized_jsd(
-    student: Array, teacher: Array, *, beta: float = 0.5, temperature: float = 1.0, class_dim: int = -1
+    student: Array, teacher: Array, *, beta: float = 0.5, temperature: float = 1.0, class_dim: int | None = None
 ) -> float:
     """GKD: beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s; its limits at 0 and 1."""
     values = []
@@ -37,7 +39,9 @@ def generalized_jsd(
     return mean(values)
 
 
-def skew_kl(student: Array, teacher: Array, *, skew: float = 0.1, reverse: bool = False, class_dim: int = -1) -> float:
+def skew_kl(
+    student: Array, teacher: Array, *, skew: float = 0.1, reverse: bool = False, class_dim: int | None = None
+) -> float:
     """DistiLLM: KL(p_t || a p_t + (1 - a) p_s), or KL(p_s || a p_s + (1 - a) p_t), mean over the rows."""
     values = []
     for p_s, p_t in softened(student, teacher, 1.0, class_dim):
@@ -47,14 +51,14 @@ def skew_kl(student: Array, teacher: Array, *, skew: float = 0.1, reverse: bool 
     return mean(values)
 
 
-def total_variation(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int = -1) -> float:
+def total_variation(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None) -> float:
     """f-distillation: half the sum of |p_s - p_t|, mean over the rows."""
     pairs = softened(student, teacher, temperature, class_dim)
     return mean([0.5 * sum(abs(s - t) for s, t in zip(p_s, p_t, strict=True)) for p_s, p_t in pairs])
 
 
 def labelled(
-    student: Array, teacher: Array, labels: NDArray[np.int64], class_dim: int
+    student: Array, teacher: Array, labels: NDArray[np.int64], class_dim: int | None
 ) -> Iterator[tuple[Array, Array, int]]:
     """Both models' logits and the label, row by row."""
     yield from zip(rows(student, class_dim), rows(teacher, class_dim), labels.ravel().tolist(), strict=True)
@@ -72,7 +76,7 @@ def decoupled_kd(
     target_weight: float = 1.0,
     nontarget_weight: float = 8.0,
     temperature: float = 4.0,
-    class_dim: int = -1,
+    class_dim: int | None = None,
 ) -> float:
     """DKD: T^2 (a KL(b_t || b_s) + b KL(q_t || q_s)), b = (p_y, 1 - p_y), q over the classes other than y."""
     values = []
@@ -91,7 +95,7 @@ def normalized_kd(
     labels: NDArray[np.int64],
     nontarget_weight: float = 1.5,
     temperature: float = 1.0,
-    class_dim: int = -1,
+    class_dim: int | None = None,
 ) -> float:
     """NKD: -p_t[y] log p_s[y] - g T^2 sum_{c != y} q_t log q_s, q the normalised probabilities of the other classes."""
     values = []
@@ -110,7 +114,7 @@ def weighted_soft_labels(
     labels: NDArray[np.int64],
     frozen: Array,
     temperature: float = 2.0,
-    class_dim: int = -1,
+    class_dim: int | None = None,
 ) -> float:
     """WSLD: (1 - exp(-CE_s / CE_t)) T^2 CE(p_t, p_s); the factor is a constant, taken at the student ``frozen``."""
     weights = []
@@ -137,7 +141,7 @@ def dist(
     inter_weight: float = 1.0,
     intra_weight: float = 1.0,
     temperature: float = 1.0,
-    class_dim: int = -1,
+    class_dim: int | None = None,
 ) -> float:
     """DIST: T^2 (b (1 - mean correlation of rows) + g (1 - mean correlation of columns))."""
     pairs = list(softened(student, teacher, temperature, class_dim))
@@ -159,7 +163,7 @@ def gram_difference(vectors_s: Sequence[Sequence[float]], vectors_t: Sequence[Se
 
 
 def multi_level_logits(
-    student: Array, teacher: Array, *, temperatures: Sequence[float] = (2, 3, 4, 5, 6), class_dim: int = -1
+    student: Array, teacher: Array, *, temperatures: Sequence[float] = (2, 3, 4, 5, 6), class_dim: int | None = None
 ) -> float:
     """MLLD: T^2 KL, differences of the batch's Gram matrices and of the classes', mean over the temperatures."""
     values = []
@@ -172,7 +176,9 @@ def multi_level_logits(
     return mean(values)
 
 
-def binary_soft_target(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int = -1) -> float:
+def binary_soft_target(
+    student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None
+) -> float:
     """T^2 times the binary cross entropy of sigmoids at z / T, mean over classes and rows."""
     values = []
     for z_s, z_t in zip(student.ravel(), teacher.ravel(), strict=True):

@@ -10,10 +10,10 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare, prepare_equal
-from keras_distill.functional.vectors import by_rows, gram, per_example
+from keras_distill.functional.primitives import softmax_divergence
+from keras_distill.functional.vectors import by_rows, flattened, gram, per_example
 
 _MASKED = -100.0
-_LEAST_SCORE = -1e30
 _LEAST_PROBABILITY = 1e-6
 
 
@@ -33,7 +33,7 @@ def attention_mse(student: Any, teacher: Any) -> Any:
         Mean squared difference, shape ``(N,)``.
 
     Raises:
-        TypeError: If the scores are no floating point tensors.
+        TypeError: If the scores are not floating point tensors.
         ValueError: If the shapes differ.
 
     Example:
@@ -66,7 +66,7 @@ def attention_kl(student: Any, teacher: Any, *, from_scores: bool = True) -> Any
         Divergence in nats, shape ``(N,)``.
 
     Raises:
-        TypeError: If the tensors hold no floating point numbers, or ``from_scores`` is no bool.
+        TypeError: If the tensors do not hold floating point numbers, or ``from_scores`` is not a bool.
         ValueError: If the shapes differ.
 
     Example:
@@ -79,7 +79,7 @@ def attention_kl(student: Any, teacher: Any, *, from_scores: bool = True) -> Any
     checks.boolean("from_scores", from_scores)
     student, teacher = prepare_equal(student, teacher)
     if from_scores:
-        return per_example(_divergence(student, teacher))
+        return per_example(softmax_divergence(student, teacher))
     logarithms = [_log(probabilities) for probabilities in (student, teacher)]
     return per_example(ops.sum(teacher * (logarithms[1] - logarithms[0]), axis=-1))
 
@@ -94,15 +94,15 @@ def attention_relation(student: Any, teacher: Any, *, relation_heads: int) -> An
     models need neither equal widths nor equally many heads.
 
     Args:
-        student: The student's vectors, shape ``(N, L, H_s)``.
-        teacher: The teacher's vectors, shape ``(N, L, H_t)``.
+        student: The student's vectors, shape ``(N, L, H_s)``, or ``(N, L, heads, d)`` with H_s = heads d.
+        teacher: The teacher's vectors, shape ``(N, L, H_t)`` or ``(N, L, heads, d)``.
         relation_heads: Number A of relation heads, a divisor of both widths.
 
     Returns:
         Divergence in nats, shape ``(N,)``.
 
     Raises:
-        TypeError: If the tensors hold no floating point numbers, or ``relation_heads`` is no int.
+        TypeError: If the tensors do not hold floating point numbers, or ``relation_heads`` is not an int.
         ValueError: If the tokens differ, or a width is no multiple of ``relation_heads``.
 
     Example:
@@ -114,9 +114,10 @@ def attention_relation(student: Any, teacher: Any, *, relation_heads: int) -> An
     """
     check_heads(relation_heads)
     student, teacher = prepare(student, teacher)
+    student, teacher = _joined_heads(student), _joined_heads(teacher)
     mine, theirs = tuple(student.shape), tuple(teacher.shape)
     if len(mine) != 3 or len(theirs) != 3 or checks.shapes_differ(mine[:2], theirs[:2]):
-        expected = "`student` and `teacher` to have the shapes (N, L, H_s) and (N, L, H_t)"
+        expected = "`student` and `teacher` to have the shapes (N, L, H_s) and (N, L, H_t), or (N, L, heads, d)"
         raise ValueError(checks.message(expected, f"{mine} and {theirs}"))
     for width in (mine[2], theirs[2]):
         if width % relation_heads:
@@ -132,12 +133,16 @@ def check_heads(relation_heads: int) -> None:
         relation_heads: What the user passed.
 
     Raises:
-        TypeError: If it is no int.
+        TypeError: If it is not an int.
         ValueError: If it is less than 1.
     """
-    if isinstance(relation_heads, bool) or not isinstance(relation_heads, int):
-        raise TypeError(checks.message("`relation_heads` to be an int", f"{relation_heads=}"))
+    checks.integer("relation_heads", relation_heads)
     checks.at_least("relation_heads", relation_heads, 1)
+
+
+def _joined_heads(vectors: Any) -> Any:
+    """Vectors (N, L, H), also of the (N, L, heads, d) that Keras' attention layers make."""
+    return flattened(vectors, 2) if len(vectors.shape) == 4 else vectors
 
 
 def _relations(relation_heads: int, student: Any, teacher: Any) -> Any:
@@ -146,13 +151,7 @@ def _relations(relation_heads: int, student: Any, teacher: Any) -> Any:
         size = vectors.shape[2] // relation_heads
         heads = ops.reshape(vectors, (*ops.shape(vectors)[:2], relation_heads, size))
         scores.append(gram(ops.transpose(heads, (0, 2, 1, 3))) / math.sqrt(size))
-    return per_example(_divergence(scores[0], scores[1]))
-
-
-def _divergence(student: Any, teacher: Any) -> Any:
-    # Minus infinity in both would give a difference of infinities.
-    logarithms = [ops.log_softmax(ops.maximum(scores, _LEAST_SCORE), axis=-1) for scores in (student, teacher)]
-    return ops.sum(ops.exp(logarithms[1]) * (logarithms[1] - logarithms[0]), axis=-1)
+    return per_example(softmax_divergence(scores[0], scores[1]))
 
 
 def _log(probabilities: Any) -> Any:

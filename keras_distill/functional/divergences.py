@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare_logits, prepare_temperature
+from keras_distill.functional.primitives import kl_from_logs
 
 
 def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, from_logits: bool = True) -> Any:
@@ -29,7 +30,7 @@ def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1
         Divergence in nats, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -42,7 +43,7 @@ def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1
         :math:`T^2`.
     """
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
-    return _kl(log_student, log_teacher)
+    return kl_from_logs(log_student, log_teacher)
 
 
 def generalized_jsd(
@@ -72,7 +73,7 @@ def generalized_jsd(
         Divergence in nats, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0 or
             ``beta`` is not from 0 to 1.
 
@@ -88,11 +89,11 @@ def generalized_jsd(
     checks.between("beta", beta, 0, 1)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
     if beta == 0:
-        return _kl(log_teacher, log_student)
+        return kl_from_logs(log_teacher, log_student)
     if beta == 1:
-        return _kl(log_student, log_teacher)
+        return kl_from_logs(log_student, log_teacher)
     log_mixture = _log_mixture(log_teacher, log_student, beta)
-    return beta * _kl(log_teacher, log_mixture) + (1 - beta) * _kl(log_student, log_mixture)
+    return beta * kl_from_logs(log_teacher, log_mixture) + (1 - beta) * kl_from_logs(log_student, log_mixture)
 
 
 def skew_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from_logits: bool = True) -> Any:
@@ -113,7 +114,7 @@ def skew_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from
         Divergence in nats, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or ``skew`` is out of its range.
 
     Example:
@@ -127,7 +128,7 @@ def skew_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from
     # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
     checks.fraction("skew", skew)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, from_logits)
-    return _kl(log_teacher, _log_mixture(log_teacher, log_student, skew))
+    return kl_from_logs(log_teacher, _log_mixture(log_teacher, log_student, skew))
 
 
 def skew_reverse_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from_logits: bool = True) -> Any:
@@ -148,7 +149,7 @@ def skew_reverse_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0
         Divergence in nats, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or ``skew`` is out of its range.
 
     Example:
@@ -161,7 +162,7 @@ def skew_reverse_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0
     # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
     checks.fraction("skew", skew)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, from_logits)
-    return _kl(log_student, _log_mixture(log_student, log_teacher, skew))
+    return kl_from_logs(log_student, _log_mixture(log_student, log_teacher, skew))
 
 
 def total_variation(
@@ -183,7 +184,7 @@ def total_variation(
         Distance from 0 to 1, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -204,10 +205,6 @@ def _log_probabilities(
     student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
     temperature = prepare_temperature(temperature, student)
     return ops.log_softmax(student / temperature, axis=-1), ops.log_softmax(teacher / temperature, axis=-1)
-
-
-def _kl(log_p: Any, log_q: Any) -> Any:
-    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def _log_mixture(log_p: Any, log_q: Any, share: float) -> Any:

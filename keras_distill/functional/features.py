@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare, prepare_equal, prepare_temperature
+from keras_distill.functional.primitives import huber, softmax_divergence
 from keras_distill.functional.vectors import check_positions, or_one, per_example, unit
 
 
@@ -30,7 +31,7 @@ def feature_mse(student: Any, teacher: Any, *, per_position: bool = False) -> An
         Mean squared difference, shape ``(N,)``, or ``(N, ...)`` per position.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ.
 
     Example:
@@ -60,7 +61,7 @@ def feature_l1(student: Any, teacher: Any, *, per_position: bool = False) -> Any
         Mean absolute difference, shape ``(N,)``, or ``(N, ...)`` per position.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ.
 
     Example:
@@ -91,7 +92,7 @@ def feature_smooth_l1(student: Any, teacher: Any, *, per_position: bool = False)
         Mean difference, shape ``(N,)``, or ``(N, ...)`` per position.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ.
 
     Example:
@@ -102,10 +103,7 @@ def feature_smooth_l1(student: Any, teacher: Any, *, per_position: bool = False)
         Girshick 2015 (Fast R-CNN), equation 3, arXiv:1504.08083.
     """
     student, teacher = prepare_equal(student, teacher)
-    size = ops.abs(student - teacher)
-    # min(|x|, 1) (|x| - min(|x|, 1) / 2) is both branches in one: no branch whose square could overflow
-    short = ops.minimum(size, 1.0)
-    return _mean(short * (size - 0.5 * short), per_position)
+    return _mean(huber(student - teacher), per_position)
 
 
 def feature_cosine(student: Any, teacher: Any, *, per_position: bool = False) -> Any:
@@ -125,7 +123,7 @@ def feature_cosine(student: Any, teacher: Any, *, per_position: bool = False) ->
         Values from 0 (same direction) to 2 (opposite), shape ``(N,)``, or ``(N, ...)`` per position.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ.
 
     Example:
@@ -156,7 +154,7 @@ def feature_kl(student: Any, teacher: Any, *, per_position: bool = False) -> Any
         Divergence in nats, shape ``(N,)``, or ``(N, ...)`` per position.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there are fewer than two channels.
 
     Example:
@@ -170,8 +168,7 @@ def feature_kl(student: Any, teacher: Any, *, per_position: bool = False) -> Any
     if student.shape[-1] == 1:
         # The softmax over one channel is always 1: the loss would be zero whatever the student does.
         raise ValueError(checks.message("`student` to have at least 2 channels", f"shape {tuple(student.shape)}"))
-    log_student, log_teacher = ops.log_softmax(student, axis=-1), ops.log_softmax(teacher, axis=-1)
-    values = ops.sum(ops.exp(log_teacher) * (log_teacher - log_student), axis=-1)
+    values = softmax_divergence(student, teacher)
     return values if per_position else per_example(values)
 
 
@@ -193,7 +190,7 @@ def attention_transfer(student: Any, teacher: Any, *, p: float = 2.0) -> Any:
         Mean squared difference, at most 2 / P, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or ``p`` is no number.
+        TypeError: If a feature is not a floating point tensor, or ``p`` is not a number.
         ValueError: If the positions differ, there is only one, or ``p`` is less than 1.
 
     Example:
@@ -230,7 +227,7 @@ def channel_wise_kl(student: Any, teacher: Any, *, temperature: Any = 4.0) -> An
         Divergence in nats times :math:`T^2`, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or the temperature is no number.
+        TypeError: If a feature is not a floating point tensor, or the temperature is not a number.
         ValueError: If the shapes differ, there is only one position, or the temperature is not greater than 0.
 
     Example:
@@ -246,11 +243,8 @@ def channel_wise_kl(student: Any, teacher: Any, *, temperature: Any = 4.0) -> An
     temperature = prepare_temperature(temperature, student)
     check_positions(student, teacher)
     positions = (ops.shape(student)[0], -1, ops.shape(student)[-1])
-    log_student, log_teacher = (
-        ops.log_softmax(ops.reshape(maps, positions) / temperature, axis=1) for maps in (student, teacher)
-    )
-    divergence = ops.sum(ops.exp(log_teacher) * (log_teacher - log_student), axis=1)
-    return ops.mean(divergence, axis=-1) * temperature**2
+    student, teacher = (ops.reshape(maps, positions) / temperature for maps in (student, teacher))
+    return ops.mean(softmax_divergence(student, teacher, axis=1), axis=-1) * temperature**2
 
 
 def _mean(values: Any, per_position: bool) -> Any:

@@ -10,6 +10,9 @@ import numpy as np
 from keras import ops
 
 from keras_distill import checks
+from keras_distill.functional.primitives import bounded
+
+IGNORE_INDEX = -100
 
 _LOGITS = ("student_logits", "teacher_logits")
 
@@ -26,7 +29,7 @@ def prepare(student: Any, teacher: Any, names: tuple[str, str] = ("student", "te
         The student's and the teacher's tensor, float32 where both are float32 or narrower, else float64.
 
     Raises:
-        TypeError: If one of them is no floating point tensor.
+        TypeError: If one of them is not a floating point tensor.
 
     Example:
         >>> student, teacher = prepare(ops.ones(2, dtype="float16"), ops.ones(2, dtype="bfloat16"))
@@ -40,7 +43,9 @@ def prepare(student: Any, teacher: Any, names: tuple[str, str] = ("student", "te
     return ops.cast(student, dtype), ops.stop_gradient(ops.cast(teacher, dtype))
 
 
-def prepare_logits(student_logits: Any, teacher_logits: Any, *, from_logits: bool = True, at_least: int = 2) -> Any:
+def prepare_logits(
+    student_logits: Any, teacher_logits: Any, *, from_logits: bool = True, at_least: int = 2, finite: bool = True
+) -> Any:
     """Both models' logits as :func:`prepare` gives them, after a check of their shapes.
 
     Args:
@@ -48,12 +53,14 @@ def prepare_logits(student_logits: Any, teacher_logits: Any, *, from_logits: boo
         teacher_logits: The teacher's scores for the same inputs, same shape.
         from_logits: Whether these are logits; probabilities are turned into their logarithms, which are logits too.
         at_least: The fewest classes that the formula makes sense for.
+        finite: Whether scores of minus infinity become the least finite score, so that their probability of 0 has a
+            finite logarithm.
 
     Returns:
         The student's and the teacher's logits, float32 or float64.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or ``from_logits`` is no bool.
+        TypeError: If the logits are not floating point tensors, or ``from_logits`` is not a bool.
         ValueError: If the shapes differ, or there are too few classes.
 
     Example:
@@ -71,10 +78,53 @@ def prepare_logits(student_logits: Any, teacher_logits: Any, *, from_logits: boo
     if shape[-1] is not None and shape[-1] < at_least:
         # The softmax over one class is always 1: the loss would be zero whatever the student does.
         expected = f"`student_logits` to have at least {at_least} classes in the last dimension"
-        raise ValueError(checks.message(expected, f"shape {shape}", "Use LogitMSELoss for a single score."))
+        remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
+        raise ValueError(checks.message(expected, f"shape {shape}", remedy))
     if not from_logits:
-        student, teacher = _logarithm(student), _logarithm(teacher)
-    return student, teacher
+        return _logarithm(student), _logarithm(teacher)
+    return (bounded(student), bounded(teacher)) if finite else (student, teacher)
+
+
+def prepare_labels(labels: Any, logits: Any) -> Any:
+    """Class indices as int32, one for each row of logits.
+
+    Args:
+        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``.
+        logits: Shape ``(N, ..., C)``.
+
+    Returns:
+        Shape ``(N, ...)``.
+
+    Raises:
+        ValueError: If the labels do not fit.
+    """
+    labels = ops.cast(ops.convert_to_tensor(labels), "int32")
+    if len(labels.shape) == len(logits.shape) and labels.shape[-1] == 1:
+        labels = ops.squeeze(labels, axis=-1)
+    rows = tuple(logits.shape)[:-1]
+    if checks.shapes_differ(tuple(labels.shape), rows):
+        expected = f"`labels` to have one class index for each row of logits, shape {rows}"
+        remedy = "Pass class indices; keras.ops.argmax(labels, axis=-1) makes them from one-hot or mixed labels."
+        raise ValueError(checks.message(expected, f"shape {tuple(labels.shape)}", remedy))
+    return labels
+
+
+def ignored(labels: Any, ignore_index: int = IGNORE_INDEX) -> Any:
+    """Rows without a class, which do not count: their label is negative or ``ignore_index``.
+
+    Args:
+        labels: Class indices, any shape.
+        ignore_index: A label that marks rows without a class, beside the negative ones.
+
+    Returns:
+        True where a label is ignored, same shape.
+
+    Example:
+        >>> ops.convert_to_numpy(ignored(ops.array([2, -100, 255, -1]), 255))
+        array([False,  True,  True,  True])
+    """
+    labels = ops.convert_to_tensor(labels)
+    return ops.logical_or(ops.less(labels, 0), ops.equal(labels, ops.cast(ignore_index, labels.dtype)))
 
 
 def prepare_equal(student: Any, teacher: Any) -> tuple[Any, Any]:
@@ -88,7 +138,7 @@ def prepare_equal(student: Any, teacher: Any) -> tuple[Any, Any]:
         Both features, in float32 or better.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there is no batch dimension.
     """
     student, teacher = prepare(student, teacher)

@@ -36,7 +36,7 @@ def variational_information(
         Mean over the example's numbers in nats, shape ``(N,)``, or ``(N, ...)`` per position.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If ``mean`` does not give the teacher's shape, or there is not one variance for each channel.
 
     Example:
@@ -78,7 +78,7 @@ def masked_generative(student: Any, teacher: Any, *, generator: Callable[[Any], 
         Sum over the example's numbers, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the generator does not give the teacher's shape.
 
     Example:

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare_logits, prepare_temperature
+from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
 
 _STANDARDIZE_EPS = 1e-7
 
@@ -38,7 +39,7 @@ def soft_target_kl(
         Divergence in nats times :math:`T^2`, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -59,7 +60,7 @@ def soft_target_kl(
         student, teacher = _standardized(student), _standardized(teacher)
     log_student = ops.log_softmax(student / temperature, axis=-1)
     log_teacher = ops.log_softmax(teacher / temperature, axis=-1)
-    return ops.sum(ops.exp(log_teacher) * (log_teacher - log_student), axis=-1) * temperature**2
+    return kl_from_logs(log_teacher, log_student) * temperature**2
 
 
 def soft_cross_entropy(
@@ -82,7 +83,7 @@ def soft_cross_entropy(
         Cross entropy in nats times :math:`T^2`, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -114,7 +115,7 @@ def logit_mse(student_logits: Any, teacher_logits: Any, *, from_logits: bool = T
         Mean squared difference, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or ``from_logits`` is no bool.
+        TypeError: If the logits are not floating point tensors, or ``from_logits`` is not a bool.
         ValueError: If the shapes differ.
 
     Example:
@@ -124,14 +125,19 @@ def logit_mse(student_logits: Any, teacher_logits: Any, *, from_logits: bool = T
     References:
         Ba and Caruana 2014, section 2.2, arXiv:1312.6184; deviation: the mean over the classes, without the factor 1/2.
     """
-    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits, at_least=1)
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits, at_least=1, finite=False)
     return ops.mean(ops.square(student - teacher), axis=-1)
 
 
 def _standardized(logits: Any) -> Any:
-    centred = logits - ops.mean(logits, axis=-1, keepdims=True)
-    variance = ops.sum(ops.square(centred), axis=-1, keepdims=True) / (ops.shape(logits)[-1] - 1)
-    rounding = 4 * epsilon_of(logits) * ops.max(ops.abs(ops.stop_gradient(logits)), axis=-1, keepdims=True)
+    possible = logits > LEAST_SCORE  # a class of probability 0 has no part in the row's mean and deviation
+    zeros = ops.zeros_like(logits)
+    scores = ops.where(possible, logits, zeros)
+    count = ops.sum(ops.cast(possible, logits.dtype), axis=-1, keepdims=True)
+    mean = ops.sum(scores, axis=-1, keepdims=True) / ops.maximum(count, 1.0)
+    centred = ops.where(possible, scores - mean, zeros)
+    variance = ops.sum(ops.square(centred), axis=-1, keepdims=True) / ops.maximum(count - 1.0, 1.0)
+    rounding = 4 * epsilon_of(logits) * ops.max(ops.abs(ops.stop_gradient(scores)), axis=-1, keepdims=True)
     # The root of a zero variance has no gradient and 1e-7 is a divisor out of reach of float16: constant rows get 1.
     deviation = ops.sqrt(ops.where(variance <= ops.square(rounding), ops.ones_like(variance), variance))
-    return centred / (deviation + _STANDARDIZE_EPS)
+    return ops.where(possible, centred / (deviation + _STANDARDIZE_EPS), ops.full_like(logits, LEAST_SCORE))

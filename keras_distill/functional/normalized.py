@@ -41,7 +41,7 @@ def pearson_feature(student: Any, teacher: Any) -> Any:
         One value from 0 (same up to mean and size) to 2 for the whole batch, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there is no channel dimension.
 
     Example:
@@ -84,7 +84,7 @@ def neuron_selectivity(student: Any, teacher: Any) -> Any:
         Discrepancy, at least 0, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the positions differ or there is only one.
 
     Example:
@@ -124,7 +124,7 @@ def centered_kernel_alignment(student: Any, teacher: Any) -> Any:
         One value from 0 (aligned) to 1 for the whole batch, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -161,7 +161,7 @@ def normalized_mse(student: Any, teacher: Any, *, per_position: bool = False) ->
         Mean squared difference, at most 4 / C, shape ``(N,)``, or ``(N, ...)`` per position.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there is no channel dimension.
 
     Example:
@@ -195,7 +195,7 @@ def feature_map_transfer(student: Any, teacher: Any, *, eps: float = 1e-12, per_
         Mean squared difference, from 0 to 4, shape ``(N,)``, or ``(N, ...)`` per position.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or ``eps`` is no number.
+        TypeError: If a feature is not a floating point tensor, or ``eps`` is not a number.
         ValueError: If the shapes differ, there is no channel dimension or ``eps`` is less than 0.
 
     Example:

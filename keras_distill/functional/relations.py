@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare, prepare_equal
+from keras_distill.functional.primitives import huber
 from keras_distill.functional.vectors import (
     by_rows,
     centred,
@@ -44,7 +45,7 @@ def similarity_preserving(student: Any, teacher: Any) -> Any:
         One value for the whole batch, at most 4 / N, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -76,7 +77,7 @@ def relational_distance(student: Any, teacher: Any) -> Any:
         One value for the whole batch, shape ``()``; the N pairs of an example with itself count as zeros.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -109,7 +110,7 @@ def relational_angle(student: Any, teacher: Any) -> Any:
         One value for the whole batch, shape ``()``; all N^3 triples count, degenerate ones as zeros.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -136,7 +137,7 @@ def relational_distance_and_angle(student: Any, teacher: Any) -> tuple[Any, Any]
         What :func:`relational_distance` and :func:`relational_angle` give.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
     """
     student, teacher = prepare_examples(student, teacher)
@@ -161,7 +162,7 @@ def probabilistic_transfer(student: Any, teacher: Any) -> Any:
         One value in nats for the whole batch, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -207,7 +208,7 @@ def correlation_congruence(
         One value for the whole batch, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or a setting has the wrong type.
+        TypeError: If a feature is not a floating point tensor, or a setting has the wrong type.
         ValueError: If the numbers of examples (or the shapes) differ, or a setting is out of its range.
 
     Example:
@@ -258,7 +259,7 @@ def inter_channel_correlation(student: Any, teacher: Any) -> Any:
         Mean squared difference, at most 4 / C, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the examples or channels differ, or a feature has no positions.
 
     Example:
@@ -293,13 +294,6 @@ def _cosines(feature: Any, *, eps: float = 0.0) -> Any:
     return products * inverse[:, None] * inverse[None, :]
 
 
-def _huber(difference: Any) -> Any:
-    # min(|x|, 1) (|x| - min(|x|, 1) / 2) is both branches in one
-    size = ops.abs(difference)
-    short = ops.minimum(size, 1.0)
-    return short * (size - 0.5 * short)
-
-
 def _distances(feature: Any) -> tuple[Any, Any]:
     """Products of the centred examples, and the distances between them: 0 where they coincide up to rounding."""
     # Centred first: distances do not change, and their differences lose fewer digits.
@@ -318,7 +312,7 @@ def _distance_differences(distances: Sequence[Any]) -> Any:
     for each in distances:
         pairs = ops.sum(ops.cast(each > 0, each.dtype))
         ratios.append(each / or_one(ops.sum(each) / or_one(pairs)))
-    return ops.mean(_huber(ratios[0] - ratios[1]))
+    return ops.mean(huber(ratios[0] - ratios[1]))
 
 
 def _angle_differences(seen: Sequence[tuple[Any, Any]]) -> Any:
@@ -340,4 +334,4 @@ def _differences_from_anchors(student: Any, teacher: Any, *rows: Any) -> Any:
         # (f_j - f_i) . (f_k - f_i) from the products alone: the differences themselves would take N^2 D numbers.
         products = between - to_anchor[:, :, None] - to_anchor[:, None, :]
         cosines.append(products * inverse[:, :, None] * inverse[:, None, :])
-    return per_example(_huber(cosines[0] - cosines[1]))
+    return per_example(huber(cosines[0] - cosines[1]))

@@ -9,11 +9,18 @@ import numpy as np
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.functional.inputs import prepare_logits, prepare_number, prepare_temperature
+from keras_distill.functional.inputs import (
+    IGNORE_INDEX,
+    ignored,
+    prepare_labels,
+    prepare_logits,
+    prepare_number,
+    prepare_temperature,
+)
+from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
 
 _WEIGHT_EPS = 1e-7
 # A logit of probability 0. Minus infinity would make the gradient NaN, and the sum of two of these still is a float32.
-_IMPOSSIBLE = -1e30
 
 
 def decoupled_kd(
@@ -24,6 +31,7 @@ def decoupled_kd(
     target_weight: Any = 1.0,
     nontarget_weight: Any = 8.0,
     temperature: Any = 4.0,
+    ignore_index: int = IGNORE_INDEX,
     from_logits: bool = True,
 ) -> Any:
     r"""Two divergences: between the target class and all others together, and among the others.
@@ -37,17 +45,20 @@ def decoupled_kd(
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
-        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; others give NaN.
+        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; a
+            row with a negative label does not count, and one of C or more makes the row NaN.
         target_weight: Weight of the divergence between target and the rest, 0 or greater.
         nontarget_weight: Weight of the divergence among the other classes, 0 or greater.
         temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
         from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
 
     Returns:
-        Divergence in nats times :math:`T^2`, the shape of the logits without the last dimension.
+        Divergence in nats times :math:`T^2`, the shape of the logits without the last dimension;
+            0 in rows that do not count.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes do not fit, there are fewer than two classes, the temperature is not greater than 0
             or a weight is negative.
 
@@ -65,7 +76,7 @@ def decoupled_kd(
     target_weight = prepare_number("target_weight", target_weight, student, checks.non_negative)
     nontarget_weight = prepare_number("nontarget_weight", nontarget_weight, student, checks.non_negative)
     temperature = prepare_temperature(temperature, student)
-    is_target = _is_target(labels, student)
+    student, teacher, is_target, counts = _rows(student, teacher, labels, ignore_index)
     student, teacher = student / temperature, teacher / temperature
     rest_student, rest_teacher = _others(student, is_target), _others(teacher, is_target)
     # p_y / (1 - p_y) = exp(margin): both logarithms of b are log-sigmoids and never of a rounded sum.
@@ -76,8 +87,8 @@ def decoupled_kd(
         log_student, log_teacher = ops.log_sigmoid(sign * margin_student), ops.log_sigmoid(sign * margin_teacher)
         target_part = target_part + ops.exp(log_teacher) * (log_teacher - log_student)
     log_student, log_teacher = ops.log_softmax(rest_student, axis=-1), ops.log_softmax(rest_teacher, axis=-1)
-    nontarget_part = ops.sum(ops.exp(log_teacher) * (log_teacher - log_student), axis=-1)
-    return temperature**2 * (target_weight * target_part + nontarget_weight * nontarget_part)
+    nontarget_part = kl_from_logs(log_teacher, log_student)
+    return temperature**2 * _where_counted(counts, target_weight * target_part + nontarget_weight * nontarget_part)
 
 
 def normalized_kd(
@@ -87,6 +98,7 @@ def normalized_kd(
     *,
     nontarget_weight: Any = 1.5,
     temperature: Any = 1.0,
+    ignore_index: int = IGNORE_INDEX,
     from_logits: bool = True,
 ) -> Any:
     r"""Cross entropy on the target class under the teacher's probability of it, and one among the other classes.
@@ -100,17 +112,20 @@ def normalized_kd(
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
-        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; others give NaN.
+        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; a
+            row with a negative label does not count, and one of C or more makes the row NaN.
         nontarget_weight: Weight :math:`\gamma` of the cross entropy among the other classes, 0 or greater.
         temperature: Softening of both distributions over the other classes, greater than 0; a scalar variable may be
             changed while training.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
         from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
 
     Returns:
-        Cross entropy in nats, the shape of the logits without the last dimension.
+        Cross entropy in nats, the shape of the logits without the last dimension;
+            0 in rows that do not count.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes do not fit, there are fewer than two classes, the temperature is not greater than 0
             or the weight is negative.
 
@@ -125,12 +140,13 @@ def normalized_kd(
     student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
     nontarget_weight = prepare_number("nontarget_weight", nontarget_weight, student, checks.non_negative)
     temperature = prepare_temperature(temperature, student)
-    is_target = _is_target(labels, student)
+    student, teacher, is_target, counts = _rows(student, teacher, labels, ignore_index)
     log_student = _target(ops.log_softmax(student, axis=-1), is_target)
     log_teacher = _target(ops.log_softmax(teacher, axis=-1), is_target)
     rest_student, rest_teacher = (_others(logits / temperature, is_target) for logits in (student, teacher))
     others = -ops.sum(ops.softmax(rest_teacher, axis=-1) * ops.log_softmax(rest_student, axis=-1), axis=-1)
-    return -ops.exp(log_teacher) * log_student + nontarget_weight * temperature**2 * others
+    values = nontarget_weight * temperature**2 * others - ops.exp(log_teacher) * log_student
+    return _where_counted(counts, values)
 
 
 def weighted_soft_labels(
@@ -139,6 +155,7 @@ def weighted_soft_labels(
     labels: Any,
     *,
     temperature: Any = 2.0,
+    ignore_index: int = IGNORE_INDEX,
     from_logits: bool = True,
 ) -> Any:
     r"""Cross entropy under the soft targets, weighted by how much better the teacher does on the example.
@@ -152,15 +169,18 @@ def weighted_soft_labels(
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
-        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; others give NaN.
+        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; a
+            row with a negative label does not count, and one of C or more makes the row NaN.
         temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
         from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
 
     Returns:
-        Weighted cross entropy in nats times :math:`T^2`, the shape of the logits without the last dimension.
+        Weighted cross entropy in nats times :math:`T^2`, the shape of the logits without the last dimension;
+            0 in rows that do not count.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes do not fit, there are fewer than two classes or the temperature is not greater than 0.
 
     Example:
@@ -173,13 +193,13 @@ def weighted_soft_labels(
     """
     student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
     temperature = prepare_temperature(temperature, student)
-    is_target = _is_target(labels, student)
+    student, teacher, is_target, counts = _rows(student, teacher, labels, ignore_index)
     own_student = -_target(ops.log_softmax(ops.stop_gradient(student), axis=-1), is_target)
     own_teacher = -_target(ops.log_softmax(teacher, axis=-1), is_target)
     weight = -ops.expm1(-own_student / (own_teacher + _WEIGHT_EPS))
     soft_targets = ops.softmax(teacher / temperature, axis=-1)
     cross_entropy = -ops.sum(soft_targets * ops.log_softmax(student / temperature, axis=-1), axis=-1)
-    return weight * cross_entropy * temperature**2
+    return _where_counted(counts, weight * cross_entropy) * temperature**2
 
 
 def binary_soft_target(
@@ -204,7 +224,7 @@ def binary_soft_target(
         Cross entropy in nats times :math:`T^2`, the shape of the logits without the last dimension.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, or the temperature is not greater than 0.
 
     Example:
@@ -226,17 +246,20 @@ def binary_soft_target(
     return -ops.mean(yes + no, axis=-1) * temperature**2
 
 
-def _is_target(labels: Any, logits: Any) -> Any:
-    """True at the class of each row's label, in the shape of the logits."""
-    labels = ops.cast(ops.convert_to_tensor(labels), "int32")
-    if len(labels.shape) == len(logits.shape) and labels.shape[-1] == 1:  # as Keras' own losses take them too
-        labels = ops.squeeze(labels, axis=-1)
-    rows = tuple(logits.shape)[:-1]
-    if checks.shapes_differ(tuple(labels.shape), rows):
-        expected = f"`labels` to have one class index for each row of logits, shape {rows}"
-        remedy = "Pass class indices; keras.ops.argmax(labels, axis=-1) makes them from one-hot or mixed labels."
-        raise ValueError(checks.message(expected, f"shape {tuple(labels.shape)}", remedy))
-    return ops.equal(ops.arange(ops.shape(logits)[-1], dtype="int32"), ops.expand_dims(labels, axis=-1))
+def _rows(student: Any, teacher: Any, labels: Any, ignore_index: int) -> tuple[Any, Any, Any, Any]:
+    """Both models' logits with zeros in the rows that do not count, where the label's class is, which rows count."""
+    labels = prepare_labels(labels, student)
+    counts = ops.logical_not(ignored(labels, ignore_index))
+    student, teacher = (
+        ops.where(ops.expand_dims(counts, -1), logits, ops.zeros_like(logits)) for logits in (student, teacher)
+    )
+    labels = ops.where(counts, labels, ops.zeros_like(labels))
+    classes = ops.arange(ops.shape(student)[-1], dtype="int32")
+    return student, teacher, ops.equal(classes, ops.expand_dims(labels, axis=-1)), counts
+
+
+def _where_counted(counts: Any, values: Any) -> Any:
+    return ops.where(counts, values, ops.zeros_like(values))
 
 
 def _target(values: Any, is_target: Any) -> Any:
@@ -247,7 +270,7 @@ def _target(values: Any, is_target: Any) -> Any:
 
 def _others(logits: Any, is_target: Any) -> Any:
     """The logits with the label's class made impossible."""
-    return ops.where(is_target, ops.full_like(logits, _IMPOSSIBLE), logits)
+    return ops.where(is_target, ops.full_like(logits, LEAST_SCORE), logits)
 
 
 def _log_odds(probabilities: Any) -> Any:

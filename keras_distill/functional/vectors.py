@@ -27,7 +27,7 @@ def prepare_examples(student: Any, teacher: Any) -> tuple[Any, Any]:
         Matrices ``(N, D_s)`` and ``(N, D_t)`` in float32 or better, the teacher's without gradient.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
     """
     student, teacher = prepare(student, teacher)

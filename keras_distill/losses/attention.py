@@ -8,7 +8,7 @@ import keras
 
 from keras_distill import checks
 from keras_distill.functional.attention import attention_kl, attention_mse, attention_relation, check_heads
-from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.base import DistillationLoss, FormulaLoss
 
 _KINDS = ("kl", "mse")
 
@@ -60,8 +60,7 @@ class AttentionMapLoss(DistillationLoss):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         checks.one_of("kind", kind, _KINDS)
         checks.boolean("from_scores", from_scores)
-        self.kind = kind
-        self.from_scores = from_scores
+        self._fix(kind=kind, from_scores=from_scores)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per example."""
@@ -69,13 +68,9 @@ class AttentionMapLoss(DistillationLoss):
             return attention_mse(y_pred, y_true)
         return attention_kl(y_pred, y_true, from_scores=self.from_scores)
 
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "kind": self.kind, "from_scores": self.from_scores}
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class AttentionRelationLoss(DistillationLoss):
+class AttentionRelationLoss(FormulaLoss):
     r"""Divergence of the relations between tokens, averaged over examples, relation heads and tokens.
 
     .. math:: \frac{1}{N A L} \sum_{n,a,i} \mathrm{KL}(R^t_{nai} \,\|\, R^s_{nai})
@@ -87,17 +82,17 @@ class AttentionRelationLoss(DistillationLoss):
         relation_heads: Number of relation heads, a divisor of both widths; the paper has 48 or 64.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with vectors ``(N, L, H)`` of the teacher, then the student.
 
     Raises:
-        TypeError: If ``relation_heads`` is no int.
+        TypeError: If ``relation_heads`` is not an int.
         ValueError: If it is less than 1.
 
     Example:
-        >>> round(float(AttentionRelationLoss(1)([[[2.0], [1.0]]], [[[1.0], [0.0]]])), 4)
+        >>> round(float(AttentionRelationLoss(relation_heads=1)([[[2.0], [1.0]]], [[[1.0], [0.0]]])), 4)
         0.089
 
     References:
@@ -107,23 +102,16 @@ class AttentionRelationLoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     gives: ClassVar[str] = "examples"
+    _formula = staticmethod(attention_relation)
 
     def __init__(
         self,
-        relation_heads: int,
         *,
+        relation_heads: int,
         reduction: str | None = "sum_over_batch_size",
         name: str = "attention_relation_loss",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         check_heads(relation_heads)
-        self.relation_heads = relation_heads
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per example."""
-        return attention_relation(y_pred, y_true, relation_heads=self.relation_heads)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "relation_heads": self.relation_heads}
+        self._fix(relation_heads=int(relation_heads))

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import keras
 
 from keras_distill import backends, checks
+from keras_distill.functional.inputs import ignored, prepare_labels
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 
 
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Seven attributes tell a term what it is:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Eight attributes tell a term what it is:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -25,6 +26,7 @@ class DistillationLoss(keras.losses.Loss):
       merged, so that a cache of the likeliest classes is enough.
     - ``learned``: :meth:`build` makes parameters in ``layer``. A FeatureDistillation builds a copy of the loss for each
       pair of layers, and treats it as it does adapters.
+    - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
     - ``gives``: ``"positions"`` where ``call`` returns one value for each position (the shape of the student's tensor
       without its last dimension), ``"examples"`` where it returns one for each example, ``"batch"`` where it compares
       the examples of a batch and returns a scalar, to which neither sample weights nor masks apply.
@@ -32,7 +34,7 @@ class DistillationLoss(keras.losses.Loss):
     Args:
         name: Name of the loss.
         reduction: How the values are averaged, as for every Keras loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Example:
         >>> class LargestDifference(DistillationLoss):
@@ -49,13 +51,18 @@ class DistillationLoss(keras.losses.Loss):
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
+    class_scores: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None
 
     def __init__(self, *, name: str, reduction: str | None = "sum_over_batch_size", dtype: Any = None) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        # Keras converts all that a loss is called with to its dtype, labels too: half precision takes 301 for 300.
+        precision = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
+        precision = "float32" if precision in ("float16", "bfloat16") else precision
+        super().__init__(name=name, reduction=reduction, dtype=precision)
         self.schedules: dict[str, Schedule] = {}
-        self._settings: list[str] = []
+        self._numbers: list[str] = []  # settings that may be variables
+        self._fixed: list[str] = []
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
         """Make the parameters of a loss with ``learned = True``.
@@ -78,23 +85,106 @@ class DistillationLoss(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
-        settings = {name: serialized(self.schedules.get(name), getattr(self, name)) for name in self._settings}
-        return {**super().get_config(), "dtype": self.dtype, **settings}
+        numbers = {name: serialized(self.schedules.get(name), getattr(self, name)) for name in self._numbers}
+        fixed = {name: getattr(self, name) for name in self._fixed}
+        lists = {name: list(value) for name, value in fixed.items() if isinstance(value, tuple)}
+        return {**super().get_config(), "dtype": self.dtype, **numbers, **fixed, **lists}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistillationLoss:
         """The loss that :meth:`get_config` describes."""
         return cls(**deserialized(config))
 
+    def __repr__(self) -> str:
+        numbers = [f"{name}={backends.as_float(getattr(self, name))}" for name in self._numbers]
+        fixed = [f"{name}={getattr(self, name)!r}" for name in self._fixed]
+        return f"{type(self).__name__}({', '.join([*numbers, *fixed])})"
+
     def _setting(
         self, name: str, value: float | Schedule, check: Callable[[str, Any], None] = checks.positive
     ) -> float:
-        """A setting that may be a schedule, whose numbers pass a check: the number that it has at first.
+        """The first number of a setting that may be a schedule, after a check of its numbers.
 
         A term puts a variable in its place, which the schedule sets.
         """
-        self._settings.append(name)
-        return first_value(name, value, check, self.schedules)
+        self._numbers.append(name)
+        return float(first_value(name, value, check, self.schedules))
+
+    def _fix(self, **settings: Any) -> None:
+        """Store settings, checked already, that configs and repr show."""
+        self._fixed.extend(settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+
+class FormulaLoss(DistillationLoss):
+    """Base of the losses that are one function of :mod:`keras_distill.functional`, with settings of equal names.
+
+    Args:
+        name: Name of the loss.
+        reduction: How the values are averaged.
+        dtype: Precision of the computation.
+    """
+
+    _formula: ClassVar[Callable[..., Any]]
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Values of the function: what ``gives`` says."""
+        return self._values(y_pred, y_true)
+
+    def _values(self, *tensors: Any, **settings: Any) -> Any:
+        own = {name: getattr(self, name) for name in [*self._numbers, *self._fixed]}
+        return type(self)._formula(*tensors, **own, **settings)
+
+
+class LogitsLoss(FormulaLoss):
+    """Base of the losses on logits, whose classes are the last dimension, as everywhere in Keras.
+
+    Args:
+        from_logits: Whether the models give logits; if False they give probabilities, whose logarithm is taken.
+        name: Name of the loss.
+        reduction: How the values are averaged.
+        dtype: Precision of the computation.
+    """
+
+    def __init__(self, *, from_logits: bool, name: str, reduction: str | None, dtype: Any) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        checks.boolean("from_logits", from_logits)
+        self._fix(from_logits=from_logits)
+
+
+class LabelledLoss(LogitsLoss):
+    """Base of the losses on logits that look at the label's class: ``y_true`` is (teacher_logits, labels).
+
+    Rows whose label is negative or ``ignore_index`` do not count: their value is 0, and the mean is over the others.
+
+    Args:
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        **options: Options of every loss on logits.
+    """
+
+    needs_labels: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+
+    def __init__(self, *, ignore_index: int, **options: Any) -> None:
+        super().__init__(**options)
+        checks.integer("ignore_index", ignore_index)
+        self._fix(ignore_index=int(ignore_index))
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """The loss of a batch, a scalar unless ``reduction`` is None."""
+        if not isinstance(y_true, (tuple, list)) or len(y_true) != 2 or y_true[1] is None:
+            got = "a pair without labels" if isinstance(y_true, (tuple, list)) else f"a {type(y_true).__name__}"
+            remedy = f"{type(self).__name__} needs the batch's labels; a term of DistillModel hands them over."
+            raise ValueError(checks.message("`y_true` to be the pair (teacher_logits, labels)", got, remedy))
+        return super().__call__(y_true, y_pred, sample_weight)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row of logits, masked where the label is ignored."""
+        teacher, labels = y_true
+        values = self._values(y_pred, teacher, labels)
+        counts = keras.ops.logical_not(ignored(prepare_labels(labels, values[..., None]), self.ignore_index))
+        return backends.with_mask(values, counts)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")

@@ -14,12 +14,12 @@ from keras_distill.functional.divergences import (
     skew_reverse_kl,
     total_variation,
 )
-from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.base import LogitsLoss
 from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class ReverseKLLoss(DistillationLoss):
+class ReverseKLLoss(LogitsLoss):
     r"""Divergence of the teacher's probabilities from the student's, averaged over the examples.
 
     .. math:: \frac{1}{N} \sum_n \sum_c p^s_{nc} (\log p^s_{nc} - \log p^t_{nc}), \qquad p = \mathrm{softmax}(z / T)
@@ -27,12 +27,14 @@ class ReverseKLLoss(DistillationLoss):
     The student keeps to the teacher's main modes instead of covering all of them. See
     :func:`keras_distill.functional.reverse_kl`.
 
+    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the teacher, then the student.
@@ -50,6 +52,8 @@ class ReverseKLLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(reverse_kl)
 
     def __init__(
         self,
@@ -60,25 +64,12 @@ class ReverseKLLoss(DistillationLoss):
         name: str = "reverse_kl_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        return reverse_kl(y_pred, y_true, temperature=self.temperature, from_logits=self.from_logits)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class GeneralizedJSDLoss(DistillationLoss):
+class GeneralizedJSDLoss(LogitsLoss):
     r"""Generalised Jensen-Shannon divergence, averaged over the examples.
 
     .. math:: \frac{1}{N} \sum_n \beta \, \mathrm{KL}(p^t_n \| m_n) + (1 - \beta) \, \mathrm{KL}(p^s_n \| m_n), \qquad
@@ -87,13 +78,15 @@ class GeneralizedJSDLoss(DistillationLoss):
     A bounded loss; ``beta`` 0 stands for the forward divergence, 1 for the reverse. See
     :func:`keras_distill.functional.generalized_jsd`.
 
+    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
     Args:
-        beta: Share of the teacher in the mixture, from 0 to 1.
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        beta: Share of the teacher in the mixture, from 0 to 1.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the teacher, then the student.
@@ -103,7 +96,7 @@ class GeneralizedJSDLoss(DistillationLoss):
         ValueError: If the temperature is not greater than 0 or ``beta`` is not from 0 to 1.
 
     Example:
-        >>> round(float(GeneralizedJSDLoss(0.1)([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        >>> round(float(GeneralizedJSDLoss(beta=0.1)([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
         0.0226
 
     References:
@@ -111,41 +104,27 @@ class GeneralizedJSDLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(generalized_jsd)
 
     def __init__(
         self,
-        beta: float = 0.5,
         temperature: float | Schedule = 1.0,
         *,
+        beta: float = 0.5,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
         name: str = "generalized_jsd_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         checks.between("beta", beta, 0, 1)
-        checks.boolean("from_logits", from_logits)
-        self.beta = float(beta)
         self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        return generalized_jsd(
-            y_pred, y_true, beta=self.beta, temperature=self.temperature, from_logits=self.from_logits
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "beta": self.beta,
-            "from_logits": self.from_logits,
-        }
+        self._fix(beta=float(beta))
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class SkewKLLoss(DistillationLoss):
+class SkewKLLoss(LogitsLoss):
     r"""Divergence from a mixture of both models, averaged over the examples.
 
     .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p^t_n \, \| \, \alpha p^t_n + (1 - \alpha) p^s_n)
@@ -154,13 +133,15 @@ class SkewKLLoss(DistillationLoss):
     The gradient stays small where one model finds impossible what the other does not. See
     :func:`keras_distill.functional.skew_kl` and :func:`keras_distill.functional.skew_reverse_kl`.
 
+    It has no temperature.
+
     Args:
         skew: Share :math:`\alpha` of the first distribution in the mixture, from 0 to less than 1.
         reverse: Whether the student's distribution comes first instead of the teacher's.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the teacher, then the student.
@@ -178,54 +159,45 @@ class SkewKLLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
 
     def __init__(
         self,
-        skew: float = 0.1,
         *,
+        skew: float = 0.1,
         reverse: bool = False,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
         name: str = "skew_kl_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         checks.fraction("skew", skew)
         checks.boolean("reverse", reverse)
-        checks.boolean("from_logits", from_logits)
-        self.skew = float(skew)
-        self.reverse = reverse
-        self.from_logits = from_logits
+        self._fix(skew=float(skew), reverse=reverse)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per row of logits."""
         divergence = skew_reverse_kl if self.reverse else skew_kl
         return divergence(y_pred, y_true, skew=self.skew, from_logits=self.from_logits)
 
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "skew": self.skew,
-            "reverse": self.reverse,
-            "from_logits": self.from_logits,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class TotalVariationLoss(DistillationLoss):
+class TotalVariationLoss(LogitsLoss):
     r"""Total variation distance, averaged over the examples.
 
     .. math:: \frac{1}{2 N} \sum_n \sum_c |p^s_{nc} - p^t_{nc}|, \qquad p = \mathrm{softmax}(z / T)
 
     Symmetric and at most 1, however certain the models are. See :func:`keras_distill.functional.total_variation`.
 
+    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar from 0 to 1 when called with logits ``(N, ..., C)`` of the teacher, then the student.
@@ -243,6 +215,8 @@ class TotalVariationLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(total_variation)
 
     def __init__(
         self,
@@ -253,18 +227,5 @@ class TotalVariationLoss(DistillationLoss):
         name: str = "total_variation_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        return total_variation(y_pred, y_true, temperature=self.temperature, from_logits=self.from_logits)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-        }

@@ -17,7 +17,7 @@ from keras_distill.functional.features import (
     feature_mse,
     feature_smooth_l1,
 )
-from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.base import DistillationLoss, FormulaLoss
 from keras_distill.schedules import Schedule
 
 DISTANCES: Final[dict[str, Callable[..., Any]]] = {
@@ -48,7 +48,7 @@ class FeatureDistance(DistillationLoss):
         A scalar when called with the features ``(N, ..., C)`` of the teacher, then the student.
 
     Raises:
-        TypeError: If ``kind`` is no string.
+        TypeError: If ``kind`` is not a string.
         ValueError: If there is no such distance.
 
     Example:
@@ -70,19 +70,15 @@ class FeatureDistance(DistillationLoss):
     ) -> None:
         checks.one_of("kind", kind, DISTANCES)
         super().__init__(name=name or f"feature_{kind}", reduction=reduction, dtype=dtype)
-        self.kind = kind
+        self._fix(kind=kind)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per position."""
         return DISTANCES[self.kind](y_pred, y_true, per_position=True)
 
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "kind": self.kind}
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class AttentionTransferLoss(DistillationLoss):
+class AttentionTransferLoss(FormulaLoss):
     r"""Mean squared difference of the normalised maps of attention, averaged over the examples.
 
     .. math:: \frac{1}{N P} \sum_n \left\| \frac{Q^s_n}{\|Q^s_n\|_2} - \frac{Q^t_n}{\|Q^t_n\|_2} \right\|_2^2, \qquad
@@ -95,13 +91,13 @@ class AttentionTransferLoss(DistillationLoss):
         p: Power of the activations, at least 1; larger values stress the strongest positions.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with feature maps ``(N, H, W, C)`` of the teacher, then the student; C may differ.
 
     Raises:
-        TypeError: If ``p`` is no number.
+        TypeError: If ``p`` is not a number.
         ValueError: If ``p`` is less than 1.
 
     Example:
@@ -115,49 +111,43 @@ class AttentionTransferLoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     gives: ClassVar[str] = "examples"
+    _formula = staticmethod(attention_transfer)
 
     def __init__(
         self,
-        p: float = 2.0,
         *,
+        p: float = 2.0,
         reduction: str | None = "sum_over_batch_size",
         name: str = "attention_transfer_loss",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         checks.at_least("p", p, 1)
-        self.p = float(p)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per example."""
-        return attention_transfer(y_pred, y_true, p=self.p)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "p": self.p}
+        self._fix(p=float(p))
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class ChannelWiseLoss(DistillationLoss):
+class ChannelWiseLoss(FormulaLoss):
     r"""Divergence between the softmaxes over the positions of each channel, averaged over channels and examples.
 
     .. math:: \frac{T^2}{N C} \sum_n \sum_c \sum_i q^t_{nci} (\log q^t_{nci} - \log q^s_{nci}), \qquad
         q_{nci} = \frac{\exp(f_{nci} / T)}{\sum_j \exp(f_{ncj} / T)}
 
-    Made for dense prediction, on maps of features or of logits. See
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. Made for dense prediction, on maps of
+    features or of logits. See
     :func:`keras_distill.functional.channel_wise_kl`.
 
     Args:
         temperature: Softening of both distributions over the positions, greater than 0; a number or a schedule.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with maps ``(N, H, W, C)`` of the teacher, then the student.
 
     Raises:
-        TypeError: If the temperature is no number.
+        TypeError: If the temperature is not a number.
         ValueError: If the temperature is not greater than 0.
 
     Example:
@@ -172,6 +162,7 @@ class ChannelWiseLoss(DistillationLoss):
     """
 
     gives: ClassVar[str] = "examples"
+    _formula = staticmethod(channel_wise_kl)
 
     def __init__(
         self,
@@ -183,7 +174,3 @@ class ChannelWiseLoss(DistillationLoss):
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.temperature = self._setting("temperature", temperature)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per example."""
-        return channel_wise_kl(y_pred, y_true, temperature=self.temperature)

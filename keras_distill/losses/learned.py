@@ -40,7 +40,7 @@ class VariationalInformationLoss(DistillationLoss):
         student's at the same positions; C may differ.
 
     Raises:
-        TypeError: If ``initial_variance`` is no number.
+        TypeError: If ``initial_variance`` is not a number.
         ValueError: If ``initial_variance`` is less than 1e-4.
 
     Example:
@@ -59,15 +59,15 @@ class VariationalInformationLoss(DistillationLoss):
 
     def __init__(
         self,
-        initial_variance: float = 5.0,
         *,
+        initial_variance: float = 5.0,
         reduction: str | None = "sum_over_batch_size",
         name: str = "variational_information_loss",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         checks.at_least("initial_variance", initial_variance, 1e-4)
-        self.initial_variance = float(initial_variance)
+        self._fix(initial_variance=float(initial_variance))
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
         """Make the mean and the variances for features of these shapes, anew if there were any."""
@@ -90,10 +90,6 @@ class VariationalInformationLoss(DistillationLoss):
         """One value per position."""
         mean = _built(self.layer)
         return variational_information(y_pred, y_true, mean=mean, variance=self.variance, per_position=True)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "initial_variance": self.initial_variance}
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -126,7 +122,7 @@ class MaskedGenerativeLoss(DistillationLoss):
         ValueError: If ``mask_ratio`` is out of range or there is no such mask.
 
     Example:
-        >>> loss = MaskedGenerativeLoss(0.5, mask="channel")
+        >>> loss = MaskedGenerativeLoss(mask_ratio=0.5, mask="channel")
         >>> loss.build((None, 3, 3, 4), (None, 3, 3, 4))
         >>> [tuple(variable.shape) for variable in loss.layer.trainable_variables]
         [(3, 3, 4, 4), (4,), (3, 3, 4, 4), (4,)]
@@ -142,8 +138,8 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def __init__(
         self,
-        mask_ratio: float = 0.5,
         *,
+        mask_ratio: float = 0.5,
         mask: Literal["spatial", "channel"] = "spatial",
         reduction: str | None = "sum_over_batch_size",
         name: str = "masked_generative_loss",
@@ -152,7 +148,7 @@ class MaskedGenerativeLoss(DistillationLoss):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         checks.fraction("mask_ratio", mask_ratio)
         checks.one_of("mask", mask, ("spatial", "channel"))
-        self.mask_ratio, self.mask = float(mask_ratio), mask
+        self._fix(mask_ratio=float(mask_ratio), mask=mask)
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
         """Make the generator for features of these shapes, anew if there was one."""
@@ -181,10 +177,6 @@ class MaskedGenerativeLoss(DistillationLoss):
         drawn = keras.random.uniform(shape, dtype="float32", seed=_built(self.layer).seed_generator)
         return drawn >= self.mask_ratio
 
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "mask_ratio": self.mask_ratio, "mask": self.mask}
-
 
 class _Network(keras.layers.Layer):
     """Layers one after the other."""
@@ -192,6 +184,7 @@ class _Network(keras.layers.Layer):
     def __init__(self, layers: Sequence[keras.layers.Layer], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.parts = list(layers)
+        self.supports_masking = True
 
     def build(self, shape: Any) -> None:
         for part in self.parts:

@@ -15,12 +15,12 @@ from keras_distill.functional.logit_relations import (
     intra_class_relation,
     multi_level_logits,
 )
-from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.base import LogitsLoss
 from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class DISTLoss(DistillationLoss):
+class DISTLoss(LogitsLoss):
     r"""One minus the correlation of the two models' probabilities, over the classes and over the examples.
 
     .. math:: \frac{T^2 \beta}{N} \sum_n (1 - \rho(p^s_n, p^t_n))
@@ -29,16 +29,19 @@ class DISTLoss(DistillationLoss):
     Relations are kept rather than exact values, which helps where the teacher is much stronger than the student. See
     :func:`keras_distill.functional.inter_class_relation` and :func:`keras_distill.functional.intra_class_relation`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. A class that scores of minus infinity
+    make impossible stays a class, of probability 0.
+
     Args:
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater; a
             number or a schedule.
         intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater; a
             number or a schedule.
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: As for every Keras loss; the loss is one number, which no reduction changes.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with logits ``(N, ..., C)`` of the teacher, then the student; the whole batch is compared.
@@ -58,25 +61,24 @@ class DISTLoss(DistillationLoss):
         and CIFAR-100 (temperature 4), and of 1 for detection and segmentation.
     """
 
+    class_scores: ClassVar[bool] = True
     gives: ClassVar[str] = "batch"
 
     def __init__(
         self,
-        inter_weight: float | Schedule = 1.0,
-        intra_weight: float | Schedule = 1.0,
         temperature: float | Schedule = 1.0,
         *,
+        inter_weight: float | Schedule = 1.0,
+        intra_weight: float | Schedule = 1.0,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
         name: str = "dist_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
+        self.temperature = self._setting("temperature", temperature)
         self.inter_weight = self._setting("inter_weight", inter_weight, checks.non_negative)
         self.intra_weight = self._setting("intra_weight", intra_weight, checks.non_negative)
-        self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Loss of the batch, a scalar."""
@@ -89,16 +91,9 @@ class DISTLoss(DistillationLoss):
         ]
         return weights[0] * inter + weights[1] * intra
 
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-        }
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class MultiLevelLogitLoss(DistillationLoss):
+class MultiLevelLogitLoss(LogitsLoss):
     r"""Divergence of each example, of the batch and of the classes, averaged over several temperatures.
 
     .. math:: \frac{1}{K} \sum_T \left( \frac{T^2}{N} \sum_n \mathrm{KL}(p^t_n \| p^s_n)
@@ -107,12 +102,14 @@ class MultiLevelLogitLoss(DistillationLoss):
     Several temperatures show the teacher's first choices and its faint preferences at once. See
     :func:`keras_distill.functional.multi_level_logits`.
 
+    The factor :math:`T^2` is on the divergence, not on the products.
+
     Args:
         temperatures: The K temperatures, each greater than 0.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: As for every Keras loss; the loss is one number, which no reduction changes.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with logits ``(N, ..., C)`` of the teacher, then the student; the whole batch is compared.
@@ -132,7 +129,9 @@ class MultiLevelLogitLoss(DistillationLoss):
         the sum over the five temperatures, which is 45 for their mean.
     """
 
+    class_scores: ClassVar[bool] = True
     gives: ClassVar[str] = "batch"
+    _formula = staticmethod(multi_level_logits)
 
     def __init__(
         self,
@@ -143,20 +142,6 @@ class MultiLevelLogitLoss(DistillationLoss):
         name: str = "multi_level_logit_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         checks.positives("temperatures", temperatures)
-        checks.boolean("from_logits", from_logits)
-        self.temperatures = tuple(float(temperature) for temperature in temperatures)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Loss of the batch, a scalar."""
-        return multi_level_logits(y_pred, y_true, temperatures=self.temperatures, from_logits=self.from_logits)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "temperatures": list(self.temperatures),
-            "from_logits": self.from_logits,
-        }
+        self._fix(temperatures=tuple(float(temperature) for temperature in temperatures))

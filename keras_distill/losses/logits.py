@@ -8,17 +8,19 @@ import keras
 
 from keras_distill import checks
 from keras_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
-from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.base import LogitsLoss
 from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class SoftTargetLoss(DistillationLoss):
+class SoftTargetLoss(LogitsLoss):
     r"""Divergence of the student's softened probabilities from the teacher's soft targets, averaged over the examples.
 
     .. math:: \frac{T^2}{N} \sum_n \sum_c p^t_{nc} (\log p^t_{nc} - \log p^s_{nc}), \qquad p = \mathrm{softmax}(z / T)
 
     The loss most people mean by knowledge distillation. See :func:`keras_distill.functional.soft_target_kl`.
+
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
@@ -26,7 +28,7 @@ class SoftTargetLoss(DistillationLoss):
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the teacher, then the student.
@@ -47,6 +49,8 @@ class SoftTargetLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(soft_target_kl)
 
     def __init__(
         self,
@@ -58,34 +62,14 @@ class SoftTargetLoss(DistillationLoss):
         name: str = "soft_target_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         checks.boolean("standardize", standardize)
-        checks.boolean("from_logits", from_logits)
         self.temperature = self._setting("temperature", temperature)
-        self.standardize = standardize
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        return soft_target_kl(
-            y_pred,
-            y_true,
-            temperature=self.temperature,
-            standardize=self.standardize,
-            from_logits=self.from_logits,
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "standardize": self.standardize,
-            "from_logits": self.from_logits,
-        }
+        self._fix(standardize=standardize)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class SoftCrossEntropyLoss(DistillationLoss):
+class SoftCrossEntropyLoss(LogitsLoss):
     r"""Cross entropy under the teacher's soft targets, averaged over the examples.
 
     .. math:: -\frac{T^2}{N} \sum_n \sum_c p^t_{nc} \log p^s_{nc}, \qquad p = \mathrm{softmax}(z / T)
@@ -93,12 +77,14 @@ class SoftCrossEntropyLoss(DistillationLoss):
     The gradient of SoftTargetLoss at the same temperature; the value ends at the teacher's entropy instead of 0.
     See :func:`keras_distill.functional.soft_cross_entropy`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the teacher, then the student.
@@ -116,6 +102,8 @@ class SoftCrossEntropyLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(soft_cross_entropy)
 
     def __init__(
         self,
@@ -126,22 +114,12 @@ class SoftCrossEntropyLoss(DistillationLoss):
         name: str = "soft_cross_entropy_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        return soft_cross_entropy(y_pred, y_true, temperature=self.temperature, from_logits=self.from_logits)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "from_logits": self.from_logits}
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class LogitMSELoss(DistillationLoss):
+class LogitMSELoss(LogitsLoss):
     r"""Mean squared difference of the logits, averaged over the examples.
 
     .. math:: \frac{1}{N C} \sum_n \sum_c (z^s_{nc} - z^t_{nc})^2
@@ -152,13 +130,13 @@ class LogitMSELoss(DistillationLoss):
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with logits ``(N, ..., C)`` of the teacher, then the student.
 
     Raises:
-        TypeError: If ``from_logits`` is no bool.
+        TypeError: If ``from_logits`` is not a bool.
 
     Example:
         >>> float(LogitMSELoss()([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]]))
@@ -169,6 +147,8 @@ class LogitMSELoss(DistillationLoss):
         classes, without the factor 1/2.
     """
 
+    _formula = staticmethod(logit_mse)
+
     def __init__(
         self,
         *,
@@ -177,14 +157,4 @@ class LogitMSELoss(DistillationLoss):
         name: str = "logit_mse_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        return logit_mse(y_pred, y_true, from_logits=self.from_logits)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "from_logits": self.from_logits}
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)

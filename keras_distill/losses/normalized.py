@@ -14,11 +14,11 @@ from keras_distill.functional.normalized import (
     normalized_mse,
     pearson_feature,
 )
-from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.base import FormulaLoss
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class PearsonFeatureLoss(DistillationLoss):
+class PearsonFeatureLoss(FormulaLoss):
     r"""Half the mean squared difference of the z-scores of the channels, over the examples and positions of a batch.
 
     .. math:: \frac{1}{2 M} \sum_{n,i,c} (\hat f^s_{nic} - \hat f^t_{nic})^2, \qquad
@@ -30,7 +30,7 @@ class PearsonFeatureLoss(DistillationLoss):
     Args:
         reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with features ``(N, C)``, ``(N, L, C)`` or ``(N, H, W, C)`` of the teacher, then the
@@ -45,6 +45,7 @@ class PearsonFeatureLoss(DistillationLoss):
     """
 
     gives: ClassVar[str] = "batch"
+    _formula = staticmethod(pearson_feature)
 
     def __init__(
         self,
@@ -55,13 +56,9 @@ class PearsonFeatureLoss(DistillationLoss):
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value for the batch."""
-        return pearson_feature(y_pred, y_true)
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class NeuronSelectivityLoss(DistillationLoss):
+class NeuronSelectivityLoss(FormulaLoss):
     r"""Squared maximum mean discrepancy of the channels' maps, averaged over the examples.
 
     .. math:: \overline{k(s_i, s_j)} + \overline{k(t_i, t_j)} - 2 \overline{k(s_i, t_j)}, \qquad
@@ -73,7 +70,7 @@ class NeuronSelectivityLoss(DistillationLoss):
     Args:
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with feature maps ``(N, H, W, C)`` of the teacher, then the student; C may differ.
@@ -89,6 +86,7 @@ class NeuronSelectivityLoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     gives: ClassVar[str] = "examples"
+    _formula = staticmethod(neuron_selectivity)
 
     def __init__(
         self,
@@ -99,13 +97,9 @@ class NeuronSelectivityLoss(DistillationLoss):
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per example."""
-        return neuron_selectivity(y_pred, y_true)
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class CKALoss(DistillationLoss):
+class CKALoss(FormulaLoss):
     r"""One minus the linear centred kernel alignment (CKA) of the two models' features of a batch.
 
     .. math:: 1 - \frac{\|Y^\top X\|_F^2}{\|X^\top X\|_F \, \|Y^\top Y\|_F}
@@ -116,7 +110,7 @@ class CKALoss(DistillationLoss):
     Args:
         reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar from 0 to 1 when called with features ``(N, ...)`` of the teacher, then the student.
@@ -133,19 +127,20 @@ class CKALoss(DistillationLoss):
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
     gives: ClassVar[str] = "batch"
+    _formula = staticmethod(centered_kernel_alignment)
 
     def __init__(
-        self, *, reduction: str | None = "sum_over_batch_size", name: str = "cka_loss", dtype: Any = None
+        self,
+        *,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "cka_loss",
+        dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value for the batch."""
-        return centered_kernel_alignment(y_pred, y_true)
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class PatientLoss(DistillationLoss):
+class PatientLoss(FormulaLoss):
     r"""Mean squared difference of channel vectors of length one, averaged over examples and positions.
 
     .. math:: \frac{1}{N C} \sum_{n,c} \left( \frac{f^s_{nc}}{\|f^s_n\|_2} - \frac{f^t_{nc}}{\|f^t_n\|_2} \right)^2
@@ -156,7 +151,7 @@ class PatientLoss(DistillationLoss):
     Args:
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with features ``(N, C)``, ``(N, L, C)`` or ``(N, H, W, C)`` of the teacher, then the
@@ -171,18 +166,24 @@ class PatientLoss(DistillationLoss):
         authors' code, where the equation has the sum.
     """
 
+    _formula = staticmethod(normalized_mse)
+
     def __init__(
-        self, *, reduction: str | None = "sum_over_batch_size", name: str = "patient_loss", dtype: Any = None
+        self,
+        *,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "patient_loss",
+        dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per position."""
-        return normalized_mse(y_pred, y_true, per_position=True)
+        return self._values(y_pred, y_true, per_position=True)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class FeatureMapTransferLoss(DistillationLoss):
+class FeatureMapTransferLoss(FormulaLoss):
     r"""Mean squared difference after a layer normalisation without weights, averaged over examples and positions.
 
     .. math:: \frac{1}{N C} \sum_{n,c} (\hat f^s_{nc} - \hat f^t_{nc})^2, \qquad
@@ -194,14 +195,14 @@ class FeatureMapTransferLoss(DistillationLoss):
         eps: Added to the variance, at least 0.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with features ``(N, C)``, ``(N, L, C)`` or ``(N, H, W, C)`` of the teacher, then the
         student.
 
     Raises:
-        TypeError: If ``eps`` is no number.
+        TypeError: If ``eps`` is not a number.
         ValueError: If ``eps`` is less than 0.
 
     Example:
@@ -214,6 +215,8 @@ class FeatureMapTransferLoss(DistillationLoss):
         No weight is given.
     """
 
+    _formula = staticmethod(feature_map_transfer)
+
     def __init__(
         self,
         *,
@@ -224,12 +227,8 @@ class FeatureMapTransferLoss(DistillationLoss):
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         checks.non_negative("eps", eps)
-        self.eps = float(eps)
+        self._fix(eps=float(eps))
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per position."""
-        return feature_map_transfer(y_pred, y_true, eps=self.eps, per_position=True)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "eps": self.eps}
+        return self._values(y_pred, y_true, per_position=True)

@@ -19,12 +19,12 @@ from keras_distill.functional.relations import (
     relational_distance_and_angle,
     similarity_preserving,
 )
-from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.base import DistillationLoss, FormulaLoss
 from keras_distill.schedules import Schedule
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class SimilarityPreservingLoss(DistillationLoss):
+class SimilarityPreservingLoss(FormulaLoss):
     r"""Mean squared difference of the two models' similarities between the examples of a batch.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
@@ -36,7 +36,7 @@ class SimilarityPreservingLoss(DistillationLoss):
     Args:
         reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with features ``(N, ...)`` of the teacher, then the student.
@@ -52,6 +52,7 @@ class SimilarityPreservingLoss(DistillationLoss):
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
     gives: ClassVar[str] = "batch"
+    _formula = staticmethod(similarity_preserving)
 
     def __init__(
         self,
@@ -61,10 +62,6 @@ class SimilarityPreservingLoss(DistillationLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value for the batch."""
-        return similarity_preserving(y_pred, y_true)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -89,7 +86,7 @@ class RelationalLoss(DistillationLoss):
         A scalar when called with features ``(N, ...)`` of the teacher, then the student.
 
     Raises:
-        TypeError: If a weight is no number.
+        TypeError: If a weight is not a number.
         ValueError: If a weight is less than 0, or both are 0.
 
     Example:
@@ -108,9 +105,9 @@ class RelationalLoss(DistillationLoss):
 
     def __init__(
         self,
+        *,
         distance_weight: float | Schedule = 25.0,
         angle_weight: float | Schedule = 50.0,
-        *,
         reduction: str | None = "sum_over_batch_size",
         name: str = "relational_loss",
         dtype: Any = None,
@@ -140,7 +137,7 @@ class RelationalLoss(DistillationLoss):
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class ProbabilisticTransferLoss(DistillationLoss):
+class ProbabilisticTransferLoss(FormulaLoss):
     r"""Divergence between the two models' probabilities that examples of a batch are neighbours.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}
@@ -151,7 +148,7 @@ class ProbabilisticTransferLoss(DistillationLoss):
     Args:
         reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with features ``(N, ...)`` of the teacher, then the student.
@@ -168,6 +165,7 @@ class ProbabilisticTransferLoss(DistillationLoss):
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
     gives: ClassVar[str] = "batch"
+    _formula = staticmethod(probabilistic_transfer)
 
     def __init__(
         self,
@@ -178,13 +176,9 @@ class ProbabilisticTransferLoss(DistillationLoss):
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value for the batch."""
-        return probabilistic_transfer(y_pred, y_true)
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class CorrelationCongruenceLoss(DistillationLoss):
+class CorrelationCongruenceLoss(FormulaLoss):
     r"""Mean squared difference of the two models' Gaussian correlations between the examples of a batch.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} (K^s_{ij} - K^t_{ij})^2
@@ -198,7 +192,7 @@ class CorrelationCongruenceLoss(DistillationLoss):
         order: Highest power of its Taylor series, at least 1.
         reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with features ``(N, ...)`` of the teacher, then the student.
@@ -220,11 +214,12 @@ class CorrelationCongruenceLoss(DistillationLoss):
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
     gives: ClassVar[str] = "batch"
+    _formula = staticmethod(correlation_congruence)
 
     def __init__(
         self,
-        kernel: str = "gaussian",
         *,
+        kernel: str = "gaussian",
         gamma: float = 0.4,
         order: int = 2,
         reduction: str | None = "sum_over_batch_size",
@@ -234,25 +229,16 @@ class CorrelationCongruenceLoss(DistillationLoss):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         checks.one_of("kernel", kernel, KERNELS)
         checks.positive("gamma", gamma)
+        checks.integer("order", order)
         checks.at_least("order", order, 1)
-        self.kernel = kernel
-        self.gamma = float(gamma)
-        self.order = int(order)
+        self._fix(kernel=kernel, gamma=float(gamma), order=int(order))
         # Terms ask the instance: products of neighbouring differences exist for features of equal shape only.
         for attribute in ("channels_must_match", "positions_must_match"):
             setattr(self, attribute, kernel == "neighbour")
 
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value for the batch."""
-        return correlation_congruence(y_pred, y_true, kernel=self.kernel, gamma=self.gamma, order=self.order)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {**super().get_config(), "kernel": self.kernel, "gamma": self.gamma, "order": self.order}
-
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class InterChannelCorrelationLoss(DistillationLoss):
+class InterChannelCorrelationLoss(FormulaLoss):
     r"""Mean squared difference of the two models' correlations between the channels, averaged over the examples.
 
     .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2
@@ -263,7 +249,7 @@ class InterChannelCorrelationLoss(DistillationLoss):
     Args:
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar when called with feature maps ``(N, H, W, C)`` of the teacher, then the student.
@@ -280,6 +266,7 @@ class InterChannelCorrelationLoss(DistillationLoss):
 
     positions_must_match: ClassVar[bool] = False
     gives: ClassVar[str] = "examples"
+    _formula = staticmethod(inter_channel_correlation)
 
     def __init__(
         self,
@@ -289,7 +276,3 @@ class InterChannelCorrelationLoss(DistillationLoss):
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per example."""
-        return inter_channel_correlation(y_pred, y_true)

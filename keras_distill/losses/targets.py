@@ -7,24 +7,10 @@ from typing import Any, ClassVar
 import keras
 
 from keras_distill import checks
+from keras_distill.functional.inputs import IGNORE_INDEX
 from keras_distill.functional.targets import binary_soft_target, decoupled_kd, normalized_kd, weighted_soft_labels
-from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.base import LabelledLoss, LogitsLoss
 from keras_distill.schedules import Schedule
-
-
-@keras.saving.register_keras_serializable(package="keras_distill")
-class LabelledLoss(DistillationLoss):
-    """Base of the losses that know the right class: ``y_true`` is the pair of the teacher's logits and the labels."""
-
-    needs_labels: ClassVar[bool] = True
-
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """The loss of a batch, a scalar unless ``reduction`` is None."""
-        if not isinstance(y_true, (tuple, list)) or len(y_true) != 2 or y_true[1] is None:
-            got = "a pair without labels" if isinstance(y_true, (tuple, list)) else f"a {type(y_true).__name__}"
-            remedy = f"{type(self).__name__} needs the batch's labels; a term of DistillModel hands them over."
-            raise ValueError(checks.message("`y_true` to be the pair (teacher_logits, labels)", got, remedy))
-        return super().__call__(y_true, y_pred, sample_weight)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -37,14 +23,17 @@ class DecoupledKDLoss(LabelledLoss):
     What the teacher knows about the other classes counts even where it is sure. See
     :func:`keras_distill.functional.decoupled_kd`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
     Args:
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         target_weight: Weight of the divergence between target and the rest, 0 or greater; a number or a schedule.
         nontarget_weight: Weight of the divergence among the other classes, 0 or greater; a number or a schedule.
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats, when called with the pair of the teacher's logits ``(N, ..., C)`` and labels ``(N, ...)``,
@@ -63,43 +52,26 @@ class DecoupledKDLoss(LabelledLoss):
         non-target weights of 2 to 8 for CIFAR-100 (temperature 4) and 0.5 to 2 for ImageNet (temperature 1).
     """
 
+    _formula = staticmethod(decoupled_kd)
+
     def __init__(
         self,
-        target_weight: float | Schedule = 1.0,
-        nontarget_weight: float | Schedule = 8.0,
         temperature: float | Schedule = 4.0,
         *,
+        target_weight: float | Schedule = 1.0,
+        nontarget_weight: float | Schedule = 8.0,
+        ignore_index: int = IGNORE_INDEX,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
         name: str = "decoupled_kd_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
+        super().__init__(
+            ignore_index=ignore_index, from_logits=from_logits, name=name, reduction=reduction, dtype=dtype
+        )
+        self.temperature = self._setting("temperature", temperature)
         self.target_weight = self._setting("target_weight", target_weight, checks.non_negative)
         self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
-        self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        teacher, labels = y_true
-        return decoupled_kd(
-            y_pred,
-            teacher,
-            labels,
-            target_weight=self.target_weight,
-            nontarget_weight=self.nontarget_weight,
-            temperature=self.temperature,
-            from_logits=self.from_logits,
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -112,13 +84,16 @@ class NormalizedKDLoss(LabelledLoss):
     Both models' probabilities of the other classes add up to 1 before they are compared. See
     :func:`keras_distill.functional.normalized_kd`.
 
+    The factor :math:`T^2` is on the non-target part alone; the target part has no temperature.
+
     Args:
-        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats, when called with the pair of the teacher's logits ``(N, ..., C)`` and labels ``(N, ...)``,
@@ -137,40 +112,24 @@ class NormalizedKDLoss(LabelledLoss):
         default and 3.5 at temperature 3 for CIFAR-100.
     """
 
+    _formula = staticmethod(normalized_kd)
+
     def __init__(
         self,
-        nontarget_weight: float | Schedule = 1.5,
         temperature: float | Schedule = 1.0,
         *,
+        nontarget_weight: float | Schedule = 1.5,
+        ignore_index: int = IGNORE_INDEX,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
         name: str = "normalized_kd_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
-        self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
-        self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        teacher, labels = y_true
-        return normalized_kd(
-            y_pred,
-            teacher,
-            labels,
-            nontarget_weight=self.nontarget_weight,
-            temperature=self.temperature,
-            from_logits=self.from_logits,
+        super().__init__(
+            ignore_index=ignore_index, from_logits=from_logits, name=name, reduction=reduction, dtype=dtype
         )
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-        }
+        self.temperature = self._setting("temperature", temperature)
+        self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -183,12 +142,15 @@ class WeightedSoftLabelLoss(LabelledLoss):
     An example on which the student already does better than the teacher counts little. See
     :func:`keras_distill.functional.weighted_soft_labels`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
         from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats, when called with the pair of the teacher's logits ``(N, ..., C)`` and labels ``(N, ...)``,
@@ -207,35 +169,26 @@ class WeightedSoftLabelLoss(LabelledLoss):
         (temperature 2) and by 2.25 on CIFAR-100 (temperature 4).
     """
 
+    _formula = staticmethod(weighted_soft_labels)
+
     def __init__(
         self,
         temperature: float | Schedule = 2.0,
         *,
+        ignore_index: int = IGNORE_INDEX,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",
         name: str = "weighted_soft_label_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
+        super().__init__(
+            ignore_index=ignore_index, from_logits=from_logits, name=name, reduction=reduction, dtype=dtype
+        )
         self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        teacher, labels = y_true
-        return weighted_soft_labels(y_pred, teacher, labels, temperature=self.temperature, from_logits=self.from_logits)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class BinarySoftTargetLoss(DistillationLoss):
+class BinarySoftTargetLoss(LogitsLoss):
     r"""Binary cross entropy of each class under the teacher's soft targets, averaged over classes and examples.
 
     .. math:: -\frac{T^2}{N C} \sum_n \sum_c s^t_{nc} \log s^s_{nc} + (1 - s^t_{nc}) \log (1 - s^s_{nc}), \qquad
@@ -244,13 +197,16 @@ class BinarySoftTargetLoss(DistillationLoss):
     For models with several labels per example, or a single score. See
     :func:`keras_distill.functional.binary_soft_target`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. The scores are those of classes, each
+    against its absence: ``class_scores`` is True.
+
     Args:
         temperature: Softening of both models' answers, greater than 0; a number or a schedule.
         from_logits: Whether the models give logits; if False they give probabilities of a sigmoid, and z is the
             logarithm of their odds.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
-        dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the teacher, then the student.
@@ -268,6 +224,9 @@ class BinarySoftTargetLoss(DistillationLoss):
         softmax over the classes, for which no weight is given.
     """
 
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(binary_soft_target)
+
     def __init__(
         self,
         temperature: float | Schedule = 1.0,
@@ -277,18 +236,5 @@ class BinarySoftTargetLoss(DistillationLoss):
         name: str = "binary_soft_target_loss",
         dtype: Any = None,
     ) -> None:
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        checks.boolean("from_logits", from_logits)
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         self.temperature = self._setting("temperature", temperature)
-        self.from_logits = from_logits
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        """One value per row of logits."""
-        return binary_soft_target(y_pred, y_true, temperature=self.temperature, from_logits=self.from_logits)
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON."""
-        return {
-            **super().get_config(),
-            "from_logits": self.from_logits,
-        }

@@ -9,11 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare_logits
+from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
 
 
 def reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the teacher's probabilities from the student's.
 
@@ -26,13 +32,15 @@ def reverse_kl(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -46,8 +54,8 @@ def reverse_kl(
         each position, summed exactly, instead of an estimate from sampled sequences. There is no factor
         :math:`T^2`.
     """
-    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, class_dim)
-    return _kl(log_student, log_teacher, class_dim)
+    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
+    return reduced(kl_from_logs(log_student, log_teacher, dim), counts, reduction)
 
 
 def generalized_jsd(
@@ -56,7 +64,9 @@ def generalized_jsd(
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
-    class_dim: int = -1,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Generalised Jensen-Shannon divergence of the two models' probabilities.
 
@@ -71,13 +81,15 @@ def generalized_jsd(
         teacher_logits: The teacher's scores for the same inputs, same shape.
         beta: Share of the teacher in the mixture, from 0 to 1.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0 or
             ``beta`` is not from 0 to 1.
 
@@ -93,17 +105,25 @@ def generalized_jsd(
         There is no factor :math:`T^2`.
     """
     checks.between("beta", beta, 0, 1)
-    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, class_dim)
+    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
     if beta == 0:
-        return _kl(log_teacher, log_student, class_dim)
+        return reduced(kl_from_logs(log_teacher, log_student, dim), counts, reduction)
     if beta == 1:
-        return _kl(log_student, log_teacher, class_dim)
+        return reduced(kl_from_logs(log_student, log_teacher, dim), counts, reduction)
     log_mixture = _log_mixture(log_teacher, log_student, beta)
-    from_teacher, from_student = (_kl(log_p, log_mixture, class_dim) for log_p in (log_teacher, log_student))
-    return beta * from_teacher + (1 - beta) * from_student
+    from_teacher, from_student = (kl_from_logs(log_p, log_mixture, dim) for log_p in (log_teacher, log_student))
+    return reduced(beta * from_teacher + (1 - beta) * from_student, counts, reduction)
 
 
-def skew_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1, class_dim: int = -1) -> Tensor:
+def skew_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    skew: float = 0.1,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
     r"""Kullback-Leibler divergence of a mixture of both models from the teacher's probabilities.
 
     .. math:: \mathrm{KL}(p^t \, \| \, \alpha p^t + (1 - \alpha) p^s), \qquad p = \mathrm{softmax}(z)
@@ -115,13 +135,15 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         skew: Share :math:`\alpha` of the teacher in the mixture, from 0 (no mixture) to less than 1.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or ``skew`` is out of its range.
 
     Example:
@@ -136,12 +158,19 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1
     """
     # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
     checks.fraction("skew", skew)
-    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, class_dim)
-    return _kl(log_teacher, _log_mixture(log_teacher, log_student, skew), class_dim)
+    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, 1.0, class_dim, mask)
+    mixture = _log_mixture(log_teacher, log_student, skew)
+    return reduced(kl_from_logs(log_teacher, mixture, dim), counts, reduction)
 
 
 def skew_reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    skew: float = 0.1,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Kullback-Leibler divergence of a mixture of both models from the student's probabilities.
 
@@ -154,13 +183,15 @@ def skew_reverse_kl(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         skew: Share :math:`\alpha` of the student in the mixture, from 0 (no mixture) to less than 1.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or ``skew`` is out of its range.
 
     Example:
@@ -174,12 +205,19 @@ def skew_reverse_kl(
     """
     # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
     checks.fraction("skew", skew)
-    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, class_dim)
-    return _kl(log_student, _log_mixture(log_student, log_teacher, skew), class_dim)
+    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, 1.0, class_dim, mask)
+    mixture = _log_mixture(log_student, log_teacher, skew)
+    return reduced(kl_from_logs(log_student, mixture, dim), counts, reduction)
 
 
 def total_variation(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Total variation distance of the two models' probabilities.
 
@@ -191,13 +229,15 @@ def total_variation(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Distance from 0 to 1, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -210,20 +250,30 @@ def total_variation(
         Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190, where the sum over the steps bounds the distance of
         whole sequences; deviation: the distance at each position, summed exactly. There is no factor :math:`T^2`.
     """
-    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, class_dim)
-    return 0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(dim=class_dim)
+    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
+    return reduced(0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(dim=dim), counts, reduction)
 
 
-def _log_probabilities(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int
-) -> tuple[Tensor, Tensor]:
+def kl_from_logs(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
+    """Kullback-Leibler divergence of two distributions given by their log-probabilities.
+
+    Args:
+        log_p: Log-probabilities of the first distribution, finite.
+        log_q: Log-probabilities of the second, same shape.
+        dim: Dimension of the classes.
+
+    Returns:
+        Divergence in nats, the shape without ``dim``.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(dim=dim)
+
+
+def _logarithms(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, int, Tensor | None]:
     checks.positive("temperature", temperature)
-    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim)
-    return F.log_softmax(student / temperature, dim=class_dim), F.log_softmax(teacher / temperature, dim=class_dim)
-
-
-def _kl(log_p: Tensor, log_q: Tensor, class_dim: int) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(dim=class_dim)
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    return F.log_softmax(student / temperature, dim=dim), F.log_softmax(teacher / temperature, dim=dim), dim, counts
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch  # noqa: F401 - the examples use it
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import Reduction, prepare
-from lightning_distill.functional.primitives import softmax_divergence, sum_of_squares
+from lightning_distill.functional.inputs import Reduction, check_reduction, prepare
+from lightning_distill.functional.primitives import LEAST_SCORE, softmax_divergence, sum_of_squares
 from lightning_distill.functional.vectors import (
     channel_maps,
     channels_at,
     check_positions,
+    mean_of_counted,
     or_one,
-    per_example,
+    over_examples,
+    over_positions,
+    positions_mask,
     prepare_equal,
     unit,
+    without,
 )
 
 
-def feature_mse(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
+def feature_mse(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "none"
+) -> Tensor:
     r"""Mean squared difference of two features.
 
     .. math:: \frac{1}{D} \sum_d (f^s_d - f^t_d)^2
@@ -32,13 +38,14 @@ def feature_mse(student: Tensor, teacher: Tensor, *, reduction: Reduction = "non
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
-        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the positions that count.
 
     Returns:
         Mean squared difference, shape ``(N,)``, or a scalar.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there is no such reduction.
 
     Example:
@@ -48,10 +55,12 @@ def feature_mse(student: Tensor, teacher: Tensor, *, reduction: Reduction = "non
     References:
         Romero et al. 2015 (FitNets), equation 3, arXiv:1412.6550; deviation: the mean, without the factor 1/2.
     """
-    return _distance(F.mse_loss, student, teacher, reduction)
+    return _distance(F.mse_loss, student, teacher, mask, reduction)
 
 
-def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
+def feature_l1(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "none"
+) -> Tensor:
     r"""Mean absolute difference of two features.
 
     .. math:: \frac{1}{D} \sum_d |f^s_d - f^t_d|
@@ -61,13 +70,14 @@ def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
-        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the positions that count.
 
     Returns:
         Mean absolute difference, shape ``(N,)``, or a scalar.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there is no such reduction.
 
     Example:
@@ -77,10 +87,12 @@ def feature_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none
     References:
         Romero et al. 2015 (FitNets), section 2.2, arXiv:1412.6550; deviation: absolute instead of squared differences.
     """
-    return _distance(F.l1_loss, student, teacher, reduction)
+    return _distance(F.l1_loss, student, teacher, mask, reduction)
 
 
-def feature_smooth_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction = "none") -> Tensor:
+def feature_smooth_l1(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "none"
+) -> Tensor:
     r"""Mean difference of two features, squared where it is small and absolute where it is large.
 
     .. math:: \frac{1}{D} \sum_d h(f^s_d - f^t_d), \qquad
@@ -91,13 +103,14 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction 
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
         teacher: The teacher's feature, same shape.
-        reduction: ``"none"`` for one value per example, ``"mean"`` for their mean.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the positions that count.
 
     Returns:
         Mean difference, shape ``(N,)``, or a scalar.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there is no such reduction.
 
     Example:
@@ -107,10 +120,17 @@ def feature_smooth_l1(student: Tensor, teacher: Tensor, *, reduction: Reduction 
     References:
         Girshick 2015 (Fast R-CNN), equation 3, arXiv:1504.08083.
     """
-    return _distance(F.smooth_l1_loss, student, teacher, reduction)
+    return _distance(F.smooth_l1_loss, student, teacher, mask, reduction)
 
 
-def feature_cosine(student: Tensor, teacher: Tensor, *, channel_dim: int | None = None) -> Tensor:
+def feature_cosine(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    channel_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
     r"""One minus the cosine of the angle between the two models' channel vectors, averaged over the positions.
 
     .. math:: 1 - \frac{f^s \cdot f^t}{\|f^s\| \, \|f^t\|}
@@ -122,12 +142,14 @@ def feature_cosine(student: Tensor, teacher: Tensor, *, channel_dim: int | None 
         student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
         teacher: The teacher's feature, same shape.
         channel_dim: Dimension of the vectors; None means 1 for tensors of four or more dimensions, else the last.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the positions that count.
 
     Returns:
         Values from 0 (same direction) to 2 (opposite), shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or ``channel_dim`` is no int.
+        TypeError: If a feature is not a floating point tensor, or ``channel_dim`` is not an int.
         ValueError: If the shapes differ or ``channel_dim`` is no inner dimension.
 
     Example:
@@ -137,13 +159,20 @@ def feature_cosine(student: Tensor, teacher: Tensor, *, channel_dim: int | None 
     References:
         Sanh et al. 2019 (DistilBERT), section 2, arXiv:1910.01108.
     """
-    student, teacher = prepare_equal(student, teacher)
+    student, teacher, positions = prepare_equal(student, teacher, mask, channel_dim)
     dim = channels_at(student, channel_dim)
     cosine = (unit(student, dim) * unit(teacher, dim)).sum(dim=dim)
-    return per_example(1 - cosine)
+    return over_positions(1 - cosine, positions, reduction)
 
 
-def feature_kl(student: Tensor, teacher: Tensor, *, channel_dim: int | None = None) -> Tensor:
+def feature_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    channel_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
     r"""Kullback-Leibler divergence between the softmaxes of two features over their channels, averaged over positions.
 
     .. math:: \sum_c q^t_c (\log q^t_c - \log q^s_c), \qquad q = \mathrm{softmax}(f)
@@ -154,12 +183,14 @@ def feature_kl(student: Tensor, teacher: Tensor, *, channel_dim: int | None = No
         student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``; C of 2 or more.
         teacher: The teacher's feature, same shape.
         channel_dim: Dimension of the softmax; None means 1 for tensors of four or more dimensions, else the last.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the positions that count.
 
     Returns:
         Divergence in nats, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or ``channel_dim`` is no int.
+        TypeError: If a feature is not a floating point tensor, or ``channel_dim`` is not an int.
         ValueError: If the shapes differ, ``channel_dim`` is no inner dimension or there are fewer than two channels.
 
     Example:
@@ -169,16 +200,18 @@ def feature_kl(student: Tensor, teacher: Tensor, *, channel_dim: int | None = No
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531, at temperature 1 and on a feature instead of logits.
     """
-    student, teacher = prepare_equal(student, teacher)
+    student, teacher, positions = prepare_equal(student, teacher, mask, channel_dim)
     dim = channels_at(student, channel_dim)
     if student.shape[dim] < 2:
         # The softmax over one channel is always 1: the loss would be zero whatever the student does.
         expected = f"`student` to have at least 2 channels at dimension {dim}"
         raise ValueError(checks.message(expected, f"shape {tuple(student.shape)}", "Pass another channel_dim."))
-    return per_example(softmax_divergence(student, teacher, dim))
+    return over_positions(softmax_divergence(student, teacher, dim), positions, reduction)
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> Tensor:
+def attention_transfer(
+    student: Tensor, teacher: Tensor, *, p: float = 2.0, mask: Tensor | None = None, reduction: Reduction = "none"
+) -> Tensor:
     r"""Mean squared difference of the two models' normalised maps of attention.
 
     .. math:: \frac{1}{P} \sum_{i=1}^{P} \left( \frac{Q^s_i}{\|Q^s\|_2} - \frac{Q^t_i}{\|Q^t\|_2} \right)^2, \qquad
@@ -191,12 +224,14 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> T
         student: The student's feature, shape ``(N, C_s, H, W)`` or ``(N, L, C_s)``, with P > 1 positions.
         teacher: The teacher's feature, same shape up to the number of channels.
         p: Power of the activations, at least 1; larger values stress the strongest positions.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the examples that count.
 
     Returns:
         Mean squared difference, at most 2 / P, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or ``p`` is no number.
+        TypeError: If a feature is not a floating point tensor, or ``p`` is not a number.
         ValueError: If the positions differ, there is only one, or ``p`` is less than 1.
 
     Example:
@@ -212,11 +247,21 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2.0) -> T
     checks.at_least("p", p, 1)
     student, teacher = prepare(student, teacher)
     check_positions(student, teacher)
-    attention = [unit(_attention_map(feature, p), dim=1) for feature in (student, teacher)]
-    return (attention[0] - attention[1]).square().mean(dim=1)
+    positions = positions_mask(mask, student)
+    maps = [unit(_attention_map(without(feature, positions), p), dim=1) for feature in (student, teacher)]
+    differences = (maps[0] - maps[1]).square()
+    values = differences.mean(dim=1) if positions is None else mean_of_counted(differences, positions.flatten(1))
+    return over_examples(values, positions, reduction)
 
 
-def channel_wise_kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+def channel_wise_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 4.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
     r"""Divergence between the two models' softmaxes over the positions of each channel, averaged over the channels.
 
     .. math:: \frac{T^2}{C} \sum_c \sum_i q^t_{c,i} (\log q^t_{c,i} - \log q^s_{c,i}), \qquad
@@ -229,12 +274,14 @@ def channel_wise_kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.
             position.
         teacher: The teacher's, same shape.
         temperature: Softening of both distributions over the positions, greater than 0.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the examples that count.
 
     Returns:
         Divergence in nats times :math:`T^2`, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or the temperature is no number.
+        TypeError: If a feature is not a floating point tensor, or the temperature is not a number.
         ValueError: If the shapes differ, there is only one position, or the temperature is not greater than 0.
 
     Example:
@@ -247,18 +294,28 @@ def channel_wise_kl(student: Tensor, teacher: Tensor, *, temperature: float = 4.
         Shu et al. 2021, equations 4 and 5, arXiv:2011.13256.
     """
     checks.positive("temperature", temperature)
-    student, teacher = prepare_equal(student, teacher)
+    student, teacher, positions = prepare_equal(student, teacher, mask)
     check_positions(student, teacher)
     student, teacher = (channel_maps(maps) / temperature for maps in (student, teacher))
-    return softmax_divergence(student, teacher, dim=2).mean(dim=1) * temperature**2
+    if positions is not None:  # a position of probability 0 in both models
+        student, teacher = (
+            torch.where(positions.flatten(1)[:, None], maps, LEAST_SCORE) for maps in (student, teacher)
+        )
+    values = softmax_divergence(student, teacher, dim=2).mean(dim=1)
+    return over_examples(values, positions, reduction) * temperature**2
 
 
-def _distance(kernel: Callable[..., Tensor], student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
-    student, teacher = prepare_equal(student, teacher)
-    if reduction == "mean":  # every example has D numbers, so one kernel gives the mean of the examples' means
+def _distance(
+    kernel: Callable[..., Tensor], student: Tensor, teacher: Tensor, mask: Tensor | None, reduction: Reduction
+) -> Tensor:
+    check_reduction(reduction)
+    student, teacher, positions = prepare_equal(student, teacher, mask)
+    if reduction == "mean" and mask is None:  # every example has D numbers: one kernel gives the mean of their means
         return kernel(student, teacher, reduction="mean")
-    checks.one_of("reduction", reduction, ("none", "mean"))
-    return per_example(kernel(student, teacher, reduction="none"))
+    values = kernel(student, teacher, reduction="none")
+    if positions is None or values.ndim == 1:
+        return over_positions(values, positions, reduction)
+    return over_positions(values.mean(dim=channels_at(student)), positions, reduction)
 
 
 def _attention_map(feature: Tensor, p: float) -> Tensor:

@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.inputs import Reduction, prepare
 from lightning_distill.functional.primitives import precise
-from lightning_distill.functional.vectors import channels_at, per_example
+from lightning_distill.functional.vectors import channels_at, over_positions, positions_mask, without
 
 _REMEDY = "The learned part must give the teacher's channels at the teacher's positions."
 
 
 def variational_information(
-    student: Tensor, teacher: Tensor, *, mean: Callable[[Tensor], Tensor], variance: Tensor
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mean: Callable[[Tensor], Tensor],
+    variance: Tensor,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Negative log-likelihood of the teacher's feature under a Gaussian that the student's feature predicts.
 
@@ -31,12 +37,14 @@ def variational_information(
         teacher: The teacher's feature with D numbers per example, shape ``(N, ..., C)`` or ``(N, C, H, W)``.
         mean: The learned map from the student's feature to the teacher's shape.
         variance: The learned variance of each channel of the teacher, greater than 0, shape ``(C,)``.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the positions that count.
 
     Returns:
         Mean over the example's numbers in nats, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If ``mean`` does not give the teacher's shape, or there is not one variance for each channel.
 
     Example:
@@ -49,14 +57,20 @@ def variational_information(
         positions, as in published code.
     """
     student, teacher = prepare(student, teacher)
+    positions = positions_mask(mask, student)
+    student = without(student, positions)
     predicted = precise(mean, student)
     checks.same_shape(predicted, teacher, names=("mean(student)", "teacher"), remedy=_REMEDY)
+    teacher = without(teacher, positions)
     channels = channels_at(teacher)
     if variance.shape != (teacher.shape[channels],):
         expected = f"`variance` to have one value for each of the teacher's {teacher.shape[channels]} channels"
         raise ValueError(checks.message(expected, f"shape {tuple(variance.shape)}"))
     variance = variance.view(-1, *[1] * (teacher.ndim - 2)) if channels == 1 else variance
-    return per_example(0.5 * ((predicted - teacher).square() / variance + variance.log()))
+    values = 0.5 * ((predicted - teacher).square() / variance + variance.log())
+    if positions is None:
+        return over_positions(values, None, reduction)
+    return over_positions(values.mean(dim=channels), positions, reduction)
 
 
 def masked_generative(
@@ -80,7 +94,7 @@ def masked_generative(
         Sum over the example's numbers, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the generator does not give the teacher's shape.
 
     Example:

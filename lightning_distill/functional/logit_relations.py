@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare_logits
+from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
 from lightning_distill.functional.logits import soft_target_kl
 from lightning_distill.functional.primitives import gram, sum_of_squares
 
@@ -17,7 +18,13 @@ _CORRELATION_EPS = 1e-8
 
 
 def inter_class_relation(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""One minus the correlation of the two models' probabilities of an example, over the classes.
 
@@ -31,13 +38,15 @@ def inter_class_relation(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         From 0 to 2 times :math:`T^2`, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -51,13 +60,17 @@ def inter_class_relation(
         probabilities that are constant up to rounding are centred but not divided, because the gradient would be
         noise divided by 1e-8; their correlation counts as 0.
     """
-    return temperature**2 * _uncorrelated(
-        *_rows_of_probabilities(student_logits, teacher_logits, temperature, class_dim), dim=-1
-    )
+    student, teacher, counts = _probabilities(student_logits, teacher_logits, temperature, class_dim, mask)
+    return reduced(_uncorrelated(student, teacher, -1), counts, reduction) * temperature**2
 
 
 def intra_class_relation(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""One minus the correlation of the two models' probabilities of a class, over the examples; mean of the classes.
 
@@ -70,13 +83,14 @@ def intra_class_relation(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
 
     Returns:
         A scalar from 0 to 2 times :math:`T^2`: the whole batch is compared, each pixel of a dense map as an example.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -88,12 +102,17 @@ def intra_class_relation(
     References:
         Huang et al. 2022 (DIST), equation 9, arXiv:2205.10536; as in :func:`inter_class_relation`.
     """
-    student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
-    return temperature**2 * _uncorrelated(student, teacher, dim=0).mean()
+    student, teacher, counts = _matrices(student_logits, teacher_logits, temperature, class_dim, mask)
+    return temperature**2 * _between_rows(student, teacher, counts)
 
 
 def inter_and_intra_class_relation(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mean of :func:`inter_class_relation` and :func:`intra_class_relation`, with one softmax for both.
 
@@ -101,22 +120,28 @@ def inter_and_intra_class_relation(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
 
     Returns:
         Two scalars.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
     """
-    student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
-    inter, intra = (temperature**2 * _uncorrelated(student, teacher, dim).mean() for dim in (1, 0))
-    return inter, intra
+    student, teacher, counts = _matrices(student_logits, teacher_logits, temperature, class_dim, mask)
+    inter = reduced(_uncorrelated(student, teacher, 1), counts, "mean")
+    return temperature**2 * inter, temperature**2 * _between_rows(student, teacher, counts)
 
 
 def batch_correlation(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Squared difference of the two models' products between the examples of a batch.
 
@@ -129,13 +154,14 @@ def batch_correlation(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
 
     Returns:
         A scalar: the whole batch is compared.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -147,12 +173,17 @@ def batch_correlation(
     References:
         Jin, Wang and Lin 2023, "Batch-level Alignment" in section 3, CVPR.
     """
-    student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
-    return _gram_difference(student, teacher)
+    student, teacher, counts = _matrices(student_logits, teacher_logits, temperature, class_dim, mask)
+    return _batch_products(student, teacher, counts)
 
 
 def class_correlation(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Squared difference of the two models' products between the classes.
 
@@ -165,13 +196,14 @@ def class_correlation(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
 
     Returns:
         A scalar: the whole batch is compared.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -183,8 +215,8 @@ def class_correlation(
     References:
         Jin, Wang and Lin 2023, "Class-level Alignment" in section 3, CVPR.
     """
-    student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
-    return _gram_difference(student.T, teacher.T)
+    student, teacher, counts = _matrices(student_logits, teacher_logits, temperature, class_dim, mask)
+    return _class_products(student, teacher, counts)
 
 
 def multi_level_logits(
@@ -192,7 +224,8 @@ def multi_level_logits(
     teacher_logits: Tensor,
     *,
     temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
-    class_dim: int = -1,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Divergence of each example, of the batch's products and of the classes', averaged over several temperatures.
 
@@ -206,13 +239,14 @@ def multi_level_logits(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperatures: The K temperatures, each greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
 
     Returns:
         A scalar: the whole batch is compared.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, there is no temperature or one is not
             greater than 0.
 
@@ -228,43 +262,74 @@ def multi_level_logits(
         views of each image nor the masks of confidence of that code.
     """
     checks.positives("temperatures", temperatures)
-    values = []
+    total: Tensor | float = 0.0
     for temperature in temperatures:
-        student, teacher = _matrices(student_logits, teacher_logits, temperature, class_dim)
-        divergence = soft_target_kl(student_logits, teacher_logits, temperature=temperature, class_dim=class_dim).mean()
-        values.append(divergence + _gram_difference(student, teacher) + _gram_difference(student.T, teacher.T))
-    return torch.stack(values).mean()
+        student, teacher, counts = _matrices(student_logits, teacher_logits, temperature, class_dim, mask)
+        divergence = soft_target_kl(
+            student_logits, teacher_logits, temperature=temperature, class_dim=class_dim, mask=mask, reduction="mean"
+        )
+        total = (
+            total + divergence + _batch_products(student, teacher, counts) + _class_products(student, teacher, counts)
+        )
+    return cast(Tensor, total) / len(temperatures)
 
 
-def _rows_of_probabilities(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int
-) -> tuple[Tensor, Tensor]:
+def _probabilities(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     checks.positive("temperature", temperature)
-    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim)
-    student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
-    return F.softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask, finite=False)
+    student, teacher = (F.softmax(logits.movedim(dim, -1) / temperature, dim=-1) for logits in (student, teacher))
+    return student, teacher, counts
 
 
 def _matrices(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int
-) -> tuple[Tensor, Tensor]:
-    student, teacher = _rows_of_probabilities(student_logits, teacher_logits, temperature, class_dim)
-    return student.flatten(0, -2), teacher.flatten(0, -2)
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One row of probabilities for each row of logits, and which of them count."""
+    student, teacher, counts = _probabilities(student_logits, teacher_logits, temperature, class_dim, mask)
+    return student.flatten(0, -2), teacher.flatten(0, -2), None if counts is None else counts.flatten()
 
 
-def _gram_difference(student: Tensor, teacher: Tensor) -> Tensor:
+def _batch_products(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
+    student, teacher = _only(student, counts), _only(teacher, counts)
     difference = gram(student) - gram(teacher)
+    return difference.square().sum() / _number(student, counts)
+
+
+def _class_products(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
+    student, teacher = _only(student, counts), _only(teacher, counts)
+    difference = gram(student.T) - gram(teacher.T)
     return difference.square().sum() / len(difference)
 
 
-def _uncorrelated(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
-    """One minus the correlation."""
-    (student, norm_student), (teacher, norm_teacher) = (_centred(values, dim) for values in (student, teacher))
+def _between_rows(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
+    """One minus the correlation over the rows that count, averaged over the classes; 0 where no row counts."""
+    values = _uncorrelated(student, teacher, 0, counts).mean()
+    return values if counts is None else torch.where(counts.any(), values, 0.0)
+
+
+def _only(rows: Tensor, counts: Tensor | None) -> Tensor:
+    return rows if counts is None else torch.where(counts[:, None], rows, 0.0)
+
+
+def _number(rows: Tensor, counts: Tensor | None) -> Tensor | int:
+    return len(rows) if counts is None else counts.sum().clamp(min=1)
+
+
+def _uncorrelated(student: Tensor, teacher: Tensor, dim: int, counts: Tensor | None = None) -> Tensor:
+    """One minus the correlation; over the rows that count, where ``dim`` is that of the rows."""
+    (student, norm_student), (teacher, norm_teacher) = (_centred(values, dim, counts) for values in (student, teacher))
     return 1 - (student * teacher).sum(dim=dim) / (norm_student * norm_teacher + _CORRELATION_EPS)
 
 
-def _centred(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    centred = values - values.mean(dim=dim, keepdim=True)
+def _centred(values: Tensor, dim: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    values = _only(values, counts)
+    number = values.shape[dim] if counts is None else counts.sum().clamp(min=1)
+    if counts is None:
+        centred = values - values.mean(dim=dim, keepdim=True)
+    else:
+        centred = _only(values - values.sum(dim=dim, keepdim=True) / number, counts)
     squares = sum_of_squares(centred, dim).squeeze(dim)
-    rounding = 4 * torch.finfo(values.dtype).eps * values.shape[dim] ** 0.5 * values.detach().amax(dim=dim)
+    rounding = 4 * torch.finfo(values.dtype).eps * number**0.5 * values.detach().amax(dim=dim)
     return centred, torch.where(squares <= rounding.square(), 1.0, squares).sqrt()

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import Reduction, prepare_logits
+from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
+from lightning_distill.functional.primitives import LEAST_SCORE, softmax_divergence
 
 _STANDARDIZE_EPS = 1e-7
 
@@ -18,7 +19,8 @@ def soft_target_kl(
     *,
     temperature: float = 4.0,
     standardize: bool = False,
-    class_dim: int = -1,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the student's softened probabilities from the teacher's soft targets.
@@ -33,14 +35,15 @@ def soft_target_kl(
         temperature: Softening of both distributions, greater than 0.
         standardize: Whether each row of logits is z-scored first (unbiased standard deviation plus 1e-7), so that
             the student need not copy the size of the teacher's logits.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
         reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Divergence in nats times :math:`T^2`: the shape of the logits without ``class_dim``, or a scalar.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0, or
             there is no such reduction.
 
@@ -57,20 +60,24 @@ def soft_target_kl(
         dividing by 1e-7 would give gradients that overflow half precision.
     """
     checks.positive("temperature", temperature)
-    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=2)
+    # The divergence itself takes scores of minus infinity.
+    student, teacher, dim, counts = prepare_logits(
+        student_logits, teacher_logits, class_dim, mask=mask, finite=standardize
+    )
     if standardize:
-        student, teacher = _standardized(student, class_dim), _standardized(teacher, class_dim)
-    log_student = F.log_softmax(student / temperature, dim=class_dim)
-    log_teacher = F.log_softmax(teacher / temperature, dim=class_dim)
-    if reduction == "mean":  # in one kernel and one product
-        rows = student.numel() // student.shape[class_dim]
-        return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * (temperature**2 / rows)
-    checks.one_of("reduction", reduction, ("none", "mean"))
-    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=class_dim) * temperature**2
+        student, teacher = _standardized(student, dim), _standardized(teacher, dim)
+    values = softmax_divergence(student / temperature, teacher / temperature, dim)
+    return reduced(values, counts, reduction) * temperature**2
 
 
 def soft_cross_entropy(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Cross entropy of the student's softened probabilities under the teacher's soft targets.
 
@@ -83,13 +90,15 @@ def soft_cross_entropy(
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Cross entropy in nats times :math:`T^2`, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, or the temperature is not greater than 0.
 
     Example:
@@ -102,13 +111,20 @@ def soft_cross_entropy(
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
     """
     checks.positive("temperature", temperature)
-    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=2)
-    log_student = F.log_softmax(student / temperature, dim=class_dim)
-    soft_targets = F.softmax(teacher / temperature, dim=class_dim)
-    return -(soft_targets * log_student).sum(dim=class_dim) * temperature**2
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    log_student = F.log_softmax(student / temperature, dim=dim)
+    soft_targets = F.softmax(teacher / temperature, dim=dim)
+    return reduced(-(soft_targets * log_student).sum(dim=dim), counts, reduction) * temperature**2
 
 
-def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, class_dim: int = -1) -> Tensor:
+def logit_mse(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
     r"""Mean squared difference of the two models' logits.
 
     .. math:: \frac{1}{C} \sum_c (z^s_c - z^t_c)^2
@@ -118,13 +134,15 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, class_dim: int 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``).
         teacher_logits: The teacher's scores for the same inputs, same shape.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Mean squared difference, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or ``class_dim`` is no int.
+        TypeError: If the logits are not floating point tensors, or ``class_dim`` is not an int.
         ValueError: If the shapes differ.
 
     Example:
@@ -134,14 +152,19 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, class_dim: int 
     References:
         Ba and Caruana 2014, section 2.2, arXiv:1312.6184; deviation: the mean over the classes, without the factor 1/2.
     """
-    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=1)
-    return (student - teacher).square().mean(dim=class_dim)
+    student, teacher, dim, counts = prepare_logits(
+        student_logits, teacher_logits, class_dim, mask=mask, at_least=1, finite=False
+    )
+    return reduced((student - teacher).square().mean(dim=dim), counts, reduction)
 
 
-def _standardized(logits: Tensor, class_dim: int) -> Tensor:
-    centred = logits - logits.mean(dim=class_dim, keepdim=True)
-    variance = centred.square().sum(dim=class_dim, keepdim=True) / (logits.shape[class_dim] - 1)
-    rounding = 4 * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(dim=class_dim, keepdim=True)
+def _standardized(logits: Tensor, dim: int) -> Tensor:
+    possible = logits > LEAST_SCORE  # a class of probability 0 has no part in the row's mean and deviation
+    scores = torch.where(possible, logits, 0.0)
+    count = possible.sum(dim=dim, keepdim=True)
+    centred = torch.where(possible, scores - scores.sum(dim=dim, keepdim=True) / count.clamp(min=1), 0.0)
+    variance = centred.square().sum(dim=dim, keepdim=True) / (count - 1).clamp(min=1)
+    rounding = 4 * torch.finfo(logits.dtype).eps * scores.detach().abs().amax(dim=dim, keepdim=True)
     # The root of a zero variance has no gradient and 1e-7 is a divisor out of reach of float16: constant rows get 1.
     deviation = torch.where(variance <= rounding.square(), 1.0, variance).sqrt()
-    return centred / (deviation + _STANDARDIZE_EPS)
+    return torch.where(possible, centred / (deviation + _STANDARDIZE_EPS), LEAST_SCORE)

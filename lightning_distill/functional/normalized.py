@@ -6,25 +6,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare
+from lightning_distill.functional.inputs import Reduction, prepare
 from lightning_distill.functional.primitives import gram, product
 from lightning_distill.functional.vectors import (
     centred,
     channel_maps,
     channels_at,
     check_positions,
-    per_example,
+    of_counted,
+    over_examples,
+    over_positions,
+    positions_mask,
     prepare_equal,
     prepare_examples,
+    prepare_vectors,
     relative_gram,
     spread_or_one,
     unit,
+    without,
 )
 
 _PEARSON_EPS = 1e-6
 
 
-def pearson_feature(student: Tensor, teacher: Tensor) -> Tensor:
+def pearson_feature(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""Half the mean squared difference of the two features' z-scores, each channel over examples and positions.
 
     .. math:: \frac{1}{2 M} \sum_{n,c,i} (\hat f^s_{nci} - \hat f^t_{nci})^2, \qquad
@@ -37,12 +42,13 @@ def pearson_feature(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
         teacher: The teacher's feature, same shape.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
 
     Returns:
         One value from 0 (same up to mean and size) to 2 for the whole batch, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there is no channel dimension.
 
     Example:
@@ -57,14 +63,15 @@ def pearson_feature(student: Tensor, teacher: Tensor) -> Tensor:
         authors' code; deviation: a constant channel is not divided, because dividing by 1e-6 would give gradients that
         overflow half precision.
     """
-    student, teacher = prepare_equal(student, teacher)
-    dim = channels_at(student) % student.ndim
-    others = tuple(i for i in range(student.ndim) if i != dim)
-    count = max(student.numel() // student.shape[dim] - 1, 1)
-    return F.mse_loss(_z_scores(student, others, count), _z_scores(teacher, others, count)) / 2
+    if mask is not None:
+        return of_counted(_pearson, *prepare_vectors(student, teacher, mask))
+    student, teacher, _ = prepare_equal(student, teacher)
+    return _pearson(student, teacher)
 
 
-def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
+def neuron_selectivity(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "none"
+) -> Tensor:
     r"""Squared maximum mean discrepancy of the two models' channels, with a polynomial kernel on their maps.
 
     .. math:: \frac{1}{C_s^2} \sum_{i,j} k(s_i, s_j) + \frac{1}{C_t^2} \sum_{i,j} k(t_i, t_j)
@@ -76,12 +83,14 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, C_s, H, W)`` or ``(N, L, C_s)``, with P > 1 positions.
         teacher: The teacher's feature, same shape up to the number of channels.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the examples that count.
 
     Returns:
         Discrepancy, at least 0, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the positions differ or there is only one.
 
     Example:
@@ -95,17 +104,13 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = prepare(student, teacher)
     check_positions(student, teacher)
-    maps = [unit(channel_maps(feature), dim=2) for feature in (student, teacher)]
-    positions, channels = maps[0].shape[2], (maps[0].shape[1], maps[1].shape[1])
-    if positions <= max(channels):
-        # The same sums as traces: sum_ij (a_i . b_j)^2 = <A^T A, B^T B>, which the fewer positions keep small.
-        grams = [gram(matrix.mT) / matrix.shape[1] for matrix in maps]
-        return (grams[0] - grams[1]).square().sum(dim=(1, 2))
-    within = [gram(matrix).square().mean(dim=(1, 2)) for matrix in maps]
-    return within[0] + within[1] - 2 * product(maps[0], maps[1].mT).square().mean(dim=(1, 2))
+    positions = positions_mask(mask, student)
+    # Zeros add nothing to the products: only the positions that count are compared.
+    maps = [unit(channel_maps(without(feature, positions)), dim=2) for feature in (student, teacher)]
+    return over_examples(_discrepancy(maps[0], maps[1]), positions, reduction)
 
 
-def centered_kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
+def centered_kernel_alignment(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""One minus the linear centred kernel alignment (CKA) of the two models' features.
 
     .. math:: 1 - \frac{\|Y^\top X\|_F^2}{\|X^\top X\|_F \, \|Y^\top Y\|_F}
@@ -116,12 +121,13 @@ def centered_kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)``.
         teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
 
     Returns:
         One value from 0 (aligned) to 1 for the whole batch, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -134,13 +140,12 @@ def centered_kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Kornblith et al. 2019, equation 4, arXiv:1905.00414; with the biased estimate of HSIC.
     """
-    student, teacher = prepare_examples(student, teacher)
-    # <X X^T, Y Y^T> is the same number as |Y^T X|^2, from matrices of N^2 instead of D^2 elements.
-    kernels = [unit(relative_gram(centred(feature, 0)).flatten(), dim=0) for feature in (student, teacher)]
-    return 1 - (kernels[0] * kernels[1]).sum()
+    return of_counted(_misalignment, *prepare_examples(student, teacher, mask))
 
 
-def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
+def normalized_mse(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "none"
+) -> Tensor:
     r"""Mean squared difference of the two models' channel vectors, each of length one.
 
     .. math:: \frac{1}{C} \sum_c \left( \frac{f^s_c}{\|f^s\|_2} - \frac{f^t_c}{\|f^t\|_2} \right)^2
@@ -150,12 +155,14 @@ def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
         teacher: The teacher's feature, same shape.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the positions that count.
 
     Returns:
         Mean squared difference, at most 4 / C, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the shapes differ or there is no channel dimension.
 
     Example:
@@ -167,12 +174,15 @@ def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
         Sun et al. 2019 (Patient KD), equation 7, arXiv:1908.09355; deviation: the mean over the channels, as in the
         authors' code, where the equation has the sum.
     """
-    student, teacher = prepare_equal(student, teacher)
+    student, teacher, positions = prepare_equal(student, teacher, mask)
     dim = channels_at(student)
-    return per_example((unit(student, dim) - unit(teacher, dim)).square())
+    values = (unit(student, dim) - unit(teacher, dim)).square().mean(dim=dim)
+    return over_positions(values, positions, reduction)
 
 
-def feature_map_transfer(student: Tensor, teacher: Tensor, *, eps: float = 1e-12) -> Tensor:
+def feature_map_transfer(
+    student: Tensor, teacher: Tensor, *, eps: float = 1e-12, mask: Tensor | None = None, reduction: Reduction = "none"
+) -> Tensor:
     r"""Mean squared difference of the two features after a layer normalisation without weights.
 
     .. math:: \frac{1}{C} \sum_c (\hat f^s_c - \hat f^t_c)^2, \qquad
@@ -184,12 +194,14 @@ def feature_map_transfer(student: Tensor, teacher: Tensor, *, eps: float = 1e-12
         student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
         teacher: The teacher's feature, same shape.
         eps: Added to the variance, at least 0.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the positions that count.
 
     Returns:
         Mean squared difference, from 0 to 4, shape ``(N,)``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or ``eps`` is no number.
+        TypeError: If a feature is not a floating point tensor, or ``eps`` is not a number.
         ValueError: If the shapes differ, there is no channel dimension or ``eps`` is less than 0.
 
     Example:
@@ -203,13 +215,36 @@ def feature_map_transfer(student: Tensor, teacher: Tensor, *, eps: float = 1e-12
         and gets no gradient, because dividing by the root of a tiny eps would overflow half precision.
     """
     checks.non_negative("eps", eps)
-    student, teacher = prepare_equal(student, teacher)
+    student, teacher, positions = prepare_equal(student, teacher, mask)
     dim = channels_at(student)
     normalized = []
     for feature in (student, teacher):
         difference = centred(feature, dim)
         normalized.append(difference / spread_or_one(difference, dim, count=feature.shape[dim], eps=eps))
-    return per_example((normalized[0] - normalized[1]).square())
+    return over_positions((normalized[0] - normalized[1]).square().mean(dim=dim), positions, reduction)
+
+
+def _pearson(student: Tensor, teacher: Tensor) -> Tensor:
+    dim = channels_at(student) % student.ndim
+    others = tuple(i for i in range(student.ndim) if i != dim)
+    count = max(student.numel() // student.shape[dim] - 1, 1)
+    return F.mse_loss(_z_scores(student, others, count), _z_scores(teacher, others, count)) / 2
+
+
+def _discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
+    positions, channels = student.shape[2], (student.shape[1], teacher.shape[1])
+    if positions <= max(channels):
+        # The same sums as traces: sum_ij (a_i . b_j)^2 = <A^T A, B^T B>, which the fewer positions keep small.
+        grams = [gram(matrix.mT) / matrix.shape[1] for matrix in (student, teacher)]
+        return (grams[0] - grams[1]).square().sum(dim=(1, 2))
+    within = [gram(matrix).square().mean(dim=(1, 2)) for matrix in (student, teacher)]
+    return within[0] + within[1] - 2 * product(student, teacher.mT).square().mean(dim=(1, 2))
+
+
+def _misalignment(student: Tensor, teacher: Tensor) -> Tensor:
+    # <X X^T, Y Y^T> is the same number as |Y^T X|^2, from matrices of N^2 instead of D^2 elements.
+    kernels = [unit(relative_gram(centred(feature, 0)).flatten(), dim=0) for feature in (student, teacher)]
+    return 1 - (kernels[0] * kernels[1]).sum()
 
 
 def _z_scores(feature: Tensor, dims: tuple[int, ...], count: int) -> Tensor:

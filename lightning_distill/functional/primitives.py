@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Two scores of minus infinity have no difference; the softmax of these is 0 as well.
-_LEAST_SCORE = -1e30
+LEAST_SCORE = -1e30
 
 
 def precise(function: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
@@ -90,10 +90,22 @@ def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
         Divergence in nats, the shape without ``dim``; 0 where all scores are minus infinity.
     """
     if torch.compiler.is_compiling():
-        student, teacher = _bounded(student), _bounded(teacher.detach())
+        student, teacher = bounded(student), bounded(teacher.detach())
         apart = F.log_softmax(teacher, dim=dim) - F.log_softmax(student, dim=dim)
         return (F.softmax(teacher, dim=dim) * apart).sum(dim=dim)
     return cast(Tensor, _applied(_SoftmaxDivergence, student, teacher.detach(), dim)[0])
+
+
+def bounded(scores: Tensor) -> Tensor:
+    """Scores of which none is minus infinity: the softmax of the least finite score is 0 as well.
+
+    Args:
+        scores: Any shape.
+
+    Returns:
+        Same shape; a score that was minus infinity gets a gradient of 0.
+    """
+    return scores.clamp(min=LEAST_SCORE)
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -153,7 +165,7 @@ class _SoftmaxDivergence(torch.autograd.Function):
         # Each model's own largest score goes first: a difference of the two models' scores would lose digits where one
         # of them is large.
         student, teacher = (
-            scores.sub_(scores.amax(dim=dim, keepdim=True)) for scores in map(_bounded, (student, teacher))
+            scores.sub_(scores.amax(dim=dim, keepdim=True)) for scores in map(bounded, (student, teacher))
         )
         excess, probabilities = F.softmax(student, dim=dim), F.softmax(teacher, dim=dim)
         ratio = probabilities.amax(dim=dim).log() - excess.amax(dim=dim).log()
@@ -172,7 +184,7 @@ class _SoftmaxDivergence(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         student, excess = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again: equal in value, and a function of the student
-            probabilities = F.softmax(_bounded(student), dim=ctx.dim)
+            probabilities = F.softmax(bounded(student), dim=ctx.dim)
             excess = excess + (probabilities - probabilities.detach())
         return excess * gradient.unsqueeze(ctx.dim), None, None
 
@@ -184,7 +196,3 @@ class _SoftmaxDivergence(torch.autograd.Function):
 
 def _applied(function: Any, *inputs: Any) -> Any:
     return function.apply(*inputs)  # which torch leaves without types
-
-
-def _bounded(scores: Tensor) -> Tensor:
-    return scores.clamp(min=_LEAST_SCORE)

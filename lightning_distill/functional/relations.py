@@ -16,19 +16,23 @@ from lightning_distill.functional.primitives import gram
 from lightning_distill.functional.vectors import (
     centred,
     channel_maps,
+    examples_of,
+    of_counted,
     or_one,
+    positions_mask,
     prepare_equal,
     prepare_examples,
     relative_gram,
     summed,
     unit,
+    without,
 )
 
 _TRANSFER_EPS = 1e-7
 KERNELS = ("gaussian", "neighbour")
 
 
-def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+def similarity_preserving(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""Mean squared difference of the two models' similarities between the examples.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
@@ -40,12 +44,13 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)``.
         teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+        mask: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
         One value for the whole batch, at most 4 / N, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -56,12 +61,10 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     References:
         Tung and Mori 2019, equation 4, arXiv:1907.09682, for one pair of layers.
     """
-    student, teacher = prepare_examples(student, teacher)
-    rows = [unit(relative_gram(feature), dim=1) for feature in (student, teacher)]
-    return (rows[0] - rows[1]).square().mean()
+    return of_counted(_similarity_differences, *prepare_examples(student, teacher, mask))
 
 
-def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
+def relational_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""Mean Huber difference of the two models' distances between the examples, each model's in units of its mean.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} h\left( \frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t} \right), \qquad
@@ -73,12 +76,13 @@ def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)``.
         teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+        mask: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
         One value for the whole batch, shape ``()``; the N pairs of an example with itself count as zeros.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -90,11 +94,10 @@ def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
         Park et al. 2019, equations 5 to 8, arXiv:1904.05068; deviation, as in the authors' code: the mean over all
         pairs, where the paper has the sum over pairs of different examples.
     """
-    student, teacher = prepare_examples(student, teacher)
-    return _distance_differences([_distances(feature)[1] for feature in (student, teacher)])
+    return of_counted(_distance_part, *prepare_examples(student, teacher, mask))
 
 
-def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
+def relational_angle(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""Mean Huber difference of the two models' angles between the examples.
 
     .. math:: \frac{1}{N^3} \sum_{i,j,k} h(\cos^s_{ijk} - \cos^t_{ijk}), \qquad
@@ -107,12 +110,13 @@ def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)``.
         teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+        mask: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
         One value for the whole batch, shape ``()``; all N^3 triples count, degenerate ones as zeros.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -125,30 +129,34 @@ def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
         Park et al. 2019, equations 8 to 10, arXiv:1904.05068; deviation, as in the authors' code: the mean over all
         triples, where the paper has the sum over triples of different examples.
     """
-    student, teacher = prepare_examples(student, teacher)
-    return _angle_differences([_distances(feature) for feature in (student, teacher)], student.numel())
+    return of_counted(_angle_part, *prepare_examples(student, teacher, mask))
 
 
-def relational_distance_and_angle(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def relational_distance_and_angle(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Both relations between the examples, from the same products.
 
     Args:
         student: The student's feature, shape ``(N, ...)``.
         teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+        mask: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
         What :func:`relational_distance` and :func:`relational_angle` give.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
     """
-    student, teacher = prepare_examples(student, teacher)
+    student, teacher = prepare_examples(student, teacher, mask)
+    if not len(student):  # nothing counts
+        return student.sum(), student.sum()
     seen = [_distances(feature) for feature in (student, teacher)]
-    return _distance_differences([one[1] for one in seen]), _angle_differences(seen, student.numel())
+    return _distance_differences([distances for _, distances in seen]), _angle_differences(seen, student.numel())
 
 
-def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+def probabilistic_transfer(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""Divergence of the student's from the teacher's probabilities that one example is picked as another's neighbour.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \qquad
@@ -160,12 +168,13 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, ...)``.
         teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
+        mask: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
         One value in nats for the whole batch, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
 
     Example:
@@ -177,17 +186,17 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor) -> Tensor:
         Passalis and Tefas 2018, equations 3 to 7, arXiv:1803.10837; deviations, as in the authors' code: the mean over
         all pairs, an example with itself included, where the paper has the sum over pairs of different examples.
     """
-    student, teacher = prepare_examples(student, teacher)
-    probabilities = []
-    for feature in (student, teacher):
-        kernel = (_cosines(feature, eps=_TRANSFER_EPS) + 1).clamp(min=0) / 2  # rounding may take a cosine below -1
-        probabilities.append(kernel / kernel.sum(dim=1, keepdim=True))
-    logarithms = [(probability + _TRANSFER_EPS).log() for probability in probabilities]
-    return (probabilities[1] * (logarithms[1] - logarithms[0])).mean()
+    return of_counted(_neighbour_divergence, *prepare_examples(student, teacher, mask))
 
 
 def correlation_congruence(
-    student: Tensor, teacher: Tensor, *, kernel: str = "gaussian", gamma: float = 0.4, order: int = 2
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kernel: str = "gaussian",
+    gamma: float = 0.4,
+    order: int = 2,
+    mask: Tensor | None = None,
 ) -> Tensor:
     r"""Mean squared difference of the two models' correlations between the examples.
 
@@ -207,12 +216,13 @@ def correlation_congruence(
         kernel: "gaussian" for the first form, "neighbour" for the second.
         gamma: Inverse squared width of the Gaussian, greater than 0.
         order: Highest power P of the series, at least 1.
+        mask: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
         One value for the whole batch, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor, or a setting has the wrong type.
+        TypeError: If a feature is not a floating point tensor, or a setting has the wrong type.
         ValueError: If the numbers of examples (or the shapes) differ, or a setting is out of its range.
 
     Example:
@@ -231,23 +241,13 @@ def correlation_congruence(
     checks.positive("gamma", gamma)
     checks.at_least("order", order, 1)
     if kernel == "neighbour":
-        student, teacher = prepare_equal(student, teacher)
-        student, teacher = prepare_examples(student, teacher)
-        errors = (student - teacher).abs()
-        return (errors[1:] * errors[:-1]).sum() / max(len(errors) - 1, 1)
-    student, teacher = prepare_examples(student, teacher)
+        prepare_equal(student, teacher)
+        return of_counted(_neighbours_in_common, *prepare_examples(student, teacher, mask))
     factors = [math.exp(-2 * gamma) * (2 * gamma) ** power / math.factorial(power) for power in range(order + 1)]
-    kernels = []
-    for feature in (student, teacher):
-        cosines = _cosines(feature)
-        value = torch.full_like(cosines, factors[-1])
-        for factor in reversed(factors[:-1]):
-            value = value * cosines + factor
-        kernels.append(value)
-    return (kernels[0] - kernels[1]).square().mean()
+    return of_counted(partial(_kernel_differences, factors), *prepare_examples(student, teacher, mask))
 
 
-def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
+def inter_channel_correlation(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     r"""Mean squared difference of the two models' correlations between the channels.
 
     .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2, \qquad G_n = F_n F_n^\top, \quad
@@ -259,12 +259,13 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: The student's feature, shape ``(N, C, H, W)`` or ``(N, L, C)``.
         teacher: The teacher's feature, same N and C; the positions may differ.
+        mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
 
     Returns:
         One value for the whole batch, at most 4 / C, shape ``()``.
 
     Raises:
-        TypeError: If a feature is no floating point tensor.
+        TypeError: If a feature is not a floating point tensor.
         ValueError: If the examples or channels differ, or a feature has no positions.
 
     Example:
@@ -282,10 +283,50 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
         expected = "`student` and `teacher` to have the same examples and channels, and positions"
         got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(checks.message(expected, got, "Map the student's channels with an adapter."))
+    if mask is not None:  # zeros add nothing to the products, and an example of zeros has no difference
+        student, teacher = (without(feature, positions_mask(mask, feature)) for feature in (student, teacher))
     maps = [channel_maps(feature) for feature in (student, teacher)]
     count, channels = maps[0].shape[:2]
     total = summed(_channel_differences, maps, row_size=channels**2, inputs=student.numel())
-    return total / (count * channels**2)
+    return total / ((count if mask is None else examples_of(mask).sum().clamp(min=1)) * channels**2)
+
+
+def _similarity_differences(student: Tensor, teacher: Tensor) -> Tensor:
+    rows = [unit(relative_gram(feature), dim=1) for feature in (student, teacher)]
+    return (rows[0] - rows[1]).square().mean()
+
+
+def _distance_part(student: Tensor, teacher: Tensor) -> Tensor:
+    return _distance_differences([_distances(feature)[1] for feature in (student, teacher)])
+
+
+def _angle_part(student: Tensor, teacher: Tensor) -> Tensor:
+    return _angle_differences([_distances(feature) for feature in (student, teacher)], student.numel())
+
+
+def _neighbour_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    probabilities = []
+    for feature in (student, teacher):
+        kernel = (_cosines(feature, eps=_TRANSFER_EPS) + 1).clamp(min=0) / 2  # rounding may take a cosine below -1
+        probabilities.append(kernel / kernel.sum(dim=1, keepdim=True))
+    logarithms = [(probability + _TRANSFER_EPS).log() for probability in probabilities]
+    return (probabilities[1] * (logarithms[1] - logarithms[0])).mean()
+
+
+def _neighbours_in_common(student: Tensor, teacher: Tensor) -> Tensor:
+    errors = (student - teacher).abs()
+    return (errors[1:] * errors[:-1]).sum() / max(len(errors) - 1, 1)
+
+
+def _kernel_differences(factors: Sequence[float], student: Tensor, teacher: Tensor) -> Tensor:
+    kernels = []
+    for feature in (student, teacher):
+        cosines = _cosines(feature)
+        value = torch.full_like(cosines, factors[-1])
+        for factor in reversed(factors[:-1]):
+            value = value * cosines + factor
+        kernels.append(value)
+    return (kernels[0] - kernels[1]).square().mean()
 
 
 def _distances(feature: Tensor) -> tuple[Tensor, Tensor]:

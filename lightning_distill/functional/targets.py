@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import prepare_labels, prepare_logits
+from lightning_distill.functional.divergences import kl_from_logs
+from lightning_distill.functional.inputs import (
+    IGNORE_INDEX,
+    Reduction,
+    prepare_labelled,
+    prepare_logits,
+    reduced,
+)
 
 _WEIGHT_EPS = 1e-7
 
@@ -20,7 +27,10 @@ def decoupled_kd(
     target_weight: float = 1.0,
     nontarget_weight: float = 8.0,
     temperature: float = 4.0,
-    class_dim: int = -1,
+    ignore_index: int = IGNORE_INDEX,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Two divergences: between the target class and all others together, and among the others.
 
@@ -33,17 +43,23 @@ def decoupled_kd(
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
-        labels: Class index of each row, shape ``(N, ...)`` (the logits without ``class_dim``), from 0 to C - 1.
+        labels: Class index of each row, shape ``(N, ...)`` (the logits without ``class_dim``), from 0 to C - 1; a
+            row with a negative label does not count.
         target_weight: Weight of the divergence between target and the rest, 0 or greater.
         nontarget_weight: Weight of the divergence among the other classes, 0 or greater.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last;
+            with three, the labels' shape decides.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Divergence in nats times :math:`T^2`, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, the labels no integers, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, the labels not integers, or a setting has a wrong
+            type.
         ValueError: If the shapes do not fit, there are fewer than two classes, the temperature is not greater than 0
             or a weight is negative.
 
@@ -63,7 +79,9 @@ def decoupled_kd(
     checks.non_negative("target_weight", target_weight)
     checks.non_negative("nontarget_weight", nontarget_weight)
     checks.positive("temperature", temperature)
-    student, teacher, target = _rows(student_logits, teacher_logits, labels, class_dim)
+    student, teacher, target, counts, factor = prepare_labelled(
+        student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
+    )
     (of_student, rest_student), (of_teacher, rest_teacher) = (
         _split(logits / temperature, target) for logits in (student, teacher)
     )
@@ -76,8 +94,9 @@ def decoupled_kd(
         log_student, log_teacher = F.logsigmoid(sign * margin_student), F.logsigmoid(sign * margin_teacher)
         target_part = target_part + log_teacher.exp() * (log_teacher - log_student)
     log_student, log_teacher = F.log_softmax(rest_student, dim=-1), F.log_softmax(rest_teacher, dim=-1)
-    nontarget_part = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
-    return temperature**2 * (target_weight * target_part + nontarget_weight * nontarget_part)
+    nontarget_part = kl_from_logs(log_teacher, log_student, -1)
+    values = factor * (target_weight * target_part + nontarget_weight * nontarget_part)
+    return reduced(values, counts, reduction) * temperature**2
 
 
 def normalized_kd(
@@ -87,7 +106,10 @@ def normalized_kd(
     *,
     nontarget_weight: float = 1.5,
     temperature: float = 1.0,
-    class_dim: int = -1,
+    ignore_index: int = IGNORE_INDEX,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Cross entropy on the target class under the teacher's probability of it, and one among the other classes.
 
@@ -100,16 +122,22 @@ def normalized_kd(
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
-        labels: Class index of each row, shape ``(N, ...)`` (the logits without ``class_dim``), from 0 to C - 1.
+        labels: Class index of each row, shape ``(N, ...)`` (the logits without ``class_dim``), from 0 to C - 1; a
+            row with a negative label does not count.
         nontarget_weight: Weight :math:`\gamma` of the cross entropy among the other classes, 0 or greater.
         temperature: Softening of both distributions over the other classes, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last;
+            with three, the labels' shape decides.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Cross entropy in nats, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, the labels no integers, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, the labels not integers, or a setting has a wrong
+            type.
         ValueError: If the shapes do not fit, there are fewer than two classes, the temperature is not greater than 0
             or the weight is negative.
 
@@ -126,13 +154,16 @@ def normalized_kd(
     """
     checks.non_negative("nontarget_weight", nontarget_weight)
     checks.positive("temperature", temperature)
-    student, teacher, target = _rows(student_logits, teacher_logits, labels, class_dim)
+    student, teacher, target, counts, factor = prepare_labelled(
+        student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
+    )
     log_student, log_teacher = (
         F.log_softmax(logits, dim=-1).gather(-1, target).squeeze(-1) for logits in (student, teacher)
     )
     rest_student, rest_teacher = (_split(logits / temperature, target)[1] for logits in (student, teacher))
     others = -(F.softmax(rest_teacher, dim=-1) * F.log_softmax(rest_student, dim=-1)).sum(dim=-1)
-    return -log_teacher.exp() * log_student + nontarget_weight * temperature**2 * others
+    values = nontarget_weight * temperature**2 * others - log_teacher.exp() * log_student
+    return reduced(factor * values, counts, reduction)
 
 
 def weighted_soft_labels(
@@ -141,7 +172,10 @@ def weighted_soft_labels(
     labels: Tensor,
     *,
     temperature: float = 2.0,
-    class_dim: int = -1,
+    ignore_index: int = IGNORE_INDEX,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Cross entropy under the soft targets, weighted by how much better the teacher does on the example.
 
@@ -154,16 +188,22 @@ def weighted_soft_labels(
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
         teacher_logits: The teacher's scores for the same inputs, same shape.
-        labels: Class index of each row, shape ``(N, ...)`` (the logits without ``class_dim``), from 0 to C - 1.
+        labels: Class index of each row, shape ``(N, ...)`` (the logits without ``class_dim``), from 0 to C - 1; a
+            row with a negative label does not count.
         temperature: Softening of both distributions, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last;
+            with three, the labels' shape decides.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Weighted cross entropy in nats times :math:`T^2`, one value per row: the shape of the logits without
         ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, the labels no integers, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, the labels not integers, or a setting has a wrong
+            type.
         ValueError: If the shapes do not fit, there are fewer than two classes or the temperature is not greater than 0.
 
     Example:
@@ -178,18 +218,26 @@ def weighted_soft_labels(
         the term by 2.5 on ImageNet (temperature 2) and by 2.25 on CIFAR-100 (temperature 4).
     """
     checks.positive("temperature", temperature)
-    student, teacher, target = _rows(student_logits, teacher_logits, labels, class_dim)
+    student, teacher, target, counts, factor = prepare_labelled(
+        student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
+    )
     own_student, own_teacher = (
         -F.log_softmax(logits, dim=-1).gather(-1, target).squeeze(-1) for logits in (student.detach(), teacher)
     )
     weight = -torch.expm1(-own_student / (own_teacher + _WEIGHT_EPS))
     soft_targets = F.softmax(teacher / temperature, dim=-1)
     cross_entropy = -(soft_targets * F.log_softmax(student / temperature, dim=-1)).sum(dim=-1)
-    return weight * cross_entropy * temperature**2
+    return reduced(factor * weight * cross_entropy, counts, reduction) * temperature**2
 
 
 def binary_soft_target(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, class_dim: int = -1
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
     r"""Binary cross entropy of each class under the teacher's soft targets, averaged over the classes.
 
@@ -203,13 +251,15 @@ def binary_soft_target(
         student_logits: Scores before the sigmoid, shape ``(N, ..., C)`` (classes at ``class_dim``).
         teacher_logits: The teacher's scores for the same inputs, same shape.
         temperature: Softening of both models' answers, greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
 
     Returns:
         Cross entropy in nats times :math:`T^2`, one value per row: the shape of the logits without ``class_dim``.
 
     Raises:
-        TypeError: If the logits are no floating point tensors, or a setting has the wrong type.
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, or the temperature is not greater than 0.
 
     Example:
@@ -223,19 +273,11 @@ def binary_soft_target(
         softmax over the classes.
     """
     checks.positive("temperature", temperature)
-    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim, at_least=1)
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask, at_least=1)
     student, teacher = student / temperature, teacher / temperature
     yes = teacher.sigmoid() * F.logsigmoid(student)
     no = (-teacher).sigmoid() * F.logsigmoid(-student)
-    return -(yes + no).mean(dim=class_dim) * temperature**2
-
-
-def _rows(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, class_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    student, teacher = prepare_logits(student_logits, teacher_logits, class_dim)
-    student, teacher = student.movedim(class_dim, -1), teacher.movedim(class_dim, -1)
-    return student, teacher, prepare_labels(labels, student)
+    return reduced(-(yes + no).mean(dim=dim), counts, reduction) * temperature**2
 
 
 def _split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

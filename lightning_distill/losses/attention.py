@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.attention import _check_heads, attention_kl, attention_mse, attention_relation
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.functional.attention import attention_kl, attention_mse, attention_relation, check_heads
+from lightning_distill.losses.base import DistillationLoss, FormulaLoss
 
 _KINDS = ("kl", "mse")
 
@@ -43,25 +43,23 @@ class AttentionMapLoss(DistillationLoss):
         arXiv:1909.10351, with a weight of 1 for each layer.
     """
 
+    kind: str
+    from_scores: bool
+
     def __init__(self, kind: str = "kl", *, from_scores: bool = True) -> None:
         super().__init__()
         checks.one_of("kind", kind, _KINDS)
         checks.boolean("from_scores", from_scores)
-        self.kind = kind
-        self.from_scores = from_scores
+        self._fix(kind=kind, from_scores=from_scores)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
         if self.kind == "mse":
-            return attention_mse(student, teacher).mean()
-        return attention_kl(student, teacher, from_scores=self.from_scores).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"kind={self.kind!r}, from_scores={self.from_scores}"
+            return attention_mse(student, teacher, mask=mask, reduction="mean")
+        return attention_kl(student, teacher, from_scores=self.from_scores, mask=mask, reduction="mean")
 
 
-class AttentionRelationLoss(DistillationLoss):
+class AttentionRelationLoss(FormulaLoss):
     r"""Divergence of the relations between tokens, averaged over examples, relation heads and tokens.
 
     .. math:: \frac{1}{N A L} \sum_{n,a,i} \mathrm{KL}(R^t_{nai} \,\|\, R^s_{nai})
@@ -76,12 +74,12 @@ class AttentionRelationLoss(DistillationLoss):
         A scalar when called with vectors ``(N, L, H)`` of the student, then the teacher.
 
     Raises:
-        TypeError: If ``relation_heads`` is no int.
+        TypeError: If ``relation_heads`` is not an int.
         ValueError: If it is less than 1.
 
     Example:
         >>> import torch
-        >>> AttentionRelationLoss(1)(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[2.0], [1.0]]]))
+        >>> AttentionRelationLoss(relation_heads=1)(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[2.0], [1.0]]]))
         tensor(0.0890)
 
     References:
@@ -90,16 +88,9 @@ class AttentionRelationLoss(DistillationLoss):
     """
 
     channels_must_match: ClassVar[bool] = False
+    _formula = staticmethod(attention_relation)
 
-    def __init__(self, relation_heads: int) -> None:
+    def __init__(self, *, relation_heads: int) -> None:
         super().__init__()
-        _check_heads(relation_heads)
-        self.relation_heads = relation_heads
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return attention_relation(student, teacher, relation_heads=self.relation_heads).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"relation_heads={self.relation_heads}"
+        check_heads(relation_heads)
+        self._fix(relation_heads=int(relation_heads))

@@ -1,4 +1,4 @@
-"""What all losses share: the class attributes by which a term knows how to call them."""
+"""What all losses share: what a term must hand over, settings that repr shows, masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_distill import checks
 from lightning_distill.schedules import Schedule, first_value
@@ -16,7 +16,7 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Six attributes tell a term what to hand over:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Seven attributes tell a term what to hand over:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -26,6 +26,12 @@ class DistillationLoss(nn.Module):
       merged, so that a cache of the likeliest classes is enough.
     - ``learned``: :meth:`build` makes parameters. A FeatureDistillation builds a copy of the loss for each pair of
       layers, and treats it as it does adapters.
+    - ``class_scores``: both arguments are class scores (logits), so that agreement with the teacher is meaningful.
+
+    Every loss of this package also takes ``mask=``, a bool tensor that is True where an example ``(N,)`` or a position
+    (``(N, L)`` or ``(N, H, W)``) counts. What does not count changes nothing, whatever it holds, NaN included, and gets
+    a gradient of exactly 0; the mean is over what counts, and 0 where nothing does. A loss that compares whole examples
+    averages over those with a position that counts.
 
     Example:
         >>> import torch
@@ -42,10 +48,12 @@ class DistillationLoss(nn.Module):
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
+    class_scores: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
         self.schedules: dict[str, Schedule] = {}
+        self._shown: list[str] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
         schedules = self.__dict__.get("schedules")
@@ -64,8 +72,78 @@ class DistillationLoss(nn.Module):
             ValueError: If the loss cannot compare features of these shapes.
         """
 
+    def extra_repr(self) -> str:
+        """Settings, as in the constructor."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
+
     def _setting(
         self, name: str, value: float | Schedule, check: Callable[[str, Any], None] = checks.positive
     ) -> float:
-        """A setting that may be a schedule, whose numbers pass a check: the number that it has at first."""
-        return first_value(name, value, check, self.schedules)
+        """The first number of a setting that may be a schedule, after a check of its numbers."""
+        self._shown.append(name)
+        return float(first_value(name, value, check, self.schedules))
+
+    def _fix(self, **settings: Any) -> None:
+        """Store settings, checked already, that repr shows."""
+        self._shown.extend(settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+
+class FormulaLoss(DistillationLoss):
+    """Base of the losses that are one function of :mod:`lightning_distill.functional`, with settings of equal names."""
+
+    _formula: ClassVar[Callable[..., Tensor]]
+    _of_batch: ClassVar[bool] = False  # whether the function returns a scalar by itself
+
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return self._value(student, teacher, mask=mask)
+
+    def _value(self, *tensors: Tensor, mask: Tensor | None) -> Tensor:
+        settings = {name: getattr(self, name) for name in self._shown}
+        if not self._of_batch:
+            settings["reduction"] = "mean"
+        return type(self)._formula(*tensors, mask=mask, **settings)
+
+
+class LogitsLoss(FormulaLoss):
+    """Base of the losses on logits, which have a dimension of the classes.
+
+    Probabilities are not recognised, because looking at their values would make the host wait for the device: hand
+    over their logarithms, which are logits too.
+
+    Args:
+        class_dim: Dimension of the classes, or None.
+    """
+
+    class_dim: int | None
+
+    def __init__(self, class_dim: int | None) -> None:
+        super().__init__()
+        if class_dim is not None:
+            checks.inner_dim("class_dim", class_dim)
+        self._fix(class_dim=class_dim)
+
+
+class LabelledLoss(LogitsLoss):
+    """Base of the losses on logits that look at the label's class.
+
+    Args:
+        class_dim: Dimension of the classes, or None.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+    """
+
+    needs_labels: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+
+    def __init__(self, class_dim: int | None, ignore_index: int) -> None:
+        super().__init__(class_dim)
+        checks.integer("ignore_index", ignore_index)
+        self._fix(ignore_index=int(ignore_index))
+
+    def forward(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, labels: Tensor, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return self._value(student, teacher, labels, mask=mask)

@@ -14,11 +14,11 @@ from lightning_distill.functional.divergences import (
     skew_reverse_kl,
     total_variation,
 )
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.base import LogitsLoss
 from lightning_distill.schedules import Schedule
 
 
-class ReverseKLLoss(DistillationLoss):
+class ReverseKLLoss(LogitsLoss):
     r"""Divergence of the teacher's probabilities from the student's, averaged over the examples.
 
     .. math:: \frac{1}{N} \sum_n \sum_c p^s_{nc} (\log p^s_{nc} - \log p^t_{nc}), \qquad p = \mathrm{softmax}(z / T)
@@ -26,9 +26,11 @@ class ReverseKLLoss(DistillationLoss):
     The student keeps to the teacher's main modes instead of covering all of them. See
     :func:`lightning_distill.functional.reverse_kl`.
 
+    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, then the teacher.
@@ -47,23 +49,15 @@ class ReverseKLLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(reverse_kl)
 
-    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
+    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int | None = None) -> None:
+        super().__init__(class_dim)
         self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return reverse_kl(student, teacher, temperature=self.temperature, class_dim=self.class_dim).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"temperature={self.temperature}, class_dim={self.class_dim}"
 
 
-class GeneralizedJSDLoss(DistillationLoss):
+class GeneralizedJSDLoss(LogitsLoss):
     r"""Generalised Jensen-Shannon divergence, averaged over the examples.
 
     .. math:: \frac{1}{N} \sum_n \beta \, \mathrm{KL}(p^t_n \| m_n) + (1 - \beta) \, \mathrm{KL}(p^s_n \| m_n), \qquad
@@ -72,10 +66,12 @@ class GeneralizedJSDLoss(DistillationLoss):
     A bounded loss; ``beta`` 0 stands for the forward divergence, 1 for the reverse. See
     :func:`lightning_distill.functional.generalized_jsd`.
 
+    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
     Args:
-        beta: Share of the teacher in the mixture, from 0 to 1; may be set while training.
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        beta: Share of the teacher in the mixture, from 0 to 1; may be set while training.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, then the teacher.
@@ -87,7 +83,7 @@ class GeneralizedJSDLoss(DistillationLoss):
 
     Example:
         >>> import torch
-        >>> GeneralizedJSDLoss(0.1)(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
+        >>> GeneralizedJSDLoss(beta=0.1)(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
         tensor(0.0226)
 
     References:
@@ -95,27 +91,17 @@ class GeneralizedJSDLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(generalized_jsd)
 
-    def __init__(self, beta: float = 0.5, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
-        super().__init__()
+    def __init__(self, temperature: float | Schedule = 1.0, *, beta: float = 0.5, class_dim: int | None = None) -> None:
+        super().__init__(class_dim)
         checks.between("beta", beta, 0, 1)
-        checks.inner_dim("class_dim", class_dim)
-        self.beta = float(beta)
         self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return generalized_jsd(
-            student, teacher, beta=self.beta, temperature=self.temperature, class_dim=self.class_dim
-        ).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"beta={self.beta}, temperature={self.temperature}, class_dim={self.class_dim}"
+        self._fix(beta=float(beta))
 
 
-class SkewKLLoss(DistillationLoss):
+class SkewKLLoss(LogitsLoss):
     r"""Divergence from a mixture of both models, averaged over the examples.
 
     .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p^t_n \, \| \, \alpha p^t_n + (1 - \alpha) p^s_n)
@@ -124,11 +110,13 @@ class SkewKLLoss(DistillationLoss):
     The gradient stays small where one model finds impossible what the other does not. See
     :func:`lightning_distill.functional.skew_kl` and :func:`lightning_distill.functional.skew_reverse_kl`.
 
+    It has no temperature.
+
     Args:
         skew: Share :math:`\alpha` of the first distribution in the mixture, from 0 to less than 1; may be set while
             training.
         reverse: Whether the student's distribution comes first instead of the teacher's.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, then the teacher.
@@ -147,27 +135,23 @@ class SkewKLLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    skew: float
+    reverse: bool
 
-    def __init__(self, skew: float = 0.1, *, reverse: bool = False, class_dim: int = -1) -> None:
-        super().__init__()
+    def __init__(self, *, skew: float = 0.1, reverse: bool = False, class_dim: int | None = None) -> None:
+        super().__init__(class_dim)
         checks.fraction("skew", skew)
         checks.boolean("reverse", reverse)
-        checks.inner_dim("class_dim", class_dim)
-        self.skew = float(skew)
-        self.reverse = reverse
-        self.class_dim = class_dim
+        self._fix(skew=float(skew), reverse=reverse)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
         divergence = skew_reverse_kl if self.reverse else skew_kl
-        return divergence(student, teacher, skew=self.skew, class_dim=self.class_dim).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"skew={self.skew}, reverse={self.reverse}, class_dim={self.class_dim}"
+        return divergence(student, teacher, skew=self.skew, mask=mask, class_dim=self.class_dim, reduction="mean")
 
 
-class TotalVariationLoss(DistillationLoss):
+class TotalVariationLoss(LogitsLoss):
     r"""Total variation distance, averaged over the examples.
 
     .. math:: \frac{1}{2 N} \sum_n \sum_c |p^s_{nc} - p^t_{nc}|, \qquad p = \mathrm{softmax}(z / T)
@@ -175,9 +159,11 @@ class TotalVariationLoss(DistillationLoss):
     Symmetric and at most 1, however certain the models are. See
     :func:`lightning_distill.functional.total_variation`.
 
+    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar from 0 to 1 when called with logits ``(N, ..., C)`` of the student, then the teacher.
@@ -196,17 +182,9 @@ class TotalVariationLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(total_variation)
 
-    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
+    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int | None = None) -> None:
+        super().__init__(class_dim)
         self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return total_variation(student, teacher, temperature=self.temperature, class_dim=self.class_dim).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"temperature={self.temperature}, class_dim={self.class_dim}"

@@ -17,7 +17,7 @@ from lightning_distill.functional.features import (
     feature_mse,
     feature_smooth_l1,
 )
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.base import DistillationLoss, FormulaLoss
 from lightning_distill.schedules import Schedule
 
 DISTANCES: Final[dict[str, Callable[..., Tensor]]] = {
@@ -60,6 +60,8 @@ class FeatureDistance(DistillationLoss):
         (DistilBERT), arXiv:1910.01108, in the authors' code with a weight of 1 beside 5 on the soft targets.
     """
 
+    kind: str
+
     def __init__(
         self, kind: Literal["mse", "l1", "smooth_l1", "cosine", "kl"] = "mse", *, channel_dim: int | None = None
     ) -> None:
@@ -69,21 +71,15 @@ class FeatureDistance(DistillationLoss):
             checks.inner_dim("channel_dim", channel_dim)
             if kind not in _OVER_CHANNELS:
                 raise ValueError(checks.message(f"`channel_dim` to be None for kind={kind!r}", f"{channel_dim=}"))
-        self.kind = kind
-        self.channel_dim = channel_dim
+        self._fix(kind=kind, **({"channel_dim": channel_dim} if kind in _OVER_CHANNELS else {}))
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
-        if self.kind in _OVER_CHANNELS:
-            return DISTANCES[self.kind](student, teacher, channel_dim=self.channel_dim).mean()
-        return DISTANCES[self.kind](student, teacher, reduction="mean")
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"kind={self.kind!r}" + (f", channel_dim={self.channel_dim}" if self.channel_dim is not None else "")
+        settings = {name: getattr(self, name) for name in self._shown if name != "kind"}
+        return DISTANCES[self.kind](student, teacher, mask=mask, reduction="mean", **settings)
 
 
-class AttentionTransferLoss(DistillationLoss):
+class AttentionTransferLoss(FormulaLoss):
     r"""Mean squared difference of the normalised maps of attention, averaged over the examples.
 
     .. math:: \frac{1}{N P} \sum_n \left\| \frac{Q^s_n}{\|Q^s_n\|_2} - \frac{Q^t_n}{\|Q^t_n\|_2} \right\|_2^2, \qquad
@@ -99,7 +95,7 @@ class AttentionTransferLoss(DistillationLoss):
         A scalar when called with feature maps ``(N, C, H, W)`` of the student, then the teacher; C may differ.
 
     Raises:
-        TypeError: If ``p`` is no number.
+        TypeError: If ``p`` is not a number.
         ValueError: If ``p`` is less than 1.
 
     Example:
@@ -114,28 +110,22 @@ class AttentionTransferLoss(DistillationLoss):
     """
 
     channels_must_match: ClassVar[bool] = False
+    _formula = staticmethod(attention_transfer)
 
-    def __init__(self, p: float = 2.0) -> None:
+    def __init__(self, *, p: float = 2.0) -> None:
         super().__init__()
         checks.at_least("p", p, 1)
-        self.p = float(p)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return attention_transfer(student, teacher, p=self.p).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"p={self.p}"
+        self._fix(p=float(p))
 
 
-class ChannelWiseLoss(DistillationLoss):
+class ChannelWiseLoss(FormulaLoss):
     r"""Divergence between the softmaxes over the positions of each channel, averaged over channels and examples.
 
     .. math:: \frac{T^2}{N C} \sum_n \sum_c \sum_i q^t_{nci} (\log q^t_{nci} - \log q^s_{nci}), \qquad
         q_{nci} = \frac{\exp(f_{nci} / T)}{\sum_j \exp(f_{ncj} / T)}
 
-    Made for dense prediction, on maps of features or of logits. See
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. Made for dense prediction, on maps of
+    features or of logits. See
     :func:`lightning_distill.functional.channel_wise_kl`.
 
     Args:
@@ -145,7 +135,7 @@ class ChannelWiseLoss(DistillationLoss):
         A scalar, in nats times :math:`T^2`, when called with maps ``(N, C, H, W)`` of the student, then the teacher.
 
     Raises:
-        TypeError: If the temperature is no number.
+        TypeError: If the temperature is not a number.
         ValueError: If the temperature is not greater than 0.
 
     Example:
@@ -160,14 +150,8 @@ class ChannelWiseLoss(DistillationLoss):
         and a weight of 3.
     """
 
+    _formula = staticmethod(channel_wise_kl)
+
     def __init__(self, temperature: float | Schedule = 4.0) -> None:
         super().__init__()
         self.temperature = self._setting("temperature", temperature)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return channel_wise_kl(student, teacher, temperature=self.temperature).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"temperature={self.temperature}"

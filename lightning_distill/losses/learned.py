@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_distill import checks
 from lightning_distill.functional.learned import masked_generative, variational_information
-from lightning_distill.functional.vectors import channels_at
+from lightning_distill.functional.vectors import channels_at, over_examples, positions_mask, without
 from lightning_distill.losses.base import DistillationLoss
 
 T = TypeVar("T")
@@ -56,11 +56,12 @@ class VariationalInformationLoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     learned: ClassVar[bool] = True
+    initial_variance: float
 
-    def __init__(self, initial_variance: float = 5.0) -> None:
+    def __init__(self, *, initial_variance: float = 5.0) -> None:
         super().__init__()
         checks.at_least("initial_variance", initial_variance, 1e-4)
-        self.initial_variance = float(initial_variance)
+        self._fix(initial_variance=float(initial_variance))
         self.mean: nn.Sequential | None = None
         self.rho: nn.Parameter | None = None
 
@@ -80,14 +81,10 @@ class VariationalInformationLoss(DistillationLoss):
         """Variance of each channel of the teacher, shape ``(C,)``."""
         return F.softplus(_built(self.rho)) + _SMALLEST_VARIANCE
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
         mean = _channels_first(_built(self.mean))
-        return variational_information(student, teacher, mean=mean, variance=self.variance).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"initial_variance={self.initial_variance}"
+        return variational_information(student, teacher, mean=mean, variance=self.variance, mask=mask, reduction="mean")
 
 
 class MaskedGenerativeLoss(DistillationLoss):
@@ -116,7 +113,7 @@ class MaskedGenerativeLoss(DistillationLoss):
         ValueError: If ``mask_ratio`` is out of range or there is no such mask.
 
     Example:
-        >>> loss = MaskedGenerativeLoss(0.5, mask="channel")
+        >>> loss = MaskedGenerativeLoss(mask_ratio=0.5, mask="channel")
         >>> loss.build(torch.Size((2, 4, 3, 3)), torch.Size((2, 4, 3, 3)))
         >>> [tuple(parameter.shape) for parameter in loss.parameters()]
         [(4, 4, 3, 3), (4,), (4, 4, 3, 3), (4,)]
@@ -128,12 +125,14 @@ class MaskedGenerativeLoss(DistillationLoss):
     """
 
     learned: ClassVar[bool] = True
+    mask_ratio: float
+    mask: str
 
-    def __init__(self, mask_ratio: float = 0.5, *, mask: Literal["spatial", "channel"] = "spatial") -> None:
+    def __init__(self, *, mask_ratio: float = 0.5, mask: Literal["spatial", "channel"] = "spatial") -> None:
         super().__init__()
         checks.fraction("mask_ratio", mask_ratio)
         checks.one_of("mask", mask, ("spatial", "channel"))
-        self.mask_ratio, self.mask = float(mask_ratio), mask
+        self._fix(mask_ratio=float(mask_ratio), mask=mask)
         self.generator: nn.Sequential | None = None
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
@@ -147,10 +146,16 @@ class MaskedGenerativeLoss(DistillationLoss):
         first = layer(student[_channels(student)], wide, **size)
         self.generator = nn.Sequential(first, nn.ReLU(), layer(wide, wide, **size))
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
-        generator = _channels_first(_built(self.generator))
-        return masked_generative(student, teacher, generator=generator, mask=self._drawn(student)).mean()
+        network, drawn = _channels_first(_built(self.generator)), self._drawn(student)
+        positions = positions_mask(mask, student)
+        # What does not count is zero before the generator, as beyond the edges, and after it, where the teacher is too.
+        student, teacher = without(student, positions), without(teacher, positions)
+        values = masked_generative(
+            student, teacher, generator=lambda feature: without(network(feature), positions), mask=drawn
+        )
+        return over_examples(values, positions, "mean")
 
     def _drawn(self, student: Tensor) -> Tensor | None:
         """A mask for a batch, 1 where the feature stays."""
@@ -160,10 +165,6 @@ class MaskedGenerativeLoss(DistillationLoss):
         alone = (0, dim) if self.mask == "channel" else set(range(student.ndim)) - {dim}
         shape = [size if index in alone else 1 for index, size in enumerate(student.shape)]
         return (torch.rand(shape, device=student.device) >= self.mask_ratio).float()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"mask_ratio={self.mask_ratio}, mask={self.mask!r}"
 
 
 def _channels(shape: torch.Size) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.logit_relations import inter_and_intra_class_relation, multi_level_logits
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.base import LogitsLoss
 from lightning_distill.schedules import Schedule
 
 
-class DISTLoss(DistillationLoss):
+class DISTLoss(LogitsLoss):
     r"""One minus the correlation of the two models' probabilities, over the classes and over the examples.
 
     .. math:: \frac{T^2 \beta}{N} \sum_n (1 - \rho(p^s_n, p^t_n)) + \frac{T^2 \gamma}{C} \sum_c (1 - \rho(p^s_
@@ -23,13 +24,16 @@ class DISTLoss(DistillationLoss):
     :func:`lightning_distill.functional.inter_class_relation` and
     :func:`lightning_distill.functional.intra_class_relation`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. A class that scores of minus infinity
+    make impossible stays a class, of probability 0.
+
     Args:
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater; a
             number or a schedule.
         intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater; a
             number or a schedule.
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher; the whole batch is compared.
@@ -51,35 +55,30 @@ class DISTLoss(DistillationLoss):
         and CIFAR-100 (temperature 4), and of 1 for detection and segmentation.
     """
 
+    class_scores: ClassVar[bool] = True
+
     def __init__(
         self,
-        inter_weight: float | Schedule = 1.0,
-        intra_weight: float | Schedule = 1.0,
         temperature: float | Schedule = 1.0,
         *,
-        class_dim: int = -1,
+        inter_weight: float | Schedule = 1.0,
+        intra_weight: float | Schedule = 1.0,
+        class_dim: int | None = None,
     ) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
+        super().__init__(class_dim)
+        self.temperature = self._setting("temperature", temperature)
         self.inter_weight = self._setting("inter_weight", inter_weight, checks.non_negative)
         self.intra_weight = self._setting("intra_weight", intra_weight, checks.non_negative)
-        self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
         inter, intra = inter_and_intra_class_relation(
-            student, teacher, temperature=self.temperature, class_dim=self.class_dim
+            student, teacher, temperature=self.temperature, class_dim=self.class_dim, mask=mask
         )
         return self.inter_weight * inter + self.intra_weight * intra
 
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        weights = f"inter_weight={self.inter_weight}, intra_weight={self.intra_weight}"
-        return f"{weights}, temperature={self.temperature}, class_dim={self.class_dim}"
 
-
-class MultiLevelLogitLoss(DistillationLoss):
+class MultiLevelLogitLoss(LogitsLoss):
     r"""Divergence of each example, of the batch and of the classes, averaged over several temperatures.
 
     .. math:: \frac{1}{K} \sum_T \left( \frac{T^2}{N} \sum_n \mathrm{KL}(p^t_n \| p^s_n)
@@ -88,9 +87,11 @@ class MultiLevelLogitLoss(DistillationLoss):
     Several temperatures show the teacher's first choices and its faint preferences at once. See
     :func:`lightning_distill.functional.multi_level_logits`.
 
+    The factor :math:`T^2` is on the divergence, not on the products.
+
     Args:
         temperatures: The K temperatures, each greater than 0.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher; the whole batch is compared.
@@ -111,17 +112,13 @@ class MultiLevelLogitLoss(DistillationLoss):
         the sum over the five temperatures, which is 45 for their mean.
     """
 
-    def __init__(self, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0), *, class_dim: int = -1) -> None:
-        super().__init__()
+    _of_batch: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(multi_level_logits)
+
+    def __init__(
+        self, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0), *, class_dim: int | None = None
+    ) -> None:
+        super().__init__(class_dim)
         checks.positives("temperatures", temperatures)
-        checks.inner_dim("class_dim", class_dim)
-        self.temperatures = tuple(float(temperature) for temperature in temperatures)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return multi_level_logits(student, teacher, temperatures=self.temperatures, class_dim=self.class_dim)
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"temperatures={self.temperatures}, class_dim={self.class_dim}"
+        self._fix(temperatures=tuple(float(temperature) for temperature in temperatures))

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from lightning_distill import checks
 from lightning_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.base import LogitsLoss
 from lightning_distill.schedules import Schedule
 
 
-class SoftTargetLoss(DistillationLoss):
+class SoftTargetLoss(LogitsLoss):
     r"""Divergence of the student's softened probabilities from the teacher's soft targets, averaged over the examples.
 
     .. math:: \frac{T^2}{N} \sum_n \sum_c p^t_{nc} (\log p^t_{nc} - \log p^s_{nc}), \qquad p = \mathrm{softmax}(z / T)
 
     The loss most people mean by knowledge distillation. See :func:`lightning_distill.functional.soft_target_kl`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         standardize: Whether each row of logits is z-scored first.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the student, then the teacher.
@@ -44,32 +44,19 @@ class SoftTargetLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(soft_target_kl)
 
-    def __init__(self, temperature: float | Schedule = 4.0, *, standardize: bool = False, class_dim: int = -1) -> None:
-        super().__init__()
+    def __init__(
+        self, temperature: float | Schedule = 4.0, *, standardize: bool = False, class_dim: int | None = None
+    ) -> None:
+        super().__init__(class_dim)
         checks.boolean("standardize", standardize)
-        checks.inner_dim("class_dim", class_dim)
         self.temperature = self._setting("temperature", temperature)
-        self.standardize = standardize
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return soft_target_kl(
-            student,
-            teacher,
-            temperature=self.temperature,
-            standardize=self.standardize,
-            class_dim=self.class_dim,
-            reduction="mean",
-        )
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"temperature={self.temperature}, standardize={self.standardize}, class_dim={self.class_dim}"
+        self._fix(standardize=standardize)
 
 
-class SoftCrossEntropyLoss(DistillationLoss):
+class SoftCrossEntropyLoss(LogitsLoss):
     r"""Cross entropy under the teacher's soft targets, averaged over the examples.
 
     .. math:: -\frac{T^2}{N} \sum_n \sum_c p^t_{nc} \log p^s_{nc}, \qquad p = \mathrm{softmax}(z / T)
@@ -77,9 +64,11 @@ class SoftCrossEntropyLoss(DistillationLoss):
     The gradient of SoftTargetLoss at the same temperature; the value ends at the teacher's entropy instead of 0.
     See :func:`lightning_distill.functional.soft_cross_entropy`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the student, then the teacher.
@@ -98,23 +87,15 @@ class SoftCrossEntropyLoss(DistillationLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(soft_cross_entropy)
 
-    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
+    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int | None = None) -> None:
+        super().__init__(class_dim)
         self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return soft_cross_entropy(student, teacher, temperature=self.temperature, class_dim=self.class_dim).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"temperature={self.temperature}, class_dim={self.class_dim}"
 
 
-class LogitMSELoss(DistillationLoss):
+class LogitMSELoss(LogitsLoss):
     r"""Mean squared difference of the logits, averaged over the examples.
 
     .. math:: \frac{1}{N C} \sum_n \sum_c (z^s_{nc} - z^t_{nc})^2
@@ -122,7 +103,7 @@ class LogitMSELoss(DistillationLoss):
     It needs no temperature and fits a single score too. See :func:`lightning_distill.functional.logit_mse`.
 
     Args:
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher.
@@ -141,15 +122,7 @@ class LogitMSELoss(DistillationLoss):
         classes, without the factor 1/2.
     """
 
-    def __init__(self, *, class_dim: int = -1) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
-        self.class_dim = class_dim
+    _formula = staticmethod(logit_mse)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return logit_mse(student, teacher, class_dim=self.class_dim).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"class_dim={self.class_dim}"
+    def __init__(self, *, class_dim: int | None = None) -> None:
+        super().__init__(class_dim)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from lightning_distill import checks
 from lightning_distill.functional.normalized import (
     centered_kernel_alignment,
@@ -14,10 +12,10 @@ from lightning_distill.functional.normalized import (
     normalized_mse,
     pearson_feature,
 )
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.base import FormulaLoss
 
 
-class PearsonFeatureLoss(DistillationLoss):
+class PearsonFeatureLoss(FormulaLoss):
     r"""Half the mean squared difference of the z-scores of the channels, over the examples and positions of a batch.
 
     .. math:: \frac{1}{2 M} \sum_{n,c,i} (\hat f^s_{nci} - \hat f^t_{nci})^2, \qquad
@@ -39,12 +37,11 @@ class PearsonFeatureLoss(DistillationLoss):
         Cao et al. 2022 (PKD), section 3, arXiv:2207.02039; its weight depends on the detector.
     """
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return pearson_feature(student, teacher)
+    _of_batch: ClassVar[bool] = True
+    _formula = staticmethod(pearson_feature)
 
 
-class NeuronSelectivityLoss(DistillationLoss):
+class NeuronSelectivityLoss(FormulaLoss):
     r"""Squared maximum mean discrepancy of the channels' maps, averaged over the examples.
 
     .. math:: \overline{k(s_i, s_j)} + \overline{k(t_i, t_j)} - 2 \overline{k(s_i, t_j)}, \qquad
@@ -67,13 +64,10 @@ class NeuronSelectivityLoss(DistillationLoss):
     """
 
     channels_must_match: ClassVar[bool] = False
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return neuron_selectivity(student, teacher).mean()
+    _formula = staticmethod(neuron_selectivity)
 
 
-class CKALoss(DistillationLoss):
+class CKALoss(FormulaLoss):
     r"""One minus the linear centred kernel alignment (CKA) of the two models' features of a batch.
 
     .. math:: 1 - \frac{\|Y^\top X\|_F^2}{\|X^\top X\|_F \, \|Y^\top Y\|_F}
@@ -96,13 +90,11 @@ class CKALoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return centered_kernel_alignment(student, teacher)
+    _of_batch: ClassVar[bool] = True
+    _formula = staticmethod(centered_kernel_alignment)
 
 
-class PatientLoss(DistillationLoss):
+class PatientLoss(FormulaLoss):
     r"""Mean squared difference of channel vectors of length one, averaged over examples and positions.
 
     .. math:: \frac{1}{N C} \sum_{n,c} \left( \frac{f^s_{nc}}{\|f^s_n\|_2} - \frac{f^t_{nc}}{\|f^t_n\|_2} \right)^2
@@ -124,12 +116,10 @@ class PatientLoss(DistillationLoss):
         authors' code, where the equation has the sum.
     """
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return normalized_mse(student, teacher).mean()
+    _formula = staticmethod(normalized_mse)
 
 
-class FeatureMapTransferLoss(DistillationLoss):
+class FeatureMapTransferLoss(FormulaLoss):
     r"""Mean squared difference after a layer normalisation without weights, averaged over examples and positions.
 
     .. math:: \frac{1}{N C} \sum_{n,c} (\hat f^s_{nc} - \hat f^t_{nc})^2, \qquad
@@ -160,15 +150,9 @@ class FeatureMapTransferLoss(DistillationLoss):
         No weight is given.
     """
 
+    _formula = staticmethod(feature_map_transfer)
+
     def __init__(self, *, eps: float = 1e-12) -> None:
         super().__init__()
         checks.non_negative("eps", eps)
-        self.eps = float(eps)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return feature_map_transfer(student, teacher, eps=self.eps).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"eps={self.eps}"
+        self._fix(eps=float(eps))

@@ -17,11 +17,11 @@ from lightning_distill.functional.relations import (
     relational_distance_and_angle,
     similarity_preserving,
 )
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.base import DistillationLoss, FormulaLoss
 from lightning_distill.schedules import Schedule
 
 
-class SimilarityPreservingLoss(DistillationLoss):
+class SimilarityPreservingLoss(FormulaLoss):
     r"""Mean squared difference of the two models' similarities between the examples of a batch.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
@@ -44,10 +44,8 @@ class SimilarityPreservingLoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return similarity_preserving(student, teacher)
+    _of_batch: ClassVar[bool] = True
+    _formula = staticmethod(similarity_preserving)
 
 
 class RelationalLoss(DistillationLoss):
@@ -85,28 +83,24 @@ class RelationalLoss(DistillationLoss):
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
 
-    def __init__(self, distance_weight: float | Schedule = 25.0, angle_weight: float | Schedule = 50.0) -> None:
+    def __init__(self, *, distance_weight: float | Schedule = 25.0, angle_weight: float | Schedule = 50.0) -> None:
         super().__init__()
         if distance_weight == angle_weight == 0:
             raise ValueError(checks.message("`distance_weight` or `angle_weight` to be greater than 0", "0 for both"))
         self.distance_weight = self._setting("distance_weight", distance_weight, checks.non_negative)
         self.angle_weight = self._setting("angle_weight", angle_weight, checks.non_negative)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
         if self.angle_weight == 0:
-            return self.distance_weight * relational_distance(student, teacher)
+            return self.distance_weight * relational_distance(student, teacher, mask=mask)
         if self.distance_weight == 0:
-            return self.angle_weight * relational_angle(student, teacher)
-        distance, angle = relational_distance_and_angle(student, teacher)
+            return self.angle_weight * relational_angle(student, teacher, mask=mask)
+        distance, angle = relational_distance_and_angle(student, teacher, mask=mask)
         return self.distance_weight * distance + self.angle_weight * angle
 
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
 
-
-class ProbabilisticTransferLoss(DistillationLoss):
+class ProbabilisticTransferLoss(FormulaLoss):
     r"""Divergence between the two models' probabilities that examples of a batch are neighbours.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}
@@ -129,13 +123,11 @@ class ProbabilisticTransferLoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return probabilistic_transfer(student, teacher)
+    _of_batch: ClassVar[bool] = True
+    _formula = staticmethod(probabilistic_transfer)
 
 
-class CorrelationCongruenceLoss(DistillationLoss):
+class CorrelationCongruenceLoss(FormulaLoss):
     r"""Mean squared difference of the two models' Gaussian correlations between the examples of a batch.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} (K^s_{ij} - K^t_{ij})^2
@@ -168,29 +160,22 @@ class CorrelationCongruenceLoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
+    _of_batch: ClassVar[bool] = True
+    _formula = staticmethod(correlation_congruence)
 
-    def __init__(self, kernel: str = "gaussian", *, gamma: float = 0.4, order: int = 2) -> None:
+    def __init__(self, *, kernel: str = "gaussian", gamma: float = 0.4, order: int = 2) -> None:
         super().__init__()
         checks.one_of("kernel", kernel, KERNELS)
         checks.positive("gamma", gamma)
+        checks.integer("order", order)
         checks.at_least("order", order, 1)
-        self.kernel = kernel
-        self.gamma = float(gamma)
-        self.order = int(order)
+        self._fix(kernel=kernel, gamma=float(gamma), order=int(order))
         # Terms ask the instance: products of neighbouring differences exist for features of equal shape only.
         for name in ("channels_must_match", "positions_must_match"):
             setattr(self, name, kernel == "neighbour")
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return correlation_congruence(student, teacher, kernel=self.kernel, gamma=self.gamma, order=self.order)
 
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}"
-
-
-class InterChannelCorrelationLoss(DistillationLoss):
+class InterChannelCorrelationLoss(FormulaLoss):
     r"""Mean squared difference of the two models' correlations between the channels, averaged over the examples.
 
     .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2
@@ -213,7 +198,5 @@ class InterChannelCorrelationLoss(DistillationLoss):
     """
 
     positions_must_match: ClassVar[bool] = False
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return inter_channel_correlation(student, teacher)
+    _of_batch: ClassVar[bool] = True
+    _formula = staticmethod(inter_channel_correlation)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from lightning_distill import checks
+from lightning_distill.functional.inputs import IGNORE_INDEX
 from lightning_distill.functional.targets import binary_soft_target, decoupled_kd, normalized_kd, weighted_soft_labels
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.base import LabelledLoss, LogitsLoss
 from lightning_distill.schedules import Schedule
 
 
-class DecoupledKDLoss(DistillationLoss):
+class DecoupledKDLoss(LabelledLoss):
     r"""Two divergences, on the target class and among the others, averaged over the examples.
 
     .. math:: \frac{T^2}{N} \sum_n a \, \mathrm{KL}(b^t_n \| b^s_n) + b \, \mathrm{KL}(q^t_n \| q^s_n), \qquad
@@ -21,11 +20,15 @@ class DecoupledKDLoss(DistillationLoss):
     What the teacher knows about the other classes counts even where it is sure. See
     :func:`lightning_distill.functional.decoupled_kd`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
     Args:
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
         target_weight: Weight of the divergence between target and the rest, 0 or greater; a number or a schedule.
         nontarget_weight: Weight of the divergence among the other classes, 0 or greater; a number or a schedule.
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last; with
+            three, the labels' shape decides.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, of the teacher, and labels ``(N,
@@ -46,44 +49,24 @@ class DecoupledKDLoss(DistillationLoss):
         non-target weights of 2 to 8 for CIFAR-100 (temperature 4) and 0.5 to 2 for ImageNet (temperature 1).
     """
 
-    needs_labels: ClassVar[bool] = True
+    _formula = staticmethod(decoupled_kd)
 
     def __init__(
         self,
-        target_weight: float | Schedule = 1.0,
-        nontarget_weight: float | Schedule = 8.0,
         temperature: float | Schedule = 4.0,
         *,
-        class_dim: int = -1,
+        target_weight: float | Schedule = 1.0,
+        nontarget_weight: float | Schedule = 8.0,
+        ignore_index: int = IGNORE_INDEX,
+        class_dim: int | None = None,
     ) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
+        super().__init__(class_dim, ignore_index)
+        self.temperature = self._setting("temperature", temperature)
         self.target_weight = self._setting("target_weight", target_weight, checks.non_negative)
         self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
-        self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return decoupled_kd(
-            student,
-            teacher,
-            labels,
-            target_weight=self.target_weight,
-            nontarget_weight=self.nontarget_weight,
-            temperature=self.temperature,
-            class_dim=self.class_dim,
-        ).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return (
-            f"target_weight={self.target_weight}, nontarget_weight={self.nontarget_weight}, "
-            f"temperature={self.temperature}, class_dim={self.class_dim}"
-        )
 
 
-class NormalizedKDLoss(DistillationLoss):
+class NormalizedKDLoss(LabelledLoss):
     r"""Cross entropies on the target class and among the others, averaged over the examples.
 
     .. math:: -\frac{1}{N} \sum_n p^t_{ny} \log p^s_{ny} + \gamma T^2 \sum_{c \ne y} q^t_{nc} \log q^s_{nc}, \qquad
@@ -92,10 +75,14 @@ class NormalizedKDLoss(DistillationLoss):
     Both models' probabilities of the other classes add up to 1 before they are compared. See
     :func:`lightning_distill.functional.normalized_kd`.
 
+    The factor :math:`T^2` is on the non-target part alone; the target part has no temperature.
+
     Args:
-        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last; with
+            three, the labels' shape decides.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, of the teacher, and labels ``(N,
@@ -116,34 +103,22 @@ class NormalizedKDLoss(DistillationLoss):
         default and 3.5 at temperature 3 for CIFAR-100.
     """
 
-    needs_labels: ClassVar[bool] = True
+    _formula = staticmethod(normalized_kd)
 
     def __init__(
-        self, nontarget_weight: float | Schedule = 1.5, temperature: float | Schedule = 1.0, *, class_dim: int = -1
+        self,
+        temperature: float | Schedule = 1.0,
+        *,
+        nontarget_weight: float | Schedule = 1.5,
+        ignore_index: int = IGNORE_INDEX,
+        class_dim: int | None = None,
     ) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
-        self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
+        super().__init__(class_dim, ignore_index)
         self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return normalized_kd(
-            student,
-            teacher,
-            labels,
-            nontarget_weight=self.nontarget_weight,
-            temperature=self.temperature,
-            class_dim=self.class_dim,
-        ).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"nontarget_weight={self.nontarget_weight}, temperature={self.temperature}, class_dim={self.class_dim}"
+        self.nontarget_weight = self._setting("nontarget_weight", nontarget_weight, checks.non_negative)
 
 
-class WeightedSoftLabelLoss(DistillationLoss):
+class WeightedSoftLabelLoss(LabelledLoss):
     r"""Cross entropy under the soft targets, weighted by example and averaged over the examples.
 
     .. math:: -\frac{T^2}{N} \sum_n \left(1 - \exp\left(-\frac{L^s_n}{L^t_n}\right)\right)
@@ -152,9 +127,13 @@ class WeightedSoftLabelLoss(DistillationLoss):
     An example on which the student already does better than the teacher counts little. See
     :func:`lightning_distill.functional.weighted_soft_labels`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last; with
+            three, the labels' shape decides.
 
     Returns:
         A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, of the teacher, and labels ``(N,
@@ -174,26 +153,16 @@ class WeightedSoftLabelLoss(DistillationLoss):
         (temperature 2) and by 2.25 on CIFAR-100 (temperature 4).
     """
 
-    needs_labels: ClassVar[bool] = True
+    _formula = staticmethod(weighted_soft_labels)
 
-    def __init__(self, temperature: float | Schedule = 2.0, *, class_dim: int = -1) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
+    def __init__(
+        self, temperature: float | Schedule = 2.0, *, ignore_index: int = IGNORE_INDEX, class_dim: int | None = None
+    ) -> None:
+        super().__init__(class_dim, ignore_index)
         self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return weighted_soft_labels(
-            student, teacher, labels, temperature=self.temperature, class_dim=self.class_dim
-        ).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"temperature={self.temperature}, class_dim={self.class_dim}"
 
 
-class BinarySoftTargetLoss(DistillationLoss):
+class BinarySoftTargetLoss(LogitsLoss):
     r"""Binary cross entropy of each class under the teacher's soft targets, averaged over classes and examples.
 
     .. math:: -\frac{T^2}{N C} \sum_n \sum_c s^t_{nc} \log s^s_{nc} + (1 - s^t_{nc}) \log (1 - s^s_{nc}), \qquad
@@ -202,9 +171,12 @@ class BinarySoftTargetLoss(DistillationLoss):
     For models with several labels per example, or a single score. See
     :func:`lightning_distill.functional.binary_soft_target`.
 
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. The scores are those of classes, each
+    against its absence: ``class_scores`` is True.
+
     Args:
         temperature: Softening of both models' answers, greater than 0; a number or a schedule.
-        class_dim: Dimension that holds the classes; 1 for dense maps ``(N, C, H, W)``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the student, then the teacher.
@@ -223,16 +195,9 @@ class BinarySoftTargetLoss(DistillationLoss):
         softmax over the classes, for which no weight is given.
     """
 
-    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int = -1) -> None:
-        super().__init__()
-        checks.inner_dim("class_dim", class_dim)
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(binary_soft_target)
+
+    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int | None = None) -> None:
+        super().__init__(class_dim)
         self.temperature = self._setting("temperature", temperature)
-        self.class_dim = class_dim
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Loss of a batch, a scalar."""
-        return binary_soft_target(student, teacher, temperature=self.temperature, class_dim=self.class_dim).mean()
-
-    def extra_repr(self) -> str:
-        """Settings, as in the constructor."""
-        return f"temperature={self.temperature}, class_dim={self.class_dim}"

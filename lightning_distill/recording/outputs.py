@@ -56,8 +56,8 @@ def select(value: Any, output: Output, what: str) -> Tensor:
         present = ", ".join(f"{key!r}: {_describe(entry)}" for key, entry in entries.items()) or _describe(value)
         remedy = "Pass Tap(layer, output=...), or for the network's output LogitsDistillation(output=...)"
         raise ValueError(
-            f"Expected `output` to pick one tensor of {what}, but got output={output!r}. {remedy}, or override `logits`;"
-            f" there is {present}."
+            f"Expected `output` to pick one tensor of {what}, but got output={output!r}. {remedy}, or override"
+            f" `logits`; there is {present}."
         )
     return picked
 

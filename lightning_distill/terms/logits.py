@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from distill_core.requires import Requires
+from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.functional.top_k import TopK, merge_classes
 from lightning_distill.losses import DistillationLoss, SoftTargetLoss
 from lightning_distill.recording import Call
@@ -105,7 +106,7 @@ class LogitsDistillation(DistillationTerm):
             return value_of(self.loss, self.requires, *self.pair(student, teacher), labels, mask)
         logits = student.output_at(self._output(0))
         plain = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
-        if not plain or self.class_dim not in (None, -1, logits.ndim - 1):
+        if not plain or resolve_class_dim(logits, self.class_dim, labels) not in (-1, logits.ndim - 1):
             raise ValueError(
                 f"Expected a cache of full outputs for {self.loss}, but it holds the likeliest"
                 f" {top_k.indices.shape[-1]} classes alone. Build it without top_k, or use a divergence such as"

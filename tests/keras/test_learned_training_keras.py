@@ -36,7 +36,7 @@ def terms(mask_ratio: float = 0.3) -> list[FeatureDistillation]:
     """Both losses, on features of other channels than the teacher's."""
     return [
         FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.5),
-        FeatureDistillation("stem", "stem", MaskedGenerativeLoss(mask_ratio), weight=0.01),
+        FeatureDistillation("stem", "stem", MaskedGenerativeLoss(mask_ratio=mask_ratio), weight=0.01),
     ]
 
 

@@ -135,14 +135,14 @@ def test_masked_generation_equals_the_published_implementation(entry: dict[str, 
 
 @pytest.mark.parametrize("variance", [1e-4, 0.5, 5.0, 1e4])
 def test_variance_is_at_first_what_was_asked_for(variance: float) -> None:
-    loss = built(VariationalInformationLoss(variance), (None, 3), (None, 4))
+    loss = built(VariationalInformationLoss(initial_variance=variance), (None, 3), (None, 4))
 
     np.testing.assert_allclose(as_array(loss.variance), np.full(4, variance), rtol=1e-5)
 
 
 def kept(mask: str, shape: tuple[int, ...], ratio: float = 0.3) -> Any:
     """The mask that a loss of this kind draws."""
-    loss = built(MaskedGenerativeLoss(ratio, mask=mask), shape)
+    loss = built(MaskedGenerativeLoss(mask_ratio=ratio, mask=mask), shape)
     return as_array(ops.broadcast_to(ops.cast(loss._drawn(ops.ones(shape)), "float32"), shape))
 
 
@@ -181,7 +181,7 @@ def test_the_masks_follow_the_global_seed_and_differ_from_step_to_step() -> None
 
 
 def test_nothing_is_masked_where_a_step_evaluates() -> None:
-    loss = built(MaskedGenerativeLoss(0.9), (2, 5, 3))
+    loss = built(MaskedGenerativeLoss(mask_ratio=0.9), (2, 5, 3))
     student, teacher = np.random.default_rng(0).normal(size=(2, 2, 5, 3)).astype("float32")
     weights = {f"generator.{index}.weight": variable_of(loss, f"generator.{index}.weight") for index in (0, 2)}
     parameters = {name: np.moveaxis(as_array(weight), (-1, -2), (0, 1)) for name, weight in weights.items()}
@@ -199,9 +199,21 @@ def test_nothing_is_masked_where_a_step_evaluates() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: VariationalInformationLoss(0.0), ValueError, r"`initial_variance` to be at least 0\.0001\. Received"),
-        (lambda: VariationalInformationLoss("5"), TypeError, r"`initial_variance` to be an int or a float\. Received"),
-        (lambda: MaskedGenerativeLoss(1.0), ValueError, r"`mask_ratio` to be at least 0 and less than 1\. Received"),
+        (
+            lambda: VariationalInformationLoss(initial_variance=0.0),
+            ValueError,
+            r"`initial_variance` to be at least 0\.0001\. Received",
+        ),
+        (
+            lambda: VariationalInformationLoss(initial_variance="5"),
+            TypeError,
+            r"`initial_variance` to be an int or a float\. Received",
+        ),
+        (
+            lambda: MaskedGenerativeLoss(mask_ratio=1.0),
+            ValueError,
+            r"`mask_ratio` to be at least 0 and less than 1\. Received",
+        ),
         (
             lambda: MaskedGenerativeLoss(mask="spacial"),
             ValueError,

@@ -56,7 +56,7 @@ class SeedSteps(Callback):
 def data(case: LossCase) -> DataLoader[Any]:
     """Two batches, with labels where the loss needs them."""
     size, classes, shape = 2 * case.student_shape[0], case.student_shape[1], case.student_shape
-    dim = case.settings.get("class_dim", -1) % len(shape)
+    dim = case.settings.get("class_dim", 1 if len(shape) >= 4 else -1) % len(shape)
     classes, rest = shape[dim], [length for index, length in enumerate(shape) if index not in (0, dim)]
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (size, *rest), generator=generator)

@@ -32,7 +32,7 @@ def terms(weight: float = 0.01) -> list[FeatureDistillation]:
     """Both losses, on maps of other channels than the teacher's, at ``body`` and ``stem``."""
     return [
         FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.5),
-        FeatureDistillation("stem", "stem", MaskedGenerativeLoss(0.3), weight=weight),
+        FeatureDistillation("stem", "stem", MaskedGenerativeLoss(mask_ratio=0.3), weight=weight),
     ]
 
 
@@ -113,7 +113,11 @@ def test_student_and_parameters_equal_a_loop_with_one_optimizer(trainer: MakeTra
     fit(trainer, (module, distill), Start(), max_epochs=1)
 
     student, wise = nets.make(nets.ConvNet, 3, 3), teacher().eval()
-    information, generation, adapter = VariationalInformationLoss(), MaskedGenerativeLoss(0.3), nn.Conv2d(3, 5, 1)
+    information, generation, adapter = (
+        VariationalInformationLoss(),
+        MaskedGenerativeLoss(mask_ratio=0.3),
+        nn.Conv2d(3, 5, 1),
+    )
     information.build(torch.Size((8, 6, 2, 2)), torch.Size((8, 10, 2, 2)))
     generation.build(torch.Size((8, 5, 4, 4)), torch.Size((8, 5, 4, 4)))
     body, stem = starts[0]

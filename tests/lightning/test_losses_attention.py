@@ -62,7 +62,7 @@ def test_hidden_states_of_tinybert_are_a_mse_behind_one_linear_adapter(case: str
 @pytest.mark.parametrize("case", CASES)
 def test_relations_of_minilm_are_the_sum_over_queries_keys_and_values(case: str) -> None:
     entry, tensors = golden("minilm_v2_relation", case)
-    loss = losses.AttentionRelationLoss(entry["hyperparameters"]["relation_heads"])
+    loss = losses.AttentionRelationLoss(relation_heads=entry["hyperparameters"]["relation_heads"])
 
     check(sum(loss(tensors[f"student_{x}"], tensors[f"teacher_{x}"]) for x in "qkv"), entry, tensors)
 
@@ -111,8 +111,8 @@ def test_relation_heads_that_do_not_divide_a_width_raise() -> None:
     with pytest.raises(
         ValueError, match=r"Expected `relation_heads` to divide the width 6, but got relation_heads=4\."
     ):
-        losses.AttentionRelationLoss(4)(torch.ones(1, 2, 8), torch.ones(1, 2, 6))
+        losses.AttentionRelationLoss(relation_heads=4)(torch.ones(1, 2, 8), torch.ones(1, 2, 6))
     with pytest.raises(TypeError, match=r"Expected `relation_heads` to be an int, but got relation_heads=2\.0\."):
-        losses.AttentionRelationLoss(2.0)
+        losses.AttentionRelationLoss(relation_heads=2.0)
     with pytest.raises(ValueError, match=r"Expected `kind` to be one of 'kl', 'mse', but got kind='l1'"):
         losses.AttentionMapLoss("l1")

@@ -292,9 +292,7 @@ def test_attention_of_unequal_or_too_few_positions_raises(shapes: tuple[tuple[in
 
 @pytest.mark.parametrize("loss", [SoftTargetLoss(), SoftCrossEntropyLoss()], ids=lambda loss: type(loss).__name__)
 def test_a_softmax_over_a_single_class_raises_instead_of_teaching_nothing(loss: SoftTargetLoss) -> None:
-    words = (
-        r"Expected `student_logits` to have at least 2 classes at class_dim=-1, but got shape \(4, 1\)\. Use LogitMSE"
-    )
+    words = r"Expected `student_logits` to have at least 2 classes at class_dim=-1, but got shape \(4, 1\)\. Use Binary"
 
     with pytest.raises(ValueError, match=words):
         loss(torch.ones(4, 1), torch.ones(4, 1))

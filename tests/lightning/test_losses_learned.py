@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import oracle_learned as oracle
@@ -82,7 +81,7 @@ def test_masked_generation_equals_the_published_implementation(entry: dict[str, 
 
 @pytest.mark.parametrize("variance", [1e-4, 0.5, 5.0, 1e4])
 def test_variance_is_at_first_what_was_asked_for(variance: float) -> None:
-    loss = built(VariationalInformationLoss(variance), (2, 3), (2, 4))
+    loss = built(VariationalInformationLoss(initial_variance=variance), (2, 3), (2, 4))
 
     torch.testing.assert_close(loss.variance, torch.full((4,), variance, dtype=torch.float64), rtol=1e-6, atol=0)
 
@@ -104,7 +103,7 @@ def test_variance_learns_the_mean_squared_error_of_each_channel() -> None:
 def kept(mask: str, shape: tuple[int, ...], ratio: float = 0.5) -> Tensor:
     """The mask that a loss of this kind drew: what reaches the generator from a feature of ones."""
     seen: list[Tensor] = []
-    loss = built(MaskedGenerativeLoss(ratio, mask=mask), shape)
+    loss = built(MaskedGenerativeLoss(mask_ratio=ratio, mask=mask), shape)
     loss.generator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     feature = torch.ones(shape, dtype=torch.float64)
     loss(feature, feature)
@@ -146,7 +145,7 @@ def test_the_mask_follows_the_global_seed() -> None:
 
 
 def test_nothing_is_masked_outside_training() -> None:
-    loss = built(MaskedGenerativeLoss(0.9), (2, 3, 5, 5)).eval()
+    loss = built(MaskedGenerativeLoss(mask_ratio=0.9), (2, 3, 5, 5)).eval()
     student, teacher = torch.randn(2, 2, 3, 5, 5, dtype=torch.float64)
     state = torch.get_rng_state()
     parameters = {name: value.detach().numpy() for name, value in loss.named_parameters()}
@@ -172,18 +171,19 @@ def test_a_masked_feature_gives_the_value_of_the_oracle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "words"),
+    ("settings", "error", "words"),
     [
-        (lambda: VariationalInformationLoss(0.0), ValueError, r"`initial_variance` to be at least 0\.0001, but got"),
-        (lambda: VariationalInformationLoss("5"), TypeError, r"`initial_variance` to be an int or a float, but"),
-        (lambda: MaskedGenerativeLoss(1.0), ValueError, r"`mask_ratio` to be at least 0 and less than 1, but got"),
-        (lambda: MaskedGenerativeLoss(-0.1), ValueError, r"`mask_ratio` to be at least 0 and less than 1, but got"),
-        (lambda: MaskedGenerativeLoss(mask="spacial"), ValueError, r"`mask` to be one of .* Closest: 'spatial'\."),
+        ({"initial_variance": 0.0}, ValueError, r"`initial_variance` to be at least 0\.0001, but got"),
+        ({"initial_variance": "5"}, TypeError, r"`initial_variance` to be an int or a float, but"),
+        ({"mask_ratio": 1.0}, ValueError, r"`mask_ratio` to be at least 0 and less than 1, but got"),
+        ({"mask_ratio": -0.1}, ValueError, r"`mask_ratio` to be at least 0 and less than 1, but got"),
+        ({"mask": "spacial"}, ValueError, r"`mask` to be one of .* Closest: 'spatial'\."),
     ],
-)  # fmt: skip
-def test_bad_settings_raise_in_the_constructor(make: Callable[[], Any], error: type[Exception], words: str) -> None:
+)
+def test_bad_settings_raise_in_the_constructor(settings: dict, error: type[Exception], words: str) -> None:
+    loss = VariationalInformationLoss if "initial_variance" in settings else MaskedGenerativeLoss
     with pytest.raises(error, match=words):
-        make()
+        loss(**settings)
 
 
 @pytest.mark.parametrize(

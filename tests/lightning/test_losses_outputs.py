@@ -101,8 +101,8 @@ def test_relations_of_rows_and_of_columns_are_the_two_parts_of_the_dist_loss() -
     intra = functional.intra_class_relation(student, teacher, temperature=2.0)
 
     assert inter.shape == (4,)
-    torch.testing.assert_close(inter.mean(), losses.DISTLoss(1.0, 0.0, temperature=2.0)(student, teacher))
-    torch.testing.assert_close(intra, losses.DISTLoss(0.0, 1.0, temperature=2.0)(student, teacher))
+    torch.testing.assert_close(inter.mean(), losses.DISTLoss(2.0, inter_weight=1.0, intra_weight=0.0)(student, teacher))
+    torch.testing.assert_close(intra, losses.DISTLoss(2.0, inter_weight=0.0, intra_weight=1.0)(student, teacher))
 
 
 def test_dist_is_next_to_zero_with_next_to_no_gradient_at_the_teacher() -> None:
@@ -150,7 +150,7 @@ def test_compiled_divergences_follow_a_changed_share() -> None:
         compiled = torch.compile(loss, backend="eager", fullgraph=True)
         for share in (0.5, 0.3, 0.2, 0.0):
             setattr(loss, setting, share)
-            torch.testing.assert_close(compiled(student, teacher), type(loss)(share)(student, teacher))
+            torch.testing.assert_close(compiled(student, teacher), type(loss)(**{setting: share})(student, teacher))
 
 
 @pytest.mark.parametrize(

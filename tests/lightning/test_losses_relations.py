@@ -166,7 +166,7 @@ def test_unequal_numbers_of_examples_raise(loss: losses.DistillationLoss) -> Non
 
 def test_relational_loss_rejects_bad_weights() -> None:
     with pytest.raises(ValueError, match=r"Expected `distance_weight` or `angle_weight` to be greater than 0"):
-        losses.RelationalLoss(0.0, 0.0)
+        losses.RelationalLoss(distance_weight=0.0, angle_weight=0.0)
     with pytest.raises(ValueError, match=r"Expected `angle_weight` to be at least 0, but got angle_weight=-1"):
         losses.RelationalLoss(angle_weight=-1)
 
@@ -175,7 +175,7 @@ def test_correlation_congruence_rejects_an_unknown_kernel() -> None:
     with pytest.raises(
         ValueError, match=r"Expected `kernel` to be one of 'gaussian', 'neighbour', but got kernel='rbf'"
     ):
-        losses.CorrelationCongruenceLoss("rbf")
+        losses.CorrelationCongruenceLoss(kernel="rbf")
 
 
 @pytest.mark.parametrize("name", ["SimilarityPreservingLoss", "InterChannelCorrelationLoss"])
