@@ -240,7 +240,7 @@ class LearnedParts:
         trained = {term.name for term in self._agreed()} if follower and follower.optimizer else set()
         states: dict[str, list[dict[str, Any]]] = {}
         for term in self.terms:
-            fresh = [{} for _ in trained_by(term)]
+            fresh: list[dict[str, Any]] = [{} for _ in trained_by(term)]
             states[term.name] = saved.get(term.name) or fresh
             if term.name in trained and follower is not None:
                 states[term.name] = [follower.state_of(parameter) for parameter in trained_by(term)]
