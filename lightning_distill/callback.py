@@ -22,7 +22,7 @@ from lightning_distill import checks
 from lightning_distill.adapters import OptimizerCallable, bare
 from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.teacher import CachedTeacher
-from lightning_distill.cache.training import LoaderPatch, watch_batches
+from lightning_distill.cache.training import CachedLoaders
 from lightning_distill.distiller import Distiller, as_terms
 from lightning_distill.metrics import TeacherAgreement
 from lightning_distill.module_distiller import ModuleDistiller
@@ -113,7 +113,7 @@ class DistillCallback(Callback):
         self.distiller: ModuleDistiller | None = None
         self._state: dict[str, Any] = {}  # what was loaded, or what an earlier process or object has learned
         self._mailbox = _mailbox()
-        self._patches: list[Patch | LoaderPatch] = []
+        self._patches: list[Patch] = []
         self._agreement: dict[int, TeacherAgreement] = {}
         self._batch: Any = None
         self._explicit = self._takes_iterator = False
@@ -194,12 +194,7 @@ class DistillCallback(Callback):
                 Patch(pl_module, "on_before_optimizer_step", self._before_optimizer_step),
             ]
             if isinstance(self.teacher, CachedTeacher):
-                if self._takes_iterator:
-                    raise MisconfigurationException(
-                        "Expected `training_step` to take a batch where the teacher is a cache, but it takes"
-                        " `dataloader_iter`. Take the batch."
-                    )
-                self._patches += watch_batches(trainer, self.teacher)
+                distiller.loaders = CachedLoaders(trainer, self.teacher.cache)
         cached = isinstance(self.teacher, CachedTeacher)  # it has not seen the validation data
         if self.validate and not cached and _overrides(pl_module, "validation_step"):
             self._patches.append(Patch(pl_module, "validation_step", self._validation_step))
@@ -334,6 +329,9 @@ class DistillCallback(Callback):
         self._agreement = {}
         if self.distiller is not None:
             self.distiller.close()
+            if self.distiller.loaders is not None:
+                self.distiller.loaders.close()
+            self.distiller.loaders = None
 
     def __getstate__(self) -> dict[str, Any]:
         idle: dict[str, Any] = {"distiller": None, "_patches": [], "_agreement": {}, "_batch": None}

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_distill import checks
 from lightning_distill.adapter_trainer import AdapterTrainer
-from lightning_distill.cache import TeacherCache
+from lightning_distill.cache import IndexedBatch, TeacherCache
 from lightning_distill.cache.teacher import CachedTeacher
 from lightning_distill.labels import find_labels
 from lightning_distill.outputs import first_tensor, select
@@ -80,7 +80,8 @@ class Distiller:
         self.schedules: dict[str, Schedule] = {}
         self.task_weight = first_value("task_weight", task_weight, checks.non_negative, self.schedules)
         self.student, self.teacher, self.terms = student, as_teacher(teacher), as_terms(terms)
-        self.labels = labels
+        self.labels, self._rows = labels, None
+        self.loaders: Any = None  # a cache's part of the current fit
         self.parts: dict[str, Tensor] = {}
         self.batch_size = 0
         self.frozen = FrozenTeacher(self.teacher, as_dtype(teacher_dtype))
@@ -187,6 +188,7 @@ class Distiller:
             self.release()
 
     def _loss(self, batch: Any) -> Tensor:
+        self._rows, batch = batch[::-1] if isinstance(batch, IndexedBatch) else (None, batch)
         active = [term for term in self.terms if term.weight != 0]
         if not active:
             self.parts = {}
@@ -224,7 +226,7 @@ class Distiller:
         device, self.batch_size = first.device, len(first) if first.ndim else 1
         if isinstance(self.teacher, CachedTeacher):
             call.read_logits = self.logits
-            return [self.teacher.answer(self.batch_size, device, self.logits)]
+            return [self.teacher.answer_step(call, self.loaders, self._rows, self.logits)]
         self.frozen.freeze(device)
         self.frozen.still()
         call.read_logits, shown = self.logits, call

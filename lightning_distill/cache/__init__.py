@@ -42,8 +42,8 @@ class TeacherCache:
         True
     """
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, reader: Reader, *, allow_changed_inputs: bool = False) -> None:
+        self.reader, self.allow_changed_inputs = reader, allow_changed_inputs
 
     @property
     def manifest(self) -> Manifest:
@@ -157,7 +157,7 @@ class TeacherCache:
 
     def as_teacher(self) -> CachedTeacher:
         """A module that stands in for the teacher."""
-        return CachedTeacher(self.reader)
+        return CachedTeacher(self)
 
     def attach(self, dataset: Any) -> AttachedDataset:
         """The data with the row of each item, for a loop of your own; the callback does this by itself.
@@ -171,8 +171,8 @@ class TeacherCache:
         Raises:
             CacheError: If the data are others.
         """
-        check_data(dataset, self.manifest)
-        return AttachedDataset(dataset, self.manifest.length, self.manifest.data["transform_seed"])
+        rows = check_data(dataset, self.manifest)
+        return AttachedDataset(dataset, self.manifest.length, self.manifest.data["transform_seed"], rows)
 
     def read(self, rows: Any) -> dict[str, Any]:
         """What is held for some rows.

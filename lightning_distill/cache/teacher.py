@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from distill_core.store import CacheError, Reader
+from distill_core.store import CacheError
+from lightning_distill.cache.loaders import read_answers
 from lightning_distill.functional.top_k import TopK
+from lightning_distill.outputs import first_tensor
 from lightning_distill.taps import Call, Tap
+
+if TYPE_CHECKING:
+    from lightning_distill.cache import TeacherCache
+    from lightning_distill.cache.training import CachedLoaders
 
 
 @dataclass(eq=False)
@@ -35,18 +39,16 @@ class CachedCall(Call):
 class CachedTeacher(nn.Module):
     """What stands in for a teacher whose outputs are on disk.
 
-    Args:
-        reader: Reads them.
+    It holds nothing of a step: the teacher's outputs come with the batch and are passed to :meth:`answer`.
 
-    Attributes:
-        rows: Rows of the batch that the student is shown, shape ``(N,)``; set before each step.
+    Args:
+        cache: The cache.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, cache: TeacherCache) -> None:
         super().__init__()
-        self.reader = reader
-        self.rows: Tensor | None = None
-        self.layers = {tuple(place.split("|", 1)): name for name, place in reader.manifest.layers.items()}
+        self.cache = cache
+        self.layers = {tuple(place.split("|", 1)): name for name, place in cache.manifest.layers.items()}
 
     def check(self, taps: Iterable[Tap], needs_output: bool) -> None:
         """Raise if the cache lacks what is read.
@@ -60,43 +62,82 @@ class CachedTeacher(nn.Module):
         """
         for tap in taps:
             if (tap.layer, tap.where) not in self.layers:
-                there = [layer for layer, _ in self.layers] or "no layers"
+                held = [layer for layer, _ in self.layers] or "no layers"
                 raise CacheError(
                     f"Expected the cache to hold the {tap.where} of the teacher's layer {tap.layer!r}, but it holds"
-                    f" {there}. Build it with layers=[{tap.layer!r}]."
+                    f" {held}. Build it with layers=[{tap.layer!r}]."
                 )
-        if needs_output and "output" not in self.reader.manifest.arrays:
+        if needs_output and "output" not in self.cache.manifest.arrays:
             raise CacheError("Expected the cache to hold the teacher's outputs, but it was built with outputs=False.")
 
-    def answer(self, size: int, device: torch.device, logits: Callable[[Any], Tensor]) -> CachedCall:
-        """The teacher's call for the rows of this step.
+    def answer_step(
+        self, call: Call, loaders: CachedLoaders | None, rows: Tensor | None, logits: Callable[[Any], Tensor]
+    ) -> CachedCall:
+        """The teacher's call for a call of the student in a step.
 
         Args:
-            size: Number of examples that the student was shown.
-            device: Where the tensors go.
+            call: The student's call.
+            loaders: The loaders of the fit, whose batch carries the teacher's outputs; None outside a Trainer.
+            rows: Rows of the batch from ``cache.attach``; they take precedence.
             logits: From an output to its logits.
 
         Returns:
             The call.
 
         Raises:
-            CacheError: If no rows were set, or their number differs.
+            CacheError: As :meth:`answer`, and if the inputs of the student were changed in the step.
         """
-        if self.rows is None or len(self.rows) != size:
-            got = "none" if self.rows is None else f"{len(self.rows)}"
+        answers = None if loaders is None else loaders.answers
+        answered = self.answer(call, answers if rows is None else read_answers(self.cache.reader, rows), logits)
+        if loaders is not None and rows is None:
+            loaders.check_unchanged(call)
+        return answered
+
+    def answer(self, call: Call, answers: Mapping[str, Tensor] | None, logits: Callable[[Any], Tensor]) -> CachedCall:
+        """The teacher's call for the same examples as a call of the student.
+
+        Args:
+            call: The student's call.
+            answers: The teacher's outputs that came with the batch: ``CachedLoaders.answers``, or
+                :func:`read_answers`; None if none did.
+            logits: From an output to its logits.
+
+        Returns:
+            The call, on the device of the student's.
+
+        Raises:
+            CacheError: If there are none, or for another number of examples.
+        """
+        first = first_tensor(call.args, call.kwargs, call.output)
+        if answers is None:
             raise CacheError(
-                f"Expected one row of the cache for each of the {size} examples that the student was shown, but got"
-                f" {got}. Call the student once with the whole batch."
+                "Expected the batch to carry the teacher's outputs, but it came from elsewhere: from a data loader that"
+                " keeps an iterator of its own or overrides __iter__, or not from the Trainer's training loader. Use a"
+                " plain DataLoader; in a loop of your own pass the batch of `cache.attach(dataset)` to `total`."
             )
-        found = self.reader.read(self.rows.cpu().numpy())
-        output, top_k = found.pop("output", None), None
-        if isinstance(output, tuple):
-            indices, logs, tail = (torch.from_numpy(one).to(device) for one in output)
-            top_k = TopK(indices, logs, tail, self.reader.manifest.arrays["output"]["shape"][-1])
-            output = None
-        elif output is not None:
-            output = torch.from_numpy(output).to(device).float()
-        last = self.reader.manifest.data["kind"] == "keras"  # whose maps have their channels there
-        features = {name: np.moveaxis(one, -1, 1) if last and one.ndim == 4 else one for name, one in found.items()}
-        cached = {place: torch.from_numpy(features[name]).to(device).float() for place, name in self.layers.items()}
-        return CachedCall((), {}, output=output, who="teacher", read_logits=logits, cached=cached, top_k=top_k)  # type: ignore[arg-type]
+        size, number = len(first) if first.ndim else 1, len(answers["rows"])
+        if size != number:
+            raise CacheError(
+                f"Expected the student to be called with the {number} examples of the batch, for which the cache holds"
+                f" one answer each, but got {size}. Call the student once with the whole batch, no more and no fewer;"
+                " a collate function must not drop or repeat items."
+            )
+        moved = {name: tensor.to(first.device, non_blocking=True) for name, tensor in answers.items() if name != "rows"}
+        output, top_k = moved.get("output"), None
+        if "output.indices" in moved:
+            kept = (moved[f"output.{part}"] for part in ("indices", "logs", "tail"))
+            top_k = TopK(*kept, self.cache.manifest.arrays["output"]["shape"][-1])
+        channels_last = self.cache.manifest.data["kind"] == "keras"  # feature maps are (N, H, W, C) there
+        features = {
+            place: (moved[name].movedim(-1, 1) if channels_last and moved[name].ndim == 4 else moved[name]).float()
+            for place, name in self.layers.items()
+        }
+        return CachedCall(
+            (),
+            {},
+            output=None if output is None else output.float(),
+            who="teacher",
+            read_logits=logits,
+            cached=features,  # type: ignore[arg-type]
+            top_k=top_k,
+        )
