@@ -87,6 +87,7 @@ class MethodPatch:
         owner.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapper, or after :meth:`undo` the original method."""
         if self._around is None:  # undone, but a wrapper that was put over it still calls it
             return self._original(*args, **kwargs)
         return self._around(self._original, *args, **kwargs)

@@ -150,8 +150,8 @@ def check_repeatable(dataset: Any, transform_seed: int | None, allow: bool) -> b
             "Pass transform_seed=0, which makes the augmentation of each item repeatable, and views=... for several of"
             " them,"
             if transform_seed is None
-            else f"transform_seed={transform_seed} seeds torch, NumPy's and Python's global generators, so the transform"
-            " has a generator of its own: let it draw from a global one,"
+            else f"transform_seed={transform_seed} seeds the global generators of torch, NumPy and Python, so the"
+            " transform has a generator of its own: let it draw from a global one,"
         )
         raise CacheError(
             "Expected the data to give the same items whenever they are read, but some change: the student would not be"
@@ -239,7 +239,7 @@ def _is_cached(dataset: Any, manifest: Manifest) -> bool:
     """Whether a data set of the right length is the one that was cached."""
     if manifest.data["kind"] == "torch":
         seed, stale = manifest.data["transform_seed"], bool(manifest.data["stale"])
-        return data_fingerprint(dataset, seed, stale) == manifest.data["fingerprint"]
+        return bool(data_fingerprint(dataset, seed, stale) == manifest.data["fingerprint"])
     if manifest.data["transform_seed"] is not None:
         raise CacheError(
             "Expected a cache of plain items or one that was built in PyTorch, but Keras has augmented what the"

@@ -1,4 +1,4 @@
-"""Whether the student gets the batch as the data loader returned it.
+"""Check that the student gets the batch as the data loader returned it.
 
 The teacher's outputs in a cache are those for the samples of the dataset. Augmentation in ``training_step`` or in a
 batch-transfer hook (mixup, random flips, normalization) would silently pair them with other inputs.
@@ -7,7 +7,7 @@ batch-transfer hook (mixup, random flips, normalization) would silently pair the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -58,14 +58,14 @@ class BatchInputs:
         self._allow = allow
         self._known: list[_Known] = []
         self._named: dict[str, int] = {}
-        self._first: int | None = None  # place of the first call's first tensor
-        self._regions: dict[int, _Region] = {}  # kept over the whole fit
-        self._pending: list[tuple[Any, Tensor, Tensor]] = []
+        self._slots: dict[Any, int] = {}  # place of the tensor that an argument of the calls so far was given
+        self._slices: dict[int, tuple[_Region, tuple[int, ...]]] = {}  # kept over the whole fit
+        self._pending: list[tuple[Callable[[], bool | None], torch.Size]] = []
         self._compared = 0
 
     def clear(self) -> None:
         """Let the batch go."""
-        self._known, self._named, self._first = [], {}, None
+        self._known, self._named, self._slots = [], {}, {}
 
     def remember(self, batch: Any) -> None:
         """Add a batch as the data loader returned it, perhaps in another precision."""
@@ -123,19 +123,16 @@ class BatchInputs:
         tensors = list(_tensors((args, kwargs)))
         if not tensors:
             return
+        entries = [entry for level in (kwargs, *args) if isinstance(level, Mapping) for entry in level.items()]
         place = self._check(tensors[0])
-        if place is not None:
-            if self._first is not None and self._first != place:
-                raise CacheError(
-                    "Expected every call of the student in a step to be given the same tensor of the batch where the"
-                    " teacher is a cache, since it holds one answer for each item, but got several. Call the student on"
-                    " one of them, or run the other calls under torch.no_grad()."
-                )
-            self._first = place
-        named = [
-            (name, value) for level in (kwargs, *args) if isinstance(level, Mapping) for name, value in level.items()
-        ]
-        for name, value in named:
+        slot = next((name for name, value in entries if value is tensors[0]), None)
+        if place is not None and self._slots.setdefault(slot, place) != place:
+            raise CacheError(
+                "Expected every call of the student in a step to be given the same tensor of the batch where the"
+                " teacher is a cache, since it holds one answer for each item, but got several. Call the student on"
+                " one of them, or run the other calls under torch.no_grad()."
+            )
+        for name, value in entries:
             if name in self._named and isinstance(value, Tensor) and value is not tensors[0]:
                 self._check(value, self._named[name])
         passed = {known.place for known in self._known for tensor in tensors if _shares(tensor, known.tensor)}
@@ -163,8 +160,8 @@ class BatchInputs:
         for entry in known:
             if _shares(tensor, entry.tensor):
                 if _version(entry.tensor) != entry.version:
-                    raise _changed(tensor, "changed in place")
-                self._check_region(entry, tensor)
+                    raise _changed(tensor.shape, "changed in place")
+                self._check_slice(entry, tensor)
                 return entry.place
         candidates = [
             (entry, candidate)
@@ -173,54 +170,65 @@ class BatchInputs:
             for candidate in _candidates(entry.tensor, tensor.shape)
         ]
         if not candidates:
-            raise _changed(tensor)
-        if tensor.device.type == "cpu":
+            raise _changed(tensor.shape)
+        if _on_host(tensor):
             for entry, candidate in candidates:
                 if not bool(_differs(candidate, tensor)):
                     return entry.place
-            raise _changed(tensor)
+            raise _changed(tensor.shape)
         self._compare_on_device(tensor, [candidate for _, candidate in candidates])
         return None
 
-    def _check_region(self, entry: _Known, view: Tensor) -> None:
-        """Raise if the student gets another slice of the batch than before: a random crop is a view too."""
-        if view.numel() == entry.tensor.numel():
-            return
-        region = _region(view, entry.tensor)
-        before = self._regions.setdefault(entry.place, region)
-        pairs = zip(region, before, strict=False)
-        if len(region) != len(before) or not all(a[0] == b[0] or a[1] == b[1] for a, b in pairs):
-            raise _changed(view, "another slice of the batch than in the calls before (a random crop?)")
+    def _check_slice(self, entry: _Known, view: Tensor) -> None:
+        """Raise if the student gets another view of the batch than before: random crops and transposes are views."""
+        order = tuple(sorted((axis for axis, size in enumerate(view.shape) if size > 1), key=view.stride))
+        region = _region(view, entry.tensor) if view.numel() != entry.tensor.numel() else ()
+        region_before, order_before = self._slices.setdefault(entry.place, (region, order))
+        same = all(new[0] == old[0] or new[1] == old[1] for new, old in zip(region, region_before, strict=False))
+        if not same or (len(order) == len(order_before) and order != order_before):
+            raise _changed(view.shape, "another view of the batch than in the calls before (a random crop?)")
 
     def _compare_on_device(self, tensor: Tensor, candidates: list[Tensor]) -> None:
         self._compared += 1
         differs = torch.stack([_differs(candidate, tensor, self._compared) for candidate in candidates]).all()
-        if self._compared <= _AT_ONCE:
-            if bool(differs):
-                raise _changed(tensor)
-            return
-        event = torch.Event(tensor.device)
-        host = torch.empty((), dtype=torch.bool, pin_memory=tensor.device.type == "cuda")
-        host.copy_(differs, non_blocking=True)
-        event.record()
-        self._pending.append((event, host, differs))
+        if self._compared > _AT_ONCE:
+            self._pending.append((_later(differs), tensor.shape))
+        elif bool(differs):
+            raise _changed(tensor.shape)
 
     def _look_back(self) -> None:
         """Raise if an earlier comparison has found a change; those under way are left alone."""
-        while self._pending and self._pending[0][0].query():
-            _, differs, on_device = self._pending.pop(0)
-            if bool(differs):
-                raise _changed(on_device, "changed in one of the last steps")
+        while self._pending:
+            arrived, shape = self._pending[0]
+            differs = arrived()
+            if differs is None:
+                return
+            del self._pending[0]
+            if differs:
+                raise _changed(shape, "changed in one of the last steps")
 
 
-def _changed(tensor: Tensor, how: str = "changed") -> CacheError:
-    shape = f" of shape {tuple(tensor.shape)}" if tensor.ndim else ""
+def _on_host(tensor: Tensor) -> bool:
+    """Whether reading a number of a tensor waits for nothing."""
+    return tensor.device.type == "cpu"
+
+
+def _later(differs: Tensor) -> Callable[[], bool | None]:
+    """Fetch a truth value from a device: call the result to get it, or None while it is on its way."""
+    host = torch.empty((), dtype=torch.bool, pin_memory=differs.device.type == "cuda")
+    host.copy_(differs, non_blocking=True)
+    event = torch.Event(differs.device)
+    event.record()
+    return lambda: bool(host) if event.query() else None
+
+
+def _changed(shape: torch.Size, how: str = "changed") -> CacheError:
     return CacheError(
-        f"Expected the student to be called with the batch as the data loader returned it, since the cache holds the"
-        f" teacher's outputs for that, but got a tensor{shape} that is {how}: by `training_step`, by a callback, or by a"
-        " batch-transfer hook. Move the augmentation into the dataset (TeacherCache.build(..., transform_seed=0) makes it"
-        " repeatable), use the live teacher, or pass TeacherCache.open(path, allow_changed_inputs=True) if the teacher's"
-        " outputs are right even so."
+        "Expected the student to be called with the batch as the data loader returned it, since the cache holds the"
+        f" teacher's outputs for that, but got a tensor of shape {tuple(shape)} that is {how}: by `training_step`, by a"
+        " callback, or by a batch-transfer hook. Move the augmentation into the dataset, where TeacherCache.build(...,"
+        " transform_seed=0) makes it repeatable; or use the live teacher; or pass TeacherCache.open(path,"
+        " allow_changed_inputs=True) if the teacher's outputs are right even so."
     )
 
 
@@ -288,11 +296,9 @@ def _candidates(whole: Tensor, shape: torch.Size) -> Iterator[Tensor]:
     if whole.shape == shape:
         yield whole
     elif whole.numel() == shape.numel():
-        yield whole.reshape(shape)
-        for order in itertools.permutations(range(1, whole.ndim)) if whole.ndim <= 5 else ():
-            permuted = whole.permute(0, *order)
-            if permuted.shape == shape and order != tuple(range(1, whole.ndim)):
-                yield permuted
+        orders = itertools.permutations(range(1, whole.ndim)) if whole.ndim <= 5 else [range(1, whole.ndim)]
+        for order in orders:  # such as channels first to channels last
+            yield (whole.permute(0, *order) if whole.ndim else whole).reshape(shape)
     elif whole.ndim == len(shape) and all(part <= size for part, size in zip(shape, whole.shape, strict=True)):
         yield whole[tuple(slice(0, part) for part in shape)]
         yield whole[tuple(slice(size - part, size) for part, size in zip(shape, whole.shape, strict=True))]

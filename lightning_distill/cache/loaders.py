@@ -141,7 +141,7 @@ class NumberedDataset:
     def __reduce__(self) -> Any:
         return NumberedDataset, (self._inner, *self._numbering)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         """The class of the user's dataset, for ``isinstance`` in a worker."""
         return type(self._inner)

@@ -125,8 +125,8 @@ class CachedTeacher(nn.Module):
         moved = {name: tensor.to(first.device, non_blocking=True) for name, tensor in answers.items() if name != "rows"}
         output, top_k = moved.get("output"), None
         if "output.indices" in moved:
-            kept = (moved[f"output.{part}"] for part in ("indices", "logs", "tail"))
-            top_k = TopK(*kept, self.cache.manifest.arrays["output"]["shape"][-1])
+            classes = self.cache.manifest.arrays["output"]["shape"][-1]
+            top_k = TopK(moved["output.indices"], moved["output.logs"], moved["output.tail"], classes)
         channels_last = self.cache.manifest.data["kind"] == "keras"  # feature maps are (N, H, W, C) there
         features = {
             place: (moved[name].movedim(-1, 1) if channels_last and moved[name].ndim == 4 else moved[name]).float()

@@ -47,7 +47,7 @@ class CachedLoaders:
 
     def __init__(self, trainer: Trainer, cache: TeacherCache, *, epoch: Callable[[], int] | None = None) -> None:
         module: Any = trainer.lightning_module
-        if module is not None and "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
             raise MisconfigurationException(
                 "Expected `training_step` to take a batch where the teacher is a cache, but it takes `dataloader_iter`."
                 " Take the batch."
@@ -106,6 +106,9 @@ class CachedLoaders:
             elif self._others:
                 raise self._fits_none()
         finally:
+            for key, twin in self._fresh.items():
+                if self._twins.get(key) is not twin:  # the set-up has failed
+                    dispose(twin)
             self._fresh = None
 
     def _process(self, process: Callable[[Any], Any], loader: Any) -> Any:
@@ -136,28 +139,27 @@ class CachedLoaders:
         if not self._trainer.training:
             return convert(batch)
         # at the next batch and not after a step: LBFGS takes several steps on one
-        self.answers = None
         self._inputs.clear()
-        batch = self._without_answers(batch)
+        batch, self.answers = self._separated(batch)
         converted = convert(batch)
         if self.answers is not None:
             self._inputs.remember(batch)
             self._inputs.remember(converted)
         return converted
 
-    def _without_answers(self, batch: Any) -> Any:
+    def _separated(self, batch: Any) -> tuple[Any, dict[str, Tensor] | None]:
+        """A batch as the user's code gets it, and the teacher's outputs for it."""
         if isinstance(batch, CachedBatch):
-            self.answers = batch.answers
-            return batch.batch
-        combined = self._trainer.fit_loop._combined_loader
-        if isinstance(batch, (dict, list, tuple)) and isinstance(combined, CombinedLoader):
-            spec = pytree.tree_flatten(combined.iterables)[1]  # a batch of each loader, at the loader's place
-            if spec.num_leaves and not isinstance(combined.iterables, DataLoader):
-                parts = spec.flatten_up_to(batch)
-                if any(isinstance(part, CachedBatch) for part in parts):
-                    plain = [self._without_answers(part) if isinstance(part, CachedBatch) else part for part in parts]
-                    return pytree.tree_unflatten(plain, spec)
-        return batch
+            return batch.batch, batch.answers
+        loaders = getattr(self._trainer.fit_loop._combined_loader, "iterables", None)
+        if isinstance(loaders, (dict, list, tuple)) and isinstance(batch, (dict, list, tuple)):
+            spec = pytree.tree_flatten(loaders)[1]  # the batch has a batch of each loader, at the loader's place
+            parts = spec.flatten_up_to(batch)
+            cached = [part for part in parts if isinstance(part, CachedBatch)]  # one at most
+            if cached:
+                plain = [part.batch if isinstance(part, CachedBatch) else part for part in parts]
+                return pytree.tree_unflatten(plain, spec), cached[0].answers
+        return batch, None
 
     def _transfer(self, transfer: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         moved = transfer(batch, *args, **kwargs)
