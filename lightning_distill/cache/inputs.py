@@ -16,13 +16,15 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from distill_core.store import CacheError
 from lightning_distill.labels import LABEL_NAMES
 
 _AT_ONCE = 8  # comparisons on a GPU that are waited for, so that most faults end a run before its first steps
 _SAMPLED = 2**14  # numbers that are compared where the loader's tensor is not on the device
-_DEPTH = 6  # how deep tensors are looked for in a batch object's attributes
+_LOOKED_AT = 2000  # objects among which a batch's tensors are looked for
+_PLAIN = (str, bytes, int, float, type(None))
 _HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
 
 _Region = tuple[tuple[int, int], ...]  # for each dimension, what a slice leaves out before and after it
@@ -90,7 +92,7 @@ class BatchInputs:
         owners = [owner for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]  # type: ignore[attr-defined]
         if any(is_overridden(hook, owner) for hook in _HOOKS for owner in owners):
             return
-        before, after = list(_tensors(batch)), list(_tensors(moved))
+        before, after = _tensors(batch), _tensors(moved)
         if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
             return
         places = {id(known.tensor): known for known in self._known}
@@ -120,7 +122,7 @@ class BatchInputs:
         if self._allow or not self._known:
             return
         self._look_back()
-        tensors = list(_tensors((args, kwargs)))
+        tensors = _tensors((args, kwargs))
         if not tensors:
             return
         entries = [entry for level in (kwargs, *args) if isinstance(level, Mapping) for entry in level.items()]
@@ -232,27 +234,40 @@ def _changed(shape: torch.Size, how: str = "changed") -> CacheError:
     )
 
 
-def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+def _tensors(batch: Any) -> list[Tensor]:
     """The tensors and arrays in a batch, in order: in containers, dataclasses, and attributes of batch objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, np.ndarray):
-        if value.dtype.kind in "biufc":
-            yield torch.as_tensor(value)
-    elif isinstance(value, (str, bytes, int, float, type(None))) or not depth:
-        return
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry, depth - 1)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry, depth - 1)
-    elif is_dataclass(value):
-        for entry in fields(value):
-            yield from _tensors(getattr(value, entry.name), depth - 1)
-    elif not isinstance(value, torch.nn.Module):
-        for entry in getattr(value, "__dict__", {}).values():
-            yield from _tensors(entry, depth - 1)
+    tensors: list[Tensor] = []
+    waiting, seen = [batch], set[int]()
+    while waiting and len(seen) < _LOOKED_AT:  # not recursive: this runs in every step
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            continue
+        if isinstance(value, _PLAIN) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        entries: Any = ()
+        if isinstance(value, np.ndarray):
+            tensors += _as_tensor(value)
+        elif isinstance(value, Mapping):
+            entries = value.values()
+        elif isinstance(value, (list, tuple)):
+            entries = () if value and isinstance(value[0], _PLAIN) and isinstance(value[-1], _PLAIN) else value
+        elif is_dataclass(value):
+            entries = [getattr(value, entry.name) for entry in fields(value)]
+        elif not isinstance(value, (torch.nn.Module, Dataset)):
+            entries = getattr(value, "__dict__", {}).values()
+        waiting += reversed([*entries])
+    return tensors
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> list[Tensor]:
+    """An array as a tensor, of the same memory where torch allows that; none for arrays of strings or objects."""
+    try:
+        plain = array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
+        return [torch.from_numpy(plain)]
+    except TypeError:
+        return []
 
 
 def _version(tensor: Tensor) -> int:
