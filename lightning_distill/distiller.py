@@ -170,7 +170,8 @@ class Distiller:
         if self._counts and self._step.scheduler:
             self._step.scheduler.advance(Progress(self._count))
             self._count += 1
-        return self._step.total(task_loss, batch)
+        batch, stored = self._step.source.unpack(batch)
+        return self._step.total(task_loss, batch, Given(stored=stored))
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set what schedules determine, before a step; not needed for schedules over the calls of :meth:`total`.
@@ -204,7 +205,8 @@ class Distiller:
         Raises:
             ValueError: As :meth:`total`.
         """
-        return self._step.loss(batch, Given(calls))
+        batch, stored = self._step.source.unpack(batch)
+        return self._step.loss(batch, Given(calls, stored=stored))
 
     def agree(self, batch: Any = None) -> list[tuple[Tensor, Tensor]]:
         """The logits of both sides for each call recorded since the last loss.

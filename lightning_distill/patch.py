@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_MISSING: Any = object()
+MISSING: Any = object()
 
 
 class MethodPatch:
@@ -33,7 +33,7 @@ class MethodPatch:
     def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         self._owner, self._name = owner, name
         self._around: Callable[..., Any] | None = around
-        self._below, self._original = owner.__dict__.get(name, _MISSING), getattr(owner, name)
+        self._below, self._original = owner.__dict__.get(name, MISSING), getattr(owner, name)
         owner.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ class MethodPatch:
 
 def put_attribute(owner: Any, name: str, value: Any) -> None:
     """Set an instance attribute past ``__setattr__``, or remove it where the value says that there was none."""
-    if value is _MISSING:
+    if value is MISSING:
         owner.__dict__.pop(name, None)
     else:
         owner.__dict__[name] = value
@@ -76,7 +76,7 @@ def patch_step(strategy: Any, name: str, around: Callable[..., Any]) -> MethodPa
 
     def strategy_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         module = strategy.lightning_module
-        before = module.__dict__.get(name, _MISSING)  # another wrapper, torch.compile's method, another callback's
+        before = module.__dict__.get(name, MISSING)  # another wrapper, torch.compile's method, another callback's
 
         def once(*step_args: Any, **step_kwargs: Any) -> Any:
             put_attribute(module, name, before)  # before any code of the user runs

@@ -17,6 +17,9 @@ from torch.optim import Optimizer
 from lightning_distill import compat
 from lightning_distill.adapters.follower import bare
 from lightning_distill.adapters.learned import LearnedParts
+from lightning_distill.cache import TeacherCache
+from lightning_distill.cache.teacher import Stored
+from lightning_distill.cache.training import CachedLoaders
 from lightning_distill.measures import LoaderMeasures, Means
 from lightning_distill.patch import MethodPatch, patch_step
 from lightning_distill.progress import fraction_done
@@ -55,6 +58,7 @@ class Run:
     ) -> None:
         self.callback, self.trainer, self.module = callback, trainer, module
         self._patches: list[Any] = []
+        self._loaders: CachedLoaders | None = None
         terms = callback.terms
         self.learned = LearnedParts(terms, callback.adapter_optimizer)
         self.learned.allowed = not compat.has_strategy(trainer, "DeepSpeedStrategy")
@@ -113,6 +117,8 @@ class Run:
                 patch_step(trainer.strategy, "training_step", self.training_step),
                 MethodPatch(*compat.after_closure(trainer), self._before_optimizer_step),
             ]
+            if self.step.source.stored:
+                self._loaders = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
         scored = any(term.compares_class_scores for term in callback.terms)
         wanted = scored if callback.validate is None else callback.validate
         if wanted and self.step.source.live and compat.overrides(self.module, "validation_step"):
@@ -124,6 +130,9 @@ class Run:
         for patch in self._patches:
             patch.undo()
         self._patches = []
+        if self._loaders is not None:
+            self._loaders.close()
+            self._loaders = None
         self.learned.unfollow()
         self.step.release()
         self.step.source.release()
@@ -169,7 +178,8 @@ class Run:
         return self.step.total(output, self._batch, self._given())
 
     def _given(self, calls: int | slice | None = None) -> Given:
-        return Given(calls)
+        stored = None if self._loaders is None else Stored(self._loaders.answers, self._loaders.check_unchanged)
+        return Given(calls, stored=stored)
 
     def loss(self, calls: int | slice | None) -> Tensor:
         """The weighted distillation loss of the student's calls so far in this step.

@@ -19,7 +19,7 @@ from lightning_distill.cache.data import (
     AttachedDataset,
     IndexedBatch,
     IndexedCollate,
-    changes_between_reads,
+    check_repeatable,
     data_fingerprint,
 )
 from lightning_distill.recording import LABEL_NAMES, Call, Recorder, Recording, Tap, map_tensors, select
@@ -77,13 +77,7 @@ class Builder:
         self.attached = AttachedDataset(dataset, len(dataset), transform_seed)
         self._workers = num_workers
         self._collate = IndexedCollate(collate_fn or torch.utils.data.default_collate)
-        stale = changes_between_reads(dataset, transform_seed)
-        if stale and not allow_stale_augmentation:
-            raise CacheError(
-                "Expected the data to give the same items whenever they are read, but some change: the student would"
-                " not be shown what the teacher was. Pass transform_seed=0, which makes the augmentation of each item"
-                " repeatable, and views=... for several of them, or allow_stale_augmentation=True."
-            )
+        stale = check_repeatable(dataset, transform_seed, allow_stale_augmentation)
         if views > 1 and transform_seed is None:
             raise CacheError(f"Expected `transform_seed` to be given with views={views}, but got None. Pass a number.")
         self.frozen = Hold(teacher)

@@ -1,19 +1,23 @@
-"""Data whose items say which row of a cache is theirs."""
+"""Data sets that a cache belongs to, and which of its rows belongs to each sample."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
+from distill_core.codecs import Array
 from distill_core.store import CacheError, Manifest, fingerprint
 
-_PROBES = 8
+Rows = Sequence[int] | Array
+
+_PROBES, _PAIRS, _SECONDS = 8, 256, 5.0
 
 
 class IndexedBatch(NamedTuple):
@@ -29,31 +33,32 @@ class IndexedBatch(NamedTuple):
 
 
 class AttachedDataset(Dataset[Any]):
-    """A map-style data set that gives each item with its row in a cache.
+    """A map-style data set that returns each sample with its row in a cache.
 
-    Item ``view * len(dataset) + index`` is item ``index`` as augmented for that view: the random state of torch, NumPy
-    and ``random`` is seeded for it, and put back.
+    Entry ``view * len(dataset) + index`` is sample ``index`` as augmented for that view: the random state of torch,
+    NumPy and ``random`` is seeded for it, and restored.
 
     Args:
-        dataset: The data, as they were for the cache, or a Subset of them.
-        length: Number of items in the cache.
+        dataset: The data.
+        length: Number of samples in the cache.
         transform_seed: What the views are seeded with; None seeds nothing.
+        rows: Row of each sample in the cache's first view, from :func:`find_rows`; None numbers them from 0.
     """
 
-    def __init__(self, dataset: Any, length: int, transform_seed: int | None) -> None:
+    def __init__(self, dataset: Any, length: int, transform_seed: int | None, rows: Rows | None = None) -> None:
         self.dataset, self.length, self.transform_seed = dataset, length, transform_seed
-        self._indices = _base_indices(dataset)
+        self._rows = range(len(dataset)) if rows is None else rows
 
     def __len__(self) -> int:
-        """Number of items of one view."""
+        """Number of samples of one view."""
         return len(self.dataset)
 
     def __getitem__(self, code: int) -> IndexedBatch:
-        """An item and its row."""
+        """A sample and its row."""
         view, index = divmod(int(code), len(self.dataset))
-        base = index if self._indices is None else self._indices[index]
-        with seeded(self.transform_seed, view, base):
-            return IndexedBatch(self.dataset[index], view * self.length + base)
+        row = int(self._rows[index])
+        with seeded(self.transform_seed, view, row):
+            return IndexedBatch(self.dataset[index], view * self.length + row)
 
 
 @contextmanager
@@ -90,64 +95,6 @@ class IndexedCollate:
         return IndexedBatch(self.collate([item.batch for item in items]), torch.tensor([item.rows for item in items]))
 
 
-class ViewSampler:
-    """A batch sampler that asks for another view in each epoch.
-
-    Args:
-        sampler: The data loader's own batch sampler.
-        length: Number of items in the data.
-        views: How many views there are.
-        epoch: Gives the epoch.
-    """
-
-    def __init__(self, sampler: Any, length: int, views: int, epoch: Callable[[], int]) -> None:
-        self.batches, self._length, self._views, self._epoch = sampler, length, views, epoch
-        self.sampler = getattr(sampler, "sampler", None)  # whose epoch Lightning sets
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Batches of items of this epoch's view."""
-        start = self._length * (self._epoch() % self._views)
-        for batch in self.batches:
-            yield [start + index for index in batch]
-
-
-def index_loader(
-    loader: DataLoader[Any], attached: AttachedDataset, views: int, epoch: Callable[[], int]
-) -> Callable[[], None]:
-    """Let a data loader give :class:`IndexedBatch`.
-
-    Args:
-        loader: The loader; changed in place, past its own protection of what must not change while it is in use.
-        attached: Its data with rows.
-        views: How many views there are.
-        epoch: Gives the epoch.
-
-    Returns:
-        What undoes it.
-
-    Raises:
-        CacheError: If the loader does not collate batches of single items.
-    """
-    if loader.batch_sampler is None:
-        raise CacheError("Expected a data loader that makes batches, but got batch_size=None. Give it a batch size.")
-    new = {"dataset": attached, "collate_fn": IndexedCollate(loader.collate_fn)}
-    if views > 1:
-        new["batch_sampler"] = ViewSampler(loader.batch_sampler, len(attached), views, epoch)
-    old = {name: getattr(loader, name) for name in new}
-    for name, value in new.items():
-        object.__setattr__(loader, name, value)
-
-    def undo() -> None:
-        for name, value in old.items():
-            object.__setattr__(loader, name, value)
-
-    return undo
-
-
 def data_fingerprint(dataset: Any, transform_seed: int | None, stale: bool) -> str:
     """A digest of some items.
 
@@ -159,63 +106,161 @@ def data_fingerprint(dataset: Any, transform_seed: int | None, stale: bool) -> s
     Returns:
         32 hexadecimal digits.
     """
-    return fingerprint([str(len(dataset)), *([] if stale else _leaves(_probes(dataset, transform_seed, None)))])
+    return fingerprint([str(len(dataset)), *([] if stale else _leaves(_probes(dataset, transform_seed)))])
 
 
 def changes_between_reads(dataset: Any, transform_seed: int | None) -> bool:
-    """Whether some items differ when they are read twice."""
-    first, second = (_probes(dataset, transform_seed, other) for other in (0, 1))
-    return fingerprint(_leaves(first)) != fingerprint(_leaves(second))
+    """Whether some samples differ when they are read twice.
+
+    A transform that acts rarely would slip through a few reads, so that up to 256 samples are read twice, for at most
+    some seconds: one that changes 2 % of the samples is missed once in 30,000 times.
+    """
+    started, length = time.monotonic(), len(dataset)
+    for round_ in range(_PAIRS):
+        # spread over the data; a small data set is read several times
+        index = (round_ * max(length // _PAIRS, 1)) % length if length else 0
+        digests = []
+        for again in (0, 1):
+            with seeded(2 * round_ + again if transform_seed is None else transform_seed, 0, index):
+                digests.append(fingerprint(_leaves(dataset[index])))
+        if digests[0] != digests[1]:
+            return True
+        if round_ + 1 >= _PROBES and time.monotonic() - started > _SECONDS:
+            break
+    return False
 
 
-def check_data(dataset: Any, manifest: Manifest) -> None:
-    """Raise if data are not those that a cache was built from.
+def check_repeatable(dataset: Any, transform_seed: int | None, allow: bool) -> bool:
+    """Check that samples stay the same between reads.
+
+    Args:
+        dataset: The whole data.
+        transform_seed: What the views are seeded with.
+        allow: Whether samples that change are accepted.
+
+    Returns:
+        Whether they change.
 
     Raises:
-        CacheError: If so.
+        CacheError: If they do and may not.
     """
-    whole = dataset
+    changes = changes_between_reads(dataset, transform_seed)
+    if changes and not allow:
+        remedy = (
+            "Pass transform_seed=0, which makes the augmentation of each item repeatable, and views=... for several of"
+            " them,"
+            if transform_seed is None
+            else f"transform_seed={transform_seed} seeds the global generators of torch, NumPy and Python, so the"
+            " transform has a generator of its own: let it draw from a global one,"
+        )
+        raise CacheError(
+            "Expected the data to give the same items whenever they are read, but some change: the student would not be"
+            f" shown what the teacher was. {remedy} or allow_stale_augmentation=True."
+        )
+    return changes
+
+
+def find_rows(dataset: Any, manifest: Manifest) -> Rows | None:
+    """The row of each sample in the cache's first view.
+
+    The cached data may be the dataset itself, or lie anywhere below: within Subsets (also those of ``random_split``)
+    and ConcatDatasets of parts of it. A cache that was built from one part of ``random_split`` fits that part.
+
+    Args:
+        dataset: The data.
+        manifest: What the cache holds.
+
+    Returns:
+        The rows, or None if the cache is of other data.
+
+    Raises:
+        CacheError: If it cannot be told which of two data sets was cached.
+    """
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        return None
+    inner: Rows | None = None
+    if isinstance(dataset, Subset) and (len(dataset) != manifest.length or not _is_exact(manifest)):
+        inner = _of_subset(dataset, manifest)
+    if len(dataset) == manifest.length and _is_cached(dataset, manifest):
+        rows = range(manifest.length)
+        # by their number alone, a shuffled Subset of all samples looks like the data themselves
+        if inner is not None and not np.array_equal(inner, rows):
+            raise CacheError(
+                "Expected the data set that the cache was built from, but got a Subset of all its items in another"
+                " order, which cannot be told from it: this cache knows no more than their number. Pass the data set"
+                " itself, and shuffle in the data loader."
+            )
+        return rows
+    if isinstance(dataset, Subset):
+        return _of_subset(dataset, manifest) if inner is None else inner
+    if isinstance(dataset, ConcatDataset):
+        parts = [find_rows(part, manifest) for part in dataset.datasets]
+        if all(part is not None for part in parts):
+            return np.concatenate([np.asarray(part) for part in parts])
+    return None
+
+
+def check_data(dataset: Any, manifest: Manifest) -> Rows:
+    """The row of each sample in the cache's first view, as :func:`find_rows`.
+
+    Raises:
+        CacheError: If the data are not those that the cache was built from.
+    """
+    rows = find_rows(dataset, manifest)
+    if rows is not None:
+        return rows
+    levels, whole = [dataset], dataset
     while isinstance(whole, Subset):
         whole = whole.dataset
-    if not isinstance(whole, Sized):
-        raise CacheError(f"Expected a map-style data set with a length, but got {type(whole).__name__}.")
-    if len(whole) != manifest.length:
+        levels.append(whole)
+    if isinstance(whole, IterableDataset) or not isinstance(whole, Sized):
+        raise CacheError(
+            f"Expected a map-style data set with a length, but got {type(whole).__name__}: a stream does not tell which"
+            " item is which. Wrap it in a Dataset with __len__ and __getitem__."
+        )
+    lengths = [len(level) for level in levels]
+    if manifest.length not in lengths:
         raise CacheError(
             f"Expected the data to have the {manifest.length} items that the cache was built from, but got"
-            f" {len(whole)}. Pass the whole data set, or a Subset of it."
+            f" {', a part of '.join(map(str, lengths))}. Pass the whole data set, or a Subset of it."
         )
-    if manifest.data["kind"] != "torch":
-        if manifest.data["transform_seed"] is not None:
-            raise CacheError(
-                "Expected a cache of plain items or one that was built in PyTorch, but Keras has augmented what the"
-                " teacher was shown. Build it in PyTorch."
-            )
-        return  # the other half has seen arrays, and not these items
-    stale = bool(manifest.data["stale"])
-    if data_fingerprint(whole, manifest.data["transform_seed"], stale) != manifest.data["fingerprint"]:
+    raise CacheError(
+        "Expected the data to be those that the cache was built from, but some items differ. Build a cache for"
+        " these data and this transform."
+    )
+
+
+def _is_exact(manifest: Manifest) -> bool:
+    """Whether the cache knows its samples, and not only their number."""
+    return manifest.data["kind"] == "torch" and not manifest.data["stale"]
+
+
+def _is_cached(dataset: Any, manifest: Manifest) -> bool:
+    """Whether a data set of the right length is the one that was cached."""
+    if manifest.data["kind"] == "torch":
+        seed, stale = manifest.data["transform_seed"], bool(manifest.data["stale"])
+        return bool(data_fingerprint(dataset, seed, stale) == manifest.data["fingerprint"])
+    if manifest.data["transform_seed"] is not None:
         raise CacheError(
-            "Expected the data to be those that the cache was built from, but some items differ. Build a cache for"
-            " these data and this transform."
+            "Expected a cache of plain items or one that was built in PyTorch, but Keras has augmented what the"
+            " teacher was shown. Build it in PyTorch."
         )
+    return True  # the other half has seen arrays, and not these samples
 
 
-def _base_indices(dataset: Any) -> Sequence[int] | None:
-    """Where the items of a Subset are in the whole data."""
-    if not isinstance(dataset, Subset):
-        return None
-    inner = _base_indices(dataset.dataset)
-    return dataset.indices if inner is None else [inner[index] for index in dataset.indices]
+def _of_subset(dataset: Subset[Any], manifest: Manifest) -> Rows | None:
+    inner = find_rows(dataset.dataset, manifest)
+    return None if inner is None else np.asarray(inner)[np.asarray(dataset.indices, dtype="int64")]
 
 
-def _probes(dataset: Any, transform_seed: int | None, other: int | None) -> list[Any]:
-    """Some items, spread over the data; ``other`` tells several reads apart where no seed does."""
+def _probes(dataset: Any, transform_seed: int | None) -> list[Any]:
+    """Some samples, spread over the data."""
     length = len(dataset)
-    indices = sorted({round(one * (length - 1) / max(_PROBES - 1, 1)) for one in range(_PROBES)})
-    items = []
-    for index in indices:
-        with seeded(other if transform_seed is None else transform_seed, 0, index):
-            items.append(dataset[index])
-    return items
+    samples = []
+    for index in sorted({round(probe * (length - 1) / max(_PROBES - 1, 1)) for probe in range(_PROBES)}):
+        with seeded(transform_seed, 0, index):
+            samples.append(dataset[index])
+    return samples
 
 
 def _leaves(value: Any) -> Iterable[Any]:

@@ -2,101 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_core.store import CacheError, Reader
+from distill_core.store import CacheError
+from lightning_distill.cache.data import IndexedBatch
+from lightning_distill.cache.loaders import read_answers
 from lightning_distill.functional.top_k import TopK
-from lightning_distill.recording import Call, Tap
+from lightning_distill.recording import Call, Tap, first_tensor
+
+if TYPE_CHECKING:
+    from lightning_distill.cache import TeacherCache
 
 
-@dataclass(eq=False)
-class CachedCall(Call):
-    """A teacher's call that was made long ago.
+class Stored(NamedTuple):
+    """The teacher's outputs for the examples of a batch.
 
     Attributes:
-        cached: Features by layer and side.
-        top_k: The likeliest classes, where the cache holds only those.
+        answers: The outputs as CPU tensors, from :func:`read_answers`; ``None`` if the batch carried none.
+        check: Checks that a call of the student got the inputs that the teacher has seen; ``None`` checks nothing.
     """
 
-    cached: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    top_k: TopK | None = None
-
-    def feature(self, tap: Tap) -> Tensor:
-        """The cached feature at a tap."""
-        return self.cached[tap.layer, tap.where]
+    answers: Mapping[str, Tensor] | None
+    check: Callable[[Call], None] | None = None
 
 
-class CachedTeacher(nn.Module):
-    """What stands in for a teacher whose outputs are on disk.
+class CachedTeacher:
+    """The source of answers that are on disk; they come with the batch, and nothing of a step is kept.
 
     Args:
-        reader: Reads them.
-
-    Attributes:
-        rows: Rows of the batch that the student is shown, shape ``(N,)``; set before each step.
+        cache: The cache.
     """
 
-    def __init__(self, reader: Reader) -> None:
-        super().__init__()
-        self.reader = reader
-        self.rows: Tensor | None = None
-        self.layers = {tuple(place.split("|", 1)): name for name, place in reader.manifest.layers.items()}
+    count, live, stored = 1, False, True
 
-    def check(self, taps: Iterable[Tap], needs_output: bool) -> None:
-        """Raise if the cache lacks what is read.
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+        self.layers = {tuple(place.split("|", 1)): name for name, place in cache.manifest.layers.items()}
+
+    def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
+        """Raise if the cache lacks what the terms read.
 
         Args:
-            taps: The layers that terms read.
-            needs_output: Whether a term reads the output.
+            terms: Pairs of the argument that named a layer, and the tap.
+            reader: Name of a term that reads the output; ``None`` where no term does.
 
         Raises:
-            CacheError: If so; the message says what there is.
+            CacheError: If so; the message says what the cache holds.
         """
-        for tap in taps:
+        for _, tap in terms:
             if (tap.layer, tap.where) not in self.layers:
-                there = [layer for layer, _ in self.layers] or "no layers"
+                held = [layer for layer, _ in self.layers] or "no layers"
                 raise CacheError(
                     f"Expected the cache to hold the {tap.where} of the teacher's layer {tap.layer!r}, but it holds"
-                    f" {there}. Build it with layers=[{tap.layer!r}]."
+                    f" {held}. Build it with layers=[{tap.layer!r}]."
                 )
-        if needs_output and "output" not in self.reader.manifest.arrays:
+        if reader is not None and "output" not in self.cache.manifest.arrays:
             raise CacheError("Expected the cache to hold the teacher's outputs, but it was built with outputs=False.")
 
-    def answer(self, size: int, device: torch.device, logits: Callable[[Any], Tensor]) -> CachedCall:
-        """The teacher's call for the rows of this step.
+    def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Nothing to hold."""
+
+    def release(self) -> None:
+        """Nothing to give back."""
+
+    def clear(self) -> None:
+        """Nothing to release."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """No network."""
+        return iter(())
+
+    def unpack(self, batch: Any) -> tuple[Any, Stored]:
+        """A batch of ``cache.attach(dataset)`` as the user's code knows it, and the teacher's outputs for it."""
+        if isinstance(batch, IndexedBatch):
+            return batch.batch, Stored(read_answers(self.cache.reader, batch.rows))
+        return batch, Stored(None)
+
+    def answers(self, call: Call, stored: Stored | None = None) -> list[Call]:
+        """The teacher's call for the same examples as a call of the student, on the device of the student's.
 
         Args:
-            size: Number of examples that the student was shown.
-            device: Where the tensors go.
-            logits: From an output to its logits.
-
-        Returns:
-            The call.
+            call: The student's call.
+            stored: The teacher's outputs for the batch.
 
         Raises:
-            CacheError: If no rows were set, or their number differs.
+            CacheError: If there are none or for another number of examples, or if the student's inputs were changed.
         """
-        if self.rows is None or len(self.rows) != size:
-            got = "none" if self.rows is None else f"{len(self.rows)}"
+        first = first_tensor(call.args, call.kwargs, call.output)
+        if stored is None or stored.answers is None:
             raise CacheError(
-                f"Expected one row of the cache for each of the {size} examples that the student was shown, but got"
-                f" {got}. Call the student once with the whole batch."
+                "Expected the batch to carry the teacher's outputs, but it came from elsewhere: from a data loader that"
+                " keeps an iterator of its own or overrides __iter__, or not from the Trainer's training loader. Use a"
+                " plain DataLoader; in a loop of your own pass the batch of `cache.attach(dataset)` to `total`."
             )
-        found = self.reader.read(self.rows.cpu().numpy())
-        output, top_k = found.pop("output", None), None
-        if isinstance(output, tuple):
-            indices, logs, tail = (torch.from_numpy(one).to(device) for one in output)
-            top_k = TopK(indices, logs, tail, self.reader.manifest.arrays["output"]["shape"][-1])
-            output = None
-        elif output is not None:
-            output = torch.from_numpy(output).to(device).float()
-        last = self.reader.manifest.data["kind"] == "keras"  # whose maps have their channels there
-        features = {name: np.moveaxis(one, -1, 1) if last and one.ndim == 4 else one for name, one in found.items()}
-        cached = {place: torch.from_numpy(features[name]).to(device).float() for place, name in self.layers.items()}
-        return CachedCall((), {}, output=output, who="teacher", read_logits=logits, cached=cached, top_k=top_k)  # type: ignore[arg-type]
+        answers = stored.answers
+        size, number = len(first) if first.ndim else 1, len(answers["rows"])
+        if size != number:
+            raise CacheError(
+                f"Expected the student to be called with the {number} examples of the batch, for which the cache holds"
+                f" one answer each, but got {size}. Call the student once with the whole batch, no more and no fewer;"
+                " a collate function must not drop or repeat items."
+            )
+        if stored.check is not None:
+            stored.check(call)
+        moved = {name: tensor.to(first.device, non_blocking=True) for name, tensor in answers.items() if name != "rows"}
+        output, top_k = moved.get("output"), None
+        if "output.indices" in moved:
+            classes = self.cache.manifest.arrays["output"]["shape"][-1]
+            top_k = TopK(moved["output.indices"], moved["output.logs"], moved["output.tail"], classes)
+        channels_last = self.cache.manifest.data["kind"] == "keras"  # feature maps are (N, H, W, C) there
+        features: dict[tuple[str, str], Tensor] = {
+            (place[0], place[1]): (
+                moved[name].movedim(-1, 1) if channels_last and moved[name].ndim == 4 else moved[name]
+            ).float()
+            for place, name in self.layers.items()
+        }
+        output = None if output is None else output.float()
+        return [Call.given(output, features, read_logits=call.read_logits, top_k=top_k)]

@@ -1,71 +1,190 @@
-"""A cache under a Trainer: batches bring their rows, and nobody but the callback sees it."""
+"""Under a Trainer: training batches carry the teacher's outputs, and only the run sees them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Sized
+from typing import TYPE_CHECKING, Any
 
+import torch.utils._pytree as pytree
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from distill_core.store import CacheError
-from lightning_distill.cache.data import AttachedDataset, IndexedBatch, check_data, index_loader
-from lightning_distill.cache.teacher import CachedTeacher
+from lightning_distill.cache.data import AttachedDataset, check_data, find_rows
+from lightning_distill.cache.inputs import BatchInputs
+from lightning_distill.cache.loaders import CachedBatch, dispose, original, with_answers
 from lightning_distill.patch import MethodPatch
 
-
-class LoaderPatch:
-    """The data loaders of a run that give rows too, until it is undone."""
-
-    def __init__(self) -> None:
-        self.undone: list[Callable[[], None]] = []
-
-    def undo(self) -> None:
-        """Make the loaders what they were."""
-        while self.undone:
-            self.undone.pop()()
+if TYPE_CHECKING:
+    from lightning_distill.cache import TeacherCache
+    from lightning_distill.recording import Call
 
 
-def watch_batches(trainer: Trainer, teacher: CachedTeacher) -> list[MethodPatch | LoaderPatch]:
-    """Let the training batches bring their rows, and take those off before any code of the user sees them.
+class CachedLoaders:
+    """The cache's part of one fit: twins in place of training loaders, and the teacher's outputs of the current batch.
+
+    Patches stand on objects of the Trainer only. ``fit_loop.setup_data`` marks that training loaders are being made:
+    validation loaders may be made in the same state of the trainer. ``strategy.process_dataloader``, the last station
+    of every loader before the first ``iter()``, returns the twin. ``precision_plugin.convert_input``, the first station
+    of every batch, takes the teacher's outputs off before any code of the user sees the batch.
 
     Args:
         trainer: The Trainer, before it has loaded its data.
-        teacher: What is told the rows of each batch.
+        cache: The cache.
+        epoch: Returns the epoch, for caches of several views; None is the trainer's.
 
-    Returns:
-        What undoes it.
+    Attributes:
+        answers: The teacher's outputs of the current batch as CPU tensors, from :func:`read_answers`; None if the batch
+            came from elsewhere.
+
+    Raises:
+        MisconfigurationException: If ``training_step`` takes ``dataloader_iter``.
     """
-    loaders = LoaderPatch()
 
-    def process(original: Callable[[Any], Any], dataloader: Any) -> Any:
-        if not (trainer.sanity_checking or trainer.validating):
-            _index(dataloader, teacher, trainer, loaders)
-        return original(dataloader)
+    def __init__(self, trainer: Trainer, cache: TeacherCache, *, epoch: Callable[[], int] | None = None) -> None:
+        module: Any = trainer.lightning_module
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise MisconfigurationException(
+                "Expected `training_step` to take a batch where the teacher is a cache, but it takes `dataloader_iter`."
+                " Take the batch."
+            )
+        self.answers: dict[str, Tensor] | None = None
+        self._trainer, self._cache = trainer, cache
+        self._epoch = epoch or (lambda: trainer.current_epoch)
+        self._inputs = BatchInputs(cache.allow_changed_inputs)
+        self._twins: dict[int, DataLoader[Any]] = {}  # by the id of the loader, which the twin keeps alive
+        self._fresh: dict[int, DataLoader[Any]] | None = None  # only while the fit loop makes its loaders
+        self._others: list[Any] = []
+        self._patches = [
+            MethodPatch(trainer.fit_loop, "setup_data", self._setup_data),
+            MethodPatch(trainer.strategy, "process_dataloader", self._process),
+            MethodPatch(trainer.precision_plugin, "convert_input", self._split),
+            MethodPatch(trainer.strategy, "batch_to_device", self._transfer),
+        ]
 
-    def to_device(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(batch, IndexedBatch):
-            teacher.rows, batch = batch.rows, batch.batch
-        return original(batch, *args, **kwargs)
+    def check_unchanged(self, call: Call) -> None:
+        """Check that a call of the student got its inputs as the data loader returned them.
 
-    strategy = trainer.strategy
-    return [
-        loaders,
-        MethodPatch(strategy, "process_dataloader", process),
-        MethodPatch(strategy, "batch_to_device", to_device),
-    ]
+        Args:
+            call: The student's call.
 
+        Raises:
+            CacheError: If the training step or a batch-transfer hook has changed them, or several calls differ.
+        """
+        if self.answers is not None:
+            self._inputs.check(call.args, call.kwargs)
 
-def _index(loader: Any, teacher: CachedTeacher, trainer: Trainer, loaders: LoaderPatch) -> None:
-    if not isinstance(loader, DataLoader):
-        raise CacheError(
-            f"Expected the training data to be one torch DataLoader where the teacher is a cache, but got"
-            f" {type(loader).__name__}. Return a DataLoader over a map-style data set."
+    def close(self) -> None:
+        """Remove the patches and give the trainer the user's loaders back."""
+        for patch in self._patches:
+            patch.undo()
+        combined = self._trainer.fit_loop._combined_loader
+        if isinstance(combined, CombinedLoader):  # may be the user's own object
+            loaders = [original(loader) for loader in combined.flattened]
+            if any(loader is not used for loader, used in zip(loaders, combined.flattened, strict=True)):
+                combined.flattened = loaders
+        for twin in self._twins.values():
+            dispose(twin)
+        self._twins, self.answers = {}, None
+        self._inputs.clear()
+
+    # The seams -------------------------------------------------------------------------------------------------------
+
+    def _setup_data(self, setup_data: Callable[[], None]) -> None:
+        self._fresh, self._others = {}, []
+        try:
+            setup_data()
+            if self._fresh:
+                for key, twin in self._twins.items():
+                    if key not in self._fresh:  # of a loader before a reload
+                        dispose(twin)
+                self._twins = self._fresh
+            elif self._others:
+                raise self._fits_none()
+        finally:
+            for key, twin in self._fresh.items():
+                if self._twins.get(key) is not twin:  # the set-up has failed
+                    dispose(twin)
+            self._fresh = None
+
+    def _process(self, process: Callable[[Any], Any], loader: Any) -> Any:
+        if self._fresh is None:
+            return process(loader)
+        loader = original(loader)  # the user's own CombinedLoader keeps the twin until a reload
+        if not isinstance(loader, DataLoader):
+            self._others.append(loader)
+            return process(loader)
+        twin = self._twins.get(id(loader))  # the same loader after a reload keeps its workers
+        if twin is None:
+            data = loader.dataset
+            dataset = data.dataset if isinstance(data, AttachedDataset) else data
+            manifest, reader = self._cache.manifest, self._cache.reader
+            if (rows := find_rows(dataset, manifest)) is None:
+                self._others.append(loader)
+                return process(loader)
+            twin = with_answers(loader, dataset, rows, reader, self._epoch, self._cache.allow_changed_inputs)
+        if self._fresh:
+            raise CacheError(
+                "Expected one training DataLoader over the data that the cache was built from, but got several. Pass"
+                " one of them, or a ConcatDataset."
+            )
+        self._fresh[id(loader)] = twin
+        return process(twin)
+
+    def _split(self, convert: Callable[[Any], Any], batch: Any) -> Any:
+        if not self._trainer.training:
+            return convert(batch)
+        # at the next batch and not after a step: LBFGS takes several steps on one
+        self._inputs.clear()
+        batch, self.answers = self._separated(batch)
+        converted = convert(batch)
+        if self.answers is not None:
+            self._inputs.remember(batch)
+            self._inputs.remember(converted)
+        return converted
+
+    def _separated(self, batch: Any) -> tuple[Any, dict[str, Tensor] | None]:
+        """A batch as the user's code gets it, and the teacher's outputs for it."""
+        if isinstance(batch, CachedBatch):
+            return batch.batch, batch.answers
+        loaders = getattr(self._trainer.fit_loop._combined_loader, "iterables", None)
+        if isinstance(loaders, (dict, list, tuple)) and isinstance(batch, (dict, list, tuple)):
+            spec = pytree.tree_flatten(loaders)[1]  # the batch has a batch of each loader, at the loader's place
+            parts = spec.flatten_up_to(batch)
+            cached = [part for part in parts if isinstance(part, CachedBatch)]  # one at most
+            if cached:
+                plain = [part.batch if isinstance(part, CachedBatch) else part for part in parts]
+                return pytree.tree_unflatten(plain, spec), cached[0].answers
+        return batch, None
+
+    def _transfer(self, transfer: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        moved = transfer(batch, *args, **kwargs)
+        if self._trainer.training and self.answers is not None:
+            self._inputs.follow(batch, moved, self._trainer)
+        return moved
+
+    def _fits_none(self) -> CacheError:
+        """The error for training data of which none is the cached one."""
+        loaders = [loader for loader in self._others if isinstance(loader, DataLoader)]
+        if len(self._others) == 1 and loaders:
+            try:
+                check_data(loaders[0].dataset, self._cache.manifest)
+            except CacheError as error:
+                return error
+        described = ", ".join(
+            _described(loader.dataset) if isinstance(loader, DataLoader) else type(loader).__name__
+            for loader in self._others
         )
-    manifest, data = teacher.reader.manifest, loader.dataset
-    if loaders.undone:
-        raise CacheError("Expected one training DataLoader where the teacher is a cache, but got several.")
-    if not isinstance(data, AttachedDataset):
-        check_data(data, manifest)
-        data = AttachedDataset(data, manifest.length, manifest.data["transform_seed"])
-    loaders.undone.append(index_loader(loader, data, manifest.views, lambda: trainer.current_epoch))
+        return CacheError(
+            f"Expected the training data to be a torch DataLoader over the {self._cache.manifest.length} items that the"
+            f" cache was built from, but got {described}. Return a DataLoader over that map-style data set."
+        )
+
+
+def _described(dataset: Any) -> str:
+    sized = not isinstance(dataset, IterableDataset) and isinstance(dataset, Sized)
+    return f"{type(dataset).__name__} ({f'{len(dataset)} items' if sized else 'a stream'})"

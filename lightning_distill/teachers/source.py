@@ -49,6 +49,9 @@ class TeacherSource(Protocol):
             stored: Answers that came with the batch.
         """
 
+    def unpack(self, batch: Any) -> tuple[Any, Any]:
+        """A batch as the user's code knows it, and the answers that came with it, if any."""
+
     def clear(self) -> None:
         """Release everything recorded."""
 
@@ -119,6 +122,10 @@ class LiveTeachers:
         """The networks."""
         yield from self.module.children() if self._several else [self.module]
 
+    def unpack(self, batch: Any) -> tuple[Any, Any]:
+        """The batch; no answers come with it."""
+        return batch, None
+
     def clear(self) -> None:
         """Release everything recorded."""
         for recorder in self._recorders:
@@ -183,6 +190,10 @@ class NoTeacher:
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """An empty answer."""
         return [Call((), {}, who="teacher", read_logits=call.read_logits)]
+
+    def unpack(self, batch: Any) -> tuple[Any, Any]:
+        """The batch; no answers come with it."""
+        return batch, None
 
     def clear(self) -> None:
         """Nothing to release."""

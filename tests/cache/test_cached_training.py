@@ -24,6 +24,7 @@ from lightning_distill import (
     SoftTargetLoss,
     TeacherCache,
 )
+from lightning_distill.cache import IndexedBatch
 
 LOGITS = (LogitsDistillation,)
 BOTH = (LogitsDistillation, lambda: FeatureDistillation("1", "1", weight=0.5))
@@ -101,12 +102,12 @@ def test_c2_a_loop_of_ones_own_names_the_rows(cache: TeacherCache, teacher: nn.M
     with Distiller(student, cache) as distiller, Distiller(student, teacher) as live:
         items = [attached[index] for index in (4, 0, 9)]
         x = torch.stack([item.batch[0] for item in items])
-        distiller.teacher.rows = torch.tensor([item.rows for item in items])
+        batch = IndexedBatch(x, torch.tensor([item.rows for item in items]))
         totals = []
         for one in (distiller, live):
             with one.record():
                 student(x)
-            totals.append(one.total(torch.zeros(())))
+            totals.append(one.total(torch.zeros(()), batch))
     assert totals[0].item() == pytest.approx(totals[1].item(), rel=1e-6)
 
 

@@ -21,6 +21,8 @@ import lightning_distill
 from keras_distill import CacheError, DistillModel, DistillTargets, LogitsDistillation, losses
 from keras_distill.functional.top_k import TopK
 from keras_distill.taps import Call
+from lightning_distill.cache.loaders import read_answers
+from lightning_distill.cache.teacher import Stored
 
 ITEMS, CLASSES = 24, 10
 RNG = np.random.default_rng(0)
@@ -84,11 +86,10 @@ def test_c7_values_and_gradients_are_the_lightning_halfs(
     )
     rows, student = [2, 0, 1], (2 * RNG.standard_normal((3, *shape[1:]))).astype("float32")
     mine = torch.from_numpy(student).requires_grad_()
-    stand_in = cache.as_teacher()
-    stand_in.rows = torch.tensor(rows)
-    theirs = stand_in.answer(3, torch.device("cpu"), lambda output: output)
+    call = lightning_distill.Call((), {}, output=mine)
+    (theirs,) = cache.as_source().answers(call, Stored(read_answers(cache.reader, rows)))
     term = lightning_distill.LogitsDistillation(getattr(lightning_distill.losses, name)(**settings))
-    expected = term(lightning_distill.Call((), {}, output=mine), theirs)
+    expected = term(call, theirs)
     expected.backward()
 
     answers = keras_distill.TeacherCache.open(tmp_path).answers(rows)

@@ -1,0 +1,278 @@
+"""Data loaders whose workers read the teacher's outputs along with the samples."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from distill_core.store import CacheError, Reader
+from lightning_distill.cache.data import Rows, seeded
+from lightning_distill.patch import MISSING
+
+_TWIN = "_twin_of"  # attribute of a twin: the loader it stands in for
+
+
+class CachedBatch(NamedTuple):
+    """A batch with the teacher's outputs for its samples. A named tuple, because ``pin_memory`` goes through it.
+
+    Attributes:
+        batch: What the data loader returns without a cache.
+        answers: From :func:`read_answers`.
+    """
+
+    batch: Any
+    answers: dict[str, Tensor]
+
+
+class _Fetched(NamedTuple):
+    """What the dataset passes to the collate function: rows of the cache, and the samples."""
+
+    rows: list[int]
+    samples: Any
+
+
+def read_answers(reader: Reader, rows: Any) -> dict[str, Tensor]:
+    """The teacher's outputs for some rows, as CPU tensors.
+
+    Args:
+        reader: Reads the cache.
+        rows: Row numbers, shape ``(N,)``.
+
+    Returns:
+        ``"rows"``, the row numbers; ``"output"``, or ``"output.indices"``, ``"output.logs"`` and ``"output.tail"`` of
+        a cache of the likeliest classes; and ``"feature0"``...; each of shape ``(N, ...)``.
+    """
+    rows = torch.as_tensor(rows)
+    answers = {"rows": rows}
+    for name, values in reader.read(rows.cpu().numpy()).items():
+        if isinstance(values, tuple):
+            parts = zip(("indices", "logs", "tail"), values, strict=True)
+            answers |= {f"{name}.{part}": torch.from_numpy(array) for part, array in parts}
+        else:
+            answers[name] = torch.from_numpy(values)
+    return answers
+
+
+class NumberedDataset:
+    """The dataset as workers read it: its samples come with their rows in the cache.
+
+    There is one ``__getitems__`` for a batch, so that datasets that read in batches still do. In everything else it
+    acts as the user's dataset, so that ``worker_init_fn`` can use ``get_worker_info().dataset``. The main process
+    never shows it to the user's code.
+
+    Args:
+        dataset: The user's dataset.
+        rows: Row of each sample in the first view.
+        length: Number of samples in the cache.
+        views: Number of views. With several, indices are ``view * len(dataset) + index``.
+        transform_seed: What the views are seeded with; None seeds nothing.
+    """
+
+    def __init__(self, dataset: Any, rows: Rows, length: int, views: int, transform_seed: int | None) -> None:
+        object.__setattr__(self, "_inner", dataset)
+        object.__setattr__(self, "_numbering", (rows, length, views, transform_seed))
+
+    def __getitems__(self, indices: Any) -> _Fetched:
+        _, _, _, seed = self._numbering
+        places = [self._place(index) for index in indices]
+        many = getattr(self._inner, "__getitems__", None)
+        if many and seed is None:
+            samples = many([index for index, _, _ in places])
+        else:  # each sample is seeded for itself
+            samples = []
+            for index, view, row in places:
+                with seeded(seed, view, row):
+                    samples.append(self._inner[index])
+        return _Fetched([self._row(view, row) for _, view, row in places], samples)
+
+    def __getitem__(self, indices: Any) -> _Fetched:
+        """Samples for ``batch_size=None``: the sampler's indices, of which the dataset makes a batch by itself."""
+        _, _, _, seed = self._numbering
+        if not isinstance(indices, (list, tuple, np.ndarray, Tensor)) or np.ndim(indices) != 1:
+            raise CacheError(
+                "Expected a data loader that makes batches, but got batch_size=None and a sampler of single indices."
+                " Give it a batch size."
+            )
+        if seed is not None:
+            raise CacheError(
+                "Expected a data loader with a batch size where the cache was built with transform_seed, but got"
+                " batch_size=None: the items of a batch could not be seeded one by one. Give it a batch size."
+            )
+        places = [self._place(index) for index in indices]
+        plain = indices if self._numbering[2] == 1 else [index for index, _, _ in places]
+        return _Fetched([self._row(view, row) for _, view, row in places], self._inner[plain])
+
+    def _place(self, code: Any) -> tuple[Any, int, int]:
+        """Index in the dataset, view, and row in the first view."""
+        rows, _, views, _ = self._numbering
+        try:
+            number = operator.index(code)
+        except TypeError:
+            raise CacheError(
+                f"Expected the data loader's sampler to give indices where the teacher is a cache, but got {code!r}."
+                " Use a sampler of integers."
+            ) from None
+        if views == 1:
+            return code, 0, int(rows[number])  # the index itself, as the dataset gets it without a cache
+        view, index = divmod(number, len(self._inner))
+        return index, view, int(rows[index])
+
+    def _row(self, view: int, row: int) -> int:
+        length: int = self._numbering[1]
+        return view * length + row
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_inner"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
+
+    def __reduce__(self) -> Any:
+        return NumberedDataset, (self._inner, *self._numbering)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of the user's dataset, for ``isinstance`` in a worker."""
+        return type(self._inner)
+
+
+class AnswerCollate:
+    """The user's collate function, and the teacher's outputs for the same samples; it runs in the worker.
+
+    Args:
+        collate: The data loader's own.
+        reader: Reads the cache.
+        allow_changed_inputs: Whether random changes in the collate function are accepted.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], reader: Reader, allow_changed_inputs: bool) -> None:
+        self.collate, self.reader, self.allow_changed_inputs = collate, reader, allow_changed_inputs
+
+    def __call__(self, fetched: _Fetched) -> CachedBatch:
+        """The batch of the samples, and the teacher's outputs for them."""
+        before = None if self.allow_changed_inputs else _random_state()
+        batch = self.collate(fetched.samples)
+        if before is not None and before != _random_state() and not _holds(batch, fetched.samples):
+            raise CacheError(
+                "Expected the data loader's collate function to keep the items as they are where the teacher is a"
+                " cache, but it changes them at random (mixup?), and the teacher has seen them unchanged. Pass"
+                " TeacherCache.open(path, allow_changed_inputs=True) if the teacher's outputs are right even so."
+            )
+        return CachedBatch(batch, read_answers(self.reader, fetched.rows))
+
+
+def _random_state() -> tuple[Any, ...]:
+    """The states of the global generators, to be compared."""
+    numpy_state: Any = np.random.get_state()
+    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2:], torch.get_rng_state().numpy().tobytes()
+
+
+def _holds(batch: Any, samples: Any) -> bool:
+    """Whether the first and the last sample stand in a batch as they are, by their first tensors."""
+    whole = _first(batch)
+    if whole is None or not isinstance(samples, (list, tuple)) or not whole.ndim or len(whole) != len(samples):
+        return False
+    return all(
+        part is not None and part.shape == whole[place].shape and torch.equal(part.to(whole.dtype), whole[place])
+        for place in (0, -1)
+        for part in (_first(samples[place]),)
+    )
+
+
+def _first(value: Any) -> Tensor | None:
+    while isinstance(value, (list, tuple, Mapping)) and len(value):
+        value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
+    if isinstance(value, np.ndarray):
+        return torch.as_tensor(value)
+    return value if isinstance(value, Tensor) else None
+
+
+class ViewSampler:
+    """A sampler that asks for another view in each epoch.
+
+    Args:
+        sampler: The data loader's own sampler, of indices or of lists of them.
+        length: Number of samples in the data.
+        views: Number of views.
+        epoch: Returns the epoch.
+    """
+
+    def __init__(self, sampler: Any, length: int, views: int, epoch: Callable[[], int]) -> None:
+        self._sampler, self._length, self._views, self._epoch = sampler, length, views, epoch
+
+    def __len__(self) -> int:
+        """Length of the sampler."""
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Indices ``view * length + index`` of this epoch's view."""
+        start = self._length * (self._epoch() % self._views)
+        for entry in self._sampler:
+            yield [start + index for index in entry] if isinstance(entry, (list, tuple)) else start + entry
+
+
+def original(loader: Any) -> Any:
+    """The loader that a twin stands in for; any other loader itself."""
+    return getattr(loader, _TWIN, loader)
+
+
+def with_answers(
+    loader: DataLoader[Any], dataset: Any, rows: Rows, reader: Reader, epoch: Callable[[], int], allow: bool
+) -> DataLoader[Any]:
+    """A twin of a data loader whose batches are :class:`CachedBatch`; the loader itself is not touched.
+
+    A shallow copy: class, dataset, sampler and generator are those of the loader, so the order of the data, and
+    whatever user code reads from ``trainer.train_dataloader``, are those of a plain run. Only ``_get_iterator``
+    differs: it makes the iterator from a further copy that has the wrapped dataset and collate function. If Lightning
+    makes the loader again from its attributes (DistributedSampler, overfit_batches), it never meets a wrapper.
+
+    Args:
+        loader: The loader.
+        dataset: Its dataset, without what ``TeacherCache.attach`` has put around it.
+        rows: Row of each sample in the first view.
+        reader: Reads the cache.
+        epoch: Returns the epoch, of which the view depends.
+        allow: Whether random changes in the collate function are accepted.
+
+    Returns:
+        The twin.
+    """
+    twin, made = copy.copy(loader), dict(vars(loader))
+    manifest = reader.manifest
+
+    def get_iterator() -> Any:
+        view = copy.copy(loader)
+        # read now: Lightning sets worker_init_fn after this twin was made, and user code may set other attributes,
+        # on the trainer's loader or on its own
+        changed = {name: value for name, value in vars(twin).items() if value is not made.get(name, MISSING)}
+        values = {**vars(loader), **changed}
+        values.pop("_get_iterator"), values.pop(_TWIN)
+        values["dataset"] = NumberedDataset(
+            dataset, rows, manifest.length, manifest.views, manifest.data["transform_seed"]
+        )
+        values["collate_fn"] = AnswerCollate(values["collate_fn"], reader, allow)
+        if manifest.views > 1:
+            name = "sampler" if values["batch_sampler"] is None else "batch_sampler"
+            values[name] = ViewSampler(values[name], len(dataset), manifest.views, epoch)
+        view.__dict__.update(values)  # past __setattr__, which refuses `dataset`
+        return view._get_iterator()
+
+    twin.__dict__.update({"_iterator": None, "_get_iterator": get_iterator, _TWIN: loader})
+    return twin
+
+
+def dispose(twin: DataLoader[Any]) -> None:
+    """Let go of a twin's workers now, and not when its reference cycle is collected."""
+    twin.__dict__.pop("_get_iterator", None)
+    twin.__dict__["_iterator"] = None
