@@ -15,13 +15,13 @@ from typing import Any, Final
 import numpy as np
 
 from distill_core.codecs import Array
-from distill_core.manifest import CacheError, Manifest, check_file_list, read_json
+from distill_core.manifest import CacheError, Manifest, check_file_list, read_json, short
 
 # Names that only this module gives: leftovers of a build that was killed are known by them.
 _PARTIAL: Final = re.compile(
     r"\.(shard-[0-9]{5,}(\.(output|feature[0-9]+)\.[a-z]+\.npy|\.json)|building\.json)\.distill-partial"
 )
-_LARGEST_HEADER: Final = 4096  # bytes before the numbers of a .npy file; NumPy writes 128
+_LARGEST_HEADER: Final = 4096  # bytes; NumPy writes 118
 
 
 def file_list(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
@@ -37,10 +37,11 @@ def file_list(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     """
     file = inside(folder, list_name(shard))
     files = read_json(file.read_bytes(), file)
-    rows, needed = len(manifest.shard_range(shard)), {}
-    for name, codec in manifest.codecs.items():
-        for column, (shape, dtype) in codec.columns.items():
-            needed[array_name(shard, name, column)] = rows * math.prod(shape) * np.dtype(dtype).itemsize
+    needed = {
+        array_name(shard, name, column): (shape, dtype)
+        for name, codec in manifest.codecs.items()
+        for column, (shape, dtype) in codec.columns.items()
+    }
     check_file_list(files, needed, file)
     for name, facts in files.items():
         size = inside(folder, name).stat().st_size
@@ -48,12 +49,43 @@ def file_list(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
             raise CacheError(
                 f"Expected {folder / name} to have {facts['bytes']} bytes, but it has {size}. Build the cache again."
             )
-        if not needed[name] < size <= needed[name] + _LARGEST_HEADER:
-            raise CacheError(
-                f"Expected {folder / name} to hold {rows} rows of {needed[name] // rows} bytes and a header, but it has"
-                f" {size} bytes. Build the cache again."
-            )
+        shape, dtype = needed[name]
+        header_size(folder / name, (len(manifest.shard_range(shard)), *shape), dtype)
     return files
+
+
+def header_size(path: Path, shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes before the numbers of a ``.npy`` file, whose header must be the one that NumPy writes for an array.
+
+    The header is compared and not interpreted, so that what it says cannot matter.
+
+    Args:
+        path: The file.
+        shape: Shape of the array.
+        dtype: Its dtype.
+
+    Returns:
+        The size of the header.
+
+    Raises:
+        CacheError: If the header is another, or the file is shorter or longer than the array.
+    """
+    with open(path, "rb") as handle:
+        start = handle.read(10)
+        header = handle.read(min(int.from_bytes(start[8:], "little"), _LARGEST_HEADER))
+    numbers = np.dtype(dtype)
+    text = f"{{'descr': {numbers.str!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    if start[:8] != b"\x93NUMPY\x01\x00" or header.rstrip(b" \n") != text:
+        got = header.strip().decode("ascii", "replace") if start[:6] == b"\x93NUMPY" else "no header"
+        raise CacheError(
+            f"Expected {path} to be a .npy file of {dtype}, shape {shape}, but got {short(got)}. Build the cache again."
+        )
+    expected, size = len(start) + len(header) + math.prod(shape) * numbers.itemsize, path.stat().st_size
+    if size != expected:
+        raise CacheError(
+            f"Expected {path} to have {expected} bytes for shape {shape}, but it has {size}. Build the cache again."
+        )
+    return len(start) + len(header)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -28,7 +28,7 @@ import numpy as np
 from distill_core import cache_files
 from distill_core.cache_files import fingerprint
 from distill_core.codecs import Array
-from distill_core.manifest import BUILDING, FORMAT_VERSION, MANIFEST, CacheError, Manifest, short
+from distill_core.manifest import BUILDING, FORMAT_VERSION, MANIFEST, CacheError, Manifest
 
 __all__ = [
     "FORMAT_VERSION",
@@ -148,7 +148,7 @@ class Writer:
                 for column, stored in codec.encode(values[name]).items():
                     parts.setdefault((name, column), []).append(stored)
         for (name, column), batches_stored in parts.items():
-            stored = np.concatenate(batches_stored)
+            stored = np.ascontiguousarray(np.concatenate(batches_stored))
             if len(stored) != len(rows):
                 raise ValueError(f"Expected {len(rows)} rows of {name!r} in a shard, but got {len(stored)}.")
             file = self.folder / cache_files.array_name(shard, name, column)
@@ -305,18 +305,8 @@ class Reader:
         name, column = file.split(".")[1:3]
         shape, dtype = self._codecs[name].columns[column]
         expected = (len(self.manifest.shard_range(shard)), *shape)
-        try:
-            mapped = np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, EOFError, SyntaxError, RecursionError, MemoryError, OverflowError, TypeError) as error:
-            raise CacheError(
-                f"Expected {path} to be a .npy file of plain numbers, but got something else ({short(error)})."
-            ) from None
-        if mapped.shape != expected or mapped.dtype != np.dtype(dtype):
-            raise CacheError(
-                f"Expected {path} to hold {expected} numbers of {dtype}, but got {mapped.shape} of"
-                f" {mapped.dtype}. Build the cache again."
-            )
-        return mapped
+        offset = cache_files.header_size(path, expected, dtype)
+        return np.memmap(path, dtype, "r", offset, expected)
 
     def _files(self, shard: int) -> dict[str, Any]:
         if shard not in self._lists:
