@@ -1,0 +1,1 @@
+"""Teachers: loading them from files."""
