@@ -10,6 +10,7 @@ from distill_core.terminal import one_line
 
 # Values that aliases may repeat, over the whole file: no configuration needs more.
 _MOST_REPEATED: Final = 10_000
+_DEEPEST: Final = 100
 
 
 def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     text = _decoded(file.read_bytes(), file)
     try:
         loader = yaml.SafeLoader(text)
+        _limit_depth(loader)
         try:
             node = loader.get_single_node()
             if node is not None:
@@ -42,8 +44,6 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
             values = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
-    except RecursionError:
-        raise _refused(file, "a YAML file", "values that are nested too deeply") from None
     except _RefusedError as error:
         raise ValueError(f"{file}: {error}") from None
     except yaml.YAMLError as error:
@@ -63,6 +63,27 @@ class _RefusedError(Exception):
     """What is wrong with the nodes of a file, in words."""
 
 
+def _limit_depth(loader: Any) -> None:
+    """Let a loader refuse deep nests while it parses: its time would grow with the square of the depth."""
+    compose, depth = loader.compose_node, 0
+
+    def limited(parent: Any, index: Any) -> Any:
+        nonlocal depth
+        depth += 1
+        if depth > _DEEPEST:
+            raise _RefusedError(_too_deep())
+        try:
+            return compose(parent, index)
+        finally:
+            depth -= 1
+
+    loader.compose_node = limited
+
+
+def _too_deep() -> str:
+    return f"Expected values to be nested at most {_DEEPEST} deep, but they are nested deeper."
+
+
 class _Check:
     """Walks the nodes of a YAML file before anything is made of them.
 
@@ -72,36 +93,41 @@ class _Check:
 
     def __init__(self, yaml: Any) -> None:
         self._yaml = yaml
-        self._sizes: dict[int, int] = {}  # values within each finished node, aliases expanded
+        self._done: dict[int, tuple[int, int]] = {}  # size and depth of each finished node, aliases expanded
         self._open: set[int] = set()
         self._repeated = 0
 
-    def tree(self, node: Any) -> int:
-        """Number of values in a node with its aliases expanded.
+    def tree(self, node: Any) -> tuple[int, int]:
+        """Number of values in a node, and how deep they are nested, with aliases expanded.
 
         Raises:
-            _RefusedError: If they repeat too many values, an alias contains itself, or a key stands twice.
+            _RefusedError: If aliases repeat too many values or contain themselves, a nest is too deep, or a key stands
+                twice.
         """
         if id(node) in self._open:
             raise _RefusedError(f"Expected aliases of earlier values, but got one that contains itself, {_line(node)}.")
-        if id(node) in self._sizes:  # an alias
-            self._repeated += self._sizes[id(node)]
+        if id(node) in self._done:  # an alias
+            self._repeated += self._done[id(node)][0]
             if self._repeated > _MOST_REPEATED:
                 raise _RefusedError(
                     f"Expected aliases to repeat at most {_MOST_REPEATED} values, but they repeat more,"
                     f" {_line(node)}. Write the values out."
                 )
-            return self._sizes[id(node)]
+            return self._done[id(node)]
         self._open.add(id(node))
-        size = 1
+        children: list[Any] = []
         if isinstance(node, self._yaml.MappingNode):
             self._unique(node)
-            size += sum(self.tree(key) + self.tree(value) for key, value in node.value)
+            children = [part for pair in node.value for part in pair]
         elif isinstance(node, self._yaml.SequenceNode):
-            size += sum(self.tree(entry) for entry in node.value)
+            children = node.value
+        parts = [self.tree(child) for child in children]
+        size, depth = 1 + sum(part[0] for part in parts), 1 + max((part[1] for part in parts), default=0)
+        if depth > _DEEPEST:
+            raise _RefusedError(_too_deep())
         self._open.remove(id(node))
-        self._sizes[id(node)] = size
-        return size
+        self._done[id(node)] = size, depth
+        return size, depth
 
     def _unique(self, node: Any) -> None:
         keys = set()
