@@ -115,7 +115,7 @@ class TopKCodec(Codec):
 
     def __init__(self, shape: tuple[int, ...], k: int, dtype: str) -> None:
         *outer, classes = shape
-        if not 1 <= k < classes:
+        if type(k) is not int or not 1 <= k < classes:
             raise ValueError(f"Expected `top_k` to be 1 to {classes - 1}, fewer than the classes, but got top_k={k!r}.")
         if dtype not in ("float16", "uint8"):
             raise ValueError(f"Expected `dtype` to be 'float16' or 'uint8' with top_k, but got dtype={dtype!r}.")
@@ -172,15 +172,21 @@ class TopKCodec(Codec):
         Returns:
             Class indices, int64, and log-probabilities, float32, both ``(N, ..., k)``, the most likely first; the
             logarithm of the tail, ``(N, ..., 1)``.
+
+        Raises:
+            ValueError: If an index is not that of a class: bits can hold more indices than there are classes.
         """
+        indices = self._unpacked(stored)
+        if indices.size and indices.max() >= self.classes:
+            raise ValueError(f"Expected class indices below {self.classes}, but got {indices.max()}.")
         tail = np.asarray(stored["tail"]).astype("float32")
         values = np.asarray(stored["values"])
         if self.dtype == "float16":
-            return self._unpacked(stored), values.astype("float32"), tail
+            return indices, values.astype("float32"), tail
         ends = np.asarray(stored["range"]).astype("float32")
         logs = values * ((ends[..., 1:] - ends[..., :1]) / _LEVELS)
         logs += ends[..., :1]
-        return self._unpacked(stored), logs, tail
+        return indices, logs, tail
 
     def _packed(self, indices: Array) -> dict[str, Array]:
         outer = indices.shape[:-1]
@@ -214,6 +220,6 @@ class TopKCodec(Codec):
 def make(description: dict[str, Any]) -> Codec:
     """The codec that a manifest describes."""
     shape = tuple(description["shape"])
-    if description.get("top_k"):
+    if description.get("top_k") is not None:
         return TopKCodec(shape, description["top_k"], description["dtype"])
     return FullCodec(shape, description["dtype"])

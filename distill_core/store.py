@@ -8,150 +8,127 @@
       shard-00000.json               sizes and checksums of the shard's files; written last, so it marks a whole shard
       ...
 
-Row ``view * length + index`` holds what the teacher gave for item ``index`` of the data in that view. A folder that is
-being built has ``building.json`` in place of the manifest. There is no pickle in it: ``numpy.load`` reads every array.
+Row ``view * length + index`` holds the teacher's outputs for sample ``index`` of the data in that view. A folder that
+is being built has ``building.json`` in place of the manifest. There is no pickle in it: every array is read as a plain
+``.npy`` file. A folder from an untrusted source can hold wrong numbers, but it cannot run code, make the reader leave
+the folder, or make it allocate more than its files hold.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from distill_core.codecs import Array, Codec, make
+from distill_core import cache_files
+from distill_core.cache_files import fingerprint
+from distill_core.codecs import Array
+from distill_core.manifest import BUILDING, FORMAT_VERSION, MANIFEST, CacheError, Manifest
 
-FORMAT_VERSION = 1
-MANIFEST, BUILDING = "manifest.json", "building.json"
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "CacheError",
+    "Manifest",
+    "Reader",
+    "Writer",
+    "begin",
+    "check_folder",
+    "fingerprint",
+]
+
+_BLOCK: Final = 2**22  # bytes that `verify` decodes at a time
 
 
-class CacheError(ValueError):
-    """A folder that is no whole cache, or not the one that is asked for."""
+def check_folder(folder: Path) -> None:
+    """Raise if a folder holds other things than a cache; hidden files, such as ``.gitignore``, do not count.
 
+    Args:
+        folder: The folder; it need not exist.
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a cache holds.
-
-    Attributes:
-        length: Number of items in the data.
-        views: How many augmented views of each item are held.
-        shard_rows: Rows in a shard; the last may have fewer.
-        arrays: What is held under each name, ``"output"`` or ``"feature0"``...: ``shape`` of a row, ``dtype``, and
-            ``top_k`` where only the likeliest classes are.
-        layers: The layer that each feature comes from, by its name in ``arrays``.
-        teacher: ``class`` and ``fingerprint`` of the teacher.
-        data: ``fingerprint`` of the data and ``transform_seed``.
-        versions: Versions of the libraries that wrote it.
-        version: Version of the format.
+    Raises:
+        CacheError: If so. Nothing has been written or removed.
     """
-
-    length: int
-    views: int
-    shard_rows: int
-    arrays: dict[str, dict[str, Any]]
-    layers: dict[str, str]
-    teacher: dict[str, Any]
-    data: dict[str, Any]
-    versions: dict[str, str] = field(default_factory=dict)
-    version: int = FORMAT_VERSION
-
-    @property
-    def rows(self) -> int:
-        """Number of rows: items times views."""
-        return self.length * self.views
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.rows // self.shard_rows)
-
-    def shard_range(self, shard: int) -> range:
-        """The rows of a shard."""
-        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
-
-    @property
-    def codecs(self) -> dict[str, Codec]:
-        """The codec of each array."""
-        return {name: make(description) for name, description in self.arrays.items()}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all rows together."""
-        return self.rows * sum(codec.bytes_per_row for codec in self.codecs.values())
-
-    def to_json(self) -> str:
-        """The text of the manifest's file."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, file: Path) -> Manifest:
-        """The manifest in a file's text.
-
-        Raises:
-            CacheError: If it is none, or one of another version.
-        """
-        try:
-            values = json.loads(text)
-            version = values["version"]
-            if version == FORMAT_VERSION:
-                return cls(**values)
-        except (ValueError, TypeError, KeyError) as error:
-            raise CacheError(f"Expected a cache's manifest in {file}, but got something else ({error}).") from None
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"Expected {folder} to be a folder, but it is a file. Choose another folder.")
+    names = {path.name for path in folder.glob("*")}
+    if MANIFEST in names or BUILDING in names:
+        return
+    others = sorted(name for name in names if not name.startswith("."))
+    if others:
         raise CacheError(
-            f"Expected {file} to be of format version {FORMAT_VERSION}, but got {version!r}. Build the cache anew."
+            f"Expected {folder} to be empty or to hold a cache, but it holds {others[0]!r}. Choose a new folder."
         )
 
 
-class Writer:
-    """Writes the shards of a cache, those that are not there yet.
+def begin(folder: Path, manifest: Manifest, resume: bool) -> Manifest:
+    """Begin or resume a build. Call it once, in one process, before any :class:`Writer` writes.
 
     Args:
-        folder: Where to; made if it is not there.
+        folder: The folder; created if it does not exist.
         manifest: What the cache will hold.
-        resume: Whether a folder that was begun is completed; without it such a folder is refused.
+        resume: Whether to complete a build that was begun; without it such a folder is refused.
+
+    Returns:
+        The manifest of the folder: with the versions of the libraries that began it.
 
     Raises:
-        CacheError: If the folder holds a cache already, or one begun with other settings.
+        CacheError: If the folder holds other things, a cache already, or one begun with other settings.
+    """
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    Manifest.from_json(manifest.to_json().encode(), folder / BUILDING)  # what no reader would accept is not written
+    begun = _begun(folder)
+    if begun is not None and replace(begun, versions={}) != replace(manifest, versions={}):
+        raise CacheError(
+            f"Expected {folder} to be empty or begun with these settings, but {_difference(begun, manifest)}."
+        )
+    if begun is not None and not resume:
+        raise CacheError(f"Expected {folder} to be empty, but it holds a cache. Pass resume=True, or remove it.")
+    cache_files.remove_partial(folder)
+    if begun is None:
+        cache_files.write(folder / BUILDING, manifest.to_json().encode())
+    return begun or manifest
+
+
+def _begun(folder: Path) -> Manifest | None:
+    """The manifest of a cache that is complete or was begun."""
+    for name in (MANIFEST, BUILDING):
+        if (folder / name).exists():
+            return Manifest.from_json(cache_files.inside(folder, name).read_bytes(), folder / name)
+    return None
+
+
+class Writer:
+    """Writes the shards of a cache that :func:`begin` began.
+
+    Args:
+        folder: The folder.
+        manifest: What the cache will hold.
+
+    Raises:
+        CacheError: If the folder was not begun, or with other settings.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, resume: bool) -> None:
-        self.folder, self.manifest, self._codecs = folder, manifest, manifest.codecs
-        folder.mkdir(parents=True, exist_ok=True)
-        begun, done = folder / BUILDING, folder / MANIFEST
-        for there in (done, begun):
-            if not there.exists():
-                continue
-            found = Manifest.from_json(there.read_text(encoding="utf-8"), there)
-            if replace(found, versions={}) != replace(manifest, versions={}):
-                raise CacheError(
-                    f"Expected {folder} to be empty or begun with these settings, but {_difference(found, manifest)}."
-                )
-            if not resume:
-                raise CacheError(
-                    f"Expected {folder} to be empty, but it holds a cache. Pass resume=True, or remove it."
-                )
-            self.manifest = found  # with the versions that began it
-        if not begun.exists() and not done.exists():
-            if any(folder.glob("shard-*")):
-                raise CacheError(f"Expected {folder} to be empty, but it holds shards of something else. Remove them.")
-            _write(begun, manifest.to_json().encode())
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        begun = _begun(folder)
+        if begun is None or replace(begun, versions={}) != replace(manifest, versions={}):
+            difference = "it is not" if begun is None else _difference(begun, manifest)
+            raise CacheError(f"Expected {folder} to be begun with these settings, but {difference}.")
+        self.folder, self.manifest, self._codecs = folder, begun, begun.codecs
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there, or not whole."""
+        """Numbers of the shards that do not exist yet, or are not whole."""
         return [shard for shard in range(self.manifest.shards) if not self._whole(shard)]
 
     def write(self, shard: int, batches: Iterable[Mapping[str, Array]]) -> None:
-        """Encode and write one shard; of its rows as they come only one batch is held at a time.
+        """Encode and write one shard; only one batch of its rows is held before encoding.
 
         Args:
             shard: Its number.
@@ -165,18 +142,20 @@ class Writer:
         parts: dict[tuple[str, str], list[Array]] = {}
         for values in batches:
             for name, codec in self._codecs.items():
-                wanted = tuple(self.manifest.arrays[name]["shape"])
-                if values[name].shape[1:] != wanted:
-                    raise ValueError(f"Expected rows of {name!r} to be {wanted}, but got {values[name].shape[1:]}.")
+                shape = tuple(self.manifest.arrays[name]["shape"])
+                if values[name].shape[1:] != shape:
+                    raise ValueError(f"Expected rows of {name!r} to be {shape}, but got {values[name].shape[1:]}.")
                 for column, stored in codec.encode(values[name]).items():
                     parts.setdefault((name, column), []).append(stored)
-        for (name, column), several in parts.items():
-            stored = np.concatenate(several)
+        for (name, column), batches_stored in parts.items():
+            stored = np.ascontiguousarray(np.concatenate(batches_stored))
             if len(stored) != len(rows):
                 raise ValueError(f"Expected {len(rows)} rows of {name!r} in a shard, but got {len(stored)}.")
-            file = self.folder / _file_name(shard, name, column)
-            files[file.name] = _write(file, stored)
-        _write(self.folder / f"shard-{shard:05d}.json", (json.dumps(files, indent=2, sort_keys=True) + "\n").encode())
+            file = self.folder / cache_files.array_name(shard, name, column)
+            files[file.name] = cache_files.write(file, stored)
+        cache_files.write(
+            self.folder / cache_files.list_name(shard), (json.dumps(files, indent=2, sort_keys=True) + "\n").encode()
+        )
 
     def finish(self) -> None:
         """Give the folder its manifest.
@@ -192,34 +171,51 @@ class Writer:
 
     def _whole(self, shard: int) -> bool:
         try:
-            files = json.loads((self.folder / f"shard-{shard:05d}.json").read_text(encoding="utf-8"))
-            return all((self.folder / name).stat().st_size == one["bytes"] for name, one in files.items())
-        except (OSError, ValueError):
+            cache_files.file_list(self.folder, self.manifest, shard)
+        except CacheError:
             return False
+        return True
 
 
 class Reader:
     """Reads rows of a cache.
 
+    A pickled reader, as data loaders send to their workers, holds the folder and the manifest only: each process maps
+    the files, and compares them with their checksums, when it first reads from them.
+
     Args:
         folder: The cache.
 
     Raises:
-        CacheError: If the folder holds no whole cache; the message names the file.
+        CacheError: If the folder does not hold a complete cache; the message names the file.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         if not (folder / MANIFEST).exists():
-            why = "it is not complete: build it with resume=True" if (folder / BUILDING).exists() else "there is none"
+            begun = (folder / BUILDING).exists()
+            why = "it is not complete: build it with resume=True" if begun else "the folder has none"
             raise CacheError(f"Expected a cache's {MANIFEST} in {folder}, but {why}.")
-        self.manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), folder / MANIFEST)
+        self.__setstate__(
+            {
+                "folder": folder,
+                "manifest": Manifest.from_json(cache_files.inside(folder, MANIFEST).read_bytes(), folder / MANIFEST),
+            }
+        )
+        for shard in range(self.manifest.shards):  # the first that is missing ends this, however many are promised
+            self._files(shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder: Path = state["folder"]
+        self.manifest: Manifest = state["manifest"]
         self._codecs = self.manifest.codecs
-        self._files = [self._listed(shard) for shard in range(self.manifest.shards)]
+        self._lists: dict[int, dict[str, Any]] = {}
         self._open: dict[str, Array] = {}
 
     def read(self, rows: Array) -> dict[str, Any]:
-        """What the cache holds for some rows, decoded.
+        """The decoded contents of some rows.
 
         Args:
             rows: Row numbers, shape ``(N,)``, in any order.
@@ -228,8 +224,9 @@ class Reader:
             For each array what its codec decodes: the numbers, or classes, log-probabilities and tail.
 
         Raises:
-            CacheError: If a file is missing, truncated or altered; the message names it.
-            IndexError: If there is no such row.
+            CacheError: If a file is missing, truncated or altered, or is not what the manifest says; the message names
+                it.
+            IndexError: If a row does not exist.
         """
         rows = np.asarray(rows, dtype="int64")
         if rows.size and (rows.min() < 0 or rows.max() >= self.manifest.rows):
@@ -237,17 +234,21 @@ class Reader:
         shards, places = np.divmod(rows, self.manifest.shard_rows)
         touched = [(shard, shards == shard) for shard in np.unique(shards)]
         return {
-            name: codec.decode(
+            name: self._decoded(
+                name,
                 {
                     column: self._gathered(name, column, places, touched, (len(rows), *shape), dtype)
                     for column, (shape, dtype) in codec.columns.items()
-                }
+                },
             )
             for name, codec in self._codecs.items()
         }
 
     def verify(self, report: Callable[[str], None] = lambda name: None) -> None:
-        """Check every file.
+        """Check every file: its checksum, its header and its numbers, decoded as for training.
+
+        A build stores finite numbers only, so a number that is not finite is an error too. Reading does not look for
+        them: that would take as long as reading itself.
 
         Args:
             report: Called with the name of each file that is good.
@@ -255,116 +256,68 @@ class Reader:
         Raises:
             CacheError: With the name of the first that is not.
         """
-        for files in self._files:
-            for name, facts in files.items():
-                self._check(name, facts)
-                report(name)
+        for shard in range(self.manifest.shards):
+            for name, codec in self._codecs.items():
+                files = {column: cache_files.array_name(shard, name, column) for column in codec.columns}
+                stored = {column: self._mapped_anew(shard, file) for column, file in files.items()}
+                rows, step = len(self.manifest.shard_range(shard)), max(1, _BLOCK // codec.bytes_per_row)
+                for start in range(0, rows, step):
+                    block = {column: np.asarray(values[start : start + step]) for column, values in stored.items()}
+                    decoded = self._decoded(name, block, files["values"])
+                    numbers = decoded if isinstance(decoded, tuple) else (decoded,)
+                    if not all(np.isfinite(array).all() for array in numbers):
+                        raise CacheError(
+                            f"Expected {self.folder / files['values']} to hold finite numbers, but some are NaN or"
+                            " infinite. Build the cache again."
+                        )
+                for file in files.values():
+                    report(file)
+
+    def _decoded(self, name: str, stored: dict[str, Array], file: str | None = None) -> Any:
+        try:
+            return self._codecs[name].decode(stored)
+        except ValueError as error:
+            where = f"{name!r} in {self.folder}" if file is None else f"{self.folder / file}"
+            raise CacheError(f"Expected {where} to be as a build wrote it, but: {error}") from None
 
     def _gathered(
         self, name: str, column: str, places: Array, touched: Iterable[Any], shape: tuple[int, ...], dtype: str
     ) -> Array:
         gathered = np.empty(shape, dtype)
-        for shard, mine in touched:
-            gathered[mine] = self._mapped(int(shard), _file_name(int(shard), name, column))[places[mine]]
+        for shard, selected in touched:
+            gathered[selected] = self._mapped(int(shard), cache_files.array_name(int(shard), name, column))[
+                places[selected]
+            ]
         return gathered
 
-    def _mapped(self, shard: int, name: str) -> Array:
-        if name not in self._open:
-            self._check(name, self._files[shard][name])
-            self._open[name] = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-        return self._open[name]
+    def _mapped(self, shard: int, file: str) -> Array:
+        if file not in self._open:
+            self._open[file] = self._mapped_anew(shard, file)
+        return self._open[file]
 
-    def _listed(self, shard: int) -> dict[str, Any]:
-        """The files of a shard, all of them there and of the right size."""
-        file = self.folder / f"shard-{shard:05d}.json"
-        try:
-            files: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CacheError(f"Expected the list of a shard in {file}, but got none ({error}).") from None
-        wanted = {_file_name(shard, name, column) for name, codec in self._codecs.items() for column in codec.columns}
-        if set(files) != wanted:
-            raise CacheError(f"Expected {file} to list {sorted(wanted)}, but got {sorted(files)}.")
-        for name, facts in files.items():
-            path = self.folder / name
-            size = path.stat().st_size if path.exists() else None
-            if size != facts["bytes"]:
-                got = "is not there" if size is None else f"has {size}"
-                raise CacheError(f"Expected {path} to have {facts['bytes']} bytes, but it {got}. Build the cache anew.")
-        return files
-
-    def _check(self, name: str, facts: dict[str, Any]) -> None:
-        path = self.folder / name
-        if not path.exists() or _checksum(path) != facts["blake2b"]:
+    def _mapped_anew(self, shard: int, file: str) -> Array:
+        """A file as an array in mapped memory, after its checksum and its header have been compared."""
+        path = cache_files.inside(self.folder, file)
+        if cache_files.checksum(path) != self._files(shard)[file]["blake2b"]:
             raise CacheError(
-                f"Expected {path} to be as it was written, but its checksum differs. Build the cache anew."
+                f"Expected {path} to be as it was written, but its checksum differs. Build the cache again."
             )
+        name, column = file.split(".")[1:3]
+        shape, dtype = self._codecs[name].columns[column]
+        expected = (len(self.manifest.shard_range(shard)), *shape)
+        offset = cache_files.header_size(path, expected, dtype)
+        return np.memmap(path, dtype, "r", offset, expected)
+
+    def _files(self, shard: int) -> dict[str, Any]:
+        if shard not in self._lists:
+            self._lists[shard] = cache_files.file_list(self.folder, self.manifest, shard)
+        return self._lists[shard]
 
 
-def _file_name(shard: int, name: str, column: str) -> str:
-    return f"shard-{shard:05d}.{name}.{column}.npy"
-
-
-def _write(path: Path, content: bytes | Array) -> dict[str, Any]:
-    """Write a file that is there either whole or not at all.
-
-    Returns:
-        Its size and checksum.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            if isinstance(content, bytes):
-                handle.write(content)
-            else:
-                np.save(handle, content, allow_pickle=False)
-            handle.flush()
-            os.fsync(handle.fileno())
-        facts = {"bytes": temporary.stat().st_size, "blake2b": _checksum(temporary)}
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    return facts
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def fingerprint(parts: Iterable[Any]) -> str:
-    """A short digest of arrays, strings and numbers, in order.
-
-    Args:
-        parts: Arrays, strings, bytes or numbers.
-
-    Returns:
-        32 hexadecimal digits.
-
-    Example:
-        >>> fingerprint(["a", np.zeros(2)]) == fingerprint(["a", np.ones(2)])
-        False
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        array = np.ascontiguousarray(part) if not isinstance(part, (str, bytes)) else None
-        if array is None:
-            digest.update(part.encode() if isinstance(part, str) else part)
-        else:
-            digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(array.tobytes())
-        digest.update(b"\0")
-    return digest.hexdigest()
-
-
-def _difference(found: Manifest, wanted: Manifest) -> str:
+def _difference(begun: Manifest, requested: Manifest) -> str:
     """Words for the first thing in which two manifests differ."""
-    for name, value in asdict(wanted).items():
-        there = getattr(found, name)
-        if name != "versions" and there != value:
-            return f"it was begun with {name}={there!r}, and now it is {value!r}"
+    for name, value in asdict(requested).items():
+        before = getattr(begun, name)
+        if name != "versions" and before != value:
+            return f"it was begun with {name}={before!r}, and now it is {value!r}"
     return "it differs"

@@ -46,6 +46,7 @@ from typing import Any
 if importlib.util.find_spec("keras") is None:
     raise ModuleNotFoundError('keras_distill needs Keras: pip install "lightning-distill[keras]".', name="keras")
 
+from distill_core import __version__ as __version__
 from distill_core.store import CacheError
 from keras_distill import functional, losses, metrics, schedules
 from keras_distill.cache import TeacherCache
@@ -89,8 +90,6 @@ from keras_distill.taps import Call, Tap
 from keras_distill.targets import DistillTargets
 from keras_distill.term import DistillationTerm
 from keras_distill.terms import FeatureDistillation, LogitsDistillation
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AttentionMapLoss",

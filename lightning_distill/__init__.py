@@ -42,6 +42,7 @@ Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attent
 
 from typing import TYPE_CHECKING, Any
 
+from distill_core import __version__ as __version__
 from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.cache import CacheError, TeacherCache
 from lightning_distill.callback import DistillCallback
@@ -93,8 +94,6 @@ if TYPE_CHECKING:
         KnowledgeDistillationLoss,
         SelfKnowledgeDistillationLoss,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AttentionMapLoss",

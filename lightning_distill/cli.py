@@ -1,162 +1,27 @@
-"""The command ``lightning-distill``."""
+"""What the command ``lightning-distill`` does; :mod:`distill_core.cli.lightning` parses its words."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import TracebackType
 
-from lightning_distill import __version__
+from distill_core.cli import fail, validate, working_directory
+from distill_core.terminal import write_line
 
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that answers bad usage with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. See `{self.prog} --help`.\n")
+_PROG = "lightning-distill"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command's exit code: 0 when done, 1 where it could not be done, 2 for bad usage.
+def demo(arguments: argparse.Namespace) -> int:
+    """The command ``demo``.
 
     Args:
-        argv: The words after the command's name; ``None`` takes them from the command line.
+        arguments: ``output``, ``seeds`` and ``quick``.
 
     Returns:
-        0, 1 or 2. What went wrong stands on one line of the standard error stream.
-
-    Example:
-        >>> main(["--version"])
-        lightning-distill 0.1.0
-        0
+        The exit code.
     """
-    words = sys.argv[1:] if argv is None else [*argv]
-    if words[:1] == ["fit"]:
-        return _fit(None if argv is None else words)
-    try:
-        arguments = _parser().parse_args(words)
-    except SystemExit as stop:  # argparse has printed its help, the version or what is wrong
-        return stop.code if isinstance(stop.code, int) else 0
-    if arguments.command == "cache":
-        return _cache(arguments.action, arguments.path)
-    return _demo(arguments) if arguments.command == "demo" else _validate(arguments.config)
-
-
-def _parser() -> _Parser:
-    parser = _Parser("lightning-distill", description="Knowledge distillation for PyTorch Lightning.")
-    parser.epilog = "See `lightning-distill COMMAND --help`."
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="distil a small network on handwritten digits and show what it gains",
-        description="Train a convolutional teacher on scikit-learn's handwritten digits, then a small student alone,"
-        " with the teacher's logits, and with its logits and features: once with a label on 10 % of the images, once"
-        " on all. Print a table, and write the figures, a plot and the student's state_dict into a folder.",
-        epilog="Needs no download; takes about a minute and a half on two cores.",
-    )
-    demo.add_argument(
-        "--output", type=Path, default=Path("demo_output"), metavar="DIR", help="folder to write to (%(default)s)"
-    )
-    demo.add_argument("--seeds", type=_count, metavar="N", help="number of seeds for each student, 1 or more (3)")
-    demo.add_argument("--quick", action="store_true", help="one seed and two epochs: shows that it runs, not more")
-    commands.add_parser(
-        "fit",
-        help="train what a YAML file describes, with Lightning's command line",
-        description="Build model, data and Trainer from a YAML file and fit.",
-    )
-    validate = commands.add_parser(
-        "validate-config",
-        help="check a YAML file of the launcher",
-        description="Check a YAML file of lightning_distill.Distillation: every wrong value with its path in the file.",
-        epilog="Exit code 0: the file is good. 2: it is not, or is not there.",
-    )
-    validate.add_argument("config", type=Path, metavar="FILE", help="the YAML file")
-    cache = commands.add_parser(
-        "cache",
-        help="build, look at or check a cache of a teacher's outputs",
-        description="build: run a teacher over data, as a YAML file says: `path`, `teacher` and `dataset` by class_path"
-        " and init_args, and the settings of TeacherCache.build; a build that was stopped goes on. info: what a cache"
-        " holds. verify: compare every file with its checksum.",
-        epilog="Exit code 0: done. 1: the cache is broken, or cannot be written. 2: bad usage.",
-    )
-    cache.add_argument("action", choices=("build", "info", "verify"))
-    cache.add_argument("path", type=Path, metavar="PATH", help="for build the YAML file, else the cache's folder")
-    return parser
-
-
-def _fit(words: list[str] | None) -> int:
-    """Lightning's own command line; `model`, `data` and `trainer` come from the file."""
-    try:
-        from jsonargparse import ArgumentError
-        from lightning.pytorch.cli import LightningCLI
-    except (ModuleNotFoundError, ImportError):
-        return _fail("fit", 'it needs jsonargparse. Install it with: pip install "lightning-distill[cli]"')
-    sys.path.insert(0, "")  # classes in the working directory are found, as with `python -m`
-    settings = {"prog": "lightning-distill", "exit_on_error": False}
-    try:
-        LightningCLI(
-            parser_kwargs={**settings, "fit": settings},
-            save_config_kwargs={"overwrite": True},  # a second run in the same folder is no mistake
-            args=words,  # None: it reads the command line itself
-        )
-    except (ArgumentError, FileNotFoundError) as error:
-        return _fail("fit", " ".join(str(error).split()), code=2)
-    except SystemExit as stop:  # the help has been printed
-        return stop.code if isinstance(stop.code, int) else 0
-    finally:
-        sys.path.remove("")
-    return 0
-
-
-def _validate(path: Path) -> int:
-    from lightning_distill.launcher.conf import DistillationConf
-
-    try:
-        DistillationConf(path)
-    except OSError as error:
-        return _fail("validate-config", f"cannot read {path}: {error.strerror or error}", code=2)
-    except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{path}: good\n")
-    return 0
-
-
-def _cache(action: str, path: Path) -> int:
-    from lightning_distill.cache import CacheError, TeacherCache
-    from lightning_distill.cache.command import build_from_file, describe
-
-    try:
-        if action == "build":
-            build_from_file(path)
-        elif action == "verify":
-            TeacherCache.open(path).verify()
-            sys.stdout.write(f"{path}: good\n")
-        else:
-            describe(TeacherCache.open(path))
-    except CacheError as error:
-        return _fail(f"cache {action}", str(error))
-    except OSError as error:
-        return _fail(f"cache {action}", f"{error.filename or path}: {error.strerror or error}", code=1)
-    except ValueError as error:
-        return _fail(f"cache {action}", str(error), code=2)
-    return 0
-
-
-def _count(word: str) -> int:
-    try:
-        number = int(word)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"Expected a whole number, 1 or more, but got {word!r}")
-    return number
-
-
-def _demo(arguments: argparse.Namespace) -> int:
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
@@ -165,14 +30,114 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "sklearn"):
             raise
-        return _fail("demo", f'the demo needs {error.name}. Install it with: pip install "lightning-distill[plots]"')
+        install = 'pip install "lightning-distill[plots]"'
+        return fail(_PROG, "demo", f"the demo needs {error.name}. Install it with: {install}")
     try:
         run(arguments.output, seeds=arguments.seeds, quick=arguments.quick)
     except OSError as error:
-        return _fail("demo", f"cannot write to {arguments.output}: {error.strerror or error}")
+        return fail(_PROG, "demo", f"cannot write to {arguments.output}: {error.strerror or error}")
     return 0
 
 
-def _fail(command: str, message: str, code: int = 1) -> int:
-    sys.stderr.write(f"lightning-distill {command}: {message}\n")
-    return code
+def fit(words: list[str] | None) -> int:
+    """The command ``fit``: Lightning's own command line; `model`, `data` and `trainer` come from the file.
+
+    Args:
+        words: ``fit`` and its options; None lets Lightning read the command line itself.
+
+    Returns:
+        The exit code. Errors of user code in training keep their traceback.
+    """
+    try:
+        from jsonargparse import ArgumentError
+        from lightning.pytorch.cli import LightningCLI
+    except (ModuleNotFoundError, ImportError):
+        return fail(_PROG, "fit", 'it needs jsonargparse. Install it with: pip install "lightning-distill[cli]"')
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if missing := _missing_config(sys.argv[1:] if words is None else words):
+        return fail(_PROG, "fit", f"cannot read {missing}: No such file")
+    settings = {"prog": _PROG, "exit_on_error": False}
+    try:
+        with working_directory(first=True):
+            LightningCLI(
+                parser_kwargs={**settings, "fit": settings},
+                save_config_kwargs={"overwrite": True},  # a second run in the same folder is no mistake
+                args=words,
+            )
+    except FileNotFoundError as error:
+        return fail(_PROG, "fit", error)
+    except (ArgumentError, MisconfigurationException) as error:
+        return fail(_PROG, "fit", error, code=2)
+    except (TypeError, ValueError) as error:
+        if not _raised_here(error.__traceback__):
+            raise
+        return fail(_PROG, "fit", error, code=2)
+    except SystemExit as stop:  # the help has been printed
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0
+
+
+def validate_config(arguments: argparse.Namespace) -> int:
+    """The command ``validate-config``.
+
+    Args:
+        arguments: ``file``.
+
+    Returns:
+        The exit code.
+    """
+    from lightning_distill.launcher.conf import DistillationConf
+
+    return validate(_PROG, arguments.file, DistillationConf)
+
+
+def cache(arguments: argparse.Namespace) -> int:
+    """The commands ``cache build``, ``cache info`` and ``cache verify``.
+
+    Args:
+        arguments: ``command`` and ``path``.
+
+    Returns:
+        The exit code.
+    """
+    from lightning_distill.cache import CacheError, TeacherCache
+    from lightning_distill.cache.command import build_from_file, describe
+
+    command, path = arguments.command, arguments.path
+    try:
+        if command == "cache build":
+            build_from_file(path)
+        elif command == "cache verify":
+            TeacherCache.open(path).verify()
+            write_line(sys.stdout, f"{path}: OK")
+        else:
+            describe(TeacherCache.open(path))
+    except CacheError as error:
+        return fail(_PROG, command, error)
+    except OSError as error:
+        return fail(_PROG, command, f"{error.filename or path}: {error.strerror or error}")
+    except ValueError as error:
+        return fail(_PROG, command, error, code=2)
+    return 0
+
+
+def _missing_config(words: list[str]) -> str | None:
+    """The first configuration file among the words that does not exist."""
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        file = value if equals else "".join(words[index + 1 : index + 2])
+        if file and not file.lstrip().startswith("{") and "\n" not in file and not Path(file).exists():
+            return file
+    return None
+
+
+def _raised_here(trace: TracebackType | None) -> bool:
+    """Whether an error was raised by a check of this project rather than by user code."""
+    name = ""
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        trace = trace.tb_next
+    return name.partition(".")[0] in ("lightning_distill", "distill_core")

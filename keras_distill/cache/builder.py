@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import keras
 import numpy as np
 
 from distill_core.codecs import Array
-from distill_core.store import CacheError, Manifest, Writer, fingerprint
+from distill_core.locks import locked
+from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 from keras_distill import backends
 from keras_distill.cache.views import Augmentation, data_fingerprint
 from keras_distill.probe import probed
@@ -100,24 +100,15 @@ class Builder:
             CacheError: If another process builds there, or something else is there.
             OSError: If the disk is full.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise CacheError(
-                f"Expected {folder} to be free, but another process is building there. Wait for it."
-            ) from None
-        try:
-            writer, size = Writer(folder, self.manifest, resume), self.batch_size
+        check_folder(folder)
+        with locked(folder):
+            begin(folder, self.manifest, resume)
+            writer, size = Writer(folder, self.manifest), self.batch_size
             for shard in writer.missing:
-                wanted = self.manifest.shard_range(shard)
-                starts = range(wanted.start, wanted.stop, size)
-                writer.write(shard, (self._rows(start, min(start + size, wanted.stop)) for start in starts))
+                rows = self.manifest.shard_range(shard)
+                starts = range(rows.start, rows.stop, size)
+                writer.write(shard, (self._rows(start, min(start + size, rows.stop)) for start in starts))
             writer.finish()
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
-            lock.release()
 
     def _inputs(self, start: int, stop: int) -> Any:
         """What the teacher is shown for some rows."""

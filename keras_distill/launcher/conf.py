@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from distill_core.class_paths import check_class_path, import_class_path
+from distill_core.yaml_files import read_yaml
 from keras_distill import checks
 
 # Keys of the older schema that nothing here depends on: they are accepted, and one warning names them.
@@ -68,22 +67,17 @@ class ClassPath(_Section):
     init_args: dict[str, Any] = Field(default_factory=dict)
 
     def make(self) -> Any:
-        """The object."""
-        return self._found()(**self.init_args)
+        """Import what the path names, and call it."""
+        return import_class_path(self.class_path)(**self.init_args)
 
     @field_validator("class_path")
     @classmethod
     def _exists(cls, path: str) -> str:
-        cls.model_construct(class_path=path)._found()
-        return path
-
-    def _found(self) -> Callable[..., Any]:
-        module, _, name = self.class_path.rpartition(".")
         try:
-            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
+            check_class_path(path)  # imports nothing, so that a check of a file runs nothing that it names
+        except ValueError as error:
             raise ValueError(f"Input should be the path of something that can be imported ({error})") from None
-        return found
+        return path
 
 
 class ModelSection(_Section):
@@ -264,7 +258,7 @@ class DistillationConf(_Section):
 
     def __init__(self, source: str | PathLike[str] | Mapping[str, Any] | None = None, /, **sections: Any) -> None:
         if isinstance(source, (str, PathLike)):
-            where, values = f"{source}: ", _read(Path(source))
+            where, values = f"{source}: ", read_yaml(source)
         else:
             where, values = "", dict(source or {})
         values = _without_ignored({**values, **sections})
@@ -272,16 +266,6 @@ class DistillationConf(_Section):
             super().__init__(**values)
         except ValidationError as error:
             raise ValueError("\n".join(where + _sentence(one) for one in error.errors())) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {checks.message('a YAML file', ' '.join(str(error).split()))}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: {checks.message('a mapping of sections', f'a {type(values).__name__}')}")
-    return values
 
 
 def _without_ignored(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distill_core.codecs import Array
-from distill_core.store import CacheError, Manifest, Writer, fingerprint
+from distill_core.locks import locked
+from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 from lightning_distill.cache.data import (
     AttachedDataset,
     IndexedBatch,
@@ -22,7 +22,9 @@ from lightning_distill.cache.data import (
     check_repeatable,
     data_fingerprint,
 )
-from lightning_distill.recording import LABEL_NAMES, Call, Recorder, Recording, Tap, map_tensors, select
+from lightning_distill.cache.ranks import process_rank, together
+from lightning_distill.recording import Call, Recorder, Recording, Tap, map_tensors, select
+from lightning_distill.recording.batches import call_with, inputs_in
 from lightning_distill.teachers.hold import Hold
 
 if TYPE_CHECKING:
@@ -74,27 +76,28 @@ class Builder:
         self.teacher, self.forward = teacher, forward or call_teacher
         self.taps = [Tap.of(layer) for layer in layers]
         self.outputs, self.batch_size = outputs, batch_size
-        self.attached = AttachedDataset(dataset, len(dataset), transform_seed)
         self._workers = num_workers
         self._collate = IndexedCollate(collate_fn or torch.utils.data.default_collate)
-        stale = check_repeatable(dataset, transform_seed, allow_stale_augmentation)
         if views > 1 and transform_seed is None:
             raise CacheError(f"Expected `transform_seed` to be given with views={views}, but got None. Pass a number.")
-        self.frozen = Hold(teacher)
         if not outputs and not self.taps:
             raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
+        self.frozen = Hold(teacher)
         self.recorder = Recorder(teacher, self.taps, "teacher")
         self.recorder.check((f"layers[{index}]", tap) for index, tap in enumerate(self.taps))
-        self.frozen.take(None if device is None else torch.device(device))
         try:
-            self.manifest = self._described(views, top_k, dtype, stale, shard_bytes)
+            with together():  # the data may change between reads in one process and not in another
+                self.attached = AttachedDataset(dataset, len(dataset), transform_seed)
+                stale = check_repeatable(dataset, transform_seed, allow_stale_augmentation)
+                self.frozen.take(None if device is None else torch.device(device))
+                self.manifest = self._described(views, top_k, dtype, stale, shard_bytes)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Give the teacher back as it was."""
-        self.recorder.detach()
+        self.recorder.clear()
         self.frozen.release()
 
     def shards(
@@ -202,43 +205,31 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool) -> No
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    rank, world = _rank()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        if rank == 0:
-            lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise CacheError(f"Expected {folder} to be free, but another process is building there. Wait for it.") from None
-    try:
-        if rank == 0:
-            Writer(folder, builder.manifest, resume)  # its checks, and the file that says what is being built
-        _barrier()
-        writer = Writer(folder, builder.manifest, resume=True)
-        missing = writer.missing
+    rank, world = process_rank()
+    with contextlib.ExitStack() as stack:
+        with together():
+            if rank == 0:
+                check_folder(folder)
+                stack.enter_context(locked(folder))
+                begin(folder, builder.manifest, resume)
+        with together():
+            writer = Writer(folder, builder.manifest)
+            missing = writer.missing
         console = Console(quiet=not (progress and rank == 0))
         size = f"{builder.manifest.rows:,} rows, {builder.manifest.bytes / 2**20:,.1f} MiB"
         console.print(f"{size} in {builder.manifest.shards} shards; {len(missing)} to build")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=console.quiet) as bar:
+        with together(), Progress(*columns, console=console, disable=console.quiet) as bar:
             for shard, batches in builder.shards(missing[rank::world], bar):
                 writer.write(shard, batches)
-        _barrier()
-        if rank == 0:
-            writer.finish()
-        _barrier()
-    finally:
-        if lock.is_locked:
-            (folder / ".lock").unlink(missing_ok=True)
-            lock.release()
+        with together():
+            if rank == 0:
+                writer.finish()
 
 
 def call_teacher(teacher: nn.Module, batch: Any) -> Any:
-    """The teacher's output for a batch: a dict without its labels as keywords, else the first of several, else all."""
-    if isinstance(batch, dict):
-        return teacher(**{key: value for key, value in batch.items() if key not in LABEL_NAMES})
-    inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
-    return teacher(*inputs) if isinstance(inputs, (list, tuple)) else teacher(inputs)
+    """The teacher's output for a batch: called with the batch's inputs."""
+    return call_with(teacher, inputs_in(batch))
 
 
 def teacher_fingerprint(teacher: nn.Module) -> str:
@@ -260,13 +251,3 @@ def teacher_fingerprint(teacher: nn.Module) -> str:
                 yield (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
     return fingerprint(parts())
-
-
-def _rank() -> tuple[int, int]:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
-
-
-def _barrier() -> None:
-    if _rank()[1] > 1:
-        torch.distributed.barrier()

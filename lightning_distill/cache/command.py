@@ -5,27 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from torch import nn
 
+from distill_core.class_paths import check_class_path, import_class_path
+from distill_core.cli import working_directory
+from distill_core.manifest import Rule, among, or_none, text, whole
+from distill_core.terminal import one_line, printable
+from distill_core.yaml_files import read_yaml
 from lightning_distill.cache import TeacherCache
 from lightning_distill.checks import closest
-from lightning_distill.launcher.conf import ClassPath
 
-_SETTINGS = (
-    "layers",
-    "outputs",
-    "top_k",
-    "dtype",
-    "views",
-    "transform_seed",
-    "batch_size",
-    "num_workers",
-    "device",
-    "allow_stale_augmentation",
-    "shard_bytes",
-)
+_SETTINGS: dict[str, Rule] = {
+    "layers": lambda value: "" if _is_names(value) else "a list of layer names",
+    "outputs": among(True, False),
+    "top_k": or_none(whole(1)),
+    "dtype": text(),
+    "views": whole(1),
+    "transform_seed": or_none(whole(0)),
+    "batch_size": whole(1),
+    "num_workers": whole(0, 1024),
+    "device": or_none(text()),
+    "allow_stale_augmentation": among(True, False),
+    "shard_bytes": whole(1),
+}
 
 
 def build_from_file(file: Path) -> TeacherCache:
@@ -42,24 +47,58 @@ def build_from_file(file: Path) -> TeacherCache:
         ValueError: If something in the file is wrong.
         OSError: If it cannot be read, or the cache cannot be written.
     """
-    try:
-        values: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: Expected a YAML file, but got {' '.join(str(error).split())}.") from None
-    known = ("path", "teacher", "dataset", *_SETTINGS)
-    for key in values if isinstance(values, dict) else ():
+    values, known = read_yaml(file), ("path", "teacher", "dataset", *_SETTINGS)
+    for key in values:
         if key not in known:
-            raise ValueError(f"{file}: Expected `{key}` to be a known key, but it is not. {closest(str(key), known)}")
-    made = {}
+            raise ValueError(f"{file}: Expected `{key}` to be a known key, but it is not. {closest(key, known)}")
     for key in ("teacher", "dataset", "path"):
-        if not isinstance(values, dict) or key not in values:
+        if key not in values:
             raise ValueError(f"{file}: Expected `{key}` to be given, but it is not.")
-        try:
-            made[key] = values[key] if key == "path" else ClassPath(**values[key]).make()
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: Expected `{key}` to be a class_path with init_args, but got {error}.") from None
+    if not isinstance(values["path"], str) or not values["path"]:
+        raise ValueError(f"{file}: Expected `path` to name a folder, but got path={values['path']!r}.")
     settings = {key: values[key] for key in _SETTINGS if key in values}
-    return TeacherCache.build(made["teacher"], made["dataset"], file.parent / made["path"], **settings)
+    for key, value in settings.items():
+        if words := _SETTINGS[key](value):
+            raise ValueError(f"{file}: Expected `{key}` to be {words}, but got {key}={value!r}.")
+    with working_directory(first=True):
+        teacher, dataset = (_made(file, key, values[key]) for key in ("teacher", "dataset"))
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"{file}: Expected `teacher` to make a torch.nn.Module, but got a {type(teacher).__name__}. Name a class or"
+            " a function that returns the network."
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"{file}: Expected `dataset` to make a dataset with a length and samples by index, but got a"
+            f" {type(dataset).__name__}. Name a class or a function that returns a map-style dataset."
+        )
+    return TeacherCache.build(teacher, dataset, file.parent / values["path"], **settings)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _made(file: Path, key: str, value: Any) -> Any:
+    """The object that a class_path with init_args makes. This runs what the file names."""
+    expected = f"{file}: Expected `{key}` to be a class_path with init_args"
+    arguments = value.get("init_args", {}) if isinstance(value, dict) else None
+    if not isinstance(arguments, dict) or value.keys() - {"init_args"} != {"class_path"}:
+        raise ValueError(f"{expected}, but got {key}={value!r}.")
+    if not isinstance(value["class_path"], str) or not all(isinstance(name, str) for name in arguments):
+        raise ValueError(f"{expected}, a text and a mapping by names, but got {key}={value!r}.")
+    try:
+        check_class_path(value["class_path"], arguments)
+        target = import_class_path(value["class_path"])
+    except ValueError as error:
+        raise ValueError(f"{expected}, but got {value['class_path']!r}: {error}.") from None
+    try:
+        return target(**arguments)
+    except (TypeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{file}: Expected `{key}` to be made by {value['class_path']}, but that raised"
+            f" {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def describe(cache: TeacherCache) -> None:
@@ -68,10 +107,15 @@ def describe(cache: TeacherCache) -> None:
     table = Table("array", "shape", "stored as", "bytes a row")
     for name, codec in manifest.codecs.items():
         described = manifest.arrays[name]
-        kept = f"top {described['top_k']}, {described['dtype']}" if described.get("top_k") else described["dtype"]
+        kept = f"top {described['top_k']}, {described['dtype']}" if "top_k" in described else described["dtype"]
         label = f"{name} ({manifest.layers[name].replace('|', ', ')})" if name in manifest.layers else name
-        table.add_row(label, str(tuple(described["shape"])), kept, f"{codec.bytes_per_row:,}")
-    console = Console()
-    console.print(f"{manifest.length:,} items in {manifest.views} view(s), {manifest.bytes / 2**20:,.1f} MiB")
-    console.print(f"teacher {manifest.teacher['class']} {manifest.teacher['fingerprint']}")
+        table.add_row(*map(_plain, (label, tuple(described["shape"]), kept, f"{codec.bytes_per_row:,}")))
+    console = Console(highlight=False)
+    console.print(_plain(f"{manifest.length:,} items in {manifest.views} view(s), {manifest.bytes / 2**20:,.1f} MiB"))
+    console.print(_plain(f"teacher {manifest.teacher['class']} {manifest.teacher['fingerprint']}"))
     console.print(table)
+
+
+def _plain(text: Any) -> Text:
+    """Text that may come from a file: neither rich's markup nor control characters in it count."""
+    return Text(printable(text))

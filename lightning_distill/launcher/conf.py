@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from distill_core.class_paths import check_class_path, import_class_path
+from distill_core.yaml_files import read_yaml
 from lightning_distill.checks import closest
 
 # Keys of the older schema that nothing here depends on: they are accepted, and one warning names them.
@@ -69,34 +67,25 @@ class ClassPath(_Section):
     init_args: dict[str, Any] = Field(default_factory=dict)
 
     def make(self) -> Any:
-        """The object."""
-        return self._found()(**self.init_args)
+        """Import what the path names, and call it."""
+        return import_class_path(self.class_path)(**self.init_args)
 
     @field_validator("class_path")
     @classmethod
     def _exists(cls, path: str) -> str:
-        cls.model_construct(class_path=path)._found()
+        try:
+            check_class_path(path)  # imports nothing, so that a check of a file runs nothing that it names
+        except ValueError as error:
+            raise ValueError(f"Input should be the path of something that can be imported ({error})") from None
         return path
 
     @model_validator(mode="after")
     def _fits(self) -> ClassPath:
-        with contextlib.suppress(ValueError):  # some that are written in C have no signature
-            parameters = inspect.signature(self._found())
-            try:
-                parameters.bind(**self.init_args)
-            except TypeError as error:
-                raise AssertionError(f"Input should have init_args that {self.class_path} takes ({error})") from None
-        return self
-
-    def _found(self) -> Callable[..., Any]:
-        module, _, name = self.class_path.rpartition(".")
         try:
-            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"Input should be the path of something that can be imported ({error})") from None
-        if not callable(found):
-            raise ValueError("Input should be the path of a class or a function")
-        return found
+            check_class_path(self.class_path, self.init_args)
+        except ValueError as error:
+            raise AssertionError(f"Input should have init_args that {self.class_path} takes ({error})") from None
+        return self
 
 
 class ModelSection(_Section):
@@ -283,7 +272,7 @@ class DistillationConf(_Section):
 
     def __init__(self, source: str | PathLike[str] | Mapping[str, Any] | None = None, /, **sections: Any) -> None:
         if isinstance(source, (str, PathLike)):
-            where, values = f"{source}: ", _read(Path(source))
+            where, values = f"{source}: ", read_yaml(source)
         else:
             where, values = "", dict(source or {})
         values = _without_ignored({**values, **sections})
@@ -291,16 +280,6 @@ class DistillationConf(_Section):
             super().__init__(**values)
         except ValidationError as error:
             raise ValueError("\n".join(where + _sentence(one) for one in error.errors())) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: Expected a YAML file, but got {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: Expected a mapping of sections, but got {type(values).__name__}.")
-    return values
 
 
 def _without_ignored(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from distill_core.cli.lightning import main
 from lightning_distill import TeacherCache
-from lightning_distill.cli import main
 
 FILE = """
 path: cache
@@ -34,7 +34,7 @@ def test_c16_a_cache_is_built_described_and_verified(tmp_path: Path, capsys: Cap
     printed = capsys.readouterr().out
     assert all(words in printed for words in ("40 items in 1 view(s)", "top 3, uint8", "feature0 (1, output)"))
     assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
-    assert capsys.readouterr().out.endswith("cache: good\n")
+    assert capsys.readouterr().out.endswith("cache: OK\n")
 
 
 def test_c16_a_broken_cache_exits_1_and_names_the_file(tmp_path: Path, capsys: Capture) -> None:

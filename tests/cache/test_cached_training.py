@@ -175,7 +175,7 @@ def test_c9_the_student_is_shown_what_the_teacher_was(
 def test_c9_items_that_change_between_reads_are_refused(teacher: nn.Module, tmp_path: Path) -> None:
     """C9"""
     with pytest.raises(
-        CacheError, match=r"^Expected the data to give the same items whenever they are read, but some change"
+        CacheError, match=r"^Expected the dataset to return the same samples whenever they are read, but some differ"
     ):
         TeacherCache.build(teacher, Augmented(), tmp_path / "refused", progress=False)
     cache = TeacherCache.build(teacher, Augmented(), tmp_path / "taken", allow_stale_augmentation=True, progress=False)

@@ -20,7 +20,7 @@ import torch
 from cache_nets import ITEMS, network, table
 from torch import nn
 
-from distill_core import store
+from distill_core import cache_files
 from distill_core.codecs import TopKCodec
 from distill_core.store import CacheError
 from lightning_distill import TeacherCache
@@ -150,7 +150,7 @@ def test_c11_a_broken_file_is_named(tmp_path: Path, harm: str) -> None:
 
 def test_c11_a_folder_without_a_cache_says_so(tmp_path: Path) -> None:
     """C11"""
-    with pytest.raises(CacheError, match=r"^Expected a cache's manifest\.json in .*, but there is none\.$"):
+    with pytest.raises(CacheError, match=r"^Expected a cache's manifest\.json in .*, but the folder has none\.$"):
         TeacherCache.open(tmp_path)
     (tmp_path / "manifest.json").write_text('{"version": 99}')
     with pytest.raises(CacheError, match=r"to be of format version 1, but got 99"):
@@ -160,16 +160,16 @@ def test_c11_a_folder_without_a_cache_says_so(tmp_path: Path) -> None:
 def test_c12_a_full_disk_leaves_what_resuming_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C12: the same bytes as of a build in one go."""
     built(tmp_path / "whole")
-    write, written = store._write, []
+    write, written = cache_files.write, []
 
     def full(path: Path, content: Any) -> dict[str, Any]:
         written.append(path)
         if len(written) == 12:
-            path.with_name(path.name + ".tmp").write_bytes(b"half")
+            path.with_name(f".{path.name}.distill-partial").write_bytes(b"half")
             raise OSError(28, "No space left on device")
         return write(path, content)
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(cache_files, "write", full)
     with pytest.raises(OSError, match="No space left on device"):
         built(tmp_path / "resumed")
     with pytest.raises(CacheError, match=r"but it is not complete: build it with resume=True"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from distill_core.cli.keras import main
 from keras_distill import __version__
-from keras_distill.cli import main
 
 Capture = pytest.CaptureFixture[str]
 

@@ -15,10 +15,10 @@ from keras_launch import STUDENT, TEACHER, YAML, divergence64, launched, yaml_fi
 from keras_nets import log_softmax64, table
 
 import keras_distill
+from distill_core.cli.keras import main
 from keras_distill import Distillation, DistillationConf
 from keras_distill import IntermediateLayersKnowledgeDistillationLoss as Intermediate
 from keras_distill import KnowledgeDistillationLoss as Knowledge
-from keras_distill.cli import main
 
 # Configuration --------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import lightning_distill
-from lightning_distill.cli import main
+from distill_core.cli.lightning import main
 
 Capture = pytest.CaptureFixture[str]
 GOOD = {"distillation": {"train": {"end_epoch": 2, "optimizer": {"SGD": {"learning_rate": 0.1}}}}}
@@ -50,10 +50,10 @@ def written(folder: Path, values: object) -> str:
     return str(folder / "config.yml")
 
 
-def test_n13_a_good_file_is_called_good(tmp_path: Path, capsys: Capture) -> None:
+def test_n13_a_good_file_is_called_ok(tmp_path: Path, capsys: Capture) -> None:
     """N13"""
     assert main(["validate-config", written(tmp_path, GOOD)]) == 0
-    assert capsys.readouterr().out.endswith("config.yml: good\n")
+    assert capsys.readouterr().out.endswith("config.yml: OK\n")
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_n13_a_bad_file_exits_2_with_one_line(tmp_path: Path, capsys: Capture, v
     assert error.count("\n") == 1
 
 
-def test_n13_a_file_that_is_not_there_exits_2(tmp_path: Path, capsys: Capture) -> None:
+def test_n13_a_file_that_is_not_there_exits_1(tmp_path: Path, capsys: Capture) -> None:
     """N13"""
     for command in (["validate-config"], ["fit", "--config"]):
-        assert main([*command, str(tmp_path / "nowhere.yaml")]) == 2
+        assert main([*command, str(tmp_path / "nowhere.yaml")]) == 1
         error = capsys.readouterr().err
         assert "nowhere.yaml" in error
         assert error.count("\n") == 1

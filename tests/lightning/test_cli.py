@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from distill_core.cli.lightning import main
 from lightning_distill import __version__
-from lightning_distill.cli import main
 
 Capture = pytest.CaptureFixture[str]
 

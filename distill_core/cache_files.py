@@ -1,0 +1,205 @@
+"""The single files of a cache: their names, how they are written as a whole, and how they are found again safely."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from distill_core.codecs import Array
+from distill_core.manifest import CacheError, Manifest, check_file_list, read_json, short
+
+# Names that only this module gives: leftovers of a build that was killed are known by them.
+_PARTIAL: Final = re.compile(
+    r"\.(shard-[0-9]{5,}(\.(output|feature[0-9]+)\.[a-z]+\.npy|\.json)|building\.json)\.distill-partial"
+)
+_LARGEST_HEADER: Final = 4096  # bytes; NumPy writes 118
+
+
+def file_list(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
+    """The list of a shard's files with their sizes and checksums; every file exists and has the size that it needs.
+
+    Args:
+        folder: The cache.
+        manifest: Its manifest.
+        shard: Number of the shard.
+
+    Raises:
+        CacheError: If something is missing or wrong; the message names the file.
+    """
+    file = inside(folder, list_name(shard))
+    files = read_json(file.read_bytes(), file)
+    needed = {
+        array_name(shard, name, column): (shape, dtype)
+        for name, codec in manifest.codecs.items()
+        for column, (shape, dtype) in codec.columns.items()
+    }
+    check_file_list(files, needed, file)
+    for name, facts in files.items():
+        size = inside(folder, name).stat().st_size
+        if size != facts["bytes"]:
+            raise CacheError(
+                f"Expected {folder / name} to have {facts['bytes']} bytes, but it has {size}. Build the cache again."
+            )
+        shape, dtype = needed[name]
+        header_size(folder / name, (len(manifest.shard_range(shard)), *shape), dtype)
+    return files
+
+
+def header_size(path: Path, shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes before the numbers of a ``.npy`` file, whose header must be the one that NumPy writes for an array.
+
+    The header is compared and not interpreted, so that what it says cannot matter.
+
+    Args:
+        path: The file.
+        shape: Shape of the array.
+        dtype: Its dtype.
+
+    Returns:
+        The size of the header.
+
+    Raises:
+        CacheError: If the header is another, or the file is shorter or longer than the array.
+    """
+    with open(path, "rb") as handle:
+        start = handle.read(10)
+        header = handle.read(min(int.from_bytes(start[8:], "little"), _LARGEST_HEADER))
+    numbers = np.dtype(dtype)
+    text = f"{{'descr': {numbers.str!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    if start[:8] != b"\x93NUMPY\x01\x00" or header.rstrip(b" \n") != text:
+        got = header.strip().decode("ascii", "replace") if start[:6] == b"\x93NUMPY" else "no header"
+        raise CacheError(
+            f"Expected {path} to be a .npy file of {dtype}, shape {shape}, but got {short(got)}. Build the cache again."
+        )
+    expected, size = len(start) + len(header) + math.prod(shape) * numbers.itemsize, path.stat().st_size
+    if size != expected:
+        raise CacheError(
+            f"Expected {path} to have {expected} bytes for shape {shape}, but it has {size}. Build the cache again."
+        )
+    return len(start) + len(header)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that exists in a folder, is a plain file, and is not a link to a place elsewhere.
+
+    Args:
+        folder: The folder.
+        name: The file's name.
+
+    Raises:
+        CacheError: If it is not.
+    """
+    path = folder / name
+    try:
+        target = path.resolve(strict=True)
+        regular = stat.S_ISREG(target.stat().st_mode)
+    except FileNotFoundError:
+        raise CacheError(f"Expected {path} to exist, but it does not. Build the cache again.") from None
+    except RuntimeError:  # a link to itself, before Python 3.13
+        regular, target = False, path
+    if not regular:
+        raise CacheError(f"Expected {path} to be a file, but it is something else. Build the cache again.")
+    if not target.is_relative_to(folder.resolve()):
+        raise CacheError(
+            f"Expected {path} to be in the cache's folder, but it is a link to {target}. Copy the file into the folder."
+        )
+    return path
+
+
+def list_name(shard: int) -> str:
+    """Name of the list of a shard's files."""
+    return f"shard-{shard:05d}.json"
+
+
+def array_name(shard: int, name: str, column: str) -> str:
+    """Name of the file of one stored array of a shard."""
+    return f"shard-{shard:05d}.{name}.{column}.npy"
+
+
+def _partial(path: Path) -> Path:
+    """The temporary name of a file that is being written."""
+    return path.with_name(f".{path.name}.distill-partial")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed build left half written, and nothing else.
+
+    Args:
+        folder: The cache; nobody may be writing there.
+    """
+    for leftover in folder.glob(".*"):
+        if _PARTIAL.fullmatch(leftover.name):
+            leftover.unlink()
+
+
+def write(path: Path, content: bytes | Array) -> dict[str, Any]:
+    """Write a file that exists either whole or not at all.
+
+    Args:
+        path: The file.
+        content: Its bytes, or an array for a ``.npy`` file.
+
+    Returns:
+        Its size and checksum.
+    """
+    temporary = _partial(path)
+    # "x": a file of that name is not overwritten, and a link is not followed
+    handle = open(temporary, "xb")  # noqa: SIM115 - closed below, inside the clean-up
+    try:
+        with handle:
+            if isinstance(content, bytes):
+                handle.write(content)
+            else:
+                np.save(handle, content, allow_pickle=False)
+            handle.flush()
+            os.fsync(handle.fileno())
+        facts = {"bytes": temporary.stat().st_size, "blake2b": checksum(temporary)}
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return facts
+
+
+def checksum(path: Path) -> str:
+    """Digest of a file's content, 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """A short digest of arrays, strings and numbers, in order.
+
+    Args:
+        parts: Arrays, strings, bytes or numbers.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Example:
+        >>> fingerprint(["a", np.zeros(2)]) == fingerprint(["a", np.ones(2)])
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        array = np.ascontiguousarray(part) if not isinstance(part, (str, bytes)) else None
+        if array is None:
+            digest.update(part.encode() if isinstance(part, str) else part)
+        else:
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(array.tobytes())
+        digest.update(b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""Paths of classes and functions in configuration files: checked without importing them, and imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
+
+from distill_core.checks import Checks
+
+
+def check_class_path(path: str, init_args: Mapping[str, Any] | None = None) -> None:
+    """Check that a path names a class or a function, and that it takes some arguments, without running any code.
+
+    Modules that are already imported are looked into; of others the source is parsed. What only running the code can
+    tell, such as names that a star import brings, passes.
+
+    Args:
+        path: The path, such as ``"my_project.models.Net"``.
+        init_args: Arguments by name; None does not check them.
+
+    Raises:
+        ValueError: If the module, or the name in it, does not exist, is not callable or does not take the arguments.
+
+    Example:
+        >>> check_class_path("collections.OrderedDict")
+        >>> check_class_path("collections.OrderedDic")
+        Traceback (most recent call last):
+        ValueError: module 'collections' has no 'OrderedDic'. Closest: 'OrderedDict'.
+    """
+    module, _, name = path.rpartition(".")
+    if not module or not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError(f"{path!r} is not a dotted path")
+    if module in sys.modules:
+        _check_loaded(sys.modules[module], name, init_args)
+    elif tree := _parsed(module):
+        _check_source(tree, module, name, init_args)
+
+
+def import_class_path(path: str) -> Callable[..., Any]:
+    """Import the class or function that a path names. This runs the code of its module.
+
+    Args:
+        path: The path.
+
+    Returns:
+        The class or function.
+
+    Raises:
+        ValueError: If it cannot be imported or is not callable.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        target: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path!r} cannot be imported ({error})") from None
+    if not callable(target):
+        raise ValueError(f"{path!r} is not a class or a function")
+    return target
+
+
+def _check_loaded(module: Any, name: str, init_args: Mapping[str, Any] | None) -> None:
+    names = vars(module)
+    if name not in names:
+        if "__getattr__" in names:  # makes names on demand, perhaps by an import
+            return
+        raise ValueError(_missing(module.__name__, name, names))
+    target = names[name]
+    if not callable(target):
+        raise ValueError(f"'{module.__name__}.{name}' is not a class or a function")
+    if init_args is not None:
+        try:
+            signature = inspect.signature(target)
+        except (ValueError, TypeError):  # some that are written in C have none
+            return
+        _bind(signature, name, init_args)
+
+
+def _parsed(module: str) -> ast.Module | None:
+    """The source of a module as a tree; None where it has no source.
+
+    Raises:
+        ValueError: If there is no such module, or its source is not Python.
+    """
+    spec = _spec(module)
+    source = getattr(spec.loader, "get_source", None)
+    try:
+        text = None if source is None else source(module)
+        return None if text is None else ast.parse(text)
+    except (SyntaxError, ImportError, OSError, RecursionError) as error:
+        raise ValueError(f"module {module!r} cannot be read ({error})") from None
+
+
+def _spec(module: str) -> ModuleSpec:
+    """Where a module lies. ``importlib.util.find_spec`` would import the packages around it."""
+    top, *parts = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        spec = None
+    name = top
+    for part in parts:
+        if spec is None or spec.submodule_search_locations is None:
+            break
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
+    if spec is None or name != module:
+        raise ValueError(f"there is no module {module!r}")
+    return spec
+
+
+def _check_source(tree: ast.Module, module: str, name: str, init_args: Mapping[str, Any] | None) -> None:
+    statements = list(_statements(tree.body))
+    bound: dict[str, list[ast.stmt]] = {}
+    for statement in statements:
+        for target in _bound(statement):
+            bound.setdefault(target, []).append(statement)
+    if name not in bound:
+        # a star import, a module's __getattr__, or names made by calls: only running it could tell
+        calls = {
+            node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        if "*" in bound or "__getattr__" in bound or calls & {"globals", "exec", "setattr"}:
+            return
+        raise ValueError(_missing(module, name, bound))
+    (statement, *others) = bound[name]
+    signature = None if others else _signature(statement)
+    if signature is not None and init_args is not None:
+        _bind(signature, name, init_args)
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module, those under ``if``, ``try``, ``with`` and loops included."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        for block in ("body", "orelse", "finalbody"):
+            yield from _statements(getattr(statement, block, []))
+        for part in (*getattr(statement, "handlers", []), *getattr(statement, "cases", [])):
+            yield from _statements(part.body)
+
+
+def _bound(statement: ast.stmt) -> Iterator[str]:
+    """The names that a statement of a module binds; ``*`` for a star import."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield statement.name
+    elif isinstance(statement, (ast.Import, ast.ImportFrom)):
+        for alias in statement.names:
+            yield alias.asname or alias.name.split(".")[0]
+    elif isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.With)):
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                yield node.id
+
+
+def _signature(statement: ast.stmt) -> inspect.Signature | None:
+    """What a function, or the ``__init__`` of a class, takes; None where that cannot be seen."""
+    if isinstance(statement, ast.ClassDef):
+        methods = {entry.name: entry for entry in statement.body if isinstance(entry, ast.FunctionDef)}
+        hidden = statement.decorator_list or statement.keywords or "__new__" in methods
+        return None if hidden or "__init__" not in methods else _of_function(methods["__init__"], skipped=1)
+    return _of_function(statement) if isinstance(statement, ast.FunctionDef) else None
+
+
+def _of_function(function: ast.FunctionDef, skipped: int = 0) -> inspect.Signature | None:
+    if function.decorator_list:
+        return None
+    arguments, parameters = function.args, []
+    kinds = inspect.Parameter
+    positional = [*arguments.posonlyargs, *arguments.args]
+    required = len(positional) - len(arguments.defaults)
+    for index, entry in enumerate(positional):
+        kind = kinds.POSITIONAL_ONLY if index < len(arguments.posonlyargs) else kinds.POSITIONAL_OR_KEYWORD
+        parameters.append(kinds(entry.arg, kind, default=kinds.empty if index < required else None))
+    if arguments.vararg:
+        parameters.append(kinds(arguments.vararg.arg, kinds.VAR_POSITIONAL))
+    for entry, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        default = kinds.empty if value is None else None
+        parameters.append(kinds(entry.arg, kinds.KEYWORD_ONLY, default=default))
+    if arguments.kwarg:
+        parameters.append(kinds(arguments.kwarg.arg, kinds.VAR_KEYWORD))
+    return inspect.Signature(parameters[skipped:])
+
+
+def _bind(signature: inspect.Signature, name: str, init_args: Mapping[str, Any]) -> None:
+    try:
+        signature.bind(**init_args)
+    except TypeError as error:
+        raise ValueError(f"{name!r} does not take these init_args ({error})") from None
+
+
+def _missing(module: str, name: str, names: Iterable[str]) -> str:
+    public = [entry for entry in names if not entry.startswith("_")]
+    return f"module {module!r} has no {name!r}. {Checks().closest(name, public)}".rstrip()

@@ -1,0 +1,205 @@
+"""What the two command lines share. Until a command runs, only Python's own modules are imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from distill_core import __version__
+from distill_core.terminal import one_line, write_line
+
+EXIT_CODES: Final = (
+    "Exit code 0: done. 1: it could not be done, or a file could not be read or written. 2: wrong usage, or a wrong"
+    " file. Errors stand on the standard error stream."
+)
+_OURS: Final = ("distill_core", "lightning_distill", "keras_distill")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers wrong usage with one line.
+
+    Args:
+        prog: Name of the command.
+        epilog: What stands below the options; the exit codes follow.
+        **settings: As in argparse.
+    """
+
+    def __init__(self, prog: str, epilog: str = "", **settings: Any) -> None:
+        super().__init__(prog, epilog=f"{epilog} {EXIT_CODES}".lstrip(), **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 and one line."""
+        self.exit(2, one_line(f"{self.prog}: {message}. See `{self.prog} --help`.") + "\n")
+
+
+def new_parser(prog: str, description: str) -> tuple[Parser, Any]:
+    """A parser with ``--version``, and the object that commands are added to.
+
+    Args:
+        prog: Name of the command.
+        description: What it is for.
+    """
+    parser = Parser(prog, description=description, epilog=f"See `{prog} COMMAND --help`.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser, parser.add_subparsers(dest="command", metavar="command", required=True)
+
+
+def add_demo(commands: Any, output: str, writes: str, seconds: str, work: str) -> None:
+    """Add the command ``demo``.
+
+    Args:
+        commands: What :func:`new_parser` returned.
+        output: Default of ``--output``.
+        writes: What is written, besides the figures and a plot.
+        seconds: How long it takes, in words.
+        work: The function that does it, as ``module:function``.
+    """
+    demo = commands.add_parser(
+        "demo",
+        help="distil a small network on handwritten digits and show what it gains",
+        description="Train a convolutional teacher on scikit-learn's handwritten digits, then a small student alone,"
+        " with the teacher's logits, and with its logits and features: once with a label on 10 % of the images, once"
+        f" on all. Print a table, and write the figures, a plot and {writes} into a folder.",
+        epilog=f"Needs no download; takes about {seconds} on two cores.",
+    )
+    demo.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="output folder (%(default)s)")
+    demo.add_argument("--seeds", type=count, metavar="N", help="number of seeds for each student, 1 or more (3)")
+    demo.add_argument("--quick", action="store_true", help="one seed and two epochs: shows that it runs, not more")
+    demo.set_defaults(work=work)
+
+
+def add_validate(commands: Any, configured: str, work: str) -> None:
+    """Add the command ``validate-config``.
+
+    Args:
+        commands: What :func:`new_parser` returned.
+        configured: Name of the class whose files are checked.
+        work: The function that does it, as ``module:function``.
+    """
+    validate = commands.add_parser(
+        "validate-config",
+        help="check a YAML file of the launcher",
+        description=f"Check a YAML file of {configured} without training: one line if it is right, else a line for"
+        " each wrong value, with its path within the file. Nothing that the file names is imported or run.",
+    )
+    validate.add_argument("file", type=Path, metavar="FILE", help="the YAML file")
+    validate.set_defaults(work=work)
+
+
+def count(word: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    number = int(word) if word.isascii() and word.isdigit() and len(word) < 10 else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"Expected a whole number, 1 or more, but got {word!r}")
+    return number
+
+
+def run(parser: Parser, argv: Sequence[str] | None, install: str) -> int:
+    """Parse the words of a command line and do what they ask for.
+
+    Args:
+        parser: The parser; each command sets ``work``, the function that does it, as ``module:function``.
+        argv: The words; None takes those of the process.
+        install: The pip command that installs the framework.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed its help, the version or what is wrong
+        return stop.code if isinstance(stop.code, int) else 0
+    return call(parser.prog, arguments.command, arguments.work, arguments, install)
+
+
+def call(prog: str, command: str, work: str, arguments: Any, install: str) -> int:
+    """Import the function that does a command, and call it.
+
+    Args:
+        prog: Name of the program.
+        command: Name of the command.
+        work: The function, as ``module:function``.
+        arguments: What it is called with.
+        install: The pip command that installs the framework.
+
+    Returns:
+        The exit code; 1 and one line where a package is not installed.
+    """
+    module, _, function = work.partition(":")
+    try:
+        do: Callable[[Any], int] = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in _OURS:
+            raise
+        hint = "" if "pip install" in str(error) else f" Install it with: {install}"
+        return fail(prog, command, f"{error}.{hint}".replace("..", "."))
+    try:
+        return do(arguments)
+    except ModuleNotFoundError as error:
+        if "pip install" not in str(error):  # user code that the command ran
+            raise
+        return fail(prog, command, error)
+
+
+def validate(prog: str, file: Path, check: Callable[[Path], Any]) -> int:
+    """Check a file, and print what is wrong.
+
+    Args:
+        prog: Name of the program.
+        file: The file.
+        check: Raises a ValueError with a line for each wrong value.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as warned, working_directory(first=False):
+            warnings.simplefilter("always")
+            check(file)
+    except OSError as error:
+        return fail(prog, "validate-config", f"cannot read {file}: {error.strerror or error}")
+    except ValueError as error:
+        for line in str(error).split("\n"):
+            write_line(sys.stderr, line if line.startswith(str(file)) else f"{file}: {line}")
+        return 2
+    for warning in warned:
+        write_line(sys.stderr, f"{file}: {warning.message}")
+    write_line(sys.stdout, f"{file}: OK")
+    return 0
+
+
+def fail(prog: str, command: str, message: Any, code: int = 1) -> int:
+    """Write an error on one line.
+
+    Args:
+        prog: Name of the program.
+        command: Name of the command.
+        message: What is wrong.
+        code: The exit code.
+
+    Returns:
+        The exit code.
+    """
+    write_line(sys.stderr, one_line(f"{prog} {command}: {message}"))
+    return code
+
+
+@contextmanager
+def working_directory(*, first: bool) -> Iterator[None]:
+    """A context in which modules of the working directory are found.
+
+    Args:
+        first: Before all others, as with ``python -m``; else after them, so that none hides an installed package.
+    """
+    before = list(sys.path)
+    sys.path.insert(0 if first else len(sys.path), "")
+    try:
+        yield
+    finally:
+        sys.path[:] = before

@@ -1,0 +1,37 @@
+"""The command ``keras-distill``. Keras is imported when a command needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from distill_core.cli import add_demo, add_validate, new_parser, run
+
+_INSTALL: Final = 'pip install "lightning-distill[keras]"'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: The words after the command's name; ``None`` takes them from the command line.
+
+    Returns:
+        The exit code: 0 done; 1 it could not be done, or a file could not be read or written; 2 wrong usage, or a wrong
+        file. Errors stand on one line of the standard error stream.
+
+    Example:
+        >>> main(["--version"])
+        keras-distill 0.1.0
+        0
+    """
+    parser, commands = new_parser("keras-distill", "Knowledge distillation for Keras.")
+    add_demo(
+        commands,
+        output="demo_output/keras",
+        writes="the student as a .keras file",
+        seconds="a minute",
+        work="keras_distill.cli:demo",
+    )
+    add_validate(commands, "keras_distill.Distillation", work="keras_distill.cli:validate_config")
+    return run(parser, argv, _INSTALL)

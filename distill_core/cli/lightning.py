@@ -1,0 +1,82 @@
+"""The command ``lightning-distill``. PyTorch and Lightning are imported when a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from distill_core.cli import Parser, add_demo, add_validate, call, new_parser, run
+
+_INSTALL: Final = "pip install lightning-distill"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: The words after the command's name; ``None`` takes them from the command line.
+
+    Returns:
+        The exit code: 0 done; 1 it could not be done, or a file could not be read or written; 2 wrong usage, or a wrong
+        file. Errors stand on one line of the standard error stream.
+
+    Example:
+        >>> main(["--version"])
+        lightning-distill 0.1.0
+        0
+    """
+    words = sys.argv[1:] if argv is None else [*argv]
+    if words[:1] == ["fit"]:  # its options are those of Lightning's own command line
+        return call("lightning-distill", "fit", "lightning_distill.cli:fit", None if argv is None else words, _INSTALL)
+    return run(_parser(), words, _INSTALL)
+
+
+def _parser() -> Parser:
+    parser, commands = new_parser("lightning-distill", "Knowledge distillation for PyTorch Lightning.")
+    add_demo(
+        commands,
+        output="demo_output",
+        writes="the student's state_dict",
+        seconds="a minute and a half",
+        work="lightning_distill.cli:demo",
+    )
+    commands.add_parser(
+        "fit",
+        help="train what a YAML file describes, with Lightning's command line",
+        description="Build model, data and Trainer from a YAML file and fit. The classes that the file names are"
+        " imported and called: run only files that you trust.",
+    )
+    add_validate(commands, "lightning_distill.Distillation", work="lightning_distill.cli:validate_config")
+    _add_cache(commands)
+    return parser
+
+
+def _add_cache(commands: Any) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="build, describe or check a cache of a teacher's outputs",
+        description="A cache holds a teacher's outputs for every sample of a dataset, so that training does without the"
+        " teacher.",
+        epilog="See `lightning-distill cache ACTION --help`.",
+    )
+    actions = cache.add_subparsers(dest="action", metavar="action", required=True)
+    build = actions.add_parser(
+        "build",
+        help="run a teacher over a dataset, as a YAML file says",
+        description="Run a teacher over a dataset, as a YAML file says: `path`, the folder to write; `teacher` and"
+        " `dataset`, each with class_path and init_args; and the settings of TeacherCache.build. A build that was"
+        " stopped is resumed.",
+        epilog="The file runs code: what class_path names is imported and called with init_args, whatever it is. Build"
+        " only from files that you trust.",
+    )
+    build.add_argument("path", type=Path, metavar="FILE", help="the YAML file")
+    build.set_defaults(work="lightning_distill.cli:cache", command="cache build")
+    for action, description in (
+        ("info", "Print what a cache holds and where it comes from."),
+        ("verify", "Compare every file of a cache with its checksum, and read it as training does."),
+    ):
+        parser = actions.add_parser(action, help=description[0].lower() + description[1:-1], description=description)
+        parser.add_argument("path", type=Path, metavar="FOLDER", help="the cache's folder")
+        parser.set_defaults(work="lightning_distill.cli:cache", command=f"cache {action}")

@@ -1,0 +1,44 @@
+"""The lock that keeps two processes from building into one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from distill_core.manifest import CacheError
+
+LOCK: Final = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A context in which no other process can enter the same context; a process that dies leaves it.
+
+    The lock's file stays: a process that waits for the lock has it open, and if it were removed a third process could
+    lock another file of the same name.
+
+    Args:
+        folder: The folder; created if it does not exist.
+
+    Raises:
+        CacheError: If another process holds the lock.
+        ModuleNotFoundError: If the package filelock is not installed.
+    """
+    try:
+        import filelock  # imported late: reading a cache needs no lock
+    except ModuleNotFoundError as error:
+        if error.name != "filelock":
+            raise
+        raise ModuleNotFoundError("Building a cache needs filelock: pip install filelock", name="filelock") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise CacheError(f"Expected {folder} to be free, but another process is building there. Wait for it.") from None
+    try:
+        yield
+    finally:
+        lock.release()

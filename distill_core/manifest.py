@@ -1,0 +1,317 @@
+"""The manifest of a teacher cache, and the checks of everything that is read from its JSON files.
+
+A cache may come from anybody. Whatever its files say is checked against a table of rules when it is read, before any
+number in it is used: a folder that breaks a rule is refused with a :class:`CacheError` that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from distill_core.codecs import Codec, make
+
+FORMAT_VERSION: Final = 1
+MANIFEST, BUILDING = "manifest.json", "building.json"
+_NAME: Final = re.compile(r"output|feature(0|[1-9][0-9]{0,4})")
+_LARGEST: Final = 2**53  # the largest count that JSON's numbers hold exactly, whoever reads them
+_MOST_DIMENSIONS: Final = 30  # NumPy has arrays of 32 at most before version 2, and rows are stacked
+
+
+Content = bytes  # `Manifest.bytes` hides the built-in name in its class
+
+
+class CacheError(ValueError):
+    """A folder that is not a complete cache, or not the requested one."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of a cache.
+
+    Attributes:
+        length: Number of samples in the data.
+        views: Number of augmented views of each sample.
+        shard_rows: Rows in a shard; the last may have fewer.
+        arrays: Description of each stored array by its name, ``"output"`` or ``"feature0"``...: ``shape`` of a row,
+            ``dtype``, and ``top_k`` where only the likeliest classes are stored.
+        layers: The layer that each feature comes from, by its name in ``arrays``.
+        teacher: ``class`` and ``fingerprint`` of the teacher.
+        data: ``fingerprint`` of the data and ``transform_seed``.
+        versions: Versions of the libraries that wrote it.
+        version: Version of the format.
+    """
+
+    length: int
+    views: int
+    shard_rows: int
+    arrays: dict[str, dict[str, Any]]
+    layers: dict[str, str]
+    teacher: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: samples times views."""
+        return self.length * self.views
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.shard_rows)
+
+    def shard_range(self, shard: int) -> range:
+        """The rows of a shard."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """The codec of each array."""
+        return {name: make(description) for name, description in self.arrays.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows together."""
+        return self.rows * sum(codec.bytes_per_row for codec in self.codecs.values())
+
+    def to_json(self) -> str:
+        """The text of the manifest's file."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, content: Content, file: Path) -> Manifest:
+        """The manifest in a file's content.
+
+        Args:
+            content: The bytes of the file.
+            file: The file, for messages.
+
+        Raises:
+            CacheError: If the content is not a manifest, is one of another format version, or breaks a rule.
+
+        Example:
+            >>> Manifest.from_json(b'{"version": 1, "length": -3}', Path("manifest.json"))
+            Traceback (most recent call last):
+            distill_core.manifest.CacheError: Expected `length` in manifest.json to be a whole number from 1 to \
+9007199254740992, but got length=-3. Build the cache again.
+        """
+        values = read_json(content, file)
+        version = values.get("version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            got = "none" if version is None else short(version)
+            raise CacheError(
+                f"Expected {file} to be of format version {FORMAT_VERSION}, but got {got}. Build the cache again."
+            )
+        check(values, file)
+        return cls(**values)
+
+
+def read_json(content: bytes, file: Path) -> dict[str, Any]:
+    """The object in a JSON file, which may have been written by anybody.
+
+    Args:
+        content: The bytes of the file.
+        file: The file, for messages.
+
+    Returns:
+        The object, without NaN, infinities and repeated keys.
+
+    Raises:
+        CacheError: If the content is anything else.
+    """
+
+    def refused(constant: str) -> NoReturn:
+        raise ValueError(f"it holds the number {constant}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("it holds a key twice")
+        return values
+
+    try:
+        values = json.loads(content.decode("utf-8"), parse_constant=refused, object_pairs_hook=unique)
+    except RecursionError:
+        raise CacheError(f"Expected a JSON object in {file}, but it is nested too deeply.") from None
+    except ValueError as error:
+        raise CacheError(f"Expected a JSON object in {file}, but got something else ({short(error)}).") from None
+    if not isinstance(values, dict):
+        raise CacheError(f"Expected a JSON object in {file}, but got a {type(values).__name__}.")
+    return values
+
+
+def short(value: Any) -> str:
+    """A value from a file as a few printable characters."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# A rule returns an empty string for a good value, else what the value has to be.
+Rule = Callable[[Any], str]
+
+
+def whole(minimum: int, maximum: int = _LARGEST) -> Rule:
+    """Rule: a whole number of a closed range; True is not a number."""
+    words = f"a whole number from {minimum} to {maximum}"
+    return lambda value: "" if type(value) is int and minimum <= value <= maximum else words
+
+
+def text(limit: int = 10_000) -> Rule:
+    """Rule: a string, not empty and not endless."""
+    words = f"a string of 1 to {limit} characters"
+    return lambda value: "" if isinstance(value, str) and 0 < len(value) <= limit else words
+
+
+def matching(pattern: str, words: str) -> Rule:
+    """Rule: a string that a pattern matches as a whole."""
+    return lambda value: "" if isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL) else words
+
+
+def among(*choices: Any) -> Rule:
+    """Rule: one of a few values, of the same type."""
+    words = f"one of {', '.join(map(repr, choices))}"
+    return lambda value: "" if any(type(value) is type(choice) and value == choice for choice in choices) else words
+
+
+def or_none(rule: Rule) -> Rule:
+    """Rule: null, or what another rule wants."""
+
+    def checked(value: Any) -> str:
+        words = "" if value is None else rule(value)
+        return f"null or {words}" if words else ""
+
+    return checked
+
+
+def row_shape(value: Any) -> str:
+    """Rule: the shape of a row."""
+    words = f"a list of at most {_MOST_DIMENSIONS} whole numbers, 1 or more, whose product is at most {_LARGEST}"
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS or any(whole(1)(size) for size in value):
+        return words
+    product = 1
+    for size in value:
+        product *= size
+    return words if product > _LARGEST else ""
+
+
+def scalar(value: Any) -> str:
+    """Rule: a string, a number, True, False or null."""
+    return "" if value is None or isinstance(value, (str, int, float)) else "a string, a number, true, false or null"
+
+
+Rules = Mapping[str, Rule]
+DIGEST: Final = matching("[0-9a-f]{32}", "32 hexadecimal digits")
+_TOP: Final[Rules] = {
+    "version": among(FORMAT_VERSION),
+    "length": whole(1),
+    "views": whole(1),
+    "shard_rows": whole(1),
+}
+_ARRAY: Final[Rules] = {"shape": row_shape, "dtype": among("float16", "bfloat16", "float32", "uint8")}
+_TEACHER: Final[Rules] = {"class": text(), "fingerprint": text(200)}
+_DATA: Final[Rules] = {
+    "fingerprint": text(200),
+    "transform_seed": or_none(whole(0, 2**64 - 1)),
+    "stale": among(True, False),
+    "kind": among("torch", "keras"),
+}
+_FILE: Final[Rules] = {"bytes": whole(1), "blake2b": DIGEST}
+
+
+def check(values: Mapping[str, Any], file: Path) -> None:
+    """Check every field of a manifest.
+
+    Args:
+        values: The manifest as JSON holds it.
+        file: Its file, for the message.
+
+    Raises:
+        CacheError: If a field breaks a rule; the message names the field and the file.
+    """
+    sections = ("arrays", "layers", "teacher", "data", "versions")
+    _fields(values, {**_TOP, **dict.fromkeys(sections, _object)}, "", file)
+    arrays = values["arrays"]
+    if not arrays:
+        _refuse("arrays", "at least one array", arrays, file)
+    for name, description in arrays.items():
+        if not _NAME.fullmatch(name):
+            _refuse("arrays", 'arrays named "output" or "feature0", "feature1", ...', name, file)
+        _array(name, description, file)
+    features = {name for name in arrays if name != "output"}
+    if set(values["layers"]) != features:
+        _refuse("layers", f"one layer for each of {sorted(features)}", sorted(values["layers"]), file)
+    place = matching(r".{0,10000}\|(input|output)", "a layer's name, a bar and 'input' or 'output'")
+    _fields(values["layers"], dict.fromkeys(features, place), "layers.", file)
+    _fields(values["teacher"], _TEACHER, "teacher.", file, others=scalar)
+    _fields(values["data"], _DATA, "data.", file, others=scalar)
+    _fields(values["versions"], {}, "versions.", file, others=text(1000))
+    rows = values["length"] * values["views"]
+    if rows > _LARGEST:
+        _refuse("length", f"at most {_LARGEST} rows in all its views", values["length"], file)
+
+
+def check_file_list(values: Mapping[str, Any], names: Iterable[str], file: Path) -> None:
+    """Check the list of a shard's files: the expected names, each with its size and its checksum.
+
+    Args:
+        values: The list as JSON holds it.
+        names: The names that it must have, no others.
+        file: The list's file, for the message.
+
+    Raises:
+        CacheError: If it is wrong; the message names the file.
+    """
+    if set(values) != set(names):
+        raise CacheError(f"Expected {file} to list {sorted(names)}, but got {short(sorted(values))}.")
+    for name, facts in values.items():
+        if _object(facts):
+            _refuse(name, _object(facts), facts, file)
+        _fields(facts, _FILE, f"{name}: ", file)
+
+
+def _object(value: Any) -> str:
+    return "" if isinstance(value, dict) else "a JSON object"
+
+
+def _array(name: str, description: Any, file: Path) -> None:
+    path = f"arrays.{name}"
+    if not isinstance(description, dict):
+        _refuse(path, "a JSON object", description, file)
+    top_k = {"top_k": whole(1)} if name == "output" and "top_k" in description else {}
+    _fields(description, {**_ARRAY, **top_k}, f"{path}.", file)
+    if top_k and not description["shape"]:
+        _refuse(f"{path}.shape", "at least one size, the number of classes", description["shape"], file)
+    try:
+        make(description)
+    except ValueError as error:  # the codec's own checks: top_k against the classes, dtype against top_k
+        raise CacheError(f"{file}: {path}: {error}") from None
+
+
+def _fields(values: Mapping[str, Any], rules: Rules, prefix: str, file: Path, others: Rule | None = None) -> None:
+    """Check the fields of an object: those of the rules are all needed, and further ones follow the rule `others`."""
+    for name, rule in rules.items():
+        if name not in values:
+            raise CacheError(f"Expected {file} to hold `{prefix}{name}`, but it does not. Build the cache again.")
+        if words := rule(values[name]):
+            _refuse(f"{prefix}{name}", words, values[name], file)
+    for name in values:
+        if name in rules:
+            continue
+        if others is None:
+            raise CacheError(
+                f"Expected {file} to hold only {', '.join(rules)}, but got {short(prefix + name)}."
+                " It may be of a later version of this package."
+            )
+        if words := others(values[name]):
+            _refuse(f"{prefix}{name}", words, values[name], file)
+
+
+def _refuse(name: str, words: str, value: Any, file: Path) -> NoReturn:
+    got = f"{name.rpartition('.')[2]}={short(value)}"
+    raise CacheError(f"Expected `{name}` in {file} to be {words}, but got {got}. Build the cache again.")

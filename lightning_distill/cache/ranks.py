@@ -1,0 +1,42 @@
+"""Processes that build one cache together: an error in one of them ends the build in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed
+
+from distill_core.store import CacheError
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A context that every process enters and that none leaves before the others have come to its end.
+
+    Raises:
+        CacheError: If the context raised in another process. Without that this one would wait for it for ever.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    world = process_rank()[1]
+    if world > 1:
+        errors: list[str | None] = [None] * world
+        torch.distributed.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    else:
+        errors = [None]
+    if error is not None:
+        raise error
+    for other, words in enumerate(errors):
+        if words is not None:
+            raise CacheError(f"Expected all processes to build the cache, but that of rank {other} failed: {words}")

@@ -1,0 +1,159 @@
+"""Several processes and one folder: locks, and errors that reach every rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cache_nets import network, table
+from test_project import BLOCK, ROOT
+
+from distill_core.locks import LOCK, locked
+from distill_core.store import CacheError
+from lightning_distill import TeacherCache
+
+
+def build_lightning(folder: Path) -> None:
+    TeacherCache.build(network(8), table(4), folder, progress=False)
+
+
+def build_keras(folder: Path) -> None:
+    import keras  # not above: the processes below would spend their time on it
+
+    import keras_distill
+
+    teacher = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    keras_distill.TeacherCache.build(teacher, np.ones((4, 4), "float32"), folder)
+
+
+@pytest.mark.parametrize("build", [build_lightning, build_keras])
+def test_the_locks_file_stays(tmp_path: Path, build: Callable[[Path], None]) -> None:
+    """A process that waits for it has it open: were it removed, a third one could lock another of the same name."""
+    with locked(tmp_path):
+        file = (tmp_path / LOCK).stat().st_ino
+    build(tmp_path)
+    assert (tmp_path / LOCK).stat().st_ino == file
+
+
+@pytest.mark.parametrize("build", [build_lightning, build_keras])
+def test_a_build_waits_for_nobody_who_holds_the_lock(tmp_path: Path, build: Callable[[Path], None]) -> None:
+    with locked(tmp_path), pytest.raises(CacheError, match="to be free, but another process is building there"):
+        build(tmp_path)
+    build(tmp_path)
+
+
+@pytest.mark.parametrize("build", [build_lightning, build_keras])
+def test_a_build_into_a_folder_of_other_things_leaves_it_alone(tmp_path: Path, build: Callable[[Path], None]) -> None:
+    (tmp_path / "thesis.tmp").write_text("mine")
+    with pytest.raises(CacheError, match=r"to be empty or to hold a cache, but it holds 'thesis\.tmp'"):
+        build(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tmp"]
+    assert (tmp_path / "thesis.tmp").read_text() == "mine"
+
+
+def test_the_keras_half_needs_filelock_only_to_build() -> None:
+    code = (
+        f"{BLOCK.format(('filelock', 'torch', 'lightning'))}\n"
+        "import keras, numpy, keras_distill\n"
+        "try:\n"
+        "    teacher = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])\n"
+        "    keras_distill.TeacherCache.build(teacher, numpy.ones((1, 1)), 'unused')\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert result.stdout == "Building a cache needs filelock: pip install filelock\n", result.stderr
+
+
+class Failing(torch.utils.data.TensorDataset):
+    def __getitem__(self, index: int) -> Any:
+        raise OSError("the disk of this machine is gone")
+
+
+class FailingLater(torch.utils.data.TensorDataset):
+    """Fails in the middle of the build."""
+
+    read = 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.read += 1
+        if self.read > 30:
+            raise OSError("the disk of this machine is gone")
+        return super().__getitem__(index)
+
+
+def teacher_of(rank: int) -> torch.nn.Module:
+    return network(8, seed=rank)
+
+
+# What each rank builds, and the words of the error in rank 0 and in rank 1.
+TOGETHER: dict[str, tuple[Callable[[int, Path], Any], str, str]] = {
+    "a folder of other things": (
+        lambda rank, folder: TeacherCache.build(network(8), table(), folder / "other", progress=False),
+        "it holds 'thesis.tmp'",
+        "that of rank 0 failed: CacheError: Expected",
+    ),
+    "data that rank 1 cannot read": (
+        lambda rank, folder: TeacherCache.build(
+            network(8), (Failing if rank else torch.utils.data.TensorDataset)(*table().tensors), folder / "a"
+        ),
+        "that of rank 1 failed: OSError: the disk",
+        "the disk of this machine is gone",
+    ),
+    "data that rank 0 cannot read to the end": (
+        lambda rank, folder: TeacherCache.build(
+            network(8),
+            (torch.utils.data.TensorDataset if rank else FailingLater)(*table().tensors),
+            folder / "b",
+            batch_size=4,
+            shard_bytes=1,
+            progress=False,
+        ),
+        "the disk of this machine is gone",
+        "that of rank 0 failed: OSError: the disk",
+    ),
+    "another teacher in each rank": (
+        lambda rank, folder: TeacherCache.build(teacher_of(rank), table(), folder / "c", progress=False),
+        "that of rank 1 failed: CacheError: Expected",
+        "it was begun with teacher=",
+    ),
+}
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # a rank that were left in a barrier would raise after this time
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    for number, (build, *_) in enumerate(TOGETHER.values()):
+        try:
+            build(rank, Path(folder))
+            words = "no error"
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+        (Path(folder) / f"{number}-{rank}.txt").write_text(words)
+    TeacherCache.build(network(8), table(), Path(folder) / "d", progress=False).verify()  # the processes still agree
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_an_error_in_one_rank_ends_the_build_in_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tmp").write_text("mine")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path), port), nprocs=2)
+    for number, (name, (_, *expected)) in enumerate(TOGETHER.items()):
+        for rank, words in enumerate(expected):
+            assert words in (tmp_path / f"{number}-{rank}.txt").read_text(), (name, rank)

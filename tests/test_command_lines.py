@@ -1,0 +1,299 @@
+"""Both command lines: quick answers without a framework, files that run nothing, text that controls nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from malformed import write_cache
+from test_project import BLOCK, ROOT, read_setup
+
+import distill_core.cli.keras
+import distill_core.cli.lightning
+from distill_core.cli import EXIT_CODES
+
+Capture = pytest.CaptureFixture[str]
+Main = Callable[[Sequence[str]], int]
+MAINS: dict[str, Main] = {"lightning": distill_core.cli.lightning.main, "keras": distill_core.cli.keras.main}
+HEAVY = ("torch", "lightning", "tensorflow", "keras", "numpy", "jax", "pydantic", "yaml", "rich")
+HELP = {
+    "lightning": [[], ["demo"], ["validate-config"], ["cache"], ["cache", "build"], ["cache", "info"]],
+    "keras": [[], ["demo"], ["validate-config"]],
+}
+
+
+def python(code: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(["-c", code] if code else []), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=300)
+
+
+@pytest.mark.parametrize("half", MAINS)
+def test_help_and_version_import_no_framework(half: str) -> None:
+    """Nor anything else that takes long; wrong usage does not either."""
+    words = [["--version"], ["nonsense"], *([*command, "--help"] for command in HELP[half])]
+    code = (
+        f"import sys\nfrom distill_core.cli.{half} import main\n"
+        f"codes = [main(words) for words in {words}]\n"
+        f"print('END', codes, [name for name in {HEAVY} if name in sys.modules])"
+    )
+    result = python(code)
+    assert result.stdout.splitlines()[-1] == f"END {[0, 2] + [0] * len(HELP[half])} []", result.stderr
+
+
+def test_the_console_scripts_are_those_quick_commands() -> None:
+    scripts = read_setup()["options.entry_points"]["console_scripts"].split("\n")
+    expected = {f"{half}-distill = distill_core.cli.{half}:main" for half in MAINS}
+    assert {line.strip() for line in scripts if line} == expected
+
+
+@pytest.mark.parametrize(
+    ("half", "absent", "words", "hint"),
+    [
+        ("keras", ("keras",), ["validate-config", "x.yaml"], 'pip install "lightning-distill[keras]"'),
+        ("lightning", ("torch",), ["cache", "info", "x"], "pip install lightning-distill"),
+        ("lightning", ("lightning",), ["fit"], "pip install lightning-distill"),
+    ],
+)
+def test_a_command_without_its_framework_is_one_line(
+    half: str, absent: tuple[str, ...], words: list[str], hint: str
+) -> None:
+    result = python(f"{BLOCK.format(absent)}\nfrom distill_core.cli.{half} import main\nsys.exit(main({words}))")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.stderr
+    assert result.stderr.startswith(f"{half}-distill {words[0]}")
+    assert absent[0] in result.stderr.lower()
+    assert hint in result.stderr
+
+
+@pytest.mark.parametrize("half", MAINS)
+def test_the_package_runs_as_a_module(half: str) -> None:
+    result = python("", "-W", "ignore", "-m", f"{half}_distill", "--version")
+    assert (result.returncode, result.stdout) == (0, f"{half}-distill {distill_core.__version__}\n"), result.stderr
+
+
+@pytest.mark.parametrize("half", MAINS)
+def test_the_exit_codes_stand_in_the_help_of_every_command(half: str, capsys: Capture) -> None:
+    for words in HELP[half]:
+        assert MAINS[half]([*words, "--help"]) == 0
+        assert EXIT_CODES in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_help_of_cache_build_says_that_the_file_runs_code(capsys: Capture) -> None:
+    assert MAINS["lightning"](["cache", "build", "--help"]) == 0
+    assert "The file runs code" in " ".join(capsys.readouterr().out.split())
+
+
+def loader_of(class_path: str, **init_args: Any) -> str:
+    return yaml.safe_dump(
+        {"distillation": {"train": {"dataloader": {"class_path": class_path, "init_args": init_args}}}}
+    )
+
+
+SIDE_EFFECT = "open('ran', 'w').close()\n"
+
+
+@pytest.mark.parametrize("half", MAINS)
+@pytest.mark.parametrize(
+    ("class_path", "code"),
+    [
+        ("harmful.loader", 0),
+        ("harmful.loadr", 2),
+        ("harmful_package.inner.loader", 0),
+        ("harmful_package.inner.loadr", 2),
+        ("harmful_package.outer.loader", 2),
+        ("harmful_package.imported", 0),
+    ],
+)
+def test_validate_config_imports_nothing_that_the_file_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, half: str, class_path: str, code: int
+) -> None:
+    (tmp_path / "harmful_package").mkdir()
+    for name in ("harmful.py", "harmful_package/__init__.py", "harmful_package/inner.py"):
+        (tmp_path / name).write_text(
+            f"{SIDE_EFFECT}from os.path import join as imported\n\ndef loader(rows=1):\n    {SIDE_EFFECT}"
+        )
+    (tmp_path / "config.yaml").write_text(loader_of(class_path))
+    monkeypatch.chdir(tmp_path)
+    assert MAINS[half](["validate-config", "config.yaml"]) == code
+    assert not (tmp_path / "ran").exists()
+    assert not [name for name in sys.modules if name.startswith("harmful")]
+    out, error = capsys.readouterr()
+    assert (out == "config.yaml: OK\n") == (code == 0)
+    assert error.count("\n") == (code == 2)
+
+
+NINE = ", ".join(f"k{index}: *{{0}}" for index in range(9))
+EXPLOSION = "".join(
+    f"a{level}: &a{level} {{{NINE.format(f'a{level - 1}') if level else 'k: x'}}}\n" for level in range(9)
+).encode()
+CHAIN = "".join(f"a{level}: &a{level} [{f'*a{level - 1}' if level else 1}]\n" for level in range(120)).encode()
+
+BAD_YAML: dict[str, tuple[bytes, str]] = {
+    "aliases that explode": (EXPLOSION, "Expected aliases to repeat at most 10000 values"),
+    "an alias that contains itself": (b"model: &a {name: *a}\n", "but got one that contains itself, line 1"),
+    "latin-1": ("model: {name: café}\n".encode("latin-1"), "UTF-8, but got the byte 0xe9 in line 1. Save it as UTF-8"),
+    "keys that are numbers": (b"1: 2\n", "Expected the names of sections to be text, but got 1"),
+    "keys that are numbers in a section": (b"model: {1: 2}\n", "Expected `model"),
+    "a key twice": (
+        b"model: {name: a, name: b}\n",
+        "Expected each key once, but got 'name' twice in a mapping, line 1",
+    ),
+    "a deep nest": (b"model: " + b"[" * 100_000, "nested at most 100 deep"),
+    "a deep nest of mappings": (b"model: " + b"{a: " * 100_000, "nested at most 100 deep"),
+    "aliases that make a deep nest": (CHAIN, "nested at most 100 deep"),
+    "a date that does not exist": (b"model: {name: 2024-13-45}\n", "a value that cannot be read"),
+    "a Python object": (b"model: !!python/object/apply:os.getcwd []\n", "a YAML file, but got could not determine"),
+    "two documents": (b"model: {}\n---\nmodel: {}\n", "a YAML file, but got expected a single document"),
+    "an empty file": (b"", "a mapping of sections, but got an empty file"),
+    "a list": (b"- 1\n", "a mapping of sections, but got a list"),
+    "control characters": (b"model: {name: '\x1b[2J'}\n", "a YAML file, but got"),
+    "an escaped control character as a key": (b'model: {"\\e]0;title\\a": 1}\n', "\\x1b]0;title\\x07"),
+}
+
+
+@pytest.mark.parametrize("half", MAINS)
+@pytest.mark.parametrize("case", BAD_YAML)
+def test_a_bad_yaml_file_is_one_line_that_names_it(tmp_path: Path, capsys: Capture, half: str, case: str) -> None:
+    content, words = BAD_YAML[case]
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    commands = [["validate-config", str(file)]]
+    if half == "lightning" and "section" not in case and "control" not in case:  # the keys of a build are others
+        commands.append(["cache", "build", str(file)])
+    for command in commands:
+        assert MAINS[half](command) == 2
+        out, error = capsys.readouterr()
+        assert (out, error.count("\n")) == ("", 1), error
+        assert f"{file}: Expected" in error
+        assert words in error
+        assert "\x1b" not in error
+
+
+@pytest.mark.parametrize("half", MAINS)
+def test_a_file_that_is_not_there_exits_1_in_every_command(tmp_path: Path, capsys: Capture, half: str) -> None:
+    commands = [["validate-config"]]
+    if half == "lightning":
+        commands += [["fit", "--config"], ["cache", "build"], ["cache", "info"], ["cache", "verify"]]
+    for command in commands:
+        assert MAINS[half]([*command, str(tmp_path / "nowhere")]) == 1
+        out, error = capsys.readouterr()
+        assert (out, error.count("\n")) == ("", 1)
+        assert "nowhere" in error
+
+
+def test_names_from_a_cache_control_neither_the_terminal_nor_the_markup(tmp_path: Path, capsys: Capture) -> None:
+    write_cache(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["teacher"]["class"] = "[/x][bold]N\x1b]0;title\x07\u202eet\n"
+    manifest["layers"]["feature0"] = "[red]\x1b[2J|output"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert MAINS["lightning"](["cache", "info", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert r"teacher [/x][bold]N\x1b]0;title\x07\u202eet\n" in printed
+    assert r"[red]\x1b[2J" in printed
+    assert "\x1b" not in printed
+
+
+BUILDS: dict[str, tuple[dict[str, Any], str]] = {
+    "a teacher that is a number": (
+        {"teacher": {"class_path": "math.sqrt", "init_args": {}}},
+        "`teacher` to be a class_path with init_args",
+    ),
+    "a teacher that is a dict": (
+        {"teacher": {"class_path": "builtins.dict"}},
+        "a torch.nn.Module, but got a dict",
+    ),
+    "a dataset that is a module": ({"dataset": {"class_path": "torch.nn.ReLU"}}, "to make a dataset with a length"),
+    "a teacher that fails": (
+        {"teacher": {"class_path": "torch.nn.Linear", "init_args": {"in_features": "x", "out_features": 1}}},
+        "to be made by torch.nn.Linear, but that raised",
+    ),
+    "a class_path that is a list": ({"teacher": {"class_path": ["a"]}}, "`teacher` to be a class_path with init_args"),
+    "init_args in a list": ({"teacher": {"class_path": "torch.nn.ReLU", "init_args": []}}, "to be a class_path"),
+    "init_args with numbers for names": ({"teacher": {"class_path": "torch.nn.ReLU", "init_args": {1: 2}}}, "by names"),
+    "a path that is a number": ({"path": 3}, "`path` to name a folder, but got path=3"),
+    "top_k in words": ({"top_k": "3"}, "`top_k` to be null or a whole number from 1 to"),
+    "layers in one word": ({"layers": "body"}, "`layers` to be a list of layer names"),
+    "a batch_size of 0": ({"batch_size": 0}, "`batch_size` to be a whole number from 1 to"),
+    "outputs of 1": ({"outputs": 1}, "`outputs` to be one of True, False, but got outputs=1"),
+}
+
+
+@pytest.mark.parametrize("case", BUILDS)
+def test_a_build_that_cannot_be_right_is_one_line_before_it_begins(tmp_path: Path, capsys: Capture, case: str) -> None:
+    changes, words = BUILDS[case]
+    network = {"class_path": "cache_nets.network", "init_args": {"width": 8}}
+    values = {"path": "cache", "teacher": network, "dataset": {"class_path": "cache_nets.table"}, **changes}
+    (tmp_path / "build.yaml").write_text(yaml.safe_dump(values))
+    assert MAINS["lightning"](["cache", "build", str(tmp_path / "build.yaml")]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert words in error
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_build_finds_classes_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "my_build_network.py").write_text("import torch\n\ndef net():\n    return torch.nn.Linear(6, 2)\n")
+    values = {
+        "path": "cache",
+        "teacher": {"class_path": "my_build_network.net"},
+        "dataset": {"class_path": "cache_nets.table"},
+    }
+    (tmp_path / "build.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    assert MAINS["lightning"](["cache", "build", "build.yaml"]) == 0
+    assert sys.path == path
+    assert (tmp_path / "cache" / "manifest.json").exists()
+
+
+LINEAR = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}
+
+
+@pytest.mark.filterwarnings("ignore:No seed found", "ignore:You defined a `validation_step`")
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        (None, "train_dataloader"),
+        (
+            {
+                "class_path": "lightning_distill.FeatureDistillation",
+                "init_args": {"student_layer": "layer9", "teacher_layer": "layer9"},
+            },
+            "layer9",
+        ),
+    ],
+    ids=["no data", "a layer that does not exist"],
+)
+def test_what_fit_finds_wrong_in_a_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, terms: Any, words: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-distill"])
+    (tmp_path / "data_of_two.py").write_text(
+        "import torch\nfrom lightning.pytorch import LightningDataModule\n\n\nclass Data(LightningDataModule):\n"
+        "    def train_dataloader(self):\n"
+        "        items = torch.utils.data.TensorDataset(torch.ones(2, 2), torch.zeros(2).long())\n"
+        "        return torch.utils.data.DataLoader(items)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    values = {
+        "model": {
+            "class_path": "lightning_distill.DistillModule",
+            "init_args": {"student": LINEAR, "teacher": LINEAR, **({"terms": terms} if terms else {})},
+        },
+        "trainer": {"max_epochs": 1, **quiet},
+        **({"data": {"class_path": "data_of_two.Data"}} if terms else {}),
+    }
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(values))
+    assert MAINS["lightning"](["fit", "--config", "fit.yaml"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-distill fit: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
