@@ -58,7 +58,7 @@ class Run:
     ) -> None:
         self.callback, self.trainer, self.module = callback, trainer, module
         self._patches: list[Any] = []
-        self._loaders: CachedLoaders | None = None
+        self._cached: CachedLoaders | None = None
         terms = callback.terms
         self.learned = LearnedParts(terms, callback.adapter_optimizer)
         self.learned.allowed = not compat.has_strategy(trainer, "DeepSpeedStrategy")
@@ -118,7 +118,7 @@ class Run:
                 MethodPatch(*compat.after_closure(trainer), self._before_optimizer_step),
             ]
             if self.step.source.stored:
-                self._loaders = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
+                self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
         scored = any(term.compares_class_scores for term in callback.terms)
         wanted = scored if callback.validate is None else callback.validate
         if wanted and self.step.source.live and compat.overrides(self.module, "validation_step"):
@@ -130,9 +130,9 @@ class Run:
         for patch in self._patches:
             patch.undo()
         self._patches = []
-        if self._loaders is not None:
-            self._loaders.close()
-            self._loaders = None
+        if self._cached is not None:
+            self._cached.close()
+            self._cached = None
         self.learned.unfollow()
         self.step.release()
         self.step.source.release()
@@ -178,7 +178,7 @@ class Run:
         return self.step.total(output, self._batch, self._given())
 
     def _given(self, calls: int | slice | None = None) -> Given:
-        stored = None if self._loaders is None else Stored(self._loaders.answers, self._loaders.check_unchanged)
+        stored = None if self._cached is None else Stored(self._cached.answers, self._cached.check_unchanged)
         return Given(calls, stored=stored)
 
     def loss(self, calls: int | slice | None) -> Tensor:
