@@ -156,6 +156,8 @@ class Run:
             # asked after the step, which may have set a weight
             if not self._explicit and self._changes_loss():
                 output = self._with_distillation(output)
+            elif not self._explicit and self.module.automatic_optimization:
+                distill.rest(output.get("loss") if isinstance(output, Mapping) else output)
         finally:
             distill.release()
             self._in_step, self._batch = False, None

@@ -166,7 +166,7 @@ class LiveTeachers:
 class NoTeacher:
     """The source of terms that read the student alone."""
 
-    count, live, stored = 1, False, False
+    count, live, stored = 1, True, False
 
     def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
         """Raise if a term reads the teacher.

@@ -24,6 +24,12 @@ class Place(NamedTuple):
     step: int
     epoch: int
     fraction: float
+    batch: int = 0  # in its epoch
+
+
+def draw_alike(epoch: int, batch: int) -> None:
+    """Seed the random numbers of a step: resumed runs and loaders draw from the same generator."""
+    torch.manual_seed(1000 * epoch + batch)
 
 
 # Formulas ------------------------------------------------------------------------------------------------------------
@@ -40,12 +46,18 @@ def likeliest(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """The same where only the likeliest of the teacher's classes is known, and the others share the rest evenly."""
     best = teacher.argmax(-1, keepdim=True)
     others = teacher.shape[-1] - 1
-    share = teacher.softmax(-1).gather(-1, best)
-    first, rest = share ** (1 / temperature), others * ((1 - share) / others) ** (1 / temperature)
+    # a cache of them keeps logarithms in float16
+    share, left = ((log.half().float()).exp() for log in _logs(teacher, best))
+    first, rest = share ** (1 / temperature), others * (left / others) ** (1 / temperature)
     target = torch.cat([first, rest], -1) / (first + rest)
-    own = (student / temperature).softmax(-1).gather(-1, best)
+    own = (student.float() / temperature).softmax(-1).gather(-1, best)
     log_own = torch.cat([own.log(), (1 - own).log()], -1)
     return (target * (target.log() - log_own)).sum(-1).mean() * temperature**2
+
+
+def _logs(teacher: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    logs = teacher.double().log_softmax(-1)
+    return logs.gather(-1, best), logs.scatter(-1, best, -math.inf).logsumexp(-1, keepdim=True)
 
 
 def squared(student: Tensor, teacher: Tensor) -> Tensor:
@@ -96,7 +108,8 @@ def places(epochs: Sequence[int], accumulate: int = 1, optimizers: int = 1) -> I
         windows = math.ceil(batches / accumulate)
         for window in range(windows):
             count = min(accumulate, batches - window * accumulate)
-            yield [Place(step, epoch, (epoch + window / windows) / len(epochs))] * count
+            fraction = (epoch + window / windows) / len(epochs)
+            yield [Place(step, epoch, fraction, window * accumulate + number) for number in range(count)]
             step += optimizers
 
 
@@ -111,20 +124,34 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
+def asked(teacher: Any, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The outputs of a teacher, without gradients; in a precision of its own if it has one."""
+    with torch.no_grad():
+        if dtype is None:
+            return outputs(teacher, x)
+        with torch.autocast("cpu", enabled=False):
+            return outputs(teacher.to(dtype), x.to(dtype))
+
+
+# From the student's outputs, the teacher's, the batch, the place and the learned parts to the weighted loss.
+Formula = Callable[[dict[str, Tensor], Callable[..., dict[str, Tensor]], Batch, Place, dict[str, Tensor]], Tensor]
+
+
 @dataclass
 class Hand:
     """A training in a loop of one's own, with the learned parts in the student's optimizer.
 
     Args:
-        formula: From the step's outputs, the batch, the place and the learned parts to the weighted distillation loss.
+        formula: The weighted distillation loss.
         student: The student; it is trained.
         learned: The first values of the learned parts.
         views: What the student is called with, from the batch's input.
         task_weight: The task loss's weight at a place.
         optimizer: Makes the optimizer.
+        dtype: The precision in which the teacher has answered, whatever the student's.
     """
 
-    formula: Callable[[dict[str, Tensor], Tensor, Batch, Place, dict[str, Tensor]], Tensor]
+    formula: Formula
     student: nn.Module
     learned: dict[str, Tensor]
     views: Sequence[Callable[[Tensor], Tensor]] = (lambda x: x,)
@@ -132,6 +159,7 @@ class Hand:
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = lambda parameters: torch.optim.SGD(
         parameters, lr=0.1, momentum=0.9
     )
+    dtype: torch.dtype | None = None
     losses: list[float] = field(default_factory=list)
     tasks: list[float] = field(default_factory=list)
     after: list[dict[str, Tensor]] = field(default_factory=list)
@@ -139,14 +167,17 @@ class Hand:
     def __post_init__(self) -> None:
         self.learned = {key: value.clone().requires_grad_() for key, value in self.learned.items()}
 
-    def distillation(self, batch: Batch, place: Place) -> tuple[Tensor, Tensor]:
+    def distillation(self, batch: Batch, place: Place, distils: bool = True) -> tuple[Tensor, Tensor]:
         """The task loss and the weighted distillation loss of a batch, means over the views."""
-        tasks, values = [], []
+        tasks, values = [], [torch.zeros(())] if not distils else []
+        draw_alike(place.epoch, place.batch)
         for view in self.views:
             x = view(batch["x"])
             result = outputs(self.student, x)
             tasks.append(cross_entropy(result["logits"], batch["labels"]))
-            values.append(self.formula(result, x, batch, place, self.learned))
+            if distils:
+                ask = lambda teacher, dtype=self.dtype, x=x: asked(teacher, x, dtype)  # noqa: E731
+                values.append(self.formula(result, ask, batch, place, self.learned))
         return torch.stack(tasks).mean(), torch.stack(values).mean()
 
     def train(
@@ -180,10 +211,8 @@ class Hand:
             optimizer.zero_grad()
             for batch, place in batches:
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    task, distillation = self.distillation(batch, place)
-                total = (self.task_weight(place) if weighs_task else 1.0) * task
-                if distils(number):
-                    total = total + distillation
+                    task, distillation = self.distillation(batch, place, distils(number))
+                total = (self.task_weight(place) if weighs_task else 1.0) * task + distillation
                 (total / divide_by).backward()
                 self.losses.append(total.item())
                 self.tasks.append(task.item())

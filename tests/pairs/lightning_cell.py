@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from pairs.by_hand import Batch, Hand, Place, cross_entropy, places
+from pairs.by_hand import Batch, Hand, Place, cross_entropy, draw_alike, places
 from pairs.lightning_table import BATCH, FEATURES, ROWS, Feature, student
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -69,6 +69,7 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(batch)
+        draw_alike(trainer.current_epoch, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         self.losses.append(loss.item() * trainer.accumulate_grad_batches)
@@ -140,7 +141,8 @@ class Cell:
                 assert torch.equal(value, known[key]), f"{key} did not start afresh"
         feature = self.feature
         torch.manual_seed(7)
-        settings = {"views": feature.views, "task_weight": feature.task_weight, **settings}
+        dtype = None if feature.cache is None else torch.float32  # in which the cache was built
+        settings = {"views": feature.views, "task_weight": feature.task_weight, "dtype": dtype, **settings}
         return Hand(feature.formula, student() if model is None else model, start, **settings)
 
     def steps(
@@ -190,4 +192,6 @@ def close(first: Sequence[float], second: Sequence[float], tolerance: float = 2e
 def same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 2e-6) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
-from pairs.by_hand import mean_of, moving_average, outputs
+from pairs.by_hand import asked, mean_of, moving_average, outputs
 from pairs.lightning_cell import QUIET, Cell, Module, Watch, close, hooks, same
-from pairs.lightning_table import BATCH, FEATURES, ROWS, asked, student
+from pairs.lightning_table import BATCH, FEATURES, ROWS, student
 from tiny import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -50,8 +50,15 @@ def tuner_finds_the_learning_rate(cell: Cell) -> None:
     cell.clean(trainer, module)
 
 
+class Loads(Module):
+    """Has data to validate on, which the finder of the batch size asks for."""
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(FEATURES[self.feature].rows(), BATCH)
+
+
 def tuner_finds_the_batch_size(cell: Cell) -> None:
-    module, distill = cell.module(), cell.callback()
+    module, distill = Loads(cell.name), cell.callback()
     find = lambda trainer: Tuner(trainer).scale_batch_size(module, steps_per_trial=2, max_trials=1, init_val=3)  # noqa: E731
     trainer, watch = cell.fit(module, distill, before=find)
     size = module.batch_size
@@ -67,7 +74,7 @@ def callback_finds_the_learning_rate(cell: Cell) -> None:
 
 
 def callback_finds_the_batch_size(cell: Cell) -> None:
-    module, distill = cell.module(), cell.callback()
+    module, distill = Loads(cell.name), cell.callback()
     finder = BatchSizeFinder(steps_per_trial=2, max_trials=1, init_val=3)
     _, watch = cell.fit(module, distill, callbacks=[finder], first=cell.even, enable_checkpointing=True)
     size = module.batch_size
@@ -108,7 +115,7 @@ def average_of_all_steps(cell: Cell) -> None:
 
 def stochastic_average(cell: Cell) -> None:
     module, distill = cell.module(), cell.callback()
-    average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)
+    average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=1)
     _, watch = cell.fit(module, distill, callbacks=[average], first=cell.even, max_epochs=3)
     hand = cell.hand(watch).train(cell.steps((BATCH,) * 3), rates=watch.rates)
     cell.equal(hand, watch, distill, module, final=mean_of([hand.after[3], hand.after[7]]))
@@ -129,33 +136,15 @@ class Stops(Callback):
             raise RuntimeError("stop")
 
 
-class Starts(Callback):
-    """Gives a run the random numbers that the first one would have drawn next."""
-
-    def __init__(self) -> None:
-        self.state: Any = None
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.state = torch.get_rng_state()
-
-
 def resumed_from_the_middle_of_an_epoch(cell: Cell) -> None:
-    path, state = cell.folder / "middle.ckpt", Starts()
-    module, distill = cell.module(), cell.callback()
+    path = cell.folder / "middle.ckpt"
     try:
-        cell.fit(module, distill, callbacks=[state, Stops(1, path)])
+        cell.fit(cell.module(), cell.callback(), callbacks=[Stops(1, path)])
     except RuntimeError as error:
         assert str(error) == "stop"  # noqa: PT017
     first = learned_start(cell)
-
-    class Goes(Callback):
-        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if state.state is not None:
-                torch.set_rng_state(state.state)
-                state.state = None
-
     module, distill = cell.module(), cell.callback()
-    _, watch = cell.fit(module, distill, callbacks=[Goes()], ckpt_path=path)
+    _, watch = cell.fit(module, distill, ckpt_path=path)
     steps = cell.steps()
     # Lightning starts the data over, but goes on counting
     later = [[(batch, place)] for batch, [(_, place)] in zip(watch.batches, steps[2:], strict=True)]

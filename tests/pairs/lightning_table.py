@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from pairs.by_hand import (
     Batch,
+    Formula,
     Place,
     decoupled,
     generated,
     likeliest,
     line,
-    outputs,
     soft_targets,
     squared,
     variational,
@@ -44,7 +44,6 @@ from lightning_distill.recording import Call
 from lightning_distill.schedules import Cosine, Linear, Step
 
 ROWS, BATCH = 24, 6
-Formula = Callable[[dict[str, Tensor], Tensor, Batch, Place, dict[str, Tensor]], Tensor]
 
 
 def first_teacher() -> Mlp:
@@ -53,12 +52,6 @@ def first_teacher() -> Mlp:
 
 def second_teacher() -> Mlp:
     return Mlp(6, seed=2)
-
-
-def asked(teacher: Any, x: Tensor) -> dict[str, Tensor]:
-    """The outputs of a teacher, without gradients."""
-    with torch.no_grad():
-        return outputs(teacher, x)
 
 
 class Rows(Dataset[Batch]):
@@ -109,9 +102,7 @@ class Feature:
         views: What the student is called with in a step.
         task_weight: The weight of the task loss, by hand.
         length: Length of sequences, for data that are sequences.
-        scheduled: Whether something in it changes from step to step.
         draws: Whether it draws random numbers in a step.
-        loose: Tolerance where the teacher's precision is low.
     """
 
     terms: Callable[[], Any]
@@ -133,90 +124,91 @@ class Feature:
         path = folder / f"cache{abs(hash(str(self.cache)))}"
         if not path.exists():
             forward = lambda model, batch: model(batch["x"])  # noqa: E731
-            settings = {"dtype": "float32", "progress": False, "forward": forward, **self.cache}
+            settings = {
+                "dtype": "float16" if "top_k" in self.cache else "float32",
+                "progress": False,
+                "forward": forward,
+                **self.cache,
+            }
             TeacherCache.build(self.teacher(), self.rows(), path, **settings)
         return TeacherCache.open(path)
 
 
-def _logits(result, x, batch, place, learned):  # noqa: ANN001, ANN202
-    return soft_targets(result["logits"], asked(first_teacher(), x)["logits"], 4.0)
+def _logits(result, ask, batch, place, learned):
+    return soft_targets(result["logits"], ask(first_teacher())["logits"], 4.0)
 
 
-def _weight_over_steps(result, x, batch, place, learned):
-    return line(1.5, 0.0, place.step / 5) * _logits(result, x, batch, place, learned)
+def _weight_over_steps(result, ask, batch, place, learned):
+    return line(1.5, 0.0, place.step / 5) * _logits(result, ask, batch, place, learned)
 
 
-def _temperature_over_fraction(result, x, batch, place, learned):
-    return soft_targets(result["logits"], asked(first_teacher(), x)["logits"], line(6.0, 1.0, place.fraction))
+def _temperature_over_fraction(result, ask, batch, place, learned):
+    return soft_targets(result["logits"], ask(first_teacher())["logits"], line(6.0, 1.0, place.fraction))
 
 
-def _feature_weight_over_fraction(result, x, batch, place, learned):
+def _feature_weight_over_fraction(result, ask, batch, place, learned):
     weight = 2.0 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * place.fraction, dtype=torch.float64))))
-    return weight * _adapted(result, x, learned, first_teacher(), 0)
+    return weight * _adapted(result, ask, learned, first_teacher(), 0)
 
 
-def _two_temperatures(result, x, batch, place, learned):
-    teacher = asked(first_teacher(), x)["logits"]
+def _two_temperatures(result, ask, batch, place, learned):
+    teacher = ask(first_teacher())["logits"]
     first = soft_targets(result["logits"], teacher, line(6.0, 2.0, place.fraction))
     return first + 0.5 * soft_targets(result["logits"], teacher, line(1.0, 5.0, place.fraction))
 
 
-def _adapted(result, x, learned, teacher, index):
+def _adapted(result, ask, learned, teacher, index):
     weight, bias = (learned[f"body.adapters.{index}.{name}"] for name in ("weight", "bias"))
     adapted = torch.nn.functional.linear(result["body"], weight, bias)
-    return squared(adapted, asked(teacher, x)["body"])
+    return squared(adapted, ask(teacher)["body"])
 
 
-def _with_adapter(result, x, batch, place, learned):
-    return 0.5 * _logits(result, x, batch, place, learned) + 2.0 * _adapted(result, x, learned, first_teacher(), 0)
+def _with_adapter(result, ask, batch, place, learned):
+    return 0.5 * _logits(result, ask, batch, place, learned) + 2.0 * _adapted(result, ask, learned, first_teacher(), 0)
 
 
-def _two_teachers(result, x, batch, place, learned):
+def _two_teachers(result, ask, batch, place, learned):
     teachers = [first_teacher(), second_teacher()]
-    logits = [soft_targets(result["logits"], asked(teacher, x)["logits"], 4.0) for teacher in teachers]
-    features = [_adapted(result, x, learned, teacher, index) for index, teacher in enumerate(teachers)]
+    logits = [soft_targets(result["logits"], ask(teacher)["logits"], 4.0) for teacher in teachers]
+    features = [_adapted(result, ask, learned, teacher, index) for index, teacher in enumerate(teachers)]
     return 0.5 * sum(logits) / 2 + 2.0 * sum(features) / 2
 
 
-def _top_k(result, x, batch, place, learned):
-    return likeliest(result["logits"], asked(first_teacher(), x)["logits"], 4.0)
+def _top_k(result, ask, batch, place, learned):
+    return likeliest(result["logits"], ask(first_teacher())["logits"], 4.0)
 
 
-def _variational(result, x, batch, place, learned):
-    return 0.3 * variational(result["body"], asked(first_teacher(), x)["body"], learned, "body.learned.0")
+def _variational(result, ask, batch, place, learned):
+    return 0.3 * variational(result["body"], ask(first_teacher())["body"], learned, "body.learned.0")
 
 
-def _generated(result, x, batch, place, learned):
+def _generated(result, ask, batch, place, learned):
     weight, bias = (learned[f"body.adapters.0.{name}"] for name in ("weight", "bias"))
     adapted = torch.nn.functional.linear(result["body"], weight, bias)
+    teacher = ask(first_teacher())["body"]
     with torch.autocast("cpu", enabled=False):
-        return 0.05 * generated(adapted, asked_plainly(x)["body"], learned, "body.learned.0", 0.5)
+        return 0.05 * generated(adapted, teacher, learned, "body.learned.0", 0.5)
 
 
-def asked_plainly(x: Tensor) -> dict[str, Tensor]:
-    return asked(first_teacher(), x)
-
-
-def _itself(result, x, batch, place, learned):
+def _itself(result, ask, batch, place, learned):
     return 0.5 * squared(result["body"], result["act"].detach())
 
 
-def _masked(result, x, batch, place, learned):
-    return soft_targets(result["logits"], asked(first_teacher(), x)["logits"], 2.0, batch["mask"])
+def _masked(result, ask, batch, place, learned):
+    return soft_targets(result["logits"], ask(first_teacher())["logits"], 2.0, batch["mask"])
 
 
-def _ignored(result, x, batch, place, learned):
-    return soft_targets(result["logits"], asked(first_teacher(), x)["logits"], 4.0, batch["labels"] != 1)
+def _ignored(result, ask, batch, place, learned):
+    return soft_targets(result["logits"], ask(first_teacher())["logits"], 4.0, batch["labels"] != 1)
 
 
-def _labelled(result, x, batch, place, learned):
-    logits, teacher = result["logits"].float(), asked(first_teacher(), x)["logits"].float()
+def _labelled(result, ask, batch, place, learned):
+    logits, teacher = result["logits"].float(), ask(first_teacher())["logits"].float()
     return 0.5 * decoupled(logits, teacher, batch["labels"], 3.0, 2.0)
 
 
-def _in_half(result, x, batch, place, learned):
-    with torch.autocast("cpu", enabled=False):
-        teacher = asked(first_teacher().bfloat16(), x.bfloat16())
+def _in_half(result, ask, batch, place, learned):
+    teacher = ask(first_teacher(), torch.bfloat16)
     return 0.5 * soft_targets(result["logits"], teacher["logits"], 4.0) + squared(result["logits"], teacher["logits"])
 
 
@@ -247,9 +239,7 @@ FEATURES: dict[str, Feature] = {
     "cache and a temperature over the fraction": Feature(
         lambda: LogitsDistillation(SoftTargetLoss(Linear(6.0, 1.0))), _temperature_over_fraction, cache={}
     ),
-    "several teachers": Feature(
-        _adapter_terms, _two_teachers, teacher=lambda: [first_teacher(), second_teacher()]
-    ),
+    "several teachers": Feature(_adapter_terms, _two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
     "views": Feature(_adapter_terms, _with_adapter, views=(lambda x: x, lambda x: 1 - x)),
     "adapter": Feature(_adapter_terms, _with_adapter),
     "variational information": Feature(
@@ -260,14 +250,10 @@ FEATURES: dict[str, Feature] = {
         _generated,
         draws=True,
     ),
-    "self-distillation": Feature(
-        lambda: SelfDistillation("body", "act", weight=0.5), _itself, teacher=lambda: None
-    ),
+    "self-distillation": Feature(lambda: SelfDistillation("body", "act", weight=0.5), _itself, teacher=lambda: None),
     "mask": Feature(lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, length=3),
     "ignored labels": Feature(lambda: LogitsDistillation(ignore_index=1), _ignored),
-    "labels": Feature(
-        lambda: LogitsDistillation(DecoupledKDLoss(3.0, nontarget_weight=2.0), weight=0.5), _labelled
-    ),
+    "labels": Feature(lambda: LogitsDistillation(DecoupledKDLoss(3.0, nontarget_weight=2.0), weight=0.5), _labelled),
     "teacher_dtype": Feature(
         lambda: [LogitsDistillation(weight=0.5), FeatureDistillation("", "", name="whole")],
         _in_half,

@@ -15,10 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
 ]
 CELLS = [
-    (feature, situation)
-    for situation in SITUATIONS
-    for feature in FEATURES
-    if feature in FEW.get(situation, FEATURES)
+    (feature, situation) for situation in SITUATIONS for feature in FEATURES if feature in FEW.get(situation, FEATURES)
 ]
 
 
