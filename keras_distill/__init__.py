@@ -101,6 +101,7 @@ __all__ = [
     "CacheError",
     "Call",
     "ChannelWiseLoss",
+    "CompressionManager",
     "CorrelationCongruenceLoss",
     "DISTLoss",
     "DecoupledKDLoss",
@@ -108,6 +109,7 @@ __all__ = [
     "DistillTargets",
     "Distillation",
     "DistillationConf",
+    "DistillationConfig",
     "DistillationLoss",
     "DistillationScheduler",
     "DistillationTerm",
@@ -117,7 +119,9 @@ __all__ = [
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
     "IntermediateLayersKnowledgeDistillationLoss",
+    "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",
+    "KnowledgeDistillationLossConfig",
     "LogitMSELoss",
     "LogitsDistillation",
     "MaskedGenerativeLoss",
@@ -144,6 +148,7 @@ __all__ = [
     "functional",
     "losses",
     "metrics",
+    "prepare_compression",
     "schedules",
 ]
 

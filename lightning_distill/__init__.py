@@ -87,11 +87,17 @@ from lightning_distill.terms import DistillationTerm, FeatureDistillation, Logit
 
 if TYPE_CHECKING:
     from lightning_distill.launcher import (
+        CompressionManager,
         Distillation,
         DistillationConf,
+        DistillationConfig,
         IntermediateLayersKnowledgeDistillationLoss,
+        IntermediateLayersKnowledgeDistillationLossConfig,
         KnowledgeDistillationLoss,
+        KnowledgeDistillationLossConfig,
         SelfKnowledgeDistillationLoss,
+        SelfKnowledgeDistillationLossConfig,
+        prepare_compression,
     )
 
 __version__ = "0.1.0"
@@ -105,6 +111,7 @@ __all__ = [
     "CacheError",
     "Call",
     "ChannelWiseLoss",
+    "CompressionManager",
     "CorrelationCongruenceLoss",
     "DISTLoss",
     "DecoupledKDLoss",
@@ -112,6 +119,7 @@ __all__ = [
     "DistillModule",
     "Distillation",
     "DistillationConf",
+    "DistillationConfig",
     "DistillationLoss",
     "DistillationTerm",
     "Distiller",
@@ -121,7 +129,9 @@ __all__ = [
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
     "IntermediateLayersKnowledgeDistillationLoss",
+    "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",
+    "KnowledgeDistillationLossConfig",
     "LogitMSELoss",
     "LogitsDistillation",
     "MaskedGenerativeLoss",
@@ -135,6 +145,7 @@ __all__ = [
     "ReverseKLLoss",
     "SelfDistillation",
     "SelfKnowledgeDistillationLoss",
+    "SelfKnowledgeDistillationLossConfig",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
@@ -150,6 +161,7 @@ __all__ = [
     "load_teacher",
     "losses",
     "metrics",
+    "prepare_compression",
     "schedules",
 ]
 

@@ -9,9 +9,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from distill_core.launcher.class_path import ClassPath
 from lightning_distill.cache import TeacherCache
 from lightning_distill.checks import closest
-from lightning_distill.launcher.conf import ClassPath
 
 _SETTINGS = (
     "layers",
