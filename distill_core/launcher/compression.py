@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from distill_core.launcher.conf import Optimizer
+from distill_core.launcher.conf import Configuration
 from distill_core.launcher.hooks import Hooks
 from distill_core.launcher.words import Words
 
@@ -90,10 +90,12 @@ class DistillationConfig:
     Attributes:
         checks: The module of a half that puts its errors into words.
         usual: The configuration of the criterion where none is passed.
+        configuration: The class of a half's configuration.
     """
 
     checks: ClassVar[Words]
     usual: ClassVar[type[KnowledgeConfig]]
+    configuration: ClassVar[type[Configuration]]
 
     def __init__(self, teacher_model: Any = None, criterion: Any = None, optimizer: Any = None) -> None:
         if criterion is None:
@@ -103,8 +105,10 @@ class DistillationConfig:
         if isinstance(self.criterion, type) or not (callable(self.criterion) or hasattr(self.criterion, "terms")):
             expected = "`criterion` to be one of the LossConfig objects, a criterion or a function"
             raise TypeError(self.checks.message(expected, f"criterion={criterion!r}"))
-        self.optimizer = optimizer
-        self.section = Optimizer(**optimizer) if isinstance(optimizer, dict) else None
+        # a dict is checked as the YAML file is, an optimizer is used as it is
+        train = {"optimizer": optimizer} if isinstance(optimizer, dict) else {}
+        self.conf = self.configuration({"distillation": {"train": train}})
+        self.optimizer = None if train else optimizer
 
 
 class Callbacks:
@@ -184,10 +188,7 @@ class CompressionManager:
     def __init__(self, distiller: Any, model: Any, conf: DistillationConfig) -> None:
         self.distiller = distiller
         distiller.student_model, distiller.teacher_model = model, conf.teacher_model
-        distiller.criterion = conf.criterion
-        if conf.section is None:
-            distiller.optimizer = conf.optimizer
-        distiller.conf.distillation.train.optimizer = conf.section
+        distiller.criterion, distiller.optimizer = conf.criterion, conf.optimizer
         self.callbacks = Callbacks(distiller)
         distiller.on_train_begin()
 

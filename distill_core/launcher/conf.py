@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from distill_core.launcher.class_path import ClassPath, Section
+from distill_core.launcher.words import warn
 
 # Keys of the older schema that nothing here depends on: they are accepted, and one warning names them.
 WITHOUT_EFFECT = (
@@ -289,7 +289,7 @@ def _without_ignored(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[s
             unread.append(path)
     if ignored or unread:
         hint = f" Set {' and '.join(f'`{DATA_SECTIONS[path]}`' for path in unread)} in Python." if unread else ""
-        warnings.warn(f"These keys have no effect here: {', '.join([*ignored, *unread])}.{hint}", stacklevel=3)
+        warn(f"These keys have no effect here: {', '.join([*ignored, *unread])}.{hint}")
     return kept, tuple(unread)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from distill_core.launcher.words import Words
+from distill_core.launcher.words import Words, warn
 
 _T = TypeVar("_T")
 
@@ -50,7 +49,7 @@ class CriterionChecks:
         weights = self._weights(self._two("loss_weights", loss_weights))
         if abs(sum(weights) - 1.0) > 1e-6:
             how = "They are used as they are; the older API refused them."
-            warnings.warn(f"The loss weights {[*weights]} do not sum to 1. {how}", stacklevel=3)
+            warn(f"The loss weights {[*weights]} do not sum to 1. {how}")
         return float(temperature), (task, distillation), (weights[0], weights[1])
 
     def each(

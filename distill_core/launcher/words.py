@@ -1,7 +1,9 @@
-"""The form of the module that each half has for its errors."""
+"""The form of the module that each half has for its errors, and warnings that point to the user's own line."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -36,3 +38,18 @@ class Words(Protocol):
     def one_of(self, name: str, value: Any, choices: Iterable[str]) -> None:
         """Check that a value is one of a few words."""
         ...
+
+
+_OURS = ("distill_core", "lightning_distill", "keras_distill")
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the user's code that called into the project.
+
+    Args:
+        text: The warning.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -11,6 +11,7 @@ import keras
 from distill_core.launcher import compression
 from distill_core.launcher.words import Words
 from keras_distill import checks
+from keras_distill.launcher.conf import DistillationConf
 from keras_distill.launcher.criteria import (
     IntermediateLayersKnowledgeDistillationLoss,
     KnowledgeDistillationLoss,
@@ -42,10 +43,12 @@ class DistillationConfig(compression.DistillationConfig):
 
     Raises:
         TypeError: If the criterion is of another kind.
+        ValueError: If a setting of the optimizer is wrong.
     """
 
     checks: ClassVar[Words] = checks
     usual = KnowledgeDistillationLossConfig
+    configuration = DistillationConf
 
 
 class CompressionManager(compression.CompressionManager):
@@ -94,4 +97,4 @@ def prepare_compression(
         ()
     """
     conf: Any = compression.only_config(confs, checks)
-    return CompressionManager(Distillation(), model, conf)
+    return CompressionManager(Distillation(conf.conf), model, conf)

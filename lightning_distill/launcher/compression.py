@@ -12,6 +12,7 @@ from torch import nn
 from distill_core.launcher import compression
 from distill_core.launcher.words import Words
 from lightning_distill import checks
+from lightning_distill.launcher.conf import DistillationConf
 from lightning_distill.launcher.criteria import (
     IntermediateLayersKnowledgeDistillationLoss,
     KnowledgeDistillationLoss,
@@ -50,10 +51,12 @@ class DistillationConfig(compression.DistillationConfig):
 
     Raises:
         TypeError: If the criterion is of another kind.
+        ValueError: If a setting of the optimizer is wrong.
     """
 
     checks: ClassVar[Words] = checks
     usual = KnowledgeDistillationLossConfig
+    configuration = DistillationConf
 
 
 class CompressionManager(compression.CompressionManager):
@@ -103,4 +106,4 @@ def prepare_compression(
         torch.Size([3, 4])
     """
     conf: Any = compression.only_config(confs, checks)
-    return CompressionManager(Distillation(), model, conf)
+    return CompressionManager(Distillation(conf.conf), model, conf)
