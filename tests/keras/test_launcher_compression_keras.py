@@ -145,7 +145,7 @@ def test_names_of_the_first_version_are_taken() -> None:
     made = distiller.create_criterion()
     assert isinstance(made, KnowledgeDistillationLoss)
     assert distiller.criterion is made
+    distiller.on_train_begin()
     with pytest.raises(ValueError, match="Expected a teacher to learn from"):
-        with distiller:
-            distiller.on_train_begin()
-            distiller.on_after_compute_loss(None, model(table()[0]), 1.0)
+        distiller.on_after_compute_loss(None, model(table()[0]), 1.0)
+    distiller.close()

@@ -298,7 +298,7 @@ class PruningConfig:
         (
             lambda: DistillationConfig(Mlp(4), optimizer={"SDG": {}}),
             ValueError,
-            "optimizer.SDG` to be a known key.*SGD",
+            "optimizer.SDG` to be a known.*SGD",
         ),
     ],
 )
