@@ -188,6 +188,10 @@ class Configuration(Section):
         if not isinstance(values, Mapping):
             received = f"a {type(values).__name__}"
             raise ValueError(where + self.checks.message("a mapping of sections", received))
+        if isinstance(values.get("model"), Mapping) and "class_path" in values["model"]:
+            received = "one of Lightning's command line, with a `model.class_path`"
+            remedy = "Train it with: lightning-distill fit --config FILE."
+            raise ValueError(where + self.checks.message("a configuration of the launcher", received, remedy))
         values, unread = _without_ignored({**values, **sections})
         try:
             super().__init__(**{str(key): value for key, value in values.items()})

@@ -130,6 +130,7 @@ def test_a_section_of_neither_form_is_refused(section: Any, words: str) -> None:
         ({1: 2}, "`1` to be a known key"),
         ({"tuning": {1: 2}}, r"`tuning\.1` to be a known key"),
         (["model"], "a mapping of sections, but got a list"),
+        ({"model": {"class_path": "lightning_distill.DistillModule"}, "trainer": {}}, "of the launcher, .*distill fit"),
         ({"distillation": {"train": {"optimizer": {"SGD": {"learning_rate": float("inf")}}}}}, "a finite number"),
     ],
 )
