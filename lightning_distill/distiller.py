@@ -167,11 +167,14 @@ class Distiller:
         if not torch.is_grad_enabled() and not self._step.student.find():
             self._step.parts = {"task_loss": task_loss.detach()}
             return torch.mul(task_loss, self.task_weight)
+        batch, stored = self._step.source.unpack(batch)
+        return self._total(task_loss, batch, Given(stored=stored))
+
+    def _total(self, task_loss: Tensor, batch: Any, given: Given) -> Tensor:
         if self._counts and self._step.scheduler:
             self._step.scheduler.advance(Progress(self._count))
             self._count += 1
-        batch, stored = self._step.source.unpack(batch)
-        return self._step.total(task_loss, batch, Given(stored=stored))
+        return self._step.total(task_loss, batch, given)
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set what schedules determine, before a step; not needed for schedules over the calls of :meth:`total`.

@@ -49,6 +49,9 @@ class TeacherSource(Protocol):
             stored: Answers that came with the batch.
         """
 
+    def cast(self, value: Any) -> Any:
+        """``value`` with its floating point tensors in the teacher's own precision, if it has one."""
+
     def unpack(self, batch: Any) -> tuple[Any, Any]:
         """A batch as the user's code knows it, and the answers that came with it, if any."""
 
@@ -190,6 +193,10 @@ class NoTeacher:
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """An empty answer."""
         return [Call((), {}, who="teacher", read_logits=call.read_logits)]
+
+    def cast(self, value: Any) -> Any:
+        """The value: there is no precision."""
+        return value
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
         """The batch; no answers come with it."""
