@@ -104,9 +104,10 @@ class DistillStep:
                 for index, term in enumerate(self.terms)
                 for tap in getattr(term, f"{side}_taps")
             ]
-        reads = [term for term in self.terms if term.needs_teacher]
-        on_output = [term.name for term in reads if not term.teacher_taps]
-        self.source.check(taps["teacher"], on_output[0] if on_output else None)
+        readers = [term for term in self.terms if term.needs_teacher]
+        reader = next((term.name for term in readers), None)
+        output_reader = next((term.name for term in readers if not term.teacher_taps), None)
+        self.source.check(taps["teacher"], reader, output_reader)
         self.student.check(taps["student"])
 
     def record(self, needs_grad: bool = True, features: bool = True) -> AbstractContextManager[None]:
