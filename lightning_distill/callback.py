@@ -259,6 +259,11 @@ class DistillCallback(Callback):
             run.close()
             self._state = run.learned.state_dict()
 
+    def __repr__(self) -> str:
+        teacher = type(self.teacher).__name__
+        terms = ", ".join(f"{term.name!r}: {term.weight}" for term in self.terms)
+        return f"{type(self).__name__}({teacher}, {{{terms}}}, task_weight={self.task_weight}, name={self.name!r})"
+
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
         return {**kept, "_run": None, "_trained": None, "_state": self.adapter_state()}
