@@ -220,7 +220,7 @@ class Distiller:
         Returns:
             Pairs of the student's and the teacher's logits; of several teachers the log of their mean probabilities.
         """
-        return [pair[:2] for pair in self._step.measure(batch)[1]]
+        return [pair[:2] for pair in self._step.measure(batch, losses=False)[1]]
 
     # Adapters --------------------------------------------------------------------------------------------------------
 

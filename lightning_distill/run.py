@@ -119,9 +119,11 @@ class Run:
             ]
             if self.step.source.stored:
                 self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
-        scored = any(term.compares_class_scores for term in callback.terms)
-        wanted = scored if callback.validate is None else callback.validate
-        if wanted and self.step.source.live and compat.overrides(self.module, "validation_step"):
+        if (
+            callback.validate is not False
+            and self.step.source.live
+            and compat.overrides(self.module, "validation_step")
+        ):
             self._measures = True
             self._patches.append(patch_step(trainer.strategy, "validation_step", self.validation_step))
 

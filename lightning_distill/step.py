@@ -219,11 +219,12 @@ class DistillStep:
                     rest = rest + value.reshape(-1)[:0].sum()
         return rest
 
-    def measure(self, batch: Any) -> tuple[dict[str, Tensor], list[Pair]]:
+    def measure(self, batch: Any, losses: bool = True) -> tuple[dict[str, Tensor], list[Pair]]:
         """What validation measures in the calls recorded since the last loss.
 
         Args:
             batch: The batch.
+            losses: Whether the terms' losses are measured, beside the logits.
 
         Returns:
             The loss of each term whose parts exist, and for each call the logits of both sides with the mask of the
@@ -242,9 +243,10 @@ class DistillStep:
                 call.batch, call.read_logits = batch, self._read_logits
                 answers = self.answers(call)
                 labels = self._labels_or_none(batch)
+                measured = self.terms if losses else []
                 # adapters of a checkpoint are made here too, for validation without training
-                self.learned.build([term for term in self.terms if self.learned.waits(term)], call, answers)
-                for term in self.terms:
+                self.learned.build([term for term in measured if self.learned.waits(term)], call, answers)
+                for term in measured:
                     if self.learned.made(term) and not (term.needs_labels and labels is None):
                         values.setdefault(term.name, []).extend(term(call, answer, labels) for answer in answers)
                 if isinstance(scored, LogitsDistillation):

@@ -276,13 +276,11 @@ def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
         student: The student, or the module that contains it.
         source: The teacher.
     """
-    parts = {part for network in source.modules() for part in network.modules()}
-    if student in parts:
-        parts = set()
+    teachers = set(source.modules()) - {student}
     trained, waiting, seen = set(), [student], set()
     while waiting:
         module = waiting.pop()
-        if module in parts or module in seen:
+        if module in teachers or module in seen:
             continue
         seen.add(module)
         waiting += module.children()
