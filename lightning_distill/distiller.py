@@ -92,8 +92,8 @@ class Distiller:
         shared = shared_parameter(student, self._step.source)
         if shared is not None:
             raise ValueError(
-                f"Expected `teacher` to share no trained parameter with the student, but got {shared!r} in both. Pass"
-                " a copy, copy.deepcopy(teacher), or freeze what both have."
+                f"Expected `teacher` to share no parameter with the student, but got {shared!r} in both, and trained."
+                " Pass a copy, copy.deepcopy(teacher), or freeze what both have."
             )
 
     def _new_step(self) -> DistillStep:
