@@ -100,9 +100,9 @@ class Run:
         name = shared_parameter(self.step.student.root, self.step.source)
         if name is not None:
             raise ValueError(
-                f"Expected `teacher` to share no parameter with the student, but got {name!r} in both, and trained. Pass"
-                " a copy, copy.deepcopy(teacher), or freeze what both have; where the module keeps the teacher beside the"
-                " student, pass student=<path of the student>."
+                f"Expected `teacher` to share no parameter with the student, but got {name!r} in both, and trained."
+                " Pass a copy, copy.deepcopy(teacher), or freeze what both have; where the module keeps the teacher"
+                " beside the student, pass student=<path of the student>."
             )
 
     def _begin(self, stage: str) -> None:
