@@ -100,6 +100,7 @@ __all__ = [
     "CacheError",
     "Call",
     "ChannelWiseLoss",
+    "CompressionManager",
     "CorrelationCongruenceLoss",
     "DISTLoss",
     "DecoupledKDLoss",
@@ -107,6 +108,7 @@ __all__ = [
     "DistillTargets",
     "Distillation",
     "DistillationConf",
+    "DistillationConfig",
     "DistillationLoss",
     "DistillationScheduler",
     "DistillationTerm",
@@ -116,7 +118,9 @@ __all__ = [
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
     "IntermediateLayersKnowledgeDistillationLoss",
+    "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",
+    "KnowledgeDistillationLossConfig",
     "LogitMSELoss",
     "LogitsDistillation",
     "MaskedGenerativeLoss",
@@ -143,6 +147,7 @@ __all__ = [
     "functional",
     "losses",
     "metrics",
+    "prepare_compression",
     "schedules",
 ]
 

@@ -88,11 +88,17 @@ from lightning_distill.terms import DistillationTerm, FeatureDistillation, Logit
 
 if TYPE_CHECKING:
     from lightning_distill.launcher import (
+        CompressionManager,
         Distillation,
         DistillationConf,
+        DistillationConfig,
         IntermediateLayersKnowledgeDistillationLoss,
+        IntermediateLayersKnowledgeDistillationLossConfig,
         KnowledgeDistillationLoss,
+        KnowledgeDistillationLossConfig,
         SelfKnowledgeDistillationLoss,
+        SelfKnowledgeDistillationLossConfig,
+        prepare_compression,
     )
 
 __all__ = [
@@ -104,6 +110,7 @@ __all__ = [
     "CacheError",
     "Call",
     "ChannelWiseLoss",
+    "CompressionManager",
     "CorrelationCongruenceLoss",
     "DISTLoss",
     "DecoupledKDLoss",
@@ -111,6 +118,7 @@ __all__ = [
     "DistillModule",
     "Distillation",
     "DistillationConf",
+    "DistillationConfig",
     "DistillationLoss",
     "DistillationTerm",
     "Distiller",
@@ -120,7 +128,9 @@ __all__ = [
     "GeneralizedJSDLoss",
     "InterChannelCorrelationLoss",
     "IntermediateLayersKnowledgeDistillationLoss",
+    "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",
+    "KnowledgeDistillationLossConfig",
     "LogitMSELoss",
     "LogitsDistillation",
     "MaskedGenerativeLoss",
@@ -134,6 +144,7 @@ __all__ = [
     "ReverseKLLoss",
     "SelfDistillation",
     "SelfKnowledgeDistillationLoss",
+    "SelfKnowledgeDistillationLossConfig",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
@@ -149,6 +160,7 @@ __all__ = [
     "load_teacher",
     "losses",
     "metrics",
+    "prepare_compression",
     "schedules",
 ]
 

@@ -58,8 +58,8 @@ class DistillCallback(Callback):
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever the trainer's.
         adapter_optimizer: Makes the adapters' optimizer from their parameters; ``None`` mirrors the student's.
         validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
-            the teacher there too. ``None`` does so where a term compares class scores, and stops with a warning where
-            the outputs cannot be compared.
+            the teacher there too. ``None`` does so where there is something to measure: with a ``validation_step`` and
+            a teacher that is not a cache, until outputs turn out not to be comparable, which is a warning.
         log: Whether the losses are logged.
         name: Prefix of the logged keys and key of the saved state, distinct for each callback of a Trainer.
 
@@ -258,6 +258,11 @@ class DistillCallback(Callback):
             run, self._run = self._run, None
             run.close()
             self._state = run.learned.state_dict()
+
+    def __repr__(self) -> str:
+        teacher = type(self.teacher).__name__
+        terms = ", ".join(f"{term.name!r}: {term.weight}" for term in self.terms)
+        return f"{type(self).__name__}({teacher}, {{{terms}}}, task_weight={self.task_weight}, name={self.name!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's

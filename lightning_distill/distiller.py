@@ -92,8 +92,8 @@ class Distiller:
         shared = shared_parameter(student, self._step.source)
         if shared is not None:
             raise ValueError(
-                f"Expected `teacher` to share no trained parameter with the student, but got {shared!r} in both. Pass"
-                " a copy, copy.deepcopy(teacher), or freeze what both have."
+                f"Expected `teacher` to share no parameter with the student, but got {shared!r} in both, and trained."
+                " Pass a copy, copy.deepcopy(teacher), or freeze what both have."
             )
 
     def _new_step(self) -> DistillStep:
@@ -167,11 +167,14 @@ class Distiller:
         if not torch.is_grad_enabled() and not self._step.student.find():
             self._step.parts = {"task_loss": task_loss.detach()}
             return torch.mul(task_loss, self.task_weight)
+        batch, stored = self._step.source.unpack(batch)
+        return self._total(task_loss, batch, Given(stored=stored))
+
+    def _total(self, task_loss: Tensor, batch: Any, given: Given) -> Tensor:
         if self._counts and self._step.scheduler:
             self._step.scheduler.advance(Progress(self._count))
             self._count += 1
-        batch, stored = self._step.source.unpack(batch)
-        return self._step.total(task_loss, batch, Given(stored=stored))
+        return self._step.total(task_loss, batch, given)
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set what schedules determine, before a step; not needed for schedules over the calls of :meth:`total`.
@@ -217,7 +220,7 @@ class Distiller:
         Returns:
             Pairs of the student's and the teacher's logits; of several teachers the log of their mean probabilities.
         """
-        return [pair[:2] for pair in self._step.measure(batch)[1]]
+        return [pair[:2] for pair in self._step.measure(batch, losses=False)[1]]
 
     # Adapters --------------------------------------------------------------------------------------------------------
 

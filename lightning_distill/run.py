@@ -100,9 +100,9 @@ class Run:
         name = shared_parameter(self.step.student.root, self.step.source)
         if name is not None:
             raise ValueError(
-                f"Expected `teacher` to share no trained parameter with the student, but got {name!r} in both. Pass a"
-                " copy, copy.deepcopy(teacher), or freeze what both have; where the module keeps the teacher beside the"
-                " student, pass student=<path of the student>."
+                f"Expected `teacher` to share no parameter with the student, but got {name!r} in both, and trained."
+                " Pass a copy, copy.deepcopy(teacher), or freeze what both have; where the module keeps the teacher"
+                " beside the student, pass student=<path of the student>."
             )
 
     def _begin(self, stage: str) -> None:
@@ -119,9 +119,11 @@ class Run:
             ]
             if self.step.source.stored:
                 self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
-        scored = any(term.compares_class_scores for term in callback.terms)
-        wanted = scored if callback.validate is None else callback.validate
-        if wanted and self.step.source.live and compat.overrides(self.module, "validation_step"):
+        if (
+            callback.validate is not False
+            and self.step.source.live
+            and compat.overrides(self.module, "validation_step")
+        ):
             self._measures = True
             self._patches.append(patch_step(trainer.strategy, "validation_step", self.validation_step))
 

@@ -104,9 +104,10 @@ class DistillStep:
                 for index, term in enumerate(self.terms)
                 for tap in getattr(term, f"{side}_taps")
             ]
-        reads = [term for term in self.terms if term.needs_teacher]
-        on_output = [term.name for term in reads if not term.teacher_taps]
-        self.source.check(taps["teacher"], on_output[0] if on_output else None)
+        readers = [term for term in self.terms if term.needs_teacher]
+        reader = next((term.name for term in readers), None)
+        output_reader = next((term.name for term in readers if not term.teacher_taps), None)
+        self.source.check(taps["teacher"], reader, output_reader)
         self.student.check(taps["student"])
 
     def record(self, needs_grad: bool = True, features: bool = True) -> AbstractContextManager[None]:
@@ -237,11 +238,12 @@ class DistillStep:
                     rest = rest + value.reshape(-1)[:0].sum()
         return rest
 
-    def measure(self, batch: Any) -> tuple[dict[str, Tensor], list[Pair]]:
+    def measure(self, batch: Any, losses: bool = True) -> tuple[dict[str, Tensor], list[Pair]]:
         """What validation measures in the calls recorded since the last loss.
 
         Args:
             batch: The batch.
+            losses: Whether the terms' losses are measured, beside the logits.
 
         Returns:
             The loss of each term whose parts exist, and for each call the logits of both sides with the mask of the
@@ -260,9 +262,10 @@ class DistillStep:
                 call.batch, call.read_logits = batch, self._read_logits
                 answers = self.answers(call)
                 labels = self._labels_or_none(batch)
+                measured = self.terms if losses else []
                 # adapters of a checkpoint are made here too, for validation without training
-                self.learned.build([term for term in self.terms if self.learned.waits(term)], call, answers)
-                for term in self.terms:
+                self.learned.build([term for term in measured if self.learned.waits(term)], call, answers)
+                for term in measured:
                     if self.learned.made(term) and not (term.needs_labels and labels is None):
                         values.setdefault(term.name, []).extend(term(call, answer, labels) for answer in answers)
                 if isinstance(scored, LogitsDistillation):

@@ -22,9 +22,10 @@ from pathlib import Path
 import keras
 from rich.console import Console
 
+from distill_core.demo_report import Run, closing, plot, table
 from keras_distill.demo.digits import load_digits_data
-from keras_distill.demo.report import closing, plot, prove_plain, table
-from keras_distill.demo.training import Run, Settings, train_all
+from keras_distill.demo.report import prove_plain
+from keras_distill.demo.training import Settings, train_all
 
 
 def run(output: Path, *, seeds: int | None = None, quick: bool = False, console: Console | None = None) -> list[Run]:

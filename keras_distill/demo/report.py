@@ -1,103 +1,15 @@
-"""What the demonstration shows of its runs: a table, a plot, a saved student, a closing sentence."""
+"""The demonstration's proof: its best student, saved and loaded without this library."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
-from rich import box
-from rich.table import Table
 
+from distill_core.demo_report import Run, best_run, proof
 from keras_distill.demo.digits import Array, hit_rate, make_student, predict
-from keras_distill.demo.training import FULL, METHODS, Run
-
-# Okabe and Ito's colours, which the colour-blind can tell apart, and line styles for print in grey
-_LOOKS = dict(zip(METHODS, (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-.")), strict=True))
-
-
-def table(runs: Sequence[Run]) -> Table:
-    """The table of all methods, a row each.
-
-    Args:
-        runs: The teacher's run, then the students'.
-
-    Returns:
-        Means over the seeds, with their standard deviation where there are several.
-    """
-    seeds = 1 + max(one.seed for one in runs)
-    shown = Table(
-        title=f"Handwritten digits, 500 test images; mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}",
-        caption="Agreement: same class as the teacher. Step: median time of a training step,\n"
-        "and its ratio to the student alone. One teacher for all.",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    shown.add_column("labels", justify="right", no_wrap=True)
-    shown.add_column("method", no_wrap=True)
-    for name in ("parameters", "accuracy\n%", "agreement\n%", "step\nms", "ratio"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    teacher, groups = runs[0], grouped(runs)
-    for labels, method in [(FULL, "teacher"), *groups]:
-        several = groups.get((labels, method), [teacher])
-        step = statistics.median(one.step_ms for one in several)
-        alone = statistics.median(one.step_ms for one in groups[labels, "alone"])
-        shown.add_row(
-            labels,
-            method,
-            f"{several[0].parameters:,}",
-            _spread([one.test_accuracy for one in several]),
-            _spread([one.teacher_agreement for one in several]) if method != "teacher" else "",
-            f"{step:.2f}",
-            f"{step / alone:.2f}",
-            end_section=method in ("teacher", METHODS[-1]),
-        )
-    return shown
-
-
-def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """The students' runs by labels and method, in order of their seeds."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for one in runs[1:]:
-        groups.setdefault((one.labels, one.method), []).append(one)
-    return groups
-
-
-def closing(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each setting on what distillation did, for better or worse.
-
-    A method helped if its student is better than the one alone for every seed, did harm if worse for every seed, and
-    else made no clear difference.
-
-    Args:
-        runs: The teacher's run, then the students'.
-
-    Returns:
-        The sentences; one more where a single seed was trained.
-    """
-    groups = grouped(runs)
-    sentences = []
-    for labels in dict.fromkeys(labels for labels, _ in groups):
-        alone = groups[labels, "alone"]
-        claims = [_claim(groups[labels, method], alone) for method in METHODS if method != "alone"]
-        sentences.append(f"With {labels} of the labels {'; '.join(claims)}.")
-    if max(one.seed for one in runs) == 0:
-        sentences.append("A single seed proves little: take several.")
-    return sentences
-
-
-def _claim(distilled: Sequence[Run], alone: Sequence[Run]) -> str:
-    gains = [100 * (one.test_accuracy - base.test_accuracy) for one, base in zip(distilled, alone, strict=True)]
-    verdict = "helped" if min(gains) > 0 else "did harm" if max(gains) < 0 else "made no clear difference"
-    better, what = sum(gain > 0 for gain in gains), distilled[0].method[2:].replace(" + ", " and ")
-    return (
-        f"distilling {what} {verdict}: {statistics.mean(gains):+.1f} points of accuracy"
-        f" (better for {better} of {len(gains)} seed{'s' * (len(gains) > 1)})"
-    )
 
 
 def prove_plain(
@@ -117,61 +29,11 @@ def prove_plain(
     Returns:
         What was saved, its accuracy before and after, and the proof in words.
     """
-    groups = grouped(runs)
-    first = next(iter(groups))[0]
-    # by validation accuracy: the test images must not choose
-    best = max(
-        (group for (labels, _), group in groups.items() if labels == first),
-        key=lambda group: statistics.mean(one.validation_accuracy[-1] for one in group),
-    )[0]
+    best = best_run(runs)
+    weights = students[best.labels, best.method, best.seed]
     student = make_student(best.seed)
-    student.set_weights(students[best.labels, best.method, best.seed])
+    student.set_weights(weights)
     student.save(path)
     bare = keras.saving.load_model(path)
     accuracy = hit_rate(predict(bare, test[0]) == test[1])
-    proof = (
-        f"{path.name} is the student of seed {best.seed}, {best.labels} of the labels, {best.method}: the method of"
-        f" best validation accuracy there. Loaded by keras.saving.load_model it reaches {100 * accuracy:.1f} % on"
-        f" the test images, and {100 * best.test_accuracy:.1f} % when it was trained."
-    )
-    return {"labels": best.labels, "method": best.method, "seed": best.seed, "test_accuracy": accuracy, "proof": proof}
-
-
-def plot(runs: Sequence[Run], path: Path) -> None:
-    """A figure of the validation accuracy by epoch: mean over the seeds, band of one standard deviation.
-
-    Args:
-        runs: The teacher's run, then the students'.
-        path: PNG file to write.
-    """
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
-    groups, teacher = grouped(runs), 100 * runs[0].validation_accuracy[-1]
-    settings = list(dict.fromkeys(labels for labels, _ in groups))
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(settings), sharey=True)
-    for panel, labels in zip(panels, settings, strict=True):
-        panel.axhline(teacher, color="0.35", linestyle=":", linewidth=1.5, label=f"teacher ({teacher:.1f} %)")
-        for method, (color, style) in _LOOKS.items():
-            curves = 100 * np.array([one.validation_accuracy for one in groups[labels, method]])
-            epochs, mean = range(1, curves.shape[1] + 1), curves.mean(0)
-            deviation = curves.std(0, ddof=1) if len(curves) > 1 else np.zeros_like(mean)
-            name = "student alone" if method == "alone" else f"student {method}"
-            panel.plot(epochs, mean, style, color=color, linewidth=2, label=f"{name} ({mean[-1]:.1f} %)")
-            panel.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
-        panel.set(xlabel="epoch", title=f"{labels} of the labels", xlim=(1, max(2, len(epochs))))
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-        panel.legend(loc="lower right", title="accuracy after the last epoch", alignment="left")
-        panel.spines[["top", "right"]].set_visible(False)
-    lowest = 100 * min(one.validation_accuracy[-1] for one in runs)  # the first epochs may lie below the panel
-    panels[0].set(ylabel="validation accuracy, %", ylim=(max(0, lowest - 20), 101))
-    figure.suptitle(
-        "Handwritten digits: the same small student, alone and distilled; mean ± standard deviation over the seeds"
-    )
-    figure.savefig(path, dpi=130)
-
-
-def _spread(shares: Sequence[float]) -> str:
-    mean = f"{100 * statistics.mean(shares):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else mean
+    return proof(path, best, "by keras.saving.load_model", accuracy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from keras import ops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from distill_core.demo_report import FULL, METHODS, SCARCE, Run
 from keras_distill.demo.digits import (
     UNLABELLED,
     Array,
@@ -29,9 +30,6 @@ from keras_distill.demo.digits import (
 from keras_distill.losses import SoftTargetLoss
 from keras_distill.model import DistillModel
 from keras_distill.terms import FeatureDistillation, LogitsDistillation
-
-SCARCE, FULL = "10 %", "100 %"
-METHODS = ("alone", "+ logits", "+ logits + features")
 
 
 @dataclass(frozen=True)
@@ -79,20 +77,6 @@ class Settings:
         # The mean over the labelled images only, 0 where a batch has none; the terms count every image.
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=UNLABELLED)
         model.compile(keras.optimizers.Adam(rate), loss)
-
-
-@dataclass
-class Run:
-    """What one training run gave: shares of images, and milliseconds."""
-
-    labels: str
-    method: str
-    seed: int
-    parameters: int
-    validation_accuracy: list[float] = field(default_factory=list)
-    test_accuracy: float = 0.0
-    teacher_agreement: float = 0.0
-    step_ms: float = 0.0
 
 
 class Observer(keras.callbacks.Callback):

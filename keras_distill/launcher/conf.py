@@ -1,86 +1,19 @@
-"""The launcher's configuration: a YAML file, or the same from Python values, checked."""
+"""Launcher configuration for Keras: a YAML file, or the same from Python values, checked."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from os import PathLike
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from distill_core.class_paths import check_class_path, import_class_path
-from distill_core.yaml_files import read_yaml
+from distill_core.launcher import conf
+from distill_core.launcher.class_path import ClassPath, Section
 from keras_distill import checks
 
-# Keys of the older schema that nothing here depends on: they are accepted, and one warning names them.
-WITHOUT_EFFECT = (
-    "version",
-    "device",
-    "use_bf16",
-    "quantization",
-    "pruning",
-    "graph_optimization",
-    "mixed_precision",
-    "model.inputs",
-    "model.outputs",
-    "distillation.train.hostfile",
-    "distillation.train.postprocess",
-    "evaluation.performance",
-    "evaluation.accuracy.configs",
-    "evaluation.accuracy.multi_metrics",
-    "evaluation.accuracy.postprocess",
-    "tuning.accuracy_criterion",
-    "tuning.multi_objectives",
-    "tuning.exit_policy",
-    "tuning.objective",
-    "tuning.strategy",
-    "tuning.tensorboard",
-    "tuning.workspace",
-    "tuning.resume",
-    "tuning.diagnosis",
-)
 
-
-NonNegative = Annotated[float, Field(ge=0)]
-_S = TypeVar("_S", bound=BaseModel)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, arbitrary_types_allowed=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if value is None and isinstance(kind, type) and issubclass(kind, BaseModel):
-            return {}  # a section of which only the name stands there
-        if isinstance(value, bool) and kind in (int, float, int | None, float | None):
-            raise ValueError("Input should be a number")
-        return value
-
-
-class ClassPath(_Section):
-    """An object by the path of its class or function, and what that is called with."""
-
-    class_path: str
-    init_args: dict[str, Any] = Field(default_factory=dict)
-
-    def make(self) -> Any:
-        """Import what the path names, and call it."""
-        return import_class_path(self.class_path)(**self.init_args)
-
-    @field_validator("class_path")
-    @classmethod
-    def _exists(cls, path: str) -> str:
-        try:
-            check_class_path(path)  # imports nothing, so that a check of a file runs nothing that it names
-        except ValueError as error:
-            raise ValueError(f"Input should be the path of something that can be imported ({error})") from None
-        return path
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """Name of the model, and the framework that trains it."""
 
     name: str = "student"
@@ -94,59 +27,19 @@ class ModelSection(_Section):
         return framework
 
 
-class SGDSettings(_Section):
-    """Stochastic gradient descent."""
-
-    learning_rate: float = Field(gt=0)
-    momentum: float = Field(default=0.0, ge=0)
-    nesterov: bool = False
-    weight_decay: float = Field(default=0.0, ge=0)
-
-
-class AdamSettings(_Section):
-    """Adam; ``AdamW`` takes the same settings."""
-
-    learning_rate: float = Field(default=0.001, gt=0)
-    beta_1: float = Field(default=0.9, ge=0, lt=1)
-    beta_2: float = Field(default=0.999, ge=0, lt=1)
-    epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-    amsgrad: bool = False
-
-
-class Optimizer(_Section):
-    """One optimizer and its settings."""
-
-    SGD: SGDSettings | None = None
-    Adam: AdamSettings | None = None
-    AdamW: AdamSettings | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Optimizer:
-        return _exactly_one(self)
-
-
-class KnowledgeDistillation(_Section):
+class KnowledgeDistillation(conf.KnowledgeDistillation):
     """Settings of ``KnowledgeDistillationLoss``."""
 
-    temperature: float = Field(default=1.0, gt=0)
-    loss_types: tuple[Literal["CE", "KL", "MSE"], Literal["CE", "KL", "MSE"]] = ("CE", "CE")
-    loss_weights: tuple[NonNegative, NonNegative] = (0.5, 0.5)
-    from_logits: bool = True
-    reference_reduction: bool = False
+    from_logits: bool | None = None
 
 
-class IntermediateLayers(_Section):
+class IntermediateLayers(conf.IntermediateLayers):
     """Settings of ``IntermediateLayersKnowledgeDistillationLoss``."""
 
-    layer_mappings: list[Any] = Field(min_length=1)
-    loss_types: list[Literal["MSE", "L1", "KL"]] | None = None
-    loss_weights: list[NonNegative] | None = None
-    add_origin_loss: bool = False
-    from_logits: bool = True
+    from_logits: bool | None = None
 
 
-class Criterion(_Section):
+class Criterion(Section):
     """One criterion and its settings."""
 
     KnowledgeDistillationLoss: KnowledgeDistillation | None = None
@@ -160,86 +53,58 @@ class Criterion(_Section):
 
     @model_validator(mode="after")
     def _one(self) -> Criterion:
-        return _exactly_one(self)
+        return conf.exactly_one(self)
 
 
-class Fit(_Section):
-    """What ``Model.fit`` is told; ``batch_size`` is for arrays, ``shuffle`` for them and a ``PyDataset``."""
+class Fit(Section):
+    """Arguments of ``Model.fit``; ``batch_size`` is for arrays, ``shuffle`` for them and a ``PyDataset``."""
 
     batch_size: int = Field(default=32, ge=1)
     shuffle: bool = True
     verbose: Literal["auto", 0, 1, 2] = "auto"
 
 
-class Train(_Section):
+class Training(conf.Training):
     """How the built-in training runs."""
 
-    start_epoch: int = Field(default=0, ge=0)
-    end_epoch: int = Field(default=1, ge=1)
-    iteration: int | None = Field(default=None, ge=1)
-    frequency: int = Field(default=1, ge=1)
-    optimizer: Optimizer | None = None
     criterion: Criterion | None = None
-    dataloader: ClassPath | None = None
     fit: Fit = Field(default_factory=Fit)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Train:
-        if self.end_epoch <= self.start_epoch:
-            raise ValueError("Input should have end_epoch greater than start_epoch")
-        return self
 
-
-class DistillationSection(_Section):
+class DistillationSection(Section):
     """The training."""
 
-    train: Train = Field(default_factory=Train)
+    train: Training = Field(default_factory=Training)
 
 
-class Metric(_Section):
-    """One metric: the share of right answers (among the first k), F1, an error, or a class of Keras."""
+class Metric(conf.BuiltInMetric):
+    """One metric by name, or a class of Keras."""
 
-    topk: int | None = Field(default=None, ge=1)
-    Accuracy: dict[str, Any] | None = None
-    F1: dict[str, Any] | None = None
-    MSE: dict[str, Any] | None = None
-    RMSE: dict[str, Any] | None = None
-    MAE: dict[str, Any] | None = None
     keras: ClassPath | None = None
 
-    @model_validator(mode="after")
-    def _one(self) -> Metric:
-        return _exactly_one(self)
 
-
-class Accuracy(_Section):
+class Accuracy(Section):
     """Data and metric by which students are compared."""
 
     metric: Metric | None = None
     dataloader: ClassPath | None = None
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """How a student is scored."""
 
     accuracy: Accuracy = Field(default_factory=Accuracy)
 
 
-class Tuning(_Section):
-    """What is left of the older tuning section."""
-
-    random_seed: int | None = Field(default=None, ge=0)
-
-
-class DistillationConf(_Section):
-    """What the launcher is told: a YAML file, a dict of the same form, or its sections as keywords.
+class DistillationConf(conf.Configuration):
+    """Launcher configuration: a YAML file, a dict of the same form, or its sections as keywords.
 
     Args:
         source: Path of a YAML file, or a dict; ``None`` where sections are given.
         **sections: ``model``, ``distillation``, ``evaluation``, ``tuning``.
 
     Raises:
-        ValueError: With the path of each wrong value within the file, what was expected and what was found.
+        ValueError: With the path of each wrong value within the file, what was expected and what was received.
         FileNotFoundError: If there is no such file.
 
     Example:
@@ -251,80 +116,12 @@ class DistillationConf(_Section):
         ValueError: Expected `distillation.train.end_epoch` to be a valid integer. Received: 'soon'
     """
 
+    checks: ClassVar[Any] = checks
+
     model: ModelSection = Field(default_factory=ModelSection)
     distillation: DistillationSection = Field(default_factory=DistillationSection)
     evaluation: Evaluation = Field(default_factory=Evaluation)
-    tuning: Tuning = Field(default_factory=Tuning)
+    tuning: conf.Tuning = Field(default_factory=conf.Tuning)
 
     def __init__(self, source: str | PathLike[str] | Mapping[str, Any] | None = None, /, **sections: Any) -> None:
-        if isinstance(source, (str, PathLike)):
-            where, values = f"{source}: ", read_yaml(source)
-        else:
-            where, values = "", dict(source or {})
-        values = _without_ignored({**values, **sections})
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ValueError("\n".join(where + _sentence(one) for one in error.errors())) from None
-
-
-def _without_ignored(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the values without the keys that have no effect here, which one warning names."""
-    kept: dict[str, Any] = _copied(values)
-    found = []
-    for path in WITHOUT_EFFECT:
-        *parents, key = path.split(".")
-        section: Any = kept
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
-        if isinstance(section, dict) and section.pop(key, None) is not None:
-            found.append(path)
-    if found:
-        warnings.warn(f"These keys have no effect here: {', '.join(found)}.", stacklevel=3)
-    return kept
-
-
-def _copied(value: Any) -> Any:
-    return {key: _copied(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
-
-
-def _sentence(error: Any) -> str:
-    """One of pydantic's errors in the words of this project."""
-    path = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("dict[", "function-")))
-    kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        remedy = checks.closest(str(error["loc"][-1]), _known(error["loc"][:-1]))
-        return checks.message(f"`{path}` to be a known key", _short(value), remedy)
-    if kind == "missing":
-        return checks.message(f"`{path}` to be given", "nothing")
-    wanted = (
-        error["msg"]
-        .partition(", unable to parse")[0]
-        .removeprefix("Value error, ")
-        .removeprefix("Input should be ")
-        .removeprefix("Input should ")
-    )
-    verb = "" if wanted.startswith(("have ", "name ")) else "be "
-    return checks.message(f"`{path or 'the configuration'}` to {verb}{wanted}", _short(value))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _known(path: tuple[Any, ...]) -> list[str]:
-    """The keys that a section has."""
-    section: Any = DistillationConf
-    for part in path:
-        field = section.model_fields.get(str(part)) if hasattr(section, "model_fields") else None
-        kinds = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-    return list(getattr(section, "model_fields", {}))
-
-
-def _exactly_one(section: _S) -> _S:
-    given = [name for name in type(section).model_fields if getattr(section, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"Input should name one of {', '.join(type(section).model_fields)}")
-    return section
+        super().__init__(source, **sections)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
+from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct
 from keras_distill import backends, checks
-from keras_distill.launcher.conf import Criterion
 from keras_distill.losses import DistillationLoss, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from keras_distill.taps import Call, Tap, select
 from keras_distill.term import DistillationTerm
 from keras_distill.terms import FeatureDistillation, LogitsDistillation
+
+_CHECKS = CriterionChecks(
+    checks, (str, keras.layers.Layer, Tap), lambda output: type(output) is int or isinstance(output, str)
+)
 
 
 class KnowledgeDistillationLoss:
@@ -30,7 +35,8 @@ class KnowledgeDistillationLoss:
             or ``"MSE"``; and D.
         loss_weights: :math:`w_0` and :math:`w_1`, 0 or greater. They need not sum to 1; a warning says so, because the
             older API demanded it.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
+            ``None`` looks at the models: probabilities where both end in a softmax, logits otherwise.
         reference_reduction: Whether KL is divided by the number of classes too, as it was in the older API.
 
     Raises:
@@ -53,31 +59,45 @@ class KnowledgeDistillationLoss:
         loss_types: Sequence[str] = ("CE", "CE"),
         loss_weights: Sequence[float] = (0.5, 0.5),
         *,
-        from_logits: bool = True,
+        from_logits: bool | None = None,
         reference_reduction: bool = False,
     ) -> None:
-        checks.positive("temperature", temperature)
-        checks.boolean("from_logits", from_logits)
-        checks.boolean("reference_reduction", reference_reduction)
-        task, distillation = _pair_of("loss_types", loss_types)
-        checks.one_of("loss_types[0]", task, ("CE", "MSE"))
-        checks.one_of("loss_types[1]", distillation, ("CE", "KL", "MSE"))
-        weights = _weights(_pair_of("loss_weights", loss_weights))
-        if abs(sum(weights) - 1.0) > 1e-6:
-            told = "They are used as they are; the older API refused them."
-            warnings.warn(f"The loss weights {[*weights]} do not sum to 1. {told}", stacklevel=2)
-        self.temperature, self.loss_types, self.loss_weights = float(temperature), (task, distillation), weights
+        _check_from_logits(from_logits)
+        settings = _CHECKS.knowledge(temperature, loss_types, loss_weights, reference_reduction)
+        self.temperature, self.loss_types, self.loss_weights = settings
         self.from_logits, self.reference_reduction = from_logits, reference_reduction
-        self.task_weight = weights[0]
-        self.task_loss = LabelCrossEntropy(from_logits) if task == "CE" else keras.losses.MeanSquaredError()
+        self.task_weight = self.loss_weights[0]
+        logits = from_logits is not False
+        self.task_loss = LabelCrossEntropy(logits) if self.loss_types[0] == "CE" else keras.losses.MeanSquaredError()
         self.loss: DistillationLoss = {
-            "CE": SoftCrossEntropyLoss(temperature=self.temperature, from_logits=from_logits),
-            "KL": SoftTargetLoss(temperature=self.temperature, from_logits=from_logits),
+            "CE": SoftCrossEntropyLoss(temperature=self.temperature, from_logits=logits),
+            "KL": SoftTargetLoss(temperature=self.temperature, from_logits=logits),
             # T^2 times the mean square of (z_s - z_t) / T: the temperature cancels
-            "MSE": LogitMSELoss(from_logits=from_logits),
-        }[distillation]
-        if distillation == "KL" and reference_reduction:
+            "MSE": LogitMSELoss(from_logits=logits),
+        }[self.loss_types[1]]
+        if self.loss_types[1] == "KL" and reference_reduction:
             self.loss = _DividedByClasses(self.loss)
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether the outputs of both models must be of one kind."""
+        return self.loss_weights[1] != 0
+
+    def with_outputs(self, from_logits: bool) -> KnowledgeDistillationLoss:
+        """The criterion itself where `from_logits` is set; otherwise one for outputs of the kind found."""
+        if self.from_logits is not None:
+            return self
+        found = copy.copy(self)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the weights, said once already
+            found.__init__(  # type: ignore[misc]
+                self.temperature,
+                self.loss_types,
+                self.loss_weights,
+                from_logits=from_logits,
+                reference_reduction=self.reference_reduction,
+            )
+        return found
 
     def terms(self) -> list[DistillationTerm]:
         """New terms with these settings; none where the teacher has no weight."""
@@ -110,7 +130,8 @@ class IntermediateLayersKnowledgeDistillationLoss:
         loss_types: ``"MSE"``, ``"L1"`` or ``"KL"`` for each pair; ``None`` is MSE for all.
         loss_weights: Factor of each pair, 0 or greater; ``None`` shares 1 equally.
         add_origin_loss: Whether the student's own loss is added, at full weight.
-        from_logits: Whether the student gives logits; counts for its own loss in built-in training.
+        from_logits: Whether the student returns logits; counts for its own loss in built-in training. ``None`` looks at
+            the student: probabilities where it ends in a softmax, logits otherwise.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -129,38 +150,39 @@ class IntermediateLayersKnowledgeDistillationLoss:
         loss_weights: Sequence[float] | None = None,
         add_origin_loss: bool = False,
         *,
-        from_logits: bool = True,
+        from_logits: bool | None = None,
     ) -> None:
         checks.boolean("add_origin_loss", add_origin_loss)
-        checks.boolean("from_logits", from_logits)
-        if isinstance(layer_mappings, str) or not len(layer_mappings):
-            raise ValueError(checks.message("`layer_mappings` to be a list of pairs", f"{layer_mappings!r}"))
-        self.layer_mappings = [_mapping(index, entry) for index, entry in enumerate(layer_mappings)]
+        _check_from_logits(from_logits)
+        self.layer_mappings = [(_tap(student), _tap(teacher)) for student, teacher in _CHECKS.mappings(layer_mappings)]
         number = len(self.layer_mappings)
-        self.loss_types = tuple(["MSE"] * number if loss_types is None else loss_types)
-        self.loss_weights = _weights([1.0 / number] * number if loss_weights is None else loss_weights)
-        for name, values in (("loss_types", self.loss_types), ("loss_weights", self.loss_weights)):
-            if len(values) != number:
-                expected = f"`{name}` to hold {number} entries, as `layer_mappings` does"
-                raise ValueError(checks.message(expected, f"{len(values)} entries"))
-        for index, kind in enumerate(self.loss_types):
-            checks.one_of(f"loss_types[{index}]", kind, ("MSE", "L1", "KL"))
+        self.loss_types, self.loss_weights = _CHECKS.each(number, loss_types, loss_weights, "MSE", ("MSE", "L1", "KL"))
         self.add_origin_loss, self.task_weight = add_origin_loss, float(add_origin_loss)
-        self.task_loss = LabelCrossEntropy(from_logits)
+        self.from_logits = from_logits
+        self.task_loss = LabelCrossEntropy(from_logits is not False)
+
+    compares_outputs = False  # the student's alone is read, for its own loss
+
+    def with_outputs(self, from_logits: bool) -> IntermediateLayersKnowledgeDistillationLoss:
+        """The criterion itself where `from_logits` is set; otherwise one for outputs of the kind found."""
+        if self.from_logits is not None:
+            return self
+        found = copy.copy(self)
+        found.from_logits, found.task_loss = from_logits, LabelCrossEntropy(from_logits)
+        return found
 
     def terms(self) -> list[DistillationTerm]:
         """New terms with these settings, numbered where a layer stands in several pairs."""
-        terms: list[FeatureDistillation] = []
+        terms: list[DistillationTerm] = []
         for (student, teacher), kind, weight in zip(
             self.layer_mappings, self.loss_types, self.loss_weights, strict=True
         ):
             term = FeatureDistillation(student, teacher, kind.lower(), weight=weight)
-            same = sum(other.name.partition("#")[0] == term.name for other in terms)
-            if same:
-                name = f"{term.name}#{same + 1}"
+            name = distinct(term.name, [other.name for other in terms])
+            if name != term.name:
                 term = FeatureDistillation(student, teacher, kind.lower(), weight=weight, name=name)
             terms.append(term)
-        return [*terms]
+        return terms
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -168,23 +190,20 @@ class CriterionTerm(DistillationTerm):
     """A user's criterion, which makes the total itself from both outputs and the student's own loss.
 
     Args:
-        criterion: Called with ``(student_output, teacher_output, student_loss)``, gives a scalar.
-        task_loss: The student's own loss, called with the labels and its output; ``None`` where that loss itself is
-            given in place of the labels, as in a loop of the user's own.
+        criterion: Called with ``(student_output, teacher_output, student_loss)``, returns a scalar.
+        task_loss: The student's own loss, called with the labels and its output.
     """
 
     needs_labels = True
 
-    def __init__(self, criterion: Any, task_loss: Any = None) -> None:
+    def __init__(self, criterion: Any, task_loss: Any) -> None:
         super().__init__(name="criterion")
         self.criterion, self._task_loss = criterion, task_loss
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The total, a scalar."""
-        loss = labels
-        if self._task_loss is not None and labels is not None:
-            output = select(student.output, None, "the student's output")
-            loss = keras.ops.mean(self._task_loss(labels, output))
+        output = select(student.output, None, "the student's output")
+        loss = None if labels is None else keras.ops.mean(self._task_loss(labels, output))
         return self.criterion(student.output, teacher.output, loss) / backends.replicas()
 
 
@@ -223,30 +242,26 @@ def one_hot(labels: Any, output: Any) -> bool:
     return len(labels.shape) == len(output.shape) and labels.shape[-1] == output.shape[-1]
 
 
-def criterion_of(settings: Criterion | None) -> Any:
-    """The criterion that a configuration means.
+def criterion_of(section: Any) -> Any:
+    """The criterion of a configuration's section ``distillation.train.criterion``.
 
     Args:
-        settings: The criterion's section, if there is one.
+        section: The section; None is ``KnowledgeDistillationLoss()``.
 
     Returns:
-        The criterion; ``KnowledgeDistillationLoss()`` where there is no section.
+        The criterion.
 
     Raises:
         ValueError: If the settings do not fit each other, with their path.
 
     Example:
-        >>> criterion_of(Criterion(KnowledgeDistillationLoss={"temperature": 2})).temperature
+        >>> from keras_distill import DistillationConf
+        >>> settings = {"KnowledgeDistillationLoss": {"temperature": 2}}
+        >>> train = DistillationConf(distillation={"train": {"criterion": settings}}).distillation.train
+        >>> criterion_of(train.criterion).temperature
         2.0
     """
-    if settings is None:
-        return KnowledgeDistillationLoss()
-    known = (KnowledgeDistillationLoss, IntermediateLayersKnowledgeDistillationLoss)
-    kind, section = next((kind, found) for kind in known if (found := getattr(settings, kind.__name__)) is not None)
-    try:
-        return kind(**section.model_dump())
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"distillation.train.criterion.{kind.__name__}: {error}") from None
+    return configured(section, (KnowledgeDistillationLoss, IntermediateLayersKnowledgeDistillationLoss))
 
 
 class _DividedByClasses(DistillationLoss):
@@ -263,45 +278,10 @@ class _DividedByClasses(DistillationLoss):
         return bool(self.loss.from_logits)
 
 
-def _pair_of(name: str, values: Sequence[Any]) -> tuple[Any, Any]:
-    if isinstance(values, str) or len(values) != 2:
-        expected = f"`{name}` to hold two entries, the student's own and the teacher's"
-        raise ValueError(checks.message(expected, f"{values!r}"))
-    return values[0], values[1]
+def _check_from_logits(from_logits: bool | None) -> None:
+    if from_logits is not None:
+        checks.boolean("from_logits", from_logits)
 
 
-def _weights(weights: Sequence[float]) -> tuple[float, ...]:
-    for index, weight in enumerate(weights):
-        checks.non_negative(f"loss_weights[{index}]", weight)
-    return tuple(float(weight) for weight in weights)
-
-
-def _mapping(index: int, entry: Any) -> tuple[Tap, Tap]:
-    """The two places that an entry of ``layer_mappings`` names, in any of its forms."""
-    sides: list[Any] = [*entry] if isinstance(entry, (list, tuple)) else [entry]
-    if len(sides) == 1:
-        sides *= 2
-    elif len(sides) == 4 and not any(isinstance(side, (list, tuple)) for side in sides):
-        sides = [sides[:2], sides[2:]]
-    if len(sides) != 2:
-        remedy = "Write [[student_layer, output], [teacher_layer, output]] to pick one of a layer's outputs."
-        expected = f"`layer_mappings[{index}]` to be [student_layer, teacher_layer]"
-        raise ValueError(checks.message(expected, f"{entry!r}", remedy))
-    return _tap(index, sides[0]), _tap(index, sides[1])
-
-
-def _tap(index: int, side: Any) -> Tap:
-    layer, *rest = side if isinstance(side, (list, tuple)) and side else [side]
-    if isinstance(layer, Tap):
-        return layer
-    output: Any = rest[0] if rest else None
-    if (
-        not isinstance(layer, (str, keras.layers.Layer))
-        or len(rest) > 1
-        or not isinstance(output, (str, int, type(None)))
-    ):
-        expected = f"each side of `layer_mappings[{index}]` to be a layer and perhaps an index or a key of its outputs"
-        raise ValueError(checks.message(expected, f"{side!r}"))
-    if isinstance(output, str):
-        output = int(output) if output.isdigit() else output or None  # YAML files of the older API write "0"
-    return Tap(layer, output=output)
+def _tap(place: Place) -> Tap:
+    return place.layer if isinstance(place.layer, Tap) else Tap(place.layer, output=place.output)

@@ -10,24 +10,25 @@ from typing import Any
 
 import keras
 
-from keras_distill import checks
+from keras_distill import backends, checks
+from keras_distill.launcher import engine
 from keras_distill.model import DistillModel
-from keras_distill.steps import Step, in_step
 from keras_distill.taps import Call, Recorder
-from keras_distill.targets import DistillTargets
+from keras_distill.targets import carries_features
 from keras_distill.term import DistillationTerm
 
 
 class Loop:
     """The total loss in a loop of the user's own, which calls the student itself.
 
-    From :meth:`open` to :meth:`close` the student's calls are watched: their inputs, and what the tapped layers give.
+    From :meth:`open` to :meth:`close` the student's calls are recorded: their inputs, and the tapped layers' outputs.
 
     Args:
         student: The student.
         teacher: The teacher, or None where its outputs are given.
         terms: What the student imitates; none leaves its own loss alone.
         task_weight: Factor of the student's own loss.
+        criterion: A criterion of the user's own, which makes the total itself; there are no terms then.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class Loop:
         teacher: keras.Model | None,
         terms: Sequence[DistillationTerm],
         task_weight: float,
+        criterion: Any = None,
     ) -> None:
-        self.student, self.terms, self.task_weight = student, terms, task_weight
+        self.student, self.teacher, self.terms, self.task_weight = student, teacher, terms, task_weight
+        self.criterion = criterion
         self.model = DistillModel(student, teacher, terms, track_agreement=False) if terms else None
         self._recorder = Recorder(student, [tap for term in terms for tap in term.student_taps], "student")
         self._thread = threading.local()  # tf.distribute runs each replica on a thread of its own
@@ -45,11 +48,11 @@ class Loop:
         self._open = False
 
     def open(self) -> None:
-        """Begin to watch the student."""
+        """Begin to record the student."""
         original, self._before = self.student.call, self.student.__dict__.get("call")
 
         @functools.wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
             call = self._recorder.watch(lambda: original(*args, **kwargs))
             inputs = args[0] if args else next(iter(kwargs.values()), None)
             for tap in self._recorder.taps:
@@ -58,11 +61,11 @@ class Loop:
             self._calls.append((inputs, call))
             return call.output
 
-        object.__setattr__(self.student, "call", watched)  # past Keras, which would track what it is given
+        object.__setattr__(self.student, "call", recorded)  # past Keras, which would track what it is given
         self._open = True
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop recording."""
         if not self._open:
             return
         self._open = False
@@ -79,7 +82,7 @@ class Loop:
         """The total loss of one call of the student.
 
         Args:
-            inputs: What the teacher is called with; ``None`` is what the student was called with.
+            inputs: The teacher's input; ``None`` takes the student's.
             output: The student's output.
             student_loss: The student's own loss, a scalar.
             teacher_output: The teacher's output if it is known, with features as ``DistillTargets`` carry them.
@@ -88,9 +91,10 @@ class Loop:
             A scalar.
 
         Raises:
-            ValueError: If the student was not called while it was watched and its call is needed.
+            ValueError: If the student was not called while it was recorded and its call is needed, or there is no
+                teacher.
         """
-        if self.model is None:
+        if self.model is None and self.criterion is None:
             return self.task_weight * student_loss
         seen, call = self._call_of(output)
         inputs = seen if inputs is None else inputs
@@ -98,17 +102,31 @@ class Loop:
             remedy = "Call it as a model, between `on_train_begin` and `on_train_end`."
             expected = "the student to be called before `on_after_compute_loss`"
             raise ValueError(checks.message(expected, "no call of it", remedy))
-        teacher = self.model.teacher
-        if teacher_output is None and teacher is not None and not teacher.built:
-            teacher(inputs, training=False)  # building runs the layers too, which must not be taken for a call
-        step = Step(self.model, task_alone=True)  # regularisers are in the student's own loss, if the user wants them
-        step.student = Call(output, {} if call is None else call.runs)
-        # what stands where labels would reaches no term but CriterionTerm
-        targets = student_loss if teacher_output is None else DistillTargets(student_loss, teacher_output)
-        with in_step(step):
-            distillation = self.model.compute_loss(x=output if inputs is None else inputs, y=targets, y_pred=output)
         self.release()
+        if teacher_output is None:
+            self._check_teacher(inputs)
+        if self.model is None:
+            return self.criterion(output, self._teacher_output(inputs, teacher_output), student_loss)
+        student = Call(output, {} if call is None else call.runs)
+        distillation = engine.loss_of(self.model, student, inputs, output, teacher_output)
         return distillation if self.task_weight == 0 else self.task_weight * student_loss + distillation
+
+    def _check_teacher(self, inputs: Any) -> None:
+        """Raise if the teacher is missing; build it if it never ran: building runs the layers, which is not a call."""
+        if self.teacher is None:
+            remedy = "Set `teacher_model`, or pass `teacher_output`."
+            raise ValueError(checks.message("a teacher to learn from", "teacher_model=None", remedy))
+        if not self.teacher.built:
+            self.teacher(inputs, training=False)
+
+    def _teacher_output(self, inputs: Any, given: Any) -> Any:
+        """The teacher's output without gradient: the given one, or its own."""
+        if given is not None:
+            return given["output"] if carries_features(given) else given
+        teacher: Any = self.teacher
+        with backends.no_gradient():
+            output = teacher(inputs, training=False)
+        return keras.tree.map_structure(keras.ops.stop_gradient, output)
 
     @property
     def _calls(self) -> collections.deque[tuple[Any, Call]]:
@@ -119,9 +137,8 @@ class Loop:
         return calls
 
     def _call_of(self, output: Any) -> tuple[Any, Call | None]:
-        """The inputs and the call that gave an output; the last call where the user has changed the output."""
-        unseen: tuple[Any, Call | None] = (None, None)
+        """The inputs and the call that returned an output; the last call where the user has changed the output."""
         leaves = {id(leaf) for leaf in keras.tree.flatten(output)}
         calls = [*self._calls]
-        own = [one for one in calls if leaves & {id(leaf) for leaf in keras.tree.flatten(one[1].output)}]
-        return own[-1] if own else calls[-1] if calls else unseen
+        own = [pair for pair in calls if leaves & {id(leaf) for leaf in keras.tree.flatten(pair[1].output)}]
+        return own[-1] if own else calls[-1] if calls else (None, None)

@@ -2,74 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 
+from distill_core.launcher import scores
 from keras_distill import checks
 from keras_distill.launcher.batches import batches_of
 from keras_distill.launcher.conf import Metric
 from keras_distill.launcher.criteria import one_hot
 from keras_distill.taps import select
 
-_LOG = logging.getLogger("keras_distill")
 
+class BestStudent(scores.BestStudent):
+    """The best weights that a student has had."""
 
-class BestStudent:
-    """The best weights that a student has had, by a function that scores a model.
+    checks = checks
 
-    Args:
-        score: Called with a model, gives a number, or several in a list or dict of which the first is the judge;
-            ``None`` keeps nothing.
-        higher_is_better: Whether a larger number is better.
-        frequency: How many epochs lie between two scores, 1 or more.
+    def _copy(self, student: keras.Model) -> list[Any]:
+        weights: list[Any] = student.get_weights()
+        return weights
 
-    Attributes:
-        teacher_score: What the teacher reached before the training, or None.
-        first_score: What the student reached before it, or None.
-        best_score: The best that the student has reached, or None.
-    """
-
-    def __init__(self, score: Callable[[Any], Any] | None, higher_is_better: bool, frequency: int) -> None:
-        self._score, self._higher, self._frequency = score, higher_is_better, frequency
-        self._epochs = 0
-        self._weights: list[Any] = []
-        self.teacher_score: float | None = None
-        self.first_score: float | None = None
-        self.best_score: float | None = None
-
-    def begin(self, student: keras.Model, teacher: keras.Model | None) -> None:
-        """Score both models before the training.
-
-        Args:
-            student: The student, whose weights are the best so far.
-            teacher: The teacher, if there is one.
-        """
-        if self._score is None:
-            return
-        self.teacher_score = None if teacher is None else judge(self._score(teacher))
-        self._take(student, self._score)
-        self.first_score = self.best_score
-        _LOG.info("Scores before training: teacher %s, student %s.", self.teacher_score, self.first_score)
-
-    def end_epoch(self, student: keras.Model) -> None:
-        """Score the student, if the epoch is one of those after which it is."""
-        self._epochs += 1
-        if self._score is not None and self._epochs % self._frequency == 0:
-            self._take(student, self._score)
-
-    def restore(self, student: keras.Model) -> None:
-        """Give the student the best weights that it has had."""
-        if self._weights:
-            student.set_weights(self._weights)
-
-    def _take(self, student: keras.Model, evaluate: Callable[[Any], Any]) -> None:
-        score, best = judge(evaluate(student)), self.best_score
-        if best is None or best != best or (score > best if self._higher else score < best):
-            self.best_score, self._weights = score, student.get_weights()
-        _LOG.info("Score after %d epochs: %s, the best %s.", self._epochs, score, self.best_score)
+    def _fill(self, student: keras.Model, weights: list[Any]) -> None:
+        student.set_weights(weights)
 
 
 class Scoring(keras.callbacks.Callback):
@@ -81,7 +36,7 @@ class Scoring(keras.callbacks.Callback):
         teacher: The teacher, if there is one.
     """
 
-    def __init__(self, best: BestStudent, student: keras.Model, teacher: keras.Model | None) -> None:
+    def __init__(self, best: scores.BestStudent, student: keras.Model, teacher: keras.Model | None) -> None:
         super().__init__()
         self.best, self.student, self.teacher = best, student, teacher
 
@@ -96,31 +51,6 @@ class Scoring(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """At the end: restore the best."""
         self.best.restore(self.student)
-
-
-def judge(score: Any) -> float:
-    """The number by which models are compared.
-
-    Args:
-        score: A number, or several in a list or dict of which the first counts.
-
-    Returns:
-        The number.
-
-    Raises:
-        TypeError: If there is no number.
-
-    Example:
-        >>> judge({"accuracy": 0.75, "loss": 1.2})
-        0.75
-    """
-    one: Any = score
-    while isinstance(one, (Mapping, list, tuple)) and one:
-        one = next(iter(one.values())) if isinstance(one, Mapping) else one[0]
-    try:
-        return float(one)
-    except (TypeError, ValueError):
-        raise TypeError(checks.message("`eval_func` to return a number, or several", f"{score!r}")) from None
 
 
 class MetricEvaluation:
@@ -147,8 +77,8 @@ class MetricEvaluation:
                 labels = keras.ops.one_hot(keras.ops.reshape(labels, (-1,)), output.shape[-1])
             metric.update_state(labels, output, *weights)
         if metric is None:
-            raise ValueError(checks.message("`eval_dataloader` to give at least one batch", "none"))
-        return judge(metric.result())
+            raise ValueError(checks.message("`eval_dataloader` to hold at least one batch", "none"))
+        return scores.judge(metric.result(), checks)
 
 
 def _made(metric: Metric, labels: Any, output: Any) -> Any:

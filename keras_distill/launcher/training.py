@@ -6,34 +6,37 @@ from typing import Any
 
 import keras
 
-from keras_distill.launcher import conf
-from keras_distill.model import DistillModel
+from distill_core.launcher import conf
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class StudentAlone(DistillModel):
-    """A student that trains on its labels alone: a teacher without weight never runs.
+class StudentAlone(keras.Model):
+    """A student that trains on its labels alone, and is itself never compiled: a teacher without weight never runs.
 
     Args:
         student: The model to train.
-        task_weight: Factor of the compiled loss, 0 or greater.
 
     Example:
         >>> student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-        >>> StudentAlone(student, 0.5).teacher is None
-        True
+        >>> StudentAlone(student)(keras.ops.ones((2, 4))).shape
+        (2, 3)
     """
 
-    def __init__(self, student: keras.Model, task_weight: float) -> None:
-        super().__init__(
-            student, task_weight=task_weight, evaluate_distillation=False, track_agreement=False, name="student_alone"
-        )
+    def __init__(self, student: keras.Model, **kwargs: Any) -> None:
+        super().__init__(dtype=student.dtype_policy, autocast=False, **kwargs)
+        self.student = student
 
-    def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Any:
-        """The weighted task loss and the regularisers, as in evaluation."""
-        return super().compute_loss(x, y, y_pred, sample_weight, training=False)
+    def build(self, input_shape: Any) -> None:
+        """No-op: the student builds itself."""
+        self.built = True
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """The student's output."""
+        return self.student(inputs, training=training)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {"student": keras.saving.serialize_keras_object(self.student), "name": self.name}
 
 
 def optimizer_of(settings: conf.Optimizer | None) -> Any:

@@ -85,9 +85,10 @@ class LearnedParts:
                 "Expected the terms to need no adapters under DeepSpeed, whose engine steps only the parameters it was"
                 f" given, but got {len(trained)} adapter parameters. Distil logits only, or use DDP or FSDP2."
             )
-        values = self._saved.get("adapters", {}).get(term.name)
-        if values is not None:
-            _restore(term, values)
+        saved = self._saved.get("adapters", {})
+        known = (self._saved.get("optimizer") or {}).get("terms", saved)
+        if term.name in saved or (saved and term.name not in known and trained_by(term)):
+            _restore(term, saved.get(term.name, {}))
 
     def agree(self, device: torch.device) -> None:
         """Have every process make what any of them has made; called by all of them at the same place.
@@ -220,16 +221,17 @@ class LearnedParts:
 
     def _saved_states(self) -> dict[str, list[dict[str, Any]]]:
         """The saved state of the optimizer for the parameters of each term."""
-        state, start, states = (self._saved.get("optimizer") or {}).get("state", {}), 0, {}
-        for name, size in self._saved.get("terms", {}).items():
+        saved: dict[str, Any] = self._saved.get("optimizer") or {}
+        state, start, states = saved.get("state", {}), 0, {}
+        for name, size in saved.get("terms", {}).items():
             states[name] = [state.get(index, {}) for index in range(start, start + size)]
             start += size
         return states
 
     def state_dict(self) -> dict[str, Any]:
-        """The values by term, their optimizer's state and the number of trained parameters of every term.
+        """The values by term and their optimizer's state; empty where nothing is learned.
 
-        Empty where nothing is learned. ``optimizer`` has the form of ``torch.optim.Optimizer.state_dict``.
+        ``optimizer`` has the form of ``torch.optim.Optimizer.state_dict``, and the number of parameters of each term.
         """
         waiting = self._saved.get("adapters", {})
         made = [term for term in self.terms if term.name not in self._unmade]
@@ -249,28 +251,13 @@ class LearnedParts:
         optimizer = {
             "state": {index: entry for index, entry in enumerate(entries) if entry},
             "param_groups": [{**group, "params": list(range(len(entries)))} for group in groups[:1]],
-        }
-        return {
-            "adapters": adapters,
-            "optimizer": optimizer if groups else None,
             "terms": {name: len(each) for name, each in states.items()},
         }
+        return {"adapters": adapters, "optimizer": optimizer if groups else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start over, from saved values or, if the state is empty, from fresh ones.
-
-        Raises:
-            ValueError: If values were saved for other terms.
-        """
-        saved, names = state.get("adapters") or {}, [term.name for term in self.terms]
-        of_terms = list(state.get("terms", saved))
-        unknown = [name for name in saved if name not in names]
-        lacking = [term.name for term in self.terms if saved and term.makes_parts and term.name not in of_terms]
-        if unknown or lacking:
-            raise ValueError(
-                f"Expected the saved adapters to fit term {[*lacking, *names][0]!r}, but got adapters of the terms"
-                f" {of_terms}. Resume with the terms that were saved, or start from the student's weights alone."
-            )
+        """Start over, from saved values or, if the state is empty, from fresh ones."""
+        saved = state.get("adapters") or {}
         if self._follower is not None:
             self._follower.close()
             self._follower = None

@@ -147,15 +147,15 @@ def check_repeatable(dataset: Any, transform_seed: int | None, allow: bool) -> b
     changes = changes_between_reads(dataset, transform_seed)
     if changes and not allow:
         remedy = (
-            "Pass transform_seed=0, which makes the augmentation of each item repeatable, and views=... for several of"
-            " them,"
+            "Pass transform_seed=0, which makes the augmentation of each sample repeatable, and views=... for several"
+            " augmentations of each, or allow_stale_augmentation=True."
             if transform_seed is None
-            else f"transform_seed={transform_seed} seeds the global generators of torch, NumPy and Python, so the"
-            " transform has a generator of its own: let it draw from a global one,"
+            else f"transform_seed={transform_seed} seeds torch, NumPy's global state and random: take random numbers"
+            " from these rather than from a generator of your own, or pass allow_stale_augmentation=True."
         )
         raise CacheError(
-            "Expected the data to give the same items whenever they are read, but some change: the student would not be"
-            f" shown what the teacher was. {remedy} or allow_stale_augmentation=True."
+            "Expected the dataset to return the same samples whenever they are read, but some differ on the second"
+            f" read: the student would not see what the teacher saw. {remedy}"
         )
     return changes
 

@@ -43,24 +43,25 @@ class CachedTeacher:
         self.cache = cache
         self.layers = {tuple(place.split("|", 1)): name for name, place in cache.manifest.layers.items()}
 
-    def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
+    def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if the cache lacks what the terms read.
 
         Args:
-            terms: Pairs of the argument that named a layer, and the tap.
-            reader: Name of a term that reads the output; ``None`` where no term does.
+            taps: Pairs of the argument that named a layer, and the tap.
+            reader: Name of a term that reads the teacher; not used.
+            output_reader: Name of a term that reads the output; ``None`` where no term does.
 
         Raises:
             CacheError: If so; the message says what the cache holds.
         """
-        for _, tap in terms:
+        for _, tap in taps:
             if (tap.layer, tap.where) not in self.layers:
                 held = [layer for layer, _ in self.layers] or "no layers"
                 raise CacheError(
                     f"Expected the cache to hold the {tap.where} of the teacher's layer {tap.layer!r}, but it holds"
                     f" {held}. Build it with layers=[{tap.layer!r}]."
                 )
-        if reader is not None and "output" not in self.cache.manifest.arrays:
+        if output_reader is not None and "output" not in self.cache.manifest.arrays:
             raise CacheError("Expected the cache to hold the teacher's outputs, but it was built with outputs=False.")
 
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -68,6 +69,10 @@ class CachedTeacher:
 
     def release(self) -> None:
         """Nothing to give back."""
+
+    def cast(self, value: Any) -> Any:
+        """The value: the answers have a precision of their own."""
+        return value
 
     def clear(self) -> None:
         """Nothing to release."""

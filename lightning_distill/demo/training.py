@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from distill_core.demo_report import FULL, METHODS, SCARCE, Run
 from lightning_distill.callback import DistillCallback
 from lightning_distill.demo.digits import Classifier, Digits, Student, Teacher, hide_labels, hit_rate, predict
 from lightning_distill.losses import SoftTargetLoss
 from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
-
-SCARCE, FULL = "10 %", "100 %"
-METHODS = ("alone", "+ logits", "+ logits + features")
 
 
 @dataclass(frozen=True)
@@ -57,20 +55,6 @@ class Settings:
         # Student (12, 4, 4), teacher (64, 4, 4): adapter="auto" makes a 1x1 convolution.
         features = partial(FeatureDistillation, "deep", "deep", "mse", weight=self.features_weight)
         return dict(zip(METHODS, (list, lambda: [logits()], lambda: [logits(), features()]), strict=True))
-
-
-@dataclass
-class Run:
-    """What one training run gave: shares of images, and milliseconds."""
-
-    labels: str
-    method: str
-    seed: int
-    parameters: int
-    validation_accuracy: list[float] = field(default_factory=list)
-    test_accuracy: float = 0.0
-    teacher_agreement: float = 0.0
-    step_ms: float = 0.0
 
 
 class Observer(Callback):

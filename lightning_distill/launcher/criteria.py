@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct
 from lightning_distill import checks
 from lightning_distill.losses import FeatureDistance, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from lightning_distill.recording import Tap, select
@@ -17,6 +17,7 @@ from lightning_distill.terms import DistillationTerm, FeatureDistillation, Logit
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _TASK_LOSSES: dict[str, Loss] = {"CE": F.cross_entropy, "MSE": F.mse_loss}
+_CHECKS = CriterionChecks(checks, (str, Tap), lambda output: isinstance(output, (int, str)) or callable(output))
 
 
 class KnowledgeDistillationLoss:
@@ -55,24 +56,17 @@ class KnowledgeDistillationLoss:
         *,
         reference_reduction: bool = False,
     ) -> None:
-        checks.positive("temperature", temperature)
-        task, distillation = _pair_of("loss_types", loss_types)
-        checks.one_of("loss_types[0]", task, tuple(_TASK_LOSSES))
-        checks.one_of("loss_types[1]", distillation, ("CE", "KL", "MSE"))
-        weights = _weights(_pair_of("loss_weights", loss_weights))
-        if abs(sum(weights) - 1.0) > 1e-6:
-            told = "They are used as they are; the older API refused them."
-            warnings.warn(f"The loss weights {[*weights]} do not sum to 1. {told}", stacklevel=2)
-        self.temperature, self.loss_types, self.loss_weights = float(temperature), (task, distillation), weights
+        settings = _CHECKS.knowledge(temperature, loss_types, loss_weights, reference_reduction)
+        self.temperature, self.loss_types, self.loss_weights = settings
         self.reference_reduction = reference_reduction
-        self.task_weight, self.task_loss = weights[0], _TASK_LOSSES[task]
+        self.task_weight, self.task_loss = self.loss_weights[0], _TASK_LOSSES[self.loss_types[0]]
         self.loss: Any = {
             "CE": SoftCrossEntropyLoss(temperature=self.temperature),
             "KL": SoftTargetLoss(temperature=self.temperature),
             "MSE": LogitMSELoss(),  # T^2 times the mean square of (z_s - z_t) / T: the temperature cancels
-        }[distillation]
-        if distillation == "KL" and reference_reduction:
-            self.loss = _DividedByClasses(self.loss)
+        }[self.loss_types[1]]
+        if self.loss_types[1] == "KL" and reference_reduction:
+            self.loss = _Divided(self.loss, by_classes=True)
 
     def terms(self) -> list[DistillationTerm]:
         """New terms with these settings."""
@@ -130,9 +124,10 @@ class IntermediateLayersKnowledgeDistillationLoss:
         *,
         reference_reduction: bool = False,
     ) -> None:
-        self.layer_mappings = [_mapping(index, entry) for index, entry in enumerate(_filled(layer_mappings))]
+        checks.boolean("add_origin_loss", add_origin_loss)
+        self.layer_mappings = [(_tap(student), _tap(teacher)) for student, teacher in _CHECKS.mappings(layer_mappings)]
         number = len(self.layer_mappings)
-        self.loss_types, self.loss_weights = _each(number, loss_types, loss_weights, "MSE", ("MSE", "L1", "KL"))
+        self.loss_types, self.loss_weights = _CHECKS.each(number, loss_types, loss_weights, "MSE", ("MSE", "L1", "KL"))
         self.add_origin_loss, self.task_weight = add_origin_loss, float(add_origin_loss)
         self.reference_reduction = reference_reduction
 
@@ -143,21 +138,30 @@ class IntermediateLayersKnowledgeDistillationLoss:
             self.layer_mappings, self.loss_types, self.loss_weights, strict=True
         ):
             loss = _reference_kl if kind == "KL" and self.reference_reduction else FeatureDistance(kind.lower())  # type: ignore[arg-type]
-            name = _name(student.layer, terms)
+            name = distinct(student.layer or "output", [term.name for term in terms])
             terms.append(FeatureDistillation(student, teacher, loss, weight=weight, name=name))
         return terms
 
 
 class SelfKnowledgeDistillationLoss:
-    """Distances between shallow layers of a model and its deep ones, from which they learn.
+    r"""Distances between shallow layers of a model and its deep ones, from which they learn.
+
+    .. math:: \sum_g w_g \sum_{(s, d) \in g} D_g(F_s, F_d)
+
+    In a loop of your own, ``student_output`` may be a dict of tensors that holds every name of ``layer_mappings``: then
+    those tensors are compared, and gradients reach the adaptation layers that you put between. Otherwise the names are
+    layers of the student. The deep side of a pair is the target and gets no gradient.
 
     Args:
-        layer_mappings: Groups of pairs ``[shallow, deep]`` of layers of the one model, one group for each loss.
+        layer_mappings: Groups of pairs ``[shallow, deep]`` of layers of the one model, or of keys of its output, one
+            group for each loss.
         temperature: Softening of the soft targets in KL and CE, greater than 0.
-        loss_types: ``"L2"`` (the Frobenius norm of the difference), ``"KL"`` (summed over the classes, mean over the
-            examples, times T²) or ``"CE"`` (the same with cross entropy) for each group; ``None`` is CE for all.
+        loss_types: ``"L2"`` (the Frobenius norm of the difference), ``"KL"`` (in nats, summed over the classes, mean
+            over the examples) or ``"CE"`` (the same with cross entropy) for each group; ``None`` is CE for all. Like
+            the older API's, this criterion has no factor T² for KL and CE: multiply ``loss_weights`` by it to have it.
         loss_weights: Factor of each group, 0 or greater; ``None`` shares 1 equally.
         add_origin_loss: Whether the student's own loss is added, at full weight.
+        reference_reduction: Whether KL is divided by the number of classes too, as it was in the older API.
 
     Raises:
         ValueError: If a mapping has another form, a type is unknown, a weight is negative, or their numbers differ.
@@ -166,6 +170,10 @@ class SelfKnowledgeDistillationLoss:
         >>> criterion = SelfKnowledgeDistillationLoss([[["exit1", "exit3"], ["exit2", "exit3"]]], 3.0, ["KL"], [0.5])
         >>> [term.name for term in criterion.terms()]
         ['exit1', 'exit2']
+        >>> criterion = SelfKnowledgeDistillationLoss([[["shallow", "deep"]]], loss_types=["L2"])
+        >>> features = {"shallow": torch.tensor([[3.0, 0.0]]), "deep": torch.tensor([[0.0, 4.0]])}
+        >>> criterion(features, None, torch.tensor(1.0))
+        tensor(5.)
 
     References:
         Zhang et al. (2019). Be Your Own Teacher, arXiv:1905.08094.
@@ -180,40 +188,121 @@ class SelfKnowledgeDistillationLoss:
         loss_types: Sequence[str] | None = None,
         loss_weights: Sequence[float] | None = None,
         add_origin_loss: bool = False,
+        *,
+        reference_reduction: bool = False,
     ) -> None:
         checks.positive("temperature", temperature)
-        self.temperature = float(temperature)
+        checks.boolean("add_origin_loss", add_origin_loss)
+        checks.boolean("reference_reduction", reference_reduction)
+        self.temperature, self.reference_reduction = float(temperature), reference_reduction
         self.layer_mappings = [
-            [_mapping(index, pair) for pair in _group(index, group)]
-            for index, group in enumerate(_filled(layer_mappings))
+            [(_tap(shallow), _tap(deep)) for shallow, deep in group] for group in _CHECKS.groups(layer_mappings)
         ]
         number = len(self.layer_mappings)
-        self.loss_types, self.loss_weights = _each(number, loss_types, loss_weights, "CE", ("L2", "KL", "CE"))
+        self.loss_types, self.loss_weights = _CHECKS.each(number, loss_types, loss_weights, "CE", ("L2", "KL", "CE"))
         self.add_origin_loss, self.task_weight = add_origin_loss, float(add_origin_loss)
 
+    @property
+    def names(self) -> list[str]:
+        """The names in the mappings, each once: layers of the student, or keys of its output."""
+        taps = [tap for group in self.layer_mappings for pair in group for tap in pair]
+        return list(dict.fromkeys(tap.layer for tap in taps))
+
+    def reads(self, student_output: Any) -> bool:
+        """Whether an output is a dict that holds every name in the mappings."""
+        return isinstance(student_output, Mapping) and all(name in student_output for name in self.names)
+
     def terms(self) -> list[DistillationTerm]:
-        """New terms with these settings."""
-        losses: dict[str, Any] = {
-            "L2": torch.dist,
-            "KL": SoftTargetLoss(temperature=self.temperature),
-            "CE": SoftCrossEntropyLoss(temperature=self.temperature),
-        }
+        """New terms with these settings, which read layers of the student."""
+        losses = self._losses()
         terms: list[DistillationTerm] = []
         for group, kind, weight in zip(self.layer_mappings, self.loss_types, self.loss_weights, strict=True):
             for shallow, deep in group:
-                name = _name(shallow.layer, terms)
+                name = distinct(shallow.layer or "output", [term.name for term in terms])
                 terms.append(SelfDistillation(shallow, deep, losses[kind], weight=weight, name=name))
         return terms
 
+    def __call__(self, student_output: Mapping[str, Any], teacher_output: Any, student_loss: Tensor) -> Tensor:
+        """The total loss of a dict of tensors.
 
-class _DividedByClasses(nn.Module):
-    def __init__(self, loss: nn.Module) -> None:
+        Args:
+            student_output: The tensors by the names in the mappings, each of shape ``(N, ...)``; logits ``(N, C)`` for
+                KL and CE.
+            teacher_output: Not read.
+            student_loss: The student's own loss, a scalar.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: If a name is missing, or the shapes of a pair differ.
+        """
+        losses = self._losses()
+        parts = [student_loss] if self.add_origin_loss else []
+        for group, kind, weight in zip(self.layer_mappings, self.loss_types, self.loss_weights, strict=True):
+            for shallow, deep in group if weight else []:
+                feature, target = self._feature(student_output, shallow), self._feature(student_output, deep).detach()
+                remedy = "Put an adaptation layer between them."
+                checks.same_shape(feature, target, names=(shallow.layer, deep.layer), remedy=remedy)
+                parts.append(weight * losses[kind](feature, target))
+        return sum(parts[1:], parts[0]) if parts else torch.zeros(())
+
+    def _feature(self, output: Mapping[str, Any], tap: Tap) -> Tensor:
+        if tap.layer not in output:
+            keys = [str(key) for key in output]
+            expected = f"`student_output` to be a dict that holds {tap.layer!r}, a name in `layer_mappings`"
+            raise ValueError(checks.message(expected, f"keys {keys}", checks.closest(tap.layer, keys)))
+        return select(output[tap.layer], tap.output, f"student_output[{tap.layer!r}]")
+
+    def _losses(self) -> dict[str, Any]:
+        square = self.temperature**2  # by which the losses on logits multiply
+        soft = SoftTargetLoss(temperature=self.temperature)
+        return {
+            "L2": torch.dist,
+            "KL": _Divided(soft, square, by_classes=self.reference_reduction),
+            "CE": _Divided(SoftCrossEntropyLoss(temperature=self.temperature), square),
+        }
+
+
+def criterion_of(section: Any) -> Any:
+    """The criterion of a configuration's section ``distillation.train.criterion``.
+
+    Args:
+        section: The section; None is ``KnowledgeDistillationLoss()``.
+
+    Returns:
+        The criterion.
+
+    Raises:
+        ValueError: If the settings do not fit each other, with their path.
+
+    Example:
+        >>> from lightning_distill import DistillationConf
+        >>> settings = {"KnowledgeDistillationLoss": {"temperature": 2}}
+        >>> train = DistillationConf(distillation={"train": {"criterion": settings}}).distillation.train
+        >>> criterion_of(train.criterion).temperature
+        2.0
+    """
+    return configured(
+        section,
+        (
+            KnowledgeDistillationLoss,
+            IntermediateLayersKnowledgeDistillationLoss,
+            SelfKnowledgeDistillationLoss,
+        ),
+    )
+
+
+class _Divided(nn.Module):
+    """A loss divided by a number, and perhaps by the number of classes."""
+
+    def __init__(self, loss: nn.Module, divisor: float = 1.0, *, by_classes: bool = False) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.divisor, self.by_classes = loss, divisor, by_classes
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         value: Tensor = self.loss(student_logits, teacher_logits)
-        return value / student_logits.shape[-1]
+        return value / (self.divisor * (student_logits.shape[-1] if self.by_classes else 1))
 
 
 def _reference_kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -227,83 +316,5 @@ def _reference_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return (target * ((target + 1e-9).log() - (probabilities(student) + 1e-9).log())).mean()
 
 
-def _pair_of(name: str, values: Sequence[Any]) -> tuple[Any, Any]:
-    if isinstance(values, str) or len(values) != 2:
-        raise ValueError(
-            f"Expected `{name}` to hold two entries, the student's own and the teacher's, but got {values!r}."
-        )
-    return values[0], values[1]
-
-
-def _weights(weights: Sequence[float]) -> tuple[float, ...]:
-    for index, weight in enumerate(weights):
-        checks.non_negative(f"loss_weights[{index}]", weight)
-    return tuple(float(weight) for weight in weights)
-
-
-def _each(
-    number: int, types: Sequence[str] | None, weights: Sequence[float] | None, default: str, known: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """A type and a weight for each of ``number`` entries."""
-    types = [default] * number if types is None else [*types]
-    weights = [1.0 / number] * number if weights is None else [*weights]
-    for name, values in (("loss_types", types), ("loss_weights", weights)):
-        if len(values) != number:
-            raise ValueError(
-                f"Expected `{name}` to hold {number} entries, as `layer_mappings` does, but got {len(values)}."
-            )
-    for index, kind in enumerate(types):
-        checks.one_of(f"loss_types[{index}]", kind, known)
-    return tuple(types), _weights(weights)
-
-
-def _filled(mappings: Sequence[Any]) -> Sequence[Any]:
-    if isinstance(mappings, str) or not len(mappings):
-        raise ValueError(f"Expected `layer_mappings` to be a list of pairs, but got layer_mappings={mappings!r}.")
-    return mappings
-
-
-def _group(index: int, group: Any) -> Sequence[Any]:
-    pairs = [] if isinstance(group, str) else [*group]
-    if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"Expected `layer_mappings[{index}]` to be a group of pairs, [[shallow, deep], ...], but got {group!r}."
-        )
-    return pairs
-
-
-def _mapping(index: int, entry: Any) -> tuple[Tap, Tap]:
-    """The two places that an entry of ``layer_mappings`` names, in any of its forms."""
-    sides: list[Any] = [entry] if isinstance(entry, str) else [*entry]
-    if len(sides) == 1:
-        sides *= 2
-    elif len(sides) == 4 and not any(isinstance(side, (list, tuple)) for side in sides):
-        sides = [sides[:2], sides[2:]]
-    if len(sides) != 2:
-        raise ValueError(
-            f"Expected `layer_mappings[{index}]` to be [student_layer, teacher_layer], but got {entry!r}. Write"
-            " [[student_layer, output], [teacher_layer, output]] to pick one of a layer's outputs."
-        )
-    return _tap(index, sides[0]), _tap(index, sides[1])
-
-
-def _tap(index: int, side: Any) -> Tap:
-    layer, *rest = [side] if isinstance(side, (str, Tap)) else [*side]
-    if isinstance(layer, Tap):
-        return layer
-    if not isinstance(layer, str) or len(rest) > 1:
-        raise ValueError(
-            f"Expected each side of `layer_mappings[{index}]` to be a layer's name and perhaps one output, but got"
-            f" {side!r}."
-        )
-    output: Any = rest[0] if rest else None
-    if isinstance(output, str):
-        output = int(output) if output.isdigit() else output or None  # YAML files of the older API write "0"
-    return Tap(layer, output=output)
-
-
-def _name(layer: str, terms: Sequence[DistillationTerm]) -> str:
-    """A name that no earlier term has."""
-    layer = layer or "output"
-    same = sum(term.name.partition("#")[0] == layer for term in terms)
-    return f"{layer}#{same + 1}" if same else layer
+def _tap(place: Place) -> Tap:
+    return place.layer if isinstance(place.layer, Tap) else Tap(place.layer, output=place.output)

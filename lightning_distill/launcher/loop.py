@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from lightning_distill import checks
 from lightning_distill.distiller import Distiller
-from lightning_distill.launcher.batches import as_arguments
+from lightning_distill.launcher.criteria import SelfKnowledgeDistillationLoss
+from lightning_distill.launcher.last_call import LastCall
 from lightning_distill.launcher.training import CriterionTerm
-from lightning_distill.recording import Call
+from lightning_distill.recording import Call, find_layer
+from lightning_distill.recording.batches import as_arguments
+from lightning_distill.step import Given
 
 
 class LoopDistiller(Distiller):
-    """A distiller that records from :meth:`open` to :meth:`close`, and is told the student's output and the input.
+    """A distiller that records from :meth:`open` to :meth:`close`, and is given the student's output and the input.
 
     The adapters follow the first optimizer that steps with a parameter of the student, unless another is named.
+
+    Attributes:
+        keyed: A criterion that reads the student's output itself where that is a dict with the names it needs.
     """
 
+    keyed: SelfKnowledgeDistillationLoss | None = None
     _input: Any = None
     _given: Any = None
     _hook: RemovableHandle | None = None
 
     def open(self) -> None:
         """Begin to record."""
-        self.adapters.awaits_leader = True
+        self._learned.awaits_leader = True
         self._recording = self.record()
+        self._calls = LastCall()
+        self._step.student.keep(self._calls)
         self._recording.__enter__()
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
-    def step(self, inputs: Any, output: Any, student_loss: Tensor, teacher_output: Any = None) -> Tensor:
+    def step(self, inputs: Any, output: Any, student_loss: Any, teacher_output: Any = None) -> Tensor:
         """The total loss of one call of the student.
 
         Args:
-            inputs: What the teacher is called with; ``None`` is what the student was called with.
+            inputs: The teacher's input; ``None`` takes the student's.
             output: The student's output.
             student_loss: The student's own loss, a scalar.
             teacher_output: The teacher's output if it is known; with features as ``{"output": ..., "features": {layer:
@@ -46,43 +57,40 @@ class LoopDistiller(Distiller):
             A scalar.
 
         Raises:
-            ValueError: If the student was not called as a module where its layers are read, or as :meth:`total`.
+            ValueError: If the student was not called as a module where its layers are read, or was called again since,
+                or as :meth:`total`.
         """
-        recorder: Any = self._recorder
-        calls = recorder.calls
-        call = next((one for one in calls if one.output is output), calls[-1] if calls else None)
-        if call is None:
-            if any(term.student_taps for term in self.terms):
-                raise ValueError(self._never_called())
-            call = Call((), {}, trains=True)
-        call.output, call._output_versions = output, []
-        recorder.calls[:] = [call]
+        student_loss = torch.as_tensor(student_loss)
+        if self.keyed is not None and self.keyed.reads(output):
+            self.release()
+            return self.keyed(output, teacher_output, student_loss)
+        call = self._call_of(output, read=inputs is None and teacher_output is None)
         self._input, self._given = inputs, teacher_output
-        for term in self.terms:
-            if isinstance(term, CriterionTerm):
-                term.student_loss = student_loss
+        criteria = [term for term in self.terms if isinstance(term, CriterionTerm)]
+        for term in criteria:
+            term.student_loss = student_loss
         try:
-            return self.total(student_loss)
+            call.output, call.output_versions = output, []  # the loop may have made it from the student's own
+            return self._total(student_loss, None, Given([call], self._given_answers()))
         finally:
             self._input = self._given = None
+            for term in criteria:
+                term.student_loss = None
 
-    def answers(self, call: Call) -> list[Call]:
-        """The teacher's answer: the one that was given, or its own."""
+    def _given_answers(self) -> list[Call] | None:
+        """The teacher's answer that the loop has passed; None where it has not."""
         if self._given is None:
-            return super().answers(call)
-        answer = Call((), {}, output=self._given, who="teacher", read_logits=self.logits)
+            return None
         if isinstance(self._given, dict) and self._given.keys() == {"output", "features"}:
-            answer.output = self._given["output"]
-            for layer, feature in self._given["features"].items():
-                answer._runs[layer, "output"] = [(feature, [])]
-        call.read_logits = self.logits
-        return [answer]
+            features = {(layer, "output"): feature for layer, feature in self._given["features"].items()}
+            return [Call.given(self._given["output"], features, read_logits=self.logits)]
+        return [Call.given(self._given, read_logits=self.logits)]
 
     def teacher_forward(self, call: Call) -> Any:
-        """The teacher's output for the input that was named, or for the student's own."""
+        """The teacher's output for the given input, or for the student's own."""
         if self._input is None:
             return super().teacher_forward(call)
-        args, kwargs = as_arguments(self.frozen.cast(self._input))
+        args, kwargs = as_arguments(self._step.source.cast(self._input))
         return self.teacher(*args, **kwargs)
 
     def close(self) -> None:
@@ -93,12 +101,26 @@ class LoopDistiller(Distiller):
             self._hook = None
         super().close()
 
+    def _call_of(self, output: Any, read: bool) -> Call:
+        """The student's last call; a call without inputs and layers where none of them is read."""
+        read = read or any(term.student_taps for term in self.terms)
+        if read and self._calls.replaced(output):
+            raise ValueError(
+                "Expected `student_output` to be the output of the student's last call, but got that of an earlier one."
+                " Call `on_after_compute_loss` before the student is called again: one call is kept."
+            )
+        if self._calls:
+            return self._calls[-1]
+        if any(term.student_taps for term in self.terms):
+            raise ValueError(self._never_called())
+        return Call((), {}, trains=True)
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Called by torch before any optimizer's step."""
-        if not self.adapters.leaderless:
+        if not self._learned.leaderless:
             return
-        mine = {id(parameter) for parameter in self.student.parameters()}
-        if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+        parameters = {id(parameter) for parameter in self.student.parameters()}
+        if any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
             self.follow(optimizer)
 
     def _never_called(self) -> str:
@@ -106,6 +128,84 @@ class LoopDistiller(Distiller):
             f"Expected the student, {type(self.student).__name__}, to be called with gradients before"
             " `on_after_compute_loss`, but it was not. Call it as a module, model(x) and not model.forward(x)."
         )
+
+
+class KeyedLoop:
+    """Self-distillation of a dict of tensors that the loop hands over; nothing is recorded and there are no adapters.
+
+    Args:
+        student: The student.
+        criterion: The criterion, some of whose names are not layers of the student.
+    """
+
+    def __init__(self, student: nn.Module, criterion: SelfKnowledgeDistillationLoss) -> None:
+        self.student, self.criterion = student, criterion
+
+    def open(self) -> None:
+        """No-op: nothing is recorded."""
+
+    def step(self, inputs: Any, output: Any, student_loss: Any, teacher_output: Any = None) -> Tensor:
+        """The total loss of a dict of tensors.
+
+        Raises:
+            ValueError: If the output is not a dict that holds every name of the criterion.
+        """
+        keys = [str(key) for key in output] if isinstance(output, Mapping) else []
+        lacking = next((name for name in self.criterion.names if name not in keys), None)
+        if lacking is not None:
+            known = [*keys, *(name for name, _ in self.student.named_modules())]
+            received = f"keys {keys}" if isinstance(output, Mapping) else f"a {type(output).__name__}"
+            expected = f"`student_output` to be a dict with the key {lacking!r}, which is not a layer of the student"
+            raise ValueError(checks.message(expected, received, checks.closest(lacking, known)))
+        return self.criterion(output, teacher_output, torch.as_tensor(student_loss))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """No parameters: there are no adapters."""
+        return []
+
+    def follow(self, optimizer: Optimizer, *, scaler: torch.amp.GradScaler | None = None) -> None:
+        """No-op: there are no adapters to step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """An empty state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """No-op: there is no state."""
+
+    def release(self) -> None:
+        """No-op: nothing is recorded."""
+
+    def close(self) -> None:
+        """No-op: there are no hooks."""
+
+
+def loop_of(
+    student: nn.Module, teacher: nn.Module | None, criterion: Any, terms: list[Any], task_weight: float
+) -> LoopDistiller | KeyedLoop:
+    """The loop for a criterion, not open yet.
+
+    Args:
+        student: The student.
+        teacher: The teacher; not used where no term needs it.
+        criterion: The criterion.
+        terms: Its terms.
+        task_weight: Factor of the student's own loss.
+
+    Returns:
+        The loop.
+
+    Raises:
+        ValueError: If a layer does not exist, or the teacher is missing or shares parameters with the student.
+    """
+    keyed = criterion if isinstance(criterion, SelfKnowledgeDistillationLoss) else None
+    if keyed is not None and not all(find_layer(student, name) is not None for name in keyed.names):
+        return KeyedLoop(student, keyed)
+    if not any(term.needs_teacher for term in terms):
+        teacher = None  # it may be the student itself, as in the older API's self-distillation
+    loop = LoopDistiller(student, teacher, terms, task_weight=task_weight)
+    loop.keyed = keyed
+    return loop
 
 
 def export(model: torch.nn.Module, path: str, example: Any) -> None:

@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from distill_core.launcher import conf
+from distill_core.launcher.scores import BestStudent
 from lightning_distill.adapters import OptimizerCallable
-from lightning_distill.launcher import conf
-from lightning_distill.launcher.batches import call_with, split_batch
-from lightning_distill.launcher.scores import BestStudent
+from lightning_distill.launcher.conf import Training
 from lightning_distill.module import DistillModule
 from lightning_distill.recording import Call, select
+from lightning_distill.recording.batches import call_with, split_batch
 from lightning_distill.terms import DistillationTerm
 
 
@@ -118,7 +119,7 @@ def optimizer_of(settings: conf.Optimizer | None) -> OptimizerCallable | None:
     return functools.partial(kind, lr=values.pop("learning_rate"), betas=betas, eps=values.pop("epsilon"), **values)
 
 
-def trainer_of(train: conf.Train) -> Trainer:
+def trainer_of(train: Training) -> Trainer:
     """The Trainer that a configuration means; the section ``trainer`` goes to it as it is."""
     usual = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     limits = {"max_epochs": train.end_epoch - train.start_epoch, "limit_train_batches": train.iteration}

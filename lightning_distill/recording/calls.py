@@ -214,7 +214,7 @@ class Call:
         if (tap.call or 0) >= len(runs):
             raise ValueError(f"Expected `call` to be below {len(runs)}, the runs of {place}, but got call={tap.call}.")
         value, versions = runs[tap.call or 0]
-        picked = select(value, tap.output, f"the {tap.where} of {place}")
+        picked = select(value, tap.output, f"the {tap.where} of {place}", first=tap.layer != "")
         if changed(versions, picked):
             raise ValueError(
                 f"Expected {place} to keep the feature that was read from it, but a later layer changed it in place."

@@ -12,16 +12,18 @@ from torch import Tensor
 Output = int | str | tuple[int | str, ...] | Callable[[Any], Tensor] | None
 
 
-def select(value: Any, output: Output, what: str) -> Tensor:
+def select(value: Any, output: Output, what: str, *, first: bool = False) -> Tensor:
     """The tensor that ``output`` picks from ``value``, or the obvious one where ``output`` is ``None``.
 
     Obvious are, in this order: the tensor itself; the entry named ``"logits"`` of a dict, model output, named tuple or
-    dataclass; its only tensor with at least one dimension. Where there are several, nothing is obvious.
+    dataclass; its only tensor with at least one dimension. Where there are several, nothing is obvious, but for an
+    inner layer the first of a tuple: layers return their feature first, and caches or attention weights after it.
 
     Args:
         value: The output of a network or a layer.
         output: An index, a key or field name, a tuple of these for nested outputs, a callable, or ``None``.
         what: Name of the value in error messages.
+        first: Whether the first entry of a tuple or list is the obvious one.
 
     Returns:
         The tensor.
@@ -50,6 +52,10 @@ def select(value: Any, output: Output, what: str) -> Tensor:
         tensors = {key: entry for key, entry in entries.items() if isinstance(entry, Tensor) and entry.ndim > 0}
         if "logits" in entries:
             picked = entries["logits"]
+        elif isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            # a scalar before it is a loss; what is nested stands for several tensors
+            leading = next((entry for entry in value if not (isinstance(entry, Tensor) and entry.ndim == 0)), None)
+            picked = leading if first or len(tensors) == 1 else None
         elif len(tensors) == 1:
             picked = next(iter(tensors.values()))
     if not isinstance(picked, Tensor):

@@ -27,12 +27,13 @@ class TeacherSource(Protocol):
     live: bool
     stored: bool
 
-    def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
+    def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if it lacks what the terms read.
 
         Args:
-            terms: Pairs of the argument that named a layer of the teacher, and the tap.
-            reader: Name of a term that reads the teacher's output; ``None`` where no term does.
+            taps: Pairs of the argument that named a layer of the teacher, and the tap.
+            reader: Name of a term that reads the teacher; ``None`` where no term does.
+            output_reader: Name of a term that reads its output; ``None`` where no term does.
         """
 
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -48,6 +49,9 @@ class TeacherSource(Protocol):
             call: The student's call.
             stored: Answers that came with the batch.
         """
+
+    def cast(self, value: Any) -> Any:
+        """``value`` with its floating point tensors in the teacher's own precision, if it has one."""
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
         """A batch as the user's code knows it, and the answers that came with it, if any."""
@@ -96,14 +100,14 @@ class LiveTeachers:
         self._recorders = [Recorder(network, taps, "teacher") for network in networks] if taps else []
         self._own_dtype: torch.dtype | None = None
 
-    def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
+    def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a teacher lacks a layer.
 
         Raises:
             ValueError: With the closest names.
         """
         for recorder in self._recorders:
-            recorder.check(terms)
+            recorder.check(taps)
 
     def hold(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Freeze the networks on a device, in a precision where they have none of their own."""
@@ -168,16 +172,15 @@ class NoTeacher:
 
     count, live, stored = 1, True, False
 
-    def check(self, terms: Sequence[tuple[str, Tap]], reader: str | None) -> None:
+    def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a term reads the teacher.
 
         Raises:
             ValueError: If so.
         """
-        if reader is not None or terms:
-            name = reader if reader is not None else terms[0][0]
+        if reader is not None:
             raise ValueError(
-                f"Expected `teacher` to be a module, since term {name!r} reads it, but got teacher=None. Pass the"
+                f"Expected `teacher` to be a module, since term {reader!r} reads it, but got teacher=None. Pass the"
                 " teacher, or terms of SelfDistillation alone."
             )
 
@@ -190,6 +193,10 @@ class NoTeacher:
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """An empty answer."""
         return [Call((), {}, who="teacher", read_logits=call.read_logits)]
+
+    def cast(self, value: Any) -> Any:
+        """The value: there is no precision."""
+        return value
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
         """The batch; no answers come with it."""
@@ -269,13 +276,11 @@ def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
         student: The student, or the module that contains it.
         source: The teacher.
     """
-    parts = {part for network in source.modules() for part in network.modules()}
-    if student in parts:
-        parts = set()
+    teachers = set(source.modules()) - {student}
     trained, waiting, seen = set(), [student], set()
     while waiting:
         module = waiting.pop()
-        if module in parts or module in seen:
+        if module in teachers or module in seen:
             continue
         seen.add(module)
         waiting += module.children()

@@ -94,6 +94,10 @@ class LogitsDistillation(DistillationTerm):
         """The positions that count, a bool tensor, or ``None`` for all."""
         return find_mask(student, self.mask, self.ignore_index, labels)
 
+    def extra_repr(self) -> str:
+        """Settings."""
+        return f"weight={self.weight}, output={self.output!r}, name={self.name!r}"
+
     def _output(self, side: int) -> Any:
         # a tuple of two is a pair of outputs: nested outputs are named as ((outer, inner), (outer, inner))
         return self.output[side] if isinstance(self.output, tuple) else self.output

@@ -53,7 +53,7 @@ def test_slow_data_are_read_a_few_times_only(monkeypatch: pytest.MonkeyPatch) ->
             return super().__getitem__(index)
 
     clock = itertools.count(step=3.0)
-    monkeypatch.setattr("lightning_distill.cache.data.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setitem(changes_between_reads.__globals__, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert not changes_between_reads(Slow(5000), None)
     assert len(reads) == 2 * 9
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_distill import CacheError, DistillCallback, TeacherCache
-from lightning_distill.cache import inputs
 from lightning_distill.cache.inputs import BatchInputs
 
 CHANGED = r"^Expected the student to be called with the batch as the data loader returned it"
@@ -324,8 +323,8 @@ class Device:
             lightning_module=hooks(),
             datamodule=None,
         )
-        monkeypatch.setattr(inputs, "_on_host", lambda tensor: False)
-        monkeypatch.setattr(inputs, "_later", self.later)
+        monkeypatch.setitem(BatchInputs.check.__globals__, "_on_host", lambda tensor: False)
+        monkeypatch.setitem(BatchInputs.check.__globals__, "_later", self.later)
 
     def later(self, differs: Tensor) -> Callable[[], bool | None]:
         return lambda: bool(differs) if self.done else None
@@ -333,7 +332,7 @@ class Device:
 
 def test_copies_on_the_device_are_known_where_no_hook_can_have_changed_them(monkeypatch: pytest.MonkeyPatch) -> None:
     device, x, y = Device(monkeypatch), torch.rand(3, 4), torch.arange(3)
-    monkeypatch.setattr(inputs, "_differs", lambda *args: pytest.fail("compared"))
+    monkeypatch.setitem(BatchInputs.check.__globals__, "_differs", lambda *args: pytest.fail("compared"))
     remembered = BatchInputs(allow=False)
     remembered.remember([x, y])
     moved = [x.clone(), y.clone()]

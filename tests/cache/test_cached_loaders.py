@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import weakref
@@ -105,6 +106,24 @@ def test_a_reload_keeps_the_workers_and_the_end_lets_them_go(cache: TeacherCache
     assert len(workers) == 1
     assert all(iterator() is None for iterator in iterators)
     assert given._iterator is None
+
+
+@pytest.mark.parametrize("reload", [0, 1])
+def test_the_trainers_loaders_go_without_a_garbage_collection(
+    cache: TeacherCache, reload: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins = []
+    module = Student(lambda self: loader(Numbers()))
+    look = At("on_train_epoch_start", lambda trainer: twins.append(weakref.ref(trainer.train_dataloader)))
+    gc.collect()
+    gc.disable()
+    monkeypatch.setattr(gc, "collect", lambda: None)  # Lightning calls it at the end
+    try:
+        fitted(cache, None, module, look, reload_dataloaders_every_n_epochs=reload)
+        left = [twin() for twin in twins]
+    finally:
+        gc.enable()
+    assert left == [None, None]
 
 
 def test_workers_read_the_answers(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +337,9 @@ def test_views_follow_the_given_epoch(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> Any:
             x, y = super().__getitem__(index)
             return x + torch.tensor([0.0, float(torch.rand(()))]), y
+
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            return [self[index] for index in indices]
 
     cache = answers_for(Noisy(), tmp_path, views=2, transform_seed=3)
     got: list[Any] = []

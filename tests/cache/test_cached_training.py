@@ -108,7 +108,8 @@ def test_c2_a_loop_of_ones_own_names_the_rows(cache: TeacherCache, teacher: nn.M
             with one.record():
                 student(x)
             totals.append(one.total(torch.zeros(()), batch))
-    assert totals[0].item() == pytest.approx(totals[1].item(), rel=1e-6)
+    # the teacher was run on other batches: products of other shapes round otherwise
+    assert totals[0].item() == pytest.approx(totals[1].item(), rel=1e-5)
 
 
 def test_c6_the_gradient_from_float16_outputs_points_as_that_of_the_live_teacher(

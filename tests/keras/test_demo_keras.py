@@ -21,6 +21,7 @@ from rich.console import Console
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn: install the extra `plots`")
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: install the extra `plots`")
 
+from distill_core.demo_report import FULL, METHODS, SCARCE, Run, closing, table
 from keras_distill.demo import run
 from keras_distill.demo.digits import (
     UNLABELLED,
@@ -31,8 +32,8 @@ from keras_distill.demo.digits import (
     predict,
     shuffled,
 )
-from keras_distill.demo.report import closing, prove_plain, table
-from keras_distill.demo.training import FULL, METHODS, SCARCE, Run, Settings, _restart
+from keras_distill.demo.report import prove_plain
+from keras_distill.demo.training import Settings, _restart
 
 PACKAGES = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "lightning_distill")
 

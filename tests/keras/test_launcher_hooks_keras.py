@@ -220,7 +220,13 @@ def test_probabilities_of_both_models_are_compared_n12() -> None:
     logits = [log_softmax64(numpy_of(model.layers[0](inputs))) for model in models]
     np.testing.assert_allclose(float(numpy_of(total)), 1.0 + 0.5 * divergence64("KL", 2.0, *logits), rtol=2e-5)
     distiller.close()
-    distiller.criterion = Knowledge(**HALVES)
+    distiller.criterion = Knowledge(**HALVES)  # without being asked, by the softmax at the end
+    distiller.on_train_begin()
+    np.testing.assert_array_equal(
+        numpy_of(distiller.on_after_compute_loss(inputs, models[0](inputs), 2.0)), numpy_of(total)
+    )
+    distiller.close()
+    distiller.criterion = Knowledge(**HALVES, from_logits=True)
     with pytest.raises(ValueError, match="output to be logits, since the loss has from_logits=True"):
         distiller.on_train_begin()
 
@@ -329,7 +335,7 @@ def test_a_hook_before_the_first_one_is_refused_n1(hook: Callable[[Distillation]
 
 
 def test_a_training_function_without_hooks_is_refused_n1() -> None:
-    with pytest.raises(ValueError, match=r"Expected `train_func` to call `on_train_begin`. Call it first"):
+    with pytest.raises(ValueError, match=r"Expected `train_func` to call the hooks. Call `on_train_begin` first"):
         ready(train_func=lambda student: None).fit()
 
 

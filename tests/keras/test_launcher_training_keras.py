@@ -41,12 +41,6 @@ def test_built_in_training_minimises_the_formula_n12(kind: str, from_logits: boo
     np.testing.assert_allclose(logs.epochs[0]["loss"], expected, rtol=2e-5)
 
 
-def test_softmax_outputs_are_refused_unless_from_logits_is_false_n12() -> None:
-    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, activation="softmax")])
-    with pytest.raises(ValueError, match="student's output to be logits, since the loss has from_logits=True"):
-        launched(student_model=model).fit()
-
-
 def test_the_teacher_runs_in_inference_mode_and_is_never_trained_n12() -> None:
     """N12: its BatchNorm statistics, weights and trainable flags stay; its dropout does nothing."""
     teacher = structured("functional", 12, dropout=0.9, name="teacher")

@@ -59,7 +59,7 @@ def test_n13_a_good_file_is_called_ok(tmp_path: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"distilation": {}}, "Expected `distilation` to be a known key, but it is not. Closest: 'distillation'."),
+        ({"distilation": {}}, "Expected `distilation` to be a known key, but got {}. Closest: 'distillation'."),
         ({"distillation": {"train": {"end_epoch": 0}}}, "Expected `distillation.train.end_epoch` to be greater than"),
         ("{]", "Expected a YAML file"),
     ],

@@ -54,8 +54,13 @@ class Exits(nn.Module):
         return {"block1": one, "block2": two, "block3": three, **exits}
 
 
+def criterion_loss(kind: str, shallow: np.ndarray, deep: np.ndarray, temperature: float) -> float:
+    """The losses of the criterion, which has no factor of the squared temperature."""
+    return logits_loss(kind, shallow, deep, temperature) / (1 if kind == "L2" else temperature**2)
+
+
 def logits_loss(kind: str, shallow: np.ndarray, deep: np.ndarray, temperature: float) -> float:
-    """The losses of N9."""
+    """The losses of the terms."""
     if kind == "L2":
         return np.sqrt(((shallow - deep) ** 2).sum())
 
@@ -88,7 +93,7 @@ def test_n9_value_equals_the_formula(distiller, kind, temperature):
     criterion = SelfKnowledge([[["exit1", "exit3"], ["exit2", "exit3"]]], temperature, [kind], [0.3])
     got = total_of(distiller, criterion, model, x)
     z = {name: value.detach().numpy() for name, value in model.places(x).items()}
-    wanted = 0.3 * sum(logits_loss(kind, z[name], z["exit3"], temperature) for name in ("exit1", "exit2"))
+    wanted = 0.3 * sum(criterion_loss(kind, z[name], z["exit3"], temperature) for name in ("exit1", "exit2"))
     torch.testing.assert_close(got.item(), float(wanted), **CLOSE)
 
 
@@ -105,7 +110,7 @@ def test_n9_groups_are_summed_once_with_their_weights(distiller, origin):
     z = {name: value.detach().numpy() for name, value in model.places(x).items()}
     wanted = 1.9 * origin
     for group, kind, weight in zip(groups, ("L2", "KL", "CE"), (0.5, 0.05, 0.7), strict=True):
-        wanted += weight * sum(logits_loss(kind, z[shallow], z[deep], 3.0) for shallow, deep in group)
+        wanted += weight * sum(criterion_loss(kind, z[shallow], z[deep], 3.0) for shallow, deep in group)
     torch.testing.assert_close(got.item(), float(wanted), **CLOSE)
 
 

@@ -15,10 +15,11 @@ from rich.console import Console
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn: install the extra `plots`")
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: install the extra `plots`")
 
+from distill_core.demo_report import FULL, METHODS, SCARCE, Run, closing, table
 from lightning_distill.demo import quiet, run
 from lightning_distill.demo.digits import UNLABELLED, Classifier, Student, hide_labels, load_digits_data
-from lightning_distill.demo.report import closing, prove_plain, table
-from lightning_distill.demo.training import FULL, METHODS, SCARCE, Run, Settings, train_all
+from lightning_distill.demo.report import prove_plain
+from lightning_distill.demo.training import Settings, train_all
 
 
 class Outcome(NamedTuple):

@@ -275,7 +275,9 @@ def test_closing_gives_everything_back_and_recording_again_goes_on() -> None:
     ("arguments", "error", "words"),
     [
         ({"terms": []}, ValueError, "`terms` to hold at least one term"),
-        ({"terms": [SoftTargetLoss()]}, TypeError, r"`terms\[0\]` to be a term, but got SoftTargetLoss.*Wrap a loss"),
+        ({"terms": [nn.MSELoss()]}, TypeError, r"`terms\[0\]` to be a term, but got MSELoss.*Wrap a loss"),
+        ({"terms": SoftTargetLoss}, TypeError, r"`terms\[0\]` to be a term, but got the class SoftTargetLoss"),
+        ({"terms": nn.functional.mse_loss}, TypeError, r"`terms\[0\]` to be a term, but got function.*Wrap a loss"),
         ({"terms": [LogitsDistillation(), LogitsDistillation()]}, ValueError, "distinct names, but got 'logits' twice"),
         ({"task_weight": -1.0}, ValueError, "`task_weight` to be at least 0, but got task_weight=-1.0"),
         ({"teacher": "net.pt"}, TypeError, r"`teacher` to be a module or a sequence.*load_teacher"),
@@ -307,7 +309,11 @@ def test_a_student_that_was_not_called_as_a_module_raises() -> None:
 
 def test_a_call_can_be_read_by_hand() -> None:
     call = Call((torch.ones(2, 3),), {}, output=(torch.zeros(2), torch.ones(2, 4)))
-    assert torch.equal(call.logits, torch.zeros(2))
+    with pytest.raises(
+        ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*there is 0: tensor of shape \(2,\), 1:"
+    ):
+        _ = call.logits
+    assert torch.equal(call.output_at(0), torch.zeros(2))
     assert torch.equal(call.feature(Tap("", output=1)), torch.ones(2, 4))
     assert torch.equal(call.feature(Tap("", where="input")), torch.ones(2, 3))
 

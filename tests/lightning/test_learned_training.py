@@ -225,11 +225,11 @@ def test_parameters_have_the_precision_of_the_comparison(dtype: torch.dtype) -> 
 
 def test_parameters_move_with_the_term() -> None:
     term = terms()[0]
-    distilled(term)
+    (owned,) = distilled(term).terms
 
-    term.to("meta", torch.float64)
+    owned.to("meta", torch.float64)
 
-    assert {(parameter.device.type, parameter.dtype) for parameter in term.parameters()} == {("meta", torch.float64)}
+    assert {(parameter.device.type, parameter.dtype) for parameter in owned.parameters()} == {("meta", torch.float64)}
 
 
 def test_every_pair_of_layers_and_every_teacher_has_parameters_of_its_own() -> None:

@@ -39,15 +39,20 @@ UnclearTuple = namedtuple("UnclearTuple", ["one", "two"])
 # form -> (from feature and logits to the output, from the output to the logits)
 OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
     "tensor": (lambda f, z: z, lambda out: out),
-    "tuple": (lambda f, z: (z, f), lambda out: out[0]),
     "tuple of one": (lambda f, z: (z,), lambda out: out[0]),
-    "list": (lambda f, z: [z, f], lambda out: out[0]),
+    "tuple with a state": (lambda f, z: (z, (f, f)), lambda out: out[0]),
+    "tuple after a loss": (lambda f, z: (z.sum(), z), lambda out: out[1]),
     "dict with logits": (lambda f, z: {"feature": f, "logits": z}, lambda out: out["logits"]),
     "dict with one tensor": (lambda f, z: {"scores": z, "note": "kept"}, lambda out: out["scores"]),
     "ordered dict": (lambda f, z: OrderedDict(feature=f, logits=z), lambda out: out["logits"]),
     "dataclass": (lambda f, z: Both(z, f), lambda out: out.logits),
     "namedtuple": (lambda f, z: Named(f, z), lambda out: out.logits),
     "namedtuple of one": (lambda f, z: Alone(z), lambda out: out.scores),
+}
+# of an inner layer the first is the feature, of a network it may as well be one of several heads
+FIRST: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tuple": (lambda f, z: (z, f), lambda out: out[0]),
+    "list": (lambda f, z: [z, f], lambda out: out[0]),
 }
 AMBIGUOUS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "dict": (lambda f, z: {"one": z, "two": f}, r"'one': tensor of shape \(8, 5\), 'two': tensor of shape \(8, 6\)"),
@@ -117,15 +122,27 @@ def expected(index: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("form", OUTPUTS)
 def test_the_logits_of_every_form_of_output_are_found(trainer: MakeTrainer, form: str) -> None:
-    """L23: logits by name, the only tensor, or the first."""
+    """L23: logits by name, or the only tensor."""
     nets.close(run(trainer, *OUTPUTS[form], LogitsDistillation), expected(1), 1e-6)
 
 
-@pytest.mark.parametrize("form", OUTPUTS)
+@pytest.mark.parametrize("form", [*OUTPUTS, *FIRST])
 def test_the_obvious_tensor_of_every_form_of_feature_is_found(trainer: MakeTrainer, form: str) -> None:
     """L23: what a tapped layer gives is read like an output."""
-    pair = run(trainer, *OUTPUTS[form], lambda spy: FeatureDistillation("block", "block", spy, adapter=None))
+    pair = run(
+        trainer, *{**OUTPUTS, **FIRST}[form], lambda spy: FeatureDistillation("block", "block", spy, adapter=None)
+    )
     nets.close(pair, expected(1), 1e-6)
+
+
+@pytest.mark.parametrize("form", FIRST)
+@pytest.mark.parametrize("output", [0, (0, 0), (0, lambda output: output[0])])
+def test_of_several_outputs_one_is_named(trainer: MakeTrainer, form: str, output: Any) -> None:
+    """L23: the same for both networks, or a pair where they differ; without a name nothing is guessed."""
+    make, read = FIRST[form]
+    nets.close(run(trainer, make, read, lambda spy: LogitsDistillation(spy, output=output)), expected(1), 1e-6)
+    with pytest.raises(ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*there is 0: tensor .*, 1: tensor"):
+        run(trainer, make, read, LogitsDistillation)
 
 
 @pytest.mark.parametrize("form", AMBIGUOUS)
@@ -172,7 +189,7 @@ def test_a_tap_that_picks_nothing_raises(trainer: MakeTrainer, output: Any) -> N
     tap = Tap("block", output=output)
     match = r"Expected `output` to pick one tensor of the output of student layer 'block', but got output="
     with pytest.raises(ValueError, match=match):
-        run(trainer, *OUTPUTS["tuple"], lambda spy: FeatureDistillation(tap, tap, spy, adapter=None))
+        run(trainer, *FIRST["tuple"], lambda spy: FeatureDistillation(tap, tap, spy, adapter=None))
 
 
 def test_an_output_of_a_tap_on_a_plain_tensor_raises(trainer: MakeTrainer) -> None:

@@ -86,13 +86,18 @@ def test_l13_teacher_is_in_eval_mode_without_gradients_at_each_forward_even_afte
         assert torch.equal(value, teacher.state_dict()[name]), name
 
 
-def test_l13_teacher_inside_the_module_would_be_saved_and_optimized_with_it_and_is_refused(trainer):
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+@pytest.mark.parametrize("student", [None, "model"])
+def test_a_teacher_that_the_module_keeps_itself_is_held_and_given_back(trainer, student):
+    """Much code keeps the teacher beside the student, and gives all parameters to the optimizer."""
     module, teacher = Classifier(), Watched(7)
     module.teacher = teacher
-    with pytest.raises(ValueError, match=r"Expected `teacher` to share no parameter .* keep the teacher out"):
-        trainer(callbacks=DistillCallback(teacher, terms(), student="model")).fit(module, loader())
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer(callbacks=DistillCallback(teacher, terms(), student=student)).fit(module, loader())
+    assert teacher.seen
     assert teacher.training
-    assert not teacher.seen
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_l13_teacher_is_absent_from_state_dict_optimizer_and_summary(trainer):

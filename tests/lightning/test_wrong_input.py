@@ -323,7 +323,7 @@ class Labelled:
 
 
 FOUND: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any]] = {
-    "the second of a tuple": (lambda x, y: (x, y, y + 100), None),
+    "the second of a pair": (lambda x, y: (x, y), None),
     "the second of a list": (lambda x, y: [x, y], None),
     "a key": (lambda x, y: {"image": x, "truth": y}, "truth"),
     "an index": (lambda x, y: (x, x, y), -1),
@@ -353,6 +353,7 @@ def test_labels_are_found_in_the_batch(trainer: MakeTrainer, where: str) -> None
         (lambda x, y: {"image": x, "truth": y}, None),
         (lambda x, y: {"image": x, "truth": y}, "label"),
         (lambda x, y: [x], None),
+        (lambda x, y: (x, y, y + 100), None),  # the second may be an index or a weight
         (lambda x, y: (x, y), 2),
         (lambda x, y: (x, y), lambda batch: None),
     ],
