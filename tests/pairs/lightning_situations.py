@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -19,15 +14,12 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
-from pairs.by_hand import asked, mean_of, moving_average, outputs
-from pairs.lightning_cell import QUIET, Cell, Module, Watch, close, hooks, same
-from pairs.lightning_table import BATCH, FEATURES, ROWS, student
-from tiny import Mlp
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from pairs import lightning_copies, lightning_steps
+from pairs.by_hand import mean_of, moving_average
+from pairs.lightning_cell import Cell, Module, hooks, same
+from pairs.lightning_table import BATCH, FEATURES
+from torch import Tensor
 from torch.utils.data import DataLoader
-
-from lightning_distill import DistillCallback
 
 Situation = Callable[[Cell], None]
 
@@ -199,292 +191,6 @@ def another_module_with_the_same_callback(cell: Cell) -> None:
     cell.equal(cell.hand(watch).train(cell.steps()), watch, distill, module)
 
 
-# Copies --------------------------------------------------------------------------------------------------------------
-
-
-def saved_and_loaded(module: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "torch.save": saved_and_loaded,
-}
-
-
-class CopiesItself(Module):
-    """Copies itself in the third step, after the student was called, and runs the copy with gradients."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        if self.trainer.current_epoch == 0 and batch_idx == 2:
-            kept = {name: make(self) for name, make in COPIES.items()}
-            for twin in kept.values():
-                twin.task(batch)
-            self.__dict__["kept"] = kept
-        return loss
-
-
-class CopiesAfter(Callback):
-    """Copies the module after its third step."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Any] = {}
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == 0 and batch_idx == 2:
-            self.kept = {name: make(pl_module) for name, make in COPIES.items()}
-            for twin in self.kept.values():
-                assert hooks(twin) == 0
-
-
-def copied_between_steps(cell: Cell) -> None:
-    module, distill, copies = cell.module(), cell.callback(), CopiesAfter()
-    _, watch = cell.fit(module, distill, callbacks=[copies])
-    hand = cell.hand(watch).train(cell.steps())
-    cell.equal(hand, watch, distill, module)
-    _copies_are_plain(cell, copies.kept, hand.after[2])
-
-
-def copied_inside_a_step(cell: Cell) -> None:
-    module, distill = CopiesItself(cell.name), cell.callback()
-    _, watch = cell.fit(module, distill)
-    hand = cell.hand(watch).train(cell.steps())
-    cell.equal(hand, watch, distill, module)
-    _copies_are_plain(cell, module.__dict__["kept"], hand.after[1])
-
-
-def _copies_are_plain(cell: Cell, copies: dict[str, Any], values: dict[str, Tensor]) -> None:
-    """The copies validate and train themselves, and nothing is distilled."""
-    assert copies.keys() == COPIES.keys()
-    for name, twin in copies.items():
-        assert not [key for key in vars(twin) if key.endswith("_step")]
-        same({key: value.detach() for key, value in twin.model.named_parameters()}, values)
-        if name != "torch.save":  # the three are alike up to here
-            continue
-        model = student()
-        model.load_state_dict(values)
-        trainer = Trainer(max_epochs=1, **QUIET)
-        (measured,) = trainer.validate(twin, DataLoader(cell.feature.rows(), BATCH), verbose=False)
-        whole = cell.feature.rows().batch(0, ROWS)
-        with torch.no_grad():
-            logits = outputs(model, whole["x"])["logits"]
-            wanted = torch.nn.functional.cross_entropy(logits.flatten(0, -2), whole["labels"].flatten())
-        close([measured["val_loss"]], [wanted.item()])
-        trainer.fit(twin)
-        hand = cell.hand(Watch(cell.callback()), fresh=False, model=model)
-        hand.train(cell.steps((BATCH,)), distils=lambda number: False, weighs_task=False)
-        same({key: value.detach() for key, value in twin.model.named_parameters()}, hand.after[-1])
-
-
-# Manners of a step ---------------------------------------------------------------------------------------------------
-
-
-class Manual(Module):
-    """Manual optimization, distilled in every step."""
-
-    def __init__(self, feature: str, distill: DistillCallback, model: nn.Module | None = None) -> None:
-        super().__init__(feature, model)
-        self.automatic_optimization = False
-        self.distill = [distill]  # in a list: a module may hold the callback, but need not
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = self.task(batch)
-        self.manual_backward(loss + self.distill[0].loss())
-        optimizer.step()
-
-
-def manual_optimization(cell: Cell) -> None:
-    distill = cell.callback()
-    module = Manual(cell.name, distill)
-    _, watch = cell.fit(module, distill)
-    cell.equal(cell.hand(watch).train(cell.steps(), weighs_task=False), watch, distill, module)
-
-
-class EveryOther(Manual):
-    """Distils every second step only, from the second on."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx % 2:
-            super().training_step(batch, batch_idx)
-            return
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.task(batch))
-        optimizer.step()
-
-
-def manual_steps_without_the_loss(cell: Cell) -> None:
-    distill = cell.callback()
-    module = EveryOther(cell.name, distill)
-    _, watch = cell.fit(module, distill)
-    hand = cell.hand(watch).train(cell.steps(), weighs_task=False, distils=lambda number: number % 2 == 1)
-    cell.equal(hand, watch, distill, module)
-
-
-class Adversarial(Manual):
-    """A second network learns from the student's outputs, by an optimizer of its own, before each of its steps."""
-
-    def __init__(self, feature: str, distill: DistillCallback) -> None:
-        super().__init__(feature, distill)
-        self.critic = nn.Linear(3, 1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        critic, optimizer = self.optimizers()
-        self.toggle_optimizer(critic)
-        self.critic(self.model(batch["x"])).mean().backward()
-        critic.step()
-        critic.zero_grad()
-        self.untoggle_optimizer(critic)
-        optimizer.zero_grad()
-        loss = self.task(batch)
-        count = len(FEATURES[self.feature].views)
-        self.manual_backward(loss + self.distill[0].loss(slice(-count, None)))
-        optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.critic.parameters()), super().configure_optimizers()
-
-
-def alternating_steps_of_two_networks(cell: Cell) -> None:
-    distill = cell.callback()
-    module = Adversarial(cell.name, distill)
-    _, watch = cell.fit(module, distill)
-    steps = cell.steps(optimizers=2)  # the Trainer counts the steps of both
-    cell.equal(cell.hand(watch).train(steps, weighs_task=False), watch, distill, module)
-
-
-def accumulation(cell: Cell) -> None:
-    module, distill = cell.module(), cell.callback()
-    _, watch = cell.fit(module, distill, accumulate_grad_batches=3)  # four batches: the last window has one
-    hand = cell.hand(watch).train(cell.steps(accumulate=3), divide_by=3)
-    cell.equal(hand, watch, distill, module)
-
-
-def clipping(cell: Cell) -> None:
-    module, distill = cell.module(), cell.callback()
-    _, watch = cell.fit(module, distill, gradient_clip_val=0.05)
-    cell.equal(cell.hand(watch).train(cell.steps(), clip=0.05), watch, distill, module)
-
-
-class Checkpointed(Mlp):
-    """Computes its features a second time in the backward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x, use_reentrant=False)
-
-
-def gradient_checkpointing(cell: Cell) -> None:
-    module, distill = cell.module(Checkpointed(5)), cell.callback()
-    _, watch = cell.fit(module, distill)
-    cell.equal(cell.hand(watch).train(cell.steps()), watch, distill, module)
-
-
-def gradient_checkpointing_in_manual_optimization(cell: Cell) -> None:
-    distill = cell.callback()
-    module = Manual(cell.name, distill, Checkpointed(5))
-    _, watch = cell.fit(module, distill)
-    cell.equal(cell.hand(watch).train(cell.steps(), weighs_task=False), watch, distill, module)
-
-
-def compiled(cell: Cell) -> None:
-    module, distill = cell.module(), cell.callback()
-    module.model = torch.compile(module.model, backend="eager")
-    _, watch = cell.fit(module, distill)
-    cell.equal(cell.hand(watch).train(cell.steps()), watch, distill, module)
-
-
-def mixed_precision(cell: Cell, precision: Any = "bf16-mixed") -> None:
-    module, distill = cell.module(), cell.callback()
-    _, watch = cell.fit(module, distill, precision=precision, max_epochs=1)
-    hand = cell.hand(watch).train(cell.steps((BATCH,)), autocast=True)
-    cell.equal(hand, watch, distill, module, tolerance=2e-3)
-
-
-def half_precision_of_the_other_kind(cell: Cell) -> None:
-    mixed_precision(cell, "16-mixed")  # on the CPU Lightning takes bfloat16
-
-
-# Neighbours ----------------------------------------------------------------------------------------------------------
-
-
-def wrapped(step: Callable[..., Any], seen: list[float]) -> Callable[..., Any]:
-    """A wrapper as profilers and loggers put it around a training step."""
-
-    @functools.wraps(step)
-    def foreign(*args: Any, **kwargs: Any) -> Any:
-        loss = step(*args, **kwargs)
-        seen.append(loss.item())
-        return loss
-
-    return foreign
-
-
-def foreign_wrapper_from_before(cell: Cell) -> None:
-    module, distill, seen = cell.module(), cell.callback(), []
-    module.training_step = foreign = wrapped(module.training_step, seen)
-    _foreign_wrapper(cell, module, distill, seen, ())
-    assert vars(module)["training_step"] is foreign
-
-
-def foreign_wrapper_from_within(cell: Cell) -> None:
-    module, distill, seen = cell.module(), cell.callback(), []
-
-    class Wraps(Callback):
-        def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-            pl_module.training_step = wrapped(pl_module.training_step, seen)
-
-    _foreign_wrapper(cell, module, distill, seen, [Wraps()])
-    assert vars(module)["training_step"].__name__ == "training_step"
-
-
-def _foreign_wrapper(cell: Cell, module: Any, distill: Any, seen: list[float], callbacks: Any) -> None:
-    trainer, watch = cell.fit(module, distill, callbacks=callbacks)
-    hand = cell.hand(watch).train(cell.steps())
-    cell.equal(hand, watch, distill, module)
-    close(seen, hand.tasks)
-    cell.clean(trainer, module)
-    module.training_step(cell.feature.rows().batch(0, BATCH), 0)
-    assert len(seen) == len(hand.tasks) + 1, "the user's wrapper works on"
-
-
-def validation(cell: Cell) -> None:
-    module, distill = cell.module(), cell.callback(validate=None if cell.feature.cache else True)
-    rows = cell.feature.rows()
-    module.val_dataloader = lambda: DataLoader(rows, 9)
-    trainer, watch = cell.fit(module, distill)
-    hand = cell.hand(watch).train(cell.steps())
-    cell.equal(hand, watch, distill, module)
-    metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
-    epoch = hand.losses[4:]
-    close([metrics["distill/loss"]], [sum(epoch) / 4])
-    close([metrics["distill/task_loss"]], [sum(hand.tasks[4:]) / 4])
-    if cell.feature.cache is not None:
-        assert not [key for key in metrics if key.startswith("distill/val_")]
-        return
-    if cell.feature.draws:
-        return  # other random masks than in the loop
-    total, (last,) = 0.0, cell.steps()[-1]
-    hand.views = FEATURES["logits"].views  # validation calls the student once
-    for start in (0, 9, 18):
-        batch = rows.batch(start, 9)
-        with torch.no_grad():
-            total += len(batch["x"]) * hand.distillation(batch, last[1])[1].item()
-    close([metrics["distill/val_distillation_loss"]], [total / ROWS])
-    key = "distill/val_teacher_agreement"
-    assert (key in metrics) == any(term.compares_class_scores for term in distill.terms)
-    if cell.name == "logits":
-        x = rows.batch(0, ROWS)["x"]
-        tops = [asked(network, x)["logits"].argmax(-1) for network in (hand.student, cell.feature.teacher())]
-        close([metrics[key]], [(tops[0] == tops[1]).float().mean().item()])
-
-
 SITUATIONS: dict[str, Situation] = {
     function.__name__: function
     for function in (
@@ -500,21 +206,21 @@ SITUATIONS: dict[str, Situation] = {
         resumed_from_the_middle_of_an_epoch,
         exception_in_a_step_and_a_second_fit,
         another_module_with_the_same_callback,
-        copied_between_steps,
-        copied_inside_a_step,
-        manual_optimization,
-        manual_steps_without_the_loss,
-        alternating_steps_of_two_networks,
-        accumulation,
-        clipping,
-        gradient_checkpointing,
-        gradient_checkpointing_in_manual_optimization,
-        compiled,
-        mixed_precision,
-        half_precision_of_the_other_kind,
-        foreign_wrapper_from_before,
-        foreign_wrapper_from_within,
-        validation,
+        lightning_copies.copied_between_steps,
+        lightning_copies.copied_inside_a_step,
+        lightning_steps.manual_optimization,
+        lightning_steps.manual_steps_without_the_loss,
+        lightning_steps.alternating_steps_of_two_networks,
+        lightning_steps.accumulation,
+        lightning_steps.clipping,
+        lightning_steps.gradient_checkpointing,
+        lightning_steps.gradient_checkpointing_in_manual_optimization,
+        lightning_steps.compiled,
+        lightning_steps.mixed_precision,
+        lightning_steps.half_precision_of_the_other_kind,
+        lightning_steps.foreign_wrapper_from_before,
+        lightning_steps.foreign_wrapper_from_within,
+        lightning_steps.validation,
     )
 }
 # Slow situations meet these features only.

@@ -121,7 +121,7 @@ class Feature:
     def make_teacher(self, folder: Path) -> Any:
         if self.cache is None:
             return self.teacher()
-        path = folder / f"cache{abs(hash(str(self.cache)))}"
+        path = folder / "-".join(["cache", *self.cache])
         if not path.exists():
             forward = lambda model, batch: model(batch["x"])  # noqa: E731
             settings = {
