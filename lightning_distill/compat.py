@@ -146,7 +146,8 @@ def training_loaders(trainer: Trainer) -> Any:
     return trainer.fit_loop._combined_loader
 
 
-_BASES = ("LightningModule", "ModelHooks", "DataHooks")  # where `lightning` and `pytorch_lightning` define empty hooks
+# where `lightning`, `pytorch_lightning` and torch define empty hooks and an empty forward
+_BASES = ("LightningModule", "ModelHooks", "DataHooks", "Module")
 
 
 def overrides(module: Any, name: str) -> bool:

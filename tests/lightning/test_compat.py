@@ -269,10 +269,12 @@ def test_a_hook_of_the_users_own_is_told_from_lightnings_empty_one(base: type) -
     class Further(Own):
         pass
 
-    for name in ("configure_model", "setup", "validation_step", "training_step", "on_before_batch_transfer"):
+    for name in ("configure_model", "setup", "validation_step", "training_step", "forward"):
         assert compat.overrides(Plain(), name) is False
     assert compat.overrides(Own(), "configure_model")
     assert compat.overrides(Further(), "validation_step")
+    assert not compat.overrides(nn.Module(), "forward")
+    assert compat.overrides(Mlp(3), "forward")
     module = Plain()
     module.validation_step = types.MethodType(lambda self, batch, batch_idx: None, module)
     assert compat.overrides(module, "validation_step")

@@ -132,7 +132,7 @@ def test_a_step_that_calls_its_own_training_step_again_is_distilled_once(trainer
     assert len(callback.teacher.shown) == 2
 
 
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor", "ignore:Found `dataloader_iter`")
 def test_one_trainer_fits_twice_with_every_form_of_the_step(trainer: Make) -> None:
     class NoIndex(ValidatedClassifier):
         def training_step(self, batch: Any) -> Any:
@@ -352,3 +352,23 @@ def test_equal_numbers_as_in_a_plain_run_where_every_weight_is_zero(trainer: Mak
         trainer(callbacks=callbacks, max_epochs=2).fit(module, loader())
         ended.append([parameter.tolist() for parameter in module.parameters()])
     assert ended[0] == ended[1]
+
+
+class ChangesItsInput(Mlp):
+    """A teacher whose first operation works in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_teacher_that_changes_its_input_in_place_is_refused(trainer: Make, several: bool) -> None:
+    # unnoticed, the next teacher would see another input, and the student's own input gradient would be wrong
+    teacher: Any = [ChangesItsInput(7, seed=1), Mlp(7, seed=2)] if several else ChangesItsInput(7, seed=1)
+    with pytest.raises(ValueError, match="`teacher` to leave its input as it is, but it was changed in place"):
+        trainer(callbacks=DistillCallback(teacher, student="model")).fit(Classifier(), loader())
+
+
+def test_a_teacher_without_a_forward_is_refused_by_its_name(trainer: Make) -> None:
+    with pytest.raises(TypeError, match="`teacher` to have a `forward` of its own, but got Classifier.*module.model"):
+        trainer(callbacks=DistillCallback(Classifier(), student="model")).fit(Classifier(), loader())
