@@ -12,6 +12,8 @@ from keras_distill import backends, checks
 from keras_distill.functional.inputs import ignored, prepare_labels
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 
+__all__ = ["DistillationLoss", "FunctionLoss"]
+
 
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.

@@ -13,6 +13,8 @@ from keras_distill import checks, steps
 from keras_distill.functional.learned import masked_generative, variational_information
 from keras_distill.losses.base import DistillationLoss
 
+__all__ = ["MaskedGenerativeLoss", "VariationalInformationLoss"]
+
 _CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
 _SMALLEST_VARIANCE = 1e-5
 

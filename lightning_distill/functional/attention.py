@@ -20,6 +20,8 @@ from lightning_distill.functional.vectors import (
     without,
 )
 
+__all__ = ["attention_kl", "attention_mse", "attention_relation"]
+
 _MASKED = -100.0
 _LEAST_PROBABILITY = 1e-6
 

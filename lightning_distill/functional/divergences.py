@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
 
+__all__ = ["generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
+
 
 def reverse_kl(
     student_logits: Tensor,

@@ -25,6 +25,16 @@ from lightning_distill.functional.vectors import (
     without,
 )
 
+__all__ = [
+    "attention_transfer",
+    "channel_wise_kl",
+    "feature_cosine",
+    "feature_kl",
+    "feature_l1",
+    "feature_mse",
+    "feature_smooth_l1",
+]
+
 
 def feature_mse(
     student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "none"

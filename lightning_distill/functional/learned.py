@@ -12,6 +12,8 @@ from lightning_distill.functional.inputs import Reduction, prepare
 from lightning_distill.functional.primitives import precise
 from lightning_distill.functional.vectors import channels_at, over_positions, positions_mask, without
 
+__all__ = ["masked_generative", "variational_information"]
+
 _REMEDY = "The learned part must give the teacher's channels at the teacher's positions."
 
 

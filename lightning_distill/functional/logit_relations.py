@@ -14,6 +14,14 @@ from lightning_distill.functional.inputs import Reduction, prepare_logits, reduc
 from lightning_distill.functional.logits import soft_target_kl
 from lightning_distill.functional.primitives import gram, sum_of_squares
 
+__all__ = [
+    "batch_correlation",
+    "class_correlation",
+    "inter_class_relation",
+    "intra_class_relation",
+    "multi_level_logits",
+]
+
 _CORRELATION_EPS = 1e-8
 
 

@@ -10,6 +10,8 @@ from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
 from lightning_distill.functional.primitives import LEAST_SCORE, softmax_divergence
 
+__all__ = ["logit_mse", "soft_cross_entropy", "soft_target_kl"]
+
 _STANDARDIZE_EPS = 1e-7
 
 

@@ -26,6 +26,14 @@ from lightning_distill.functional.vectors import (
     without,
 )
 
+__all__ = [
+    "centered_kernel_alignment",
+    "feature_map_transfer",
+    "neuron_selectivity",
+    "normalized_mse",
+    "pearson_feature",
+]
+
 _PEARSON_EPS = 1e-6
 
 

@@ -16,6 +16,8 @@ from lightning_distill.functional.inputs import (
     reduced,
 )
 
+__all__ = ["binary_soft_target", "decoupled_kd", "normalized_kd", "weighted_soft_labels"]
+
 _WEIGHT_EPS = 1e-7
 
 

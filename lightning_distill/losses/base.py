@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lightning_distill import checks
 from lightning_distill.schedules import Schedule, first_value
 
+__all__ = ["DistillationLoss"]
+
 
 class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.

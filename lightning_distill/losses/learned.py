@@ -15,6 +15,8 @@ from lightning_distill.functional.learned import masked_generative, variational_
 from lightning_distill.functional.vectors import channels_at, over_examples, positions_mask, without
 from lightning_distill.losses.base import DistillationLoss
 
+__all__ = ["MaskedGenerativeLoss", "VariationalInformationLoss"]
+
 T = TypeVar("T")
 _LAYERS: Final[dict[int, Any]] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _SMALLEST_VARIANCE = 1e-5
