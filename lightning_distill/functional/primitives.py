@@ -108,6 +108,32 @@ def bounded(scores: Tensor) -> Tensor:
     return scores.clamp(min=LEAST_SCORE)
 
 
+def softened(logits: Tensor, temperature: float, counts: Tensor | None = None, dim: int = -1) -> Tensor:
+    """Logits divided by a temperature: finite, and zeros in the rows that do not count, whatever was there.
+
+    Args:
+        logits: Any shape; minus infinity becomes the least finite score.
+        temperature: Greater than 0.
+        counts: True where a row counts, the shape without ``dim``; None where all count.
+        dim: Dimension of the classes.
+
+    Returns:
+        Same shape. The gradient passes as if nothing had been changed: a caller drops the values of such rows.
+    """
+    scores = logits / temperature
+    hidden = None if counts is None else ~counts.unsqueeze(dim)
+    if torch.compiler.is_compiling():
+        scores = bounded(scores)
+        return scores if hidden is None else scores.masked_fill(hidden, 0.0)
+    # In place and out of autograd's sight: no copy, and nothing to do in the backward pass. The softmax of what is
+    # changed has a gradient of 0 by itself.
+    with torch.no_grad():
+        scores.clamp_(min=LEAST_SCORE)
+        if hidden is not None:
+            scores.masked_fill_(hidden, 0.0)
+    return scores
+
+
 class _SumOfSquares(torch.autograd.Function):
     generate_vmap_rule = True
 
