@@ -1,4 +1,4 @@
-"""What all losses share: the attributes by which a term knows how to call them, and how they are averaged."""
+"""Base classes of the losses: requirements that a term reads, settings, configs, averaging."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class VariationalInformationLoss(DistillationLoss):
         self._fix(initial_variance=float(initial_variance))
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
-        """Make the mean and the variances for features of these shapes, anew if there were any."""
+        """Make the mean and the variances for features of these shapes, replacing earlier ones."""
         _check_ranks(student, teacher)
         wide, kinds = teacher[-1], ("relu", "relu", None)
         layers = [keras.layers.Dense(wide, kind, use_bias=False, dtype=self.dtype) for kind in kinds]
@@ -153,7 +153,7 @@ class MaskedGenerativeLoss(DistillationLoss):
         self._fix(mask_ratio=float(mask_ratio), mask=mask)
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
-        """Make the generator for features of these shapes, anew if there was one."""
+        """Make the generator for features of these shapes, replacing an earlier one."""
         _check_ranks(student, teacher)
         if self.mask == "spatial" and len(student) < 3:
             expected = "the student's feature to have positions for mask='spatial'"

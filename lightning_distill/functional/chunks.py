@@ -16,7 +16,7 @@ _MOST_CHUNKS = 8  # where each is kept for the backward pass, more of them would
 def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size: int, inputs: int) -> Tensor:
     """Sum of a function over chunks of rows, so small that what it holds does not outgrow the loss's inputs.
 
-    The backward pass computes a chunk anew instead of having kept it.
+    The backward pass recomputes a chunk instead of keeping it.
 
     Args:
         function: Called with a chunk of each tensor; returns a scalar that is a sum over the rows.
@@ -37,7 +37,7 @@ def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size:
 
 
 def by_examples(function: Callable[..., Tensor], examples: Sequence[Tensor], *, example_size: int) -> Tensor:
-    """What a function gives for each example, from a few chunks of the batch: most of what it needs it needs for one.
+    """Values of a function for each example, computed over a few chunks of the batch to save memory.
 
     Args:
         function: Called with a chunk of each tensor; returns one value for each example.

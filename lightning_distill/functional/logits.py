@@ -178,4 +178,8 @@ def _standardized(logits: Tensor, dim: int, counts: Tensor | None) -> Tensor:
     rounding = 4 * torch.finfo(logits.dtype).eps * scores.detach().abs().amax(dim=dim, keepdim=True)
     # The root of a zero variance has no gradient and 1e-7 is a divisor out of reach of float16: constant rows get 1.
     deviation = torch.where(variance <= rounding.square(), 1.0, variance).sqrt()
-    return (centred / (deviation + _STANDARDIZE_EPS)).masked_fill(impossible, LEAST_SCORE)
+    standardized = centred / (deviation + _STANDARDIZE_EPS)
+    if torch.compiler.is_compiling():
+        return standardized.masked_fill(impossible, LEAST_SCORE)
+    with torch.no_grad():  # as in softened: neither a copy nor a backward pass
+        return standardized.masked_fill_(impossible, LEAST_SCORE)

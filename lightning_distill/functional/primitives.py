@@ -1,4 +1,4 @@
-"""What the formulas spend their time in: products in full precision, and three functions with gradients by hand.
+"""Building blocks of the formulas: products in full precision, and three functions with gradients by hand.
 
 Autograd's own gradients of those three make needless copies. They may be differentiated again, forward too, and take
 part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes it fuses by itself.
@@ -18,14 +18,14 @@ LEAST_SCORE = -1e30
 
 
 def precise(function: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
-    """What a function makes of a feature, in the feature's precision also where autocast would lower it.
+    """Apply a function to a feature in the feature's precision, also where autocast would lower it.
 
     Args:
         function: A network, or any map of one tensor.
         feature: Any shape.
 
     Returns:
-        Whatever the function gives.
+        The function's result.
     """
     device = feature.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -128,7 +128,7 @@ def softened(logits: Tensor, temperature: float, counts: Tensor | None = None, d
     # In place and out of autograd's sight: no copy, and nothing to do in the backward pass. The softmax of what is
     # changed has a gradient of 0 by itself.
     with torch.no_grad():
-        scores.clamp_(min=LEAST_SCORE)
+        scores.clamp_min_(LEAST_SCORE)  # unlike clamp_, with a batching rule for torch.func.vmap
         if hidden is not None:
             scores.masked_fill_(hidden, 0.0)
     return scores

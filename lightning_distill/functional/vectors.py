@@ -1,4 +1,4 @@
-"""What the formulas on features share: shapes, means over an example, vectors of length one, centred numbers."""
+"""Helpers of the formulas on features: shapes, means over an example, vectors of length one, centred numbers."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class VariationalInformationLoss(DistillationLoss):
         self.rho: nn.Parameter | None = None
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
-        """Make the mean and the variances for features of these shapes, anew if there were any."""
+        """Make the mean and the variances for features of these shapes, replacing earlier ones."""
         _check_ranks(student, teacher)
         layer, wide = _LAYERS[len(teacher)], teacher[_channels(teacher)]
         size = {} if layer is nn.Linear else {"kernel_size": 1}
@@ -138,7 +138,7 @@ class MaskedGenerativeLoss(DistillationLoss):
         self.generator: nn.Sequential | None = None
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
-        """Make the generator for features of these shapes, anew if there was one."""
+        """Make the generator for features of these shapes, replacing an earlier one."""
         _check_ranks(student, teacher)
         if self.mask == "spatial" and len(student) < 3:
             expected = "the student's feature to have positions for mask='spatial'"
