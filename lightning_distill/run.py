@@ -158,6 +158,8 @@ class Run:
             # asked after the step, which may have set a weight
             if not self._explicit and self._changes_loss():
                 output = self._with_distillation(output)
+            elif not self._explicit and self.module.automatic_optimization:
+                distill.rest(output.get("loss") if isinstance(output, Mapping) else output)
         finally:
             distill.release()
             self._in_step, self._batch = False, None
@@ -228,6 +230,9 @@ class Run:
     def _before_optimizer_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Called by every optimizer step once the gradients are there and unscaled."""
         optimizer = kwargs["optimizer"] if "optimizer" in kwargs else args[1]
+        if self.trainer.world_size > 1 and self._in_step:
+            # in manual optimization another process may have called `loss` already, and waits in this step
+            self._follow_the_students()
         follower, trainer = self.learned.follower, self.trainer
         if follower is not None and bare(optimizer) is follower.leader:
             follower.prepare(getattr(trainer.precision_plugin, "scaler", None))
