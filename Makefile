@@ -3,15 +3,21 @@
 PYTHON ?= python3
 # Two tests at a time; `make test PYTEST_FLAGS=-x` runs one after the other and stops at the first failure.
 PYTEST_FLAGS ?= -n 2
+# The oldest Python that setup.cfg allows; `make test-oldest OLDEST_PYTHON=...` names one by its path.
+OLDEST_PYTHON ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+# Tests of single tools (formatters, notebooks, the project's rules) say nothing about the versions of the frameworks.
+OLDEST_TESTS ?= tests/lightning tests/cache tests/launcher tests/keras
 
 SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench notebooks clean
+.PHONY: help install demo test test-oldest lint format bench notebooks clean
 
 # One thread: two cores are shared by the processes of the distributed tests. No downloads: every model and data set is
 # made on the spot. Figures need no display.
@@ -20,7 +26,7 @@ RUN_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFF
 BENCH_ENV := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 # PyTorch first and alone, so that a CPU build is taken where pip is set up to offer one; the rest then keeps it.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -53,6 +59,20 @@ test: lint ## lint, then every test, doctest, notebook and README block
 	$(RUN_ENV) KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras $(PYTEST_FLAGS)
 	$(RUN_ENV) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# Tools that only `make lint`, the notebooks and the demos need are left out.
+$(OLDEST_STAMP): setup.cfg pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed")'
+	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -qq --upgrade pip
+	$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt "$$(grep '^torch==' constraints-oldest.txt)"
+	$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt -e '.[plots,cli,keras]' \
+		pytorch-lightning hypothesis pytest pytest-xdist tensorboard transformers
+	touch $@
+
+# Old releases warn of what has changed since: their warnings are no errors here.
+test-oldest: $(OLDEST_STAMP) ## the tests of both halves with the oldest versions that setup.cfg allows
+	$(RUN_ENV) $(OLDEST)/bin/python -m pytest -W default $(OLDEST_TESTS) $(PYTEST_FLAGS)
+
 bench: $(STAMP) ## the side-by-side benchmarks
 	$(RUN_ENV) $(BENCH_ENV) $(BIN)/python -m benchmarks
 
@@ -60,5 +80,5 @@ notebooks: $(STAMP) ## execute the notebooks, only those
 	$(RUN_ENV) $(BIN)/python -m pytest tests/test_notebooks.py
 
 clean: ## remove .venv and everything that tools and builds left
-	rm -rf $(VENV) build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache lightning_logs
+	rm -rf $(VENV) $(OLDEST) build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -63,7 +63,7 @@ def floating(name: str, value: Any) -> None:
 
 
 def shapes_differ(first: Sequence[int | None], second: Sequence[int | None]) -> bool:
-    """Whether two shapes are certainly different; a size that is not known yet (None) may still be equal.
+    """Tell whether two shapes are certainly different; a size that is not known yet (None) may still be equal.
 
     Args:
         first: A shape.

@@ -140,6 +140,8 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any] | bytes] = {
     "no layer for an array": without("layers/feature0"),
     "a teacher of null": at("teacher", None),
     "a teacher without a fingerprint": without("teacher/fingerprint"),
+    "a teacher whose fingerprint is a number": at("teacher/fingerprint", 0),
+    "data whose fingerprint is null": at("data/fingerprint", None),
     "a teacher whose class is a list": at("teacher/class", ["Net"]),
     "a teacher that holds a nest": at("teacher/more", [[[]]]),
     "no data": without("data"),

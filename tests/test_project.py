@@ -144,3 +144,38 @@ def test_import_of_the_package_imports_no_optional_dependency() -> None:
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
 def test_requirement_is_named_by_a_test(requirement: str) -> None:
     assert any(requirement in requirements_in(path) for path in TESTS)
+
+
+def lower_bounds() -> dict[str, str]:
+    """The oldest release of each package that setup.cfg allows."""
+    setup = read_setup()
+    lines = setup["options"]["install_requires"].splitlines()
+    for extra in setup["options.extras_require"].values():
+        lines += extra.splitlines()
+    found = (re.match(r"([\w-]+)(?:\[\w+\])?>=([\w.]+)", line) for line in lines)
+    return {match[1].lower(): match[2] for match in found if match}
+
+
+def test_the_oldest_allowed_releases_are_those_that_the_tests_run_with() -> None:
+    text = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")
+    oldest, bounds = dict(re.findall(r"(?m)^([\w-]+)==([\w.]+)$", text)), lower_bounds()
+    frameworks = {"torch", "lightning", "pytorch-lightning", "torchmetrics", "keras", "tensorflow"}
+    core = {"rich", "filelock", "pydantic", "pyyaml", "jsonargparse"}
+    assert frameworks | core <= oldest.keys()
+
+    def short(release: str) -> list[str]:
+        parts = release.split(".")
+        while parts[-1] == "0":
+            parts.pop()
+        return parts
+
+    assert {name: short(release) for name, release in oldest.items()} == {name: short(bounds[name]) for name in oldest}
+
+
+def test_bounds_are_the_measured_ones() -> None:
+    """Lightning before 2.6 refuses the callback or its logging; Keras before 3.12 refuses targets without labels."""
+    assert {name: lower_bounds()[name] for name in ("lightning", "pytorch-lightning", "keras")} == {
+        "lightning": "2.6",
+        "pytorch-lightning": "2.6",
+        "keras": "3.12",
+    }

@@ -13,6 +13,8 @@ from keras_distill.functional.inputs import prepare, prepare_equal
 from keras_distill.functional.primitives import softmax_divergence
 from keras_distill.functional.vectors import by_rows, flattened, gram, per_example
 
+__all__ = ["attention_kl", "attention_mse", "attention_relation"]
+
 _MASKED = -100.0
 _LEAST_PROBABILITY = 1e-6
 

@@ -11,6 +11,8 @@ from keras_distill import checks
 from keras_distill.functional.inputs import prepare_logits, prepare_temperature
 from keras_distill.functional.primitives import kl_from_logs
 
+__all__ = ["generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
+
 
 def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, from_logits: bool = True) -> Any:
     r"""Kullback-Leibler divergence of the teacher's probabilities from the student's.

@@ -14,6 +14,16 @@ from keras_distill.functional.inputs import prepare, prepare_equal, prepare_temp
 from keras_distill.functional.primitives import huber, softmax_divergence
 from keras_distill.functional.vectors import check_positions, or_one, per_example, unit
 
+__all__ = [
+    "attention_transfer",
+    "channel_wise_kl",
+    "feature_cosine",
+    "feature_kl",
+    "feature_l1",
+    "feature_mse",
+    "feature_smooth_l1",
+]
+
 
 def feature_mse(student: Any, teacher: Any, *, per_position: bool = False) -> Any:
     r"""Mean squared difference of two features.

@@ -1,4 +1,4 @@
-"""What every formula does to its two tensors first: check them, choose the precision, cut the teacher's gradient."""
+"""The first steps of every formula: check both tensors, choose the precision, cut the teacher's gradient."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from keras_distill import checks
 from keras_distill.functional.inputs import prepare
 from keras_distill.functional.vectors import flattened, per_example
 
+__all__ = ["masked_generative", "variational_information"]
+
 _REMEDY = "The learned part must give the teacher's channels at the teacher's positions."
 
 

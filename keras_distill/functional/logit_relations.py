@@ -11,6 +11,14 @@ from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare_logits, prepare_temperature
 from keras_distill.functional.logits import soft_target_kl
 
+__all__ = [
+    "batch_correlation",
+    "class_correlation",
+    "inter_class_relation",
+    "intra_class_relation",
+    "multi_level_logits",
+]
+
 _CORRELATION_EPS = 1e-8
 
 

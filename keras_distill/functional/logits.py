@@ -10,6 +10,8 @@ from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare_logits, prepare_temperature
 from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
 
+__all__ = ["logit_mse", "soft_cross_entropy", "soft_target_kl"]
+
 _STANDARDIZE_EPS = 1e-7
 
 

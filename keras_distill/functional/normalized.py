@@ -20,6 +20,14 @@ from keras_distill.functional.vectors import (
     unit,
 )
 
+__all__ = [
+    "centered_kernel_alignment",
+    "feature_map_transfer",
+    "neuron_selectivity",
+    "normalized_mse",
+    "pearson_feature",
+]
+
 _PEARSON_EPS = 1e-6
 
 

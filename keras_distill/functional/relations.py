@@ -24,6 +24,15 @@ from keras_distill.functional.vectors import (
     unit,
 )
 
+__all__ = [
+    "correlation_congruence",
+    "inter_channel_correlation",
+    "probabilistic_transfer",
+    "relational_angle",
+    "relational_distance",
+    "similarity_preserving",
+]
+
 _TRANSFER_EPS = 1e-7
 KERNELS = ("gaussian", "neighbour")
 

@@ -19,6 +19,8 @@ from keras_distill.functional.inputs import (
 )
 from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
 
+__all__ = ["binary_soft_target", "decoupled_kd", "normalized_kd", "weighted_soft_labels"]
+
 _WEIGHT_EPS = 1e-7
 # A logit of probability 0. Minus infinity would make the gradient NaN, and the sum of two of these still is a float32.
 

@@ -1,4 +1,4 @@
-"""What the formulas on features share: shapes, means over an example, vectors of length one, centred numbers."""
+"""Helpers of the formulas on features: shapes, means over an example, vectors of length one, centred numbers."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def transposed(matrices: Any) -> Any:
 
 
 def by_rows(function: Callable[..., Any], rows: Sequence[Any], shared: Sequence[Any] = (), *, row_size: Any) -> Any:
-    """What a function gives for each row, from chunks of rows so small that little of what it holds is held at once.
+    """Values of a function for each row, computed over chunks of rows to save memory.
 
     The backward pass computes a chunk anew instead of having kept it.
 

@@ -1,67 +1,38 @@
 """The losses: a ``keras.losses.Loss`` for each formula, called with the teacher's tensor, then the student's."""
 
-from keras_distill.losses.attention import (
-    AttentionMapLoss,
-    AttentionRelationLoss,
-)
-from keras_distill.losses.base import DistillationLoss, FunctionLoss
-from keras_distill.losses.divergences import GeneralizedJSDLoss, ReverseKLLoss, SkewKLLoss, TotalVariationLoss
-from keras_distill.losses.features import AttentionTransferLoss, ChannelWiseLoss, FeatureDistance
-from keras_distill.losses.learned import MaskedGenerativeLoss, VariationalInformationLoss
-from keras_distill.losses.logit_relations import DISTLoss, MultiLevelLogitLoss
-from keras_distill.losses.logits import LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
-from keras_distill.losses.normalized import (
-    CKALoss,
-    FeatureMapTransferLoss,
-    NeuronSelectivityLoss,
-    PatientLoss,
-    PearsonFeatureLoss,
-)
-from keras_distill.losses.relations import (
-    CorrelationCongruenceLoss,
-    InterChannelCorrelationLoss,
-    ProbabilisticTransferLoss,
-    RelationalLoss,
-    SimilarityPreservingLoss,
-)
-from keras_distill.losses.targets import (
-    BinarySoftTargetLoss,
-    DecoupledKDLoss,
-    NormalizedKDLoss,
-    WeightedSoftLabelLoss,
-)
+# ruff: noqa: F403 - every module names in its own __all__ what is public
 
-__all__ = [
-    "AttentionMapLoss",
-    "AttentionRelationLoss",
-    "AttentionTransferLoss",
-    "BinarySoftTargetLoss",
-    "CKALoss",
-    "ChannelWiseLoss",
-    "CorrelationCongruenceLoss",
-    "DISTLoss",
-    "DecoupledKDLoss",
-    "DistillationLoss",
-    "FeatureDistance",
-    "FeatureMapTransferLoss",
-    "FunctionLoss",
-    "GeneralizedJSDLoss",
-    "InterChannelCorrelationLoss",
-    "LogitMSELoss",
-    "MaskedGenerativeLoss",
-    "MultiLevelLogitLoss",
-    "NeuronSelectivityLoss",
-    "NormalizedKDLoss",
-    "PatientLoss",
-    "PearsonFeatureLoss",
-    "ProbabilisticTransferLoss",
-    "RelationalLoss",
-    "ReverseKLLoss",
-    "SimilarityPreservingLoss",
-    "SkewKLLoss",
-    "SoftCrossEntropyLoss",
-    "SoftTargetLoss",
-    "TotalVariationLoss",
-    "VariationalInformationLoss",
-    "WeightedSoftLabelLoss",
-]
+from keras_distill.losses import (
+    attention,
+    base,
+    divergences,
+    features,
+    learned,
+    logit_relations,
+    logits,
+    normalized,
+    relations,
+    targets,
+)
+from keras_distill.losses.attention import *
+from keras_distill.losses.base import *
+from keras_distill.losses.divergences import *
+from keras_distill.losses.features import *
+from keras_distill.losses.learned import *
+from keras_distill.losses.logit_relations import *
+from keras_distill.losses.logits import *
+from keras_distill.losses.normalized import *
+from keras_distill.losses.relations import *
+from keras_distill.losses.targets import *
+
+__all__: list[str] = []
+__all__ += attention.__all__
+__all__ += base.__all__
+__all__ += divergences.__all__
+__all__ += features.__all__
+__all__ += learned.__all__
+__all__ += logit_relations.__all__
+__all__ += logits.__all__
+__all__ += normalized.__all__
+__all__ += relations.__all__
+__all__ += targets.__all__

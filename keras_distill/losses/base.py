@@ -1,4 +1,4 @@
-"""What all losses share: the attributes by which a term knows how to call them, and how they are averaged."""
+"""Base classes of the losses: requirements that a term reads, settings, configs, averaging."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import keras
 from keras_distill import backends, checks
 from keras_distill.functional.inputs import ignored, prepare_labels
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
+
+__all__ = ["DistillationLoss", "FunctionLoss"]
 
 
 class DistillationLoss(keras.losses.Loss):

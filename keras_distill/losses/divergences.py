@@ -17,6 +17,8 @@ from keras_distill.functional.divergences import (
 from keras_distill.losses.base import LogitsLoss
 from keras_distill.schedules import Schedule
 
+__all__ = ["GeneralizedJSDLoss", "ReverseKLLoss", "SkewKLLoss", "TotalVariationLoss"]
+
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class ReverseKLLoss(LogitsLoss):

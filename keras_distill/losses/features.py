@@ -20,6 +20,8 @@ from keras_distill.functional.features import (
 from keras_distill.losses.base import DistillationLoss, FormulaLoss
 from keras_distill.schedules import Schedule
 
+__all__ = ["AttentionTransferLoss", "ChannelWiseLoss", "FeatureDistance"]
+
 DISTANCES: Final[dict[str, Callable[..., Any]]] = {
     "mse": feature_mse,
     "l1": feature_l1,

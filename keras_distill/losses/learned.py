@@ -13,6 +13,8 @@ from keras_distill import checks, steps
 from keras_distill.functional.learned import masked_generative, variational_information
 from keras_distill.losses.base import DistillationLoss
 
+__all__ = ["MaskedGenerativeLoss", "VariationalInformationLoss"]
+
 _CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
 _SMALLEST_VARIANCE = 1e-5
 
@@ -70,7 +72,7 @@ class VariationalInformationLoss(DistillationLoss):
         self._fix(initial_variance=float(initial_variance))
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
-        """Make the mean and the variances for features of these shapes, anew if there were any."""
+        """Make the mean and the variances for features of these shapes, replacing earlier ones."""
         _check_ranks(student, teacher)
         wide, kinds = teacher[-1], ("relu", "relu", None)
         layers = [keras.layers.Dense(wide, kind, use_bias=False, dtype=self.dtype) for kind in kinds]
@@ -151,7 +153,7 @@ class MaskedGenerativeLoss(DistillationLoss):
         self._fix(mask_ratio=float(mask_ratio), mask=mask)
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
-        """Make the generator for features of these shapes, anew if there was one."""
+        """Make the generator for features of these shapes, replacing an earlier one."""
         _check_ranks(student, teacher)
         if self.mask == "spatial" and len(student) < 3:
             expected = "the student's feature to have positions for mask='spatial'"

@@ -18,6 +18,8 @@ from keras_distill.functional.logit_relations import (
 from keras_distill.losses.base import LogitsLoss
 from keras_distill.schedules import Schedule
 
+__all__ = ["DISTLoss", "MultiLevelLogitLoss"]
+
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class DISTLoss(LogitsLoss):

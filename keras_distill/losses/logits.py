@@ -11,6 +11,8 @@ from keras_distill.functional.logits import logit_mse, soft_cross_entropy, soft_
 from keras_distill.losses.base import LogitsLoss
 from keras_distill.schedules import Schedule
 
+__all__ = ["LogitMSELoss", "SoftCrossEntropyLoss", "SoftTargetLoss"]
+
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class SoftTargetLoss(LogitsLoss):

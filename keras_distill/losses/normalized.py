@@ -16,6 +16,8 @@ from keras_distill.functional.normalized import (
 )
 from keras_distill.losses.base import FormulaLoss
 
+__all__ = ["CKALoss", "FeatureMapTransferLoss", "NeuronSelectivityLoss", "PatientLoss", "PearsonFeatureLoss"]
+
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class PearsonFeatureLoss(FormulaLoss):

@@ -22,6 +22,14 @@ from keras_distill.functional.relations import (
 from keras_distill.losses.base import DistillationLoss, FormulaLoss
 from keras_distill.schedules import Schedule
 
+__all__ = [
+    "CorrelationCongruenceLoss",
+    "InterChannelCorrelationLoss",
+    "ProbabilisticTransferLoss",
+    "RelationalLoss",
+    "SimilarityPreservingLoss",
+]
+
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class SimilarityPreservingLoss(FormulaLoss):

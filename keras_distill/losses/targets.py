@@ -12,6 +12,8 @@ from keras_distill.functional.targets import binary_soft_target, decoupled_kd, n
 from keras_distill.losses.base import LabelledLoss, LogitsLoss
 from keras_distill.schedules import Schedule
 
+__all__ = ["BinarySoftTargetLoss", "DecoupledKDLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"]
+
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class DecoupledKDLoss(LabelledLoss):

@@ -1,92 +1,35 @@
 """The mathematics: pure functions of two tensors, student first, that return one value per example."""
 
-from lightning_distill.functional.attention import attention_kl, attention_mse, attention_relation
-from lightning_distill.functional.divergences import (
-    generalized_jsd,
-    reverse_kl,
-    skew_kl,
-    skew_reverse_kl,
-    total_variation,
-)
-from lightning_distill.functional.features import (
-    attention_transfer,
-    channel_wise_kl,
-    feature_cosine,
-    feature_kl,
-    feature_l1,
-    feature_mse,
-    feature_smooth_l1,
-)
-from lightning_distill.functional.learned import masked_generative, variational_information
-from lightning_distill.functional.logit_relations import (
-    batch_correlation,
-    class_correlation,
-    inter_class_relation,
-    intra_class_relation,
-    multi_level_logits,
-)
-from lightning_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
-from lightning_distill.functional.normalized import (
-    centered_kernel_alignment,
-    feature_map_transfer,
-    neuron_selectivity,
-    normalized_mse,
-    pearson_feature,
-)
-from lightning_distill.functional.relations import (
-    correlation_congruence,
-    inter_channel_correlation,
-    probabilistic_transfer,
-    relational_angle,
-    relational_distance,
-    similarity_preserving,
-)
-from lightning_distill.functional.targets import (
-    binary_soft_target,
-    decoupled_kd,
-    normalized_kd,
-    weighted_soft_labels,
-)
+# ruff: noqa: F403 - every module names in its own __all__ what is public
 
-__all__ = [
-    "attention_kl",
-    "attention_mse",
-    "attention_relation",
-    "attention_transfer",
-    "batch_correlation",
-    "binary_soft_target",
-    "centered_kernel_alignment",
-    "channel_wise_kl",
-    "class_correlation",
-    "correlation_congruence",
-    "decoupled_kd",
-    "feature_cosine",
-    "feature_kl",
-    "feature_l1",
-    "feature_map_transfer",
-    "feature_mse",
-    "feature_smooth_l1",
-    "generalized_jsd",
-    "inter_channel_correlation",
-    "inter_class_relation",
-    "intra_class_relation",
-    "logit_mse",
-    "masked_generative",
-    "multi_level_logits",
-    "neuron_selectivity",
-    "normalized_kd",
-    "normalized_mse",
-    "pearson_feature",
-    "probabilistic_transfer",
-    "relational_angle",
-    "relational_distance",
-    "reverse_kl",
-    "similarity_preserving",
-    "skew_kl",
-    "skew_reverse_kl",
-    "soft_cross_entropy",
-    "soft_target_kl",
-    "total_variation",
-    "variational_information",
-    "weighted_soft_labels",
-]
+from lightning_distill.functional import (
+    attention,
+    divergences,
+    features,
+    learned,
+    logit_relations,
+    logits,
+    normalized,
+    relations,
+    targets,
+)
+from lightning_distill.functional.attention import *
+from lightning_distill.functional.divergences import *
+from lightning_distill.functional.features import *
+from lightning_distill.functional.learned import *
+from lightning_distill.functional.logit_relations import *
+from lightning_distill.functional.logits import *
+from lightning_distill.functional.normalized import *
+from lightning_distill.functional.relations import *
+from lightning_distill.functional.targets import *
+
+__all__: list[str] = []
+__all__ += attention.__all__
+__all__ += divergences.__all__
+__all__ += features.__all__
+__all__ += learned.__all__
+__all__ += logit_relations.__all__
+__all__ += logits.__all__
+__all__ += normalized.__all__
+__all__ += relations.__all__
+__all__ += targets.__all__

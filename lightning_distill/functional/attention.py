@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_distill import checks
+from lightning_distill.functional.chunks import by_examples
 from lightning_distill.functional.inputs import Reduction, prepare, rows_mask
 from lightning_distill.functional.primitives import LEAST_SCORE, gram, softmax_divergence
 from lightning_distill.functional.vectors import (
-    by_examples,
     mean_of_counted,
     over_examples,
     per_example,
     positions_mask,
     without,
 )
+
+__all__ = ["attention_kl", "attention_mse", "attention_relation"]
 
 _MASKED = -100.0
 _LEAST_PROBABILITY = 1e-6

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
+from lightning_distill.functional.primitives import softened
+
+__all__ = ["generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
 
 
 def reverse_kl(
@@ -273,7 +276,10 @@ def _logarithms(
 ) -> tuple[Tensor, Tensor, int, Tensor | None]:
     checks.positive("temperature", temperature)
     student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
-    return F.log_softmax(student / temperature, dim=dim), F.log_softmax(teacher / temperature, dim=dim), dim, counts
+    log_student, log_teacher = (
+        F.log_softmax(softened(logits, temperature, counts, dim), dim=dim) for logits in (student, teacher)
+    )
+    return log_student, log_teacher, dim, counts
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

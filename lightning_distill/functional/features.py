@@ -18,12 +18,23 @@ from lightning_distill.functional.vectors import (
     mean_of_counted,
     or_one,
     over_examples,
+    over_numbers,
     over_positions,
     positions_mask,
     prepare_equal,
     unit,
     without,
 )
+
+__all__ = [
+    "attention_transfer",
+    "channel_wise_kl",
+    "feature_cosine",
+    "feature_kl",
+    "feature_l1",
+    "feature_mse",
+    "feature_smooth_l1",
+]
 
 
 def feature_mse(
@@ -313,9 +324,7 @@ def _distance(
     if reduction == "mean" and mask is None:  # every example has D numbers: one kernel gives the mean of their means
         return kernel(student, teacher, reduction="mean")
     values = kernel(student, teacher, reduction="none")
-    if positions is None or values.ndim == 1:
-        return over_positions(values, positions, reduction)
-    return over_positions(values.mean(dim=channels_at(student)), positions, reduction)
+    return over_numbers(values, channels_at(student) if student.ndim > 1 else None, positions, reduction)
 
 
 def _attention_map(feature: Tensor, p: float) -> Tensor:

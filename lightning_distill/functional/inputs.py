@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.primitives import bounded
 
 Reduction = Literal["none", "mean"]
 IGNORE_INDEX = -100
@@ -19,7 +18,7 @@ class Logits(NamedTuple):
     """Both models' logits, ready for a formula.
 
     Attributes:
-        student: The student's logits, float32 or float64; zeros in the rows that do not count.
+        student: The student's logits, float32 or float64.
         teacher: The teacher's logits, in the same precision and without a gradient.
         class_dim: The dimension of the classes, resolved.
         mask: True where a row counts, the shape of the logits without ``class_dim``; None where all rows count.
@@ -119,7 +118,6 @@ def prepare_logits(
     *,
     mask: Tensor | None = None,
     at_least: int = 2,
-    finite: bool = True,
 ) -> Logits:
     """Both models' logits as :func:`prepare` returns them, after a check of their shapes.
 
@@ -129,8 +127,6 @@ def prepare_logits(
         class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
         mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``.
         at_least: The fewest classes that the formula makes sense for.
-        finite: Whether scores of minus infinity become the least finite score, so that their probability of 0 has a
-            finite logarithm.
 
     Returns:
         The logits, the dimension of the classes and the mask of the rows.
@@ -156,12 +152,8 @@ def prepare_logits(
         expected = f"`student_logits` to have at least {at_least} classes at class_dim={dim}"
         remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
         raise ValueError(checks.message(expected, f"shape {shape}", remedy))
-    if finite:
-        student, teacher = bounded(student), bounded(teacher)
     if mask is not None:
         mask = rows_mask(mask, shape[: dim % len(shape)] + shape[dim % len(shape) :][1:])
-        # Zeros on both sides: the number of rows, and so the graph, does not depend on the values of the mask.
-        student, teacher = (torch.where(mask.unsqueeze(dim), logits, 0.0) for logits in (student, teacher))
     return Logits(student, teacher, dim, mask)
 
 
@@ -211,7 +203,6 @@ def prepare_labelled(
     counts = (labels >= 0) & (labels != ignore_index)
     if mask is not None:
         counts = counts & rows_mask(mask, tuple(labels.shape))
-    student, teacher = (torch.where(counts.unsqueeze(-1), logits, 0.0) for logits in (student, teacher))
     classes = student.shape[-1]
     labels = torch.where(counts, labels, 0)
     _check_range(labels, classes)

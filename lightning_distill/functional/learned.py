@@ -10,7 +10,9 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare
 from lightning_distill.functional.primitives import precise
-from lightning_distill.functional.vectors import channels_at, over_positions, positions_mask, without
+from lightning_distill.functional.vectors import channels_at, over_numbers, positions_mask, without
+
+__all__ = ["masked_generative", "variational_information"]
 
 _REMEDY = "The learned part must give the teacher's channels at the teacher's positions."
 
@@ -68,9 +70,7 @@ def variational_information(
         raise ValueError(checks.message(expected, f"shape {tuple(variance.shape)}"))
     variance = variance.view(-1, *[1] * (teacher.ndim - 2)) if channels == 1 else variance
     values = 0.5 * ((predicted - teacher).square() / variance + variance.log())
-    if positions is None:
-        return over_positions(values, None, reduction)
-    return over_positions(values.mean(dim=channels), positions, reduction)
+    return over_numbers(values, channels, positions, reduction)
 
 
 def masked_generative(

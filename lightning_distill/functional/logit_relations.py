@@ -12,7 +12,15 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
 from lightning_distill.functional.logits import soft_target_kl
-from lightning_distill.functional.primitives import gram, sum_of_squares
+from lightning_distill.functional.primitives import gram, softened, sum_of_squares
+
+__all__ = [
+    "batch_correlation",
+    "class_correlation",
+    "inter_class_relation",
+    "intra_class_relation",
+    "multi_level_logits",
+]
 
 _CORRELATION_EPS = 1e-8
 
@@ -278,8 +286,10 @@ def _probabilities(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     checks.positive("temperature", temperature)
-    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask, finite=False)
-    student, teacher = (F.softmax(logits.movedim(dim, -1) / temperature, dim=-1) for logits in (student, teacher))
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    student, teacher = (
+        F.softmax(softened(logits.movedim(dim, -1), temperature, counts), dim=-1) for logits in (student, teacher)
+    )
     return student, teacher, counts
 
 

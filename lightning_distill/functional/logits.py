@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
-from lightning_distill.functional.primitives import LEAST_SCORE, softmax_divergence
+from lightning_distill.functional.inputs import Reduction, check_reduction, prepare_logits, reduced
+from lightning_distill.functional.primitives import LEAST_SCORE, softened
+
+__all__ = ["logit_mse", "soft_cross_entropy", "soft_target_kl"]
 
 _STANDARDIZE_EPS = 1e-7
 
@@ -60,13 +62,17 @@ def soft_target_kl(
         dividing by 1e-7 would give gradients that overflow half precision.
     """
     checks.positive("temperature", temperature)
-    # The divergence itself takes scores of minus infinity.
-    student, teacher, dim, counts = prepare_logits(
-        student_logits, teacher_logits, class_dim, mask=mask, finite=standardize
-    )
+    check_reduction(reduction)
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
     if standardize:
-        student, teacher = _standardized(student, dim), _standardized(teacher, dim)
-    values = softmax_divergence(student / temperature, teacher / temperature, dim)
+        student, teacher = (_standardized(logits, dim, counts) for logits in (student, teacher))
+    log_student, log_teacher = (
+        F.log_softmax(softened(logits, temperature, counts, dim), dim=dim) for logits in (student, teacher)
+    )
+    if reduction == "mean" and counts is None:  # in one kernel and one product
+        rows = student.numel() // student.shape[dim]
+        return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * (temperature**2 / rows)
+    values = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=dim)
     return reduced(values, counts, reduction) * temperature**2
 
 
@@ -112,8 +118,8 @@ def soft_cross_entropy(
     """
     checks.positive("temperature", temperature)
     student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
-    log_student = F.log_softmax(student / temperature, dim=dim)
-    soft_targets = F.softmax(teacher / temperature, dim=dim)
+    log_student = F.log_softmax(softened(student, temperature, counts, dim), dim=dim)
+    soft_targets = F.softmax(softened(teacher, temperature, counts, dim), dim=dim)
     return reduced(-(soft_targets * log_student).sum(dim=dim), counts, reduction) * temperature**2
 
 
@@ -152,19 +158,28 @@ def logit_mse(
     References:
         Ba and Caruana 2014, section 2.2, arXiv:1312.6184; deviation: the mean over the classes, without the factor 1/2.
     """
-    student, teacher, dim, counts = prepare_logits(
-        student_logits, teacher_logits, class_dim, mask=mask, at_least=1, finite=False
-    )
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask, at_least=1)
+    if counts is not None:
+        student, teacher = (logits.masked_fill(~counts.unsqueeze(dim), 0.0) for logits in (student, teacher))
     return reduced((student - teacher).square().mean(dim=dim), counts, reduction)
 
 
-def _standardized(logits: Tensor, dim: int) -> Tensor:
-    possible = logits > LEAST_SCORE  # a class of probability 0 has no part in the row's mean and deviation
-    scores = torch.where(possible, logits, 0.0)
-    count = possible.sum(dim=dim, keepdim=True)
-    centred = torch.where(possible, scores - scores.sum(dim=dim, keepdim=True) / count.clamp(min=1), 0.0)
-    variance = centred.square().sum(dim=dim, keepdim=True) / (count - 1).clamp(min=1)
+def _standardized(logits: Tensor, dim: int, counts: Tensor | None) -> Tensor:
+    impossible = logits <= LEAST_SCORE  # a class of probability 0 has no part in the row's mean and deviation
+    if counts is not None:
+        impossible = impossible | ~counts.unsqueeze(dim)
+    scores = logits.masked_fill(impossible, 0.0)
+    absent = impossible.sum(dim=dim, keepdim=True)
+    count = logits.shape[dim] - absent
+    mean = scores.sum(dim=dim, keepdim=True) / count.clamp(min=1)
+    centred = scores - mean
+    squares = centred.square().sum(dim=dim, keepdim=True) - absent * mean.square()
+    variance = squares / (count - 1).clamp(min=1)
     rounding = 4 * torch.finfo(logits.dtype).eps * scores.detach().abs().amax(dim=dim, keepdim=True)
     # The root of a zero variance has no gradient and 1e-7 is a divisor out of reach of float16: constant rows get 1.
     deviation = torch.where(variance <= rounding.square(), 1.0, variance).sqrt()
-    return torch.where(possible, centred / (deviation + _STANDARDIZE_EPS), LEAST_SCORE)
+    standardized = centred / (deviation + _STANDARDIZE_EPS)
+    if torch.compiler.is_compiling():
+        return standardized.masked_fill(impossible, LEAST_SCORE)
+    with torch.no_grad():  # as in softened: neither a copy nor a backward pass
+        return standardized.masked_fill_(impossible, LEAST_SCORE)

@@ -15,7 +15,7 @@ from lightning_distill.functional.vectors import (
     check_positions,
     of_counted,
     over_examples,
-    over_positions,
+    over_numbers,
     positions_mask,
     prepare_equal,
     prepare_examples,
@@ -25,6 +25,14 @@ from lightning_distill.functional.vectors import (
     unit,
     without,
 )
+
+__all__ = [
+    "centered_kernel_alignment",
+    "feature_map_transfer",
+    "neuron_selectivity",
+    "normalized_mse",
+    "pearson_feature",
+]
 
 _PEARSON_EPS = 1e-6
 
@@ -176,8 +184,7 @@ def normalized_mse(
     """
     student, teacher, positions = prepare_equal(student, teacher, mask)
     dim = channels_at(student)
-    values = (unit(student, dim) - unit(teacher, dim)).square().mean(dim=dim)
-    return over_positions(values, positions, reduction)
+    return over_numbers((unit(student, dim) - unit(teacher, dim)).square(), dim, positions, reduction)
 
 
 def feature_map_transfer(
@@ -221,7 +228,7 @@ def feature_map_transfer(
     for feature in (student, teacher):
         difference = centred(feature, dim)
         normalized.append(difference / spread_or_one(difference, dim, count=feature.shape[dim], eps=eps))
-    return over_positions((normalized[0] - normalized[1]).square().mean(dim=dim), positions, reduction)
+    return over_numbers((normalized[0] - normalized[1]).square(), dim, positions, reduction)
 
 
 def _pearson(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the formulas spend their time in: products in full precision, and three functions with gradients by hand.
+"""Building blocks of the formulas: products in full precision, and three functions with gradients by hand.
 
 Autograd's own gradients of those three make needless copies. They may be differentiated again, forward too, and take
 part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes it fuses by itself.
@@ -18,14 +18,14 @@ LEAST_SCORE = -1e30
 
 
 def precise(function: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
-    """What a function makes of a feature, in the feature's precision also where autocast would lower it.
+    """Apply a function to a feature in the feature's precision, also where autocast would lower it.
 
     Args:
         function: A network, or any map of one tensor.
         feature: Any shape.
 
     Returns:
-        Whatever the function gives.
+        The function's result.
     """
     device = feature.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -106,6 +106,32 @@ def bounded(scores: Tensor) -> Tensor:
         Same shape; a score that was minus infinity gets a gradient of 0.
     """
     return scores.clamp(min=LEAST_SCORE)
+
+
+def softened(logits: Tensor, temperature: float, counts: Tensor | None = None, dim: int = -1) -> Tensor:
+    """Logits divided by a temperature: finite, and zeros in the rows that do not count, whatever was there.
+
+    Args:
+        logits: Any shape; minus infinity becomes the least finite score.
+        temperature: Greater than 0.
+        counts: True where a row counts, the shape without ``dim``; None where all count.
+        dim: Dimension of the classes.
+
+    Returns:
+        Same shape. The gradient passes as if nothing had been changed: a caller drops the values of such rows.
+    """
+    scores = logits / temperature
+    hidden = None if counts is None else ~counts.unsqueeze(dim)
+    if torch.compiler.is_compiling():
+        scores = bounded(scores)
+        return scores if hidden is None else scores.masked_fill(hidden, 0.0)
+    # In place and out of autograd's sight: no copy, and nothing to do in the backward pass. The softmax of what is
+    # changed has a gradient of 0 by itself.
+    with torch.no_grad():
+        scores.clamp_min_(LEAST_SCORE)  # unlike clamp_, with a batching rule for torch.func.vmap
+        if hidden is not None:
+            scores.masked_fill_(hidden, 0.0)
+    return scores
 
 
 class _SumOfSquares(torch.autograd.Function):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
+from lightning_distill.functional.chunks import summed
 from lightning_distill.functional.inputs import prepare
 from lightning_distill.functional.primitives import gram
 from lightning_distill.functional.vectors import (
@@ -23,10 +24,18 @@ from lightning_distill.functional.vectors import (
     prepare_equal,
     prepare_examples,
     relative_gram,
-    summed,
     unit,
     without,
 )
+
+__all__ = [
+    "correlation_congruence",
+    "inter_channel_correlation",
+    "probabilistic_transfer",
+    "relational_angle",
+    "relational_distance",
+    "similarity_preserving",
+]
 
 _TRANSFER_EPS = 1e-7
 KERNELS = ("gaussian", "neighbour")

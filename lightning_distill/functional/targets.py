@@ -15,6 +15,9 @@ from lightning_distill.functional.inputs import (
     prepare_logits,
     reduced,
 )
+from lightning_distill.functional.primitives import LEAST_SCORE, softened
+
+__all__ = ["binary_soft_target", "decoupled_kd", "normalized_kd", "weighted_soft_labels"]
 
 _WEIGHT_EPS = 1e-7
 
@@ -83,7 +86,7 @@ def decoupled_kd(
         student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
     )
     (of_student, rest_student), (of_teacher, rest_teacher) = (
-        _split(logits / temperature, target) for logits in (student, teacher)
+        _split(softened(logits, temperature, counts), target) for logits in (student, teacher)
     )
     # p_y / (1 - p_y) = exp(margin): both logarithms of b are log-sigmoids and never of a rounded sum.
     margin_student, margin_teacher = (
@@ -157,10 +160,11 @@ def normalized_kd(
     student, teacher, target, counts, factor = prepare_labelled(
         student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
     )
+    student, teacher = (softened(logits, 1.0, counts) for logits in (student, teacher))
     log_student, log_teacher = (
         F.log_softmax(logits, dim=-1).gather(-1, target).squeeze(-1) for logits in (student, teacher)
     )
-    rest_student, rest_teacher = (_split(logits / temperature, target)[1] for logits in (student, teacher))
+    rest_student, rest_teacher = (_split(logits, target)[1] / temperature for logits in (student, teacher))
     others = -(F.softmax(rest_teacher, dim=-1) * F.log_softmax(rest_student, dim=-1)).sum(dim=-1)
     values = nontarget_weight * temperature**2 * others - log_teacher.exp() * log_student
     return reduced(factor * values, counts, reduction)
@@ -221,12 +225,15 @@ def weighted_soft_labels(
     student, teacher, target, counts, factor = prepare_labelled(
         student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
     )
+    # An impossible label costs much, and nothing where no class is possible; logits that are NaN stay so below.
     own_student, own_teacher = (
-        -F.log_softmax(logits, dim=-1).gather(-1, target).squeeze(-1) for logits in (student.detach(), teacher)
+        torch.nan_to_num(-F.log_softmax(logits, dim=-1).gather(-1, target).squeeze(-1), nan=0.0, posinf=-LEAST_SCORE)
+        for logits in (student.detach(), teacher)
     )
-    weight = -torch.expm1(-own_student / (own_teacher + _WEIGHT_EPS))
-    soft_targets = F.softmax(teacher / temperature, dim=-1)
-    cross_entropy = -(soft_targets * F.log_softmax(student / temperature, dim=-1)).sum(dim=-1)
+    weight = torch.where(counts, -torch.expm1(-own_student / (own_teacher + _WEIGHT_EPS)), 0.0)
+    soft_targets = F.softmax(softened(teacher, temperature, counts), dim=-1)
+    log_student = F.log_softmax(softened(student, temperature, counts), dim=-1)
+    cross_entropy = -(soft_targets * log_student).sum(dim=-1)
     return reduced(factor * weight * cross_entropy, counts, reduction) * temperature**2
 
 
@@ -274,7 +281,7 @@ def binary_soft_target(
     """
     checks.positive("temperature", temperature)
     student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask, at_least=1)
-    student, teacher = student / temperature, teacher / temperature
+    student, teacher = (softened(logits, temperature, counts, dim) for logits in (student, teacher))
     yes = teacher.sigmoid() * F.logsigmoid(student)
     no = (-teacher).sigmoid() * F.logsigmoid(-student)
     return reduced(-(yes + no).mean(dim=dim), counts, reduction) * temperature**2

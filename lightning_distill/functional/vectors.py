@@ -1,20 +1,16 @@
-"""What the formulas on features share: shapes, means over an example, vectors of length one, centred numbers."""
+"""Helpers of the formulas on features: shapes, means over an example, vectors of length one, centred numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare, reduced, rows_mask
 from lightning_distill.functional.primitives import gram, sum_of_squares
 
-# Numbers of a chunk's largest tensor: fewer gain no memory worth speaking of.
-_SMALLEST_CHUNK = 2**20
-_MOST_CHUNKS = 8  # where each is kept for the backward pass, more of them would save little
 _REMEDY = "Map the student's feature to the teacher's shape with an adapter."
 
 
@@ -159,6 +155,23 @@ def over_positions(values: Tensor, positions: Tensor | None, reduction: Reductio
             values if positions is not None or reduction == "mean" else per_example(values), positions, reduction
         )
     return mean_of_counted(values, positions)
+
+
+def over_numbers(values: Tensor, dim: int | None, positions: Tensor | None, reduction: Reduction) -> Tensor:
+    """Means over the numbers of the positions that count: of each example, or of the batch.
+
+    Args:
+        values: One value per number of a feature, shape ``(N, ...)``.
+        dim: Dimension of the channels, or None.
+        positions: True where a position counts, the shape without ``dim``; None where all count.
+        reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over all positions that count.
+
+    Returns:
+        Shape ``(N,)`` or ``()``; 0 where no position counts.
+    """
+    if positions is not None and dim is not None:
+        values = values.mean(dim=dim)
+    return over_positions(values, positions, reduction)
 
 
 def over_examples(values: Tensor, positions: Tensor | None, reduction: Reduction) -> Tensor:
@@ -334,48 +347,6 @@ def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int,
     squares = sum_of_squares(difference, dim)
     # The root of a zero variance has no gradient, and the root of a tiny eps is a divisor out of reach of float16.
     return torch.where(squares > 0, squares / count + eps, 1.0).sqrt()
-
-
-def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size: int, inputs: int) -> Tensor:
-    """Sum of a function over chunks of rows, so small that what it holds does not outgrow the loss's inputs.
-
-    The backward pass computes a chunk anew instead of having kept it.
-
-    Args:
-        function: Called with a chunk of each tensor; returns a scalar that is a sum over the rows.
-        rows: Tensors with equally many rows.
-        row_size: How many numbers the largest tensor that ``function`` makes has for each row.
-        inputs: Numbers in one model's feature.
-
-    Returns:
-        A scalar.
-    """
-    size = max(max(_SMALLEST_CHUNK, inputs // 8) // row_size, 1)
-    if len(rows[0]) <= size:
-        return function(*rows)
-    # Not slices: each of them would have a gradient of the whole tensor's size.
-    chunks = zip(*(tensor.chunk(-(-len(tensor) // size)) for tensor in rows), strict=True)
-    parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(parts).sum()
-
-
-def by_examples(function: Callable[..., Tensor], examples: Sequence[Tensor], *, example_size: int) -> Tensor:
-    """What a function gives for each example, from a few chunks of the batch: most of what it needs it needs for one.
-
-    Args:
-        function: Called with a chunk of each tensor; returns one value for each example.
-        examples: Tensors with equally many examples.
-        example_size: How many numbers the largest tensor that ``function`` makes has for each example.
-
-    Returns:
-        The values, shape ``(N,)``.
-    """
-    count = len(examples[0])
-    chunks = min(_MOST_CHUNKS, count * example_size // _SMALLEST_CHUNK, count)
-    if chunks < 2:
-        return function(*examples)
-    parts = zip(*(tensor.chunk(chunks) for tensor in examples), strict=True)
-    return torch.cat([function(*part) for part in parts])
 
 
 def _varies(values: Tensor, mean: Tensor, dim: int | tuple[int, ...]) -> Tensor:

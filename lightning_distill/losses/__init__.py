@@ -1,63 +1,38 @@
 """Losses: small modules with checked settings, called with the student's tensor, then the teacher's."""
 
-from lightning_distill.losses.attention import AttentionMapLoss, AttentionRelationLoss
-from lightning_distill.losses.base import DistillationLoss
-from lightning_distill.losses.divergences import GeneralizedJSDLoss, ReverseKLLoss, SkewKLLoss, TotalVariationLoss
-from lightning_distill.losses.features import AttentionTransferLoss, ChannelWiseLoss, FeatureDistance
-from lightning_distill.losses.learned import MaskedGenerativeLoss, VariationalInformationLoss
-from lightning_distill.losses.logit_relations import DISTLoss, MultiLevelLogitLoss
-from lightning_distill.losses.logits import LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
-from lightning_distill.losses.normalized import (
-    CKALoss,
-    FeatureMapTransferLoss,
-    NeuronSelectivityLoss,
-    PatientLoss,
-    PearsonFeatureLoss,
-)
-from lightning_distill.losses.relations import (
-    CorrelationCongruenceLoss,
-    InterChannelCorrelationLoss,
-    ProbabilisticTransferLoss,
-    RelationalLoss,
-    SimilarityPreservingLoss,
-)
-from lightning_distill.losses.targets import (
-    BinarySoftTargetLoss,
-    DecoupledKDLoss,
-    NormalizedKDLoss,
-    WeightedSoftLabelLoss,
-)
+# ruff: noqa: F403 - every module names in its own __all__ what is public
 
-__all__ = [
-    "AttentionMapLoss",
-    "AttentionRelationLoss",
-    "AttentionTransferLoss",
-    "BinarySoftTargetLoss",
-    "CKALoss",
-    "ChannelWiseLoss",
-    "CorrelationCongruenceLoss",
-    "DISTLoss",
-    "DecoupledKDLoss",
-    "DistillationLoss",
-    "FeatureDistance",
-    "FeatureMapTransferLoss",
-    "GeneralizedJSDLoss",
-    "InterChannelCorrelationLoss",
-    "LogitMSELoss",
-    "MaskedGenerativeLoss",
-    "MultiLevelLogitLoss",
-    "NeuronSelectivityLoss",
-    "NormalizedKDLoss",
-    "PatientLoss",
-    "PearsonFeatureLoss",
-    "ProbabilisticTransferLoss",
-    "RelationalLoss",
-    "ReverseKLLoss",
-    "SimilarityPreservingLoss",
-    "SkewKLLoss",
-    "SoftCrossEntropyLoss",
-    "SoftTargetLoss",
-    "TotalVariationLoss",
-    "VariationalInformationLoss",
-    "WeightedSoftLabelLoss",
-]
+from lightning_distill.losses import (
+    attention,
+    base,
+    divergences,
+    features,
+    learned,
+    logit_relations,
+    logits,
+    normalized,
+    relations,
+    targets,
+)
+from lightning_distill.losses.attention import *
+from lightning_distill.losses.base import *
+from lightning_distill.losses.divergences import *
+from lightning_distill.losses.features import *
+from lightning_distill.losses.learned import *
+from lightning_distill.losses.logit_relations import *
+from lightning_distill.losses.logits import *
+from lightning_distill.losses.normalized import *
+from lightning_distill.losses.relations import *
+from lightning_distill.losses.targets import *
+
+__all__: list[str] = []
+__all__ += attention.__all__
+__all__ += base.__all__
+__all__ += divergences.__all__
+__all__ += features.__all__
+__all__ += learned.__all__
+__all__ += logit_relations.__all__
+__all__ += logits.__all__
+__all__ += normalized.__all__
+__all__ += relations.__all__
+__all__ += targets.__all__

@@ -10,6 +10,8 @@ from lightning_distill import checks
 from lightning_distill.functional.attention import attention_kl, attention_mse, attention_relation, check_heads
 from lightning_distill.losses.base import DistillationLoss, FormulaLoss
 
+__all__ = ["AttentionMapLoss", "AttentionRelationLoss"]
+
 _KINDS = ("kl", "mse")
 
 

@@ -1,4 +1,4 @@
-"""What all losses share: what a term must hand over, settings that repr shows, masks."""
+"""Base classes of the losses: requirements that a term reads, settings that repr shows, masks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lightning_distill import checks
 from lightning_distill.schedules import Schedule, first_value
+
+__all__ = ["DistillationLoss"]
 
 
 class DistillationLoss(nn.Module):

@@ -17,6 +17,8 @@ from lightning_distill.functional.divergences import (
 from lightning_distill.losses.base import LogitsLoss
 from lightning_distill.schedules import Schedule
 
+__all__ = ["GeneralizedJSDLoss", "ReverseKLLoss", "SkewKLLoss", "TotalVariationLoss"]
+
 
 class ReverseKLLoss(LogitsLoss):
     r"""Divergence of the teacher's probabilities from the student's, averaged over the examples.

@@ -20,6 +20,8 @@ from lightning_distill.functional.features import (
 from lightning_distill.losses.base import DistillationLoss, FormulaLoss
 from lightning_distill.schedules import Schedule
 
+__all__ = ["AttentionTransferLoss", "ChannelWiseLoss", "FeatureDistance"]
+
 DISTANCES: Final[dict[str, Callable[..., Tensor]]] = {
     "mse": feature_mse,
     "l1": feature_l1,

@@ -15,6 +15,8 @@ from lightning_distill.functional.learned import masked_generative, variational_
 from lightning_distill.functional.vectors import channels_at, over_examples, positions_mask, without
 from lightning_distill.losses.base import DistillationLoss
 
+__all__ = ["MaskedGenerativeLoss", "VariationalInformationLoss"]
+
 T = TypeVar("T")
 _LAYERS: Final[dict[int, Any]] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _SMALLEST_VARIANCE = 1e-5
@@ -66,7 +68,7 @@ class VariationalInformationLoss(DistillationLoss):
         self.rho: nn.Parameter | None = None
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
-        """Make the mean and the variances for features of these shapes, anew if there were any."""
+        """Make the mean and the variances for features of these shapes, replacing earlier ones."""
         _check_ranks(student, teacher)
         layer, wide = _LAYERS[len(teacher)], teacher[_channels(teacher)]
         size = {} if layer is nn.Linear else {"kernel_size": 1}
@@ -136,7 +138,7 @@ class MaskedGenerativeLoss(DistillationLoss):
         self.generator: nn.Sequential | None = None
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
-        """Make the generator for features of these shapes, anew if there was one."""
+        """Make the generator for features of these shapes, replacing an earlier one."""
         _check_ranks(student, teacher)
         if self.mask == "spatial" and len(student) < 3:
             expected = "the student's feature to have positions for mask='spatial'"

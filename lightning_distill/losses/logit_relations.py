@@ -12,6 +12,8 @@ from lightning_distill.functional.logit_relations import inter_and_intra_class_r
 from lightning_distill.losses.base import LogitsLoss
 from lightning_distill.schedules import Schedule
 
+__all__ = ["DISTLoss", "MultiLevelLogitLoss"]
+
 
 class DISTLoss(LogitsLoss):
     r"""One minus the correlation of the two models' probabilities, over the classes and over the examples.

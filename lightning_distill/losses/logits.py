@@ -9,6 +9,8 @@ from lightning_distill.functional.logits import logit_mse, soft_cross_entropy, s
 from lightning_distill.losses.base import LogitsLoss
 from lightning_distill.schedules import Schedule
 
+__all__ = ["LogitMSELoss", "SoftCrossEntropyLoss", "SoftTargetLoss"]
+
 
 class SoftTargetLoss(LogitsLoss):
     r"""Divergence of the student's softened probabilities from the teacher's soft targets, averaged over the examples.

@@ -14,6 +14,8 @@ from lightning_distill.functional.normalized import (
 )
 from lightning_distill.losses.base import FormulaLoss
 
+__all__ = ["CKALoss", "FeatureMapTransferLoss", "NeuronSelectivityLoss", "PatientLoss", "PearsonFeatureLoss"]
+
 
 class PearsonFeatureLoss(FormulaLoss):
     r"""Half the mean squared difference of the z-scores of the channels, over the examples and positions of a batch.

@@ -20,6 +20,14 @@ from lightning_distill.functional.relations import (
 from lightning_distill.losses.base import DistillationLoss, FormulaLoss
 from lightning_distill.schedules import Schedule
 
+__all__ = [
+    "CorrelationCongruenceLoss",
+    "InterChannelCorrelationLoss",
+    "ProbabilisticTransferLoss",
+    "RelationalLoss",
+    "SimilarityPreservingLoss",
+]
+
 
 class SimilarityPreservingLoss(FormulaLoss):
     r"""Mean squared difference of the two models' similarities between the examples of a batch.

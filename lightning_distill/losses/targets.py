@@ -10,6 +10,8 @@ from lightning_distill.functional.targets import binary_soft_target, decoupled_k
 from lightning_distill.losses.base import LabelledLoss, LogitsLoss
 from lightning_distill.schedules import Schedule
 
+__all__ = ["BinarySoftTargetLoss", "DecoupledKDLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"]
+
 
 class DecoupledKDLoss(LabelledLoss):
     r"""Two divergences, on the target class and among the others, averaged over the examples.

@@ -144,7 +144,7 @@ def test_c5_another_keras_teacher_and_other_arrays_are_refused(
 
 
 def test_c13_a_second_build_into_one_folder_is_refused(tmp_path: Path) -> None:
-    """C13: by the lock that builds of the other half take too; its file stays, since a waiter may hold it."""
+    """C13: by the lock that builds of the other half take too; it is free afterwards."""
     with (
         filelock.FileLock(tmp_path / ".lock"),
         pytest.raises(CacheError, match=r"to be free, but another process is building there\. Wait for it\.$"),
@@ -153,4 +153,4 @@ def test_c13_a_second_build_into_one_folder_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.json"))
     keras_distill.TeacherCache.build(keras_network(8, 1), X, tmp_path)
     with filelock.FileLock(tmp_path / ".lock", timeout=0):
-        pass  # it is free
+        pass

@@ -122,8 +122,9 @@ def test_validate_config_checks_the_criterion_and_shows_warnings_n12(
     yaml_file(tmp_path, f"distillation: {{train: {{criterion: {{{wrong}}}}}}}")
     assert main(["validate-config", str(path)]) == 2
     assert "criterion.IntermediateLayersKnowledgeDistillationLoss: Expected `layer_mapp" in capsys.readouterr().err
-    assert main(["validate-config", str(tmp_path / "none.yaml")]) == 2
-    assert capsys.readouterr().err == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory\n"
+    file = tmp_path / "none.yaml"
+    assert main(["validate-config", str(file)]) == 1
+    assert capsys.readouterr().err == f"keras-distill validate-config: cannot read {file}: No such file or directory\n"
 
 
 def test_pydantic_and_yaml_are_imported_only_for_the_launcher_n12() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill import AttentionRelationLoss, InterChannelCorrelationLoss, RelationalLoss
-from lightning_distill.functional import attention, vectors
+from lightning_distill.functional import attention, chunks
 
 CASES = [(RelationalLoss(distance_weight=0.0), (7, 5)), (InterChannelCorrelationLoss(), (7, 5, 2, 3))]
 
@@ -30,9 +30,9 @@ def test_chunks_change_neither_value_nor_gradient(
     """Chunks of one row, and of some with a smaller one at the end."""
     whole = differentiated(loss, shape)
     calls: list[Any] = []
-    original = vectors.checkpoint
-    monkeypatch.setattr(vectors, "checkpoint", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
-    monkeypatch.setattr(vectors, "_SMALLEST_CHUNK", numbers)
+    original = chunks.checkpoint
+    monkeypatch.setattr(chunks, "checkpoint", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
+    monkeypatch.setattr(chunks, "_SMALLEST_CHUNK", numbers)
     parts = differentiated(loss, shape)
     assert len(calls) > 1
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
@@ -48,6 +48,6 @@ def test_chunks_of_examples_change_neither_value_nor_gradient(numbers: int, monk
     monkeypatch.setattr(
         attention, "softmax_divergence", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs)
     )
-    monkeypatch.setattr(vectors, "_SMALLEST_CHUNK", numbers)
+    monkeypatch.setattr(chunks, "_SMALLEST_CHUNK", numbers)
     torch.testing.assert_close(differentiated(loss, shape), whole, rtol=1e-12, atol=1e-12)
     assert len(calls) == {45: 7, 3 * 45: 2, 7 * 45: 1}[numbers]

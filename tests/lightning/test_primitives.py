@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_distill import functional
 from lightning_distill.functional import primitives
 
 Function = Callable[[Tensor], Tensor]
@@ -17,6 +19,8 @@ BY_HAND: dict[str, Function] = {
     "sum_of_squares": lambda values: primitives.sum_of_squares(values, (0, 2)),
     "softmax_divergence": lambda values: primitives.softmax_divergence(values, TEACHER, 1),
 }
+
+ON_LOGITS = [n for n in functional.__all__ if "student_logits" in signature(getattr(functional, n)).parameters]
 
 
 def plain(name: str, values: Tensor) -> Tensor:
@@ -78,3 +82,27 @@ def test_divergence_loses_no_digits_where_one_model_has_large_scores(values: Ten
     found = primitives.softmax_divergence(student, teacher, 1)
 
     torch.testing.assert_close(found, primitives.softmax_divergence(student.double(), teacher.double(), 1).float())
+
+
+# torch has no batching rule for its own divergence: vmap takes the rows one by one.
+@pytest.mark.filterwarnings("ignore:There is a performance drop .* aten..kl_div:UserWarning")
+@pytest.mark.parametrize("name", ON_LOGITS)
+def test_functions_on_logits_take_part_in_torch_func(name: str) -> None:
+    """What is masked in place must not be seen by autograd, forward mode or vmap."""
+    function, parameters = getattr(functional, name), signature(getattr(functional, name)).parameters
+    student, teacher = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = [torch.tensor([0, 1, 2, 3, 4, 0])] if "labels" in parameters else []
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return function(logits, teacher, *labels, mask=torch.arange(6) != 2).sum()
+
+    leaf = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(student), gradient)
+    if name != "weighted_soft_labels":  # whose weight is a constant to autograd alone
+        _, tangent = torch.func.jvp(loss, (student,), (teacher,))
+        torch.testing.assert_close(tangent, (gradient * teacher).sum())
+    if "reduction" in parameters:
+        rows = [student, teacher, *labels]
+        by_rows = torch.func.vmap(lambda *row: function(*(part[None] for part in row))[0])(*rows)
+        torch.testing.assert_close(by_rows, function(*rows))

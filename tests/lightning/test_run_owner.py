@@ -370,5 +370,5 @@ def test_a_teacher_that_changes_its_input_in_place_is_refused(trainer: Make, sev
 
 
 def test_a_teacher_without_a_forward_is_refused_by_its_name(trainer: Make) -> None:
-    with pytest.raises(TypeError, match="`teacher` to have a `forward` of its own, but got Classifier.*module.model"):
+    with pytest.raises(TypeError, match="have a `forward` of its own, but got Classifier"):
         trainer(callbacks=DistillCallback(Classifier(), student="model")).fit(Classifier(), loader())
