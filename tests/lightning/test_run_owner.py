@@ -274,6 +274,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 
 
+def test_a_shallow_copy_that_shares_the_hooks_is_not_recorded(trainer: Make) -> None:
+    class Shallow(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + copy.copy(self.model)(batch[0]).mean() * 0
+
+    callback = DistillCallback(Asked(), student="model")
+    trainer(callbacks=callback).fit(Shallow(), loader())
+    assert len(callback.teacher.shown) == 2
+
+
 def test_calls_between_the_steps_are_not_recorded(trainer: Make) -> None:
     callback = distill()
     look = At(
