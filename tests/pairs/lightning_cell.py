@@ -135,7 +135,7 @@ class Cell:
         """The loop by hand, from the first values of the learned parts."""
         start = watch.start or {}
         if fresh:
-            known = FRESH.setdefault(self.name, start)
+            known = self.first_values()
             assert start.keys() == known.keys()
             for key, value in start.items():
                 assert torch.equal(value, known[key]), f"{key} did not start afresh"
@@ -144,6 +144,16 @@ class Cell:
         dtype = None if feature.cache is None else torch.float32  # in which the cache was built
         settings = {"views": feature.views, "task_weight": feature.task_weight, "dtype": dtype, **settings}
         return Hand(feature.formula, student() if model is None else model, start, **settings)
+
+    def first_values(self) -> dict[str, Tensor]:
+        """The first values of the learned parts, from a run of one step of its own."""
+        if self.name not in FRESH:
+            distill = self.callback()
+            watch = Watch(distill)
+            torch.manual_seed(7)
+            Trainer(callbacks=[distill, watch], max_steps=1, **QUIET).fit(self.module())
+            FRESH[self.name] = watch.start or {}
+        return FRESH[self.name]
 
     def steps(
         self, sizes: Sequence[int] = (BATCH, BATCH), accumulate: int = 1, optimizers: int = 1

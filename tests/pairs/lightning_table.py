@@ -182,6 +182,15 @@ def _variational(result, ask, batch, place, learned):
     return 0.3 * variational(result["body"], ask(first_teacher())["body"], learned, "body.learned.0")
 
 
+def _variational_of_two(result, ask, batch, place, learned):
+    teachers = enumerate([first_teacher(), second_teacher()])
+    values = [
+        variational(result["body"], ask(teacher)["body"], learned, f"body.learned.{index}")
+        for index, teacher in teachers
+    ]
+    return 0.3 * sum(values) / 2
+
+
 def _generated(result, ask, batch, place, learned):
     weight, bias = (learned[f"body.adapters.0.{name}"] for name in ("weight", "bias"))
     adapted = torch.nn.functional.linear(result["body"], weight, bias)
@@ -244,6 +253,11 @@ FEATURES: dict[str, Feature] = {
     "adapter": Feature(_adapter_terms, _with_adapter),
     "variational information": Feature(
         lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3), _variational
+    ),
+    "variational information of several teachers": Feature(
+        lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3),
+        _variational_of_two,
+        teacher=lambda: [first_teacher(), second_teacher()],
     ),
     "masked generation": Feature(
         lambda: FeatureDistillation("body", "body", MaskedGenerativeLoss(mask="channel"), weight=0.05),
