@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
-from keras_distill.taps import Call
+from keras_distill import checks
+from keras_distill.recording import Call, looks_like
 
 
 class DistillTargets(NamedTuple):
@@ -66,3 +70,71 @@ def split_targets(targets: Any) -> tuple[Any, Call | None]:
     if not carries_features(answer):
         return targets.labels, Call(answer, who="teacher")
     return targets.labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")
+
+
+class EpochData(keras.utils.PyDataset):
+    """A data set whose batches depend on the epoch; ``DistillModel.fit`` sets it, since Keras does not pass the number.
+
+    Attributes:
+        epoch: The epoch, from 0.
+    """
+
+    epoch: int = 0
+
+
+def check_class_weight(class_weight: Any, targets: Any, data: Any) -> None:
+    """Refuse weights of classes beside :class:`DistillTargets`, which Keras takes for the targets of two outputs.
+
+    Args:
+        class_weight: What the user passed.
+        targets: What the user passed as ``y``.
+        data: What the user passed as ``x``.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if not class_weight:
+        return
+    several = [targets]
+    if isinstance(data, keras.utils.PyDataset):
+        several += data[0]
+    elif isinstance(specification := getattr(data, "element_spec", None), tuple):
+        several += specification
+    if any(isinstance(one, DistillTargets) for one in several):
+        expected = "`class_weight` to be None where the targets carry the teacher's outputs"
+        remedy = "Pass the weight of each example's class in `sample_weight`."
+        raise ValueError(checks.message(expected, f"class_weight={class_weight!r}", remedy))
+
+
+def check_stored_logits(terms: Sequence[Any], targets: Any, data: Any) -> None:
+    """Refuse stored outputs that are probabilities where a loss takes logits, judged by their values.
+
+    Args:
+        terms: The terms.
+        targets: What the user passed as ``y``.
+        data: What the user passed as ``x``.
+
+    Raises:
+        ValueError: If rows lie in [0, 1] and sum to 1.
+    """
+    if isinstance(data, EpochData) and len(data):
+        targets = next((part for part in data[0] if isinstance(part, DistillTargets)), None)
+    if not isinstance(targets, DistillTargets):
+        return
+    _, call = split_targets(targets)
+    reads = [term for term in terms if getattr(getattr(term, "loss", None), "from_logits", None) is True]
+    output = None if call is None else call.output
+    if not reads or not isinstance(output, np.ndarray) or output.ndim < 2:
+        return
+    # a thousand rows from everywhere: probabilities are in all of them
+    kind = looks_like(output[:: max(1, len(output) // 1000)])
+    if kind == "softmax":
+        expected = f"the teacher's outputs in `DistillTargets` to be logits for {type(reads[0].loss).__name__}"
+        remedy = "Store logits, or np.log of the probabilities; or pass a loss with from_logits=False to a softmax student."
+        raise ValueError(checks.message(expected, "rows of probabilities, which sum to 1", remedy))
+    if kind == "sigmoid" and output.any():
+        warnings.warn(
+            "The teacher's outputs in `DistillTargets` all lie from 0 to 1, as probabilities do, and the loss of term"
+            f" {reads[0].name!r} takes them for logits.",
+            stacklevel=3,
+        )

@@ -15,7 +15,7 @@ from keras_distill.cache.builder import Builder, teacher_fingerprint
 from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
 from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
 from keras_distill.functional.top_k import TopK
-from keras_distill.taps import Tap
+from keras_distill.recording import Tap
 
 __all__ = ["CacheError", "CachedData", "TeacherCache"]
 

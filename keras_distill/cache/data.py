@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
 from distill_core.store import CacheError, Manifest
-from keras_distill import checks
 from keras_distill.cache.views import Augmentation
-from keras_distill.targets import DistillTargets
+from keras_distill.targets import DistillTargets, EpochData
 
 # From row numbers to what DistillTargets carry for them.
 Answers: TypeAlias = Callable[[Any], Any]
 
 
-class CachedData(keras.utils.PyDataset):
+class CachedData(EpochData):
     """Batches of arrays whose targets carry the teacher's answers; :meth:`TeacherCache.attach` makes it.
 
     Args:
@@ -47,7 +46,7 @@ class CachedData(keras.utils.PyDataset):
         self._length = len(keras.tree.flatten(data[0])[0])
         self.epoch = 0
 
-    @property
+    @property  # type: ignore[override]
     def epoch(self) -> int:
         """The epoch, from 0, by which view and order are chosen; ``DistillModel.fit`` sets it."""
         return self._epoch
@@ -76,57 +75,6 @@ class CachedData(keras.utils.PyDataset):
             x = self._augmentation.batch(self._data[0], items, view)
         targets = DistillTargets(y, self._answers(view * self._length + items))
         return (x, targets) if weight is None else (x, targets, weight)
-
-    def on_epoch_end(self) -> None:
-        """The next epoch, for loops that set none."""
-        self.epoch += 1
-
-
-class EpochTeller(keras.callbacks.Callback):
-    """Tells data of a cache which epoch begins: Keras tells its own data sets nothing that they could count.
-
-    Args:
-        data: The data.
-    """
-
-    def __init__(self, data: CachedData) -> None:
-        super().__init__()
-        self._data = data
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Before the first batch, also of a training that goes on from a later epoch."""
-        self._data.epoch = epoch
-
-
-def epoch_tellers(data: Any) -> list[keras.callbacks.Callback]:
-    """What tells data of a cache which epoch begins: one callback, or none for other data.
-
-    Args:
-        data: What ``fit`` is given.
-    """
-    return [EpochTeller(data)] if isinstance(data, CachedData) else []
-
-
-def check_class_weight(given: Mapping[str, Any]) -> None:
-    """Refuse weights of classes beside :class:`DistillTargets`, which Keras takes for the targets of two outputs.
-
-    Args:
-        given: What ``fit`` is given, by name.
-
-    Raises:
-        ValueError: If both are given.
-    """
-    if not given.get("class_weight"):
-        return
-    data, targets = given.get("x"), [given.get("y")]
-    if isinstance(data, keras.utils.PyDataset):
-        targets += data[0]
-    elif isinstance(specification := getattr(data, "element_spec", None), tuple):
-        targets += specification
-    if any(isinstance(one, DistillTargets) for one in targets):
-        expected = "`class_weight` to be None where the targets carry the teacher's outputs"
-        remedy = "Pass the weight of each example's class in `sample_weight`."
-        raise ValueError(checks.message(expected, f"class_weight={given['class_weight']!r}", remedy))
 
 
 def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:

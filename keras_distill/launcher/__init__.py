@@ -22,8 +22,7 @@ from keras_distill.launcher.loop import Loop
 from keras_distill.launcher.scores import BestStudent, MetricEvaluation, Scoring
 from keras_distill.launcher.training import StudentAlone, optimizer_of
 from keras_distill.model import DistillModel
-from keras_distill.term import DistillationTerm
-from keras_distill.terms import as_terms
+from keras_distill.terms import DistillationTerm, as_terms
 
 __all__ = [
     "Distillation",

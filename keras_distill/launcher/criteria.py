@@ -11,9 +11,8 @@ import keras
 from keras_distill import backends, checks
 from keras_distill.launcher.conf import Criterion
 from keras_distill.losses import DistillationLoss, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
-from keras_distill.taps import Call, Tap, select
-from keras_distill.term import DistillationTerm
-from keras_distill.terms import FeatureDistillation, LogitsDistillation
+from keras_distill.recording import Call, Tap, select
+from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
 
 
 class KnowledgeDistillationLoss:

@@ -12,7 +12,7 @@ from keras_distill import checks
 from keras_distill.launcher.batches import batches_of
 from keras_distill.launcher.conf import Metric
 from keras_distill.launcher.criteria import one_hot
-from keras_distill.taps import select
+from keras_distill.recording import select
 
 _LOG = logging.getLogger("keras_distill")
 

@@ -8,6 +8,7 @@ import keras
 
 from keras_distill.launcher import conf
 from keras_distill.model import DistillModel
+from keras_distill.terms import LogitsDistillation
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -26,14 +27,13 @@ class StudentAlone(DistillModel):
 
     def __init__(self, student: keras.Model, task_weight: float) -> None:
         super().__init__(
-            student, task_weight=task_weight, evaluate_distillation=False, track_agreement=False, name="student_alone"
+            student,
+            terms=LogitsDistillation(weight=0.0),
+            task_weight=task_weight,
+            evaluate_distillation=False,
+            track_agreement=False,
+            name="student_alone",
         )
-
-    def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Any:
-        """The weighted task loss and the regularisers, as in evaluation."""
-        return super().compute_loss(x, y, y_pred, sample_weight, training=False)
 
 
 def optimizer_of(settings: conf.Optimizer | None) -> Any:

@@ -51,6 +51,7 @@ class DistillationLoss(keras.losses.Loss):
     merges_classes: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None
+    training: bool | None = None  # whether a step trains: a term tells its own copy of a learned loss
 
     def __init__(self, *, name: str, reduction: str | None = "sum_over_batch_size", dtype: Any = None) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
