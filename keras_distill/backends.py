@@ -30,7 +30,7 @@ def executes_eagerly() -> bool:
         import tensorflow as tf
 
         return bool(tf.executing_eagerly())
-    return keras.backend.backend() == "torch"
+    return bool(keras.backend.backend() == "torch")
 
 
 def check_batch(student: Any, teacher: Any) -> None:

@@ -157,7 +157,6 @@ class DistillationScheduler(_Following):
         expected = f"`term` to name the one term whose {self.parameter} is scheduled"
         raise ValueError(checks.message(expected, f"term={self.term!r}, of the terms {names}"))
 
-
     def _check_free(self, schedules: Mapping[str, Schedule]) -> None:
         """Raise if the setting has a schedule already, which would overwrite the values of this one."""
         if self.parameter in schedules:
@@ -247,7 +246,7 @@ def steps_of(model: Any) -> list[tuple[str, Schedule, Callable[[float], None]]]:
 
 
 def fit_callbacks(model: Any, data: Any) -> list[keras.callbacks.Callback]:
-    """The callbacks that ``fit`` adds: one that follows schedules and one that sets the epoch of data, if there are any.
+    """The callbacks that ``fit`` adds: one to follow schedules, one to set the epoch of data, where there are any.
 
     Args:
         model: The model that is trained.

@@ -11,6 +11,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_distill import checks, compat
+from keras_distill.callbacks import steps_of
+from keras_distill.schedules import Progress
 
 
 class StepFunction:
@@ -34,7 +37,7 @@ class StepFunction:
         """One execution."""
         model, step, parts = self.model, self.model.step, self.model.loss_parts
         if self._training:
-            model.follow_schedules(self._iteration(args) if model.schedules_follow_steps else None)
+            self._follow_schedules(args)
         for state in step.states:
             state.sync()
         signature = step.signature() if self._training else (step.version, model.teacher is None)
@@ -79,6 +82,19 @@ class StepFunction:
             warnings.filterwarnings("ignore", message="Gradients do not exist")
             yield
 
+    def _follow_schedules(self, args: tuple[Any, ...]) -> None:
+        """Set the numbers of a step outside of ``fit``, which has no epochs and no end."""
+        scheduled = [] if self.model.fitting else steps_of(self.model)
+        for label, schedule, _ in scheduled:
+            if schedule.over != "steps":
+                expected = f"the schedule of `{label}` to run over steps outside of `fit`"
+                remedy = "Train with `fit`, or give the setting a number and assign it."
+                raise ValueError(checks.message(expected, f"over={schedule.over!r}", remedy))
+        if scheduled:
+            progress = Progress(self._iteration(args), 0, 0.0)
+            for _, schedule, assign in scheduled:
+                assign(schedule.at(progress))
+
     def _iteration(self, args: tuple[Any, ...]) -> int:
         """Steps of the optimizer so far."""
         optimizer = self.model.optimizer
@@ -107,6 +123,20 @@ class StepFunction:
             for variable, value in zip(self.model.non_trainable_variables, fixed, strict=True)
         ]
         return ((trainable, fixed, *others), *rest)
+
+
+def leave_out_xla(model: Any) -> None:
+    """Compile without XLA where a teacher has layers that it cannot compile, as Keras does for a model's own layers.
+
+    Args:
+        model: The DistillModel.
+    """
+    if model.jit_compile and not all(compat.model_supports_jit(live.model) for live in model.step.teachers):
+        if model.jit_compile is True:
+            warnings.warn(
+                "The teacher does not support `jit_compile=True`. Proceeding with `jit_compile=False`.", stacklevel=3
+            )
+        model.jit_compile = False
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ class TeacherDivergence(keras.metrics.Mean):
         return {**super().get_config(), "temperature": self.temperature}
 
 
-class LossParts(compat.MetricsList):  # type: ignore[misc]
+class LossParts(compat.MetricsList):
     """Means of the parts of the loss and the agreement, in the list where Keras' callbacks look for what is better.
 
     Their keys are those measured since the last reset, within a step those of the step.
@@ -163,7 +163,7 @@ class LossParts(compat.MetricsList):  # type: ignore[misc]
         keras.metrics.Mean.update_state(metric, value, ops.cast(rows, "float32"))
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
-        """No-op: a train_step in the style of Keras' guide calls it with (y, y_pred), and the step has counted already."""
+        """No-op: a train_step as in Keras' guide calls it with (y, y_pred), and the step has counted already."""
 
     def reset_state(self) -> None:
         """Forget everything."""
@@ -181,9 +181,7 @@ class LossParts(compat.MetricsList):  # type: ignore[misc]
         return {metric.name: metric.result() for metric in self.metrics if metric.name in wanted}
 
 
-def agreement(
-    student_logits: Any, teacher_logits: Any, mask: Any = None, *, threshold: float = 0.0
-) -> tuple[Any, Any]:
+def agreement(student_logits: Any, teacher_logits: Any, mask: Any = None, *, threshold: float = 0.0) -> tuple[Any, Any]:
     """Share of the rows where student and teacher choose the same class, and their number.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,11 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks, compat
-from keras_distill.callbacks import fit_callbacks, steps_of, with_callbacks
-from keras_distill.execution import StepFunction
+from keras_distill.callbacks import fit_callbacks, with_callbacks
+from keras_distill.execution import StepFunction, leave_out_xla
 from keras_distill.metrics import LossParts
 from keras_distill.recording import Call, record_of
-from keras_distill.schedules import Progress, Schedule, deserialized, first_value, serialized
+from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 from keras_distill.step import DistillStep
 from keras_distill.students import check_arguments, check_student, check_term_names, warn_of_augmentation
 from keras_distill.targets import (
@@ -114,7 +113,7 @@ class DistillModel(keras.Model):
         self.terms, self.term_states, self.schedules = self.step.terms, self.step.states, schedules
         self.evaluate_distillation, self.track_agreement = evaluate_distillation, track_agreement
         self.save_teacher = save_teacher
-        self._task_weight, self._fitting = float(task_weight), False
+        self._task_weight, self.fitting = float(task_weight), False
         self.task_weight_variable = self.add_weight(
             name="task_weight", shape=(), dtype="float32", trainable=False, autocast=False,
             initializer=keras.initializers.Constant(float(task_weight)),
@@ -125,11 +124,9 @@ class DistillModel(keras.Model):
             self.step.teacher_inputs = self.teacher_inputs
         elif self.step.teachers:
             warn_of_augmentation(student)
-        inputs = compat.input_structure(student)
-        if inputs is not None:
-            if all(live.model.built for live in self.step.teachers):
-                self._build_from_inputs(inputs)
-            self.build(None)
+        if compat.input_structure(student) is not None:
+            self.step.build_from_models()
+            self.built = self.step.built  # a file builds only a model that is not built yet
 
     @property
     def teacher(self) -> Any:
@@ -236,13 +233,15 @@ class DistillModel(keras.Model):
         data = given.get("x")
         check_class_weight(given.get("class_weight"), given.get("y"), data)
         check_stored_logits(self.terms, given.get("y"), data)
-        before, self._fitting = self._fitting, True
+        before, self.fitting = self.fitting, True
         try:
             return with_callbacks(super().fit, fit_callbacks(self, data), given)
         finally:
-            self._fitting = before
+            self.fitting = before
 
-    def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any) -> Any:
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any
+    ) -> Any:
         """Like ``keras.Model.train_on_batch``; schedules over steps are followed, others refused."""
         check_class_weight(class_weight, y, x)
         return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
@@ -259,7 +258,7 @@ class DistillModel(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         """Make the function of a training step: one graph for each set of working terms."""
         if force or self.train_function is None:
-            self._leave_out_xla()
+            leave_out_xla(self)
             if self.loss is None or (self.task_weight == 0 and "task_weight" not in self.schedules):
                 self.step.check_trained()
             function = StepFunction(self, super().make_train_function, "train_function", training=True)
@@ -269,7 +268,7 @@ class DistillModel(keras.Model):
     def make_test_function(self, force: bool = False) -> Any:
         """Make the function of an evaluation step."""
         if force or self.test_function is None:
-            self._leave_out_xla()
+            leave_out_xla(self)
             function = StepFunction(self, super().make_test_function, "test_function", training=False)
             self.test_function = function
         return self.test_function
@@ -407,7 +406,7 @@ class DistillModel(keras.Model):
 
     def get_build_config(self) -> dict[str, Any] | None:
         """What the terms need to make their adapters without a teacher."""
-        return {"terms": {term.name: term.get_build_config() for term in self.terms if term.built}}
+        return {"terms": {term.name: term.get_shapes() for term in self.terms if term.built}}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Make the adapters of a saved model."""
@@ -416,52 +415,14 @@ class DistillModel(keras.Model):
 
     # Inside -------------------------------------------------------------------------------------------------------
 
-    @property
-    def schedules_follow_steps(self) -> bool:
-        """Whether a step outside of ``fit`` has schedules to follow."""
-        return not self._fitting and bool(self.schedules or any(term.schedules for term in self.terms))
-
-    def follow_schedules(self, iteration: int | None) -> None:
-        """Set the numbers of a step outside of ``fit``, which has no epochs and no end.
-
-        Args:
-            iteration: Steps of the optimizer so far; None where there is nothing to follow.
-
-        Raises:
-            ValueError: If a schedule runs over epochs or the fraction of the training.
-        """
-        if iteration is None:
-            return
-        for label, schedule, assign in steps_of(self):
-            if schedule.over != "steps":
-                expected = f"the schedule of `{label}` to run over steps outside of `fit`"
-                raise ValueError(checks.message(expected, f"over={schedule.over!r}", "Train with `fit`, or assign it."))
-            assign(schedule.at(Progress(iteration, 0, 0.0)))
-
     def load_own_variables(self, store: Any) -> None:
         """Load this model's own number, the weight of the task."""
         super().load_own_variables(store)
         loaded = backends.as_float(self.task_weight_variable)
-        if ops.convert_to_numpy(ops.cast(self._task_weight, "float32")) != ops.convert_to_numpy(ops.cast(loaded, "float32")):
+        if ops.convert_to_numpy(ops.cast(self._task_weight, "float32")) != ops.convert_to_numpy(
+            ops.cast(loaded, "float32")
+        ):
             self._task_weight = loaded
-
-    def _build_from_inputs(self, inputs: Any) -> None:
-        """Build the terms where both models know their inputs already, so that errors come when the model is made."""
-        structures = [compat.input_structure(live.model) for live in self.step.teachers]
-        names = {key for structure in structures if isinstance(structure, dict) for key in structure}
-        known = set(inputs) if isinstance(inputs, dict) else {one.name for one in keras.tree.flatten(inputs)}
-        if names - known:  # a teacher with inputs of its own: the data tells
-            teachers = {key: one for structure in structures if isinstance(structure, dict) for key, one in structure.items()}
-            own = inputs if isinstance(inputs, dict) else {one.name: one for one in keras.tree.flatten(inputs)}
-            inputs = {**teachers, **own}
-        self.step.build(inputs)
-
-    def _leave_out_xla(self) -> None:
-        """Compile without XLA where the teacher has layers that it cannot compile, as Keras asks about a model's own."""
-        if self.jit_compile and not all(compat.model_supports_jit(live.model) for live in self.step.teachers):
-            if self.jit_compile is True:
-                warnings.warn("The teacher does not support `jit_compile=True`. Proceeding with `jit_compile=False`.")
-            self.jit_compile = False
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """As in Keras; the terms first, for which a step of JAX comes too late: it cannot create variables."""

@@ -156,6 +156,18 @@ class DistillStep:
             teacher = self._probed_teacher(inputs)
         self._build_terms(waiting, student, teacher)
 
+    def build_from_models(self) -> None:
+        """Build where student and teachers know their inputs already, so that errors come when the model is made."""
+        inputs = compat.input_structure(self.student)
+        structures = [compat.input_structure(live.model) for live in self.teachers]
+        if inputs is None or any(structure is None for structure in structures):
+            return
+        named = {key: one for each in structures if isinstance(each, dict) for key, one in each.items()}
+        own = inputs if isinstance(inputs, dict) else {one.name: one for one in keras.tree.flatten(inputs)}
+        if set(named) - set(own) and isinstance(inputs, dict | keras.KerasTensor):
+            inputs = {**named, **own}  # a teacher with inputs of its own, which the data has too
+        self.build(inputs)
+
     def build_from_config(self, configs: Mapping[str, Any]) -> None:
         """Make the adapters of a saved model.
 
@@ -165,7 +177,7 @@ class DistillStep:
         for term in self.terms:
             if not term.built and term.name in configs:
                 if configs[term.name] is not None:
-                    term.build_from_config(configs[term.name])
+                    term.build_from_shapes(configs[term.name])
                 self._adopt(term)
 
     def check_trained(self) -> None:
@@ -291,7 +303,9 @@ class DistillStep:
             record = record_of(output)
             if record is None and any(term.student_taps for term in terms):
                 expected = "the output that the student returned in this step, for terms that read its layers"
-                remedy = "Give `compute_loss` what calling the model returned, unchanged; or call super().train_step(...)."
+                remedy = (
+                    "Give `compute_loss` what calling the model returned, unchanged; or call super().train_step(...)."
+                )
                 raise ValueError(checks.message(expected, "a tensor that no recorded call of it has returned", remedy))
             student = self.recorder.call_of(output, record)
             x = record.inputs if x is None and record is not None else x

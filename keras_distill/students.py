@@ -91,10 +91,12 @@ def warn_of_augmentation(student: keras.Model) -> None:
         student: The student.
     """
     for path, layer in sublayers(student):
-        if type(layer).__module__.startswith("keras.") and type(layer).__name__.startswith(("Random", "AugMix", "MixUp")):
+        if type(layer).__module__.startswith("keras.") and type(layer).__name__.startswith(
+            ("Random", "AugMix", "MixUp")
+        ):
             warnings.warn(
-                f"The student augments its inputs in layer {path!r}, and the teacher sees them as they were. Augment the"
-                " data before both models, or override `DistillModel.teacher_inputs`.",
+                f"The student augments its inputs in layer {path!r}, and the teacher sees them as they were. Augment"
+                " the data before both models, or override `DistillModel.teacher_inputs`.",
                 stacklevel=3,
             )
             return

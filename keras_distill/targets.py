@@ -130,7 +130,9 @@ def check_stored_logits(terms: Sequence[Any], targets: Any, data: Any) -> None:
     kind = looks_like(output[:: max(1, len(output) // 1000)])
     if kind == "softmax":
         expected = f"the teacher's outputs in `DistillTargets` to be logits for {type(reads[0].loss).__name__}"
-        remedy = "Store logits, or np.log of the probabilities; or pass a loss with from_logits=False to a softmax student."
+        remedy = (
+            "Store logits, or np.log of the probabilities; or pass a loss with from_logits=False to a softmax student."
+        )
         raise ValueError(checks.message(expected, "rows of probabilities, which sum to 1", remedy))
     if kind == "sigmoid" and output.any():
         warnings.warn(

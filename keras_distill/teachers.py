@@ -66,7 +66,9 @@ def as_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
         return []
     several = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     if not several:
-        raise ValueError(checks.message("`teacher` to be a model, or a list of at least one", "teacher=[]", "Pass None."))
+        raise ValueError(
+            checks.message("`teacher` to be a model, or a list of at least one", "teacher=[]", "Pass None.")
+        )
     for model in several:
         if not isinstance(model, keras.Model):
             remedy = "Wrap a layer or a function: keras.Sequential([layer])." if callable(model) else ""

@@ -46,7 +46,7 @@ class CachedData(EpochData):
         self._length = len(keras.tree.flatten(data[0])[0])
         self.epoch = 0
 
-    @property  # type: ignore[override]
+    @property
     def epoch(self) -> int:
         """The epoch, from 0, by which view and order are chosen; ``DistillModel.fit`` sets it."""
         return self._epoch

@@ -110,4 +110,5 @@ class Loop:
         for record, returned in reversed(self._calls):
             if leaves & {id(leaf) for leaf in keras.tree.flatten(returned)}:
                 return record
-        return record_of(output) or (self._calls[-1][0] if self._calls else None)
+        record = record_of(output)
+        return self._calls[-1][0] if record is None and self._calls else record

@@ -59,7 +59,9 @@ def facts_of(layer: Any, parent: Any, facts: dict[int, Facts], args: Any, output
     for index, tensor in enumerate(tensors):
         inner = facts.get(id(tensor), Facts())  # a nested model hands on a tensor that an inner layer knows better
         layout = inner.layout or _layout(layer, parent, index, tensor, inputs, known)
-        made[id(tensor)] = Facts(layout, inner.end or _end(layer, known), behind if inner.behind is None else inner.behind)
+        made[id(tensor)] = Facts(
+            layout, inner.end or _end(layer, known), behind if inner.behind is None else inner.behind
+        )
     return made
 
 

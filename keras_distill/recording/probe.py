@@ -29,7 +29,7 @@ def probed(recorder: Recorder, inputs: Any) -> Call:
     specification = keras.tree.map_structure(
         lambda tensor: keras.KerasTensor(tensor.shape, dtype=keras.backend.standardize_dtype(tensor.dtype)), inputs
     )
-    model, beside = recorder.model, {}
+    model, beside = recorder.model, dict[str, Any]()
 
     def run(symbolic: Any) -> Any:
         if not model.built:

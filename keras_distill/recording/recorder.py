@@ -116,10 +116,10 @@ def _install(classes: tuple[type, ...], change: int) -> None:
             wrapper = _layer_call if cls is keras.layers.Layer else _operation_call
             _USERS[cls] = _USERS.get(cls, 0) + change
             if change > 0 and _USERS[cls] == 1:
-                _ORIGINAL[cls], cls.__call__ = cls.__call__, wrapper  # type: ignore[operator]
+                _ORIGINAL[cls], cls.__call__ = cls.__call__, wrapper  # type: ignore[method-assign]
             elif not _USERS[cls]:
                 if cls.__dict__["__call__"] is wrapper:
-                    cls.__call__ = _ORIGINAL[cls]  # type: ignore[operator]
+                    cls.__call__ = _ORIGINAL[cls]  # type: ignore[method-assign]
                 else:  # another library has wrapped ours meanwhile: ours stays, and passes through
                     _USERS[cls] = 1
 

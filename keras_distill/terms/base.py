@@ -206,15 +206,15 @@ class DistillationTerm:
         """The term that :meth:`get_config` describes."""
         return cls(**deserialized(config))
 
-    def get_build_config(self) -> dict[str, Any] | None:
-        """What :meth:`build_from_config` needs to make the same weights again; None if nothing."""
+    def get_shapes(self) -> dict[str, Any] | None:
+        """What :meth:`build_from_shapes` needs to make the same weights again; None if nothing."""
         return None
 
-    def build_from_config(self, config: dict[str, Any]) -> None:
+    def build_from_shapes(self, config: dict[str, Any]) -> None:
         """Make the weights of a saved model, before they are loaded.
 
         Args:
-            config: What :meth:`get_build_config` returned.
+            config: What :meth:`get_shapes` returned.
         """
 
     # The copy that a model owns -----------------------------------------------------------------------------------

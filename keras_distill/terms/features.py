@@ -111,11 +111,13 @@ class FeatureDistillation(LossTerm):
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make the adapters from the shapes of a first call."""
-        pairs = []
+        pairs: list[Any] = []
         for index in range(len(self.pairs)):
             features = self._raw(index, student, teacher)
             layouts = self._layouts(index, *features)
-            shapes = [list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)]
+            shapes = [
+                list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)
+            ]
             pairs.append([*shapes, *layouts])
         self._build_adapters(pairs)
         for (shape, wanted, *_), adapter, index in zip(pairs, self.adapters, range(len(pairs)), strict=True):
@@ -162,11 +164,11 @@ class FeatureDistillation(LossTerm):
         rest = {key: value for key, value in config.items() if key not in taps}
         return cls(**taps, **deserialized(rest))
 
-    def get_build_config(self) -> dict[str, Any] | None:
+    def get_shapes(self) -> dict[str, Any] | None:
         """The shapes and layouts that the adapters were made from."""
         return {"pairs": self._built_for} if self.built else None
 
-    def build_from_config(self, config: dict[str, Any]) -> None:
+    def build_from_shapes(self, config: dict[str, Any]) -> None:
         """Make the adapters from the shapes of a saved model."""
         self._build_adapters(config["pairs"])
 
@@ -212,9 +214,11 @@ class FeatureDistillation(LossTerm):
             equal = not checks.shapes_differ(shapes[0][1:], shapes[1][1:])
             elementwise = isinstance(self.loss, FeatureDistance) and self.loss.kind in ("mse", "l1", "smooth_l1")
             plain = keras.config.image_data_format() == "channels_last" or elementwise
-            if not equal and self.adapter in ("auto", "linear", "conv1x1", None) or not plain:
+            if (not equal and self.adapter in ("auto", "linear", "conv1x1", None)) or not plain:
                 expected = f"the meaning of the axes of {' and '.join(map(repr, unknown))} to be known"
-                remedy = f'Pass Tap({unknown[0]!r}, layout=...): "channels_last", "channels_first", "heads" or "scores".'
+                remedy = (
+                    f'Pass Tap({unknown[0]!r}, layout=...): "channels_last", "channels_first", "heads" or "scores".'
+                )
                 raise ValueError(checks.message(expected, f"shapes {shapes[0]} and {shapes[1]}", remedy))
         kinds = [KINDS.get(layout) for layout in layouts]
         if all(kinds) and kinds[0] != kinds[1]:

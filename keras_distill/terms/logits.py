@@ -88,8 +88,6 @@ class LogitsDistillation(LossTerm):
         weight: Factor of the term in the total loss, a number or a schedule.
         output: Which of a model's outputs, an index or a key; ``None`` adds the loss up over all of them.
         use_sample_weight: Whether the batch's sample weights count in the term.
-        ignore_index: For a loss that needs labels, a label that is not a class, such as 255 for void pixels. Negative
-            labels are never classes.
         name: Name in logs and files.
 
     Attributes:
@@ -116,7 +114,6 @@ class LogitsDistillation(LossTerm):
         weight: float | Schedule = 1.0,
         output: int | str | None = None,
         use_sample_weight: bool = True,
-        ignore_index: int | None = None,
         name: str = "logits",
         **kwargs: Any,
     ) -> None:
@@ -126,9 +123,7 @@ class LogitsDistillation(LossTerm):
             expected = "`loss` to have no parameters of its own"
             remedy = "Use it in a FeatureDistillation, between the models' last layers for instance."
             raise TypeError(checks.message(expected, f"a {type(loss).__name__}", remedy))
-        if ignore_index is not None and type(ignore_index) is not int:
-            raise TypeError(checks.message("`ignore_index` to be an int or None", f"ignore_index={ignore_index!r}"))
-        self.output_key, self.ignore_index = output, ignore_index
+        self.output_key = output
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
@@ -146,7 +141,9 @@ class LogitsDistillation(LossTerm):
             checks.same_shape(student_logits, teacher_logits, names=("student_logits", "teacher_logits"), remedy=remedy)
             if tuple(student_logits.shape)[-1:] == (1,) and isinstance(self.loss, SoftTargetLoss):
                 expected = "outputs of at least 2 classes for SoftTargetLoss"
-                remedy = "For a single logit use BinarySoftTargetLoss(); of several outputs pick the classes by output=..."
+                remedy = (
+                    "For a single logit use BinarySoftTargetLoss(); of several outputs pick the classes by output=..."
+                )
                 raise ValueError(checks.message(expected, f"shape {tuple(student_logits.shape)}", remedy))
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
@@ -171,7 +168,6 @@ class LogitsDistillation(LossTerm):
                 needs_labels=self.needs_labels,
                 masks=masks,
                 sample_weight=weights,
-                ignore_index=self.ignore_index,
             )
         return total
 
@@ -195,7 +191,7 @@ class LogitsDistillation(LossTerm):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
         loss = keras.saving.serialize_keras_object(self.loss)
-        return {**super().get_config(), "loss": loss, "output": self.output_key, "ignore_index": self.ignore_index}
+        return {**super().get_config(), "loss": loss, "output": self.output_key}
 
     def _labels_of(self, labels: Any, count: int) -> list[Any]:
         """The labels of each output: nested ones are told apart as the outputs are, others serve all of them."""
@@ -226,7 +222,7 @@ class LogitsDistillation(LossTerm):
             raise ValueError(checks.message(expected, "probabilities of a softmax or sigmoid", remedy))
         elif from_logits is False and logits:
             expected = f"the {logits[0]}'s output to be probabilities, since {name} has from_logits=False"
-            remedy = "Pass a loss with from_logits=True between models without a last softmax or sigmoid, or end both in one."
+            remedy = "End both models in a softmax or sigmoid, or neither and pass a loss with from_logits=True."
             raise ValueError(checks.message(expected, "logits of a layer without activation", remedy))
 
     def _check_merging(self, teacher: TopK) -> None:

@@ -55,8 +55,9 @@ class TermState(keras.layers.Layer):
 
     def sync(self) -> None:
         """Carry the numbers that have changed into the variables."""
-        if self.trainable != self.term.trainable:
-            self.trainable = self.term.trainable
+        trainable: bool = self.term.trainable
+        if super().trainable != trainable:
+            self.trainable = trainable
         for name, value in self.term.numbers().items():
             if self.numbers_written[name] != value:
                 self.variables_by_name[name].assign(value)

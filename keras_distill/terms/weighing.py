@@ -22,13 +22,12 @@ def weigh(
     needs_labels: bool = False,
     masks: Sequence[Any] = (),
     sample_weight: Any = None,
-    ignore_index: int | None = None,
 ) -> Any:
     """A loss of the student's tensor from the teacher's, a scalar.
 
     A position counts if no mask of either tensor hides it and, for a loss that needs labels, its label is a class:
-    neither negative nor ``ignore_index``. Where it does not count, both tensors are 0 before the loss, so that its
-    gradient is exactly 0 whatever stands there, and it is left out of the mean as Keras leaves out masked positions.
+    neither negative nor the loss's ``ignore_index``. Where it does not count, both tensors are 0 before the loss, so
+    that its gradient is exactly 0, and it is left out of the mean as Keras leaves out masked positions.
 
     Args:
         loss: The loss.
@@ -38,7 +37,6 @@ def weigh(
         needs_labels: Whether the loss needs them.
         masks: True where a position counts, shape ``(N, L)``; entries may be None.
         sample_weight: Weight of each example, shape ``(N,)``, or of each position.
-        ignore_index: A label that is not a class, besides negative ones.
 
     Returns:
         A scalar; under ``tf.distribute`` divided by the number of replicas.
@@ -49,7 +47,7 @@ def weigh(
     first = keras.tree.flatten(student)[0]
     kept = [ops.cast(mask, "bool") for mask in masks if mask is not None and len(mask.shape) < len(first.shape)]
     if needs_labels and labels is not None:
-        labels, classes = _classes(labels, first, ignore_index)
+        labels, classes = _classes(labels, first, getattr(loss, "ignore_index", None))
         if classes is not None:
             kept.append(classes)
     mask = functools.reduce(ops.logical_and, kept) if kept else None
@@ -66,10 +64,15 @@ def weigh(
         return values / backends.replicas()  # nothing to weigh: the loss took the mean itself
     if reduces_over == "examples":
         mask = None
+    own_mask = compat.get_keras_mask(values)  # of rows that the loss itself leaves out
+    if own_mask is not None:
+        mask = own_mask if mask is None else ops.logical_and(mask, ops.cast(own_mask, "bool"))
     rank, sizes = len(values.shape), tuple(values.shape)
     dtype = keras.backend.result_type(values.dtype, "float32")
     weights = _fitted(sample_weight, rank, sizes)
-    mask = None if mask is None or len(mask.shape) > rank else ops.broadcast_to(_expanded(mask, rank), ops.shape(values))
+    mask = (
+        None if mask is None or len(mask.shape) > rank else ops.broadcast_to(_expanded(mask, rank), ops.shape(values))
+    )
     reduced = compat.reduce_weighted_values(
         ops.cast(values, dtype), sample_weight=weights, mask=mask, reduction=loss.reduction, dtype=dtype
     )

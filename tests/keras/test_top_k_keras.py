@@ -18,9 +18,8 @@ from torch.utils.data import TensorDataset
 
 import keras_distill
 import lightning_distill
-from keras_distill import CacheError, DistillModel, DistillTargets, LogitsDistillation, losses
+from keras_distill import CacheError, Call, DistillModel, DistillTargets, LogitsDistillation, losses
 from keras_distill.functional.top_k import TopK
-from keras_distill.taps import Call
 
 ITEMS, CLASSES = 24, 10
 RNG = np.random.default_rng(0)
