@@ -99,3 +99,14 @@ def as_float(value: Any) -> float:
     if isinstance(value, (int, float)):
         return float(value)
     return float(str(np.float32(ops.convert_to_numpy(value))))
+
+
+def same_or_loaded(known: float, variable: Any) -> float:
+    """A number as the user wrote it where a float32 variable holds the same, since float32 has no 1/3, else its value.
+
+    Args:
+        known: The number so far.
+        variable: A scalar variable that a file may have changed.
+    """
+    loaded = as_float(variable)
+    return known if np.float32(known) == np.float32(loaded) else loaded

@@ -19,17 +19,18 @@ from keras_distill.step import DistillStep
 from keras_distill.students import check_arguments, check_student, check_term_names, warn_of_augmentation
 from keras_distill.targets import (
     DistillTargets,
-    carries_features,
     check_class_weight,
     check_stored_logits,
     split_targets,
+    stored_targets,
     weights_of,
 )
 from keras_distill.terms import DistillationTerm
+from keras_distill.untracked import ModelWithTeacher
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class DistillModel(keras.Model):
+class DistillModel(ModelWithTeacher):
     r"""A student that learns from a teacher, trained like any Keras model.
 
     .. math:: L = w_{task} L_{task} + \sum_i w_i D_i(A_i(F^s_i), F^t_i) + R
@@ -129,26 +130,6 @@ class DistillModel(keras.Model):
             self.built = self.step.built  # a file builds only a model that is not built yet
 
     @property
-    def teacher(self) -> Any:
-        """The teacher, or the list of several; another may be assigned, with which training then goes on."""
-        return self.step.teacher
-
-    @teacher.setter
-    def teacher(self, teacher: Any) -> None:
-        self.step.teacher = teacher
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As in Keras, but for the teacher, which must not become a layer of this model."""
-        if name == "teacher":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        """Every attribute but the teacher: Keras saves what is listed here."""
-        return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
-
-    @property
     def task_weight(self) -> float:
         """Factor of the compiled loss; assign a number to change it from the next step on."""
         return self._task_weight
@@ -171,17 +152,6 @@ class DistillModel(keras.Model):
     def output_names(self) -> list[str]:
         """Names of the student's outputs, by which ``compile`` takes losses and metrics."""
         return list(self.student.output_names)
-
-    @property
-    def non_trainable_variables(self) -> list[keras.Variable]:
-        """Variables that no gradient changes; on JAX the teacher's among them, since its steps see no others."""
-        own: list[keras.Variable] = super().non_trainable_variables
-        step: DistillStep | None = self.__dict__.get("step")  # Keras asks before it exists
-        if keras.backend.backend() != "jax" or step is None:
-            return own
-        known = {id(variable) for variable in [*own, *super().trainable_variables]}
-        teachers = [variable for live in step.teachers for variable in live.model.variables]
-        return own + [variable for variable in teachers if id(variable) not in known]
 
     # Hooks to override --------------------------------------------------------------------------------------------
 
@@ -222,9 +192,13 @@ class DistillModel(keras.Model):
         """No-op: the student and the terms build themselves."""
         self.built = True
 
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Like ``keras.Model.__call__``; the terms are built first, whose errors Keras would wrap in its own words."""
+        self.step.build(inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """The student's output, on which the record of its tapped layers hangs."""
-        self.step.build(inputs)
         return self.step.forward(inputs, training)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
@@ -324,17 +298,7 @@ class DistillModel(keras.Model):
         return total
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """The compiled metrics on the labels, and this model's own.
-
-        Args:
-            x: Inputs of the batch.
-            y: Labels, :class:`DistillTargets`, or None.
-            y_pred: The student's output.
-            sample_weight: Weights of the examples.
-
-        Returns:
-            The logs.
-        """
+        """The logs: the compiled metrics on the labels, where there are any, and this model's own numbers."""
         labels, _ = split_targets(y)
         if labels is None:
             return self.get_metrics_result()
@@ -369,11 +333,8 @@ class DistillModel(keras.Model):
             received = f"{len(self.step.teachers)} teachers" if self.step.teachers else "teacher=None"
             remedy = "Set `model.teacher`." if not self.step.teachers else "Keep the targets of each teacher by itself."
             raise ValueError(checks.message("a teacher to ask", received, remedy))
-        call = self.step.teachers[0].answer(inputs)
         taps = [tap for term in self.terms for tap in term.teacher_taps]
-        if not taps and not carries_features(call.output):
-            return DistillTargets(labels, call.output)
-        return DistillTargets(labels, {"output": call.output, "features": {tap.key: call.feature(tap) for tap in taps}})
+        return stored_targets(labels, self.step.teachers[0].answer(inputs), taps)
 
     # Files --------------------------------------------------------------------------------------------------------
 
@@ -418,11 +379,7 @@ class DistillModel(keras.Model):
     def load_own_variables(self, store: Any) -> None:
         """Load this model's own number, the weight of the task."""
         super().load_own_variables(store)
-        loaded = backends.as_float(self.task_weight_variable)
-        if ops.convert_to_numpy(ops.cast(self._task_weight, "float32")) != ops.convert_to_numpy(
-            ops.cast(loaded, "float32")
-        ):
-            self._task_weight = loaded
+        self._task_weight = backends.same_or_loaded(self._task_weight, self.task_weight_variable)
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """As in Keras; the terms first, for which a step of JAX comes too late: it cannot create variables."""

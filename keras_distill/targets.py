@@ -10,14 +10,15 @@ import keras
 import numpy as np
 
 from keras_distill import checks
-from keras_distill.recording import Call, looks_like
+from keras_distill.recording import Call, Tap, looks_like
 
 
 class DistillTargets(NamedTuple):
     """The targets of a batch: its labels and what the teacher gave for it.
 
     Attributes:
-        labels: What the compiled loss and metrics compare the student with; None for unlabelled data.
+        labels: What the compiled loss and metrics compare the student with; None for unlabelled data. In a
+            ``PyDataset`` or a generator an array of shape ``(N, 0)`` stands for it: TensorFlow takes no None there.
         teacher: The teacher's output; or ``{"output": output, "features": {layer: feature}}`` where terms read
             features of the teacher too, which are named by the keys of their taps. ``DistillModel.teacher_targets``
             makes either. From a cache of the likeliest classes the output is a
@@ -53,6 +54,22 @@ def weights_of(sample_weight: Any) -> Any:
     return next(iter(keras.tree.flatten(sample_weight.teacher)), None)
 
 
+def stored_targets(labels: Any, call: Call, taps: Sequence[Tap]) -> DistillTargets:
+    """Targets that carry a teacher's call.
+
+    Args:
+        labels: Labels, or None.
+        call: The teacher's call.
+        taps: Places whose features are carried.
+
+    Returns:
+        The targets.
+    """
+    if not taps and not carries_features(call.output):
+        return DistillTargets(labels, call.output)
+    return DistillTargets(labels, {"output": call.output, "features": {tap.key: call.feature(tap) for tap in taps}})
+
+
 def split_targets(targets: Any) -> tuple[Any, Call | None]:
     """Labels and the teacher's call, if the targets carry one.
 
@@ -64,12 +81,15 @@ def split_targets(targets: Any) -> tuple[Any, Call | None]:
     """
     if not isinstance(targets, DistillTargets):
         return targets, None
-    answer = targets.teacher
+    labels, answer = targets
+    shape = getattr(labels, "shape", None)
+    if shape is not None and len(shape) == 2 and shape[-1] == 0:  # unlabelled data
+        labels = None
     if answer is None:
-        return targets.labels, None
+        return labels, None
     if not carries_features(answer):
-        return targets.labels, Call(answer, who="teacher")
-    return targets.labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")
+        return labels, Call(answer, who="teacher")
+    return labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")
 
 
 class EpochData(keras.utils.PyDataset):

@@ -12,6 +12,7 @@ from distill_core.store import CacheError, Manifest
 from keras_distill.cache.views import Augmentation
 from keras_distill.targets import DistillTargets, EpochData
 
+_ROWS = 256
 # From row numbers to what DistillTargets carry for them.
 Answers: TypeAlias = Callable[[Any], Any]
 
@@ -73,7 +74,8 @@ class CachedData(EpochData):
         )
         if self._augmentation is not None:
             x = self._augmentation.batch(self._data[0], items, view)
-        targets = DistillTargets(y, self._answers(view * self._length + items))
+        labels = np.zeros((len(items), 0), "float32") if y is None else y  # TensorFlow takes no None in the targets
+        targets = DistillTargets(labels, self._answers(view * self._length + items))
         return (x, targets) if weight is None else (x, targets, weight)
 
 
@@ -94,18 +96,20 @@ def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
     first = answers([start])
     flat = keras.tree.flatten(first)
 
-    def read(row: Any) -> Any:
-        kinds = [tf.as_dtype(one.dtype) for one in flat]
-        found = tf.numpy_function(lambda one: [part[0] for part in keras.tree.flatten(answers([one]))], [row], kinds)
-        for tensor, like in zip(found, flat, strict=True):
-            tensor.set_shape(like.shape[1:])
-        return keras.tree.pack_sequence_as(first, found)
+    def read(rows: Any) -> Any:
+        kinds = [tf.as_dtype(array.dtype) for array in flat]
+        tensors = tf.numpy_function(lambda numbers: keras.tree.flatten(answers(numbers)), [rows], kinds)
+        for tensor, like in zip(tensors, flat, strict=True):
+            tensor.set_shape((None, *like.shape[1:]))
+        return keras.tree.pack_sequence_as(first, tensors)
 
     def joined(item: Any, answer: Any) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(item)
         return (x, DistillTargets(y, answer)) if weight is None else (x, DistillTargets(y, answer), weight)
 
-    return tf.data.Dataset.zip((data, tf.data.Dataset.range(start, start + length).map(read))).map(joined)
+    # many rows at a time: a call of Python for each would cost more than the training
+    stored = tf.data.Dataset.range(start, start + length).batch(_ROWS).map(read).unbatch()
+    return tf.data.Dataset.zip((data, stored)).map(joined)
 
 
 def check_length(length: int, manifest: Manifest) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_distill import checks
-from keras_distill.losses import DistillationLoss
 from keras_distill.terms.base import DistillationTerm, LossTerm
 from keras_distill.terms.features import FeatureDistillation, SelfDistillation
 from keras_distill.terms.logits import LogitsDistillation
@@ -25,12 +24,11 @@ __all__ = [
 ]
 
 
-def as_terms(terms: DistillationTerm | DistillationLoss | Sequence[Any] | None) -> list[DistillationTerm]:
+def as_terms(terms: DistillationTerm | Sequence[DistillationTerm] | None) -> list[DistillationTerm]:
     """The terms as a list with distinct names.
 
     Args:
-        terms: One term, several, or ``None`` for logits at temperature 4; a loss of this package on the outputs stands
-            for ``LogitsDistillation(loss)``.
+        terms: One term, several, or ``None`` for logits at temperature 4.
 
     Returns:
         At least one term.
@@ -48,9 +46,7 @@ def as_terms(terms: DistillationTerm | DistillationLoss | Sequence[Any] | None) 
     if not listed:
         raise ValueError(checks.message("`terms` to hold at least one term", "terms=[]", "Pass None for logits alone."))
     for index, term in enumerate(listed):
-        if isinstance(term, DistillationLoss) and not term.learned and not term.several_layers:
-            listed[index] = LogitsDistillation(term)
-        elif not isinstance(term, DistillationTerm):
+        if not isinstance(term, DistillationTerm):
             raise TypeError(_not_a_term(index, term))
     names = [term.name for term in listed]
     twice = next((name for name in names if names.count(name) > 1), None)

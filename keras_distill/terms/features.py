@@ -211,10 +211,13 @@ class FeatureDistillation(LossTerm):
                 layouts[side] = declared
         unknown = [tap.name for tap, layout, rank in zip(taps, layouts, ranks, strict=True) if not layout and rank >= 4]
         if unknown:
-            equal = not checks.shapes_differ(shapes[0][1:], shapes[1][1:])
+            # an adapter of the last axis is safe where the positions agree; resizing and comparing across axes are not
+            positions = checks.shapes_differ(shapes[0][1:-1], shapes[1][1:-1])
             elementwise = isinstance(self.loss, FeatureDistance) and self.loss.kind in ("mse", "l1", "smooth_l1")
-            plain = keras.config.image_data_format() == "channels_last" or elementwise
-            if (not equal and self.adapter in ("auto", "linear", "conv1x1", None)) or not plain:
+            equal = not checks.shapes_differ(shapes[0][1:], shapes[1][1:])
+            plain = keras.config.image_data_format() == "channels_last" or (elementwise and equal)
+            own = not isinstance(self.adapter, (str, type(None)))  # an adapter of the user's may change positions too
+            if (positions and self.requires.positions_must_match and not own) or not plain:
                 expected = f"the meaning of the axes of {' and '.join(map(repr, unknown))} to be known"
                 remedy = (
                     f'Pass Tap({unknown[0]!r}, layout=...): "channels_last", "channels_first", "heads" or "scores".'

@@ -6,7 +6,6 @@ import weakref
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_distill import backends, checks
 
@@ -84,11 +83,8 @@ class TermState(keras.layers.Layer):
         """Load the numbers of a file, which the term takes over."""
         super().load_own_variables(store)
         for name, variable in self.variables_by_name.items():
-            loaded, known = backends.as_float(variable), self.numbers_written[name]
-            # float32 has no 1/3: the number as the user wrote it stays where the file holds the same
-            if np.float32(known) != np.float32(loaded):
-                self.numbers_written[name] = loaded
-                self.term._store(name, loaded)
+            self.numbers_written[name] = backends.same_or_loaded(self.numbers_written[name], variable)
+            self.term._store(name, self.numbers_written[name])
         self.term._settings.changed()
 
 

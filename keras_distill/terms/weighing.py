@@ -55,7 +55,8 @@ def weigh(
         student, teacher = keras.tree.map_structure(lambda tensor: _zeroed(tensor, mask), (student, teacher))
     target = (teacher, labels) if needs_labels else teacher
     reduces_over = loss.gives if isinstance(loss, DistillationLoss) else "positions"
-    if reduces_over == "batch":
+    missing = needs_labels and labels is None and isinstance(loss, DistillationLoss)
+    if reduces_over == "batch" or missing:  # a loss says in its own words that it needs labels
         return loss(target, student)
     if not isinstance(loss, (DistillationLoss, FunctionLoss)):  # ours choose their precision themselves
         target, student = keras.tree.map_structure(lambda tensor: _in_precision(tensor, loss), (target, student))
