@@ -53,7 +53,8 @@ class DistillModel(ModelWithTeacher):
             ``model.terms``, that share the settings with the terms it is given.
         task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; a number may be assigned while
             training.
-        evaluate_distillation: Whether ``evaluate`` and validation run the teacher. If not, their loss is the task's.
+        evaluate_distillation: Whether ``evaluate`` and validation run the teacher. If not, their loss is the task's,
+            times ``task_weight`` unless that is 0.
         track_agreement: Whether the logs hold the share of examples where student and teacher choose the same class,
             if a term compares scores of classes.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None leaves it to the model.
@@ -278,9 +279,10 @@ class DistillModel(ModelWithTeacher):
         measures = training or (self.evaluate_distillation and knows_teacher)
         parts: dict[str, Any] = {} if task is None else {"task": task}
         if task is not None:
-            # where evaluation leaves distillation out, its loss is the task's own
-            plain = not training and not self.evaluate_distillation
-            total = total + (task if plain else ops.cast(self.task_weight_variable, task.dtype) * task)
+            weight = ops.cast(self.task_weight_variable, task.dtype)
+            if not training and not self.evaluate_distillation:  # a weight of 0 would leave a loss that is always 0
+                weight = ops.where(weight > 0, weight, ops.ones_like(weight))
+            total = total + weight * task
         if measures:
             found = self.step.compare(
                 y_pred, x, labels, sample_weight,
