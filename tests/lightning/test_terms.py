@@ -19,8 +19,8 @@ from lightning_distill import (
     Tap,
 )
 from lightning_distill.adapters import make_adapter
-from lightning_distill.recording import find_labels
 from lightning_distill.patch import MethodPatch
+from lightning_distill.recording import find_labels
 
 
 class Maps(nn.Module):
