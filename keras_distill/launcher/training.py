@@ -18,7 +18,7 @@ class StudentAlone(keras.Model):
 
     Example:
         >>> student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-        >>> StudentAlone(student)(keras.ops.ones((2, 4))).shape
+        >>> tuple(StudentAlone(student)(keras.ops.ones((2, 4))).shape)
         (2, 3)
     """
 
