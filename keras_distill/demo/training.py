@@ -29,7 +29,7 @@ from keras_distill.demo.digits import (
 )
 from keras_distill.losses import SoftTargetLoss
 from keras_distill.model import DistillModel
-from keras_distill.terms import FeatureDistillation, LogitsDistillation
+from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Settings:
         student = make_student(seed)
         if method == "alone":
             return student
-        terms = [LogitsDistillation(SoftTargetLoss(temperature=self.temperature), weight=self.logits_weight)]
+        soft = SoftTargetLoss(temperature=self.temperature)
+        terms: list[DistillationTerm] = [LogitsDistillation(soft, weight=self.logits_weight)]
         if method == METHODS[-1]:
             # Student (N, 4, 4, 12), teacher (N, 4, 4, 64). adapter="auto" makes this layer too, but unseeded.
             adapter = keras.layers.Conv2D(64, 1, kernel_initializer=initial(100 * seed + 99))

@@ -56,6 +56,7 @@ class DistillationLoss(keras.losses.Loss):
     class_scores: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None
+    training: bool | None = None  # whether a step trains: a term tells its own copy of a learned loss
 
     def __init__(self, *, name: str, reduction: str | None = "sum_over_batch_size", dtype: Any = None) -> None:
         # Keras converts all that a loss is called with to its dtype, labels too: half precision takes 301 for 300.

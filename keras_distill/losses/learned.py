@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, Literal
 import keras
 from keras import ops
 
-from keras_distill import checks, steps
+from keras_distill import checks
 from keras_distill.functional.learned import masked_generative, variational_information
 from keras_distill.losses.base import DistillationLoss
 
@@ -172,7 +172,7 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def _drawn(self, student: Any) -> Any:
         """A mask for a batch, 1 where the feature stays."""
-        if self.mask_ratio == 0 or steps.trains() is False:
+        if self.mask_ratio == 0 or self.training is False:
             return None
         *outer, channels = ops.shape(student)
         shape = (outer[0], *[1] * (len(outer) - 1), channels) if self.mask == "channel" else (*outer, 1)

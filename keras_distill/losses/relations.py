@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
-from keras_distill import backends, checks
+from keras_distill import checks
 from keras_distill.functional.relations import (
     KERNELS,
     correlation_congruence,
@@ -134,13 +133,11 @@ class RelationalLoss(DistillationLoss):
             return weights[0] * distance + weights[1] * angle
         total = 0.0
         for weight, formula in zip(weights, (relational_distance, relational_angle), strict=True):
-            value = functools.partial(formula, y_pred, y_true)
-            if isinstance(weight, float):
-                total = total + weight * value() if weight else total
-            else:  # a variable that a schedule sets, which the graph looks at
-                zero = backends.zero_of([y_pred], keras.backend.result_type(y_pred.dtype, "float32"))
-                weight = ops.cast(ops.convert_to_tensor(weight), zero.dtype)
-                total = total + weight * backends.unless_zero([weight], value, zero)
+            if isinstance(weight, float) and not weight:
+                continue
+            value = formula(y_pred, y_true)
+            # the weight may be a variable that a schedule sets
+            total = total + ops.cast(ops.convert_to_tensor(weight), value.dtype) * value
         return total
 
 

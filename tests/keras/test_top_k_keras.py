@@ -18,9 +18,8 @@ from torch.utils.data import TensorDataset
 
 import keras_distill
 import lightning_distill
-from keras_distill import CacheError, DistillModel, DistillTargets, LogitsDistillation, losses
+from keras_distill import CacheError, Call, DistillModel, DistillTargets, LogitsDistillation, losses
 from keras_distill.functional.top_k import TopK
-from keras_distill.taps import Call
 from lightning_distill.cache.loaders import read_answers
 from lightning_distill.cache.teacher import Stored
 

@@ -1,0 +1,114 @@
+"""What one owner has of one term: the numbers that graphs read, and the weights that are trained."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import keras
+
+from keras_distill import backends, checks
+
+
+class Settings(dict[str, Any]):
+    """The settings of a term that may be assigned, shared by the copies of all its owners.
+
+    Attributes:
+        owners: The states that are told of changes.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.owners: weakref.WeakSet[TermState] = weakref.WeakSet()
+
+    def changed(self) -> None:
+        """Let every owner read the settings again."""
+        for owner in list(self.owners):
+            owner.sync()
+
+
+class TermState(keras.layers.Layer):
+    """Numbers, adapters and learned losses of one term in one model, which Keras tracks, saves and trains.
+
+    The numbers in Python are the truth, by which Python decides what to trace; variables carry them into graphs.
+
+    Args:
+        term: The owner's copy of the term.
+    """
+
+    def __init__(self, term: Any) -> None:
+        super().__init__(name=term.name, autocast=False, trainable=term.trainable)
+        self.term, self.numbers_written = term, dict(term.numbers())
+        self.variables_by_name = {
+            name: self.add_weight(
+                name=name,
+                shape=(),
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+                initializer=keras.initializers.Constant(value),
+            )
+            for name, value in self.numbers_written.items()
+        }
+        self.built = True
+
+    def sync(self) -> None:
+        """Carry the numbers that have changed into the variables."""
+        trainable: bool = self.term.trainable
+        if super().trainable != trainable:
+            self.trainable = trainable
+        for name, value in self.term.numbers().items():
+            if self.numbers_written[name] != value:
+                self.variables_by_name[name].assign(value)
+                self.numbers_written[name] = value
+
+    def number(self, name: str) -> Any:
+        """A setting as a scalar tensor."""
+        return keras.ops.convert_to_tensor(self.variables_by_name[name])
+
+    def adopt(self) -> None:
+        """Track the layers that the term has made for its owner."""
+        shared = vars(self.term._origin)
+        for name, value in vars(self.term).items():
+            if name in ("state", "_origin") or shared.get(name) is value:
+                continue
+            if isinstance(value, (keras.layers.Layer, keras.Variable)):
+                setattr(self, f"part_{name}", value)
+            elif isinstance(value, (list, tuple)):
+                layers = [part for part in value if isinstance(part, keras.layers.Layer)]
+                if layers:
+                    setattr(self, f"part_{name}", layers)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the numbers of a file, which the term takes over."""
+        super().load_own_variables(store)
+        for name, variable in self.variables_by_name.items():
+            self.numbers_written[name] = backends.same_or_loaded(self.numbers_written[name], variable)
+            self.term._store(name, self.numbers_written[name])
+        self.term._settings.changed()
+
+
+def own_layer(layer: keras.layers.Layer, who: str) -> keras.layers.Layer:
+    """A copy of a layer that a term was given, for one owner: two models that trained the same one would interfere.
+
+    Args:
+        layer: The layer, a pattern; weights that it has already are copied.
+        who: Name of the term, for messages.
+
+    Returns:
+        Another layer.
+
+    Raises:
+        ValueError: If the layer cannot be copied.
+    """
+    try:
+        copy = type(layer).from_config(layer.get_config())
+        if layer.built and layer.variables:
+            copy.build_from_config(layer.get_build_config())
+            copy.set_weights(layer.get_weights())
+    except Exception as error:
+        expected = f"layer {layer.name!r} of {who} to be a layer that can be copied: every model trains its own"
+        remedy = "Give the layer a `get_config`, or make it in `build_from_calls` or by a factory of the two shapes."
+        raise ValueError(checks.message(expected, f"{type(error).__name__}: {error}", remedy)) from error
+    copy.trainable = layer.trainable
+    return copy
