@@ -87,7 +87,8 @@ class DistillStep:
         self.states: list[TermState] = [term.state for term in self.terms if term.state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
         self.teacher_inputs: Callable[..., Any] | None = None
-        self.working_names: tuple[str, ...] | None = None  # set while a graph of some working terms is traced or run
+        # set while a graph that Python has chosen is traced or run: the terms that are in it
+        self.working_names: tuple[str, ...] | None = None
         self.version = 0
         self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
         self.teachers: list[LiveTeacher] = []
@@ -123,9 +124,14 @@ class DistillStep:
         """Whether a term reads the teacher."""
         return any(term.needs_teacher for term in self.terms)
 
-    def signature(self) -> tuple[Any, ...]:
-        """What a graph of a training step depends on in Python: which terms work, their fixed settings, the teacher."""
-        return (self.version, *(term.traced_settings() for term in self.terms if term.weight != 0))
+    def signature(self, training: bool = True) -> tuple[Any, ...]:
+        """What a graph of a step depends on in Python: which terms work, their fixed settings, the teacher.
+
+        Args:
+            training: Whether it is a step of training, in which terms of weight 0 are skipped.
+        """
+        working = (term for term in self.terms if term.weight != 0 or not training)
+        return (self.version, *(term.traced_settings() for term in working))
 
     def watching(self, everywhere: bool = False) -> contextlib.AbstractContextManager[None]:
         """A context in which calls of the student are recorded, so that :meth:`losses` knows its inner layers.
@@ -310,6 +316,7 @@ class DistillStep:
             student = self.recorder.call_of(output, record)
             x = record.inputs if x is None and record is not None else x
         student.training = training
+        student.decided = self.working_names is not None or backends.executes_eagerly()
         return student, x
 
     def _teacher_calls(self, x: Any, student: Call, teacher: Call | None) -> list[Call]:

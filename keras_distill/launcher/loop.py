@@ -107,8 +107,7 @@ class Loop:
     def _record_of(self, output: Any) -> Record | None:
         """The record of the call that returned an output; of the last call where the user has changed the output."""
         leaves = {id(leaf) for leaf in keras.tree.flatten(output)}
-        for record, returned in reversed(self._calls):
-            if leaves & {id(leaf) for leaf in keras.tree.flatten(returned)}:
-                return record
-        record = record_of(output)
-        return self._calls[-1][0] if record is None and self._calls else record
+        calls: list[tuple[Record, Any]] = list(self._calls)
+        own = [call for call in calls if leaves & {id(leaf) for leaf in keras.tree.flatten(call[1])}]
+        last: Record | None = calls[-1][0] if calls else None
+        return own[-1][0] if own else record_of(output) or last

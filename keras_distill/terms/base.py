@@ -304,9 +304,29 @@ class LossTerm(DistillationTerm):
         return {**super().numbers(), **{name: float(getattr(self.loss, name)) for name in self._variable_settings}}
 
     def traced_settings(self) -> tuple[Any, ...]:
-        """Name, whether it is trained, and the temperature of a user's own loss."""
+        """Name, whether it is trained, the temperature of a user's own loss, and parts of a loss whose weight is 0."""
         fixed = self._has_temperature and "temperature" not in self._variable_settings
-        return (*super().traced_settings(), self.loss.temperature if fixed else None)
+        return (*super().traced_settings(), self.loss.temperature if fixed else None, self._parts_of_weight_0())
+
+    def loss_of(self, student: Call) -> keras.losses.Loss:
+        """The loss that computes with the owner's numbers, without the parts whose weight is 0.
+
+        Args:
+            student: The student's call.
+
+        Returns:
+            The loss.
+        """
+        skipped = self._parts_of_weight_0() if student.decided else ()
+        if not skipped:
+            return self._working_loss
+        loss = copied(self._working_loss)
+        for name in skipped:
+            setattr(loss, name, 0.0)
+        return loss
+
+    def _parts_of_weight_0(self) -> tuple[str, ...]:
+        return tuple(name for name in self._variable_settings if getattr(self.loss, name) == 0)
 
     def take_numbers(self) -> None:
         """Let the loss of this copy compute with the owner's variables."""

@@ -134,8 +134,8 @@ class FeatureDistillation(LossTerm):
         settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}
         if self.requires.several_layers:
             students, teachers, masks = ([pair[part] for pair in pairs] for part in range(3))
-            return weigh(self._working_loss, students, teachers, masks=masks[0], **settings)
-        losses = self.learned or [self._working_loss] * len(pairs)
+            return weigh(self.loss_of(student), students, teachers, masks=masks[0], **settings)
+        losses = self.learned or [self.loss_of(student)] * len(pairs)
         values = []
         for loss, (feature, target, masks) in zip(losses, pairs, strict=True):
             if isinstance(loss, DistillationLoss) and self.requires.learned:

@@ -149,7 +149,7 @@ class LogitsDistillation(LossTerm):
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
         total = 0.0
-        loss, pairs = self._working_loss, paired_outputs(student, teacher, self.output_key, sample_weight)
+        loss, pairs = self.loss_of(student), paired_outputs(student, teacher, self.output_key, sample_weight)
         for (student_logits, teacher_logits, weights), known in zip(
             pairs, self._labels_of(labels, len(pairs)), strict=True
         ):

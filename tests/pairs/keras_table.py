@@ -232,7 +232,10 @@ FEATURES: dict[str, Feature] = {
     "self-distillation": Feature(lambda: [SelfDistillation("hidden", "deep")], within, teachers=0),
     "masks": Feature(lambda: [LogitsDistillation()], masked, tokens=True),
     "label-aware losses": Feature(
-        lambda: [LogitsDistillation(DecoupledKDLoss(alpha=1.0, beta=2.0, temperature=3.0), weight=0.5)], labelled
+        lambda: [
+            LogitsDistillation(DecoupledKDLoss(target_weight=1.0, nontarget_weight=2.0, temperature=3.0), weight=0.5)
+        ],
+        labelled,
     ),
     "teacher dtype": Feature(lambda: [LogitsDistillation()], in_bfloat16, settings={"teacher_dtype": "bfloat16"}),
 }

@@ -199,7 +199,7 @@ def run(drawn: dict[str, Any], model: DistillModel, x: Any, y: Any, weights: Any
         for batch in batches():
             model.train_on_batch(*batch)
     elif drawn["batch"] == "generator":
-        model.fit(batches(), steps_per_epoch=len(x) // 8, verbose=0)
+        model.fit(batches(), steps_per_epoch=len(x) // 8, shuffle=False, verbose=0)
     else:
         model.fit(x, y, sample_weight=weights, batch_size=8, shuffle=False, verbose=0)
 

@@ -27,9 +27,21 @@ from pairs.keras_table import BATCH, EPOCHS, FEATURES, Feature, by_hand, compile
 HERE = Path(__file__).parent
 
 
+class StopAfter(keras.callbacks.Callback):
+    """Ends a training early, as if the process had ended."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__()
+        self.last = epochs - 1
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.stop_training = epoch == self.last
+
+
 def fit(model: Any, feature: Feature, targets: Any, *, first: int = 0, last: int = EPOCHS, **settings: Any) -> Any:
-    arguments = {"batch_size": BATCH, "shuffle": False, "verbose": 0, "initial_epoch": first, "epochs": last}
-    return model.fit(feature.x, targets, **{**arguments, **settings})
+    """Some epochs of the whole training."""
+    arguments = {"batch_size": BATCH, "shuffle": False, "verbose": 0, "initial_epoch": first, "epochs": EPOCHS}
+    return model.fit(feature.x, targets, **{**arguments, "callbacks": [StopAfter(last)], **settings})
 
 
 def again(model: Any, other: Any) -> Any:
@@ -88,7 +100,7 @@ def by_generator(feature: Feature, folder: Path) -> Any:
                 rows = slice(start, start + BATCH)
                 yield feature.x[rows], keras.tree.map_structure(lambda array, rows=rows: array[rows], targets)
 
-    model.fit(batches(), steps_per_epoch=2, epochs=EPOCHS, verbose=0)
+    model.fit(batches(), steps_per_epoch=2, epochs=EPOCHS, shuffle=False, verbose=0)
     return model
 
 
@@ -159,7 +171,7 @@ SITUATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], float]] = {
     "pickle": (copied(lambda model: pickle.loads(pickle.dumps(model))), {}, 1e-5),
     "exception and second fit": (interrupted, {}, 1e-5),
 }
-# The fraction of the training is not that of one whole fit, or follows the epochs that Keras counts.
+# The fraction of the training does not begin again with the optimizer's steps; a fit of a part has one of its own.
 OTHER_PLACES = {
     ("schedules over the fraction", "second compile"): {},
     ("schedules over the fraction", "exception and second fit"): None,
