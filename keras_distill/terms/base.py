@@ -13,7 +13,7 @@ from keras_distill import checks
 from keras_distill.losses import DistillationLoss
 from keras_distill.recording import Call, Tap
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
-from keras_distill.terms.state import Settings, TermState, own_layer
+from keras_distill.terms.state import Settings, TermState, layer_copy
 
 
 class DistillationTerm:
@@ -64,6 +64,7 @@ class DistillationTerm:
     needs_teacher: bool = True
     built: bool = False
     state: TermState | None = None
+    _first_weights: dict[str, Any] | None = None
     _origin: DistillationTerm | None = None
 
     def __init__(
@@ -230,15 +231,25 @@ class DistillationTerm:
         """
         origin = self._origin or self
         copy = object.__new__(type(self))
-        layers = {name: value for name, value in vars(origin).items() if isinstance(value, keras.layers.Layer)}
-        own = {name: own_layer(layer, f"term {self.name!r}") for name, layer in layers.items()}
-        copy.__dict__.update({**vars(origin), **own})
+        copy.__dict__.update({**vars(origin), **origin._layers_for_an_owner()})
         copy._origin = origin
         copy.student_taps = [tap.within(student, "student") for tap in origin.student_taps]
         copy.state = TermState(copy)
         origin._settings.owners.add(copy.state)
         copy.take_numbers()
         return copy
+
+    def _layers_for_an_owner(self) -> dict[str, keras.layers.Layer]:
+        """The layers that the term was given: themselves for its first owner, copies for every other.
+
+        Two models that trained the same layer would interfere; copies start as the layer did before any training.
+        """
+        given = {name: value for name, value in vars(self).items() if isinstance(value, keras.layers.Layer)}
+        if self._first_weights is None:
+            self._first_weights = {name: layer.get_weights() if layer.built else None for name, layer in given.items()}
+            return given
+        who = f"term {self.name!r}"
+        return {name: layer_copy(layer, self._first_weights.get(name), who) for name, layer in given.items()}
 
     def take_numbers(self) -> None:
         """Let the copy of an owner compute with the owner's variables."""

@@ -44,7 +44,7 @@ class FeatureDistillation(LossTerm):
             adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a dense layer for
-            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, of which each model trains a
+            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which one model trains and others
             copy, or a factory called with the shapes of both features, channels last.
         use_sample_weight: Whether the batch's sample weights count in the term.
         name: Name in logs and files; ``None`` takes the student layer's, ``"blocks_1"`` for ``"blocks.1"``.

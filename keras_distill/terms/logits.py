@@ -40,14 +40,8 @@ FIT_FOR_LOGITS: Final = (
     "LogCosh",
     "CosineSimilarity",
 )
-_FIT_FUNCTIONS: Final = (
-    "mean_squared_error",
-    "mean_absolute_error",
-    "mean_absolute_percentage_error",
-    "huber",
-    "log_cosh",
-    "cosine_similarity",
-)
+# Of its functions, which may be meant as plain formulas, only those on probabilities and classes are refused.
+_UNFIT_FUNCTIONS: Final = ("crossentropy", "kl_divergence", "poisson", "hinge", "dice", "tversky")
 _CLASS_SCORES: Final = (
     DecoupledKDLoss,
     DISTLoss,
@@ -275,7 +269,8 @@ def _refuse_loss_of_keras(loss: keras.losses.Loss) -> None:
     """Raise if a loss of Keras takes the teacher's logits for probabilities or classes."""
     function = getattr(loss, "function", None) if isinstance(loss, FunctionLoss) else None
     name = type(loss).__name__ if function is None else getattr(function, "__name__", "")
-    if name not in (*FIT_FOR_LOGITS, *_FIT_FUNCTIONS):
+    unfit = name not in FIT_FOR_LOGITS if function is None else name.endswith(_UNFIT_FUNCTIONS)
+    if unfit:
         expected = "`loss` to be a loss between the logits of two models"
         remedy = "Use SoftTargetLoss(), SoftCrossEntropyLoss() or, with a sigmoid per class, BinarySoftTargetLoss()."
         received = f"keras.losses.{name}, which takes the teacher's logits for probabilities or classes"

@@ -146,13 +146,28 @@ def test_a_list_of_terms_serves_a_loop_over_widths() -> None:
     assert terms[1].adapters == []
 
 
-def test_an_adapter_that_is_a_layer_is_copied_for_each_model() -> None:
+def test_an_adapter_that_is_a_layer_is_trained_by_one_model_and_copied_by_others() -> None:
     adapter = keras.layers.Dense(6, name="own")
     terms = FeatureDistillation("hidden", "hidden", adapter=adapter)
     first, second = distilled(terms), distilled(terms, width=7)
     assert [tuple(model.terms[0].adapters[0].kernel.shape) for model in (first, second)] == [(5, 6), (7, 6)]
-    assert not adapter.built
-    assert any(first.terms[0].adapters[0].kernel is variable for variable in first.trainable_variables)
+    assert first.terms[0].adapters == [adapter]
+    for model in (first, second):
+        assert any(model.terms[0].adapters[0].kernel is variable for variable in model.trainable_variables)
+    before = second.terms[0].adapters[0].get_weights()
+    first.fit(X, Y, **FIT)
+    np.testing.assert_array_equal(before[0], second.terms[0].adapters[0].get_weights()[0])
+
+
+def test_weights_of_an_adapter_that_is_built_already_are_where_each_model_starts() -> None:
+    adapter = keras.layers.Dense(6, kernel_initializer="ones")
+    adapter.build((None, 5))
+    terms = FeatureDistillation("hidden", "hidden", adapter=adapter)
+    first = distilled(terms)
+    first.fit(X, Y, **FIT)
+    [copy] = distilled(terms).terms[0].adapters
+    assert copy is not adapter
+    np.testing.assert_array_equal(copy.get_weights()[0], np.ones((5, 6)))
 
 
 def test_an_assignment_to_a_term_counts_in_every_model_from_the_next_step_on() -> None:

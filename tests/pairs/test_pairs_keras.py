@@ -22,6 +22,7 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("the loops by hand are TensorFlow's", allow_module_level=True)
 
 from pairs import keras_table as table  # noqa: E402
+from pairs import random_keras  # noqa: E402
 from pairs.keras_table import BATCH, EPOCHS, FEATURES, Feature, by_hand, compile_model  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -227,3 +228,15 @@ def test_the_loop_by_hand_depends_on_what_it_is_about() -> None:
     flat = [np.round(weights, 6).tobytes() for weights in results]
     assert len(set(flat)) == len(flat) - 1  # both schedules go the same way
     assert table.EPOCHS * 16 / BATCH == 4
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("seed", range(12))
+def test_a_random_combination_equals_its_loop_by_hand(seed: int, tmp_path: Path) -> None:
+    random_keras.check(seed, tmp_path)
+
+
+def test_random_combinations_draw_every_choice() -> None:
+    drawn = [random_keras.draw(seed) for seed in range(200)]
+    for name, options in random_keras.CHOICES.items():
+        assert {repr(one[name]) for one in drawn} >= {repr(option) for option in options}, name
