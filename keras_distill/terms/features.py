@@ -19,9 +19,10 @@ from keras_distill.losses import (
 )
 from keras_distill.recording import Call, Tap
 from keras_distill.schedules import Schedule, deserialized
-from keras_distill.terms.base import DistillationTerm, LossTerm, copied
+from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.layouts import KINDS, arranged, known_layout
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
+from keras_distill.terms.loss_term import LossTerm, copied
 from keras_distill.terms.weighing import weigh
 
 Layers: TypeAlias = str | keras.layers.Layer | Tap | Sequence[str | keras.layers.Layer | Tap]
@@ -44,8 +45,8 @@ class FeatureDistillation(LossTerm):
             adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a dense layer for
-            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which one model trains and others
-            copy, or a factory called with the shapes of both features, channels last.
+            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which one model trains and
+            others copy, or a factory called with the shapes of both features, channels last.
         use_sample_weight: Whether the batch's sample weights count in the term.
         name: Name in logs and files; ``None`` takes the student layer's, ``"blocks_1"`` for ``"blocks.1"``.
 
@@ -111,20 +112,24 @@ class FeatureDistillation(LossTerm):
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make the adapters from the shapes of a first call."""
-        pairs: list[Any] = []
-        for index in range(len(self.pairs)):
-            features = self._raw(index, student, teacher)
-            layouts = self._layouts(index, *features)
-            shapes = [
-                list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)
-            ]
-            pairs.append([*shapes, *layouts])
-        self._build_adapters(pairs)
-        for (shape, wanted, *_), adapter, index in zip(pairs, self.adapters, range(len(pairs)), strict=True):
+        self._build_adapters([self._described(index, student, teacher) for index in range(len(self.pairs))])
+        self.check_calls(student, teacher)
+
+    def check_calls(self, student: Call, teacher: Call) -> None:
+        """Check that the adapted features fit the teacher's, which may be another than the adapters were made for."""
+        for index, adapter in enumerate(self.adapters):
+            shape, wanted, *_ = self._described(index, student, teacher)
             mapped = tuple(shape if adapter is None else adapter.compute_output_shape(tuple(shape)))
             if self._resizes(index, mapped, wanted):
                 wanted = (wanted[0], *mapped[1:3], wanted[3])
             self._check(mapped, wanted, index)
+
+    def _described(self, index: int, student: Call, teacher: Call) -> list[Any]:
+        """The shapes of a pair of features, arranged, and their layouts."""
+        features = self._raw(index, student, teacher)
+        layouts = self._layouts(index, *features)
+        shapes = [list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)]
+        return [*shapes, *layouts]
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""

@@ -24,7 +24,7 @@ from keras_distill.losses import (
 )
 from keras_distill.recording import Call, select
 from keras_distill.schedules import Schedule
-from keras_distill.terms.base import LossTerm
+from keras_distill.terms.loss_term import LossTerm
 from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import weigh
 
@@ -120,6 +120,10 @@ class LogitsDistillation(LossTerm):
         self.output_key = output
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
+        """Check that the two models' outputs fit each other and the loss."""
+        self.check_calls(student, teacher)
+
+    def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
         for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
             is_cache = isinstance(teacher_logits, TopK)

@@ -280,6 +280,13 @@ def test_several_teachers_are_averaged_term_by_term() -> None:
         model.teacher_targets(X)
 
 
+def test_another_teacher_that_does_not_fit_is_refused_when_it_is_assigned() -> None:
+    model = distilled(both())
+    model.teacher = mlp(6, name="again")
+    with pytest.raises(ValueError, match=r"The adapter was made for another teacher: make a new DistillModel\."):
+        model.teacher = mlp(9, name="wider")
+
+
 class Precise(keras.layers.Layer):
     """Notes the precision of what it is called with."""
 
