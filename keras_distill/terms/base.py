@@ -241,7 +241,7 @@ class DistillationTerm:
         copy._origin = origin
         copy.student_taps = [tap.within(student, "student") for tap in origin.student_taps]
         copy.state = TermState(copy)
-        origin._settings.owners.add(copy.state)
+        origin._settings.add(copy.state)
         copy.take_numbers()
         return copy
 

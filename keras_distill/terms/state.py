@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,11 +16,19 @@ class Settings(dict[str, Any]):
 
     Attributes:
         owners: The states that are told of changes.
+        first: The state of the first owner, as long as it lives.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.owners: weakref.WeakSet[TermState] = weakref.WeakSet()
+        self.first: Callable[[], TermState | None] = lambda: None
+
+    def add(self, owner: TermState) -> None:
+        """Tell an owner of changes from now on."""
+        self.owners.add(owner)
+        if self.first() is None:
+            self.first = weakref.ref(owner)
 
     def changed(self) -> None:
         """Let every owner read the settings again."""
