@@ -203,7 +203,7 @@ def _finish(recording: Recording, record: Record, output: Any) -> None:
     for runs in record.runs.values():
         for index, (given, returned, trouble) in enumerate(runs):
             inner = [_graph_of(leaf) for leaf in keras.tree.flatten(returned)]
-            if graph is not None and any(other is not None and other is not graph for other in inner):
+            if any(other is not None and other is not graph for other in inner):
                 trouble = "tensors of a loop or a function of its own. Tap the layer that contains it."
             stand_in = _OUTPUT if returned is output else _FIRST if returned is leaves[0] else returned
             runs[index] = (given, stand_in, trouble)
@@ -220,11 +220,7 @@ def _restored(value: Any, output: Any) -> Any:
 
 def _graph_of(tensor: Any) -> Any:
     """The graph of a symbolic tensor of TensorFlow, None for every other tensor."""
-    if keras.backend.backend() != "tensorflow":
-        return None
-    import tensorflow as tf
-
-    return None if tf.executing_eagerly() else getattr(tensor, "graph", None)
+    return getattr(tensor, "graph", None) if keras.backend.backend() == "tensorflow" else None
 
 
 @_as_is

@@ -269,6 +269,10 @@ class DistillationTerm:
     def _store(self, name: str, value: float) -> None:
         self._settings[name] = value
 
+    def __repr__(self) -> str:
+        weight = self.schedules.get("weight", self.weight)
+        return f"{type(self).__name__}(name={self.name!r}, weight={weight!r})"
+
     def __getstate__(self) -> dict[str, Any]:
         """The settings: a copy or a pickle belongs to no model."""
         origin = self._origin or self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import keras
@@ -86,6 +87,9 @@ class LossTerm(DistillationTerm):
             for name in self._variable_settings:
                 setattr(self._working_loss, name, self.state.variables_by_name[name])
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, loss={self.loss!r})"
+
     def _store(self, name: str, value: float) -> None:
         if name == "weight":
             super()._store(name, value)
@@ -112,4 +116,4 @@ def copied(loss: keras.losses.Loss) -> keras.losses.Loss:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
