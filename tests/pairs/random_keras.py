@@ -106,7 +106,8 @@ def terms_of(drawn: dict[str, Any]) -> list[Any]:
         terms.append(LogitsDistillation(loss, weight=weight))
     if drawn["feature"]:
         own = drawn["feature"] == "own adapter"
-        adapter: Any = keras.layers.Dense(6, use_bias=False, kernel_initializer="orthogonal") if own else "auto"
+        start = keras.initializers.Orthogonal(seed=5)  # a layer that has been made already starts where it starts
+        adapter: Any = keras.layers.Dense(6, use_bias=False, kernel_initializer=start) if own else "auto"
         terms.append(FeatureDistillation("hidden", "hidden", weight=0.5, adapter=adapter))
     if drawn["within"]:
         terms.append(SelfDistillation("hidden", "deep", "l1", weight=0.7, adapter="linear", name="within"))
