@@ -159,7 +159,6 @@ def in_mixed_precision(feature: Feature, folder: Path) -> Any:
 
 # A situation, how the loop by hand differs in it, and the tolerance.
 SITUATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], float]] = {
-    "graph": (fitted(jit_compile=False), {}, 1e-5),
     "jit_compile": (fitted(jit_compile=True), {}, 1e-5),
     "steps_per_execution": (fitted(steps_per_execution=2, jit_compile=False), {"rounded": 2}, 1e-5),
     "load_model": (loaded, {}, 1e-5),
