@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_distill import backends, checks, compat
 from keras_distill.agreement import agreement_of
-from keras_distill.recording import Call, Recorder, probed, record_of
+from keras_distill.recording import Call, Recorder, probed
 from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs
 from keras_distill.terms import DistillationTerm, TermState, as_terms
 from keras_distill.terms.weighing import scalar
@@ -52,13 +52,13 @@ class DistillStep:
         terms: What the student imitates; ``None`` is ``[LogitsDistillation()]``. The step makes copies that share the
             settings: a term may serve several steps.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None leaves it to the model.
+        teacher_inputs: Called with the batch's inputs and, if it takes a second argument, the student's call; returns
+            the teacher's inputs. None shows the teacher what the student is shown.
 
     Attributes:
         student: The student.
         terms: The step's own terms.
         states: What is trained and saved of them, a layer for each.
-        teacher_inputs: Called with the batch's inputs and, if it takes a second argument, the student's call; returns
-            the teacher's inputs. None shows the teacher what the student is shown.
 
     Raises:
         TypeError: If the teacher is not a Keras model, or an entry of ``terms`` is not a term.
@@ -80,18 +80,20 @@ class DistillStep:
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         teacher_dtype: Any = None,
+        teacher_inputs: Callable[..., Any] | None = None,
     ) -> None:
         self.student, self.teacher_dtype = student, checked_dtype(teacher_dtype)
         self.terms = [term.owned(student) for term in as_terms(terms)]
         self.states: list[TermState] = [term.state for term in self.terms if term.state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
-        self.teacher_inputs: Callable[..., Any] | None = None
+        self.teacher_inputs = teacher_inputs
         # set while a graph that Python has chosen is traced or run: the terms that are in it
         self.working_names: tuple[str, ...] | None = None
         self.version = 0
         self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
         self.teachers: list[LiveTeacher] = []
         self.teacher = teacher
+        self._build_from_models()
 
     @property
     def teacher(self) -> Any:
@@ -162,7 +164,7 @@ class DistillStep:
             teacher = self._probed_teacher(inputs)
         self._build_terms(waiting, student, teacher)
 
-    def build_from_models(self) -> None:
+    def _build_from_models(self) -> None:
         """Build where student and teachers know their inputs already, so that errors come when the model is made."""
         inputs = compat.input_structure(self.student)
         if inputs is not None and all(compat.input_structure(live.model) is not None for live in self.teachers):
@@ -310,7 +312,7 @@ class DistillStep:
         self, output: Any, x: Any, student: Call | None, terms: Sequence[DistillationTerm], training: bool
     ) -> tuple[Call, Any]:
         if student is None:
-            record = record_of(output)
+            record = self.recorder.record_of(output)
             if record is None and any(term.student_taps for term in terms):
                 expected = "the output that the student returned in this step, for terms that read its layers"
                 remedy = (

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_distill import checks
-from keras_distill.recording import Call, Record, record_of
+from keras_distill.recording import Call, Record
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets, split_targets
 from keras_distill.terms import DistillationTerm, TermState
@@ -110,4 +110,6 @@ class Loop:
         calls: list[tuple[Record, Any]] = list(self._calls)
         own = [call for call in calls if leaves & {id(leaf) for leaf in keras.tree.flatten(call[1])}]
         last: Record | None = calls[-1][0] if calls else None
-        return own[-1][0] if own else record_of(output) or last
+        if own or self.distillation is None:
+            return own[-1][0] if own else last
+        return self.distillation.recorder.record_of(output) or last

@@ -169,13 +169,10 @@ class Looped(keras.layers.Layer):
 
 
 @pytest.mark.tensorflow
-@pytest.mark.parametrize("eager", [True, False])
-def test_a_layer_in_a_loop_or_a_function_of_its_own_is_refused_in_words(eager: bool) -> None:
+def test_a_layer_in_a_loop_or_a_function_of_its_own_is_refused_in_words() -> None:
     def looped(name: str) -> keras.Model:
         inputs = keras.Input((8,))
         return keras.Model(inputs, layers.Dense(3)(Looped(name="loop")(inputs)), name=name)
 
     with pytest.raises(ValueError, match="to have an output that can be read from outside"):
-        model = DistillModel(looped("student"), looped("teacher"), FeatureDistillation("loop/inner", "loop/inner"))
-        model.compile("sgd", run_eagerly=eager, jit_compile=False)
-        model.fit(np.ones((2, 8), "float32"), verbose=0)
+        DistillModel(looped("student"), looped("teacher"), FeatureDistillation("loop/inner", "loop/inner"))
