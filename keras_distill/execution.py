@@ -40,14 +40,14 @@ class StepFunction:
             self._follow_schedules(args)
         for state in step.states:
             state.sync()
-        signature = step.signature() if self._training else (step.version, model.teacher is None)
+        signature = step.signature(self._training)
         if signature not in self.made:
             with _fresh_steps(model):
                 self._make(force=True)
             self.made = {key: made for key, made in self.made.items() if key[0] == step.version}
             self.made[signature] = getattr(model, self._attribute)
             setattr(model, self._attribute, self)
-        step.working_names = tuple(traced[0] for traced in signature[1:]) if self._training else None
+        step.working_names = tuple(traced[0] for traced in signature[1:])
         parts.now = set()
         try:
             with self._quiet(step):

@@ -13,7 +13,7 @@ from keras_distill import backends, checks, compat
 from keras_distill.callbacks import fit_callbacks, with_callbacks
 from keras_distill.execution import StepFunction, leave_out_xla
 from keras_distill.metrics import LossParts
-from keras_distill.recording import Call, record_of
+from keras_distill.recording import Call
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 from keras_distill.step import DistillStep
 from keras_distill.students import check_arguments, check_student, check_term_names, warn_of_augmentation
@@ -110,7 +110,10 @@ class DistillModel(ModelWithTeacher):
         kwargs.setdefault("autocast", False)  # the inputs reach both models as they are
         super().__init__(name=name, **kwargs)
         self.student = student
-        self.step = DistillStep(student, teacher, terms, teacher_dtype=teacher_dtype)
+        hook = self.teacher_inputs if type(self).teacher_inputs is not DistillModel.teacher_inputs else None
+        if hook is None and teacher is not None:
+            warn_of_augmentation(student)
+        self.step = DistillStep(student, teacher, terms, teacher_dtype=teacher_dtype, teacher_inputs=hook)
         check_term_names(self.step.terms, student)
         self.terms, self.term_states, self.schedules = self.step.terms, self.step.states, schedules
         self.evaluate_distillation, self.track_agreement = evaluate_distillation, track_agreement
@@ -122,13 +125,7 @@ class DistillModel(ModelWithTeacher):
         )  # fmt: skip
         names = ("task", "distillation", *(term.name for term in self.terms))
         self.loss_parts = LossParts(names, agreement=track_agreement)
-        if type(self).teacher_inputs is not DistillModel.teacher_inputs:
-            self.step.teacher_inputs = self.teacher_inputs
-        elif self.step.teachers:
-            warn_of_augmentation(student)
-        if compat.input_structure(student) is not None:
-            self.step.build_from_models()
-            self.built = self.step.built  # a file builds only a model that is not built yet
+        self.built = self.step.built  # a file builds only a model that is not built yet
 
     @property
     def task_weight(self) -> float:
@@ -271,8 +268,8 @@ class DistillModel(ModelWithTeacher):
         total = sum((compat.additional_loss(self, loss) for loss in self.losses), ops.zeros(()))
         task = self.task_loss(x, labels, y_pred, sample_weight, training)
         knows_teacher = stored is not None or bool(self.step.teachers) or not self.step.needs_teacher
-        building = compat.in_symbolic_scope() and record_of(y_pred) is None  # Keras only looks for variables
-        if building:
+        unrecorded = self.step.recorder.record_of(y_pred) is None
+        if unrecorded and compat.in_symbolic_scope():  # Keras only looks for variables
             if stored is not None or x is not None:
                 self.step.build(x if x is not None else y_pred, stored)
             return total if task is None else total + task

@@ -11,11 +11,10 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks, compat
-from keras_distill.metrics import agreement
-from keras_distill.recording import Call, Recorder, probed, record_of
+from keras_distill.agreement import agreement_of
+from keras_distill.recording import Call, Recorder, probed
 from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs
-from keras_distill.terms import DistillationTerm, LogitsDistillation, TermState, as_terms
-from keras_distill.terms.logits import Scores
+from keras_distill.terms import DistillationTerm, TermState, as_terms
 from keras_distill.terms.weighing import scalar
 
 
@@ -53,13 +52,13 @@ class DistillStep:
         terms: What the student imitates; ``None`` is ``[LogitsDistillation()]``. The step makes copies that share the
             settings: a term may serve several steps.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None leaves it to the model.
+        teacher_inputs: Called with the batch's inputs and, if it takes a second argument, the student's call; returns
+            the teacher's inputs. None shows the teacher what the student is shown.
 
     Attributes:
         student: The student.
         terms: The step's own terms.
         states: What is trained and saved of them, a layer for each.
-        teacher_inputs: Called with the batch's inputs and, if it takes a second argument, the student's call; returns
-            the teacher's inputs. None shows the teacher what the student is shown.
 
     Raises:
         TypeError: If the teacher is not a Keras model, or an entry of ``terms`` is not a term.
@@ -81,17 +80,20 @@ class DistillStep:
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         teacher_dtype: Any = None,
+        teacher_inputs: Callable[..., Any] | None = None,
     ) -> None:
         self.student, self.teacher_dtype = student, checked_dtype(teacher_dtype)
         self.terms = [term.owned(student) for term in as_terms(terms)]
         self.states: list[TermState] = [term.state for term in self.terms if term.state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
-        self.teacher_inputs: Callable[..., Any] | None = None
-        self.working_names: tuple[str, ...] | None = None  # set while a graph of some working terms is traced or run
+        self.teacher_inputs = teacher_inputs
+        # set while a graph that Python has chosen is traced or run: the terms that are in it
+        self.working_names: tuple[str, ...] | None = None
         self.version = 0
         self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
         self.teachers: list[LiveTeacher] = []
         self.teacher = teacher
+        self._build_from_models()
 
     @property
     def teacher(self) -> Any:
@@ -107,6 +109,7 @@ class DistillStep:
         taps = [tap for term in self.terms for tap in term.teacher_taps]
         self.teachers = [LiveTeacher(model, taps, self.teacher_dtype) for model in models]
         self.version += 1  # graphs hold the teacher
+        self._check_teacher()
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -123,9 +126,14 @@ class DistillStep:
         """Whether a term reads the teacher."""
         return any(term.needs_teacher for term in self.terms)
 
-    def signature(self) -> tuple[Any, ...]:
-        """What a graph of a training step depends on in Python: which terms work, their fixed settings, the teacher."""
-        return (self.version, *(term.traced_settings() for term in self.terms if term.weight != 0))
+    def signature(self, training: bool = True) -> tuple[Any, ...]:
+        """What a graph of a step depends on in Python: which terms work, their fixed settings, the teacher.
+
+        Args:
+            training: Whether it is a step of training, in which terms of weight 0 are skipped.
+        """
+        working = (term for term in self.terms if term.weight != 0 or not training)
+        return (self.version, *(term.traced_settings() for term in working))
 
     def watching(self, everywhere: bool = False) -> contextlib.AbstractContextManager[None]:
         """A context in which calls of the student are recorded, so that :meth:`losses` knows its inner layers.
@@ -156,17 +164,11 @@ class DistillStep:
             teacher = self._probed_teacher(inputs)
         self._build_terms(waiting, student, teacher)
 
-    def build_from_models(self) -> None:
+    def _build_from_models(self) -> None:
         """Build where student and teachers know their inputs already, so that errors come when the model is made."""
         inputs = compat.input_structure(self.student)
-        structures = [compat.input_structure(live.model) for live in self.teachers]
-        if inputs is None or any(structure is None for structure in structures):
-            return
-        named = {key: one for each in structures if isinstance(each, dict) for key, one in each.items()}
-        own = inputs if isinstance(inputs, dict) else {one.name: one for one in keras.tree.flatten(inputs)}
-        if set(named) - set(own) and isinstance(inputs, dict | keras.KerasTensor):
-            inputs = {**named, **own}  # a teacher with inputs of its own, which the data has too
-        self.build(inputs)
+        if inputs is not None and all(compat.input_structure(live.model) is not None for live in self.teachers):
+            self.build(self._all_inputs(inputs))
 
     def build_from_config(self, configs: Mapping[str, Any]) -> None:
         """Make the adapters of a saved model.
@@ -279,7 +281,7 @@ class DistillStep:
             values[term.name] = value
             # in a graph that the user traces, or in evaluation, the weight may be 0 and the value infinite
             total = total + ops.where(weight > 0, weight * value, zero)
-        share, rows = self._agreement(student, calls) if track_agreement and calls else (None, None)
+        share, rows = agreement_of(self.terms, student, calls) if track_agreement and calls else (None, None)
         return StepLosses(total, values, share, rows)
 
     def _working(self, training: bool) -> list[DistillationTerm]:
@@ -296,11 +298,21 @@ class DistillStep:
             names = tuple(term.name for term in self.terms if term.weight != 0)
         return [term for term in self.terms if term.name in names]
 
+    def _check_teacher(self) -> None:
+        """Raise if a new teacher does not fit the adapters, where both models know their inputs."""
+        built = [term for term in self.terms if term.built and term.needs_teacher]
+        inputs = compat.input_structure(self.student)
+        known = all(compat.input_structure(live.model) is not None for live in self.teachers)
+        if built and inputs is not None and self.teachers and known and self.teacher_inputs is None:
+            student, teacher = probed(self.recorder, inputs), self._probed_teacher(self._all_inputs(inputs))
+            for term in built:
+                term.check_calls(student, teacher)
+
     def _student_call(
         self, output: Any, x: Any, student: Call | None, terms: Sequence[DistillationTerm], training: bool
     ) -> tuple[Call, Any]:
         if student is None:
-            record = record_of(output)
+            record = self.recorder.record_of(output)
             if record is None and any(term.student_taps for term in terms):
                 expected = "the output that the student returned in this step, for terms that read its layers"
                 remedy = (
@@ -310,6 +322,7 @@ class DistillStep:
             student = self.recorder.call_of(output, record)
             x = record.inputs if x is None and record is not None else x
         student.training = training
+        student.decided = self.working_names is not None or backends.executes_eagerly()
         return student, x
 
     def _teacher_calls(self, x: Any, student: Call, teacher: Call | None) -> list[Call]:
@@ -322,6 +335,14 @@ class DistillStep:
         if self.teacher_inputs is not None:
             x = _with_call(self.teacher_inputs, x, student)
         return [live.answer(x) for live in self.teachers]
+
+    def _all_inputs(self, inputs: Any) -> Any:
+        """The student's inputs, and those that only a teacher has: the data has both."""
+        structures = [compat.input_structure(live.model) for live in self.teachers]
+        named = {key: one for each in structures if isinstance(each, dict) for key, one in each.items()}
+        own = inputs if isinstance(inputs, dict) else {one.name: one for one in keras.tree.flatten(inputs)}
+        more = set(named) - set(own) and isinstance(inputs, (dict, keras.KerasTensor))
+        return {**named, **own} if more else inputs
 
     def _probed_teacher(self, inputs: Any) -> Call:
         hook, live = self.teacher_inputs, self.teachers[0]
@@ -353,30 +374,6 @@ class DistillStep:
         term.built = True
         if term.state is not None:
             term.state.adopt()
-
-    def _agreement(self, student: Call, calls: Sequence[Call]) -> tuple[Any, Any]:
-        """Share of the rows in which the models choose the same class, of the first term that compares classes."""
-        for term in self.terms:
-            if not isinstance(term, LogitsDistillation):
-                continue
-            scores = [term.scores(student, call) for call in calls]
-            if scores and scores[0]:
-                pairs = [
-                    agreement(pair[0].student, _mean_scores(pair), pair[0].mask, threshold=pair[0].threshold)
-                    for pair in zip(*scores, strict=True)
-                ]
-                rows = sum(rows for _, rows in pairs)
-                return sum(share * rows for share, rows in pairs) / ops.maximum(rows, 1), rows
-        return None, None
-
-
-def _mean_scores(scores: Sequence[Scores]) -> Any:
-    """The teacher's scores; of several teachers their mean probabilities."""
-    if len(scores) == 1:
-        return scores[0].teacher
-    single = scores[0].teacher.shape[-1] == 1
-    each = [score.teacher if single else ops.softmax(ops.cast(score.teacher, "float32")) for score in scores]
-    return sum(each) / len(each)
 
 
 def _with_call(hook: Callable[..., Any], inputs: Any, call: Call) -> Any:

@@ -19,6 +19,8 @@ class ModelWithTeacher(keras.Model):
 
     step: DistillStep
     save_teacher: bool
+    train_function: Any
+    test_function: Any
 
     @property
     def teacher(self) -> Any:

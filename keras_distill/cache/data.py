@@ -109,6 +109,7 @@ def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
 
     # many rows at a time: a call of Python for each would cost more than the training
     stored = tf.data.Dataset.range(start, start + length).batch(_ROWS).map(read).unbatch()
+    stored = stored.apply(tf.data.experimental.assert_cardinality(length))  # which `unbatch` forgets
     return tf.data.Dataset.zip((data, stored)).map(joined)
 
 

@@ -3,7 +3,7 @@
 from keras_distill.recording.calls import Call
 from keras_distill.recording.facts import Facts, looks_like
 from keras_distill.recording.probe import probed
-from keras_distill.recording.recorder import Record, Recorder, Recording, record_of, recorded
+from keras_distill.recording.recorder import Record, Recorder, Recording, recorded
 from keras_distill.recording.taps import LAYOUTS, Place, Tap, find_layer, select, sublayers
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "find_layer",
     "looks_like",
     "probed",
-    "record_of",
     "recorded",
     "select",
     "sublayers",

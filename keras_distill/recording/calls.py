@@ -23,6 +23,8 @@ class Call:
         features: Features that were computed beforehand, by the key of their taps.
         who: ``"student"`` or ``"teacher"``, for messages.
         training: Whether the step trains the student; False in evaluation, None where nobody says.
+        decided: Whether Python decides which parts of a loss have the weight 0: in eager steps, and in graphs that are
+            made for each set of them.
         trouble: Why a tapped layer's tensors cannot be used, by layer and side.
         facts: What is known of each tensor, by its id; filled while shapes are inferred only.
         declared: Whether the model's outputs were declared when it was made, so that several of them are meant to be
@@ -39,6 +41,7 @@ class Call:
     features: dict[str, Any] = field(default_factory=dict)
     who: str = "student"
     training: bool | None = None
+    decided: bool = False
     trouble: dict[Place, str] = field(default_factory=dict)
     facts: dict[int, Facts] = field(default_factory=dict)
     declared: bool = True

@@ -10,7 +10,7 @@ import keras
 from keras_distill import checks, compat
 from keras_distill.recording.calls import Call
 from keras_distill.recording.facts import Facts
-from keras_distill.recording.recorder import Recorder, record_of
+from keras_distill.recording.recorder import Recorder
 
 
 def probed(recorder: Recorder, inputs: Any) -> Call:
@@ -36,7 +36,7 @@ def probed(recorder: Recorder, inputs: Any) -> Call:
             model(symbolic, training=False)  # building may run the layers once more
         with recorder.watching(infer=True):
             output = model(symbolic, training=False)
-        call = recorder.call_of(output, record_of(output))
+        call = recorder.call_of(output, recorder.record_of(output))
         tensors = {"output": call.output, "runs": list(call.runs.values())}
         facts = [call.facts.get(id(leaf), Facts()) for leaf in keras.tree.flatten(tensors)]
         beside.update(call=call, facts=facts)

@@ -50,7 +50,7 @@ class Recording:
 
     Args:
         model: The model.
-        layers: The tapped layers.
+        layers: The ids of the tapped layers; the set identifies the recorder.
         infer: Whether facts of all tensors are noted too.
         finished: Called with each record and the output, or None.
     """
@@ -58,12 +58,12 @@ class Recording:
     def __init__(
         self,
         model: keras.Model,
-        layers: Iterable[Any],
+        layers: set[int],
         infer: bool = False,
         finished: Callable[[Record, Any], None] | None = None,
     ) -> None:
         self.model, self.infer, self.finished = model, infer, finished
-        self.layers = {id(layer) for layer in layers}
+        self.layers = layers
         self._thread = threading.local()
 
     @property
@@ -203,14 +203,15 @@ def _finish(recording: Recording, record: Record, output: Any) -> None:
     for runs in record.runs.values():
         for index, (given, returned, trouble) in enumerate(runs):
             inner = [_graph_of(leaf) for leaf in keras.tree.flatten(returned)]
-            if graph is not None and any(other is not None and other is not graph for other in inner):
+            if any(other is not None and other is not graph for other in inner):
                 trouble = "tensors of a loop or a function of its own. Tap the layer that contains it."
             stand_in = _OUTPUT if returned is output else _FIRST if returned is leaves[0] else returned
             runs[index] = (given, stand_in, trouble)
     if recording.finished is not None:
-        recording.finished(record, output)  # nothing on the tensor: another recording of the model may leave its record
-        return
-    compat.set_tensor_attr(leaves[0], _RECORD, record)  # dies with the output, as Keras' own masks do
+        recording.finished(record, output)
+    records = compat.get_tensor_attr(leaves[0], _RECORD) or {}
+    # dies with the output, as Keras' own masks do; several may record one model
+    compat.set_tensor_attr(leaves[0], _RECORD, {**records, id(recording.layers): record})
 
 
 def _restored(value: Any, output: Any) -> Any:
@@ -221,18 +222,14 @@ def _restored(value: Any, output: Any) -> Any:
 
 def _graph_of(tensor: Any) -> Any:
     """The graph of a symbolic tensor of TensorFlow, None for every other tensor."""
-    if keras.backend.backend() != "tensorflow":
-        return None
-    import tensorflow as tf
-
-    return None if tf.executing_eagerly() else getattr(tensor, "graph", None)
+    return getattr(tensor, "graph", None) if keras.backend.backend() == "tensorflow" else None
 
 
 @_as_is
-def record_of(output: Any) -> Record | None:
-    """The record that hangs on a model's output, or None."""
+def _records_on(output: Any) -> dict[int, Record]:
+    """The records that hang on a model's output, by what identifies their recorder."""
     records = (compat.get_tensor_attr(leaf, _RECORD) for leaf in keras.tree.flatten(output) if leaf is not None)
-    return next((record for record in records if record is not None), None)
+    return next((record for record in records if record), {})
 
 
 class Recorder:
@@ -252,6 +249,7 @@ class Recorder:
         self._layers: dict[Place, keras.layers.Layer] = {
             tap.place: find_layer(model, tap.layer, who)[1] for tap in self.taps
         }
+        self._ids = {id(layer) for layer in self._layers.values()}
 
     def watching(
         self, everywhere: bool = False, finished: Callable[[Record, Any], None] | None = None, infer: bool = False
@@ -266,7 +264,7 @@ class Recorder:
         Returns:
             The context.
         """
-        return recorded(Recording(self.model, self._layers.values(), infer, finished), everywhere)
+        return recorded(Recording(self.model, self._ids, infer, finished), everywhere)
 
     def forward(self, inputs: Any, training: bool | None) -> Call:
         """One forward pass of the model, with the features at the taps.
@@ -280,7 +278,12 @@ class Recorder:
         """
         with self.watching():
             output = self.model(inputs, training=training)
-        return self.call_of(output, record_of(output))
+        return self.call_of(output, self.record_of(output))
+
+    def record_of(self, output: Any) -> Record | None:
+        """The record of the call that returned an output, which hangs on it, or None."""
+        records: dict[int, Record] = _records_on(output)
+        return records.get(id(self._ids))
 
     def call_of(self, output: Any, record: Record | None) -> Call:
         """The call that a record describes.

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_distill import checks
-from keras_distill.terms.base import DistillationTerm, LossTerm
+from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.features import FeatureDistillation, SelfDistillation
 from keras_distill.terms.logits import LogitsDistillation
+from keras_distill.terms.loss_term import LossTerm
 from keras_distill.terms.state import TermState
 from keras_distill.terms.weighing import weigh
 

@@ -8,12 +8,10 @@ from typing import Any
 import keras
 from keras import ops  # noqa: F401 - the example uses it
 
-from distill_core.requires import Requires
 from keras_distill import checks
-from keras_distill.losses import DistillationLoss
 from keras_distill.recording import Call, Tap
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
-from keras_distill.terms.state import Settings, TermState, own_layer
+from keras_distill.terms.state import Settings, TermState, layer_copy
 
 
 class DistillationTerm:
@@ -64,6 +62,7 @@ class DistillationTerm:
     needs_teacher: bool = True
     built: bool = False
     state: TermState | None = None
+    _first_weights: dict[str, Any] | None = None
     _origin: DistillationTerm | None = None
 
     def __init__(
@@ -166,6 +165,14 @@ class DistillationTerm:
             teacher: The teacher's call with the same input.
         """
 
+    def check_calls(self, student: Call, teacher: Call) -> None:
+        """Check that another teacher fits what has been built.
+
+        Args:
+            student: A symbolic call of the student.
+            teacher: A symbolic call of the new teacher.
+        """
+
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight.
 
@@ -230,15 +237,25 @@ class DistillationTerm:
         """
         origin = self._origin or self
         copy = object.__new__(type(self))
-        layers = {name: value for name, value in vars(origin).items() if isinstance(value, keras.layers.Layer)}
-        own = {name: own_layer(layer, f"term {self.name!r}") for name, layer in layers.items()}
-        copy.__dict__.update({**vars(origin), **own})
+        copy.__dict__.update({**vars(origin), **origin._layers_for_an_owner()})
         copy._origin = origin
         copy.student_taps = [tap.within(student, "student") for tap in origin.student_taps]
         copy.state = TermState(copy)
-        origin._settings.owners.add(copy.state)
+        origin._settings.add(copy.state)
         copy.take_numbers()
         return copy
+
+    def _layers_for_an_owner(self) -> dict[str, keras.layers.Layer]:
+        """The layers that the term was given: themselves for its first owner, copies for every other.
+
+        Two models that trained the same layer would interfere; copies start as the layer did before any training.
+        """
+        given = {name: value for name, value in vars(self).items() if isinstance(value, keras.layers.Layer)}
+        if self._first_weights is None:
+            self._first_weights = {name: layer.get_weights() if layer.built else None for name, layer in given.items()}
+            return given
+        who = f"term {self.name!r}"
+        return {name: layer_copy(layer, self._first_weights.get(name), who) for name, layer in given.items()}
 
     def take_numbers(self) -> None:
         """Let the copy of an owner compute with the owner's variables."""
@@ -252,6 +269,10 @@ class DistillationTerm:
     def _store(self, name: str, value: float) -> None:
         self._settings[name] = value
 
+    def __repr__(self) -> str:
+        weight = self.schedules.get("weight", self.weight)
+        return f"{type(self).__name__}(name={self.name!r}, weight={weight!r})"
+
     def __getstate__(self) -> dict[str, Any]:
         """The settings: a copy or a pickle belongs to no model."""
         origin = self._origin or self
@@ -259,89 +280,6 @@ class DistillationTerm:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "_settings": Settings(**state["_settings"])})
-
-
-class LossTerm(DistillationTerm):
-    """A term with a loss object, whose temperature and scheduled settings may change while training.
-
-    Args:
-        loss: The loss.
-        **kwargs: Settings of every term.
-
-    Attributes:
-        loss: The term's own copy of the loss, which another term may have been given too.
-        requires: What the loss needs.
-    """
-
-    loss: keras.losses.Loss
-
-    def __init__(self, loss: keras.losses.Loss, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.requires = Requires.of(loss)
-        self.needs_labels = self.requires.needs_labels
-        own = isinstance(loss, DistillationLoss)
-        self.schedules.update(getattr(loss, "schedules", {}) if own else {})
-        self._has_temperature = _is_number(getattr(loss, "temperature", None))
-        # a user's own loss may need its temperature as a number: for it another one takes another trace
-        warm = ["temperature"] if own and self._has_temperature else []
-        self._variable_settings = list(dict.fromkeys([*warm, *(loss.schedules if own else ())]))
-        self.loss = copied(loss) if self._variable_settings else loss
-        self._working_loss = self.loss
-
-    @property
-    def temperature(self) -> float:
-        """The loss's temperature; assign a number to change it from the next step on."""
-        self._check_temperature()
-        return float(self.loss.temperature)
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._check_temperature()
-        self.set_setting("temperature", value)
-
-    def numbers(self) -> dict[str, float]:
-        """The weight, and the settings of the loss that may change without a new trace."""
-        return {**super().numbers(), **{name: float(getattr(self.loss, name)) for name in self._variable_settings}}
-
-    def traced_settings(self) -> tuple[Any, ...]:
-        """Name, whether it is trained, and the temperature of a user's own loss."""
-        fixed = self._has_temperature and "temperature" not in self._variable_settings
-        return (*super().traced_settings(), self.loss.temperature if fixed else None)
-
-    def take_numbers(self) -> None:
-        """Let the loss of this copy compute with the owner's variables."""
-        if self._variable_settings and self.state is not None:
-            self._working_loss = copied(self.loss)
-            for name in self._variable_settings:
-                setattr(self._working_loss, name, self.state.variables_by_name[name])
-
-    def _store(self, name: str, value: float) -> None:
-        if name == "weight":
-            super()._store(name, value)
-        else:
-            setattr(self.loss, name, value)
-
-    def _check_temperature(self) -> None:
-        if not self._has_temperature:
-            raise AttributeError(f"The loss {type(self.loss).__name__} of term {self.name!r} has no temperature.")
-
-
-def copied(loss: keras.losses.Loss) -> keras.losses.Loss:
-    """A copy of a loss that shares its settings.
-
-    Args:
-        loss: The loss.
-
-    Returns:
-        Another object of its class.
-    """
-    twin = object.__new__(type(loss))  # copy.copy would save and load it, which fails for unregistered functions
-    twin.__dict__.update(loss.__dict__)
-    return twin
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _unknown_settings(kind: str, unknown: dict[str, Any]) -> str:

@@ -19,9 +19,10 @@ from keras_distill.losses import (
 )
 from keras_distill.recording import Call, Tap
 from keras_distill.schedules import Schedule, deserialized
-from keras_distill.terms.base import DistillationTerm, LossTerm, copied
+from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.layouts import KINDS, arranged, known_layout
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
+from keras_distill.terms.loss_term import LossTerm, copied
 from keras_distill.terms.weighing import weigh
 
 Layers: TypeAlias = str | keras.layers.Layer | Tap | Sequence[str | keras.layers.Layer | Tap]
@@ -44,14 +45,10 @@ class FeatureDistillation(LossTerm):
             adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a dense layer for
-            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, of which each model trains a
-            copy, or a factory called with the shapes of both features, channels last.
+            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which one model trains and
+            others copy, or a factory called with the shapes of both features, channels last.
         use_sample_weight: Whether the batch's sample weights count in the term.
         name: Name in logs and files; ``None`` takes the student layer's, ``"blocks_1"`` for ``"blocks.1"``.
-
-    Attributes:
-        adapters: The adapters of the model that the term is in, one for each pair of layers, None where there is none.
-        learned: The copies of a loss with parameters of its own, in the same order; empty for other losses.
 
     Raises:
         ValueError: If a setting is not one of those above, or ``loss`` has been built already.
@@ -94,10 +91,24 @@ class FeatureDistillation(LossTerm):
             remedy = "Pass a new one: the term builds a copy for each pair of layers."
             raise ValueError(checks.message("`loss` not to be built yet", f"a {type(self.loss).__name__}", remedy))
         self.adapter = adapter
-        self.adapters: list[keras.layers.Layer | None] = []
-        self.learned: list[Any] = []
-        self.learned_layers: list[keras.layers.Layer] = []
+        self._adapters: list[keras.layers.Layer | None] = []
+        self._learned: list[Any] = []
+        self._learned_layers: list[keras.layers.Layer] = []
         self._built_for: list[Any] = []
+
+    @property
+    def adapters(self) -> list[keras.layers.Layer | None]:
+        """Adapters of the model that the term is in, or of the first model that was given it, in the order of pairs."""
+        return self._in_a_model()._adapters
+
+    @property
+    def learned(self) -> list[Any]:
+        """Built copies of a loss with parameters of its own, in the order of pairs; empty for other losses."""
+        return self._in_a_model()._learned
+
+    def _in_a_model(self) -> FeatureDistillation:
+        first = self._settings.first()
+        return self if self._origin is not None or first is None else first.term
 
     @property
     def pairs(self) -> list[tuple[Tap, Tap]]:
@@ -111,20 +122,24 @@ class FeatureDistillation(LossTerm):
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make the adapters from the shapes of a first call."""
-        pairs: list[Any] = []
-        for index in range(len(self.pairs)):
-            features = self._raw(index, student, teacher)
-            layouts = self._layouts(index, *features)
-            shapes = [
-                list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)
-            ]
-            pairs.append([*shapes, *layouts])
-        self._build_adapters(pairs)
-        for (shape, wanted, *_), adapter, index in zip(pairs, self.adapters, range(len(pairs)), strict=True):
+        self._build_adapters([self._described(index, student, teacher) for index in range(len(self.pairs))])
+        self.check_calls(student, teacher)
+
+    def check_calls(self, student: Call, teacher: Call) -> None:
+        """Check that the adapted features fit the teacher's, which may be another than the adapters were made for."""
+        for index, adapter in enumerate(self._adapters):
+            shape, wanted, *_ = self._described(index, student, teacher)
             mapped = tuple(shape if adapter is None else adapter.compute_output_shape(tuple(shape)))
             if self._resizes(index, mapped, wanted):
                 wanted = (wanted[0], *mapped[1:3], wanted[3])
             self._check(mapped, wanted, index)
+
+    def _described(self, index: int, student: Call, teacher: Call) -> list[Any]:
+        """The shapes of a pair of features, arranged, and their layouts."""
+        features = self._raw(index, student, teacher)
+        layouts = self._layouts(index, *features)
+        shapes = [list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)]
+        return [*shapes, *layouts]
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
@@ -134,8 +149,8 @@ class FeatureDistillation(LossTerm):
         settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}
         if self.requires.several_layers:
             students, teachers, masks = ([pair[part] for pair in pairs] for part in range(3))
-            return weigh(self._working_loss, students, teachers, masks=masks[0], **settings)
-        losses = self.learned or [self._working_loss] * len(pairs)
+            return weigh(self.loss_of(student), students, teachers, masks=masks[0], **settings)
+        losses = self._learned or [self.loss_of(student)] * len(pairs)
         values = []
         for loss, (feature, target, masks) in zip(losses, pairs, strict=True):
             if isinstance(loss, DistillationLoss) and self.requires.learned:
@@ -175,18 +190,18 @@ class FeatureDistillation(LossTerm):
     def _build_adapters(self, pairs: list[Any]) -> None:
         # a factory may read the positions that are known; sizes that files have kept are lists
         shapes = [(tuple(student), tuple(teacher), KINDS.get(layout)) for student, teacher, layout, _ in pairs]
-        self.adapters = []
+        self._adapters = []
         for (student, teacher, kind), (tap, _) in zip(shapes, self.pairs, strict=True):
             wanted = self.adapter
             if wanted == "auto" and (not self.requires.channels_must_match or kind == "scores"):
                 wanted = None
             maps = len(student) >= 4 if kind is None else kind == "map"
-            self.adapters.append(make_adapter(wanted, student, teacher, tap.name, maps=maps))
+            self._adapters.append(make_adapter(wanted, student, teacher, tap.name, maps=maps))
         if self.requires.learned:
-            self.learned = [copied(self.loss) for _ in shapes]
-            for loss, adapter, (student, teacher, _) in zip(self.learned, self.adapters, shapes, strict=True):
+            self._learned = [copied(self.loss) for _ in shapes]
+            for loss, adapter, (student, teacher, _) in zip(self._learned, self._adapters, shapes, strict=True):
                 loss.build(student if adapter is None else adapter.compute_output_shape(student), teacher)
-            self.learned_layers = [loss.layer for loss in self.learned]
+            self._learned_layers = [loss.layer for loss in self._learned]
         self._built_for = pairs
 
     def _raw(self, index: int, student: Call, teacher: Call) -> tuple[tuple[Call, Any], tuple[Call, Any]]:
@@ -247,7 +262,7 @@ class FeatureDistillation(LossTerm):
         student_layout, teacher_layout = self._built_for[index][2:] if self._built_for else (None, None)
         target = ops.stop_gradient(target)
         feature, target = arranged(_widened(feature), student_layout), arranged(_widened(target), teacher_layout)
-        adapter = self.adapters[index] if self.adapters else None
+        adapter = self._adapters[index] if self._adapters else None
         if adapter is not None:
             feature = adapter(feature, training=student.training)
         if self._resizes(index, feature.shape, target.shape):
@@ -268,7 +283,7 @@ class FeatureDistillation(LossTerm):
             names = [tap.name for tap in self.pairs[index]]
             expected = f"student feature {names[0]!r} and teacher feature {names[1]!r} to have equal shapes"
             remedy = 'Pass adapter="auto".' if self.adapter is None else "Pass an adapter that makes them equal."
-            if self.adapter == "auto" and self.adapters and mapped[-1] != wanted[-1]:
+            if self.adapter == "auto" and self._adapters and mapped[-1] != wanted[-1]:
                 remedy = "The adapter was made for another teacher: make a new DistillModel."
             raise ValueError(checks.message(expected, f"{tuple(mapped)} and {tuple(wanted)}", remedy))
 

@@ -24,7 +24,7 @@ from keras_distill.losses import (
 )
 from keras_distill.recording import Call, select
 from keras_distill.schedules import Schedule
-from keras_distill.terms.base import LossTerm
+from keras_distill.terms.loss_term import LossTerm
 from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import weigh
 
@@ -40,14 +40,8 @@ FIT_FOR_LOGITS: Final = (
     "LogCosh",
     "CosineSimilarity",
 )
-_FIT_FUNCTIONS: Final = (
-    "mean_squared_error",
-    "mean_absolute_error",
-    "mean_absolute_percentage_error",
-    "huber",
-    "log_cosh",
-    "cosine_similarity",
-)
+# Of its functions, which may be meant as plain formulas, only those on probabilities and classes are refused.
+_UNFIT_FUNCTIONS: Final = ("crossentropy", "kl_divergence", "poisson", "hinge", "dice", "tversky")
 _CLASS_SCORES: Final = (
     DecoupledKDLoss,
     DISTLoss,
@@ -127,6 +121,10 @@ class LogitsDistillation(LossTerm):
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
+        self.check_calls(student, teacher)
+
+    def check_calls(self, student: Call, teacher: Call) -> None:
+        """Check that the two models' outputs fit each other and the loss."""
         for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
             is_cache = isinstance(teacher_logits, TopK)
             ends = {"student": student.facts_of(student_logits)}
@@ -149,7 +147,7 @@ class LogitsDistillation(LossTerm):
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
         total = 0.0
-        loss, pairs = self._working_loss, paired_outputs(student, teacher, self.output_key, sample_weight)
+        loss, pairs = self.loss_of(student), paired_outputs(student, teacher, self.output_key, sample_weight)
         for (student_logits, teacher_logits, weights), known in zip(
             pairs, self._labels_of(labels, len(pairs)), strict=True
         ):
@@ -275,7 +273,8 @@ def _refuse_loss_of_keras(loss: keras.losses.Loss) -> None:
     """Raise if a loss of Keras takes the teacher's logits for probabilities or classes."""
     function = getattr(loss, "function", None) if isinstance(loss, FunctionLoss) else None
     name = type(loss).__name__ if function is None else getattr(function, "__name__", "")
-    if name not in (*FIT_FOR_LOGITS, *_FIT_FUNCTIONS):
+    unfit = name not in FIT_FOR_LOGITS if function is None else name.endswith(_UNFIT_FUNCTIONS)
+    if unfit:
         expected = "`loss` to be a loss between the logits of two models"
         remedy = "Use SoftTargetLoss(), SoftCrossEntropyLoss() or, with a sigmoid per class, BinarySoftTargetLoss()."
         received = f"keras.losses.{name}, which takes the teacher's logits for probabilities or classes"

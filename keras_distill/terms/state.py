@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,11 +16,19 @@ class Settings(dict[str, Any]):
 
     Attributes:
         owners: The states that are told of changes.
+        first: The state of the first owner, as long as it lives.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.owners: weakref.WeakSet[TermState] = weakref.WeakSet()
+        self.first: Callable[[], TermState | None] = lambda: None
+
+    def add(self, owner: TermState) -> None:
+        """Tell an owner of changes from now on."""
+        self.owners.add(owner)
+        if self.first() is None:
+            self.first = weakref.ref(owner)
 
     def changed(self) -> None:
         """Let every owner read the settings again."""
@@ -68,16 +77,22 @@ class TermState(keras.layers.Layer):
 
     def adopt(self) -> None:
         """Track the layers that the term has made for its owner."""
-        shared = vars(self.term._origin)
-        for name, value in vars(self.term).items():
-            if name in ("state", "_origin") or shared.get(name) is value:
-                continue
-            if isinstance(value, (keras.layers.Layer, keras.Variable)):
-                setattr(self, f"part_{name}", value)
-            elif isinstance(value, (list, tuple)):
+        shared = {id(value) for value in vars(self.term._origin).values() if not isinstance(value, keras.layers.Layer)}
+        own = {name: value for name, value in vars(self.term).items() if id(value) not in shared}
+        listed: set[int] = set()
+        for name, value in own.items():
+            if isinstance(value, (list, tuple)):
                 layers = [part for part in value if isinstance(part, keras.layers.Layer)]
                 if layers:
                     setattr(self, f"part_{name}", layers)
+                    listed |= {id(layer) for layer in layers}
+        for name, value in own.items():
+            if (
+                isinstance(value, (keras.layers.Layer, keras.Variable))
+                and value is not self
+                and id(value) not in listed
+            ):
+                setattr(self, f"part_{name}", value)
 
     def load_own_variables(self, store: Any) -> None:
         """Load the numbers of a file, which the term takes over."""
@@ -88,27 +103,28 @@ class TermState(keras.layers.Layer):
         self.term._settings.changed()
 
 
-def own_layer(layer: keras.layers.Layer, who: str) -> keras.layers.Layer:
-    """A copy of a layer that a term was given, for one owner: two models that trained the same one would interfere.
+def layer_copy(layer: keras.layers.Layer, weights: Any, who: str) -> keras.layers.Layer:
+    """Another layer of the same settings.
 
     Args:
-        layer: The layer, a pattern; weights that it has already are copied.
-        who: Name of the term, for messages.
+        layer: The layer.
+        weights: Weights of the copy, or None for new ones.
+        who: Name of the term that has the layer, for messages.
 
     Returns:
-        Another layer.
+        The copy.
 
     Raises:
         ValueError: If the layer cannot be copied.
     """
     try:
         copy = type(layer).from_config(layer.get_config())
-        if layer.built and layer.variables:
+        if weights is not None:
             copy.build_from_config(layer.get_build_config())
-            copy.set_weights(layer.get_weights())
+            copy.set_weights(weights)
     except Exception as error:
-        expected = f"layer {layer.name!r} of {who} to be a layer that can be copied: every model trains its own"
-        remedy = "Give the layer a `get_config`, or make it in `build_from_calls` or by a factory of the two shapes."
+        expected = f"layer {layer.name!r} of {who} to be a layer that can be copied: another model trains it already"
+        remedy = "Give the layer a `get_config`, or pass a factory of the two shapes that makes one."
         raise ValueError(checks.message(expected, f"{type(error).__name__}: {error}", remedy)) from error
     copy.trainable = layer.trainable
     return copy

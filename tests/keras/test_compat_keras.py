@@ -113,8 +113,8 @@ def test_a_tape_does_not_remember_what_is_untaped() -> None:
     with tf.GradientTape() as tape:
         with compat.untaped():
             quiet = variable * 3.0
-        loud = variable * 5.0
-    assert tape.gradient(quiet + loud, variable).numpy() == 5.0
+        total = quiet + variable * 5.0
+    assert tape.gradient(total, variable).numpy() == 5.0
 
 
 def test_changes_of_variables_are_forgotten() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras_nets import numpy_of
 
-from keras_distill import AttentionMapLoss, AttentionRelationLoss, DistillStep, FeatureDistillation, Tap
+from keras_distill import AttentionMapLoss, AttentionRelationLoss, DistillModel, DistillStep, FeatureDistillation, Tap
 
 layers = keras.layers
 TOKENS = np.random.default_rng(0).normal(size=(2, 6, 8)).astype("float32")
@@ -150,3 +150,29 @@ def test_masks_of_both_models_hide_positions() -> None:
         step = DistillStep(student, teacher, FeatureDistillation("hidden", "hidden"))
         gap = np.square(numpy_of(student(ids)) - numpy_of(teacher(ids)))[ids > 0].mean()
         assert value_of(step, ids, "hidden") == pytest.approx(gap, rel=1e-5)
+
+
+class Looped(keras.layers.Layer):
+    """Runs another layer inside of a function of TensorFlow's."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.inner = layers.Dense(4, name="inner")
+
+    def build(self, shape: Any) -> None:
+        self.inner.build(shape)
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        return tf.function(self.inner)(x)
+
+
+@pytest.mark.tensorflow
+def test_a_layer_in_a_loop_or_a_function_of_its_own_is_refused_in_words() -> None:
+    def looped(name: str) -> keras.Model:
+        inputs = keras.Input((8,))
+        return keras.Model(inputs, layers.Dense(3)(Looped(name="loop")(inputs)), name=name)
+
+    with pytest.raises(ValueError, match="to have an output that can be read from outside"):
+        DistillModel(looped("student"), looped("teacher"), FeatureDistillation("loop/inner", "loop/inner"))

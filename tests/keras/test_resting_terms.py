@@ -131,12 +131,11 @@ def test_the_state_of_an_adapter_moves_only_in_steps_in_which_its_term_works() -
     adapter = keras.Sequential([keras.layers.Dense(6), keras.layers.BatchNormalization()])
     term = FeatureDistillation("hidden", "hidden", weight=0.0, adapter=adapter)
     model = made(term, LogitsDistillation(), way={}, poisoned=False)
-    [own] = model.terms[0].adapters
     model.fit(IMAGES, LABELS, **SETTINGS)
-    assert not np.any(ops.convert_to_numpy(own.layers[1].moving_mean))
+    assert not np.any(ops.convert_to_numpy(adapter.layers[1].moving_mean))
     term.weight = 1.0
     model.fit(IMAGES, LABELS, **SETTINGS)
-    assert np.any(ops.convert_to_numpy(own.layers[1].moving_mean) != 0)
+    assert np.any(ops.convert_to_numpy(adapter.layers[1].moving_mean) != 0)
 
 
 @pytest.mark.tensorflow

@@ -97,6 +97,7 @@ class Feature:
         teachers: How many teachers there are.
         stored: Whether the targets carry the teacher's outputs.
         tokens: Whether the models tag tokens.
+        tolerance: The least tolerance: a graph rounds to bfloat16 in other places than eager steps do.
         words: What a situation raises where it cannot work, by the situation's name.
     """
 
@@ -106,6 +107,7 @@ class Feature:
     teachers: int = 1
     stored: bool = False
     tokens: bool = False
+    tolerance: float = 0.0
     words: dict[str, str] = field(default_factory=dict)
 
     def model(self, **compiled: Any) -> DistillModel:
@@ -232,9 +234,14 @@ FEATURES: dict[str, Feature] = {
     "self-distillation": Feature(lambda: [SelfDistillation("hidden", "deep")], within, teachers=0),
     "masks": Feature(lambda: [LogitsDistillation()], masked, tokens=True),
     "label-aware losses": Feature(
-        lambda: [LogitsDistillation(DecoupledKDLoss(alpha=1.0, beta=2.0, temperature=3.0), weight=0.5)], labelled
+        lambda: [
+            LogitsDistillation(DecoupledKDLoss(target_weight=1.0, nontarget_weight=2.0, temperature=3.0), weight=0.5)
+        ],
+        labelled,
     ),
-    "teacher dtype": Feature(lambda: [LogitsDistillation()], in_bfloat16, settings={"teacher_dtype": "bfloat16"}),
+    "teacher dtype": Feature(
+        lambda: [LogitsDistillation()], in_bfloat16, settings={"teacher_dtype": "bfloat16"}, tolerance=2e-3
+    ),
 }
 
 

@@ -25,6 +25,7 @@ from keras_distill import (
     SoftTargetLoss,
 )
 from keras_distill.schedules import Linear, Step
+from keras_distill.targets import split_targets
 
 RATE, STEPS = 0.05, 4
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -105,7 +106,8 @@ def terms_of(drawn: dict[str, Any]) -> list[Any]:
         terms.append(LogitsDistillation(loss, weight=weight))
     if drawn["feature"]:
         own = drawn["feature"] == "own adapter"
-        adapter: Any = keras.layers.Dense(6, use_bias=False, kernel_initializer="orthogonal") if own else "auto"
+        start = keras.initializers.Orthogonal(seed=5)  # a layer that has been made already starts where it starts
+        adapter: Any = keras.layers.Dense(6, use_bias=False, kernel_initializer=start) if own else "auto"
         terms.append(FeatureDistillation("hidden", "hidden", weight=0.5, adapter=adapter))
     if drawn["within"]:
         terms.append(SelfDistillation("hidden", "deep", "l1", weight=0.7, adapter="linear", name="within"))
@@ -181,25 +183,26 @@ def trained(drawn: dict[str, Any], folder: Any) -> list[Any]:
             teacher, model = model.teacher, keras.models.load_model(f"{folder}/model.keras")
             model.teacher = teacher
             model.run_eagerly = drawn["way"] == "eager"
-        taken = [keras.tree.map_structure(lambda array, part=part: array[part], one) for one in (x, y, weights)]
-        run(drawn, model, *taken)
+        run(drawn, model, *(rows_of(one, part) for one in (x, y, weights)))
     return model.student.get_weights()
+
+
+def rows_of(arrays: Any, rows: slice) -> Any:
+    """Some rows of nested arrays, of which some may be None."""
+    return keras.tree.map_structure(lambda array: None if array is None else array[rows], arrays)
 
 
 def run(drawn: dict[str, Any], model: DistillModel, x: Any, y: Any, weights: Any) -> None:
     def batches() -> Any:
         for start in range(0, len(x), 8):
-            cut = [
-                keras.tree.map_structure(lambda array, start=start: array[start : start + 8], one)
-                for one in (x, y, weights)
-            ]
-            yield tuple(cut) if weights is not None else tuple(cut[:2])
+            batch = tuple(rows_of(one, slice(start, start + 8)) for one in (x, y, weights))
+            yield batch if weights is not None else batch[:2]
 
     if drawn["batch"] == "train_on_batch":
         for batch in batches():
             model.train_on_batch(*batch)
     elif drawn["batch"] == "generator":
-        model.fit(batches(), steps_per_epoch=len(x) // 8, verbose=0)
+        model.fit(batches(), steps_per_epoch=len(x) // 8, shuffle=False, verbose=0)
     else:
         model.fit(x, y, sample_weight=weights, batch_size=8, shuffle=False, verbose=0)
 
@@ -211,12 +214,9 @@ def loop_with_step(drawn: dict[str, Any], model: DistillModel, x: Any, y: Any) -
     step: DistillStep = model.step
     labels, stored = (y.labels, y.teacher) if isinstance(y, DistillTargets) else (y, None)
     loss, optimizer = keras.losses.SparseCategoricalCrossentropy(from_logits=True), optimizer_of(drawn)
-    from keras_distill.targets import split_targets
-
     for start in range(0, len(x), 8):
         cut = slice(start, start + 8)
-        answer = keras.tree.map_structure(lambda array, cut=cut: array[cut], stored)
-        _, teacher = split_targets(DistillTargets(None, answer))
+        _, teacher = split_targets(DistillTargets(None, rows_of(stored, cut)))
         with tf.GradientTape() as tape, step.watching():
             output = model.student(x[cut], training=True)
             total = drawn["task_weight"] * loss(labels[cut], output)
@@ -295,8 +295,10 @@ def check(seed: int, folder: Any) -> None:
         folder: For files.
     """
     drawn = draw(seed)
+    # graphs round to bfloat16 in other places than eager steps do, and Adam divides by what is small
+    rtol, atol = (2e-2, 2e-3) if drawn["teacher"] == "bfloat16" else (2e-4, 2e-5)
     for own, expected in zip(trained(drawn, folder), by_hand(drawn), strict=True):
-        np.testing.assert_allclose(own, expected, rtol=2e-4, atol=2e-5, err_msg=str(drawn))
+        np.testing.assert_allclose(own, expected, rtol=rtol, atol=atol, err_msg=str(drawn))
 
 
 def main() -> int:
