@@ -43,8 +43,6 @@ class Loop:
         self.task_weight, self.criterion = task_weight, criterion
         self.distillation = DistillStep(student, teacher, terms) if terms else None
         self.recorder = Recorder(student, [], "student") if self.distillation is None else self.distillation.recorder
-        if self.distillation is not None:
-            self.distillation.build_from_models()  # so that errors of shapes and of outputs come before the loop
         self.teachers = [LiveTeacher(model, []) for model in as_teachers(teacher, student)]  # for the criterion
         self._thread = threading.local()
         self._watching = contextlib.ExitStack()
