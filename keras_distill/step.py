@@ -93,7 +93,7 @@ class DistillStep:
         self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
         self.teachers: list[LiveTeacher] = []
         self.teacher = teacher
-        self._build_from_models()
+        self.build_from_models()
 
     @property
     def teacher(self) -> Any:
@@ -164,7 +164,7 @@ class DistillStep:
             teacher = self._probed_teacher(inputs)
         self._build_terms(waiting, student, teacher)
 
-    def _build_from_models(self) -> None:
+    def build_from_models(self) -> None:
         """Build where student and teachers know their inputs already, so that errors come when the model is made."""
         inputs = compat.input_structure(self.student)
         if inputs is not None and all(compat.input_structure(live.model) is not None for live in self.teachers):

@@ -27,6 +27,7 @@ class LiveTeacher:
     def __init__(self, model: keras.Model, taps: Iterable[Tap], dtype: str | None = None) -> None:
         self.model, self.dtype = model, dtype
         self.recorder = Recorder(model, taps, "teacher")
+        self._layers: list[Any] = []  # all of them, once the model is built
 
     def answer(self, inputs: Any) -> Call:
         """The teacher's call for some inputs, without gradient.
@@ -38,10 +39,11 @@ class LiveTeacher:
             The call.
         """
         inputs = chosen_inputs(self.model, inputs)
-        layers = [self.model, *(layer for _, layer in sublayers(self.model))]
+        layers = self._layers or [self.model, *(layer for _, layer in sublayers(self.model))]
         stateful = any(getattr(layer, "stateful", False) for layer in layers)
         if stateful and not self.model.built:
             self.model(inputs, training=False)
+        self._layers = layers if self.model.built else []
         kept = compat.discarded_changes() if stateful else contextlib.nullcontext()
         with compat.untaped(), kept, compat.computed_in(layers, self.dtype):
             call = self.recorder.forward(inputs, training=False)

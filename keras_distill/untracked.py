@@ -9,6 +9,7 @@ import keras
 from keras_distill.step import DistillStep
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class ModelWithTeacher(keras.Model):
     """The part of :class:`keras_distill.DistillModel` that keeps the teacher out of Keras' sight.
 

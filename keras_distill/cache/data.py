@@ -95,22 +95,31 @@ def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
 
     first = answers([start])
     flat = keras.tree.flatten(first)
+    # TensorFlow crashes where `unbatch` splits an array without numbers, such as that which tells how many classes
+    full = [index for index, array in enumerate(flat) if array.size]
 
     def read(rows: Any) -> Any:
-        kinds = [tf.as_dtype(array.dtype) for array in flat]
-        tensors = tf.numpy_function(lambda numbers: keras.tree.flatten(answers(numbers)), [rows], kinds)
-        for tensor, like in zip(tensors, flat, strict=True):
-            tensor.set_shape((None, *like.shape[1:]))
-        return keras.tree.pack_sequence_as(first, tensors)
+        def stored(numbers: Any) -> list[Any]:
+            arrays = keras.tree.flatten(answers(numbers))
+            return [arrays[index] for index in full]
 
-    def joined(item: Any, answer: Any) -> Any:
+        tensors = tf.numpy_function(stored, [rows], [tf.as_dtype(flat[index].dtype) for index in full])
+        for tensor, index in zip(tensors, full, strict=True):
+            tensor.set_shape((None, *flat[index].shape[1:]))
+        return tuple(tensors)
+
+    def joined(item: Any, tensors: Any) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(item)
-        return (x, DistillTargets(y, answer)) if weight is None else (x, DistillTargets(y, answer), weight)
+        everything = [tf.zeros(array.shape[1:], array.dtype) for array in flat]
+        for tensor, index in zip(tensors, full, strict=True):
+            everything[index] = tensor
+        targets = DistillTargets(y, keras.tree.pack_sequence_as(first, everything))
+        return (x, targets) if weight is None else (x, targets, weight)
 
     # many rows at a time: a call of Python for each would cost more than the training
-    stored = tf.data.Dataset.range(start, start + length).batch(_ROWS).map(read).unbatch()
-    stored = stored.apply(tf.data.experimental.assert_cardinality(length))  # which `unbatch` forgets
-    return tf.data.Dataset.zip((data, stored)).map(joined)
+    rows = tf.data.Dataset.range(start, start + length).batch(_ROWS).map(read).unbatch()
+    rows = rows.apply(tf.data.experimental.assert_cardinality(length))  # which `unbatch` forgets
+    return tf.data.Dataset.zip((data, rows)).map(joined)
 
 
 def check_length(length: int, manifest: Manifest) -> None:

@@ -126,15 +126,13 @@ class LogitsDistillation(LossTerm):
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
         for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
-            is_cache = isinstance(teacher_logits, TopK)
-            ends = {"student": student.facts_of(student_logits)}
-            if not is_cache:
-                ends["teacher"] = teacher.facts_of(teacher_logits)
-            self._check_kind({who: facts.end for who, facts in ends.items()})
-            if is_cache:
+            ends = {"student": student.facts_of(student_logits).end}
+            if isinstance(teacher_logits, TopK):
                 self._check_merging(teacher_logits)
                 check_classes(student_logits, teacher_logits)
+                self._check_kind(ends)
                 continue
+            self._check_kind({**ends, "teacher": teacher.facts_of(teacher_logits).end})
             remedy = "Both models must score the same classes."
             checks.same_shape(student_logits, teacher_logits, names=("student_logits", "teacher_logits"), remedy=remedy)
             if tuple(student_logits.shape)[-1:] == (1,) and isinstance(self.loss, SoftTargetLoss):

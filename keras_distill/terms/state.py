@@ -36,6 +36,7 @@ class Settings(dict[str, Any]):
             owner.sync()
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class TermState(keras.layers.Layer):
     """Numbers, adapters and learned losses of one term in one model, which Keras tracks, saves and trains.
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from keras import ops
 from keras_nets import numpy_of
 
 from keras_distill import AttentionMapLoss, AttentionRelationLoss, DistillModel, DistillStep, FeatureDistillation, Tap
@@ -24,7 +25,8 @@ def attention(heads: int, *, name: str, width: int = 4) -> keras.Model:
 
 def value_of(step: DistillStep, x: Any, name: str) -> float:
     with step.watching():
-        return float(step.losses(step.student(x))[f"{name}_loss"])
+        value = step.losses(step.student(x))[f"{name}_loss"]
+    return float(numpy_of(ops.stop_gradient(value)))
 
 
 SCORES = Tap("mha", output=1)

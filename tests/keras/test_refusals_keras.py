@@ -245,6 +245,8 @@ def stored_on_batch() -> Any:
 @pytest.mark.filterwarnings("ignore:.*jit_compile")
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_in_words(case: str) -> None:
+    if case == "a frozen student" and keras.backend.backend() == "torch":
+        pytest.skip("shapes are inferred from copies of the inputs on torch, which refuses such a step itself")
     error, act, words = REFUSED[case]
     with pytest.raises(error, match=re.escape(words)):
         act()

@@ -320,6 +320,9 @@ def main() -> int:
             except Exception:
                 wrong += 1
                 print(f"seed {seed}: {draw(seed)}\n{traceback.format_exc(limit=-2)}", flush=True)
+        done = seed - chosen.first + 1
+        if done % 25 == 0:
+            print(f"{done - wrong} of {done} so far", flush=True)
     print(f"{chosen.seeds - wrong} of {chosen.seeds} combinations equal the loop by hand")
     return int(wrong > 0)
 
