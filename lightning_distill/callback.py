@@ -88,6 +88,7 @@ class DistillCallback(Callback):
     """
 
     task_weight = Setting(checks.non_negative)
+    schedules: dict[str, Schedule]  # of the task weight
 
     def __init__(
         self,
@@ -276,7 +277,7 @@ class DistillCallback(Callback):
         other.__dict__.update(kept, **fresh)
         other.terms = [copy.deepcopy(term, memo) for term in self.terms]
         for term in other.terms:
-            term._remake(term.reset)
+            term.remake(term.reset)
         for shared in ("_settings", "schedules"):
             other.__dict__[shared] = dict(self.__dict__[shared])
         return other

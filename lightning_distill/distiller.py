@@ -86,6 +86,7 @@ class Distiller:
         self._dtype, self._labels = as_dtype(teacher_dtype), labels
         self._learned = LearnedParts(self.terms)
         self._guards: HookGuards | None = None
+        self._looked = False  # whether the networks were searched for compiled ones
         self._count, self._counts = 0, True  # steps so far, and whether they are counted here
         self._step = self._new_step()
         self._step.check()
@@ -146,8 +147,11 @@ class Distiller:
             needs_grad: Whether to leave out calls made with gradients disabled.
             features: Whether to keep the features at the tapped layers.
         """
-        if self._guards is None and any(is_compiled(module) for module in self.student.modules()):
-            self._guards = HookGuards()
+        if not self._looked:
+            self._looked = True
+            networks = [self.student, *self._step.source.modules()]
+            if any(is_compiled(module) for network in networks for module in network.modules()):
+                self._guards = HookGuards()
         return self._step.record(needs_grad, features)
 
     def total(self, task_loss: Tensor, batch: Any = None) -> Tensor:
@@ -271,7 +275,7 @@ class Distiller:
         self._step.source.release()
         if self._guards is not None:
             self._guards.undo()
-            self._guards = None
+        self._guards, self._looked = None, False
         parts = self._step.parts
         self._step = self._new_step()  # a student that has changed meanwhile is looked at afresh
         self._step.parts = parts

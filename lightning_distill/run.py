@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_distill import compat
-from lightning_distill.adapters.follower import bare
+from lightning_distill.adapters.follower import OptimizerCallable, bare
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.teacher import Stored
@@ -23,15 +23,36 @@ from lightning_distill.cache.training import CachedLoaders
 from lightning_distill.measures import LoaderMeasures, Means
 from lightning_distill.patch import MethodPatch, patch_step
 from lightning_distill.progress import fraction_done
+from lightning_distill.recording import Call
 from lightning_distill.recording.student import StudentFinder
-from lightning_distill.schedules import Progress
-from lightning_distill.step import DistillStep, Given
+from lightning_distill.schedules import Progress, Schedule
+from lightning_distill.step import DistillStep, Given, Labels
 from lightning_distill.teachers.source import as_source, shared_parameter
-
-if TYPE_CHECKING:
-    from lightning_distill.callback import DistillCallback
+from lightning_distill.terms import DistillationTerm
 
 _TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+class Settings(Protocol):
+    """What a run reads from its callback: settings, and the methods that users override."""
+
+    name: str
+    teacher: Any
+    terms: list[DistillationTerm]
+    student: str | Sequence[str] | None
+    labels: Labels
+    teacher_dtype: torch.dtype | None
+    adapter_optimizer: OptimizerCallable | None
+    validate: bool | None
+    logs: bool
+    task_weight: Any
+    schedules: dict[str, Schedule]
+
+    def teacher_forward(self, call: Call) -> Any:
+        """The teacher's output for a call of the student."""
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits in a model's output."""
 
 
 class Run:
@@ -54,7 +75,7 @@ class Run:
     """
 
     def __init__(
-        self, callback: DistillCallback, trainer: Trainer, module: LightningModule, stage: str, state: dict[str, Any]
+        self, callback: Settings, trainer: Trainer, module: LightningModule, stage: str, state: dict[str, Any]
     ) -> None:
         self.callback, self.trainer, self.module = callback, trainer, module
         self._patches: list[Any] = []
@@ -158,6 +179,8 @@ class Run:
             # asked after the step, which may have set a weight
             if not self._explicit and self._changes_loss():
                 output = self._with_distillation(output)
+            elif not self._explicit and self.module.automatic_optimization:
+                distill.rest(output.get("loss") if isinstance(output, Mapping) else output)
         finally:
             distill.release()
             self._in_step, self._batch = False, None
@@ -228,6 +251,9 @@ class Run:
     def _before_optimizer_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Called by every optimizer step once the gradients are there and unscaled."""
         optimizer = kwargs["optimizer"] if "optimizer" in kwargs else args[1]
+        if self.trainer.world_size > 1 and self._in_step:
+            # in manual optimization another process may have called `loss` already, and waits in this step
+            self._follow_the_students()
         follower, trainer = self.learned.follower, self.trainer
         if follower is not None and bare(optimizer) is follower.leader:
             follower.prepare(getattr(trainer.precision_plugin, "scaler", None))

@@ -135,6 +135,20 @@ class DistillStep:
             return distillation
         return _weighted(weight, task_loss) + distillation
 
+    def rest(self, task_loss: Any) -> None:
+        """Note the parts of a step in which every term rests and the task loss is the total.
+
+        Args:
+            task_loss: The student's own loss; anything else is left to the Trainer.
+        """
+        calls = self.student.find()
+        if calls and isinstance(task_loss, Tensor):
+            self._count(calls[0])
+            self.parts = {
+                "distillation_loss": torch.zeros((), device=task_loss.device),
+                "task_loss": task_loss.detach(),
+            }
+
     def loss(self, batch: Any = None, given: Given | None = None) -> Tensor:
         """The weighted sum of the terms over the calls recorded since the last one, a scalar.
 
@@ -156,9 +170,11 @@ class DistillStep:
         self.parts = {}
         rest = self._anchor(calls)
         if not active:
-            if isinstance(rest, Tensor):
-                return rest
-            return torch.zeros((), device=next((one.device for one in self.student.root.parameters()), None))
+            if calls:
+                self._count(calls[0])
+            zero = torch.zeros((), device=next((one.device for one in self.student.root.parameters()), None))
+            self.parts["distillation_loss"] = zero
+            return rest if isinstance(rest, Tensor) else zero
         if not calls:
             raise ValueError(self._never_called())
         self.learned.check_trained()
@@ -194,11 +210,14 @@ class DistillStep:
             asks: Whether any term reads the teacher.
         """
         call.check_input()
-        first = first_tensor(call.args, call.kwargs, call.output)
-        self.batch_size = len(first) if first.ndim else 1
+        self._count(call)
         if not asks:
             return [Call((), {}, who="teacher")]
         return self.source.answers(call, stored)
+
+    def _count(self, call: Call) -> None:
+        first = first_tensor(call.args, call.kwargs, call.output)
+        self.batch_size = len(first) if first.ndim else 1
 
     def _anchor(self, calls: Sequence[Call]) -> Tensor | float:
         """A zero that depends on what resting terms read.

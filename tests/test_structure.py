@@ -41,7 +41,7 @@ def room_of(package: str, path: Path) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    """Modules that a file imports when it is imported itself: not inside functions, not for types alone."""
+    """Modules that a file imports outside of functions, those for types alone included."""
     found = []
     waiting = list(ast.parse(path.read_text(encoding="utf-8")).body)
     while waiting:
@@ -51,10 +51,8 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             # `from package import room` imports the room
             found += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            waiting += node.orelse
         elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
-            waiting += node.body
+            waiting += [*node.body, *getattr(node, "orelse", [])]
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
@@ -13,9 +13,6 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from lightning_distill import compat
 from lightning_distill.patch import MethodPatch
-
-if TYPE_CHECKING:
-    from lightning_distill.adapters.learned import LearnedParts
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -30,7 +27,7 @@ class Follower:
     step, which they have in common already: they agree on the parts that exist and average all gradients at once.
 
     Args:
-        parts: The learned parts.
+        agree: Makes the processes agree on the learned parts that exist; called with the student's device.
         leader: The student's optimizer, or Lightning's or Fabric's wrapper of it.
         factory: Makes the optimizer from the parameters; ``None`` clones the leader's class and settings, and copies
             its current settings before each step. Of several parameter groups the one with the largest learning rate
@@ -44,14 +41,14 @@ class Follower:
 
     def __init__(
         self,
-        parts: LearnedParts,
+        agree: Callable[[torch.device], None],
         leader: Optimizer,
         factory: OptimizerCallable | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.leader = bare(leader)
         self.optimizer: Optimizer | None = None
-        self._parts, self._factory, self._scaler = parts, factory, scaler
+        self._agree, self._factory, self._scaler = agree, factory, scaler
         self._parameters: list[nn.Parameter] = []
         self._mirrored: list[str] = []
         self._prepared = False
@@ -113,7 +110,7 @@ class Follower:
             return
         distributed = world_size() > 1
         if distributed:
-            self._parts.agree(self.device)
+            self._agree(self.device)
         if not self._parameters or (scaler is None and not distributed):
             return
         self._prepared = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill.adapters.follower import Follower, OptimizerCallable, bare, world_size
-from lightning_distill.adapters.shapes import Shapes, calls_of, describe
+from lightning_distill.adapters.shapes import Learner, Shapes, calls_of, describe
 from lightning_distill.recording import Call
-
-if TYPE_CHECKING:
-    from lightning_distill.terms import DistillationTerm
 
 
 class LearnedParts:
@@ -35,7 +32,7 @@ class LearnedParts:
         seed: Seed of the first values; ``None`` takes the seed of torch's generator.
     """
 
-    def __init__(self, terms: Sequence[DistillationTerm], factory: OptimizerCallable | None = None) -> None:
+    def __init__(self, terms: Sequence[Learner], factory: OptimizerCallable | None = None) -> None:
         self.terms, self.factory = terms, factory
         self.allowed, self.awaits_leader = True, False
         self.seed: int | None = None
@@ -53,7 +50,7 @@ class LearnedParts:
 
     # Making them -----------------------------------------------------------------------------------------------------
 
-    def build(self, active: Sequence[DistillationTerm], student: Call, teachers: Sequence[Call]) -> None:
+    def build(self, active: Sequence[Learner], student: Call, teachers: Sequence[Call]) -> None:
         """Make the parts of the active terms that are not made yet.
 
         Args:
@@ -72,13 +69,13 @@ class LearnedParts:
                 self._make(term, student, teachers)
         self._train()
 
-    def _make(self, term: DistillationTerm, student: Call, teachers: Sequence[Call]) -> None:
+    def _make(self, term: Learner, student: Call, teachers: Sequence[Call]) -> None:
         index = next(position for position, other in enumerate(self.terms) if other is term)
         seed = torch.initial_seed() if self.seed is None else self.seed
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             # the seed is read, not drawn: the global random state stays as it is
             torch.default_generator.manual_seed((seed + index) % 2**63)
-            term._remake(term.build, student, teachers)
+            term.remake(term.build, student, teachers)
         self._unmade.discard(term.name)
         if not self.allowed and (trained := trained_by(term)):
             raise ValueError(
@@ -170,7 +167,7 @@ class LearnedParts:
         self.unfollow()
         self._leader, self._scaler = leader, scaler
         if any(term.makes_parts or trained_by(term) for term in self.terms):
-            self._follower = Follower(self, leader, self.factory, scaler)
+            self._follower = Follower(self.agree, leader, self.factory, scaler)
             self._train()
 
     def unfollow(self) -> None:
@@ -187,18 +184,18 @@ class LearnedParts:
         self.unfollow()
         self._saved.pop("optimizer", None)
 
-    def made(self, term: DistillationTerm) -> bool:
+    def made(self, term: Learner) -> bool:
         """Whether a term's parts exist, so that it can be called."""
         return term.name not in self._unmade
 
-    def waits(self, term: DistillationTerm) -> bool:
+    def waits(self, term: Learner) -> bool:
         """Whether a term's saved values wait for the parts to be made."""
         return term.name in self._unmade and term.name in self._saved.get("adapters", {})
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for term in self._agreed() for parameter in trained_by(term)]
 
-    def _agreed(self) -> list[DistillationTerm]:
+    def _agreed(self) -> list[Learner]:
         missing = self._open if world_size() > 1 else self._unmade
         return [term for term in self.terms if term.name not in missing]
 
@@ -263,7 +260,7 @@ class LearnedParts:
             self._follower = None
         leader = self._leader
         for term in self.terms:
-            term._remake(term.reset)
+            term.remake(term.reset)
         self._start()
         self._handed_over = False
         self._saved = {key: value for key, value in state.items() if value}
@@ -275,12 +272,12 @@ class LearnedParts:
             self.follow(leader, self._scaler)
 
 
-def trained_by(term: nn.Module) -> list[nn.Parameter]:
+def trained_by(term: Learner) -> list[nn.Parameter]:
     """The parameters of a term that are trained."""
     return [parameter for parameter in term.parameters() if parameter.requires_grad]
 
 
-def _restore(term: DistillationTerm, values: dict[str, Tensor]) -> None:
+def _restore(term: Learner, values: dict[str, Tensor]) -> None:
     try:
         term.load_state_dict(values)
     except RuntimeError as error:

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill.recording import Call, Tap
 
-if TYPE_CHECKING:
-    from lightning_distill.terms import DistillationTerm
-
 Shape = tuple[list[int], str]
 Shapes = dict[str, Any]  # "student" and "teachers": the shapes at the term's taps and of the logits
+
+
+class Learner(Protocol):
+    """What this package knows of a term: what it reads, and how the parts that it learns are made, saved and loaded."""
+
+    name: str
+    student_taps: Sequence[Tap]
+    teacher_taps: Sequence[Tap]
+
+    @property
+    def makes_parts(self) -> bool:
+        """Whether parts are made from the features' shapes."""
+
+    def build(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Make the parts."""
+
+    def reset(self) -> None:
+        """Drop the parts."""
+
+    def remake(self, make: Callable[..., None], *arguments: Any) -> None:
+        """Call ``build`` or ``reset`` for one owner."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The parameters of the parts."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values of the parts."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """Take over values."""
 
 
 class _ShapedCall(Call):
@@ -27,7 +54,7 @@ class _ShapedCall(Call):
         return self.features[tap]
 
 
-def describe(term: DistillationTerm, student: Call, teachers: Sequence[Call]) -> Shapes:
+def describe(term: Learner, student: Call, teachers: Sequence[Call]) -> Shapes:
     """The shapes and dtypes that a term reads in these calls.
 
     Args:
@@ -41,7 +68,7 @@ def describe(term: DistillationTerm, student: Call, teachers: Sequence[Call]) ->
     }
 
 
-def calls_of(term: DistillationTerm, shapes: Shapes, device: torch.device) -> tuple[Call, list[Call]]:
+def calls_of(term: Learner, shapes: Shapes, device: torch.device) -> tuple[Call, list[Call]]:
     """Calls of zeros in the shapes that :func:`describe` has noted.
 
     Args:

@@ -6,18 +6,29 @@ import copy
 import operator
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distill_core.store import CacheError, Reader
+from distill_core.store import CacheError, Manifest, Reader
 from lightning_distill.cache.data import Rows, seeded
 from lightning_distill.patch import MISSING
 
 _TWIN = "_twin_of"  # attribute of a twin: the loader it stands in for
+
+
+class OpenCache(Protocol):
+    """What training reads from a cache: a :class:`TeacherCache`."""
+
+    reader: Reader
+    allow_changed_inputs: bool
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache holds."""
 
 
 class CachedBatch(NamedTuple):

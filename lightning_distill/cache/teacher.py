@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distill_core.store import CacheError
 from lightning_distill.cache.data import IndexedBatch
-from lightning_distill.cache.loaders import read_answers
+from lightning_distill.cache.loaders import OpenCache, read_answers
 from lightning_distill.functional.top_k import TopK
 from lightning_distill.recording import Call, Tap, first_tensor
-
-if TYPE_CHECKING:
-    from lightning_distill.cache import TeacherCache
 
 
 class Stored(NamedTuple):
@@ -39,7 +36,7 @@ class CachedTeacher:
 
     count, live, stored = 1, False, True
 
-    def __init__(self, cache: TeacherCache) -> None:
+    def __init__(self, cache: OpenCache) -> None:
         self.cache = cache
         self.layers = {tuple(place.split("|", 1)): name for name, place in cache.manifest.layers.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sized
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.utils._pytree as pytree
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,12 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from distill_core.store import CacheError
 from lightning_distill.cache.data import AttachedDataset, check_data, find_rows
 from lightning_distill.cache.inputs import BatchInputs
-from lightning_distill.cache.loaders import CachedBatch, dispose, original, with_answers
+from lightning_distill.cache.loaders import CachedBatch, OpenCache, dispose, original, with_answers
 from lightning_distill.patch import MethodPatch
-
-if TYPE_CHECKING:
-    from lightning_distill.cache import TeacherCache
-    from lightning_distill.recording import Call
+from lightning_distill.recording import Call
 
 
 class CachedLoaders:
@@ -45,7 +42,7 @@ class CachedLoaders:
         MisconfigurationException: If ``training_step`` takes ``dataloader_iter``.
     """
 
-    def __init__(self, trainer: Trainer, cache: TeacherCache, *, epoch: Callable[[], int] | None = None) -> None:
+    def __init__(self, trainer: Trainer, cache: OpenCache, *, epoch: Callable[[], int] | None = None) -> None:
         module: Any = trainer.lightning_module
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:
             raise MisconfigurationException(

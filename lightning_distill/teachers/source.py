@@ -170,7 +170,7 @@ class LiveTeachers:
 class NoTeacher:
     """The source of terms that read the student alone."""
 
-    count, live, stored = 1, False, False
+    count, live, stored = 1, True, False
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a term reads the teacher.

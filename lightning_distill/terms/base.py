@@ -118,11 +118,11 @@ class DistillationTerm(nn.Module):
             for name, module in self._modules.items()
         }
         copied.__dict__["_is_copy"] = True
-        copied._remake(copied.reset)
+        copied.remake(copied.reset)
         state["_relatives"].add(copied)
         return copied
 
-    def _remake(self, make: Callable[..., None], *arguments: Any) -> None:
+    def remake(self, make: Callable[..., None], *arguments: Any) -> None:
         """Call :meth:`build` or :meth:`reset`, whose assignments belong to this owner alone."""
         self.__dict__["_own"] = True
         try:

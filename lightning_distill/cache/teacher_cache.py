@@ -1,0 +1,225 @@
+"""The cache of a teacher's outputs as users open, build and attach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill_core.store import CacheError, Manifest, Reader
+from lightning_distill.cache.builder import Builder, Forward, build, teacher_fingerprint
+from lightning_distill.cache.data import AttachedDataset, check_data
+from lightning_distill.cache.teacher import CachedTeacher
+from lightning_distill.recording import Tap
+
+
+class TeacherCache:
+    """The teacher's outputs for every item of a data set, in a folder; it takes the teacher's place.
+
+    Build it once with :meth:`build`, open it with :meth:`open`, and pass it as ``DistillCallback(teacher=cache)``. The
+    module, its batches and its data loaders stay as they are: the loader's workers read the outputs along with the
+    items, and they are taken off again before any hook of the module gets the batch. The folder is a JSON manifest and
+    NumPy files, described in :mod:`distill_core.store`; ``keras_distill.TeacherCache`` reads the same.
+
+    The training data are a map-style DataLoader over the data that the cache was built from, or over a part of it:
+    Subsets, ``random_split`` and ConcatDatasets of parts, with any sampler and collate function; of several loaders
+    the one that fits. The student must get these items unchanged, since the cache cannot answer for others: mixup,
+    augmentation or normalization in ``training_step``, in a batch-transfer hook or at random in the collate function
+    is an error unless ``allow_changed_inputs=True``. Views, fixed slices, and copies in another dtype, layout or shape
+    are not changes. A batch without tensors, such as one of strings, cannot be checked; nor can randomness of the
+    collate function that does not come from the global generators of torch, NumPy or Python.
+
+    Args:
+        reader: Reads the folder.
+        allow_changed_inputs: Accept inputs of the student that are not the items as the data loader returned them.
+
+    Attributes:
+        manifest: What the cache holds.
+
+    Example:
+        >>> import tempfile
+        >>> teacher, data = nn.Linear(4, 3), torch.utils.data.TensorDataset(torch.randn(6, 4), torch.arange(6) % 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache = TeacherCache.build(teacher, data, folder, dtype="float32", progress=False)
+        ...     row = cache.read([4])["output"]
+        >>> bool(torch.allclose(torch.from_numpy(row), teacher(data[4][0])))
+        True
+    """
+
+    def __init__(self, reader: Reader, *, allow_changed_inputs: bool = False) -> None:
+        self.reader, self.allow_changed_inputs = reader, allow_changed_inputs
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache holds."""
+        return self.reader.manifest
+
+    @classmethod
+    def build(
+        cls,
+        teacher: nn.Module,
+        dataset: Any,
+        path: str | PathLike[str],
+        *,
+        layers: Sequence[str | Tap] = (),
+        outputs: bool = True,
+        top_k: int | None = None,
+        dtype: str = "float16",
+        views: int = 1,
+        transform_seed: int | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        progress: bool = True,
+        resume: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        forward: Forward | None = None,
+        device: torch.device | str | None = None,
+        allow_stale_augmentation: bool = False,
+        shard_bytes: int = 64 * 2**20,
+    ) -> TeacherCache:
+        """Run the teacher over the data once and keep its outputs.
+
+        A build that was stopped continues where it was: only whole shards count. Under ``torch.distributed`` the
+        processes share the work.
+
+        Args:
+            teacher: The teacher; it runs in eval mode and is afterwards as it was before.
+            dataset: The data, map-style, with a length.
+            path: The folder.
+            layers: Layers whose features are kept.
+            outputs: Whether the outputs are kept.
+            top_k: How many of the likeliest classes are kept of each output; None keeps all numbers.
+            dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; with ``top_k`` ``"float16"`` or ``"uint8"``, 8 bits
+                linear in the log-probability.
+            views: Number of augmented views of each item; epochs cycle through them.
+            transform_seed: Makes random transforms repeatable, so that student and teacher get the same views. They
+                must draw from the global generators of torch, NumPy or Python.
+            batch_size: Number of items in a batch of the teacher.
+            num_workers: Number of worker processes that load data.
+            progress: Whether to print the size beforehand and show a progress bar.
+            resume: Whether a build that was begun, or is complete, is continued.
+            collate_fn: Makes a batch of items; None is torch's own.
+            forward: Called with the teacher and a batch, returns its output; None calls it with the batch's inputs.
+            device: Where the teacher runs; None leaves it where it is.
+            allow_stale_augmentation: Accept items that change between reads: the student then gets other views than
+                the teacher did.
+            shard_bytes: Approximate size of a shard; one is held in memory while it is built.
+
+        Returns:
+            The cache, opened.
+
+        Raises:
+            CacheError: If items change between reads, the folder holds something else, or another process builds there.
+            OSError: If the disk is full; resuming completes the folder.
+        """
+        builder = Builder(
+            teacher,
+            dataset,
+            layers=layers,
+            outputs=outputs,
+            top_k=top_k,
+            dtype=dtype,
+            views=views,
+            transform_seed=transform_seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            forward=forward,
+            device=device,
+            allow_stale_augmentation=allow_stale_augmentation,
+            shard_bytes=shard_bytes,
+        )
+        try:
+            build(builder, Path(path), resume=resume, progress=progress)
+        finally:
+            builder.close()
+        return cls.open(path)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | PathLike[str],
+        *,
+        teacher: nn.Module | None = None,
+        dataset: Any = None,
+        allow_changed_inputs: bool = False,
+    ) -> TeacherCache:
+        """Open a cache that was built before.
+
+        Args:
+            path: The folder.
+            teacher: The teacher that it must come from; None does not check.
+            dataset: The data that it must come from, or a part of them; None does not check.
+            allow_changed_inputs: Accept that the training step, a batch-transfer hook or the collate function changes
+                the items before the student gets them (mixup, augmentation on the GPU, ``images / 255``). The teacher's
+                outputs stay those for the items of the data set, so this is right only where the change should not
+                alter the teacher's answer, or where the teacher was called with it in :meth:`build`.
+
+        Returns:
+            The cache.
+
+        Raises:
+            CacheError: If it is not whole, or comes from another teacher or other data.
+        """
+        cache = cls(Reader(Path(path)), allow_changed_inputs=allow_changed_inputs)
+        if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
+            raise CacheError(
+                f"Expected {path} to be of this teacher, but it was built with another"
+                f" {cache.manifest.teacher['class']}. Build it anew."
+            )
+        if dataset is not None:
+            check_data(dataset, cache.manifest)
+        return cache
+
+    def as_source(self) -> CachedTeacher:
+        """The source of the teacher's answers for a distiller."""
+        return CachedTeacher(self)
+
+    def attach(self, dataset: Any) -> AttachedDataset:
+        """The data with the row of each item, for a loop of your own; the callback does this by itself.
+
+        In the loop, pass the whole batch of a DataLoader over it to ``total``, which finds the rows in it::
+
+            for indexed in DataLoader(cache.attach(dataset), batch_size=32, shuffle=True):
+                x, y = indexed.batch
+                with distiller.record():
+                    loss = F.cross_entropy(student(x), y)
+                distiller.total(loss, indexed).backward()
+
+        Args:
+            dataset: The data that the cache was built from, or a part of them.
+
+        Returns:
+            A data set of :class:`IndexedBatch`, whose item ``view * len(dataset) + index`` is augmented for that view.
+
+        Raises:
+            CacheError: If the data are others.
+        """
+        rows = check_data(dataset, self.manifest)
+        return AttachedDataset(dataset, self.manifest.length, self.manifest.data["transform_seed"], rows)
+
+    def read(self, rows: Any) -> dict[str, Any]:
+        """The teacher's outputs for some rows.
+
+        Args:
+            rows: Row numbers, ``view * length + index``.
+
+        Returns:
+            ``"output"`` and ``"feature0"``...: arrays, or for ``top_k`` classes, log-probabilities and tail.
+
+        Raises:
+            CacheError: If a file is missing or altered.
+        """
+        return self.reader.read(rows)
+
+    def verify(self) -> None:
+        """Check every file against its checksum.
+
+        Raises:
+            CacheError: With the name of the first that differs.
+        """
+        self.reader.verify()
