@@ -1,8 +1,8 @@
 """The demonstration: a student of handwritten digits, alone and distilled, where labels are scarce and where not.
 
-Every student of a seed starts from the same weights and is shown the same batches for the same number of steps; they
+Every student of a seed starts from the same weights and gets the same batches for the same number of steps; they
 differ in the terms of their :class:`DistillModel` only. Where labels are scarce the other images carry the label -1,
-which the compiled cross entropy leaves out (``ignore_class=-1``); the teacher's word on them is what distillation adds.
+which the compiled cross entropy leaves out (``ignore_class=-1``); distillation adds the teacher's outputs on them.
 A ``sample_weight`` of 0 would take an image out of the terms too, unless they have ``use_sample_weight=False``.
 
 Data, highest learning rates, temperature and weights are those of the Lightning half's demonstration, where they were
@@ -57,7 +57,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
     results = {
         "backend": keras.backend.backend(),
         "settings": asdict(settings),
-        "runs": [asdict(one) for one in runs],
+        "runs": [asdict(each) for each in runs],
         "saved_student": saved,
         "conclusion": conclusion,
         "seconds": seconds,
