@@ -152,7 +152,7 @@ def relational_distance_and_angle(
         mask: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
-        What :func:`relational_distance` and :func:`relational_angle` give.
+        The values of :func:`relational_distance` and :func:`relational_angle`.
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
