@@ -33,7 +33,7 @@ class ReverseKLLoss(LogitsLoss):
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -85,7 +85,7 @@ class GeneralizedJSDLoss(LogitsLoss):
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         beta: Share of the teacher in the mixture, from 0 to 1.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -140,7 +140,7 @@ class SkewKLLoss(LogitsLoss):
     Args:
         skew: Share :math:`\alpha` of the first distribution in the mixture, from 0 to less than 1.
         reverse: Whether the student's distribution comes first instead of the teacher's.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -196,7 +196,7 @@ class TotalVariationLoss(LogitsLoss):
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.

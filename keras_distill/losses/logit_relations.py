@@ -40,7 +40,7 @@ class DISTLoss(LogitsLoss):
             number or a schedule.
         intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater; a
             number or a schedule.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: As for every Keras loss; the loss is one number, which no reduction changes.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -108,7 +108,7 @@ class MultiLevelLogitLoss(LogitsLoss):
 
     Args:
         temperatures: The K temperatures, each greater than 0.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: As for every Keras loss; the loss is one number, which no reduction changes.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -118,7 +118,7 @@ class MultiLevelLogitLoss(LogitsLoss):
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If there is no temperature or one is not greater than 0.
+        ValueError: If ``temperatures`` is empty, or one is not greater than 0.
 
     Example:
         >>> teacher = [[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]]

@@ -100,7 +100,7 @@ class MultiLevelLogitLoss(LogitsLoss):
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If there is no temperature, one is not greater than 0, or ``class_dim`` is the batch dimension.
+        ValueError: If ``temperatures`` is empty, one is not greater than 0, or ``class_dim`` is the batch dimension.
 
     Example:
         >>> import torch
