@@ -6,7 +6,7 @@ which the compiled cross entropy leaves out (``ignore_class=-1``); distillation 
 A ``sample_weight`` of 0 would take an image out of the terms too, unless they have ``use_sample_weight=False``.
 
 Data, highest learning rates, temperature and weights are those of the Lightning half's demonstration, where they were
-chosen on the validation images; batches are larger and epochs fewer, to keep it short. The test images are looked at
+chosen on the validation images; batches are larger and epochs fewer, to keep it short. The test images are used
 after the last epoch only.
 """
 
@@ -70,7 +70,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
 
 @contextmanager
 def _usual_settings() -> Iterator[None]:
-    """The layout and the precision that the demonstration is written for, whatever the user's ``keras.json`` says."""
+    """Set the layout and precision that the demonstration is written for, independent of the user's ``keras.json``."""
     layout, policy = keras.config.image_data_format(), keras.config.dtype_policy()
     keras.config.set_image_data_format("channels_last")
     keras.config.set_dtype_policy("float32")

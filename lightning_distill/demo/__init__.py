@@ -3,7 +3,7 @@
 Every student of a seed starts from the same weights and gets the same batches for the same number of steps; they
 differ in the terms of their :class:`DistillCallback` only. Where labels are scarce the other images carry the label
 -100, which the cross entropy leaves out; distillation adds the teacher's outputs on them. Settings were chosen on
-the validation images. The test images are looked at once, after the last epoch.
+the validation images. The test images are used once, after the last epoch.
 """
 
 from __future__ import annotations
