@@ -71,7 +71,7 @@ class TeacherCache:
         """
         cache = cls(Reader(Path(path)))
         if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
-            raise CacheError(f"Expected {path} to be of this teacher, but it was built with another. Build it anew.")
+            raise CacheError(f"Expected {path} to be of this teacher, but it was built with another. Build it again.")
         return cache
 
     @classmethod

@@ -59,7 +59,7 @@ class Settings:
     features_weight: float = 1.0
 
     def model(self, method: str, teacher: keras.Model, seed: int) -> keras.Model:
-        """What a method trains, untrained: the student itself, or a model that distils into it."""
+        """Untrained model of a method: the student itself, or a model that distils into it."""
         student = make_student(seed)
         if method == "alone":
             return student
@@ -105,7 +105,7 @@ class Observer(keras.callbacks.Callback):
         self.step_ms.append(1000 * (time.perf_counter() - self._start))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """After an epoch: keep its accuracy. A validation by ``fit`` would start an iterator anew, which costs more."""
+        """After an epoch: keep its accuracy. Validation in ``fit`` would create a new iterator, which costs more."""
         images, classes = self.validation
         self.accuracy.append(hit_rate(predict(self.model, images) == classes))
         self.advance()

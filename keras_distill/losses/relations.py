@@ -41,7 +41,7 @@ class SimilarityPreservingLoss(FormulaLoss):
     :func:`keras_distill.functional.similarity_preserving`.
 
     Args:
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
@@ -85,7 +85,7 @@ class RelationalLoss(DistillationLoss):
     Args:
         distance_weight: Factor of the distances, at least 0, a number or a schedule; 0 skips the work.
         angle_weight: Factor of the angles, at least 0, a number or a schedule; 0 skips the work.
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
 
@@ -151,7 +151,7 @@ class ProbabilisticTransferLoss(FormulaLoss):
     :func:`keras_distill.functional.probabilistic_transfer`.
 
     Args:
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
@@ -195,7 +195,7 @@ class CorrelationCongruenceLoss(FormulaLoss):
         kernel: "gaussian" for the paper's form, "neighbour" for that of the published code.
         gamma: Inverse squared width of the Gaussian, greater than 0.
         order: Highest power of its Taylor series, at least 1.
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
