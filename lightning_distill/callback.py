@@ -60,7 +60,7 @@ class DistillCallback(Callback):
         validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
             the teacher there too. ``None`` does so where there is something to measure: with a ``validation_step`` and
             a teacher that is not a cache, until outputs turn out not to be comparable, which is a warning.
-        log: Whether the losses are logged.
+        log: Whether the losses are logged. Without, nothing is measured in validation.
         name: Prefix of the logged keys and key of the saved state, distinct for each callback of a Trainer.
 
     Attributes:
@@ -182,6 +182,7 @@ class DistillCallback(Callback):
         """At the start of fit or validate: check everything, hold the teacher, wrap the module's steps."""
         if stage not in ("fit", "validate"):
             return
+        self._check_free(trainer)
         self._drop()
         self._check_names(trainer)
         state = self.adapter_state()
@@ -252,6 +253,14 @@ class DistillCallback(Callback):
             raise MisconfigurationException(
                 f"Expected `name` to be distinct for each DistillCallback of a Trainer, but got name={self.name!r}"
                 f" {alike} times. Pass name=... to all but one."
+            )
+
+    def _check_free(self, trainer: Trainer) -> None:
+        if self._run is not None and self._run.trainer is not trainer and self._run.trainer.state.status == "running":
+            raise MisconfigurationException(
+                "Expected the callback to belong to one running Trainer, but got another one that starts while the"
+                " first still trains, and that would go on without distillation. Pass a callback of its own:"
+                " copy.deepcopy(callback)."
             )
 
     def _drop(self) -> None:

@@ -41,7 +41,7 @@ class Means:
             present = [(values[name], size) for values, size in self._pending if name in values]
             if not present:
                 continue
-            values = torch.stack([value.float() for value, _ in present])
+            values = torch.stack([value.float().reshape(()) for value, _ in present])  # a loss may have shape (1,)
             sizes = torch.tensor([float(size) for _, size in present], device=values.device)
             if self._sums is None:
                 self._sums = torch.zeros(2, len(self._names), device=values.device)
@@ -93,3 +93,9 @@ class LoaderMeasures:
         if self.agreement is None:
             self.agreement = TeacherAgreement(class_dim=class_dim).to(student.device)
         self.agreement.update(student, teacher, mask=mask)
+
+    def agreement_counts(self, device: torch.device) -> Tensor:
+        """How many rows agreed and how many were seen in this process, two whole numbers."""
+        if self.agreement is None:
+            return torch.zeros(2, dtype=torch.int64, device=device)
+        return torch.stack([self.agreement.total, self.agreement.count]).to(device)

@@ -100,7 +100,7 @@ class Run:
         self._train_means = Means(["loss", "task_loss", "distillation_loss", *names])
         self._val_names = ["loss", "task_loss", "distillation_loss", *names]
         self._loaders: dict[int, LoaderMeasures] = {}
-        self._measures = False
+        self._validates = self._measures = False  # in every process alike; in this one still
         self._position: float | None = 0.0
         self._batch: Any = None
         self._in_step = self._explicit = self._ever_explicit = False
@@ -142,10 +142,11 @@ class Run:
                 self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
         if (
             callback.validate is not False
+            and callback.logs
             and self.step.source.live
             and compat.overrides(self.module, "validation_step")
         ):
-            self._measures = True
+            self._validates = self._measures = True
             self._patches.append(patch_step(trainer.strategy, "validation_step", self.validation_step))
 
     def close(self) -> None:
@@ -197,9 +198,11 @@ class Run:
         if output is None or not self.module.automatic_optimization:
             return output  # Lightning skips such a batch; in manual optimization the step adds `callback.loss()`
         if isinstance(output, Mapping):
-            if "loss" not in output:
+            if not isinstance(output.get("loss"), Tensor):
                 return output  # Lightning says what is missing
             return {**output, "loss": self.step.total(output["loss"], self._batch, self._given())}
+        if not isinstance(output, Tensor):
+            return output  # Lightning says what a step may return
         return self.step.total(output, self._batch, self._given())
 
     def _given(self, calls: int | slice | None = None) -> Given:
@@ -322,13 +325,18 @@ class Run:
 
     def end_validation(self) -> dict[str, Tensor]:
         """The measurements of a validation epoch, over all processes, by their names in the logs."""
-        results = {}
-        for index, measures in sorted(self._loaders.items()):
-            suffix = f"/dataloader_idx_{index}" if len(self._loaders) > 1 else ""
+        results: dict[str, Tensor] = {}
+        if not self._validates or self.trainer.sanity_checking:
+            return results
+        loaders = len(self.trainer.num_val_batches)
+        for index in range(loaders):  # not those measured here: all processes must add up alike
+            suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
+            measures = self._loaders.get(index) or LoaderMeasures(self._val_names)
             for name, value in measures.losses.compute(self._device, self._sum).items():
                 results[f"val_{name}{suffix}"] = value
-            if measures.agreement is not None:
-                results[f"val_teacher_agreement{suffix}"] = measures.agreement.compute()
+            agreeing, rows = self._sum(measures.agreement_counts(self._device))
+            if rows > 0:
+                results[f"val_teacher_agreement{suffix}"] = agreeing.float() / rows.float()
         self._loaders = {}
         return results
 

@@ -73,14 +73,17 @@ class Hold:
             return
         dtype = self.dtype or dtype
         modules = list(self.module.modules())
-        states = [self._held.setdefault(module, _State(module)) for module in modules]
-        for state in states:
-            if state.holders and state.dtype != dtype:
+        for module in modules:  # before anything is noted: after a refusal nothing may be left
+            state = self._held.get(module)
+            if state is not None and state.dtype != dtype:
                 raise ValueError(
                     f"Expected `teacher_dtype` to be the same for all that use one teacher, but got {dtype} and"
                     f" {state.dtype}. Pass one value, or a copy of the teacher: copy.deepcopy(teacher)."
                 )
-        for state in states:
+        for module in modules:
+            state = self._held.get(module)
+            if state is None:
+                state = self._held[module] = _State(module)
             state.holders, state.dtype = state.holders + 1, dtype
         self._modules = modules
         # a holder that is dropped without letting go gives the teacher back too

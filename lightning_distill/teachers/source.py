@@ -152,9 +152,11 @@ class LiveTeachers:
         self.clear()
         shown = call
         surroundings: AbstractContextManager[None] = nullcontext()
-        if self.held.dtype is not None:  # its own precision, whatever surrounds it
+        # its own precision, whatever surrounds it; autocast leaves double precision alone, and would mix it with half
+        fixed = self.held.dtype is not None or self._own_dtype == torch.float64
+        if fixed:
             surroundings = torch.autocast(device.type, enabled=False)
-        if self.held.dtype is not None or (self._own_dtype and not torch.is_autocast_enabled(device.type)):
+        if fixed or (self._own_dtype and not torch.is_autocast_enabled(device.type)):
             shown = replace(call, args=self.cast(call.args), kwargs=self.cast(call.kwargs))
         # not inference_mode: its tensors could not be saved for the backward
         with torch.no_grad(), surroundings, Recording(self._recorders):

@@ -106,7 +106,7 @@ class DistillationTerm(nn.Module):
         """A copy for one owner: it shares the settings and has what it learns to itself."""
         state = self.__dict__
         if "_relatives" not in state:
-            state["_relatives"] = WeakSet([self])
+            state.update(_relatives=WeakSet([self]), _built=set())
         copied: DistillationTerm = type(self).__new__(type(self))
         copied.__dict__.update(state)
         memo: dict[int, Any] = {}
@@ -117,7 +117,7 @@ class DistillationTerm(nn.Module):
             name: module if _is_settings(module) else copy.deepcopy(module, memo)
             for name, module in self._modules.items()
         }
-        copied.__dict__["_is_copy"] = True
+        copied.__dict__.update(_is_copy=True, _built=set())
         copied.remake(copied.reset)
         state["_relatives"].add(copied)
         return copied
@@ -132,8 +132,13 @@ class DistillationTerm(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        relatives = self.__dict__.get("_relatives")
-        if relatives is None or self.__dict__.get("_own") or name not in self.__dict__:
+        state = self.__dict__
+        relatives = state.get("_relatives")
+        if relatives is None or name not in state:
+            return
+        if state.get("_own"):
+            state["_built"].add(name)
+        if name in state["_built"]:  # later too, such as a running mean that `build` starts and `forward` updates
             return
         for term in list(relatives):
             term.__dict__[name] = value
