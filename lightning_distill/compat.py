@@ -148,6 +148,7 @@ def training_loaders(trainer: Trainer) -> Any:
 
 # where `lightning`, `pytorch_lightning` and torch define empty hooks and an empty forward
 _BASES = ("LightningModule", "ModelHooks", "DataHooks", "Module")
+_PACKAGES = ("lightning", "pytorch_lightning", "torch")
 
 
 def overrides(module: Any, name: str) -> bool:
@@ -157,7 +158,9 @@ def overrides(module: Any, name: str) -> bool:
     """
     if name in vars(module):
         return True
-    return next(kind for kind in type(module).__mro__ if name in vars(kind)).__name__ not in _BASES
+    kind = next(kind for kind in type(module).__mro__ if name in vars(kind))
+    own = kind.__module__.split(".")[0] not in _PACKAGES  # a user's class may well be called Module
+    return own or kind.__name__ not in _BASES
 
 
 def has_strategy(trainer: Trainer, name: str) -> bool:

@@ -266,6 +266,12 @@ def test_a_hook_of_the_users_own_is_told_from_lightnings_empty_one(base: type) -
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             pass
 
+    class Module(Own):  # a name that torch has too
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    assert compat.overrides(Module(), "training_step")
+
     class Further(Own):
         pass
 
