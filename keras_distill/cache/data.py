@@ -49,14 +49,22 @@ class CachedData(EpochData):
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, by which view and order are chosen; ``DistillModel.fit`` sets it."""
+        """The epoch, from 0, by which the view is chosen, and the order begins; ``DistillModel.fit`` sets it."""
         return self._epoch
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        self._epoch, self._order = value, np.arange(self._length)
+        self._epoch = value
+        self._shuffle(value)
+
+    def on_epoch_end(self) -> None:
+        """Another order for the next pass, also in loops that set no epoch; the view stays."""
+        self._shuffle(self._passes + 1)
+
+    def _shuffle(self, passes: int) -> None:
+        self._passes, self._order = passes, np.arange(self._length)
         if self._seed is not None:
-            self._order = np.random.default_rng([self._seed, value]).permutation(self._length)
+            self._order = np.random.default_rng([self._seed, passes]).permutation(self._length)
 
     def __len__(self) -> int:
         """Number of batches."""
