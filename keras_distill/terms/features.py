@@ -260,7 +260,7 @@ class FeatureDistillation(LossTerm):
         (_, feature), (source, target) = self._raw(index, student, teacher)
         masks = [student.mask_of(feature), source.mask_of(target)]
         student_layout, teacher_layout = self._built_for[index][2:] if self._built_for else (None, None)
-        target = ops.stop_gradient(target)
+        target = ops.stop_gradient(ops.convert_to_tensor(target))  # an answer may be given as an array
         feature, target = arranged(_widened(feature), student_layout), arranged(_widened(target), teacher_layout)
         adapter = self._adapters[index] if self._adapters else None
         if adapter is not None:
