@@ -1,4 +1,4 @@
-"""Checks of what users pass: what was expected, what came, what to do. Each half gives their errors its own form."""
+"""Checks of user arguments: an error names the expectation, the value and the remedy, in the form of either half."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def message(expected: str, got: str, remedy: str = "") -> str:
 
     Args:
         expected: What the argument had to be, from the argument's name on.
-        got: What came instead.
-        remedy: A sentence that says what to do; may be empty.
+        got: What was passed instead.
+        remedy: A sentence that says what to do, or an empty string.
 
     Returns:
         The whole message.
@@ -31,7 +31,7 @@ class Checks:
     """Checks of settings.
 
     Args:
-        message: Makes an error's text of what was expected, what came, and a remedy that may be empty.
+        message: Makes an error's text from the expectation, the value passed, and a remedy, which may be empty.
         shown: How many names an error lists.
     """
 
@@ -43,7 +43,7 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
 
         Raises:
             TypeError: If the value is not an int or a float.
@@ -83,7 +83,7 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
 
         Raises:
             TypeError: If the value is not an int or a float.
@@ -103,7 +103,7 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
 
         Raises:
             TypeError: If the value is not a list or a tuple, or an entry is not an int or a float.
@@ -126,7 +126,7 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
 
         Raises:
             TypeError: If the value is not an int or a float.
@@ -144,7 +144,7 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
             minimum: Smallest value allowed.
 
         Raises:
@@ -165,7 +165,7 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
             minimum: Smallest value allowed.
             maximum: Largest value allowed.
 
@@ -187,7 +187,7 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
 
         Raises:
             TypeError: If the value is not an int or a float.
@@ -207,7 +207,7 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
 
         Raises:
             TypeError: If the value is not a bool.
@@ -225,12 +225,12 @@ class Checks:
 
         Args:
             name: Name of the argument, for the message.
-            value: What the user passed.
+            value: The user's value.
             choices: The words allowed.
 
         Raises:
             TypeError: If the value is not a string.
-            ValueError: If the value is none of the words.
+            ValueError: If the value is not one of the words.
 
         Example:
             >>> Checks().one_of("kind", "cosin", ["mse", "cosine"])
@@ -250,11 +250,12 @@ class Checks:
         """Sentence that lists the candidates most like a name that was not found.
 
         Args:
-            name: What the user wrote.
+            name: The user's value.
             candidates: The names that exist.
 
         Returns:
-            The close matches, best first; the first few candidates where none is close; nothing where there are none.
+            The close matches, best first; the first few candidates where none is close; an empty string without
+            candidates.
 
         Example:
             >>> Checks().closest("layer5", ["stem", "layer3", "layer4", "head"])

@@ -81,7 +81,7 @@ class FullCodec(Codec):
         if not np.isfinite(self.decode({"values": stored})).all():
             raise ValueError(
                 f"Expected the teacher's outputs to be finite in {self.dtype}, but some are not. Pass dtype='float32',"
-                " or mend the teacher where it gives NaN."
+                " or check the teacher for NaN and infinity."
             )
         return {"values": stored}
 

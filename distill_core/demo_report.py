@@ -82,10 +82,10 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def closing(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each setting on what distillation did, for better or worse.
+    """A sentence for each setting: whether distillation helped or did harm.
 
-    A method helped if its student is better than the one alone for every seed, did harm if worse for every seed, and
-    else made no clear difference.
+    A method helped if its student is better than the student alone for every seed, and did harm if it is worse for
+    every seed; otherwise it made no clear difference.
 
     Args:
         runs: The teacher's run, then the students'.
@@ -141,7 +141,7 @@ def proof(path: Path, best: Run, loaded: str, accuracy: float) -> dict[str, Any]
         accuracy: Share of right answers of the loaded student on the test images.
 
     Returns:
-        What was saved, its accuracy, and the proof in words.
+        The saved run, its accuracy, and the proof in words.
     """
     words = (
         f"{path.name} is the student of seed {best.seed}, {best.labels} of the labels, {best.method}: the method of"

@@ -50,17 +50,17 @@ class Progress:
 
 
 class Schedule:
-    """A number as a function of the position in training: given wherever a weight or a temperature is.
+    """A number as a function of the position in training. It may take the place of any weight or temperature.
 
     Args:
-        function: From the position to the number. Within a training that is resumed it goes on where it was, since it
-            depends on the position alone.
-        over: What the position counts: optimizer ``"steps"`` from 0, ``"epochs"`` from 0, or the ``"fraction"`` of the
+        function: Maps the position to the number. A resumed training continues the schedule where it was, because the
+            number depends on the position alone.
+        over: Unit of the position: optimizer ``"steps"`` from 0, ``"epochs"`` from 0, or the ``"fraction"`` of the
             training, from 0 to 1.
 
     Raises:
         TypeError: If ``function`` cannot be called.
-        ValueError: If ``over`` is none of the three.
+        ValueError: If ``over`` is not one of the three.
 
     Example:
         >>> Schedule(lambda epoch: 0.9**epoch, over="epochs").at(Progress(epoch=2))
@@ -103,16 +103,16 @@ class Schedule:
 
 
 class Linear(Schedule):
-    """A straight line from one number to another, which then stays.
+    """Linear ramp from ``start`` to ``end``, constant afterwards.
 
     Args:
-        start: The number at first.
-        end: The number at the end.
-        duration: Steps or epochs from the one to the other, or the fraction of the training, all of it by default.
-        over: What the duration counts.
+        start: First value.
+        end: Last value.
+        duration: Length of the ramp in steps or epochs, or as a fraction of the training; the default is all of it.
+        over: Unit of ``duration``.
 
     Raises:
-        TypeError: If a setting is no number.
+        TypeError: If a setting is not a number.
         ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
 
     Example:
@@ -138,16 +138,16 @@ class Linear(Schedule):
 
 
 class Cosine(Linear):
-    """Half a wave of the cosine from one number to another, which then stays: slow at both ends.
+    """Half-cosine ramp from ``start`` to ``end`` (slow at both ends), constant afterwards.
 
     Args:
-        start: The number at first.
-        end: The number at the end.
-        duration: Steps or epochs from the one to the other, or the fraction of the training, all of it by default.
-        over: What the duration counts.
+        start: First value.
+        end: Last value.
+        duration: Length of the ramp in steps or epochs, or as a fraction of the training; the default is all of it.
+        over: Unit of ``duration``.
 
     Raises:
-        TypeError: If a setting is no number.
+        TypeError: If a setting is not a number.
         ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
 
     Example:
@@ -160,15 +160,15 @@ class Cosine(Linear):
 
 
 class WarmUp(Linear):
-    """A number that grows from 0 and then stays.
+    """Linear warm-up from 0 to ``value``, constant afterwards.
 
     Args:
-        value: The number that stays.
-        duration: Steps or epochs until then, or the fraction of the training.
-        over: What the duration counts.
+        value: Value after the warm-up.
+        duration: Length of the warm-up in steps or epochs, or as a fraction of the training; the default is all of it.
+        over: Unit of ``duration``.
 
     Raises:
-        TypeError: If a setting is no number.
+        TypeError: If a setting is not a number.
         ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
 
     Example:
@@ -185,16 +185,16 @@ class WarmUp(Linear):
 
 
 class Step(Schedule):
-    """Numbers that hold between boundaries.
+    """Piecewise constant schedule.
 
     Args:
-        values: The numbers, one more than the boundaries.
-        boundaries: Positions, rising, from which the next number holds.
-        over: What the positions count.
+        values: The values, one more than there are boundaries.
+        boundaries: Increasing positions at which the next value begins.
+        over: Unit of the boundaries.
 
     Raises:
-        TypeError: If an entry is no number.
-        ValueError: If the counts do not fit, or the boundaries do not rise.
+        TypeError: If an entry is not a number.
+        ValueError: If the counts do not fit, or the boundaries do not increase.
 
     Example:
         >>> Step([4.0, 2.0, 1.0], boundaries=[10, 20], over="epochs").at(Progress(epoch=10))
@@ -208,7 +208,7 @@ class Step(Schedule):
         if len(values) != len(boundaries) + 1 or any(a >= b for a, b in itertools.pairwise(boundaries)):
             expected = "`values` to be one more than `boundaries`, which rise"
             raise ValueError(message(expected, f"values={list(values)} and boundaries={list(boundaries)}"))
-        self.values, self.boundaries = [float(value) for value in values], [float(one) for one in boundaries]
+        self.values, self.boundaries = [float(value) for value in values], [float(boundary) for boundary in boundaries]
         super().__init__(self._value, over=over)
 
     def get_config(self) -> dict[str, Any]:
@@ -220,24 +220,24 @@ class Step(Schedule):
 
 
 def first_value(name: str, value: Any, check: Callable[[str, Any], None], schedules: dict[str, Schedule]) -> float:
-    """The number that a setting has at first; a schedule is noted under the setting's name.
+    """The first value of a setting; a schedule is stored under the setting's name.
 
     Args:
         name: Name of the setting.
         value: A number, or a schedule.
-        check: What every number of the setting must pass.
-        schedules: Where a schedule is noted.
+        check: Check of every number of the setting.
+        schedules: The dict that stores a schedule.
 
     Returns:
         The number.
 
     Raises:
         TypeError: If the value is neither a number nor a schedule.
-        ValueError: If the number does not pass.
+        ValueError: If the number does not pass the check.
 
     Example:
-        >>> noted = {}
-        >>> first_value("temperature", Linear(8.0, 1.0), Checks().positive, noted), list(noted)
+        >>> schedules = {}
+        >>> first_value("temperature", Linear(8.0, 1.0), Checks().positive, schedules), list(schedules)
         (8.0, ['temperature'])
     """
     if isinstance(value, Schedule):
@@ -250,8 +250,8 @@ def first_value(name: str, value: Any, check: Callable[[str, Any], None], schedu
 class Setting:
     """A number of an object that is checked whenever it is assigned, and may be a schedule.
 
-    The object keeps its schedules by name in ``schedules``. Assigning a number takes the place of a schedule; what the
-    schedule sets in each step is written by :func:`set_scheduled`.
+    The object keeps its schedules by name in ``schedules``. Assigning a number replaces a schedule; the values of a
+    schedule are written by :func:`set_scheduled` in each step.
 
     Args:
         check: The check that every number must pass, called with the setting's name and the number.
@@ -293,7 +293,7 @@ class Setting:
 
 
 def set_scheduled(owner: Any, name: str, value: float) -> None:
-    """Give a scheduled setting its number at a point of the training, and keep its schedule.
+    """Set a scheduled setting to its value at a point of the training, and keep the schedule.
 
     Args:
         owner: The object with the setting.

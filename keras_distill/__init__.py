@@ -86,10 +86,10 @@ from keras_distill.losses import (
 )
 from keras_distill.metrics import TeacherAgreement, TeacherDivergence
 from keras_distill.model import DistillModel
-from keras_distill.taps import Call, Tap
+from keras_distill.recording import Call, Tap
+from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
-from keras_distill.term import DistillationTerm
-from keras_distill.terms import FeatureDistillation, LogitsDistillation
+from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
 
 __all__ = [
     "AttentionMapLoss",
@@ -105,6 +105,7 @@ __all__ = [
     "DISTLoss",
     "DecoupledKDLoss",
     "DistillModel",
+    "DistillStep",
     "DistillTargets",
     "Distillation",
     "DistillationConf",
@@ -132,6 +133,7 @@ __all__ = [
     "ProbabilisticTransferLoss",
     "RelationalLoss",
     "ReverseKLLoss",
+    "SelfDistillation",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",

@@ -18,7 +18,12 @@ _CONVOLUTIONS = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers
 
 
 def make_adapter(
-    adapter: str | keras.layers.Layer | AdapterFactory | None, student: Shape, teacher: Shape, layer: str
+    adapter: str | keras.layers.Layer | AdapterFactory | None,
+    student: Shape,
+    teacher: Shape,
+    layer: str,
+    *,
+    maps: bool | None = None,
 ) -> keras.layers.Layer | None:
     """The built adapter between two features with channels last.
 
@@ -27,6 +32,7 @@ def make_adapter(
         student: Shape of the student's feature, ``(N, ..., C_s)``.
         teacher: Shape of the teacher's feature, ``(N, ..., C_t)``.
         layer: Name of the student's layer, for messages.
+        maps: Whether the features are maps; None takes four and more dimensions for maps.
 
     Returns:
         A layer, or None where the feature is used as it is.
@@ -40,7 +46,7 @@ def make_adapter(
         8
     """
     student, teacher = tuple(student), tuple(teacher)
-    maps = len(student) >= 4
+    maps = len(student) >= 4 if maps is None else maps
     if adapter == "auto":
         if len(student) != len(teacher) or len(student) < 2:
             expected = f"the features of student layer {layer!r} and its teacher layer to have equally many dimensions"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
-from keras.src.backend import get_keras_mask, set_keras_mask  # the only way to a mask that serves all backends
-from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+from keras_distill.compat import get_keras_mask, set_keras_mask
 
 
 def replicas() -> int:
@@ -26,13 +24,13 @@ def replicas() -> int:
     return int(tf.distribute.get_strategy().num_replicas_in_sync)
 
 
-def no_gradient() -> contextlib.AbstractContextManager[Any]:
-    """A context that keeps the backend from remembering a forward pass for the backward pass."""
-    if keras.backend.backend() != "torch":
-        return contextlib.nullcontext()  # graphs hold what a gradient asks for, and the teacher's answers have none
-    import torch
+def executes_eagerly() -> bool:
+    """Whether operations are executed as Python reaches them, and not traced into a graph for later."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-    return torch.no_grad()
+        return bool(tf.executing_eagerly())
+    return bool(keras.backend.backend() == "torch")
 
 
 def check_batch(student: Any, teacher: Any) -> None:
@@ -93,72 +91,36 @@ def without_mask(tensor: Any) -> Any:
     return ops.copy(tensor) if keras.backend.backend() == "jax" else ops.reshape(tensor, ops.shape(tensor))
 
 
-def unless_zero(weights: Sequence[Any], work: Callable[[], Any], zeros: Any) -> Any:
-    """What some work gives, or zeros, without the work, where all of its weights are 0 when the graph runs.
+def zero_gradient(tensors: Sequence[Any]) -> Any:
+    """A zero whose gradient with respect to some tensors is 0, where nothing else has a gradient.
+
+    Keras refuses a step in which no variable has a gradient, and torch its backward pass.
 
     Args:
-        weights: Scalars, at least one.
-        work: Gives tensors; it changes no variable.
-        zeros: Zeros of the same shapes, nested as the work's.
+        tensors: Of any shapes; those that are not floating-point tensors are left out.
 
     Returns:
-        As ``zeros``, in their precision.
+        A float32 scalar.
     """
-    needed = functools.reduce(ops.logical_or, [ops.not_equal(weight, 0.0) for weight in weights])
-
-    def worked() -> Any:
-        with _discarding_changes():
-            return keras.tree.map_structure(lambda value, zero: ops.cast(value, zero.dtype), work(), zeros)
-
-    return ops.cond(needed, worked, lambda: zeros)
-
-
-@contextlib.contextmanager
-def _discarding_changes() -> Iterator[None]:
-    """Keeps what a model changes in itself within a branch of JAX, which can hand on results alone."""
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    outer = get_stateless_scope()
-    with keras.StatelessScope() as scope:
-        if outer is not None:
-            scope.state_mapping.update(outer.state_mapping)
-        yield
-
-
-def zero_of(tensors: Sequence[Any], dtype: Any) -> Any:
-    """A zero whose gradient with respect to some tensors is 0.
-
-    A constant would have none, of which Keras warns, and where no tensor has one torch refuses the backward pass.
-
-    Args:
-        tensors: Of any shapes; those that are no floating point tensors are left out.
-        dtype: Precision of the zero.
-
-    Returns:
-        A scalar.
-    """
-    floats = [tensor for tensor in tensors if keras.backend.is_float_dtype(tensor.dtype)]
-    nothing = [ops.where(False, tensor, ops.zeros_like(tensor)) for tensor in map(ops.convert_to_tensor, floats)]
-    return sum((ops.cast(ops.sum(tensor), dtype) for tensor in nothing), ops.zeros((), dtype))
-
-
-def first_batch(batches: Any) -> Any:
-    """The first batch of what ``fit`` goes over, as Keras itself looks at it before it trains.
-
-    Args:
-        batches: Keras' iterator over an epoch.
-
-    Returns:
-        Inputs, labels and weights, as the data has them.
-    """
-    _, _, block = next(iter(batches))
-    return block[0] if isinstance(block, (list, tuple)) else next(block)
+    tensors = [ops.convert_to_tensor(tensor) for tensor in tensors]
+    floats = [one for one in tensors if keras.backend.is_float_dtype(keras.backend.standardize_dtype(one.dtype))]
+    nothing = [ops.sum(ops.cast(ops.where(False, one, ops.zeros_like(one)), "float32")) for one in floats]
+    return sum(nothing, ops.zeros(()))
 
 
 def as_float(value: Any) -> float:
     """A number or a float32 variable as the shortest Python number that it stands for: 0.7, not 0.699999988."""
     if isinstance(value, (int, float)):
         return float(value)
-    exact, single = getattr(value, "exact", None), np.float32(ops.convert_to_numpy(value))
-    return float(exact if exact is not None and np.float32(exact) == single else str(single))
+    return float(str(np.float32(ops.convert_to_numpy(value))))
+
+
+def same_or_loaded(known: float, variable: Any) -> float:
+    """A number as the user wrote it where a float32 variable holds the same, since float32 has no 1/3, else its value.
+
+    Args:
+        known: The number so far.
+        variable: A scalar variable that a file may have changed.
+    """
+    loaded = as_float(variable)
+    return known if np.float32(known) == np.float32(loaded) else loaded

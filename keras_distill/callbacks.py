@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
-from keras_distill import backends, checks
+from keras_distill import checks, compat
 from keras_distill.schedules import Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
+from keras_distill.targets import EpochData
 
 _PARAMETERS = ("weight", "temperature", "task_weight")
 
@@ -20,17 +20,18 @@ _PARAMETERS = ("weight", "temperature", "task_weight")
 class _Following(keras.callbacks.Callback):
     """A callback that knows how far the training has come."""
 
-    _epoch = _step = 0
+    _epoch = _seen = 0
+    _accumulated = 1
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Note where the epoch begins."""
-        self._epoch, self._step = epoch, int(ops.convert_to_numpy(self.model.optimizer.iterations))
+        self._epoch = epoch
+        self._seen, self._accumulated = compat.raw_iterations(self.model.optimizer)
 
     def _progress(self, batch: int) -> Progress:
         batches = self.params.get("steps") or math.inf  # in the first epoch of a generator nobody knows them
         fraction = (self._epoch + min(batch / batches, 1.0)) / self.params["epochs"]
-        step = self._step + batch // (getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1)
-        return Progress(step, self._epoch, fraction)
+        return Progress((self._seen + batch) // self._accumulated, self._epoch, fraction)
 
 
 class ScheduleFollower(_Following):
@@ -48,13 +49,7 @@ class ScheduleFollower(_Following):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        held = [(name, schedule, functools.partial(setattr, model, name)) for name, schedule in model.schedules.items()]
-        held += [
-            (f"{term.name}_{name}", schedule, functools.partial(term.set_setting, name))
-            for term in model.terms
-            for name, schedule in term.schedules.items()
-        ]
-        self._held, self.values = held, dict[str, float]()
+        self._held, self.values = steps_of(model), dict[str, float]()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Set the epoch's numbers."""
@@ -74,8 +69,7 @@ class ScheduleFollower(_Following):
         progress = self._progress(batch)
         for label, schedule, assign in self._held:
             value = schedule.at(progress)
-            if self.values.get(label) != value:
-                assign(value)
+            assign(value)
             self.values[label] = value
 
 
@@ -114,14 +108,6 @@ class DistillationScheduler(_Following):
         self._takes_value = not isinstance(schedule, Schedule) and _positional(schedule) >= 2
         self._owner: Any = None
 
-    def set_model(self, model: Any) -> None:
-        """As in Keras; a weight that may become 0 wants a graph in which its term can be left out."""
-        super().set_model(model)
-        for term in getattr(model, "terms", ()) if self.parameter == "weight" else ():
-            if self.term in (None, term.name) and not term.weight_is_scheduled:
-                term.weight_is_scheduled = True
-                model.train_function = None  # Keras makes it next
-
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find what is to be scheduled."""
         self._owner = self._find_owner()
@@ -151,7 +137,7 @@ class DistillationScheduler(_Following):
         setattr(self._owner, self.parameter, self.schedule.at(self._progress(batch)))
 
     def _value(self) -> float:
-        return backends.as_float(getattr(self._owner, self.parameter))
+        return float(getattr(self._owner, self.parameter))
 
     def _log_name(self) -> str:
         return self.parameter if self.parameter == "task_weight" else f"{self._owner.name}_{self.parameter}"
@@ -161,13 +147,22 @@ class DistillationScheduler(_Following):
         if terms is None:
             raise ValueError(checks.message("the model to be a DistillModel", f"a {type(self.model).__name__}"))
         if self.parameter == "task_weight":
+            self._check_free(self.model.schedules)
             return self.model
         fitting = [term for term in terms if self.term in (None, term.name) and hasattr(term, self.parameter)]
         if len(fitting) == 1:
+            self._check_free(fitting[0].schedules)
             return fitting[0]
         names = [term.name for term in terms]
         expected = f"`term` to name the one term whose {self.parameter} is scheduled"
         raise ValueError(checks.message(expected, f"term={self.term!r}, of the terms {names}"))
+
+    def _check_free(self, schedules: Mapping[str, Schedule]) -> None:
+        """Raise if the setting has a schedule already, which would overwrite the values of this one."""
+        if self.parameter in schedules:
+            expected = f"`{self.parameter}` to have one schedule"
+            received = f"{schedules[self.parameter]!r} and a DistillationScheduler"
+            raise ValueError(checks.message(expected, received, "Give the term a number, or leave this callback out."))
 
 
 class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
@@ -216,14 +211,49 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
         super().set_model(student)
 
 
-def schedule_followers(model: Any) -> list[keras.callbacks.Callback]:
-    """What sets a model's scheduled weights and temperatures: one callback, or none where there is no schedule.
+class SetEpoch(keras.callbacks.Callback):
+    """Sets ``data.epoch`` in training, and 0 after it: data that is evaluated does not change.
+
+    Args:
+        data: The data.
+    """
+
+    def __init__(self, data: EpochData) -> None:
+        super().__init__()
+        self._data = data
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Before the first batch, also of a training that goes on from a later epoch."""
+        self._data.epoch = epoch
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Leave the data as it was."""
+        self._data.epoch = 0
+
+
+def steps_of(model: Any) -> list[tuple[str, Schedule, Callable[[float], None]]]:
+    """A model's scheduled settings: their names in the logs, their schedules, and functions that set them.
+
+    Args:
+        model: A DistillModel.
+    """
+    held = [(name, schedule, functools.partial(model.follow, name)) for name, schedule in model.schedules.items()]
+    return held + [
+        (f"{term.name}_{name}", schedule, functools.partial(term.follow, name))
+        for term in model.terms
+        for name, schedule in term.schedules.items()
+    ]
+
+
+def fit_callbacks(model: Any, data: Any) -> list[keras.callbacks.Callback]:
+    """The callbacks that ``fit`` adds: one to follow schedules, one to set the epoch of data, where there are any.
 
     Args:
         model: The model that is trained.
+        data: What ``fit`` is given.
     """
-    scheduled = model.schedules or any(term.schedules for term in model.terms)
-    return [ScheduleFollower(model)] if scheduled else []
+    followers: list[keras.callbacks.Callback] = [ScheduleFollower(model)] if steps_of(model) else []
+    return [*followers, SetEpoch(data)] if isinstance(data, EpochData) else followers
 
 
 def with_callbacks(fit: Callable[..., Any], own: Sequence[keras.callbacks.Callback], given: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Checks of what users pass, with errors in Keras' form: what was expected, how to mend it, what was received."""
+"""Checks of user arguments, with errors in Keras' form: the expectation, the remedy, the value received."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def message(expected: str, received: str, remedy: str = "") -> str:
 
     Args:
         expected: What the argument had to be, from the argument's name on.
-        received: What came instead.
-        remedy: A sentence that says what to do; may be empty.
+        received: What was passed instead.
+        remedy: A sentence that says what to do, or an empty string.
 
     Returns:
         The whole message.
@@ -89,8 +89,8 @@ def same_shape(
     Args:
         student: The student's tensor, any shape.
         teacher: The teacher's tensor, any shape.
-        names: What the message calls the two.
-        remedy: A sentence that says what to do; may be empty.
+        names: Names of the two tensors in the message.
+        remedy: A sentence that says what to do, or an empty string.
 
     Raises:
         ValueError: If the shapes differ.
@@ -100,6 +100,7 @@ def same_shape(
         Traceback (most recent call last):
         ValueError: Expected `student` and `teacher` to have equal shapes. Received: (2, 3) and (2, 1)
     """
-    mine, theirs = tuple(student.shape), tuple(teacher.shape)
-    if shapes_differ(mine, theirs):
-        raise ValueError(message(f"`{names[0]}` and `{names[1]}` to have equal shapes", f"{mine} and {theirs}", remedy))
+    student_shape, teacher_shape = tuple(student.shape), tuple(teacher.shape)
+    if shapes_differ(student_shape, teacher_shape):
+        expected = f"`{names[0]}` and `{names[1]}` to have equal shapes"
+        raise ValueError(message(expected, f"{student_shape} and {teacher_shape}", remedy))

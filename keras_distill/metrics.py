@@ -7,9 +7,8 @@ from typing import Any
 
 import keras
 from keras import ops
-from keras.src.trainers.compile_utils import MetricsList  # callbacks find no other metrics
 
-from keras_distill import backends, checks
+from keras_distill import backends, checks, compat
 from keras_distill.functional.inputs import prepare
 from keras_distill.functional.logits import soft_target_kl
 
@@ -47,7 +46,7 @@ class TeacherAgreement(keras.metrics.Mean):
 
     def __init__(self, name: str = "teacher_agreement", dtype: Any = None) -> None:
         super().__init__(name=name, dtype=dtype)
-        self._direction = "up"  # what Keras' own callbacks ask in mode="auto"
+        compat.set_direction(self, "up")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Agreeing rows of one batch, added to the state.
@@ -58,15 +57,6 @@ class TeacherAgreement(keras.metrics.Mean):
             sample_weight: Weight of each row.
         """
         super().update_state(_agrees(y_pred, y_true), sample_weight)
-
-    def add(self, share: Any, rows: Any) -> None:
-        """The agreement in some rows, added to the state.
-
-        Args:
-            share: Of the rows, a scalar from 0 to 1.
-            rows: How many they are.
-        """
-        super().update_state(share, rows)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -105,7 +95,7 @@ class TeacherDivergence(keras.metrics.Mean):
         super().__init__(name=name, dtype=dtype)
         checks.positive("temperature", temperature)
         self.temperature = float(temperature)
-        self._direction = "down"
+        compat.set_direction(self, "down")
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Divergences of the rows of one batch, added to the state.
@@ -127,55 +117,92 @@ class TeacherDivergence(keras.metrics.Mean):
         return {**super().get_config(), "temperature": self.temperature}
 
 
-class LossParts(MetricsList):
+class LossParts(compat.MetricsList):
     """Means of the parts of the loss and the agreement, in the list where Keras' callbacks look for what is better.
+
+    Their keys are those measured since the last reset, within a step those of the step.
 
     Args:
         parts: Names of the parts.
         agreement: Whether the agreement with the teacher is among the metrics.
 
+    Attributes:
+        measured: Names measured since the last reset.
+        now: Names measured in the step that runs or is traced, None outside of any.
+
     Example:
-        >>> LossParts(["task"], agreement=True).result().keys()
-        dict_keys(['task_loss', 'teacher_agreement'])
+        >>> parts = LossParts(["task"], agreement=True)
+        >>> parts.add("task_loss", 2.0, 4)
+        >>> {name: float(value) for name, value in parts.result().items()}
+        {'task_loss': 2.0}
     """
 
     def __init__(self, parts: Iterable[str], *, agreement: bool) -> None:
         means = [keras.metrics.Mean(name=f"{part}_loss") for part in parts]
         for mean in means:
-            mean._direction = "down"
+            compat.set_direction(mean, "down")
         super().__init__([*means, TeacherAgreement()] if agreement else means, name="loss_parts")
+        self.measured: set[str] = set()
+        self.now: set[str] | None = None
 
-    def __getitem__(self, name: str) -> Any:
-        """The metric of this name."""
-        return next(metric for metric in self.metrics if metric.name == name)
+    @property
+    def names(self) -> set[str]:
+        """Names of all metrics."""
+        return {metric.name for metric in self.metrics}
+
+    def add(self, name: str, value: Any, rows: Any) -> None:
+        """Count a value.
+
+        Args:
+            name: Name of the metric.
+            value: A scalar.
+            rows: How many examples or rows it is the mean of.
+        """
+        (self.measured if self.now is None else self.now).add(name)
+        metric = next(metric for metric in self.metrics if metric.name == name)
+        keras.metrics.Mean.update_state(metric, value, ops.cast(rows, "float32"))
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        """No-op: a train_step as in Keras' guide calls it with (y, y_pred), and the step has counted already."""
+
+    def reset_state(self) -> None:
+        """Forget everything."""
+        self.measured = set()
+        super().reset_state()
 
     def result(self) -> dict[str, Any]:
-        """The value of each metric."""
-        values: dict[str, Any] = self.get_result()
-        return values
+        """The value of each metric that has been measured."""
+        names = self.measured if self.now is None else self.now
+        return self.result_of(names)
+
+    def result_of(self, names: Iterable[str]) -> dict[str, Any]:
+        """The values of some metrics, in their own order."""
+        wanted = set(names)
+        return {metric.name: metric.result() for metric in self.metrics if metric.name in wanted}
 
 
-def agreement(student_logits: Any, teacher_logits: Any, mask: Any = None) -> tuple[Any, Any]:
+def agreement(student_logits: Any, teacher_logits: Any, mask: Any = None, *, threshold: float = 0.0) -> tuple[Any, Any]:
     """Share of the rows where student and teacher choose the same class, and their number.
 
     Args:
         student_logits: Shape ``(N, ..., C)``.
         teacher_logits: Same shape.
         mask: Which rows count, or None for all.
+        threshold: Of a single score: above it the class is chosen; 0 for logits, 0.5 for probabilities.
 
     Returns:
         Two scalars.
     """
-    agrees = _agrees(student_logits, teacher_logits)
+    agrees = _agrees(student_logits, teacher_logits, threshold)
     counts = ops.ones_like(agrees) if mask is None else ops.ones_like(agrees) * ops.cast(mask, agrees.dtype)
     rows = ops.sum(counts)
     return ops.sum(agrees * counts) / ops.maximum(rows, 1.0), rows
 
 
-def _agrees(student_logits: Any, teacher_logits: Any) -> Any:
+def _agrees(student_logits: Any, teacher_logits: Any, threshold: float = 0.0) -> Any:
     student, teacher = _pair(student_logits, teacher_logits)
     if student.shape[-1] == 1:
-        agrees = ops.equal(ops.squeeze(student, -1) > 0, ops.squeeze(teacher, -1) > 0)
+        agrees = ops.equal(ops.squeeze(student, -1) > threshold, ops.squeeze(teacher, -1) > threshold)
     else:
         agrees = ops.equal(backends.likeliest(student), backends.likeliest(teacher))
     return ops.cast(agrees, "float32")

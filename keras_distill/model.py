@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_distill import backends, checks
-from keras_distill.cache.data import check_class_weight, epoch_tellers
-from keras_distill.callbacks import schedule_followers, with_callbacks
-from keras_distill.comparison import compare
+from keras_distill import backends, checks, compat
+from keras_distill.callbacks import fit_callbacks, with_callbacks
+from keras_distill.execution import StepFunction, leave_out_xla
 from keras_distill.metrics import LossParts
-from keras_distill.probe import probed
-from keras_distill.schedules import Schedule, add_setting, deserialized, first_value, serialized, set_setting
-from keras_distill.steps import Step, current_step, in_step
-from keras_distill.taps import Call, Recorder
-from keras_distill.targets import DistillTargets, carries_features, split_targets, weights_of
-from keras_distill.term import DistillationTerm
-from keras_distill.terms import as_terms
+from keras_distill.recording import Call
+from keras_distill.schedules import Schedule, deserialized, first_value, serialized
+from keras_distill.step import DistillStep
+from keras_distill.students import check_arguments, check_student, check_term_names, warn_of_augmentation
+from keras_distill.targets import (
+    DistillTargets,
+    check_class_weight,
+    check_stored_logits,
+    split_targets,
+    stored_targets,
+    weights_of,
+)
+from keras_distill.terms import DistillationTerm
+from keras_distill.untracked import ModelWithTeacher
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class DistillModel(keras.Model):
+class DistillModel(ModelWithTeacher):
     r"""A student that learns from a teacher, trained like any Keras model.
 
     .. math:: L = w_{task} L_{task} + \sum_i w_i D_i(A_i(F^s_i), F^t_i) + R
 
     L_task is the loss given to ``compile``, D_i are the distances of the terms, A_i their adapters, and R the student's
     regularisers at full weight. The model predicts, and is called, as the student. The teacher runs in inference mode,
-    without gradient; it is no part of this model: neither counted, nor changed, nor saved.
+    without gradient; it is not part of this model: neither counted, nor changed, nor saved.
 
     The logs hold ``loss``, ``task_loss``, ``distillation_loss``, ``<term>_loss`` for each term without its weight,
-    ``teacher_agreement``, the compiled metrics, and their ``val_`` forms.
+    ``teacher_agreement``, the compiled metrics, and their ``val_`` forms. Like every Keras model with several numbers
+    to tell, ``evaluate`` returns a list of all of them: pass ``return_dict=True``, or write
+    ``loss, *rest = model.evaluate(...)``.
 
     Args:
         student: The model to train.
-        teacher: A trained model that takes the same inputs; None where the data carries :class:`DistillTargets`. It may
-            be set later: ``model.teacher = teacher``.
-        terms: What the student imitates; ``None`` is ``[LogitsDistillation()]``.
-        task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; kept in a variable, which may be
-            set while training.
-        evaluate_distillation: Whether ``evaluate`` and validation run the teacher. If not, their loss is the task's.
-        track_agreement: Whether the logs hold the share of examples where student and teacher choose the same class.
+        teacher: A trained model that takes the same inputs; a list of several, over which each term is averaged; or
+            None where no term reads a teacher or the data carries :class:`DistillTargets`. It may be set later:
+            ``model.teacher = teacher``.
+        terms: What the student imitates; ``None`` is ``[LogitsDistillation()]``. The model makes copies, in
+            ``model.terms``, that share the settings with the terms it is given.
+        task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; a number may be assigned while
+            training.
+        evaluate_distillation: Whether ``evaluate`` and validation run the teacher. If not, their loss is the task's,
+            times ``task_weight`` unless that is 0.
+        track_agreement: Whether the logs hold the share of examples where student and teacher choose the same class,
+            if a term compares scores of classes.
+        teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None leaves it to the model.
         save_teacher: Whether the teacher is kept in the files of this model.
         name: Name of the model.
         **kwargs: Further settings of ``keras.Model``.
@@ -54,10 +65,12 @@ class DistillModel(keras.Model):
     Attributes:
         student: The model to train; save it with ``model.student.save(...)``.
         terms: The terms.
+        step: The :class:`keras_distill.step.DistillStep` that does the work.
 
     Raises:
-        TypeError: If student or teacher is no Keras model, or a term is none.
-        ValueError: If the teacher is the student, terms share a name, a layer is unknown, or shapes do not fit.
+        TypeError: If student or teacher is not a Keras model, or an entry of ``terms`` is not a term.
+        ValueError: If the teacher is the student, terms share a name, a layer is unknown, shapes do not fit, or the
+            student has a ``train_step`` or another method of its own that would not be called.
 
     Example:
         >>> student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
@@ -75,18 +88,19 @@ class DistillModel(keras.Model):
     def __init__(
         self,
         student: keras.Model,
-        teacher: keras.Model | None = None,
+        teacher: keras.Model | Sequence[keras.Model] | None = None,
         terms: DistillationTerm | Sequence[DistillationTerm] | None = None,
         *,
         task_weight: float | Schedule = 1.0,
         evaluate_distillation: bool = True,
         track_agreement: bool = True,
+        teacher_dtype: Any = None,
         save_teacher: bool = False,
         name: str = "distill_model",
         **kwargs: Any,
     ) -> None:
-        if not isinstance(student, keras.Model):
-            raise TypeError(checks.message("`student` to be a keras.Model", f"a {type(student).__name__}"))
+        check_arguments(kwargs)
+        check_student(student, teacher)
         schedules: dict[str, Schedule] = {}
         task_weight = first_value("task_weight", task_weight, checks.non_negative, schedules)
         switches = {"evaluate_distillation": evaluate_distillation, "track_agreement": track_agreement}
@@ -96,112 +110,140 @@ class DistillModel(keras.Model):
         kwargs.setdefault("autocast", False)  # the inputs reach both models as they are
         super().__init__(name=name, **kwargs)
         self.student = student
-        self.terms, self.schedules = as_terms(terms), schedules
+        hook = self.teacher_inputs if type(self).teacher_inputs is not DistillModel.teacher_inputs else None
+        if hook is None and teacher is not None:
+            warn_of_augmentation(student)
+        self.step = DistillStep(student, teacher, terms, teacher_dtype=teacher_dtype, teacher_inputs=hook)
+        check_term_names(self.step.terms, student)
+        self.terms, self.term_states, self.schedules = self.step.terms, self.step.states, schedules
         self.evaluate_distillation, self.track_agreement = evaluate_distillation, track_agreement
         self.save_teacher = save_teacher
-        self._task_weight = add_setting(self, "task_weight", task_weight)
-        parts = ("task", "distillation", *(term.name for term in self.terms))
-        self._parts = LossParts(parts, agreement=track_agreement)
-        # recorders are no layers: Keras does not track what they hold
-        self._student_recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
-        self._teacher_recorder: Recorder | None = None
-        self.teacher = teacher
-        self._build_from_specifications()
+        self._task_weight, self.fitting = float(task_weight), False
+        self.task_weight_variable = self.add_weight(
+            name="task_weight", shape=(), dtype="float32", trainable=False, autocast=False,
+            initializer=keras.initializers.Constant(float(task_weight)),
+        )  # fmt: skip
+        names = ("task", "distillation", *(term.name for term in self.terms))
+        self.loss_parts = LossParts(names, agreement=track_agreement)
+        self.built = self.step.built  # a file builds only a model that is not built yet
 
     @property
-    def teacher(self) -> keras.Model | None:
-        """The teacher; a model may be assigned, with which training then goes on."""
-        return None if self._teacher_recorder is None else self._teacher_recorder.model
-
-    @teacher.setter
-    def teacher(self, teacher: keras.Model | None) -> None:
-        if teacher is not None and not isinstance(teacher, keras.Model):
-            raise TypeError(checks.message("`teacher` to be a keras.Model or None", f"a {type(teacher).__name__}"))
-        if teacher is self.student:
-            remedy = "Pass a model of its own, such as a copy made by keras.models.clone_model."
-            raise ValueError(checks.message("`teacher` to be another model than `student`", "the same model", remedy))
-        taps = [tap for term in self.terms for tap in term.teacher_taps]
-        self._teacher_recorder = None if teacher is None else Recorder(teacher, taps, "teacher")
-        self.train_function = self.test_function = None  # both have the old teacher in their graphs
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As in Keras, but for the teacher, which must not become a layer of this model."""
-        if name == "teacher":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        """Every attribute but the teacher: Keras saves what is listed here."""
-        return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
-
-    @property
-    def task_weight(self) -> keras.Variable:
-        """Factor of the compiled loss, a scalar variable; a number may be assigned to it."""
+    def task_weight(self) -> float:
+        """Factor of the compiled loss; assign a number to change it from the next step on."""
         return self._task_weight
 
     @task_weight.setter
     def task_weight(self, value: float) -> None:
-        set_setting("task_weight", self._task_weight, value)
+        if "task_weight" in self.schedules:
+            expected = "`task_weight` not to be assigned while it has a schedule"
+            received = f"task_weight={value!r}, and {self.schedules['task_weight']!r}"
+            raise ValueError(checks.message(expected, received, "Give the model a number in place of the schedule."))
+        self.follow("task_weight", value)
+
+    def follow(self, name: str, value: float) -> None:
+        """Set a setting of the model to a number that came from its schedule."""
+        checks.non_negative(name, value)
+        self._task_weight = float(value)
+        self.task_weight_variable.assign(value)
 
     @property
     def output_names(self) -> list[str]:
         """Names of the student's outputs, by which ``compile`` takes losses and metrics."""
         return list(self.student.output_names)
 
-    @property
-    def losses(self) -> list[Any]:
-        """The student's regularisers, left out while the task loss alone is asked for."""
-        step = current_step(self)
-        return [] if step is not None and step.task_alone else list(super().losses)
+    # Hooks to override --------------------------------------------------------------------------------------------
 
-    @property
-    def non_trainable_variables(self) -> list[keras.Variable]:
-        """Variables that no gradient changes; on JAX the teacher's among them, since its steps see no others."""
-        own: list[keras.Variable] = super().non_trainable_variables
-        recorder: Recorder | None = self.__dict__.get("_teacher_recorder")  # Keras asks before it is there
-        if keras.backend.backend() != "jax" or recorder is None:
-            return own
-        known = {id(variable) for variable in [*own, *super().trainable_variables]}
-        return own + [variable for variable in recorder.model.variables if id(variable) not in known]
+    def teacher_inputs(self, x: Any, call: Call) -> Any:
+        """What the teacher is shown; override it for another resolution, other tokens, or the student's augmentation.
+
+        Args:
+            x: Inputs of the batch.
+            call: The student's call, with the features at the taps of its terms.
+
+        Returns:
+            The teacher's inputs; of a dict each model takes the entries that it has inputs for.
+        """
+        return x
+
+    def task_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
+        """The compiled loss without the regularisers; override it for a loss of your own.
+
+        Args:
+            x: Inputs of the batch.
+            y: Labels.
+            y_pred: The student's output.
+            sample_weight: Weights of the examples.
+            training: Whether this is a step of training.
+
+        Returns:
+            A scalar, or None where there is no loss on labels.
+        """
+        if self.loss is None or y is None:
+            return None
+        # a copy: on torch Keras multiplies the weights by the mask in place, and the terms read them as they came
+        weights = keras.tree.map_structure(lambda one: None if one is None else ops.copy(one), sample_weight)
+        return compat.compiled_loss(self, y, y_pred, weights)
+
+    # Keras' own methods -------------------------------------------------------------------------------------------
 
     def build(self, input_shape: Any) -> None:
-        """Nothing: student and terms build themselves."""
+        """No-op: the student and the terms build themselves."""
         self.built = True
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras; the terms are built first: the call before training finds the variables to optimize."""
-        if current_step(self) is None:
-            self._build_terms(inputs, None)
+        """Like ``keras.Model.__call__``; the terms are built first, whose errors Keras would wrap in its own words."""
+        self.step.build(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """The student's output; within a step of training its tapped layers are read on the way."""
-        step = current_step(self)
-        if step is None:
-            return self.student(inputs, training=training)
-        step.student = self._student_recorder.forward(inputs, training=training)
-        return step.student.output
+        """The student's output, on which the record of its tapped layers hangs."""
+        return self.step.forward(inputs, training)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras; schedules are followed, and data of a :class:`TeacherCache` is told which view to show."""
+        """Like ``keras.Model.fit``; it also follows the schedules and sets the epoch of cached data."""
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
-        check_class_weight(given)
-        return with_callbacks(super().fit, [*schedule_followers(self), *epoch_tellers(given.get("x"))], given)
+        data = given.get("x")
+        check_class_weight(given.get("class_weight"), given.get("y"), data)
+        check_stored_logits(self.terms, given.get("y"), data)
+        before, self.fitting = self.fitting, True
+        try:
+            return with_callbacks(super().fit, fit_callbacks(self, data), given)
+        finally:
+            self.fitting = before
+
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any
+    ) -> Any:
+        """Like ``keras.Model.train_on_batch``; schedules over steps are followed, others refused."""
+        check_class_weight(class_weight, y, x)
+        return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Like ``keras.Model.evaluate``; the numbers are floats on every version of Keras."""
+        results = super().evaluate(*args, **kwargs)
+        return keras.tree.map_structure(lambda value: value if value is None else float(value), results)
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras; the student alone, as which this model predicts."""
+        """Export the student; this model predicts exactly as it does."""
         return self.student.export(*args, **kwargs)
 
-    def train_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One step of training, as the backend does it."""
-        with self._recording(args[-1]):
-            return super().train_step(*args, **kwargs)
+    def make_train_function(self, force: bool = False) -> Any:
+        """Make the function of a training step: one graph for each set of working terms."""
+        if force or self.train_function is None:
+            leave_out_xla(self)
+            if self.loss is None or (self.task_weight == 0 and "task_weight" not in self.schedules):
+                self.step.check_trained()
+            function = StepFunction(self, super().make_train_function, "train_function", training=True)
+            self.train_function = function
+        return self.train_function
 
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One step of evaluation, as the backend does it."""
-        with self._recording(args[-1]):
-            return super().test_step(*args, **kwargs)
+    def make_test_function(self, force: bool = False) -> Any:
+        """Make the function of an evaluation step."""
+        if force or self.test_function is None:
+            leave_out_xla(self)
+            function = StepFunction(self, super().make_test_function, "test_function", training=False)
+            self.test_function = function
+        return self.test_function
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -209,9 +251,9 @@ class DistillModel(keras.Model):
         """The task loss, the terms and the regularisers, weighted and added up.
 
         Args:
-            x: Inputs of the batch.
+            x: Inputs of the batch; None shows the teacher what the student was shown.
             y: Labels, :class:`DistillTargets`, or None.
-            y_pred: The student's output.
+            y_pred: The student's output, as calling the model returned it.
             sample_weight: Weights of the examples.
             training: Whether this is a step of training.
 
@@ -221,66 +263,46 @@ class DistillModel(keras.Model):
         Raises:
             ValueError: If there is nothing to learn from: neither a teacher nor targets that carry its outputs.
         """
-        labels, teacher = split_targets(y)
+        labels, stored = split_targets(y)
         sample_weight = weights_of(sample_weight)
-        step = current_step(self)
-        if step is None:
-            self._build_terms(x, teacher)  # here too Keras only looks for variables
-            step = Step(self)
-        step.training = training
-        total = self._regularizers()
-        if self.loss is not None and labels is not None:
-            task = self._task_loss(x, labels, y_pred, sample_weight, training)
-            self._track("task", task, x, step)
-            total = total + ops.convert_to_tensor(self._task_weight) * task
-        if not training and not self.evaluate_distillation:
-            return total
-        source = self._teacher_recorder if teacher is None else teacher
-        if source is None:
-            if not training:
-                return total
-            remedy = "Pass teacher=..., set `model.teacher`, or train on DistillTargets(labels, teacher)."
-            raise ValueError(checks.message("a teacher to learn from", "teacher=None", remedy))
-        if step.student is None:
-            if self._student_recorder.taps and training:
-                remedy = "Override `train_step` by calling super().train_step(...)."
-                raise ValueError(checks.message("`compute_loss` to be called within a step", "a call outside", remedy))
-            if self._student_recorder.taps:
-                return total  # Keras is only building the compiled loss
-            step.student = Call(y_pred)
-        ask = functools.partial(self._teacher_call, source, x)
-        found = compare(self.terms, step.student, ask, labels, sample_weight, training=training)
-        for term, value, computed in zip(self.terms, found.values, found.computed, strict=True):
-            self._track(term.name, value, x, step, computed)
-        self._track("distillation", found.total, x, step)
-        if self.track_agreement and found.rows is not None:
-            self._parts["teacher_agreement"].add(found.agreement, found.rows)
-            step.tracked.add("teacher_agreement")
-        return total + found.total
+        total = sum((compat.additional_loss(self, loss) for loss in self.losses), ops.zeros(()))
+        task = self.task_loss(x, labels, y_pred, sample_weight, training)
+        knows_teacher = stored is not None or bool(self.step.teachers) or not self.step.needs_teacher
+        unrecorded = self.step.recorder.record_of(y_pred) is None
+        if unrecorded and compat.in_symbolic_scope():  # Keras only looks for variables
+            if stored is not None or x is not None:
+                self.step.build(x if x is not None else y_pred, stored)
+            return total if task is None else total + task
+        measures = training or (self.evaluate_distillation and knows_teacher)
+        parts: dict[str, Any] = {} if task is None else {"task": task}
+        if task is not None:
+            weight = ops.cast(self.task_weight_variable, task.dtype)
+            if not training and not self.evaluate_distillation:  # a weight of 0 would leave a loss that is always 0
+                weight = ops.where(weight > 0, weight, ops.ones_like(weight))
+            total = total + weight * task
+        if measures:
+            found = self.step.compare(
+                y_pred, x, labels, sample_weight,
+                teacher=stored, training=training, track_agreement=self.track_agreement,
+            )  # fmt: skip
+            total = total + found.total
+            parts |= {"distillation": found.total, **found.values}
+            if found.rows is not None:
+                self.loss_parts.add("teacher_agreement", found.agreement, found.rows)
+            if training and task is None and not found.values:
+                total = total + ops.cast(backends.zero_gradient(keras.tree.flatten(y_pred)), total.dtype)
+        rows = ops.shape(keras.tree.flatten(y_pred)[0])[0]
+        for name, value in parts.items():
+            self.loss_parts.add(f"{name}_loss", compat.unscale_loss_for_distribution(value), rows)
+        return total
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """The compiled metrics on the labels, and this model's own.
-
-        Args:
-            x: Inputs of the batch.
-            y: Labels, :class:`DistillTargets`, or None.
-            y_pred: The student's output.
-            sample_weight: Weights of the examples.
-
-        Returns:
-            The logs.
-        """
+        """The logs: the compiled metrics on the labels, where there are any, and this model's own numbers."""
         labels, _ = split_targets(y)
         if labels is None:
-            logs = self.get_metrics_result()
-        else:
-            logs = super().compute_metrics(x, labels, y_pred, weights_of(sample_weight))
-        step = current_step(self)
-        if step is None:
-            return logs
-        # what this kind of step never computes would be a number that means nothing
-        own = {metric.name for metric in self._parts.metrics}
-        return {key: value for key, value in logs.items() if key not in own or key in step.tracked}
+            return self.get_metrics_result()
+        logs: dict[str, Any] = super().compute_metrics(x, labels, y_pred, weights_of(sample_weight))
+        return logs
 
     def get_metrics_result(self) -> dict[str, Any]:
         """The values of all metrics; those that have never seen a label are left out."""
@@ -292,39 +314,43 @@ class DistillModel(keras.Model):
         return logs
 
     def teacher_targets(self, inputs: Any, labels: Any = None) -> DistillTargets:
-        """Targets that carry what the teacher gives for some inputs, so that it runs once and not in every epoch.
+        """Targets that carry the teacher's outputs for some inputs, so that it runs once and not in every epoch.
 
         Use it on each batch of a data set: ``data.map(lambda x, y: (x, model.teacher_targets(x, y))).cache()``.
 
         Args:
-            inputs: Inputs of a batch.
+            inputs: Inputs of a batch, as the teacher takes them.
             labels: Its labels, if there are any.
 
         Returns:
             Labels, and the teacher's output and features.
 
         Raises:
-            ValueError: If there is no teacher.
+            ValueError: If there is not exactly one teacher.
         """
-        if self._teacher_recorder is None:
-            raise ValueError(checks.message("a teacher to ask", "teacher=None", "Set `model.teacher`."))
-        call = self._teacher_call(self._teacher_recorder, inputs)
+        if len(self.step.teachers) != 1:
+            received = f"{len(self.step.teachers)} teachers" if self.step.teachers else "teacher=None"
+            remedy = "Set `model.teacher`." if not self.step.teachers else "Keep the targets of each teacher by itself."
+            raise ValueError(checks.message("a teacher to ask", received, remedy))
         taps = [tap for term in self.terms for tap in term.teacher_taps]
-        if not taps and not carries_features(call.output):
-            return DistillTargets(labels, call.output)
-        return DistillTargets(labels, {"output": call.output, "features": {tap.key: call.feature(tap) for tap in taps}})
+        return stored_targets(labels, self.step.teachers[0].answer(inputs), taps)
+
+    # Files --------------------------------------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON; without the teacher unless ``save_teacher``."""
         serialize = keras.saving.serialize_keras_object
         return {
             "name": self.name,
+            "trainable": self.trainable,
+            "dtype": serialize(self.dtype_policy),
             "student": serialize(self.student),
             "teacher": serialize(self.teacher) if self.save_teacher and self.teacher is not None else None,
             "terms": [serialize(term) for term in self.terms],
             "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,
             "track_agreement": self.track_agreement,
+            "teacher_dtype": self.step.teacher_dtype,
             "save_teacher": self.save_teacher,
         }
 
@@ -338,63 +364,26 @@ class DistillModel(keras.Model):
         }
         return cls(**deserialized({key: value for key, value in config.items() if key not in restored}), **restored)
 
-    def _build_from_specifications(self) -> None:
-        """Build the terms where both models know their inputs already, so that errors come here."""
-        student, teacher = self.student, self.teacher
-        if student.built and getattr(student, "inputs", None):
-            # functional models remember how their inputs were nested, sequential ones have a single input
-            inputs = getattr(student, "_inputs_struct", student.inputs[0])
-            if teacher is not None and teacher.built:
-                self._build_terms(inputs, None)
-            self.build(None)
+    def get_build_config(self) -> dict[str, Any] | None:
+        """What the terms need to make their adapters without a teacher."""
+        return {"terms": {term.name: term.get_shapes() for term in self.terms if term.built}}
 
-    def _build_terms(self, inputs: Any, teacher: Call | None) -> None:
-        source = self._teacher_recorder if teacher is None else teacher
-        if source is None or all(term.built for term in self.terms):
-            return
-        student = probed(self._student_recorder, inputs)
-        teacher = probed(source, inputs) if isinstance(source, Recorder) else source
-        for term in self.terms:
-            if not term.built:
-                term.build_from_calls(student, teacher)
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Make the adapters of a saved model."""
+        self.step.build_from_config((config or {}).get("terms", {}))
+        self.built = True
+
+    # Inside -------------------------------------------------------------------------------------------------------
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load this model's own number, the weight of the task."""
+        super().load_own_variables(store)
+        self._task_weight = backends.same_or_loaded(self._task_weight, self.task_weight_variable)
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """As in Keras; the terms first, for which a step of JAX comes too late: it cannot create variables."""
-        if keras.backend.backend() == "jax" and not all(term.built for term in self.terms):
-            data_batch = data_batch or backends.first_batch(iterator)
+        if keras.backend.backend() == "jax" and not self.step.built:
+            data_batch = data_batch or compat.first_batch(iterator)
             inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data_batch)
-            self._build_terms(inputs, split_targets(targets)[1])
+            self.step.build(inputs, split_targets(targets)[1])
         super()._symbolic_build(iterator, data_batch)
-
-    @contextlib.contextmanager
-    def _recording(self, data: Any) -> Iterator[None]:
-        """The context of one step on this thread: ``call`` leaves the student's call in it for ``compute_loss``."""
-        inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
-        self._build_terms(inputs, split_targets(targets)[1])
-        with in_step(Step(self)):
-            yield
-
-    def _teacher_call(self, source: Recorder | Call, inputs: Any) -> Call:
-        if isinstance(source, Call):
-            return source
-        with backends.no_gradient():
-            call = source.forward(inputs, training=False)
-        output, runs = keras.tree.map_structure(ops.stop_gradient, (call.output, list(call.runs.values())))
-        return Call(output, dict(zip(call.runs, runs, strict=True)), who="teacher")
-
-    def _task_loss(self, x: Any, labels: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
-        """The compiled loss without the regularisers, which must not be multiplied by the task's weight."""
-        # a copy: on torch Keras multiplies the weights by the mask in place, and the terms want them as they came
-        weights = keras.tree.map_structure(lambda one: None if one is None else ops.copy(one), sample_weight)
-        with in_step(Step(self, task_alone=True)):
-            return super().compute_loss(x, labels, y_pred, weights, training=training)
-
-    def _regularizers(self) -> Any:
-        losses = [ops.sum(ops.cast(loss, keras.config.floatx())) for loss in self.losses]
-        return sum(losses) / backends.replicas() if losses else 0.0
-
-    def _track(self, part: str, value: Any, x: Any, step: Step, computed: Any = 1.0) -> None:
-        examples = ops.shape(next(one for one in keras.tree.flatten(x) if one is not None))[0]
-        weight = computed * ops.cast(examples, "float32")
-        self._parts[f"{part}_loss"].update_state(value * backends.replicas(), sample_weight=weight)
-        step.tracked.add(f"{part}_loss")

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from distill_core.schedules import Cosine, Linear, Progress, Schedule, Step, WarmUp, first_value
-from keras_distill import backends, checks
+from keras_distill import backends
 
 __all__ = [
     "Cosine",
@@ -16,11 +16,9 @@ __all__ = [
     "Schedule",
     "Step",
     "WarmUp",
-    "add_setting",
     "deserialized",
     "first_value",
     "serialized",
-    "set_setting",
 ]
 
 for _kind in (Schedule, Linear, Cosine, WarmUp, Step):
@@ -61,42 +59,6 @@ def deserialized(config: dict[str, Any]) -> dict[str, Any]:
         name: _made(value) if _is_schedule(value) else keras.saving.deserialize_keras_object(value)
         for name, value in config.items()
     }
-
-
-def add_setting(layer: keras.layers.Layer, name: str, value: float) -> keras.Variable:
-    """A variable for a setting, which may change without a new trace.
-
-    Args:
-        layer: The layer that saves it.
-        name: Name of the setting.
-        value: The number at first.
-
-    Returns:
-        A float32 scalar whose attribute ``exact`` is the number as the user wrote it: float32 has no 1/3.
-    """
-    initializer = keras.initializers.Constant(float(value))
-    variable = layer.add_weight(
-        name=name, shape=(), dtype="float32", trainable=False, autocast=False, initializer=initializer
-    )
-    variable.exact = float(value)
-    return variable
-
-
-def set_setting(name: str, variable: keras.Variable, value: float) -> None:
-    """Set a setting for the steps to come.
-
-    Args:
-        name: Name of the setting, which says what it may be: 0 or greater for a weight, else greater than 0.
-        variable: What :func:`add_setting` made.
-        value: The number.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is none that the setting may have.
-    """
-    (checks.non_negative if name.endswith("weight") else checks.positive)(name, value)
-    variable.assign(value)
-    variable.exact = float(value)
 
 
 def _is_schedule(value: Any) -> bool:

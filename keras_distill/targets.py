@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
-from keras_distill.taps import Call
+from keras_distill import checks
+from keras_distill.recording import Call, Tap, looks_like
 
 
 class DistillTargets(NamedTuple):
     """The targets of a batch: its labels and what the teacher gave for it.
 
     Attributes:
-        labels: What the compiled loss and metrics compare the student with; None for unlabelled data.
+        labels: What the compiled loss and metrics compare the student with; None for unlabelled data. In a
+            ``PyDataset`` or a generator an array of shape ``(N, 0)`` stands for it: TensorFlow takes no None there.
         teacher: The teacher's output; or ``{"output": output, "features": {layer: feature}}`` where terms read
             features of the teacher too, which are named by the keys of their taps. ``DistillModel.teacher_targets``
             makes either. From a cache of the likeliest classes the output is a
@@ -49,6 +54,22 @@ def weights_of(sample_weight: Any) -> Any:
     return next(iter(keras.tree.flatten(sample_weight.teacher)), None)
 
 
+def stored_targets(labels: Any, call: Call, taps: Sequence[Tap]) -> DistillTargets:
+    """Targets that carry a teacher's call.
+
+    Args:
+        labels: Labels, or None.
+        call: The teacher's call.
+        taps: Places whose features are carried.
+
+    Returns:
+        The targets.
+    """
+    if not taps and not carries_features(call.output):
+        return DistillTargets(labels, call.output)
+    return DistillTargets(labels, {"output": call.output, "features": {tap.key: call.feature(tap) for tap in taps}})
+
+
 def split_targets(targets: Any) -> tuple[Any, Call | None]:
     """Labels and the teacher's call, if the targets carry one.
 
@@ -60,9 +81,82 @@ def split_targets(targets: Any) -> tuple[Any, Call | None]:
     """
     if not isinstance(targets, DistillTargets):
         return targets, None
-    answer = targets.teacher
+    labels, answer = targets
+    shape = getattr(labels, "shape", None)
+    if shape is not None and len(shape) == 2 and shape[-1] == 0:  # unlabelled data
+        labels = None
     if answer is None:
-        return targets.labels, None
+        return labels, None
     if not carries_features(answer):
-        return targets.labels, Call(answer, who="teacher")
-    return targets.labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")
+        return labels, Call(answer, who="teacher")
+    return labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")
+
+
+class EpochData(keras.utils.PyDataset):
+    """A data set whose batches depend on the epoch; ``DistillModel.fit`` sets it, since Keras does not pass the number.
+
+    Attributes:
+        epoch: The epoch, from 0.
+    """
+
+    epoch: int = 0
+
+
+def check_class_weight(class_weight: Any, targets: Any, data: Any) -> None:
+    """Refuse weights of classes beside :class:`DistillTargets`, which Keras takes for the targets of two outputs.
+
+    Args:
+        class_weight: What the user passed.
+        targets: What the user passed as ``y``.
+        data: What the user passed as ``x``.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if not class_weight:
+        return
+    several = [targets]
+    if isinstance(data, keras.utils.PyDataset):
+        several += data[0]
+    elif isinstance(specification := getattr(data, "element_spec", None), tuple):
+        several += specification
+    if any(isinstance(one, DistillTargets) for one in several):
+        expected = "`class_weight` to be None where the targets carry the teacher's outputs"
+        remedy = "Pass the weight of each example's class in `sample_weight`."
+        raise ValueError(checks.message(expected, f"class_weight={class_weight!r}", remedy))
+
+
+def check_stored_logits(terms: Sequence[Any], targets: Any, data: Any) -> None:
+    """Refuse stored outputs that are probabilities where a loss takes logits, judged by their values.
+
+    Args:
+        terms: The terms.
+        targets: What the user passed as ``y``.
+        data: What the user passed as ``x``.
+
+    Raises:
+        ValueError: If rows lie in [0, 1] and sum to 1.
+    """
+    if isinstance(data, EpochData) and len(data):
+        targets = next((part for part in data[0] if isinstance(part, DistillTargets)), None)
+    if not isinstance(targets, DistillTargets):
+        return
+    _, call = split_targets(targets)
+    reads = [term for term in terms if getattr(getattr(term, "loss", None), "from_logits", None) is True]
+    output = None if call is None else call.output
+    if not reads or not isinstance(output, np.ndarray) or output.ndim < 2:
+        return
+    # a thousand rows from everywhere: probabilities are in all of them
+    kind = looks_like(output[:: max(1, len(output) // 1000)])
+    if kind == "softmax":
+        expected = f"the teacher's outputs in `DistillTargets` to be logits for {type(reads[0].loss).__name__}"
+        remedy = (
+            "Store logits, or np.log of the probabilities; or pass a loss with from_logits=False to a softmax student."
+        )
+        raise ValueError(checks.message(expected, "rows of probabilities, which sum to 1", remedy))
+    if kind == "sigmoid" and output.any():
+        warnings.warn(
+            "The teacher's outputs in `DistillTargets` all lie from 0 to 1, as probabilities do, and the loss of term"
+            f" {reads[0].name!r} takes them for logits.",
+            stacklevel=3,
+        )

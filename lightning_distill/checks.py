@@ -1,4 +1,4 @@
-"""Checks of what users pass, with errors in one form: what was expected, what came, what to do."""
+"""Checks of user arguments, with errors in one form: the expectation, the value, the remedy."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ closest = _CHECKS.closest
 
 
 def inner_dim(name: str, value: Any, ndim: int | None = None) -> None:
-    """Check that a setting names a dimension, and not the one that counts the examples.
+    """Check that a setting names a dimension other than the batch dimension.
 
     Args:
         name: Name of the argument, for the message.
-        value: What the user passed.
+        value: The user's value.
         ndim: Number of dimensions of the tensor, where it is known already.
 
     Raises:
@@ -70,7 +70,7 @@ def floating(name: str, value: Any) -> None:
 
     Args:
         name: Name of the argument, for the message.
-        value: What the user passed.
+        value: The user's value.
 
     Raises:
         TypeError: If the value is not a tensor or holds integers, bools or complex numbers.
@@ -95,8 +95,8 @@ def same_shape(
     Args:
         student: The student's tensor, any shape.
         teacher: The teacher's tensor, any shape.
-        names: What the message calls the two.
-        remedy: A sentence that says what to do; may be empty.
+        names: Names of the two tensors in the message.
+        remedy: A sentence that says what to do, or an empty string.
 
     Raises:
         ValueError: If the shapes differ.

@@ -1,4 +1,4 @@
-"""What the command ``lightning-distill`` does; :mod:`distill_core.cli.lightning` parses its words."""
+"""The work of the command ``lightning-distill``; :mod:`distill_core.cli.lightning` parses its words."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def fit(words: list[str] | None) -> int:
         with working_directory(first=True):
             LightningCLI(
                 parser_kwargs={**settings, "fit": settings},
-                save_config_kwargs={"overwrite": True},  # a second run in the same folder is no mistake
+                save_config_kwargs={"overwrite": True},  # a second run in the same folder is allowed
                 args=words,
             )
     except FileNotFoundError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:  # recording, teachers and adapters use this module and know no Trainer
     from lightning.pytorch import Trainer
@@ -57,6 +58,15 @@ def unwrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper of DDP, torch.compile or Fabric; ``None`` if it is not such a wrapper."""
     inside = [module._modules.get(name) for name in ("module", "_orig_mod", "_forward_module")]
     return next((inner for inner in inside if inner is not None), None)
+
+
+def make_iterator(loader: DataLoader[Any]) -> Any:
+    """A new iterator over a data loader; an instance attribute of this method's name takes its place."""
+    return loader._get_iterator()
+
+
+ITERATOR_METHOD = "_get_iterator"  # of a DataLoader, called by iter()
+KEPT_ITERATOR = "_iterator"  # a DataLoader's iterator with persistent workers, used again in the next epoch
 
 
 class HookGuards:
@@ -136,7 +146,8 @@ def training_loaders(trainer: Trainer) -> Any:
     return trainer.fit_loop._combined_loader
 
 
-_BASES = ("LightningModule", "ModelHooks", "DataHooks")  # where `lightning` and `pytorch_lightning` define empty hooks
+# where `lightning`, `pytorch_lightning` and torch define empty hooks and an empty forward
+_BASES = ("LightningModule", "ModelHooks", "DataHooks", "Module")
 
 
 def overrides(module: Any, name: str) -> bool:

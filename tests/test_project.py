@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import importlib
 import re
 import subprocess
@@ -32,10 +33,9 @@ class Absent(PathFinder):
         return None if name.split(".")[0] in {0} else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Absent
 """
-# N17 to N24 are one list of points, and C14 is a speed, which no test measures.
-LAST = {"L": 32, "K": 31, "N": 17, "C": 16}
-REQUIREMENTS = [f"{letter}{number}" for letter, last in LAST.items() for number in range(1, last + 1)]
-REQUIREMENTS.remove("C14")
+REQUIREMENTS_TEXT = (ROOT / "tests" / "REQUIREMENTS.md").read_text(encoding="utf-8")
+# Each code is the beginning of one point of a list.
+REQUIREMENTS = re.findall(r"(?m)^- \*\*([CKLN]\d+)\*\* ", REQUIREMENTS_TEXT)
 
 
 def relative(path: Path) -> str:
@@ -50,14 +50,15 @@ def read_setup() -> configparser.ConfigParser:
     return setup
 
 
-def requirements_in(path: Path) -> set[str]:
+@functools.cache
+def requirements_in(path: Path) -> frozenset[str]:
     """The requirements that the names and docstrings of a file's tests mention."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.lower().startswith("test"):
             found |= {name.upper() for name in re.findall(r"_([cklnCKLN]\d+)(?=_|$)", node.name)}
             found |= set(re.findall(r"\b[CKLN]\d+\b", ast.get_docstring(node) or ""))
-    return found
+    return frozenset(found)
 
 
 @pytest.mark.parametrize("path", PRODUCT + TESTS, ids=relative)
@@ -144,6 +145,22 @@ def test_import_of_the_package_imports_no_optional_dependency() -> None:
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
 def test_requirement_is_named_by_a_test(requirement: str) -> None:
     assert any(requirement in requirements_in(path) for path in TESTS)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=relative)
+def test_requirements_that_tests_name_are_described(path: Path) -> None:
+    unknown = requirements_in(path) - set(REQUIREMENTS)
+    assert not unknown, f"tests/REQUIREMENTS.md does not describe {sorted(unknown)}"
+
+
+def test_no_requirement_is_described_twice() -> None:
+    assert sorted(REQUIREMENTS) == sorted(set(REQUIREMENTS))
+
+
+def test_files_that_hold_requirements_exist() -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", REQUIREMENTS_TEXT))
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 def lower_bounds() -> dict[str, str]:

@@ -26,6 +26,22 @@ ROOMS = {
         ("demo",),
         ("cli",),
     ],
+    "keras_distill": [
+        ("checks", "compat"),
+        ("backends",),
+        ("functional", "schedules"),
+        ("losses", "metrics", "recording"),
+        ("adapters", "targets", "teachers"),
+        ("terms",),
+        ("cache", "agreement"),
+        ("step",),
+        ("callbacks", "students", "untracked"),
+        ("execution",),
+        ("model",),
+        ("launcher",),
+        ("demo",),
+        ("cli",),
+    ],
 }
 # Rooms that must work in any loop: nothing of a Trainer is imported when they are.
 KNOW_NO_TRAINER = ("recording", "teachers", "adapters", "terms", "losses", "functional", "step", "schedules")

@@ -15,7 +15,7 @@ from keras_distill.cache.builder import Builder, teacher_fingerprint
 from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
 from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
 from keras_distill.functional.top_k import TopK
-from keras_distill.taps import Tap
+from keras_distill.recording import Tap, looks_like
 
 __all__ = ["CacheError", "CachedData", "TeacherCache"]
 
@@ -48,6 +48,7 @@ class TeacherCache:
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
+        self._maps: dict[str, bool] = {}  # of arrays that PyTorch has written: whether they have channels first
 
     @property
     def manifest(self) -> Manifest:
@@ -70,7 +71,7 @@ class TeacherCache:
         """
         cache = cls(Reader(Path(path)))
         if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
-            raise CacheError(f"Expected {path} to be of this teacher, but it was built with another. Build it anew.")
+            raise CacheError(f"Expected {path} to be of this teacher, but it was built with another. Build it again.")
         return cache
 
     @classmethod
@@ -206,12 +207,20 @@ class TeacherCache:
             nothing = np.zeros((len(rows), 0, self.manifest.arrays["output"]["shape"][-1]), "float32")
             output = TopK(indices.astype("int32"), logs, tail, nothing)
         else:
-            output = np.asarray(output, "float32")
+            output = self._channels_last("output", np.asarray(output, "float32"))
         features = {}
         for name, place in self.manifest.layers.items():
             layer, where = place.split("|", 1)
-            value = np.asarray(found[name], "float32")
-            if self.manifest.data["kind"] != "keras" and value.ndim == 4:
-                value = np.moveaxis(value, 1, -1)
+            value = self._channels_last(name, np.asarray(found[name], "float32"))
             features[layer + (":input" if where == "input" else "")] = value
         return {"output": output, "features": features} if features else output
+
+    def _channels_last(self, name: str, value: Any) -> Any:
+        """Maps of PyTorch, and logits of each pixel, with their channels last; attention maps as they are."""
+        if self.manifest.data["kind"] == "keras" or value.ndim < 4:
+            return value
+        if name not in self._maps:
+            square = value.ndim == 4 and value.shape[-1] == value.shape[-2]
+            attention = name != "output" and square and looks_like(value) == "softmax"
+            self._maps[name] = not attention
+        return np.moveaxis(value, 1, -1) if self._maps[name] else value

@@ -13,10 +13,9 @@ import numpy as np
 from distill_core.codecs import Array
 from distill_core.locks import locked
 from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
-from keras_distill import backends
+from keras_distill import compat
 from keras_distill.cache.views import Augmentation, data_fingerprint
-from keras_distill.probe import probed
-from keras_distill.taps import Recorder, Tap
+from keras_distill.recording import Recorder, Tap, probed
 
 
 class Builder:
@@ -122,7 +121,7 @@ class Builder:
 
     def _rows(self, start: int, stop: int) -> dict[str, Array]:
         """What the teacher gives for some rows."""
-        with backends.no_gradient():
+        with compat.untaped():
             call = self.recorder.forward(self._inputs(start, stop), training=False)
         kept = {f"feature{index}": call.feature(tap) for index, tap in enumerate(self.taps)}
         if self.outputs and keras.tree.is_nested(call.output):
@@ -133,8 +132,8 @@ class Builder:
 
     def _check_logits(self) -> None:
         """Raise if the output is of probabilities: as logits they would be another distribution."""
-        outputs = keras.tree.flatten(probed(self.recorder, self._inputs(0, 1)).output)
-        if any(getattr(tensor, "_keras_logits", None) is not None for tensor in outputs):
+        call = probed(self.recorder, self._inputs(0, 1))
+        if any(call.facts_of(tensor).probabilities for tensor in keras.tree.flatten(call.output)):
             raise CacheError(
                 "Expected the teacher's outputs to be logits with top_k, but got probabilities of a softmax or sigmoid."
                 " Leave out the last softmax or sigmoid."

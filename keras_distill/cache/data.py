@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
 from distill_core.store import CacheError, Manifest
-from keras_distill import checks
 from keras_distill.cache.views import Augmentation
-from keras_distill.targets import DistillTargets
+from keras_distill.targets import DistillTargets, EpochData
 
+_ROWS = 256
 # From row numbers to what DistillTargets carry for them.
 Answers: TypeAlias = Callable[[Any], Any]
 
 
-class CachedData(keras.utils.PyDataset):
+class CachedData(EpochData):
     """Batches of arrays whose targets carry the teacher's answers; :meth:`TeacherCache.attach` makes it.
 
     Args:
@@ -74,59 +74,9 @@ class CachedData(keras.utils.PyDataset):
         )
         if self._augmentation is not None:
             x = self._augmentation.batch(self._data[0], items, view)
-        targets = DistillTargets(y, self._answers(view * self._length + items))
+        labels = np.zeros((len(items), 0), "float32") if y is None else y  # TensorFlow takes no None in the targets
+        targets = DistillTargets(labels, self._answers(view * self._length + items))
         return (x, targets) if weight is None else (x, targets, weight)
-
-    def on_epoch_end(self) -> None:
-        """The next epoch, for loops that set none."""
-        self.epoch += 1
-
-
-class EpochTeller(keras.callbacks.Callback):
-    """Tells data of a cache which epoch begins: Keras tells its own data sets nothing that they could count.
-
-    Args:
-        data: The data.
-    """
-
-    def __init__(self, data: CachedData) -> None:
-        super().__init__()
-        self._data = data
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Before the first batch, also of a training that goes on from a later epoch."""
-        self._data.epoch = epoch
-
-
-def epoch_tellers(data: Any) -> list[keras.callbacks.Callback]:
-    """What tells data of a cache which epoch begins: one callback, or none for other data.
-
-    Args:
-        data: What ``fit`` is given.
-    """
-    return [EpochTeller(data)] if isinstance(data, CachedData) else []
-
-
-def check_class_weight(given: Mapping[str, Any]) -> None:
-    """Refuse weights of classes beside :class:`DistillTargets`, which Keras takes for the targets of two outputs.
-
-    Args:
-        given: What ``fit`` is given, by name.
-
-    Raises:
-        ValueError: If both are given.
-    """
-    if not given.get("class_weight"):
-        return
-    data, targets = given.get("x"), [given.get("y")]
-    if isinstance(data, keras.utils.PyDataset):
-        targets += data[0]
-    elif isinstance(specification := getattr(data, "element_spec", None), tuple):
-        targets += specification
-    if any(isinstance(one, DistillTargets) for one in targets):
-        expected = "`class_weight` to be None where the targets carry the teacher's outputs"
-        remedy = "Pass the weight of each example's class in `sample_weight`."
-        raise ValueError(checks.message(expected, f"class_weight={given['class_weight']!r}", remedy))
 
 
 def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
@@ -145,19 +95,31 @@ def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
 
     first = answers([start])
     flat = keras.tree.flatten(first)
+    # TensorFlow crashes where `unbatch` splits an array without numbers, such as that which tells how many classes
+    full = [index for index, array in enumerate(flat) if array.size]
 
-    def read(row: Any) -> Any:
-        kinds = [tf.as_dtype(one.dtype) for one in flat]
-        found = tf.numpy_function(lambda one: [part[0] for part in keras.tree.flatten(answers([one]))], [row], kinds)
-        for tensor, like in zip(found, flat, strict=True):
-            tensor.set_shape(like.shape[1:])
-        return keras.tree.pack_sequence_as(first, found)
+    def read(rows: Any) -> Any:
+        def stored(numbers: Any) -> list[Any]:
+            arrays = keras.tree.flatten(answers(numbers))
+            return [arrays[index] for index in full]
 
-    def joined(item: Any, answer: Any) -> Any:
+        tensors = tf.numpy_function(stored, [rows], [tf.as_dtype(flat[index].dtype) for index in full])
+        for tensor, index in zip(tensors, full, strict=True):
+            tensor.set_shape((None, *flat[index].shape[1:]))
+        return tuple(tensors)
+
+    def joined(item: Any, tensors: Any) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(item)
-        return (x, DistillTargets(y, answer)) if weight is None else (x, DistillTargets(y, answer), weight)
+        everything = [tf.zeros(array.shape[1:], array.dtype) for array in flat]
+        for tensor, index in zip(tensors, full, strict=True):
+            everything[index] = tensor
+        targets = DistillTargets(y, keras.tree.pack_sequence_as(first, everything))
+        return (x, targets) if weight is None else (x, targets, weight)
 
-    return tf.data.Dataset.zip((data, tf.data.Dataset.range(start, start + length).map(read))).map(joined)
+    # many rows at a time: a call of Python for each would cost more than the training
+    rows = tf.data.Dataset.range(start, start + length).batch(_ROWS).map(read).unbatch()
+    rows = rows.apply(tf.data.experimental.assert_cardinality(length))  # which `unbatch` forgets
+    return tf.data.Dataset.zip((data, rows)).map(joined)
 
 
 def check_length(length: int, manifest: Manifest) -> None:

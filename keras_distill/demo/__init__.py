@@ -1,12 +1,12 @@
 """The demonstration: a student of handwritten digits, alone and distilled, where labels are scarce and where not.
 
-Every student of a seed starts from the same weights and is shown the same batches for the same number of steps; they
+Every student of a seed starts from the same weights and gets the same batches for the same number of steps; they
 differ in the terms of their :class:`DistillModel` only. Where labels are scarce the other images carry the label -1,
-which the compiled cross entropy leaves out (``ignore_class=-1``); the teacher's word on them is what distillation adds.
+which the compiled cross entropy leaves out (``ignore_class=-1``); distillation adds the teacher's outputs on them.
 A ``sample_weight`` of 0 would take an image out of the terms too, unless they have ``use_sample_weight=False``.
 
 Data, highest learning rates, temperature and weights are those of the Lightning half's demonstration, where they were
-chosen on the validation images; batches are larger and epochs fewer, to keep it short. The test images are looked at
+chosen on the validation images; batches are larger and epochs fewer, to keep it short. The test images are used
 after the last epoch only.
 """
 
@@ -57,7 +57,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
     results = {
         "backend": keras.backend.backend(),
         "settings": asdict(settings),
-        "runs": [asdict(one) for one in runs],
+        "runs": [asdict(each) for each in runs],
         "saved_student": saved,
         "conclusion": conclusion,
         "seconds": seconds,
@@ -70,7 +70,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
 
 @contextmanager
 def _usual_settings() -> Iterator[None]:
-    """The layout and the precision that the demonstration is written for, whatever the user's ``keras.json`` says."""
+    """Set the layout and precision that the demonstration is written for, independent of the user's ``keras.json``."""
     layout, policy = keras.config.image_data_format(), keras.config.dtype_policy()
     keras.config.set_image_data_format("channels_last")
     keras.config.set_dtype_policy("float32")

@@ -13,7 +13,7 @@ from keras import layers, ops
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-UNLABELLED = -1  # what the compiled cross entropy leaves out
+UNLABELLED = -1  # the compiled cross entropy ignores this label
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def shuffled(images: int, epochs: int, seed: int) -> Array:
 
 
 def predict(net: keras.Model, images: Array) -> Array:
-    """The class ``(N,)`` that a network in inference mode gives to each image."""
+    """Predicted class ``(N,)`` of each image, by a network in inference mode."""
     classes: Array = ops.convert_to_numpy(ops.argmax(net(images, training=False), axis=-1))
     return classes
 

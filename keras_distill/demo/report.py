@@ -27,7 +27,7 @@ def prove_plain(
         test: Images ``(N, 8, 8, 1)`` and classes ``(N,)``.
 
     Returns:
-        What was saved, its accuracy before and after, and the proof in words.
+        The saved run, its accuracy before and after, and the proof in words.
     """
     best = best_run(runs)
     weights = students[best.labels, best.method, best.seed]

@@ -29,7 +29,7 @@ from keras_distill.demo.digits import (
 )
 from keras_distill.losses import SoftTargetLoss
 from keras_distill.model import DistillModel
-from keras_distill.terms import FeatureDistillation, LogitsDistillation
+from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ class Settings:
     features_weight: float = 1.0
 
     def model(self, method: str, teacher: keras.Model, seed: int) -> keras.Model:
-        """What a method trains, untrained: the student itself, or a model that distils into it."""
+        """Untrained model of a method: the student itself, or a model that distils into it."""
         student = make_student(seed)
         if method == "alone":
             return student
-        terms = [LogitsDistillation(SoftTargetLoss(temperature=self.temperature), weight=self.logits_weight)]
+        soft = SoftTargetLoss(temperature=self.temperature)
+        terms: list[DistillationTerm] = [LogitsDistillation(soft, weight=self.logits_weight)]
         if method == METHODS[-1]:
             # Student (N, 4, 4, 12), teacher (N, 4, 4, 64). adapter="auto" makes this layer too, but unseeded.
             adapter = keras.layers.Conv2D(64, 1, kernel_initializer=initial(100 * seed + 99))
@@ -104,7 +105,7 @@ class Observer(keras.callbacks.Callback):
         self.step_ms.append(1000 * (time.perf_counter() - self._start))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """After an epoch: keep its accuracy. A validation by ``fit`` would start an iterator anew, which costs more."""
+        """After an epoch: keep its accuracy. Validation in ``fit`` would create a new iterator, which costs more."""
         images, classes = self.validation
         self.accuracy.append(hit_rate(predict(self.model, images) == classes))
         self.advance()

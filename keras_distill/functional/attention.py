@@ -92,7 +92,7 @@ def attention_relation(student: Any, teacher: Any, *, relation_heads: int) -> An
     .. math:: \frac{1}{A L} \sum_{a,i} \mathrm{KL}(R^t_{ai} \,\|\, R^s_{ai}), \qquad
         R_a = \mathrm{softmax}(X_a X_a^\top / \sqrt{d})
 
-    X are the queries, the keys or the values, their H numbers split anew into A relation heads of size d = H / A: the
+    X are the queries, the keys or the values, their H numbers split again into A relation heads of size d = H / A: the
     models need neither equal widths nor equally many heads.
 
     Args:
@@ -105,7 +105,7 @@ def attention_relation(student: Any, teacher: Any, *, relation_heads: int) -> An
 
     Raises:
         TypeError: If the tensors do not hold floating point numbers, or ``relation_heads`` is not an int.
-        ValueError: If the tokens differ, or a width is no multiple of ``relation_heads``.
+        ValueError: If the tokens differ, or a width is not a multiple of ``relation_heads``.
 
     Example:
         >>> round(float(attention_relation([[[1.0], [0.0]]], [[[2.0], [1.0]]], relation_heads=1)[0]), 4)
@@ -117,11 +117,11 @@ def attention_relation(student: Any, teacher: Any, *, relation_heads: int) -> An
     check_heads(relation_heads)
     student, teacher = prepare(student, teacher)
     student, teacher = _joined_heads(student), _joined_heads(teacher)
-    mine, theirs = tuple(student.shape), tuple(teacher.shape)
-    if len(mine) != 3 or len(theirs) != 3 or checks.shapes_differ(mine[:2], theirs[:2]):
+    student_shape, teacher_shape = tuple(student.shape), tuple(teacher.shape)
+    if len(student_shape) != 3 or len(teacher_shape) != 3 or checks.shapes_differ(student_shape[:2], teacher_shape[:2]):
         expected = "`student` and `teacher` to have the shapes (N, L, H_s) and (N, L, H_t), or (N, L, heads, d)"
-        raise ValueError(checks.message(expected, f"{mine} and {theirs}"))
-    for width in (mine[2], theirs[2]):
+        raise ValueError(checks.message(expected, f"{student_shape} and {teacher_shape}"))
+    for width in (student_shape[2], teacher_shape[2]):
         if width % relation_heads:
             raise ValueError(checks.message(f"`relation_heads` to divide the width {width}", f"{relation_heads=}"))
     relations = functools.partial(_relations, relation_heads)
@@ -132,7 +132,7 @@ def check_heads(relation_heads: int) -> None:
     """Check the number of relation heads.
 
     Args:
-        relation_heads: What the user passed.
+        relation_heads: The user's value.
 
     Raises:
         TypeError: If it is not an int.

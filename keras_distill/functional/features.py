@@ -30,7 +30,7 @@ def feature_mse(student: Any, teacher: Any, *, per_position: bool = False) -> An
 
     .. math:: \frac{1}{D} \sum_d (f^s_d - f^t_d)^2
 
-    The plainest way to make an inner layer of the student give what the teacher's gives.
+    The simplest way to make an inner layer of the student match the teacher's.
 
     Args:
         student: The student's feature, shape ``(N, ..., C)`` with D numbers per example.
@@ -137,7 +137,7 @@ def feature_cosine(student: Any, teacher: Any, *, per_position: bool = False) ->
         ValueError: If the shapes differ.
 
     Example:
-        >>> [round(float(one), 4) for one in feature_cosine([[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 5.0]])]
+        >>> [round(float(value), 4) for value in feature_cosine([[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 5.0]])]
         [0.4, 1.0]
 
     References:

@@ -23,7 +23,7 @@ def prepare(student: Any, teacher: Any, names: tuple[str, str] = ("student", "te
     Args:
         student: The student's tensor, any shape.
         teacher: The teacher's tensor, any shape.
-        names: What an error calls the two.
+        names: Names of the two tensors in the message.
 
     Returns:
         The student's and the teacher's tensor, float32 where both are float32 or narrower, else float64.
@@ -46,7 +46,7 @@ def prepare(student: Any, teacher: Any, names: tuple[str, str] = ("student", "te
 def prepare_logits(
     student_logits: Any, teacher_logits: Any, *, from_logits: bool = True, at_least: int = 2, finite: bool = True
 ) -> Any:
-    """Both models' logits as :func:`prepare` gives them, after a check of their shapes.
+    """Both models' logits as :func:`prepare` returns them, after a check of their shapes.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``.
@@ -128,7 +128,7 @@ def ignored(labels: Any, ignore_index: int = IGNORE_INDEX) -> Any:
 
 
 def prepare_equal(student: Any, teacher: Any) -> tuple[Any, Any]:
-    """Two features of equal shape as :func:`prepare` gives them.
+    """Two features of equal shape as :func:`prepare` returns them.
 
     Args:
         student: The student's feature, shape ``(N, ...)``.

@@ -24,8 +24,9 @@ def variational_information(
     .. math:: \frac{1}{D} \sum_d \frac{1}{2} \left( \frac{(\mu(f^s)_d - f^t_d)^2}{\sigma_{c(d)}^2}
         + \log \sigma_{c(d)}^2 \right)
 
-    To lower it is to raise a bound of the information that the two features share. What the student cannot predict gets
-    a large variance and costs little. The constant :math:`\frac{1}{2} \log 2 \pi` is left out: values may be negative.
+    Minimizing it raises a lower bound on the information that the two features share. Channels that the student cannot
+    predict get a large variance and cost little. The constant :math:`\frac{1}{2} \log 2 \pi` is left out, so values may
+    be negative.
 
     Args:
         student: The student's feature, shape ``(N, ..., C_s)``.
@@ -39,7 +40,7 @@ def variational_information(
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If ``mean`` does not give the teacher's shape, or there is not one variance for each channel.
+        ValueError: If ``mean`` does not have the teacher's shape, or there is not one variance for each channel.
 
     Example:
         >>> values = variational_information([[1.0, 2.0]], [[4.0, 2.0]], mean=lambda f: 2 * f, variance=[1.0, 4.0])
@@ -62,7 +63,7 @@ def variational_information(
 
 
 def masked_generative(student: Any, teacher: Any, *, generator: Callable[[Any], Any], mask: Any = None) -> Any:
-    r"""Squared error of the teacher's feature as generated from what a mask leaves of the student's.
+    r"""Squared error of the teacher's feature as generated from the unmasked part of the student's.
 
     .. math:: \sum_d \left( G(m \odot f^s)_d - f^t_d \right)^2
 
@@ -81,7 +82,7 @@ def masked_generative(student: Any, teacher: Any, *, generator: Callable[[Any], 
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the generator does not give the teacher's shape.
+        ValueError: If the generator does not return the teacher's shape.
 
     Example:
         >>> values = masked_generative(

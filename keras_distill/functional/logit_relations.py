@@ -179,7 +179,7 @@ def multi_level_logits(
     .. math:: \frac{1}{K} \sum_T \left( \frac{T^2}{N} \sum_n \mathrm{KL}(p^t_n \| p^s_n)
         + \frac{1}{N} \| P_s P_s^\top - P_t P_t^\top \|_F^2 + \frac{1}{C} \| P_s^\top P_s - P_t^\top P_t \|_F^2 \right)
 
-    Several temperatures show the student the teacher's first choices and its faint preferences at once. The parts are
+    Several temperatures cover the teacher's first choices and its faint preferences together. The parts are
     :func:`soft_target_kl`, :func:`batch_correlation` and :func:`class_correlation`.
 
     Args:

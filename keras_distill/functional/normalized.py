@@ -173,7 +173,7 @@ def normalized_mse(student: Any, teacher: Any, *, per_position: bool = False) ->
         ValueError: If the shapes differ or there is no channel dimension.
 
     Example:
-        >>> [round(float(one), 4) for one in normalized_mse([[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 5.0]])]
+        >>> [round(float(value), 4) for value in normalized_mse([[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 5.0]])]
         [0.4, 1.0]
 
     References:

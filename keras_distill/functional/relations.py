@@ -43,7 +43,7 @@ def similarity_preserving(student: Any, teacher: Any) -> Any:
     .. math:: \frac{1}{N^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
         \hat G_i = G_i / \|G_i\|_2
 
-    F has one row per example: examples that are alike to the teacher shall be alike to the student, in whatever space.
+    F has one row per example: examples that are similar for the teacher should be similar for the student.
     The usual weight is 3000. A row of zeros stays zero.
 
     Args:
@@ -143,7 +143,7 @@ def relational_distance_and_angle(student: Any, teacher: Any) -> tuple[Any, Any]
         teacher: The teacher's feature, shape ``(N, ...)``; only N must be the student's.
 
     Returns:
-        What :func:`relational_distance` and :func:`relational_angle` give.
+        The values of :func:`relational_distance` and :func:`relational_angle`.
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
@@ -281,13 +281,15 @@ def inter_channel_correlation(student: Any, teacher: Any) -> Any:
         and the mean over examples and pairs of channels, as in equation 4, where that code divides by N C.
     """
     student, teacher = prepare(student, teacher)
-    mine, theirs = tuple(student.shape), tuple(teacher.shape)
-    if min(len(mine), len(theirs)) < 3 or checks.shapes_differ((mine[0], mine[-1]), (theirs[0], theirs[-1])):
+    student_shape, teacher_shape = tuple(student.shape), tuple(teacher.shape)
+    if min(len(student_shape), len(teacher_shape)) < 3 or checks.shapes_differ(
+        (student_shape[0], student_shape[-1]), (teacher_shape[0], teacher_shape[-1])
+    ):
         expected = "`student` and `teacher` to have the same examples and channels, and positions"
         remedy = "Map the student's channels with an adapter."
-        raise ValueError(checks.message(expected, f"{mine} and {theirs}", remedy))
+        raise ValueError(checks.message(expected, f"{student_shape} and {teacher_shape}", remedy))
     maps = [flattened(feature, 1, -1) for feature in (student, teacher)]
-    return by_rows(_channel_differences, maps, row_size=mine[-1] ** 2)
+    return by_rows(_channel_differences, maps, row_size=student_shape[-1] ** 2)
 
 
 def _channel_differences(student: Any, teacher: Any) -> Any:

@@ -18,8 +18,8 @@ class TopK(NamedTuple):
         indices: Their indices, the most likely first, int32, shape ``(N, ..., k)``.
         logs: Their log-probabilities in nats, shape ``(N, ..., k)``.
         tail: The log-probability of all other classes together, shape ``(N, ..., 1)``.
-        classes: Nothing, in the shape ``(N, 0, C)``: batches and graphs know a shape where they would not know a
-            number, and so C, the number of all classes, is checked before the first step.
+        classes: An empty tensor ``(N, 0, C)`` whose static shape carries C, the number of all classes, through batching
+            and tracing, so that it is checked before the first step.
     """
 
     indices: Any
@@ -64,8 +64,8 @@ def merge_classes(student_logits: Any, teacher: TopK, temperature: Any) -> tuple
     others = temperature * ops.logsumexp(hidden / temperature, axis=-1, keepdims=True)
     student = ops.concatenate([ops.take_along_axis(logits, teacher.indices, axis=-1), others], axis=-1)
     number = math.log(teacher.classes.shape[-1] - teacher.indices.shape[-1])
-    theirs = ops.concatenate([logs / temperature, (tail - number) / temperature + number], axis=-1)
-    return student, temperature * theirs
+    teacher_merged = ops.concatenate([logs / temperature, (tail - number) / temperature + number], axis=-1)
+    return student, temperature * teacher_merged
 
 
 def check_classes(student_logits: Any, teacher: TopK) -> None:
@@ -97,5 +97,5 @@ def _chosen(logits: Any, indices: Any) -> Any:
     rows = ops.expand_dims(ops.arange(ops.shape(picked)[0], dtype="int32"), -1)
     places = ops.reshape(ops.stack([ops.broadcast_to(rows, ops.shape(picked)), picked], axis=-1), (-1, 2))
     nowhere = ops.zeros_like(flat, dtype="bool")
-    found = ops.scatter_update(nowhere, places, ops.ones_like(places[:, 0], dtype="bool"))
-    return ops.reshape(found, ops.shape(logits))
+    chosen = ops.scatter_update(nowhere, places, ops.ones_like(places[:, 0], dtype="bool"))
+    return ops.reshape(chosen, ops.shape(logits))

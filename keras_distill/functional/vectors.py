@@ -17,7 +17,7 @@ _CHUNK = 2**20
 
 
 def prepare_examples(student: Any, teacher: Any) -> tuple[Any, Any]:
-    """Features of the same examples as one row per example, whatever else their shapes are.
+    """Features of the same examples as one row per example; their other dimensions may differ.
 
     Args:
         student: The student's feature, shape ``(N, ...)``.
@@ -31,10 +31,10 @@ def prepare_examples(student: Any, teacher: Any) -> tuple[Any, Any]:
         ValueError: If the numbers of examples differ, or a feature has no inner dimension.
     """
     student, teacher = prepare(student, teacher)
-    mine, theirs = tuple(student.shape), tuple(teacher.shape)
-    if len(mine) < 2 or len(theirs) < 2 or checks.shapes_differ(mine[:1], theirs[:1]):
+    student_shape, teacher_shape = tuple(student.shape), tuple(teacher.shape)
+    if len(student_shape) < 2 or len(teacher_shape) < 2 or checks.shapes_differ(student_shape[:1], teacher_shape[:1]):
         expected = "`student` and `teacher` to have equally many examples and one inner dimension or more"
-        raise ValueError(checks.message(expected, f"{mine} and {theirs}"))
+        raise ValueError(checks.message(expected, f"{student_shape} and {teacher_shape}"))
     return flattened(student, 1), flattened(teacher, 1)
 
 
@@ -77,8 +77,12 @@ def check_positions(student: Any, teacher: Any) -> None:
     Raises:
         ValueError: If they differ or there is only one position.
     """
-    mine, theirs = tuple(student.shape)[:-1], tuple(teacher.shape)[:-1]
-    if len(mine) >= 2 and not checks.shapes_differ(mine, theirs) and any(size != 1 for size in mine[1:]):
+    student_shape, teacher_shape = tuple(student.shape)[:-1], tuple(teacher.shape)[:-1]
+    if (
+        len(student_shape) >= 2
+        and not checks.shapes_differ(student_shape, teacher_shape)
+        and any(size != 1 for size in student_shape[1:])
+    ):
         return
     expected = "`student` and `teacher` to have the same examples and positions, more than one, whatever their channels"
     received = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
@@ -193,7 +197,7 @@ def transposed(matrices: Any) -> Any:
 def by_rows(function: Callable[..., Any], rows: Sequence[Any], shared: Sequence[Any] = (), *, row_size: Any) -> Any:
     """Values of a function for each row, computed over chunks of rows to save memory.
 
-    The backward pass computes a chunk anew instead of having kept it.
+    The backward pass computes each chunk again instead of keeping it.
 
     Args:
         function: Called with the shared tensors and a chunk of each of the others; returns one value for each row.

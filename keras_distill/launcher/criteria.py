@@ -12,9 +12,8 @@ import keras
 from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct
 from keras_distill import backends, checks
 from keras_distill.losses import DistillationLoss, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
-from keras_distill.taps import Call, Tap, select
-from keras_distill.term import DistillationTerm
-from keras_distill.terms import FeatureDistillation, LogitsDistillation
+from keras_distill.recording import Call, Tap, select
+from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
 
 _CHECKS = CriterionChecks(
     checks, (str, keras.layers.Layer, Tap), lambda output: type(output) is int or isinstance(output, str)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import collections
-import functools
+import contextlib
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from keras_distill import backends, checks
-from keras_distill.launcher import engine
-from keras_distill.model import DistillModel
-from keras_distill.taps import Call, Recorder
-from keras_distill.targets import carries_features
-from keras_distill.term import DistillationTerm
+from keras_distill import checks
+from keras_distill.recording import Call, Record, Recorder
+from keras_distill.step import DistillStep
+from keras_distill.targets import DistillTargets, split_targets
+from keras_distill.teachers import LiveTeacher, as_teachers
+from keras_distill.terms import DistillationTerm, TermState
 
 
 class Loop:
     """The total loss in a loop of the user's own, which calls the student itself.
 
-    From :meth:`open` to :meth:`close` the student's calls are recorded: their inputs, and the tapped layers' outputs.
+    From :meth:`open` to :meth:`close` the student's calls are recorded, on every thread: ``tf.distribute`` runs each
+    replica on a thread of its own.
 
     Args:
         student: The student.
@@ -39,40 +40,27 @@ class Loop:
         task_weight: float,
         criterion: Any = None,
     ) -> None:
-        self.student, self.teacher, self.terms, self.task_weight = student, teacher, terms, task_weight
-        self.criterion = criterion
-        self.model = DistillModel(student, teacher, terms, track_agreement=False) if terms else None
-        self._recorder = Recorder(student, [tap for term in terms for tap in term.student_taps], "student")
-        self._thread = threading.local()  # tf.distribute runs each replica on a thread of its own
-        self._before: Any = None
-        self._open = False
+        self.task_weight, self.criterion = task_weight, criterion
+        self.distillation = DistillStep(student, teacher, terms) if terms else None
+        self.recorder = Recorder(student, [], "student") if self.distillation is None else self.distillation.recorder
+        self.teachers = [LiveTeacher(model, []) for model in as_teachers(teacher, student)]  # for the criterion
+        self._thread = threading.local()
+        self._watching = contextlib.ExitStack()
+
+    @property
+    def terms(self) -> list[TermState]:
+        """What is trained of the terms."""
+        return [] if self.distillation is None else self.distillation.states
 
     def open(self) -> None:
         """Begin to record the student."""
-        original, self._before = self.student.call, self.student.__dict__.get("call")
-
-        @functools.wraps(original)
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            call = self._recorder.watch(lambda: original(*args, **kwargs))
-            inputs = args[0] if args else next(iter(kwargs.values()), None)
-            for tap in self._recorder.taps:
-                if tap.layer in ("", self.student):  # whose call is the one that runs already
-                    call.runs[tap.layer, tap.where] = [call.output if tap.where == "output" else inputs]
-            self._calls.append((inputs, call))
-            return call.output
-
-        object.__setattr__(self.student, "call", recorded)  # past Keras, which would track what it is given
-        self._open = True
+        if self.distillation is not None or self.criterion is not None:
+            self._watching.enter_context(self.recorder.watching(everywhere=True, finished=self._finished))
 
     def close(self) -> None:
         """Stop recording."""
-        if not self._open:
-            return
-        self._open = False
-        if self._before is None:
-            object.__delattr__(self.student, "call")
-        else:
-            object.__setattr__(self.student, "call", self._before)
+        self._watching.close()
+        self.release()
 
     def release(self) -> None:
         """Forget calls that had no loss."""
@@ -94,51 +82,46 @@ class Loop:
             ValueError: If the student was not called while it was recorded and its call is needed, or there is no
                 teacher.
         """
-        if self.model is None and self.criterion is None:
+        if self.distillation is None and self.criterion is None:
             return self.task_weight * student_loss
-        seen, call = self._call_of(output)
-        inputs = seen if inputs is None else inputs
-        if call is None and (self._recorder.taps or (inputs is None and teacher_output is None)):
+        record = self._record_of(output)
+        inputs = record.inputs if inputs is None and record is not None else inputs
+        if record is None and (self.recorder.taps or (inputs is None and teacher_output is None)):
             remedy = "Call it as a model, between `on_train_begin` and `on_train_end`."
             expected = "the student to be called before `on_after_compute_loss`"
             raise ValueError(checks.message(expected, "no call of it", remedy))
-        self.release()
-        if teacher_output is None:
-            self._check_teacher(inputs)
-        if self.model is None:
-            return self.criterion(output, self._teacher_output(inputs, teacher_output), student_loss)
-        student = Call(output, {} if call is None else call.runs)
-        distillation = engine.loss_of(self.model, student, inputs, output, teacher_output)
+        _, stored = split_targets(DistillTargets(None, teacher_output))
+        try:
+            if self.distillation is None:
+                return self.criterion(output, self._answer(inputs, stored).output, student_loss)
+            student: Call = self.recorder.call_of(output, record)
+            distillation = self.distillation.compare(output, inputs, student=student, teacher=stored).total
+        finally:
+            self.release()  # also the calls that building the terms has made
         return distillation if self.task_weight == 0 else self.task_weight * student_loss + distillation
 
-    def _check_teacher(self, inputs: Any) -> None:
-        """Raise if the teacher is missing; build it if it never ran: building runs the layers, which is not a call."""
-        if self.teacher is None:
+    def _answer(self, inputs: Any, stored: Call | None) -> Call:
+        """The teacher's call for the criterion: the one that was given, or its own."""
+        if stored is None and not self.teachers:
             remedy = "Set `teacher_model`, or pass `teacher_output`."
             raise ValueError(checks.message("a teacher to learn from", "teacher_model=None", remedy))
-        if not self.teacher.built:
-            self.teacher(inputs, training=False)
-
-    def _teacher_output(self, inputs: Any, given: Any) -> Any:
-        """The teacher's output without gradient: the given one, or its own."""
-        if given is not None:
-            return given["output"] if carries_features(given) else given
-        teacher: Any = self.teacher
-        with backends.no_gradient():
-            output = teacher(inputs, training=False)
-        return keras.tree.map_structure(keras.ops.stop_gradient, output)
+        return self.teachers[0].answer(inputs) if stored is None else stored
 
     @property
-    def _calls(self) -> collections.deque[tuple[Any, Call]]:
+    def _calls(self) -> collections.deque[tuple[Record, Any]]:
         """The last calls on this thread."""
         if not hasattr(self._thread, "calls"):
             self._thread.calls = collections.deque(maxlen=4)
-        calls: collections.deque[tuple[Any, Call]] = self._thread.calls
+        calls: collections.deque[tuple[Record, Any]] = self._thread.calls
         return calls
 
-    def _call_of(self, output: Any) -> tuple[Any, Call | None]:
-        """The inputs and the call that returned an output; the last call where the user has changed the output."""
+    def _finished(self, record: Record, output: Any) -> None:
+        self._calls.append((record, output))
+
+    def _record_of(self, output: Any) -> Record | None:
+        """The record of the call that returned an output; of the last call where the user has changed the output."""
         leaves = {id(leaf) for leaf in keras.tree.flatten(output)}
-        calls = [*self._calls]
-        own = [pair for pair in calls if leaves & {id(leaf) for leaf in keras.tree.flatten(pair[1].output)}]
-        return own[-1] if own else calls[-1] if calls else (None, None)
+        records: list[Record] = [record for record, _ in self._calls]
+        own = [bool(leaves & {id(leaf) for leaf in keras.tree.flatten(returned)}) for _, returned in self._calls]
+        chosen = [record for record, is_own in zip(records, own, strict=True) if is_own] or records
+        return chosen[-1] if chosen else None

@@ -11,7 +11,7 @@ from keras_distill import checks
 from keras_distill.launcher.batches import batches_of
 from keras_distill.launcher.conf import Metric
 from keras_distill.launcher.criteria import one_hot
-from keras_distill.taps import select
+from keras_distill.recording import select
 
 
 class BestStudent(scores.BestStudent):

@@ -27,7 +27,7 @@ class AttentionMapLoss(DistillationLoss):
     Args:
         kind: "kl" or "mse".
         from_scores: For "kl", whether it is called with scores; False for probabilities, which Keras'
-            ``MultiHeadAttention`` returns. "mse" takes what it is given.
+            ``MultiHeadAttention`` returns. "mse" takes its inputs as they are.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
@@ -37,7 +37,7 @@ class AttentionMapLoss(DistillationLoss):
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If there is no such kind.
+        ValueError: If ``kind`` is unknown.
 
     Example:
         >>> round(float(AttentionMapLoss()([[[[2.0, 1.0, 0.0]]]], [[[[0.0, 1.0, 3.0]]]])), 4)

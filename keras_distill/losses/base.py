@@ -18,7 +18,7 @@ __all__ = ["DistillationLoss", "FunctionLoss"]
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Eight attributes tell a term what it is:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Eight attributes describe it to a term:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -56,6 +56,7 @@ class DistillationLoss(keras.losses.Loss):
     class_scores: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None
+    training: bool | None = None  # whether a step trains: a term tells its own copy of a learned loss
 
     def __init__(self, *, name: str, reduction: str | None = "sum_over_batch_size", dtype: Any = None) -> None:
         # Keras converts all that a loss is called with to its dtype, labels too: half precision takes 301 for 300.
@@ -131,7 +132,7 @@ class FormulaLoss(DistillationLoss):
     _formula: ClassVar[Callable[..., Any]]
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Values of the function: what ``gives`` says."""
+        """Values of the function, in the shape that ``gives`` names."""
         return self._values(y_pred, y_true)
 
     def _values(self, *tensors: Any, **settings: Any) -> Any:
@@ -143,7 +144,7 @@ class LogitsLoss(FormulaLoss):
     """Base of the losses on logits, whose classes are the last dimension, as everywhere in Keras.
 
     Args:
-        from_logits: Whether the models give logits; if False they give probabilities, whose logarithm is taken.
+        from_logits: Whether the models return logits; if False they return probabilities, whose logarithm is taken.
         name: Name of the loss.
         reduction: How the values are averaged.
         dtype: Precision of the computation.

@@ -33,7 +33,7 @@ class ReverseKLLoss(LogitsLoss):
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -77,7 +77,7 @@ class GeneralizedJSDLoss(LogitsLoss):
     .. math:: \frac{1}{N} \sum_n \beta \, \mathrm{KL}(p^t_n \| m_n) + (1 - \beta) \, \mathrm{KL}(p^s_n \| m_n), \qquad
         m = \beta p^t + (1 - \beta) p^s, \qquad p = \mathrm{softmax}(z / T)
 
-    A bounded loss; ``beta`` 0 stands for the forward divergence, 1 for the reverse. See
+    A bounded loss; ``beta`` 0 is the forward divergence, 1 the reverse. See
     :func:`keras_distill.functional.generalized_jsd`.
 
     There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
@@ -85,7 +85,7 @@ class GeneralizedJSDLoss(LogitsLoss):
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         beta: Share of the teacher in the mixture, from 0 to 1.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -140,7 +140,7 @@ class SkewKLLoss(LogitsLoss):
     Args:
         skew: Share :math:`\alpha` of the first distribution in the mixture, from 0 to less than 1.
         reverse: Whether the student's distribution comes first instead of the teacher's.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -196,7 +196,7 @@ class TotalVariationLoss(LogitsLoss):
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.

@@ -37,7 +37,7 @@ class FeatureDistance(DistillationLoss):
 
     .. math:: \frac{1}{N} \sum_n D(f^s_n, f^t_n)
 
-    These are what the strings of a FeatureDistillation stand for: "mse", "l1", "smooth_l1", "cosine" and "kl". See the
+    The strings of a FeatureDistillation stand for these losses: "mse", "l1", "smooth_l1", "cosine" and "kl". See the
     function ``feature_<kind>`` in :mod:`keras_distill.functional`.
 
     Args:
@@ -51,7 +51,7 @@ class FeatureDistance(DistillationLoss):
 
     Raises:
         TypeError: If ``kind`` is not a string.
-        ValueError: If there is no such distance.
+        ValueError: If ``kind`` is unknown.
 
     Example:
         >>> float(FeatureDistance("l1")([[1.0, 4.0], [0.0, 0.0]], [[1.0, 2.0], [0.0, 3.0]]))

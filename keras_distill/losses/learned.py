@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, Literal
 import keras
 from keras import ops
 
-from keras_distill import checks, steps
+from keras_distill import checks
 from keras_distill.functional.learned import masked_generative, variational_information
 from keras_distill.losses.base import DistillationLoss
 
@@ -96,7 +96,7 @@ class VariationalInformationLoss(DistillationLoss):
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class MaskedGenerativeLoss(DistillationLoss):
-    r"""Squared error of the teacher's feature as generated from what a random mask leaves of the student's.
+    r"""Squared error of the teacher's feature as generated from the part of the student's that a random mask keeps.
 
     .. math:: \frac{1}{N} \sum_n \sum_d \left( G(m_n \odot f^s_n)_d - f^t_{nd} \right)^2
 
@@ -109,8 +109,8 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     Args:
         mask_ratio: Share of the feature that is hidden, at least 0 and less than 1.
-        mask: What is hidden together: all channels at a position (``"spatial"``, published for dense prediction), or
-            all positions of a channel (``"channel"``, published for classification).
+        mask: What the mask hides: all channels at a position (``"spatial"``, published for dense prediction), or all
+            positions of a channel (``"channel"``, published for classification).
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
@@ -121,7 +121,7 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If ``mask_ratio`` is out of range or there is no such mask.
+        ValueError: If ``mask_ratio`` is out of range or ``mask`` is unknown.
 
     Example:
         >>> loss = MaskedGenerativeLoss(mask_ratio=0.5, mask="channel")
@@ -172,7 +172,7 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def _drawn(self, student: Any) -> Any:
         """A mask for a batch, 1 where the feature stays."""
-        if self.mask_ratio == 0 or steps.trains() is False:
+        if self.mask_ratio == 0 or self.training is False:
             return None
         *outer, channels = ops.shape(student)
         shape = (outer[0], *[1] * (len(outer) - 1), channels) if self.mask == "channel" else (*outer, 1)

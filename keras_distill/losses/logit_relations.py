@@ -40,8 +40,8 @@ class DISTLoss(LogitsLoss):
             number or a schedule.
         intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater; a
             number or a schedule.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
-        reduction: As for every Keras loss; the loss is one number, which no reduction changes.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
@@ -101,15 +101,15 @@ class MultiLevelLogitLoss(LogitsLoss):
     .. math:: \frac{1}{K} \sum_T \left( \frac{T^2}{N} \sum_n \mathrm{KL}(p^t_n \| p^s_n)
         + \frac{1}{N} \| P_s P_s^\top - P_t P_t^\top \|_F^2 + \frac{1}{C} \| P_s^\top P_s - P_t^\top P_t \|_F^2 \right)
 
-    Several temperatures show the teacher's first choices and its faint preferences at once. See
+    Several temperatures cover the teacher's first choices and its faint preferences together. See
     :func:`keras_distill.functional.multi_level_logits`.
 
     The factor :math:`T^2` is on the divergence, not on the products.
 
     Args:
         temperatures: The K temperatures, each greater than 0.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
-        reduction: As for every Keras loss; the loss is one number, which no reduction changes.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
@@ -118,7 +118,7 @@ class MultiLevelLogitLoss(LogitsLoss):
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If there is no temperature or one is not greater than 0.
+        ValueError: If ``temperatures`` is empty, or one is not greater than 0.
 
     Example:
         >>> teacher = [[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]]

@@ -27,7 +27,7 @@ class SoftTargetLoss(LogitsLoss):
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         standardize: Whether each row of logits is z-scored first.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -83,7 +83,7 @@ class SoftCrossEntropyLoss(LogitsLoss):
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -129,7 +129,7 @@ class LogitMSELoss(LogitsLoss):
     It needs no temperature and fits a single score too. See :func:`keras_distill.functional.logit_mse`.
 
     Args:
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.

@@ -30,7 +30,7 @@ class PearsonFeatureLoss(FormulaLoss):
     See :func:`keras_distill.functional.pearson_feature`.
 
     Args:
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
@@ -110,7 +110,7 @@ class CKALoss(FormulaLoss):
     any shapes. See :func:`keras_distill.functional.centered_kernel_alignment`.
 
     Args:
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
-from keras_distill import backends, checks
+from keras_distill import checks
 from keras_distill.functional.relations import (
     KERNELS,
     correlation_congruence,
@@ -42,7 +41,7 @@ class SimilarityPreservingLoss(FormulaLoss):
     :func:`keras_distill.functional.similarity_preserving`.
 
     Args:
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
@@ -86,7 +85,7 @@ class RelationalLoss(DistillationLoss):
     Args:
         distance_weight: Factor of the distances, at least 0, a number or a schedule; 0 skips the work.
         angle_weight: Factor of the angles, at least 0, a number or a schedule; 0 skips the work.
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
 
@@ -134,13 +133,11 @@ class RelationalLoss(DistillationLoss):
             return weights[0] * distance + weights[1] * angle
         total = 0.0
         for weight, formula in zip(weights, (relational_distance, relational_angle), strict=True):
-            value = functools.partial(formula, y_pred, y_true)
-            if isinstance(weight, float):
-                total = total + weight * value() if weight else total
-            else:  # a variable that a schedule sets, which the graph looks at
-                zero = backends.zero_of([y_pred], keras.backend.result_type(y_pred.dtype, "float32"))
-                weight = ops.cast(ops.convert_to_tensor(weight), zero.dtype)
-                total = total + weight * backends.unless_zero([weight], value, zero)
+            if isinstance(weight, float) and not weight:
+                continue
+            value = formula(y_pred, y_true)
+            # the weight may be a variable that a schedule sets
+            total = total + ops.cast(ops.convert_to_tensor(weight), value.dtype) * value
         return total
 
 
@@ -154,7 +151,7 @@ class ProbabilisticTransferLoss(FormulaLoss):
     :func:`keras_distill.functional.probabilistic_transfer`.
 
     Args:
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 
@@ -198,7 +195,7 @@ class CorrelationCongruenceLoss(FormulaLoss):
         kernel: "gaussian" for the paper's form, "neighbour" for that of the published code.
         gamma: Inverse squared width of the Gaussian, greater than 0.
         order: Highest power of its Taylor series, at least 1.
-        reduction: As for every Keras loss; the value is that of the whole batch whatever it is.
+        reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
 

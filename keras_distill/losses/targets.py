@@ -22,7 +22,7 @@ class DecoupledKDLoss(LabelledLoss):
     .. math:: \frac{T^2}{N} \sum_n a \, \mathrm{KL}(b^t_n \| b^s_n) + b \, \mathrm{KL}(q^t_n \| q^s_n), \qquad
         b = (p_y, 1 - p_y), \quad q_c = p_c / (1 - p_y), \quad p = \mathrm{softmax}(z / T)
 
-    What the teacher knows about the other classes counts even where it is sure. See
+    The teacher's knowledge about the other classes counts even where it is confident. See
     :func:`keras_distill.functional.decoupled_kd`.
 
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
@@ -32,7 +32,7 @@ class DecoupledKDLoss(LabelledLoss):
         target_weight: Weight of the divergence between target and the rest, 0 or greater; a number or a schedule.
         nontarget_weight: Weight of the divergence among the other classes, 0 or greater; a number or a schedule.
         ignore_index: A label that marks rows that do not count, beside negative ones.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -92,7 +92,7 @@ class NormalizedKDLoss(LabelledLoss):
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
         ignore_index: A label that marks rows that do not count, beside negative ones.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -149,7 +149,7 @@ class WeightedSoftLabelLoss(LabelledLoss):
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
         ignore_index: A label that marks rows that do not count, beside negative ones.
-        from_logits: Whether the models give logits; if False they give probabilities, and z is their logarithm.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -204,7 +204,7 @@ class BinarySoftTargetLoss(LogitsLoss):
 
     Args:
         temperature: Softening of both models' answers, greater than 0; a number or a schedule.
-        from_logits: Whether the models give logits; if False they give probabilities of a sigmoid, and z is the
+        from_logits: Whether the models return logits; if False they return probabilities of a sigmoid, and z is the
             logarithm of their odds.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from distill_core.store import CacheError, Manifest, Reader
+from lightning_distill import compat
 from lightning_distill.cache.data import Rows, seeded
 from lightning_distill.patch import MISSING
 
@@ -268,7 +269,7 @@ def with_answers(
         # on the trainer's loader or on its own
         changed = {name: value for name, value in vars(twin).items() if value is not made.get(name, MISSING)}
         values = {**vars(loader), **changed}
-        values.pop("_get_iterator"), values.pop(_TWIN)
+        values.pop(compat.ITERATOR_METHOD), values.pop(_TWIN)
         values["dataset"] = NumberedDataset(
             dataset, rows, manifest.length, manifest.views, manifest.data["transform_seed"]
         )
@@ -277,13 +278,13 @@ def with_answers(
             name = "sampler" if values["batch_sampler"] is None else "batch_sampler"
             values[name] = ViewSampler(values[name], len(dataset), manifest.views, epoch)
         view.__dict__.update(values)  # past __setattr__, which refuses `dataset`
-        return view._get_iterator()
+        return compat.make_iterator(view)
 
-    twin.__dict__.update({"_iterator": None, "_get_iterator": get_iterator, _TWIN: loader})
+    twin.__dict__.update({compat.KEPT_ITERATOR: None, compat.ITERATOR_METHOD: get_iterator, _TWIN: loader})
     return twin
 
 
 def dispose(twin: DataLoader[Any]) -> None:
     """Let go of a twin's workers now, and not when its reference cycle is collected."""
-    twin.__dict__.pop("_get_iterator", None)
-    twin.__dict__["_iterator"] = None
+    twin.__dict__.pop(compat.ITERATOR_METHOD, None)
+    twin.__dict__[compat.KEPT_ITERATOR] = None

@@ -169,7 +169,7 @@ class TeacherCache:
         if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
             raise CacheError(
                 f"Expected {path} to be of this teacher, but it was built with another"
-                f" {cache.manifest.teacher['class']}. Build it anew."
+                f" {cache.manifest.teacher['class']}. Build it again."
             )
         if dataset is not None:
             check_data(dataset, cache.manifest)

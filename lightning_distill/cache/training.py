@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from distill_core.store import CacheError
+from lightning_distill import compat
 from lightning_distill.cache.data import AttachedDataset, check_data, find_rows
 from lightning_distill.cache.inputs import BatchInputs
 from lightning_distill.cache.loaders import CachedBatch, OpenCache, dispose, original, with_answers
@@ -79,7 +80,7 @@ class CachedLoaders:
         """Remove the patches and give the trainer the user's loaders back."""
         for patch in self._patches:
             patch.undo()
-        combined = self._trainer.fit_loop._combined_loader
+        combined = compat.training_loaders(self._trainer)
         if isinstance(combined, CombinedLoader):  # may be the user's own object
             loaders = [original(loader) for loader in combined.flattened]
             if any(loader is not used for loader, used in zip(loaders, combined.flattened, strict=True)):
@@ -148,7 +149,7 @@ class CachedLoaders:
         """A batch as the user's code gets it, and the teacher's outputs for it."""
         if isinstance(batch, CachedBatch):
             return batch.batch, batch.answers
-        loaders = getattr(self._trainer.fit_loop._combined_loader, "iterables", None)
+        loaders = getattr(compat.training_loaders(self._trainer), "iterables", None)
         if isinstance(loaders, (dict, list, tuple)) and isinstance(batch, (dict, list, tuple)):
             spec = pytree.tree_flatten(loaders)[1]  # the batch has a batch of each loader, at the loader's place
             parts = spec.flatten_up_to(batch)

@@ -1,9 +1,9 @@
 """The demonstration: a student of handwritten digits, alone and distilled, where labels are scarce and where not.
 
-Every student of a seed starts from the same weights and is shown the same batches for the same number of steps; they
+Every student of a seed starts from the same weights and gets the same batches for the same number of steps; they
 differ in the terms of their :class:`DistillCallback` only. Where labels are scarce the other images carry the label
--100, which the cross entropy leaves out; the teacher's word on them is what distillation adds. Settings were chosen on
-the validation images. The test images are looked at once, after the last epoch.
+-100, which the cross entropy leaves out; distillation adds the teacher's outputs on them. Settings were chosen on
+the validation images. The test images are used once, after the last epoch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
     conclusion, seconds = closing(runs), round(time.perf_counter() - started, 1)
     results = {
         "settings": asdict(settings),
-        "runs": [asdict(one) for one in runs],
+        "runs": [asdict(each) for each in runs],
         "saved_student": saved,
         "conclusion": conclusion,
         "seconds": seconds,
@@ -67,7 +67,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence for Lightning's greetings and two warnings that no line here causes; every other one is heard."""
+    """Silence Lightning's banner and two warnings that no line here causes; all other warnings are shown."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -82,7 +82,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread: on networks this small, a second one costs more than it gives."""
+    """Use one thread: on networks this small a second thread slows down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-UNLABELLED = -100  # what cross entropy ignores
+UNLABELLED = -100  # cross entropy ignores this label
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
 
 @torch.no_grad()
 def predict(net: nn.Module, images: Tensor) -> Tensor:
-    """The class ``(N,)`` that a network, held in eval mode, gives to each image."""
+    """Predicted class ``(N,)`` of each image, by a network in eval mode."""
     classes: Tensor = net.eval()(images).argmax(1)
     return classes
 

@@ -50,7 +50,7 @@ class Settings:
     features_weight: float = 1.0
 
     def terms(self) -> dict[str, Callable[[], list[DistillationTerm]]]:
-        """The terms of each method, made anew for each student; none for the student alone."""
+        """Functions that make the terms of each method; none for the student alone."""
         logits = partial(LogitsDistillation, SoftTargetLoss(temperature=self.temperature), weight=self.logits_weight)
         # Student (12, 4, 4), teacher (64, 4, 4): adapter="auto" makes a 1x1 convolution.
         features = partial(FeatureDistillation, "deep", "deep", "mse", weight=self.features_weight)

@@ -123,7 +123,7 @@ def attention_relation(
     .. math:: \frac{1}{A L} \sum_{a,i} \mathrm{KL}(R^t_{ai} \,\|\, R^s_{ai}), \qquad
         R_a = \mathrm{softmax}(X_a X_a^\top / \sqrt{d})
 
-    X are the queries, the keys or the values, their H numbers split anew into A relation heads of size d = H / A: the
+    X are the queries, the keys or the values, their H numbers split again into A relation heads of size d = H / A: the
     models need neither equal widths nor equally many heads.
 
     Args:
@@ -138,7 +138,7 @@ def attention_relation(
 
     Raises:
         TypeError: If the tensors do not hold floating point numbers, or ``relation_heads`` is not an int.
-        ValueError: If the tokens differ, or a width is no multiple of ``relation_heads``.
+        ValueError: If the tokens differ, or a width is not a multiple of ``relation_heads``.
 
     Example:
         >>> import torch

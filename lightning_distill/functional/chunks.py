@@ -1,4 +1,4 @@
-"""Formulas over a few chunks of a batch, so that what they hold does not outgrow the loss's inputs."""
+"""Formulas over a few chunks of a batch, so that their temporary memory does not exceed the loss's inputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Numbers of a chunk's largest tensor: fewer gain no memory worth speaking of.
+# Numbers in a chunk's largest tensor; smaller chunks would hardly save memory.
 _SMALLEST_CHUNK = 2**20
 _MOST_CHUNKS = 8  # where each is kept for the backward pass, more of them would save little
 
 
 def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size: int, inputs: int) -> Tensor:
-    """Sum of a function over chunks of rows, so small that what it holds does not outgrow the loss's inputs.
+    """Sum of a function over chunks of rows, so small that temporary memory does not exceed the loss's inputs.
 
     The backward pass recomputes a chunk instead of keeping it.
 

@@ -44,7 +44,7 @@ def feature_mse(
 
     .. math:: \frac{1}{D} \sum_d (f^s_d - f^t_d)^2
 
-    The plainest way to make an inner layer of the student give what the teacher's gives.
+    The simplest way to make an inner layer of the student match the teacher's.
 
     Args:
         student: The student's feature, shape ``(N, ...)`` with D numbers per example.
@@ -57,7 +57,7 @@ def feature_mse(
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no such reduction.
+        ValueError: If the shapes differ or ``reduction`` is unknown.
 
     Example:
         >>> feature_mse(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -89,7 +89,7 @@ def feature_l1(
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no such reduction.
+        ValueError: If the shapes differ or ``reduction`` is unknown.
 
     Example:
         >>> feature_l1(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -122,7 +122,7 @@ def feature_smooth_l1(
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no such reduction.
+        ValueError: If the shapes differ or ``reduction`` is unknown.
 
     Example:
         >>> feature_smooth_l1(torch.tensor([[1.0, 2.0], [0.0, 0.5]]), torch.tensor([[1.0, 4.0], [0.0, 0.0]]))
@@ -161,7 +161,7 @@ def feature_cosine(
 
     Raises:
         TypeError: If a feature is not a floating point tensor, or ``channel_dim`` is not an int.
-        ValueError: If the shapes differ or ``channel_dim`` is no inner dimension.
+        ValueError: If the shapes differ or ``channel_dim`` is not an inner dimension.
 
     Example:
         >>> feature_cosine(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 5.0]]))
@@ -202,7 +202,8 @@ def feature_kl(
 
     Raises:
         TypeError: If a feature is not a floating point tensor, or ``channel_dim`` is not an int.
-        ValueError: If the shapes differ, ``channel_dim`` is no inner dimension or there are fewer than two channels.
+        ValueError: If the shapes differ, ``channel_dim`` is not an inner dimension or there are fewer than two
+            channels.
 
     Example:
         >>> feature_kl(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[2.0, 1.0, 0.0]]))

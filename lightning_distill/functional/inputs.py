@@ -252,7 +252,7 @@ def reduced(values: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor
         The values, 0 in rows that do not count; or a scalar, 0 (with a gradient of zeros) where no row counts.
 
     Raises:
-        ValueError: If there is no such reduction.
+        ValueError: If ``reduction`` is unknown.
 
     Example:
         >>> reduced(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, False, True]), "mean")
@@ -273,7 +273,7 @@ def check_reduction(reduction: str) -> None:
 
     Raises:
         TypeError: If it is not a string.
-        ValueError: If there is no such reduction.
+        ValueError: If ``reduction`` is unknown.
     """
     checks.one_of("reduction", reduction, ("none", "mean"))
 

@@ -47,7 +47,7 @@ def soft_target_kl(
     Raises:
         TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
         ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0, or
-            there is no such reduction.
+            ``reduction`` is unknown.
 
     Example:
         >>> student = torch.tensor([[2.0, 0.0, 1.0]])

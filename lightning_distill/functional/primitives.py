@@ -1,7 +1,7 @@
-"""Building blocks of the formulas: products in full precision, and three functions with gradients by hand.
+"""Building blocks of the formulas: products in full precision, and three functions with hand-written gradients.
 
 Autograd's own gradients of those three make needless copies. They may be differentiated again, forward too, and take
-part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes it fuses by itself.
+part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes it fuses on its own.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor, *, mask: Tensor | No
     .. math:: \frac{1}{N^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
         \hat G_i = G_i / \|G_i\|_2
 
-    F has one row per example: examples that are alike to the teacher shall be alike to the student, in whatever space.
+    F has one row per example: examples that are similar for the teacher should be similar for the student.
     The usual weight is 3000. A row of zeros stays zero.
 
     Args:
@@ -152,7 +152,7 @@ def relational_distance_and_angle(
         mask: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
-        What :func:`relational_distance` and :func:`relational_angle` give.
+        The values of :func:`relational_distance` and :func:`relational_angle`.
 
     Raises:
         TypeError: If a feature is not a floating point tensor.

@@ -1,4 +1,4 @@
-"""Formulas on logits as targets, class by class or in view of the right class: student first, one value per row."""
+"""Formulas on logits as targets, class by class or with regard to the true class: student first, one value per row."""
 
 from __future__ import annotations
 

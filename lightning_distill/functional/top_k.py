@@ -61,5 +61,5 @@ def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> 
     others = temperature * (logits.scatter(-1, teacher.indices, -math.inf) / temperature).logsumexp(-1, keepdim=True)
     student = torch.cat([logits.gather(-1, teacher.indices), others], -1)
     number = math.log(teacher.classes - teacher.indices.shape[-1])
-    theirs = torch.cat([teacher.logs / temperature, (teacher.tail - number) / temperature + number], -1)
-    return student, temperature * theirs
+    teacher_merged = torch.cat([teacher.logs / temperature, (teacher.tail - number) / temperature + number], -1)
+    return student, temperature * teacher_merged

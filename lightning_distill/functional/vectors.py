@@ -41,7 +41,7 @@ def prepare_equal(
 
 
 def prepare_examples(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Features of the same examples as one row per example, whatever else their shapes are.
+    """Features of the same examples as one row per example; their other dimensions may differ.
 
     Args:
         student: The student's feature, shape ``(N, ...)``.
@@ -237,7 +237,7 @@ def channels_at(feature: Tensor, channel_dim: int | None = None) -> int:
 
     Raises:
         TypeError: If ``channel_dim`` is not an int.
-        ValueError: If it is no inner dimension of the feature.
+        ValueError: If it is not an inner dimension of the feature.
     """
     dim = channel_dim if channel_dim is not None else (1 if feature.ndim >= 4 else -1)
     checks.inner_dim("channel_dim", dim, feature.ndim)

@@ -26,14 +26,14 @@ class AttentionMapLoss(DistillationLoss):
     Args:
         kind: "kl" or "mse".
         from_scores: For "kl", whether it is called with scores; False for probabilities, which Hugging Face models
-            return. "mse" takes what it is given.
+            return. "mse" takes its inputs as they are.
 
     Returns:
         A scalar when called with attention ``(N, A, L, L)`` of the student, then the teacher.
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If there is no such kind.
+        ValueError: If ``kind`` is unknown.
 
     Example:
         >>> import torch

@@ -18,7 +18,7 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Seven attributes tell a term what to hand over:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Seven attributes describe it to a term:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -31,9 +31,9 @@ class DistillationLoss(nn.Module):
     - ``class_scores``: both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
     Every loss of this package also takes ``mask=``, a bool tensor that is True where an example ``(N,)`` or a position
-    (``(N, L)`` or ``(N, H, W)``) counts. What does not count changes nothing, whatever it holds, NaN included, and gets
-    a gradient of exactly 0; the mean is over what counts, and 0 where nothing does. A loss that compares whole examples
-    averages over those with a position that counts.
+    (``(N, L)`` or ``(N, H, W)``) counts. Masked values change nothing, NaN included, and get a gradient of exactly 0;
+    the mean is over the values that count, and 0 where none does. A loss that compares whole examples averages over
+    those with a position that counts.
 
     Example:
         >>> import torch

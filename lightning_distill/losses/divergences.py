@@ -65,7 +65,7 @@ class GeneralizedJSDLoss(LogitsLoss):
     .. math:: \frac{1}{N} \sum_n \beta \, \mathrm{KL}(p^t_n \| m_n) + (1 - \beta) \, \mathrm{KL}(p^s_n \| m_n), \qquad
         m = \beta p^t + (1 - \beta) p^s, \qquad p = \mathrm{softmax}(z / T)
 
-    A bounded loss; ``beta`` 0 stands for the forward divergence, 1 for the reverse. See
+    A bounded loss; ``beta`` 0 is the forward divergence, 1 the reverse. See
     :func:`lightning_distill.functional.generalized_jsd`.
 
     There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.

@@ -37,7 +37,7 @@ class FeatureDistance(DistillationLoss):
 
     .. math:: \frac{1}{N} \sum_n D(f^s_n, f^t_n)
 
-    These are what the strings of a FeatureDistillation stand for: "mse", "l1", "smooth_l1", "cosine" and "kl". See the
+    The strings of a FeatureDistillation stand for these losses: "mse", "l1", "smooth_l1", "cosine" and "kl". See the
     function ``feature_<kind>`` in :mod:`lightning_distill.functional`.
 
     Args:
@@ -50,7 +50,7 @@ class FeatureDistance(DistillationLoss):
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If there is no such distance, or it does not take ``channel_dim``.
+        ValueError: If ``kind`` is unknown, or does not take ``channel_dim``.
 
     Example:
         >>> import torch

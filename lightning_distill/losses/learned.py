@@ -42,7 +42,7 @@ class VariationalInformationLoss(DistillationLoss):
         ``(N, C_s)`` of the student, then the teacher's at the same positions; C may differ.
 
     Raises:
-        TypeError: If ``initial_variance`` is no number.
+        TypeError: If ``initial_variance`` is not a number.
         ValueError: If ``initial_variance`` is less than 1e-4.
 
     Example:
@@ -90,7 +90,7 @@ class VariationalInformationLoss(DistillationLoss):
 
 
 class MaskedGenerativeLoss(DistillationLoss):
-    r"""Squared error of the teacher's feature as generated from what a random mask leaves of the student's.
+    r"""Squared error of the teacher's feature as generated from the part of the student's that a random mask keeps.
 
     .. math:: \frac{1}{N} \sum_n \sum_d \left( G(m_n \odot f^s_n)_d - f^t_{nd} \right)^2
 
@@ -103,8 +103,8 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     Args:
         mask_ratio: Share of the feature that is hidden, at least 0 and less than 1.
-        mask: What is hidden together: all channels at a position (``"spatial"``, published for dense prediction), or
-            all positions of a channel (``"channel"``, published for classification).
+        mask: What the mask hides: all channels at a position (``"spatial"``, published for dense prediction), or all
+            positions of a channel (``"channel"``, published for classification).
 
     Returns:
         A scalar when called with features ``(N, C, H, W)``, ``(N, L, C)`` or ``(N, C)`` of the student, then the
@@ -112,7 +112,7 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If ``mask_ratio`` is out of range or there is no such mask.
+        ValueError: If ``mask_ratio`` is out of range or ``mask`` is unknown.
 
     Example:
         >>> loss = MaskedGenerativeLoss(mask_ratio=0.5, mask="channel")

@@ -86,7 +86,7 @@ class MultiLevelLogitLoss(LogitsLoss):
     .. math:: \frac{1}{K} \sum_T \left( \frac{T^2}{N} \sum_n \mathrm{KL}(p^t_n \| p^s_n)
         + \frac{1}{N} \| P_s P_s^\top - P_t P_t^\top \|_F^2 + \frac{1}{C} \| P_s^\top P_s - P_t^\top P_t \|_F^2 \right)
 
-    Several temperatures show the teacher's first choices and its faint preferences at once. See
+    Several temperatures cover the teacher's first choices and its faint preferences together. See
     :func:`lightning_distill.functional.multi_level_logits`.
 
     The factor :math:`T^2` is on the divergence, not on the products.
@@ -100,7 +100,7 @@ class MultiLevelLogitLoss(LogitsLoss):
 
     Raises:
         TypeError: If a setting has the wrong type.
-        ValueError: If there is no temperature, one is not greater than 0, or ``class_dim`` is the batch dimension.
+        ValueError: If ``temperatures`` is empty, one is not greater than 0, or ``class_dim`` is the batch dimension.
 
     Example:
         >>> import torch

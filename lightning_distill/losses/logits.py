@@ -111,7 +111,7 @@ class LogitMSELoss(LogitsLoss):
         A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher.
 
     Raises:
-        TypeError: If ``class_dim`` is no int.
+        TypeError: If ``class_dim`` is not an int.
         ValueError: If ``class_dim`` is the batch dimension.
 
     Example:

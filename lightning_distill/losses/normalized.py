@@ -138,7 +138,7 @@ class FeatureMapTransferLoss(FormulaLoss):
         teacher.
 
     Raises:
-        TypeError: If ``eps`` is no number.
+        TypeError: If ``eps`` is not a number.
         ValueError: If ``eps`` is less than 0.
 
     Example:

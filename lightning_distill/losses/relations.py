@@ -74,7 +74,7 @@ class RelationalLoss(DistillationLoss):
         A scalar when called with features ``(N, ...)`` of the student, then the teacher.
 
     Raises:
-        TypeError: If a weight is no number.
+        TypeError: If a weight is not a number.
         ValueError: If a weight is less than 0, or both are 0.
 
     Example:

@@ -19,7 +19,7 @@ class DecoupledKDLoss(LabelledLoss):
     .. math:: \frac{T^2}{N} \sum_n a \, \mathrm{KL}(b^t_n \| b^s_n) + b \, \mathrm{KL}(q^t_n \| q^s_n), \qquad
         b = (p_y, 1 - p_y), \quad q_c = p_c / (1 - p_y), \quad p = \mathrm{softmax}(z / T)
 
-    What the teacher knows about the other classes counts even where it is sure. See
+    The teacher's knowledge about the other classes counts even where it is confident. See
     :func:`lightning_distill.functional.decoupled_kd`.
 
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.

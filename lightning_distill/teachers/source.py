@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from lightning_distill import compat
 from lightning_distill.recording import Call, Recorder, Recording, Tap, first_tensor, map_tensors
+from lightning_distill.recording.calls import changed
 from lightning_distill.teachers.hold import Hold
 
 
@@ -158,7 +160,23 @@ class LiveTeachers:
             shown = replace(call, args=self.cast(call.args), kwargs=self.cast(call.kwargs))
         # not inference_mode: its tensors could not be saved for the backward
         with torch.no_grad(), surroundings, Recording(self._recorders):
-            output = self._forward(shown)
+            try:
+                output = self._forward(shown)
+            except NotImplementedError as error:
+                bare = [
+                    type(network).__name__ for network in self.modules() if not compat.overrides(network, "forward")
+                ]
+                if not bare:
+                    raise
+                raise TypeError(
+                    f"Expected `teacher` to have a `forward` of its own, but got {bare[0]}. Pass the network inside it,"
+                    " such as module.model, or override `teacher_forward`."
+                ) from error
+        if changed(call.input_versions):
+            raise ValueError(
+                "Expected `teacher` to leave its input as it is, but it was changed in place, and the student's"
+                " backward pass and other teachers need it. Build the teacher's first layer with inplace=False."
+            )
         answers = []
         for index, single in enumerate(output if self._several else [output]):
             recorded = self._recorders[index].calls if self._recorders else []

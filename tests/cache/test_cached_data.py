@@ -60,9 +60,10 @@ def test_slow_data_are_read_a_few_times_only(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_generator_of_its_own_is_named_where_a_seed_is_given(tmp_path: Path) -> None:
     data = Rarely(20, 0.5, own_generator())
-    with pytest.raises(CacheError, match=r"transform_seed=0 seeds the global generators .* a generator of its own"):
+    words = r"transform_seed=0 seeds torch, NumPy's global state and random: .* a generator of your own"
+    with pytest.raises(CacheError, match=words):
         answers_for(data, tmp_path, transform_seed=0)
-    with pytest.raises(CacheError, match=r"Pass transform_seed=0, which makes the augmentation of each item"):
+    with pytest.raises(CacheError, match=r"Pass transform_seed=0, which makes the augmentation of each sample"):
         answers_for(data, tmp_path)
 
 

@@ -278,7 +278,7 @@ class TestK3:
         x, y = nets.table()
         words = (
             rf"^Expected the {who}'s output to be logits, since the loss has from_logits=True\. Leave out the last"
-            r" softmax or sigmoid, or pass a loss with from_logits=False\."
+            rf" softmax or sigmoid of the {who}: the other model returns logits\."
             r" Received: probabilities of a softmax or sigmoid$"
         )
         if kind not in ("subclassed", "unbuilt"):

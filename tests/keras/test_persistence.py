@@ -264,7 +264,7 @@ def test_k23_the_teacher_is_no_part_of_the_model() -> None:
     theirs = {id(variable) for variable in model.teacher.variables}
     assert not theirs & {id(variable) for variable in model.variables}
     assert model.teacher not in list(model._flatten_layers())
-    own = sum(term.count_params() for term in model.terms)
+    own = sum(state.count_params() for state in model.term_states)
     assert model.count_params() - model.student.count_params() - own <= 1  # the task's weight
 
 

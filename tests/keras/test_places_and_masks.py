@@ -162,7 +162,7 @@ def test_k29_siblings_of_one_name_are_told_apart() -> None:
         FeatureDistillation(*pair, name=f"way{number}") for number, pair in enumerate(zip(ways, wanted, strict=True))
     ]
     model = DistillModel(student, teacher, terms)
-    assert [terms[0].get_config()[side][0]["layer"] for side in ("student_layer", "teacher_layer")] == [
+    assert [model.terms[0].get_config()[side][0]["layer"] for side in ("student_layer", "teacher_layer")] == [
         "layers.0",
         "layers.1/layers.0",
     ]

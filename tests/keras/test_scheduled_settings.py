@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,12 @@ def made(*terms: DistillationTerm, **settings: Any) -> DistillModel:
 class Watch(keras.callbacks.Callback):
     """The numbers at the end of each batch."""
 
-    def __init__(self, *variables: Any) -> None:
+    def __init__(self, read: Callable[[], tuple[float, ...]]) -> None:
         super().__init__()
-        self.variables, self.seen = variables, []
+        self.read, self.seen = read, []
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        _ = self.model  # on JAX this brings the values into the variables
-        self.seen.append(tuple(float(variable) for variable in self.variables))
+        self.seen.append(self.read())
 
 
 def fitted(model: DistillModel, *callbacks: Any, **settings: Any) -> dict[str, list[float]]:
@@ -68,7 +68,7 @@ def test_weights_and_temperatures_follow_steps_epochs_and_the_fraction() -> None
     loss = SoftTargetLoss(Step([4.0, 2.0], boundaries=[1]))
     model = made(LogitsDistillation(loss, weight=OVER_STEPS), task_weight=Linear(0.0, 1.0))
     term = model.terms[0]
-    watch = Watch(term.weight, term.temperature, model.task_weight)
+    watch = Watch(lambda: (term.weight, term.temperature, model.task_weight))
     logs = fitted(model, watch, epochs=2)
     expected = [(1 - step / 8, 4.0 if step < 4 else 2.0, step / 8) for step in range(8)]
     np.testing.assert_allclose(watch.seen, expected, rtol=1e-6)
@@ -218,7 +218,7 @@ def test_callbacks_of_the_user_see_the_numbers_in_the_logs(tmp_path: Path) -> No
 
 def test_a_list_of_callbacks_that_keras_made_is_given_back_as_it_was() -> None:
     model = made(LogitsDistillation(weight=OVER_STEPS))
-    watch = Watch(model.terms[0].weight)
+    watch = Watch(lambda: (model.terms[0].weight,))
     given = keras.callbacks.CallbackList([watch], add_history=True, model=model, epochs=1, steps=4)
     model.fit(IMAGES, LABELS, batch_size=4, verbose=0, callbacks=given)
     assert [weight for (weight,) in watch.seen] == pytest.approx([1.0, 0.875, 0.75, 0.625])

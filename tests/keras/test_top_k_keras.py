@@ -18,9 +18,8 @@ from torch.utils.data import TensorDataset
 
 import keras_distill
 import lightning_distill
-from keras_distill import CacheError, DistillModel, DistillTargets, LogitsDistillation, losses
+from keras_distill import CacheError, Call, DistillModel, DistillTargets, LogitsDistillation, losses
 from keras_distill.functional.top_k import TopK
-from keras_distill.taps import Call
 from lightning_distill.cache.loaders import read_answers
 from lightning_distill.cache.teacher import Stored
 
@@ -238,8 +237,13 @@ def test_c7_features_are_kept_beside_the_likeliest_classes(tmp_path: Path) -> No
 @pytest.mark.parametrize("built", [False, True], ids=["new term", "built term"])
 def test_c7_a_loss_that_needs_all_classes_is_refused(cache: keras_distill.TeacherCache, loss: Any, built: bool) -> None:
     """C7: before the first step, also where the term has learned from a live teacher before."""
-    model = DistillModel(network(8, seed=1), network(24, seed=2) if built else None, LogitsDistillation(loss))
-    model.compile(keras.optimizers.SGD(0.1), cross_entropy(), jit_compile=False)
+    student, teacher = network(8, seed=1), network(24, seed=2)
+    from_logits = getattr(loss, "from_logits", True)
+    if not from_logits:  # models of logits are refused for it when the model is made
+        student, teacher = (keras.Sequential([one, keras.layers.Softmax()]) for one in (student, teacher))
+    model = DistillModel(student, teacher if built else None, LogitsDistillation(loss))
+    task = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
+    model.compile(keras.optimizers.SGD(0.1), task, jit_compile=False)
     before = model.student.get_weights()
     words = r"Expected a cache of full outputs for \w+\. Build it without top_k, or use a divergence of logits such as"
     with pytest.raises(ValueError, match=words + r" SoftTargetLoss\(\)\. Received: the likeliest 4 classes alone"):

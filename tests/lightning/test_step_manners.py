@@ -121,6 +121,7 @@ def test_l24_step_makes_the_host_wait_for_nothing(trainer, loss):
     assert len(callback.teacher.rows) == 4
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.gpu
 def test_l24_step_on_a_gpu_makes_the_host_wait_for_nothing(trainer):
     class Quiet(Classifier):

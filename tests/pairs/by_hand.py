@@ -212,7 +212,9 @@ class Hand:
             for batch, place in batches:
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     task, distillation = self.distillation(batch, place, distils(number))
-                total = (self.task_weight(place) if weighs_task else 1.0) * task + distillation
+                weight = self.task_weight(place) if weighs_task else 1.0
+                left_out = weight == 0 and distillation.requires_grad  # then optimizers see no gradient of 0 either
+                total = distillation if left_out else weight * task + distillation
                 (total / divide_by).backward()
                 self.losses.append(total.item())
                 self.tasks.append(task.item())

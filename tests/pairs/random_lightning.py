@@ -235,7 +235,7 @@ def formula(drawn: Drawn) -> Any:
                 value = decoupled(result["logits"], answer["logits"], batch["labels"], temperature(place), 2.0)
             else:
                 value = squared(result["logits"], answer["logits"])
-            total = total + weight(place) * value
+            total = total + weight(place) * value if weight(place) else total
             if drawn.feature:
                 matrix, bias = (learned[f"body.adapters.{index}.{name}"] for name in ("weight", "bias"))
                 adapted, target = result["body"] @ matrix.T + bias, answer["body"]

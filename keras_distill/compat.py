@@ -1,0 +1,164 @@
+"""Every private name of Keras and TensorFlow that this package needs, each with the reason why no public one will do.
+
+Tests in tests/keras/test_compat_keras.py name each of them, so that a new version of Keras that drops one is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras.src import backend as _backend  # compute_output_spec of a plain function: public only for operations
+from keras.src.backend import get_keras_mask, set_keras_mask  # masks travel on tensors, differently on each backend
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope  # of JAX' steps
+from keras.src.backend.common.symbolic_scope import get_symbolic_scope, in_symbolic_scope  # is this a scratch graph?
+from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr  # as masks are attached
+from keras.src.losses.loss import reduce_weighted_values, unscale_loss_for_distribution  # Keras' rule for masks
+from keras.src.trainers.compile_utils import MetricsList  # callbacks look into no other container of metrics
+from keras.src.trainers.trainer import model_supports_jit  # the same question as Keras asks about the student
+
+__all__ = [
+    "MetricsList",
+    "additional_loss",
+    "compiled_loss",
+    "computed_in",
+    "discarded_changes",
+    "first_batch",
+    "get_keras_mask",
+    "get_symbolic_scope",
+    "get_tensor_attr",
+    "in_symbolic_scope",
+    "input_structure",
+    "model_supports_jit",
+    "output_spec",
+    "raw_iterations",
+    "reduce_weighted_values",
+    "rematerialized",
+    "set_direction",
+    "set_keras_mask",
+    "set_tensor_attr",
+    "sublayers_of",
+    "unscale_loss_for_distribution",
+    "untaped",
+]
+
+
+def output_spec(function: Callable[..., Any], *specifications: Any) -> Any:
+    """Symbolic outputs of a function for symbolic inputs, without computing anything.
+
+    Args:
+        function: Called with tensors of a scratch graph.
+        *specifications: Keras tensors.
+
+    Returns:
+        Keras tensors, nested as the function's result.
+    """
+    return _backend.compute_output_spec(function, *specifications)
+
+
+def input_structure(model: keras.Model) -> Any:
+    """The symbolic inputs of a built model as they were nested when it was made, or None if it does not know them."""
+    if not model.built or not getattr(model, "inputs", None):
+        return None
+    # functional models remember how their inputs were nested, sequential ones have a single input
+    return getattr(model, "_inputs_struct", model.inputs[0])
+
+
+def rematerialized(layer: Any) -> bool:
+    """Whether a layer's inner tensors are recomputed in the backward pass: none of them has a gradient outside."""
+    mode = getattr(layer, "_remat_mode", None)
+    return bool(mode and (mode.mode in ("full", "larger_than") or layer.name in (mode.layer_names or ())))
+
+
+def sublayers_of(layer: Any) -> list[Any]:
+    """The direct sublayers of a layer or a model."""
+    return list(layer.layers if isinstance(layer, keras.Model) else getattr(layer, "_layers", []))
+
+
+def compiled_loss(model: keras.Model, labels: Any, output: Any, sample_weight: Any) -> Any:
+    """The loss given to ``compile``, without the regularisers that ``compute_loss`` adds."""
+    return model._compile_loss(labels, output, sample_weight)
+
+
+def additional_loss(model: keras.Model, loss: Any) -> Any:
+    """A regulariser as Keras adds it to the loss, under ``tf.distribute`` divided by the number of replicas."""
+    return model._aggregate_additional_loss(loss)
+
+
+def set_direction(metric: keras.metrics.Metric, direction: str) -> None:
+    """Tell Keras' callbacks whether ``"up"`` or ``"down"`` is better, for ``mode="auto"``."""
+    metric._direction = direction
+
+
+def raw_iterations(optimizer: Any) -> tuple[int, int]:
+    """Batches that an optimizer has seen, and how many it accumulates for one step."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    batches = int(keras.ops.convert_to_numpy(optimizer._iterations))
+    return batches, optimizer.gradient_accumulation_steps or 1
+
+
+def first_batch(batches: Any) -> Any:
+    """The first batch that ``fit`` goes over, as Keras itself looks at it before it trains.
+
+    Args:
+        batches: Keras' iterator over an epoch.
+
+    Returns:
+        Inputs, labels and weights, as the data has them.
+    """
+    _, _, block = next(iter(batches))
+    return block[0] if isinstance(block, (list, tuple)) else next(block)
+
+
+def untaped() -> contextlib.AbstractContextManager[Any]:
+    """A context in which the backend does not remember a forward pass for the backward pass.
+
+    TensorFlow stops a tape only through the tape itself, which ``train_step`` keeps to itself.
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.no_grad()
+    if keras.backend.backend() == "tensorflow":
+        from tensorflow.python.eager import record
+
+        return record.stop_recording()  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def discarded_changes() -> Iterator[None]:
+    """A context in which assignments to variables are forgotten: a stateful teacher stays as it is."""
+    outer = get_stateless_scope() if in_stateless_scope() else None
+    with keras.StatelessScope() as scope:
+        if outer is not None:
+            scope.state_mapping.update(outer.state_mapping)
+        yield
+
+
+@contextlib.contextmanager
+def computed_in(layers: Sequence[Any], dtype: str | None) -> Iterator[None]:
+    """A context in which some layers compute in another precision; their variables stay as they are.
+
+    Args:
+        layers: The layers.
+        dtype: A precision of floating-point numbers; None changes nothing.
+    """
+    if dtype is None:
+        yield
+        return
+    policy = f"mixed_{dtype}" if dtype in ("bfloat16", "float16") else dtype
+    changed = []
+    try:
+        for layer in layers:
+            plain = type(layer.dtype_policy) is keras.dtype_policies.DTypePolicy
+            if plain and keras.backend.is_float_dtype(layer.compute_dtype):
+                changed.append((layer, layer.dtype_policy))
+                layer.dtype_policy = policy
+        with _backend.AutocastScope(dtype):  # Keras opens none where variables and computation are of one precision
+            yield
+    finally:
+        for layer, before in changed:
+            layer.dtype_policy = before

@@ -1,0 +1,204 @@
+"""Taps: the places in a model that features are read from, and the layers that they name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import keras
+
+from keras_distill import checks, compat
+
+LAYOUTS = ("channels_last", "channels_first", "tokens", "heads", "scores")
+# A layer or its name, and the side of it that is read.
+Place: TypeAlias = "tuple[str | keras.layers.Layer, str]"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in a model that a feature is read from.
+
+    Args:
+        layer: Name of a layer (``"block2"``), path of names below nested models (``"backbone/block2"``), path of
+            attributes (``"encoder.blocks.0"``), or the layer itself; ``""`` is the whole model.
+        output: Which part of the layer's output: an index of a tuple or list or a key of a dict. ``None`` takes the
+            only tensor and refuses to guess.
+        call: Which call of the layer, from 0, where one forward pass runs it several times.
+        where: ``"output"`` reads what the layer returns, ``"input"`` what it is called with.
+        layout: Meaning of the axes where the model's layers do not tell: ``"channels_last"`` or ``"channels_first"``
+            for maps, ``"tokens"`` for ``(N, L, C)``, ``"heads"`` for ``(N, L, heads, C)`` of an attention layer's
+            queries, keys and values, ``"scores"`` for attention maps ``(N, heads, L, L)``.
+
+    Raises:
+        TypeError: If ``layer`` is neither a string nor a layer.
+        ValueError: If ``where`` or ``layout`` is not one of those above, or ``call`` is negative.
+
+    Example:
+        >>> Tap("backbone/block2", call=1)
+        Tap(layer='backbone/block2', output=None, call=1, where='output', layout=None)
+    """
+
+    layer: str | keras.layers.Layer
+    output: int | str | None = None
+    call: int | None = None
+    where: Literal["output", "input"] = "output"
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, (str, keras.layers.Layer)):
+            received = f"layer={self.layer!r}"
+            raise TypeError(checks.message("`layer` to be a layer or its name", received, "Pass the layer's name."))
+        checks.one_of("where", self.where, ("output", "input"))
+        if self.layout is not None:
+            checks.one_of("layout", self.layout, LAYOUTS)
+        if self.call is not None and (type(self.call) is not int or self.call < 0):
+            raise ValueError(checks.message("`call` to be 0 or greater", f"call={self.call!r}"))
+
+    @classmethod
+    def of(cls, layer: str | keras.layers.Layer | Tap) -> Tap:
+        """The tap itself, or a tap on the output of the layer."""
+        return layer if isinstance(layer, Tap) else cls(layer)
+
+    @property
+    def name(self) -> str:
+        """The layer's name or path."""
+        return self.layer if isinstance(self.layer, str) else str(self.layer.name)
+
+    @property
+    def place(self) -> Place:
+        """The layer and the side of it that is read."""
+        return self.layer, self.where
+
+    @property
+    def key(self) -> str:
+        """Key of the feature in `DistillTargets`: the layer's name, and what else tells the tap from another."""
+        call = "" if self.call is None else f"#{self.call}"
+        output = "" if self.output is None else f"[{self.output!r}]"
+        return f"{self.name}{call}{output}" + (":input" if self.where == "input" else "")
+
+    def within(self, model: keras.Model, who: str) -> Tap:
+        """The same tap with the path of its layer in a model, which a file of Keras can keep.
+
+        Args:
+            model: The model.
+            who: ``"student"`` or ``"teacher"``, for messages.
+
+        Returns:
+            The tap.
+
+        Raises:
+            ValueError: If the model has no such layer, or several.
+        """
+        return replace(self, layer=find_layer(model, self.layer, who)[0])
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON; a layer is named by its path."""
+        layout = {} if self.layout is None else {"layout": self.layout}
+        return {"layer": self.name, "output": self.output, "call": self.call, "where": self.where, **layout}
+
+
+def select(value: Any, output: int | str | None, what: str) -> Any:
+    """The tensor that ``output`` picks from ``value``, or its only tensor where ``output`` is ``None``.
+
+    Args:
+        value: What a layer or a model returned.
+        output: An index of a tuple or list, a key of a dict, or ``None``.
+        what: Name of the value in error messages.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: If there are several tensors and none is picked, or ``output`` picks none.
+
+    Example:
+        >>> select({"probabilities": 1.0, "state": 2.0}, "state", "the output")
+        2.0
+    """
+    picked: Any = value
+    if output is not None:
+        try:
+            picked = value[output] if keras.tree.is_nested(value) else None
+        except (LookupError, TypeError):
+            picked = None
+    while isinstance(picked, (dict, list, tuple)) and len(picked) == 1 and output is None:
+        picked = next(iter(picked.values())) if isinstance(picked, dict) else picked[0]
+    if picked is None or isinstance(picked, (dict, list, tuple)):
+        there = keras.tree.map_structure(lambda tensor: tuple(getattr(tensor, "shape", ())), value)
+        received = f"output={output!r}, with tensors of shapes {there}"
+        raise ValueError(checks.message(f"`output` to pick one tensor of {what}", received, "Pass output=..."))
+    return picked
+
+
+def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) -> tuple[str, keras.layers.Layer]:
+    """The layer of a model that a name, a path or the layer itself means, and a path to it.
+
+    Args:
+        model: The model to look in.
+        layer: Name, path of names with ``/``, path of attributes with ``.``, or the layer.
+        who: ``"student"`` or ``"teacher"``, for messages.
+
+    Returns:
+        A path by which the layer is found again, and the layer.
+
+    Raises:
+        ValueError: If there is no such layer, or there are several; the message lists candidates.
+    """
+    if layer == "" or layer is model:
+        return "", model
+    named = list(_named_sublayers(model))
+    everything = {path: sublayer for path, _, sublayer in named}
+    expected = f"`{who}_layer` to name one layer of the {who} {model.name!r}"
+    if not isinstance(layer, str):
+        for path, sublayer in everything.items():
+            if sublayer is layer:
+                return path, sublayer
+        raise ValueError(checks.message(expected, f"the layer {layer.name!r}, which is not in it"))
+    if layer in everything:
+        return layer, everything[layer]
+    tails = [path for path, names, _ in named if f"/{names}".endswith(f"/{layer}")]
+    if len(tails) == 1:
+        return tails[0], everything[tails[0]]
+    if tails:
+        remedy = f"Pass one of {', '.join(map(repr, tails))}."
+        raise ValueError(checks.message(expected, f"{layer!r}, which several layers are called", remedy))
+    node: Any = model
+    with contextlib.suppress(AttributeError, LookupError, TypeError):
+        for part in layer.split("."):
+            node = node[int(part)] if part.isdigit() else getattr(node, part)
+        if isinstance(node, keras.layers.Layer):
+            return layer, node
+    raise ValueError(checks.message(expected, f"{layer!r}", checks.closest(layer, everything)))
+
+
+def sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """Every layer below another, with the path of names to it; a shared layer once.
+
+    Args:
+        layer: A layer or a model.
+
+    Yields:
+        The path and the layer; ``layers.0`` stands for the name of a layer whose sibling is called the same.
+    """
+    return ((path, sublayer) for path, _, sublayer in _named_sublayers(layer))
+
+
+def _named_sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, str, keras.layers.Layer]]:
+    """A path that no other layer has, the path of names, and the layer."""
+    seen: set[int] = set()
+
+    def walk(parent: keras.layers.Layer, prefix: str, above: str) -> Iterator[tuple[str, str, keras.layers.Layer]]:
+        below = compat.sublayers_of(parent)
+        below = list({id(child): child for child in below if isinstance(child, keras.layers.Layer)}.values())
+        called = [child.name for child in below]
+        for index, child in enumerate(below):
+            if id(child) not in seen:
+                seen.add(id(child))
+                own = child.name if called.count(child.name) == 1 else f"layers.{index}"
+                path, names = prefix + own, above + child.name
+                yield path, names, child
+                yield from walk(child, f"{path}/", f"{names}/")
+
+    yield from walk(layer, "", "")

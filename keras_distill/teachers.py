@@ -1,0 +1,131 @@
+"""Teachers: a model that runs beside the student, in inference mode and without gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+
+from keras_distill import checks, compat
+from keras_distill.recording import Call, Recorder, Tap, sublayers
+
+
+class LiveTeacher:
+    """A model that answers batch by batch.
+
+    Args:
+        model: The teacher; neither its weights nor its flags are changed.
+        taps: The places to read.
+        dtype: Precision that it computes in; None leaves it to the model.
+
+    Raises:
+        ValueError: If a tap does not name one layer of the model.
+    """
+
+    def __init__(self, model: keras.Model, taps: Iterable[Tap], dtype: str | None = None) -> None:
+        self.model, self.dtype = model, dtype
+        self.recorder = Recorder(model, taps, "teacher")
+        self._layers: list[Any] = []  # all of them, once the model is built
+
+    def answer(self, inputs: Any) -> Call:
+        """The teacher's call for some inputs, without gradient.
+
+        Args:
+            inputs: What it takes; of a dict those that it has inputs for.
+
+        Returns:
+            The call.
+        """
+        inputs = chosen_inputs(self.model, inputs)
+        layers = self._layers or [self.model, *(layer for _, layer in sublayers(self.model))]
+        stateful = any(getattr(layer, "stateful", False) for layer in layers)
+        if stateful and not self.model.built:
+            self.model(inputs, training=False)
+        self._layers = layers if self.model.built else []
+        kept = compat.discarded_changes() if stateful else contextlib.nullcontext()
+        with compat.untaped(), kept, compat.computed_in(layers, self.dtype):
+            call = self.recorder.forward(inputs, training=False)
+        return call.without_gradient()
+
+
+def as_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
+    """The teachers as a list, checked.
+
+    Args:
+        teacher: A model, several, or None.
+        student: The student, which cannot be its own teacher.
+
+    Returns:
+        The models; empty where there is none.
+
+    Raises:
+        TypeError: If an entry is not a Keras model.
+        ValueError: If the list is empty, or the teacher is the student.
+    """
+    if teacher is None:
+        return []
+    several = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    if not several:
+        raise ValueError(
+            checks.message("`teacher` to be a model, or a list of at least one", "teacher=[]", "Pass None.")
+        )
+    for model in several:
+        if not isinstance(model, keras.Model):
+            remedy = "Wrap a layer or a function: keras.Sequential([layer])." if callable(model) else ""
+            expected = "`teacher` to be a keras.Model or None"
+            raise TypeError(checks.message(expected, f"a {type(model).__name__}", remedy))
+        if model is student:
+            remedy = "Pass a model of its own, such as a copy made by keras.models.clone_model."
+            raise ValueError(checks.message("`teacher` to be another model than `student`", "the same model", remedy))
+    return several
+
+
+def checked_dtype(dtype: Any) -> str | None:
+    """A precision of floating-point numbers by its name.
+
+    Args:
+        dtype: A name, a NumPy type, or None.
+
+    Returns:
+        The name, or None.
+
+    Raises:
+        ValueError: If it is not a floating-point precision.
+
+    Example:
+        >>> checked_dtype("bfloat16")
+        'bfloat16'
+    """
+    if dtype is None:
+        return None
+    with contextlib.suppress(ValueError, TypeError):
+        name = str(keras.backend.standardize_dtype(dtype))
+        if keras.backend.is_float_dtype(name):
+            return name
+    expected = "`teacher_dtype` to be a floating-point precision such as 'bfloat16'"
+    raise ValueError(checks.message(expected, f"teacher_dtype={dtype!r}"))
+
+
+def chosen_inputs(model: keras.Model, inputs: Any) -> Any:
+    """The inputs that a model declares, of a dict that may hold more.
+
+    Keras takes the first in sorted order where a functional model has one input, whatever its name.
+
+    Args:
+        model: The student or the teacher.
+        inputs: A batch.
+
+    Returns:
+        The part that the model takes; anything but a dict as it is.
+    """
+    structure = compat.input_structure(model)
+    if not isinstance(inputs, dict) or structure is None:
+        return inputs
+    if isinstance(structure, dict):
+        return {key: inputs[key] for key in structure if key in inputs}
+    names: Sequence[str] = [tensor.name for tensor in keras.tree.flatten(structure)]
+    if all(name in inputs for name in names):
+        return keras.tree.pack_sequence_as(structure, [inputs[name] for name in names])
+    return inputs

@@ -1,0 +1,65 @@
+"""Terms: a loss at a place in the two models, with a weight and perhaps an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras_distill import checks
+from keras_distill.terms.base import DistillationTerm
+from keras_distill.terms.features import FeatureDistillation, SelfDistillation
+from keras_distill.terms.logits import LogitsDistillation
+from keras_distill.terms.loss_term import LossTerm
+from keras_distill.terms.state import TermState
+from keras_distill.terms.weighing import weigh
+
+__all__ = [
+    "DistillationTerm",
+    "FeatureDistillation",
+    "LogitsDistillation",
+    "LossTerm",
+    "SelfDistillation",
+    "TermState",
+    "as_terms",
+    "weigh",
+]
+
+
+def as_terms(terms: DistillationTerm | Sequence[DistillationTerm] | None) -> list[DistillationTerm]:
+    """The terms as a list with distinct names.
+
+    Args:
+        terms: One term, several, or ``None`` for logits at temperature 4.
+
+    Returns:
+        At least one term.
+
+    Raises:
+        TypeError: If an entry is not a term.
+        ValueError: If there are none, or two share a name.
+
+    Example:
+        >>> [term.name for term in as_terms(None)]
+        ['logits']
+    """
+    several: Any = [LogitsDistillation()] if terms is None else terms
+    listed = [*several] if isinstance(several, (list, tuple)) else [several]
+    if not listed:
+        raise ValueError(checks.message("`terms` to hold at least one term", "terms=[]", "Pass None for logits alone."))
+    for index, term in enumerate(listed):
+        if not isinstance(term, DistillationTerm):
+            raise TypeError(_not_a_term(index, term))
+    names = [term.name for term in listed]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(checks.message("`terms` to have distinct names", f"{twice!r} twice", "Pass name=... to one."))
+    return listed
+
+
+def _not_a_term(index: int, term: Any) -> str:
+    remedy = "Wrap a loss: LogitsDistillation(loss) or FeatureDistillation(layer, layer, loss)."
+    kind, received = type(term), f"a {type(term).__name__}"
+    if kind.__module__.startswith("keras.src.distillation"):
+        received = f"a keras.distillation.{kind.__name__}"
+        remedy = f"Use keras_distill.{kind.__name__}, whose settings differ: see the README."
+    return checks.message(f"`terms[{index}]` to be a term", received, remedy)

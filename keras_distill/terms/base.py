@@ -1,0 +1,292 @@
+"""The base classes of the terms, and of a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops  # noqa: F401 - the example uses it
+
+from keras_distill import checks
+from keras_distill.recording import Call, Tap
+from keras_distill.schedules import Schedule, deserialized, first_value, serialized
+from keras_distill.terms.state import Settings, TermState, layer_copy
+
+
+class DistillationTerm:
+    """A loss at a place, with a weight: the base class of the terms, and of a user's own.
+
+    A term holds settings. Each model that is given a term makes a copy of its own, in ``model.terms``, which shares the
+    settings: assign ``term.weight`` on either, and it counts in every model that uses the term, from the next step on.
+    Adapters and other weights belong to the model's copy: they are trained along with the student's, saved with the
+    distillation model, and absent from the student's own file.
+
+    A subclass implements :meth:`compute`; it names the layers that it reads in ``student_taps`` and ``teacher_taps``,
+    and makes what depends on the features' shapes in :meth:`build_from_calls`. It needs no :meth:`get_config` unless
+    the model is saved.
+
+    Args:
+        weight: Factor of the term in the total loss, 0 or greater, a number or a schedule. A term of weight 0 is
+            skipped in training, and its key is absent from the logs; evaluation measures it.
+        name: Name in logs and files, distinct among the terms.
+        use_sample_weight: Whether the batch's sample weights count in the term. False where a weight of 0 only says
+            that an example has no label: the task loss then leaves it out, and the term learns from it.
+        trainable: Whether the term's adapters and other weights are trained.
+
+    Attributes:
+        student_taps: Layers of the student that the term reads.
+        teacher_taps: Layers of the teacher that the term reads.
+        needs_labels: Whether :meth:`compute` needs the batch's labels.
+        needs_teacher: Whether :meth:`compute` reads the teacher.
+        schedules: The schedules of the weight and of the loss's settings, by name; ``fit`` follows them.
+        built: Whether :meth:`build_from_calls` has run; always False for a term that no model has made its own.
+
+    Raises:
+        ValueError: If ``weight`` is negative or not finite, or ``name`` is empty, taken by the library or has a
+            separator in it.
+        TypeError: If ``weight`` is not a number, or there is no such setting.
+
+    Example:
+        >>> class MeanGap(DistillationTerm):
+        ...     def compute(self, student, teacher, labels=None, sample_weight=None):
+        ...         return ops.abs(ops.mean(student.output) - ops.mean(teacher.output))
+        >>> term = MeanGap(weight=0.5, name="gap")
+        >>> float(term.compute(Call(ops.ones((2, 3))), Call(3.0 * ops.ones((2, 3)))))
+        2.0
+    """
+
+    student_taps: Sequence[Tap] = ()
+    teacher_taps: Sequence[Tap] = ()
+    needs_labels: bool = False
+    needs_teacher: bool = True
+    built: bool = False
+    state: TermState | None = None
+    _first_weights: dict[str, Any] | None = None
+    _origin: DistillationTerm | None = None
+
+    def __init__(
+        self,
+        *,
+        weight: float | Schedule = 1.0,
+        name: str,
+        use_sample_weight: bool = True,
+        trainable: bool = True,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise TypeError(_unknown_settings(type(self).__name__, unknown))
+        self.schedules: dict[str, Schedule] = {}
+        weight = first_value("weight", weight, checks.non_negative, self.schedules)
+        checks.boolean("use_sample_weight", use_sample_weight)
+        checks.boolean("trainable", trainable)
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(checks.message("`name` to be a string", f"name={name!r}"))
+        if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
+            raise ValueError(checks.message("`name` to be neither empty, 'task' nor 'distillation'", f"name={name!r}"))
+        if "/" in name or "." in name:  # Keras separates layers by the one, torch by the other
+            raise ValueError(checks.message("`name` to hold neither '/' nor '.'", f"name={name!r}", "Use '_'."))
+        self.name, self.use_sample_weight = name, use_sample_weight
+        self._settings = Settings(weight=float(weight), trainable=trainable)
+
+    @property
+    def weight(self) -> float:
+        """Factor of the term in the total loss; assign a number to change it from the next step on."""
+        return float(self._settings["weight"])
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self.set_setting("weight", value)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the term's adapters and other weights are trained."""
+        return bool(self._settings["trainable"])
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        checks.boolean("trainable", value)
+        self._settings["trainable"] = value
+        self._settings.changed()
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """What is trained of the term in the model that owns it."""
+        return [] if self.state is None else list(self.state.trainable_variables)
+
+    @property
+    def trained_taps(self) -> Sequence[Tap]:
+        """Taps of the student through which the term trains it."""
+        return self.student_taps
+
+    def numbers(self) -> dict[str, float]:
+        """The settings that may change without a new trace, by name."""
+        return {"weight": self.weight}
+
+    def set_setting(self, name: str, value: float) -> None:
+        """Set the weight, or a setting of the loss, for the steps to come.
+
+        Args:
+            name: Name of the setting.
+            value: A number: 0 or greater for a weight, greater than 0 for a temperature.
+
+        Raises:
+            ValueError: If the number is out of range, or the setting has a schedule, which would overwrite it.
+        """
+        if name in self.schedules:
+            expected = f"`{name}` of term {self.name!r} not to be assigned while it has a schedule"
+            received = f"{name}={value!r}, and {self.schedules[name]!r}"
+            raise ValueError(checks.message(expected, received, "Give the term a number in place of the schedule."))
+        self.follow(name, value)
+
+    def follow(self, name: str, value: float) -> None:
+        """Set a setting to a number, also where it has a schedule, from which the number came.
+
+        Args:
+            name: Name of the setting.
+            value: The number.
+        """
+        (checks.non_negative if name.endswith("weight") else checks.positive)(name, value)
+        self._store(name, float(value))
+        self._settings.changed()
+
+    def traced_settings(self) -> tuple[Any, ...]:
+        """What is fixed in a graph of the term: another value needs another graph."""
+        return (self.name, self.trainable)
+
+    def build_from_calls(self, student: Call, teacher: Call) -> None:
+        """Make what depends on the features' shapes, once, before the first use.
+
+        Layers and losses that are assigned to attributes here belong to the model that the term is in;
+        ``self.add_weight`` makes single weights.
+
+        Args:
+            student: A call of the student whose tensors may be symbolic: only their shapes count.
+            teacher: The teacher's call with the same input.
+        """
+
+    def check_calls(self, student: Call, teacher: Call) -> None:
+        """Check that another teacher fits what has been built.
+
+        Args:
+            student: A symbolic call of the student.
+            teacher: A symbolic call of the new teacher.
+        """
+
+    def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
+        """The loss without its weight.
+
+        Args:
+            student: The student's call.
+            teacher: The teacher's call with the same input.
+            labels: The batch's labels, where ``needs_labels``.
+            sample_weight: The batch's sample weights, or None.
+
+        Returns:
+            A scalar, under ``tf.distribute`` divided by the number of replicas, as Keras' own losses are; or one value
+            for each example, of which the mean is taken.
+        """
+        raise NotImplementedError(f"Expected {type(self).__name__} to implement `compute`.")
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """A weight of the model that owns the term, as ``keras.layers.Layer.add_weight`` makes it.
+
+        Raises:
+            ValueError: If no model owns the term yet.
+        """
+        if self.state is None:
+            expected = f"`add_weight` of {type(self).__name__} to be called in `build_from_calls`"
+            raise ValueError(checks.message(expected, "a term that no model owns yet"))
+        return self.state.add_weight(*args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {
+            "name": self.name,
+            "weight": serialized(self.schedules.get("weight"), self.weight),
+            "use_sample_weight": self.use_sample_weight,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DistillationTerm:
+        """The term that :meth:`get_config` describes."""
+        return cls(**deserialized(config))
+
+    def get_shapes(self) -> dict[str, Any] | None:
+        """What :meth:`build_from_shapes` needs to make the same weights again; None if nothing."""
+        return None
+
+    def build_from_shapes(self, config: dict[str, Any]) -> None:
+        """Make the weights of a saved model, before they are loaded.
+
+        Args:
+            config: What :meth:`get_shapes` returned.
+        """
+
+    # The copy that a model owns -----------------------------------------------------------------------------------
+
+    def owned(self, student: keras.Model) -> DistillationTerm:
+        """A copy for one owner: it shares the settings and makes its own adapters and other weights.
+
+        Args:
+            student: The student, in which the taps of layers are named by their paths.
+
+        Returns:
+            The copy.
+        """
+        origin = self._origin or self
+        copy = object.__new__(type(self))
+        copy.__dict__.update({**vars(origin), **origin._layers_for_an_owner()})
+        copy._origin = origin
+        copy.student_taps = [tap.within(student, "student") for tap in origin.student_taps]
+        copy.state = TermState(copy)
+        origin._settings.add(copy.state)
+        copy.take_numbers()
+        return copy
+
+    def _layers_for_an_owner(self) -> dict[str, keras.layers.Layer]:
+        """The layers that the term was given: themselves for its first owner, copies for every other.
+
+        Two models that trained the same layer would interfere; copies start as the layer did before any training.
+        """
+        given = {name: value for name, value in vars(self).items() if isinstance(value, keras.layers.Layer)}
+        if self._first_weights is None:
+            self._first_weights = {name: layer.get_weights() if layer.built else None for name, layer in given.items()}
+            return given
+        who = f"term {self.name!r}"
+        return {name: layer_copy(layer, self._first_weights.get(name), who) for name, layer in given.items()}
+
+    def take_numbers(self) -> None:
+        """Let the copy of an owner compute with the owner's variables."""
+
+    def in_teacher(self, teacher: keras.Model | None) -> None:
+        """Name the teacher's layers by their paths in a model."""
+        origin = self._origin or self
+        taps = origin.teacher_taps
+        self.teacher_taps = list(taps if teacher is None else [tap.within(teacher, "teacher") for tap in taps])
+
+    def _store(self, name: str, value: float) -> None:
+        self._settings[name] = value
+
+    def __repr__(self) -> str:
+        weight = self.schedules.get("weight", self.weight)
+        return f"{type(self).__name__}(name={self.name!r}, weight={weight!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings: a copy or a pickle belongs to no model."""
+        origin = self._origin or self
+        return {name: dict(value) if name == "_settings" else value for name, value in vars(origin).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "_settings": Settings(**state["_settings"])})
+
+
+def _unknown_settings(kind: str, unknown: dict[str, Any]) -> str:
+    name = next(iter(unknown))
+    remedy = ""
+    if name == "temperature":
+        remedy = f"In keras_distill the temperature belongs to the loss: {kind}(SoftTargetLoss(temperature=...))."
+    elif name in ("distillation_loss", "distillation_losses"):
+        remedy = f"Pass the loss first: {kind}(loss)."
+    return checks.message(f"{kind} to be given settings that it has", f"{name}={unknown[name]!r}", remedy)

@@ -1,0 +1,363 @@
+"""Terms on inner layers: between the two models, and within the student."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import keras
+from keras import ops
+
+from keras_distill import checks
+from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter, resized
+from keras_distill.losses import (
+    AttentionMapLoss,
+    AttentionRelationLoss,
+    DistillationLoss,
+    FeatureDistance,
+)
+from keras_distill.recording import Call, Tap
+from keras_distill.schedules import Schedule, deserialized
+from keras_distill.terms.base import DistillationTerm
+from keras_distill.terms.layouts import KINDS, arranged, known_layout
+from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
+from keras_distill.terms.loss_term import LossTerm, copied
+from keras_distill.terms.weighing import weigh
+
+Layers: TypeAlias = str | keras.layers.Layer | Tap | Sequence[str | keras.layers.Layer | Tap]
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class FeatureDistillation(LossTerm):
+    """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
+
+    A teacher map (N, H, W, C) of another height or width than the student's is resized to it: averaged down,
+    interpolated up. The meaning of the axes comes from the layers, or from ``Tap(layout=...)``. The adapters take their
+    shapes from the models, and so does a loss with parameters of its own, of which every pair of layers has a copy.
+
+    Args:
+        student_layer: Name of a layer of the student, such as ``"block2"``, a layer, a :class:`Tap`, or a list of them.
+        teacher_layer: The same for the teacher; as many as for the student.
+        loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, a loss of this package or of Keras, or a
+            function of ``(student, teacher)``. A loss with ``several_layers = True`` is given lists of features; any
+            other is averaged over the pairs of layers. A loss with ``learned = True`` is trained along with the
+            adapters.
+        weight: Factor of the term in the total loss, a number or a schedule.
+        adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a dense layer for
+            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which one model trains and
+            others copy, or a factory called with the shapes of both features, channels last.
+        use_sample_weight: Whether the batch's sample weights count in the term.
+        name: Name in logs and files; ``None`` takes the student layer's, ``"blocks_1"`` for ``"blocks.1"``.
+
+    Raises:
+        ValueError: If a setting is not one of those above, or ``loss`` has been built already.
+        TypeError: If ``loss`` cannot be called.
+
+    Example:
+        >>> FeatureDistillation("block2", "block4", "cosine", weight=10.0).name
+        'block2'
+
+    References:
+        Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
+    """
+
+    def __init__(
+        self,
+        student_layer: Layers,
+        teacher_layer: Layers,
+        loss: str | LossLike = "mse",
+        *,
+        weight: float | Schedule = 1.0,
+        adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
+        use_sample_weight: bool = True,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        student_taps, teacher_taps = as_taps(student_layer), as_taps(teacher_layer)
+        layers = re.sub(r"\W", "_", "_".join(tap.name for tap in student_taps))
+        name = name or layers or "features"
+        super().__init__(as_loss(loss), weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
+        if len(student_taps) != len(teacher_taps) or not student_taps:
+            expected = "`student_layer` and `teacher_layer` to name equally many layers, at least one"
+            raise ValueError(checks.message(expected, f"{len(student_taps)} and {len(teacher_taps)}", "Pair them."))
+        if isinstance(adapter, str):
+            checks.one_of("adapter", adapter, ADAPTERS)
+        if isinstance(adapter, keras.layers.Layer) and len(student_taps) > 1:
+            remedy = "Pass a function that makes one for each pair."
+            raise ValueError(checks.message("`adapter` not to be one layer for several pairs", f"{adapter}", remedy))
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        if getattr(self.loss, "layer", None) is not None:
+            remedy = "Pass a new one: the term builds a copy for each pair of layers."
+            raise ValueError(checks.message("`loss` not to be built yet", f"a {type(self.loss).__name__}", remedy))
+        self.adapter = adapter
+        self._adapters: list[keras.layers.Layer | None] = []
+        self._learned: list[Any] = []
+        self._learned_layers: list[keras.layers.Layer] = []
+        self._built_for: list[Any] = []
+
+    @property
+    def adapters(self) -> list[keras.layers.Layer | None]:
+        """Adapters of the model that the term is in, or of the first model that was given it, in the order of pairs."""
+        return self._in_a_model()._adapters
+
+    @property
+    def learned(self) -> list[Any]:
+        """Built copies of a loss with parameters of its own, in the order of pairs; empty for other losses."""
+        return self._in_a_model()._learned
+
+    def _in_a_model(self) -> FeatureDistillation:
+        first = self._settings.first()
+        return self if self._origin is not None or first is None else first.term
+
+    @property
+    def pairs(self) -> list[tuple[Tap, Tap]]:
+        """The taps that are compared with each other, the student's and the teacher's."""
+        return list(zip(self.student_taps, self.teacher_taps, strict=True))
+
+    @property
+    def trained_taps(self) -> list[Tap]:
+        """Taps of the student through which the term trains it; targets are not among them."""
+        return [tap for tap, _ in self.pairs]
+
+    def build_from_calls(self, student: Call, teacher: Call) -> None:
+        """Make the adapters from the shapes of a first call."""
+        self._build_adapters([self._described(index, student, teacher) for index in range(len(self.pairs))])
+        self.check_calls(student, teacher)
+
+    def check_calls(self, student: Call, teacher: Call) -> None:
+        """Check that the adapted features fit the teacher's, which may be another than the adapters were made for."""
+        for index, adapter in enumerate(self._adapters):
+            shape, wanted, *_ = self._described(index, student, teacher)
+            mapped = tuple(shape if adapter is None else adapter.compute_output_shape(tuple(shape)))
+            if self._resizes(index, mapped, wanted):
+                wanted = (wanted[0], *mapped[1:3], wanted[3])
+            self._check(mapped, wanted, index)
+
+    def _described(self, index: int, student: Call, teacher: Call) -> list[Any]:
+        """The shapes of a pair of features, arranged, and their layouts."""
+        features = self._raw(index, student, teacher)
+        layouts = self._layouts(index, *features)
+        shapes = [list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)]
+        return [*shapes, *layouts]
+
+    def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
+        """The loss without its weight, a scalar."""
+        if isinstance(sample_weight, (dict, list, tuple)):
+            sample_weight = None  # weights of the single outputs say nothing about a feature that all of them share
+        pairs = [self._pair(index, student, teacher) for index in range(len(self.pairs))]
+        settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}
+        if self.requires.several_layers:
+            students, teachers, masks = ([pair[part] for pair in pairs] for part in range(3))
+            return weigh(self.loss_of(student), students, teachers, masks=masks[0], **settings)
+        losses = self._learned or [self.loss_of(student)] * len(pairs)
+        values = []
+        for loss, (feature, target, masks) in zip(losses, pairs, strict=True):
+            if isinstance(loss, DistillationLoss) and self.requires.learned:
+                loss = copied(loss)
+                loss.training = student.training
+            values.append(weigh(loss, feature, target, masks=masks, **settings))
+        return sum(values) / len(pairs)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        kept = (self._origin or self).adapter  # type: ignore[attr-defined]
+        return {
+            **super().get_config(),
+            "student_layer": [student.get_config() for student, _ in self.pairs],
+            "teacher_layer": [teacher.get_config() for _, teacher in self.pairs],
+            "loss": keras.saving.serialize_keras_object(self.loss),
+            "adapter": kept if kept is None or isinstance(kept, str) else keras.saving.serialize_keras_object(kept),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DistillationTerm:
+        """The term that :meth:`get_config` describes."""
+        taps: dict[str, Any] = {
+            side: [Tap(**tap) for tap in config[side]] for side in ("student_layer", "teacher_layer")
+        }
+        rest = {key: value for key, value in config.items() if key not in taps}
+        return cls(**taps, **deserialized(rest))
+
+    def get_shapes(self) -> dict[str, Any] | None:
+        """The shapes and layouts that the adapters were made from."""
+        return {"pairs": self._built_for} if self.built else None
+
+    def build_from_shapes(self, config: dict[str, Any]) -> None:
+        """Make the adapters from the shapes of a saved model."""
+        self._build_adapters(config["pairs"])
+
+    def _build_adapters(self, pairs: list[Any]) -> None:
+        # a factory may read the positions that are known; sizes that files have kept are lists
+        shapes = [(tuple(student), tuple(teacher), KINDS.get(layout)) for student, teacher, layout, _ in pairs]
+        self._adapters = []
+        for (student, teacher, kind), (tap, _) in zip(shapes, self.pairs, strict=True):
+            wanted = self.adapter
+            if wanted == "auto" and (not self.requires.channels_must_match or kind == "scores"):
+                wanted = None
+            maps = len(student) >= 4 if kind is None else kind == "map"
+            self._adapters.append(make_adapter(wanted, student, teacher, tap.name, maps=maps))
+        if self.requires.learned:
+            self._learned = [copied(self.loss) for _ in shapes]
+            for loss, adapter, (student, teacher, _) in zip(self._learned, self._adapters, shapes, strict=True):
+                loss.build(student if adapter is None else adapter.compute_output_shape(student), teacher)
+            self._learned_layers = [loss.layer for loss in self._learned]
+        self._built_for = pairs
+
+    def _raw(self, index: int, student: Call, teacher: Call) -> tuple[tuple[Call, Any], tuple[Call, Any]]:
+        """For each side the call that the feature is read from, and the feature as the layer returned it."""
+        student_tap, teacher_tap = self.pairs[index]
+        return (student, student.feature(student_tap)), (teacher, teacher.feature(teacher_tap))
+
+    def _layouts(self, index: int, student: tuple[Call, Any], teacher: tuple[Call, Any]) -> list[str | None]:
+        """What the axes of both features mean, as far as it is known; raise where it matters and nobody says."""
+        taps = self.pairs[index]
+        layouts = [
+            known_layout(tap, tensor, call.facts_of(tensor))
+            for tap, (call, tensor) in zip(taps, (student, teacher), strict=True)
+        ]
+        shapes = [tuple(tensor.shape) for _, tensor in (student, teacher)]
+        ranks = [len(shape) for shape in shapes]
+        if layouts[1] is None and taps[1].key in teacher[0].features and ranks[0] == ranks[1]:
+            layouts[1] = layouts[0]  # targets carry a feature as the teacher returned it
+        declared = self._declared_layout()
+        for side in (0, 1):
+            if layouts[side] is None and ranks[side] == 4:
+                layouts[side] = declared
+        unknown = [tap.name for tap, layout, rank in zip(taps, layouts, ranks, strict=True) if not layout and rank >= 4]
+        if unknown:
+            # an adapter of the last axis is safe where the positions agree; resizing and comparing across axes are not
+            positions = checks.shapes_differ(shapes[0][1:-1], shapes[1][1:-1])
+            elementwise = isinstance(self.loss, FeatureDistance) and self.loss.kind in ("mse", "l1", "smooth_l1")
+            equal = not checks.shapes_differ(shapes[0][1:], shapes[1][1:])
+            plain = keras.config.image_data_format() == "channels_last" or (elementwise and equal)
+            own = not isinstance(self.adapter, (str, type(None)))  # an adapter of the user's may change positions too
+            if (positions and self.requires.positions_must_match and not own) or not plain:
+                expected = f"the meaning of the axes of {' and '.join(map(repr, unknown))} to be known"
+                remedy = (
+                    f'Pass Tap({unknown[0]!r}, layout=...): "channels_last", "channels_first", "heads" or "scores".'
+                )
+                raise ValueError(checks.message(expected, f"shapes {shapes[0]} and {shapes[1]}", remedy))
+        kinds = [KINDS.get(layout) for layout in layouts]
+        if all(kinds) and kinds[0] != kinds[1]:
+            expected = f"student feature {taps[0].name!r} and teacher feature {taps[1].name!r} to be of one kind"
+            remedy = "If the layers are taken for what they are not, pass Tap(layout=...)."
+            raise ValueError(checks.message(expected, f"{layouts[0]} and {layouts[1]}", remedy))
+        wanted = KINDS.get(declared)
+        if wanted == "scores" and any(kind not in (None, wanted) for kind in kinds):
+            expected = f"two attention maps for {type(self.loss).__name__}"
+            raise ValueError(checks.message(expected, f"{layouts[0]} and {layouts[1]}", 'Tap("mha", output=1) is one.'))
+        return layouts
+
+    def _declared_layout(self) -> str | None:
+        """The layout of four dimensions that a loss implies."""
+        if isinstance(self.loss, AttentionMapLoss):
+            return "scores"
+        return "heads" if isinstance(self.loss, AttentionRelationLoss) else None
+
+    def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Any, Any, Any]:
+        """The adapted feature, the teacher's at its positions, and both masks."""
+        (_, feature), (source, target) = self._raw(index, student, teacher)
+        masks = [student.mask_of(feature), source.mask_of(target)]
+        student_layout, teacher_layout = self._built_for[index][2:] if self._built_for else (None, None)
+        target = ops.stop_gradient(target)
+        feature, target = arranged(_widened(feature), student_layout), arranged(_widened(target), teacher_layout)
+        adapter = self._adapters[index] if self._adapters else None
+        if adapter is not None:
+            feature = adapter(feature, training=student.training)
+        if self._resizes(index, feature.shape, target.shape):
+            target = resized(target, feature.shape)
+            masks = masks[:1]
+        self._check(tuple(feature.shape), tuple(target.shape), index)
+        return feature, fitted_rows(feature, target), masks
+
+    def _resizes(self, index: int, mapped: Sequence[int | None], wanted: Sequence[int | None]) -> bool:
+        kind = KINDS.get(self._built_for[index][2]) if self._built_for else None
+        positions = self.requires.positions_must_match
+        maps = kind in (None, "map") and len(mapped) == len(wanted) == 4
+        return bool(positions and maps and self.adapter != "linear")
+
+    def _check(self, mapped: Sequence[int | None], wanted: Sequence[int | None], index: int) -> None:
+        everything = self.requires.channels_must_match and self.requires.positions_must_match
+        if everything and checks.shapes_differ(mapped, wanted):
+            names = [tap.name for tap in self.pairs[index]]
+            expected = f"student feature {names[0]!r} and teacher feature {names[1]!r} to have equal shapes"
+            remedy = 'Pass adapter="auto".' if self.adapter is None else "Pass an adapter that makes them equal."
+            if self.adapter == "auto" and self._adapters and mapped[-1] != wanted[-1]:
+                remedy = "The adapter was made for another teacher: make a new DistillModel."
+            raise ValueError(checks.message(expected, f"{tuple(mapped)} and {tuple(wanted)}", remedy))
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class SelfDistillation(FeatureDistillation):
+    """A loss between shallow layers of the student and a deep one, from which they learn: a network with several exits.
+
+    The deep layer's feature is the target and gets no gradient. No teacher is needed: pass ``teacher=None`` where there
+    are no other terms.
+
+    Args:
+        student_layer: The shallow layer, or several.
+        teacher_layer: The deep layer of the same network; one for all, or as many.
+        loss: As for :class:`FeatureDistillation`; between exits that return logits a loss on logits.
+        weight: Factor of the term in the total loss, a number or a schedule.
+        adapter: As for :class:`FeatureDistillation`.
+        use_sample_weight: Whether the batch's sample weights count in the term.
+        name: Name in logs and files; ``None`` takes the shallow layer's.
+
+    Raises:
+        ValueError: If a setting is not one of those above.
+        TypeError: If ``loss`` cannot be called.
+
+    Example:
+        >>> from keras_distill import SoftTargetLoss
+        >>> SelfDistillation(["exit1", "exit2"], "exit3", SoftTargetLoss(temperature=3.0), weight=0.5).name
+        'exit1_exit2'
+
+    References:
+        Zhang et al. (2019). Be Your Own Teacher, arXiv:1905.08094.
+    """
+
+    needs_teacher = False
+
+    def __init__(
+        self,
+        student_layer: Layers,
+        teacher_layer: Layers,
+        loss: str | LossLike = "mse",
+        *,
+        weight: float | Schedule = 1.0,
+        adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
+        use_sample_weight: bool = True,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shallow, deep = as_taps(student_layer), as_taps(teacher_layer)
+        deep = deep * len(shallow) if len(deep) == 1 else deep
+        settings = {"weight": weight, "adapter": adapter, "use_sample_weight": use_sample_weight, "name": name}
+        super().__init__(shallow, deep, loss, **settings, **kwargs)  # type: ignore[arg-type]
+        self.student_taps, self.teacher_taps = [*shallow, *deep], []
+
+    @property
+    def pairs(self) -> list[tuple[Tap, Tap]]:
+        """The taps that are compared with each other, both of the student."""
+        number = len(self.student_taps) // 2
+        return list(zip(self.student_taps[:number], self.student_taps[number:], strict=True))
+
+    def build_from_calls(self, student: Call, teacher: Call) -> None:
+        """Make the adapters from the shapes of a first call of the student."""
+        super().build_from_calls(student, student)
+
+    def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
+        """The loss without its weight, a scalar."""
+        return super().compute(student, student, labels, sample_weight)
+
+
+def as_taps(layers: Layers) -> list[Tap]:
+    """One layer or several as taps."""
+    return [Tap.of(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
+
+
+def _widened(feature: Any) -> Any:
+    """The feature in float32 if it is narrower: 1e4 squared leaves float16."""
+    narrow = keras.backend.standardize_dtype(feature.dtype) in ("float16", "bfloat16")
+    return ops.cast(feature, "float32") if narrow else feature

@@ -1,0 +1,279 @@
+"""The term on the outputs of the two models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import keras
+from keras import ops
+
+from keras_distill import backends, checks
+from keras_distill.functional.top_k import TopK, best_scores, check_classes, merge_classes
+from keras_distill.losses import (
+    BinarySoftTargetLoss,
+    DecoupledKDLoss,
+    DISTLoss,
+    FeatureDistance,
+    FunctionLoss,
+    LogitMSELoss,
+    MultiLevelLogitLoss,
+    NormalizedKDLoss,
+    SoftTargetLoss,
+    WeightedSoftLabelLoss,
+)
+from keras_distill.recording import Call, select
+from keras_distill.schedules import Schedule
+from keras_distill.terms.loss_term import LossTerm
+from keras_distill.terms.outputs import paired_outputs
+from keras_distill.terms.weighing import weigh
+
+LossLike: TypeAlias = keras.losses.Loss | Callable[..., Any]
+
+# Keras' own losses that are least where both models agree, and see every move of a logit: measured, an allow-list. All
+# others take their first argument for probabilities or classes.
+FIT_FOR_LOGITS: Final = (
+    "MeanSquaredError",
+    "MeanAbsoluteError",
+    "MeanAbsolutePercentageError",
+    "Huber",
+    "LogCosh",
+    "CosineSimilarity",
+)
+# Of its functions, which may be meant as plain formulas, only those on probabilities and classes are refused.
+_UNFIT_FUNCTIONS: Final = ("crossentropy", "kl_divergence", "poisson", "hinge", "dice", "tversky")
+_CLASS_SCORES: Final = (
+    DecoupledKDLoss,
+    DISTLoss,
+    LogitMSELoss,
+    MultiLevelLogitLoss,
+    NormalizedKDLoss,
+    WeightedSoftLabelLoss,
+)
+
+
+class Scores(NamedTuple):
+    """Scores of the same classes by both models, to count where they choose the same one.
+
+    Args:
+        student: The student's scores.
+        teacher: The teacher's.
+        mask: Where rows count, or None.
+        threshold: From where on a single score means the class.
+    """
+
+    student: Any
+    teacher: Any
+    mask: Any
+    threshold: float
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class LogitsDistillation(LossTerm):
+    """A loss between the outputs of the two models.
+
+    Several outputs of models that declare them (functional models, dicts) are compared one by one and the losses added
+    up; a tuple of a subclassed model is compared so only if all its shapes are equal. ``output`` picks one.
+
+    Args:
+        loss: A loss of this package, a regression loss of Keras, ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"`` or
+            ``"kl"``, or a function of ``(student_logits, teacher_logits)``; ``None`` is :class:`SoftTargetLoss` at
+            temperature 4.
+        weight: Factor of the term in the total loss, a number or a schedule.
+        output: Which of a model's outputs, an index or a key; ``None`` adds the loss up over all of them.
+        use_sample_weight: Whether the batch's sample weights count in the term.
+        name: Name in logs and files.
+
+    Attributes:
+        temperature: The loss's temperature where it has one; a number may be assigned while training.
+
+    Raises:
+        TypeError: If ``loss`` cannot be called, or is a class.
+        ValueError: If ``weight`` is negative; or, once the models are known, if the loss expects logits and a model
+            returns probabilities, or the other way round.
+
+    Example:
+        >>> term = LogitsDistillation(SoftTargetLoss(temperature=1.0), weight=0.5)
+        >>> round(float(term.compute(Call(ops.array([[2.0, 0.0]])), Call(ops.array([[0.0, 1.0]])))), 4)
+        1.0068
+
+    References:
+        Hinton, Vinyals, Dean (2015). Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
+    """
+
+    def __init__(
+        self,
+        loss: str | LossLike | None = None,
+        *,
+        weight: float | Schedule = 1.0,
+        output: int | str | None = None,
+        use_sample_weight: bool = True,
+        name: str = "logits",
+        **kwargs: Any,
+    ) -> None:
+        chosen = as_loss(SoftTargetLoss() if loss is None else loss)
+        super().__init__(chosen, weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
+        if self.requires.learned:
+            expected = "`loss` to have no parameters of its own"
+            remedy = "Use it in a FeatureDistillation, between the models' last layers for instance."
+            raise TypeError(checks.message(expected, f"a {type(loss).__name__}", remedy))
+        self.output_key = output
+
+    def build_from_calls(self, student: Call, teacher: Call) -> None:
+        """Check that the two models' outputs fit each other and the loss."""
+        self.check_calls(student, teacher)
+
+    def check_calls(self, student: Call, teacher: Call) -> None:
+        """Check that the two models' outputs fit each other and the loss."""
+        for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
+            ends = {"student": student.facts_of(student_logits).end}
+            if isinstance(teacher_logits, TopK):
+                self._check_merging(teacher_logits)
+                check_classes(student_logits, teacher_logits)
+                self._check_kind(ends)
+                continue
+            self._check_kind({**ends, "teacher": teacher.facts_of(teacher_logits).end})
+            remedy = "Both models must score the same classes."
+            checks.same_shape(student_logits, teacher_logits, names=("student_logits", "teacher_logits"), remedy=remedy)
+            if tuple(student_logits.shape)[-1:] == (1,) and isinstance(self.loss, SoftTargetLoss):
+                expected = "outputs of at least 2 classes for SoftTargetLoss"
+                remedy = (
+                    "For a single logit use BinarySoftTargetLoss(); of several outputs pick the classes by output=..."
+                )
+                raise ValueError(checks.message(expected, f"shape {tuple(student_logits.shape)}", remedy))
+
+    def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
+        """The loss without its weight, a scalar."""
+        total = 0.0
+        loss, pairs = self.loss_of(student), paired_outputs(student, teacher, self.output_key, sample_weight)
+        for (student_logits, teacher_logits, weights), known in zip(
+            pairs, self._labels_of(labels, len(pairs)), strict=True
+        ):
+            masks = [student.mask_of(student_logits), teacher.mask_of(teacher_logits)]
+            if isinstance(teacher_logits, TopK):
+                self._check_merging(teacher_logits)  # here too: the term may have been built with a teacher
+                temperature = getattr(loss, "temperature", 1.0)
+                student_logits, teacher_logits = merge_classes(student_logits, teacher_logits, temperature)
+            else:
+                teacher_logits = fitted_rows(student_logits, teacher_logits)
+            total = total + weigh(
+                loss,
+                student_logits,
+                teacher_logits,
+                labels=known,
+                needs_labels=self.needs_labels,
+                masks=masks,
+                sample_weight=weights,
+            )
+        return total
+
+    def scores(self, student: Call, teacher: Call) -> list[Scores]:
+        """The pairs of outputs in which both models choose one of several classes; empty where they do not."""
+        binary = isinstance(self.loss, BinarySoftTargetLoss)
+        own = self.requires.class_scores or self.requires.merges_classes or isinstance(self.loss, _CLASS_SCORES)
+        if not (own or binary):
+            return []
+        scores = []
+        for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
+            mask = _joined(student.mask_of(student_logits), teacher.mask_of(teacher_logits))
+            teacher_scores = best_scores(teacher_logits) if isinstance(teacher_logits, TopK) else teacher_logits
+            single = len(student_logits.shape) < 2 or student_logits.shape[-1] == 1
+            # several sigmoids choose no class; of a single score only the loss for single scores says what it means
+            if single == binary and not checks.shapes_differ(student_logits.shape, teacher_scores.shape):
+                threshold = 0.0 if getattr(self.loss, "from_logits", True) else 0.5
+                scores.append(Scores(student_logits, teacher_scores, mask, threshold if single else 0.0))
+        return scores
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        loss = keras.saving.serialize_keras_object(self.loss)
+        return {**super().get_config(), "loss": loss, "output": self.output_key}
+
+    def _labels_of(self, labels: Any, count: int) -> list[Any]:
+        """The labels of each output: nested ones are told apart as the outputs are, others serve all of them."""
+        if not self.needs_labels or not keras.tree.is_nested(labels):
+            return [labels] * count
+        if self.output_key is not None:
+            return [select(labels, self.output_key, "the labels")]
+        several: list[Any] = keras.tree.flatten(labels)
+        if len(several) != count:
+            expected = f"labels for each of the {count} outputs, since {type(self.loss).__name__} needs them"
+            raise ValueError(checks.message(expected, f"{len(several)}", "Pass output=<the output that has labels>."))
+        return several
+
+    def _check_kind(self, ends: dict[str, str | None]) -> None:
+        """Raise if logits are taken for probabilities, or the other way round, as far as the models tell."""
+        name = type(self.loss).__name__
+        probabilities = [who for who, end in ends.items() if end in ("softmax", "sigmoid")]
+        logits = [who for who, end in ends.items() if end == "linear"]
+        from_logits = getattr(self.loss, "from_logits", None)
+        if _is_of_keras(self.loss):
+            if len(probabilities) < len(ends):
+                _refuse_loss_of_keras(self.loss)
+        elif from_logits is True and probabilities:
+            both = len(probabilities) == len(ends)
+            remedy = f"Leave out the last softmax or sigmoid of the {' and the '.join(probabilities)}"
+            remedy += ", or pass a loss with from_logits=False." if both else ": the other model returns logits."
+            expected = f"the {probabilities[0]}'s output to be logits, since the loss has from_logits=True"
+            raise ValueError(checks.message(expected, "probabilities of a softmax or sigmoid", remedy))
+        elif from_logits is False and logits:
+            expected = f"the {logits[0]}'s output to be probabilities, since {name} has from_logits=False"
+            remedy = "End both models in a softmax or sigmoid, or neither and pass a loss with from_logits=True."
+            raise ValueError(checks.message(expected, "logits of a layer without activation", remedy))
+
+    def _check_merging(self, teacher: TopK) -> None:
+        """Raise if the loss is not a divergence of logits, in which classes may be merged."""
+        own = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
+        if not own or not getattr(self.loss, "from_logits", True):
+            expected = f"a cache of full outputs for {type(self.loss).__name__}"
+            remedy = "Build it without top_k, or use a divergence of logits such as SoftTargetLoss()."
+            received = f"the likeliest {teacher.indices.shape[-1]} classes alone"
+            raise ValueError(checks.message(expected, received, remedy))
+
+
+def as_loss(loss: str | LossLike) -> keras.losses.Loss:
+    """A loss object from a name, a loss or a function."""
+    if isinstance(loss, str):
+        return FeatureDistance(loss)  # type: ignore[arg-type]
+    return loss if isinstance(loss, keras.losses.Loss) else FunctionLoss(loss)
+
+
+def fitted_rows(student: Any, teacher: Any) -> Any:
+    """The teacher's tensor with the student's number of examples: a single row must not be broadcast over a batch.
+
+    XLA drops assertions, without it TensorFlow drops a reshape to the same shape: both are needed.
+
+    Args:
+        student: The student's tensor.
+        teacher: The teacher's, of the same shape but for the number of examples.
+
+    Returns:
+        The teacher's tensor.
+    """
+    backends.check_batch(student, teacher)
+    if student.shape[0] == teacher.shape[0] is not None:
+        return teacher
+    return ops.reshape(teacher, (ops.shape(student)[0], *ops.shape(teacher)[1:]))
+
+
+def _joined(first: Any, second: Any) -> Any:
+    if first is None or second is None:
+        return second if first is None else first
+    return ops.logical_and(ops.cast(first, "bool"), ops.cast(second, "bool"))
+
+
+def _is_of_keras(loss: keras.losses.Loss) -> bool:
+    kind = getattr(loss, "function", None) if isinstance(loss, FunctionLoss) else type(loss)
+    return str(getattr(kind, "__module__", "")).startswith("keras.")
+
+
+def _refuse_loss_of_keras(loss: keras.losses.Loss) -> None:
+    """Raise if a loss of Keras takes the teacher's logits for probabilities or classes."""
+    function = getattr(loss, "function", None) if isinstance(loss, FunctionLoss) else None
+    name = type(loss).__name__ if function is None else getattr(function, "__name__", "")
+    unfit = name not in FIT_FOR_LOGITS if function is None else name.endswith(_UNFIT_FUNCTIONS)
+    if unfit:
+        expected = "`loss` to be a loss between the logits of two models"
+        remedy = "Use SoftTargetLoss(), SoftCrossEntropyLoss() or, with a sigmoid per class, BinarySoftTargetLoss()."
+        received = f"keras.losses.{name}, which takes the teacher's logits for probabilities or classes"
+        raise ValueError(checks.message(expected, received, remedy))

@@ -1,0 +1,71 @@
+"""Which of the student's outputs is compared with which of the teacher's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_distill import checks
+from keras_distill.functional.top_k import TopK
+from keras_distill.recording import Call, select
+
+
+def paired_outputs(
+    student: Call, teacher: Call, output: int | str | None = None, sample_weight: Any = None
+) -> list[tuple[Any, Any, Any]]:
+    """The outputs that are compared with each other, and their sample weights.
+
+    Args:
+        student: The student's call.
+        teacher: The teacher's call.
+        output: Which of the outputs, an index or a key; None pairs all of them.
+        sample_weight: The batch's weights, for all outputs or nested as they are.
+
+    Returns:
+        The student's output, the teacher's and the weights, for each pair; a :class:`TopK` is one output.
+
+    Raises:
+        ValueError: If the two models' outputs cannot be paired.
+
+    Example:
+        >>> paired_outputs(Call({"a": 1.0, "b": 2.0}), Call({"a": 3.0, "b": 4.0}), "b")
+        [(2.0, 4.0, None)]
+    """
+    student_output, teacher_output = student.output, teacher.output
+    if output is not None:
+        if keras.tree.is_nested(sample_weight):
+            sample_weight = sample_weight[output]
+        student_output = select(student_output, output, "the student's output")
+        if not isinstance(teacher_output, TopK):
+            teacher_output = select(teacher_output, output, "the teacher's output")
+    elif isinstance(student_output, dict) and isinstance(teacher_output, dict):
+        if student_output.keys() != teacher_output.keys():
+            received = f"{sorted(student_output)} and {sorted(teacher_output)}"
+            raise ValueError(checks.message("both models to have the same outputs", received, "Pass output=<a key>."))
+    else:
+        _refuse_ambiguous(student)
+        _refuse_ambiguous(teacher)
+    students = keras.tree.flatten(student_output)
+    teachers = [teacher_output] if isinstance(teacher_output, TopK) else keras.tree.flatten(teacher_output)
+    named = isinstance(student_output, dict), isinstance(teacher_output, dict)
+    if named[0] != named[1] and len(students) == len(teachers) > 1:
+        received = f"a {type(student_output).__name__} and a {type(teacher_output).__name__}"
+        raise ValueError(checks.message("both models to name their outputs, or neither", received))
+    if len(students) != len(teachers):
+        received = f"{len(students)} and {len(teachers)}"
+        raise ValueError(checks.message("both models to have equally many outputs", received, "Pass output=..."))
+    nested = isinstance(sample_weight, (dict, list, tuple))
+    weights = keras.tree.flatten(sample_weight) if nested else [sample_weight] * len(students)
+    return list(zip(students, teachers, weights, strict=True))
+
+
+def _refuse_ambiguous(call: Call) -> None:
+    """Raise if a subclassed model returns several tensors that are not class scores of equal shapes."""
+    if call.declared or isinstance(call.output, (dict, TopK)) or not isinstance(call.output, (list, tuple)):
+        return
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in keras.tree.flatten(call.output)]
+    if len(set(shapes)) > 1:
+        expected = f"the {call.who} to return one tensor, or several that are named in a dict"
+        remedy = "Pass LogitsDistillation(output=<the index of the logits>)."
+        raise ValueError(checks.message(expected, f"a {type(call.output).__name__} of shapes {shapes}", remedy))

@@ -1,0 +1,132 @@
+"""The one rule of masks, ignored labels and sample weights, for every loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_distill import backends, checks, compat
+from keras_distill.losses import DistillationLoss, FunctionLoss
+
+
+def weigh(
+    loss: keras.losses.Loss,
+    student: Any,
+    teacher: Any,
+    *,
+    labels: Any = None,
+    needs_labels: bool = False,
+    masks: Sequence[Any] = (),
+    sample_weight: Any = None,
+) -> Any:
+    """A loss of the student's tensor from the teacher's, a scalar.
+
+    A position counts if no mask of either tensor hides it and, for a loss that needs labels, its label is a class:
+    neither negative nor the loss's ``ignore_index``. Where it does not count, both tensors are 0 before the loss, so
+    that its gradient is exactly 0, and it is left out of the mean as Keras leaves out masked positions.
+
+    Args:
+        loss: The loss.
+        student: The student's tensor ``(N, ..., C)``, or a list of them.
+        teacher: The teacher's tensor or list.
+        labels: The batch's labels.
+        needs_labels: Whether the loss needs them.
+        masks: True where a position counts, shape ``(N, L)``; entries may be None.
+        sample_weight: Weight of each example, shape ``(N,)``, or of each position.
+
+    Returns:
+        A scalar; under ``tf.distribute`` divided by the number of replicas.
+
+    Raises:
+        ValueError: If the weights fit neither the examples nor the positions.
+    """
+    first = keras.tree.flatten(student)[0]
+    kept = [ops.cast(mask, "bool") for mask in masks if mask is not None and len(mask.shape) < len(first.shape)]
+    if needs_labels and labels is not None:
+        labels, classes = _classes(labels, first, getattr(loss, "ignore_index", None))
+        if classes is not None:
+            kept.append(classes)
+    mask = functools.reduce(ops.logical_and, kept) if kept else None
+    if mask is not None:
+        student, teacher = keras.tree.map_structure(lambda tensor: _zeroed(tensor, mask), (student, teacher))
+    target = (teacher, labels) if needs_labels else teacher
+    reduces_over = loss.gives if isinstance(loss, DistillationLoss) else "positions"
+    missing = needs_labels and labels is None and isinstance(loss, DistillationLoss)
+    if reduces_over == "batch" or missing:  # a loss says in its own words that it needs labels
+        return loss(target, student)
+    if not isinstance(loss, (DistillationLoss, FunctionLoss)):  # ours choose their precision themselves
+        target, student = keras.tree.map_structure(lambda tensor: _in_precision(tensor, loss), (target, student))
+    values = loss.call(target, student)
+    if not len(values.shape):
+        return values / backends.replicas()  # nothing to weigh: the loss took the mean itself
+    if reduces_over == "examples":
+        mask = None
+    own_mask = compat.get_keras_mask(values)  # of rows that the loss itself leaves out
+    if own_mask is not None:
+        mask = own_mask if mask is None else ops.logical_and(mask, ops.cast(own_mask, "bool"))
+    rank, sizes = len(values.shape), tuple(values.shape)
+    dtype = keras.backend.result_type(values.dtype, "float32")
+    weights = _fitted(sample_weight, rank, sizes)
+    mask = (
+        None if mask is None or len(mask.shape) > rank else ops.broadcast_to(_expanded(mask, rank), ops.shape(values))
+    )
+    reduced = compat.reduce_weighted_values(
+        ops.cast(values, dtype), sample_weight=weights, mask=mask, reduction=loss.reduction, dtype=dtype
+    )
+    return scalar(reduced)
+
+
+def scalar(value: Any) -> Any:
+    """The mean of values of any shape, under ``tf.distribute`` divided by the number of replicas; a scalar as it is."""
+    value = ops.convert_to_tensor(value)
+    return value if not len(value.shape) else ops.mean(value) / backends.replicas()
+
+
+def _classes(labels: Any, student: Any, ignore_index: int | None) -> tuple[Any, Any]:
+    """Labels without those that are not classes, and where they are classes; as they are where they are one-hot."""
+    labels = ops.convert_to_tensor(labels)
+    shape, scores = tuple(labels.shape), tuple(student.shape)
+    if len(shape) == len(scores) and shape[-1] == 1 and scores[-1] != 1:
+        labels = ops.squeeze(labels, axis=-1)
+    if len(labels.shape) != len(scores) - 1:
+        return labels, None
+    classes = labels >= 0
+    if ignore_index is not None:
+        classes = ops.logical_and(classes, ops.not_equal(labels, ignore_index))
+    return ops.where(classes, labels, ops.zeros_like(labels)), classes
+
+
+def _fitted(sample_weight: Any, rank: int, sizes: tuple[int | None, ...]) -> Any:
+    """Weights with as many dimensions as the values."""
+    if sample_weight is None:
+        return None
+    weights = ops.copy(ops.cast(sample_weight, "float32"))  # on torch Keras multiplies them by the mask in place
+    shape = tuple(weights.shape)
+    while len(shape) > 1 and shape[-1] == 1:
+        weights, shape = ops.squeeze(weights, axis=-1), shape[:-1]
+    if len(shape) > rank or checks.shapes_differ(shape, sizes[: len(shape)]):
+        expected = f"`sample_weight` to have one weight for each example, or for each of the values {sizes}"
+        raise ValueError(checks.message(expected, f"shape {tuple(sample_weight.shape)}"))
+    return _expanded(weights, rank)
+
+
+def _expanded(tensor: Any, rank: int) -> Any:
+    for _ in range(rank - len(tensor.shape)):
+        tensor = ops.expand_dims(tensor, axis=-1)
+    return tensor
+
+
+def _zeroed(tensor: Any, mask: Any) -> Any:
+    if len(tensor.shape) < len(mask.shape):
+        return tensor
+    return ops.where(_expanded(mask, len(tensor.shape)), tensor, ops.zeros_like(tensor))
+
+
+def _in_precision(tensor: Any, loss: keras.losses.Loss) -> Any:
+    """Floating-point tensors in the precision of a loss of Keras, as its own ``__call__`` has them."""
+    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+    return ops.cast(tensor, loss.dtype) if is_float else tensor

@@ -1,0 +1,283 @@
+"""Features of the Keras half, each with a model to fit and the same training written by hand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_distill import (
+    DecoupledKDLoss,
+    DistillModel,
+    DistillTargets,
+    FeatureDistillation,
+    LogitsDistillation,
+    SelfDistillation,
+    SoftTargetLoss,
+    VariationalInformationLoss,
+)
+from keras_distill.schedules import Linear
+
+RATE, EPOCHS, BATCH = 0.05, 2, 8
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(16, 6)).astype("float32"), RNG.integers(0, 3, 16).astype("int32")
+IDS = RNG.integers(1, 9, (16, 5)).astype("int32")
+IDS[::2, 3:] = 0
+TAGS = RNG.integers(0, 3, (16, 5)).astype("int32")
+TAGS[IDS == 0] = 0
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+def network(width: int, name: str, dtype: str | None = None) -> keras.Model:
+    """Six inputs, the layers "hidden" and "deep", three logits in float32."""
+    inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(width, "tanh", name="hidden", dtype=dtype)(inputs)
+    deep = keras.layers.Dense(width + 1, "tanh", name="deep", dtype=dtype)(hidden)
+    return keras.Model(inputs, keras.layers.Dense(3, name="logits", dtype=dtype)(deep), name=name)
+
+
+def tagger(width: int, name: str, dtype: str | None = None) -> keras.Model:
+    """Tokens with a mask, "hidden" and three logits for each."""
+    inputs = keras.Input((5,), dtype="int32")
+    hidden = keras.layers.Embedding(9, width, mask_zero=True, dtype=dtype)(inputs)
+    hidden = keras.layers.Dense(width, "tanh", name="hidden", dtype=dtype)(hidden)
+    return keras.Model(inputs, keras.layers.Dense(3, name="logits", dtype=dtype)(hidden), name=name)
+
+
+def inner(model: keras.Model, x: Any, *names: str) -> list[Any]:
+    """Features of some layers and the output, by a functional model that shares the layers."""
+    if "parts" not in model.__dict__:
+        outputs = [model.get_layer(name).output for name in names]
+        object.__setattr__(model, "parts", keras.Model(model.input, [*outputs, model.output]))
+    return [ops.cast(one, "float32") for one in model.parts(x)]
+
+
+# Formulas by hand -----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    return -ops.sum(ops.one_hot(labels, 3) * ops.log_softmax(ops.cast(logits, "float32")), axis=-1)
+
+
+def kl(student: Any, teacher: Any, heat: float = 4.0) -> Any:
+    log_s, log_t = (ops.log_softmax(ops.cast(z, "float32") / heat) for z in (student, teacher))
+    return heat**2 * ops.sum(ops.exp(log_t) * (log_t - log_s), axis=-1)
+
+
+def decoupled(student: Any, teacher: Any, labels: Any, beta: float, heat: float) -> Any:
+    """KL of the label's class against the rest, plus beta times KL among the rest."""
+    hot = ops.one_hot(labels, 3)
+    parts = []
+    for logits in (teacher, student):
+        p = ops.softmax(logits / heat)
+        own = ops.sum(p * hot, axis=-1)
+        rest = ops.log_softmax(logits / heat - 1e4 * hot)
+        parts.append((own, rest))
+    (t, t_rest), (s, s_rest) = parts
+    target = t * (ops.log(t) - ops.log(s)) + (1 - t) * (ops.log(1 - t) - ops.log(1 - s))
+    others = ops.sum((1 - hot) * ops.exp(t_rest) * (t_rest - s_rest), axis=-1)
+    return heat**2 * (target + beta * others)
+
+
+@dataclass
+class Feature:
+    """One row of the table.
+
+    Args:
+        terms: Makes new terms.
+        hand: The weighted sum of the terms for a batch, by plain operations: of the twin, x, y and the step.
+        settings: Settings of the model.
+        teachers: How many teachers there are.
+        stored: Whether the targets carry the teacher's outputs.
+        tokens: Whether the models tag tokens.
+        tolerance: The least tolerance: a graph rounds to bfloat16 in other places than eager steps do.
+        words: What a situation raises where it cannot work, by the situation's name.
+    """
+
+    terms: Callable[[], list[Any]]
+    hand: Callable[..., Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    teachers: int = 1
+    stored: bool = False
+    tokens: bool = False
+    tolerance: float = 0.0
+    words: dict[str, str] = field(default_factory=dict)
+
+    def model(self, **compiled: Any) -> DistillModel:
+        """A new model, the same each time."""
+        keras.utils.set_random_seed(3)
+        made = tagger if self.tokens else network
+        held = [made(6, f"teacher{number}", "float32") for number in range(max(self.teachers, 1))]
+        teacher = [None, held[0], held][min(self.teachers, 2)]
+        model = DistillModel(made(4, "student"), None if self.stored else teacher, self.terms(), **self.settings)
+        model.held = _Hidden(held)
+        compile_model(model, **compiled)
+        return model
+
+    @property
+    def x(self) -> Any:
+        return IDS if self.tokens else X
+
+    @property
+    def labels(self) -> Any:
+        return TAGS if self.tokens else Y
+
+    def targets(self, model: DistillModel) -> Any:
+        """Labels, with the outputs of a teacher where they are stored."""
+        if not self.stored:
+            return self.labels
+        return DistillTargets(self.labels, model.held.models[0].predict(self.x, verbose=0))
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """The batches of all epochs."""
+        for _ in range(EPOCHS):
+            for start in range(0, 16, BATCH):
+                yield self.x[start : start + BATCH], self.labels[start : start + BATCH]
+
+
+class _Hidden:
+    """Holds models where Keras does not look."""
+
+    def __init__(self, models: list[keras.Model]) -> None:
+        self.models = models
+
+
+def compile_model(model: DistillModel, **compiled: Any) -> None:
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(RATE), loss, **{"run_eagerly": not compiled, **compiled})
+
+
+def teacher_logits(twin: Any, x: Any, number: int = 0) -> Any:
+    return inner(twin.held.models[number], x, "hidden")[-1]
+
+
+def scheduled(twin: Any, x: Any, y: Any, step: float) -> Any:
+    share = min(step / 4, 1.0)
+    weight, heat = 1.0 + (0.0 - 1.0) * share, 4.0 + (1.0 - 4.0) * share
+    return weight * ops.mean(kl(twin.student(x), teacher_logits(twin, x), heat))
+
+
+def plain(twin: Any, x: Any, y: Any, step: float) -> Any:
+    return ops.mean(kl(twin.student(x), teacher_logits(twin, x)))
+
+
+def several(twin: Any, x: Any, y: Any, step: float) -> Any:
+    z = twin.student(x)
+    return sum(ops.mean(kl(z, teacher_logits(twin, x, number))) for number in (0, 1)) / 2
+
+
+def adapted(twin: Any, x: Any, y: Any, step: float) -> Any:
+    [adapter], feature = twin.terms[0].adapters, inner(twin.student, x, "hidden")[0]
+    return 2.0 * ops.mean(ops.square(adapter(feature) - inner(twin.held.models[0], x, "hidden")[0]))
+
+
+def learned(twin: Any, x: Any, y: Any, step: float) -> Any:
+    [loss], target = twin.terms[0].learned, inner(twin.held.models[0], x, "hidden")[0]
+    variance = ops.softplus(loss.layer.rho) + 1e-5
+    mean = loss.layer(inner(twin.student, x, "hidden")[0])
+    return 0.5 * ops.mean(0.5 * (ops.square(mean - target) / variance + ops.log(variance)))
+
+
+def within(twin: Any, x: Any, y: Any, step: float) -> Any:
+    shallow, deep, _ = inner(twin.student, x, "hidden", "deep")
+    [adapter] = twin.terms[0].adapters
+    return ops.mean(ops.square(adapter(shallow) - ops.stop_gradient(deep)))
+
+
+def masked(twin: Any, x: Any, y: Any, step: float) -> Any:
+    kept = ops.cast(x > 0, "float32")
+    student, teacher = inner(twin.student, x, "hidden")[-1], teacher_logits(twin, x)
+    return ops.sum(kept * kl(student, teacher)) / ops.sum(kept)
+
+
+def labelled(twin: Any, x: Any, y: Any, step: float) -> Any:
+    return 0.5 * ops.mean(decoupled(ops.cast(twin.student(x), "float32"), teacher_logits(twin, x), y, 2.0, 3.0))
+
+
+@functools.cache
+def narrow() -> keras.Model:
+    return network(6, "narrow", "mixed_bfloat16")
+
+
+def in_bfloat16(twin: Any, x: Any, y: Any, step: float) -> Any:
+    narrow().set_weights(twin.held.models[0].get_weights())
+    return ops.mean(kl(twin.student(x), narrow()(x)))
+
+
+def in_steps(start: float, end: float) -> Linear:
+    return Linear(start, end, duration=4, over="steps")
+
+
+FEATURES: dict[str, Feature] = {
+    "schedules": Feature(
+        lambda: [LogitsDistillation(SoftTargetLoss(temperature=in_steps(4.0, 1.0)), weight=in_steps(1.0, 0.0))],
+        scheduled,
+    ),
+    "schedules over the fraction": Feature(
+        lambda: [LogitsDistillation(SoftTargetLoss(temperature=Linear(4.0, 1.0)), weight=Linear(1.0, 0.0))],
+        scheduled,
+        words={"train_on_batch": "Expected the schedule of `logits_weight` to run over steps outside of `fit`"},
+    ),
+    "stored targets": Feature(lambda: [LogitsDistillation()], plain, stored=True),
+    "several teachers": Feature(lambda: [LogitsDistillation()], several, teachers=2),
+    "adapters": Feature(lambda: [FeatureDistillation("hidden", "hidden", weight=2.0)], adapted),
+    "learned losses": Feature(
+        lambda: [FeatureDistillation("hidden", "hidden", VariationalInformationLoss(), weight=0.5)], learned
+    ),
+    "self-distillation": Feature(lambda: [SelfDistillation("hidden", "deep")], within, teachers=0),
+    "masks": Feature(lambda: [LogitsDistillation()], masked, tokens=True),
+    "label-aware losses": Feature(
+        lambda: [
+            LogitsDistillation(DecoupledKDLoss(target_weight=1.0, nontarget_weight=2.0, temperature=3.0), weight=0.5)
+        ],
+        labelled,
+    ),
+    "teacher dtype": Feature(
+        lambda: [LogitsDistillation()], in_bfloat16, settings={"teacher_dtype": "bfloat16"}, tolerance=2e-3
+    ),
+}
+
+
+def task(twin: Any, x: Any, y: Any, tokens: bool) -> Any:
+    values = cross_entropy(twin.student(x), y)
+    kept = ops.cast(x > 0, "float32") if tokens else ops.ones_like(values)
+    return ops.sum(kept * values) / ops.sum(kept)
+
+
+@functools.cache
+def by_hand(
+    name: str, *, rounded: int = 1, restarts: bool = False, halves: bool = False, policy: str = "float32"
+) -> Any:
+    """The student's weights after the training, in a loop of plain operations.
+
+    Args:
+        name: Name of the feature.
+        rounded: Of how many steps the number is the same for schedules.
+        restarts: Whether the optimizer's steps begin at 0 in each epoch.
+        halves: Whether each half of a batch is averaged by itself.
+        policy: Precision policy of the student.
+    """
+    import tensorflow as tf
+
+    feature, before = FEATURES[name], keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    twin = feature.model()
+    keras.config.set_dtype_policy(before)
+    optimizer = keras.optimizers.SGD(RATE)
+    for index, (x, y) in enumerate(feature.batches()):
+        step = index // rounded * rounded % (2 if restarts else 99)
+        parts = [(x[:4], y[:4]), (x[4:], y[4:])] if halves else [(x, y)]
+        with tf.GradientTape() as tape:
+            total = sum(task(twin, *part, feature.tokens) + feature.hand(twin, *part, step) for part in parts)
+            total = total / len(parts)
+        variables = twin.trainable_variables
+        pairs = zip(tape.gradient(total, variables), variables, strict=True)
+        optimizer.apply_gradients([(gradient, variable) for gradient, variable in pairs if gradient is not None])
+    return twin.student.get_weights()
