@@ -107,19 +107,37 @@ class DistillCallback(Callback):
         self.task_weight = task_weight
         if not name:
             raise ValueError(f"Expected `name` to be a word, but got name={name!r}. It prefixes the logged keys.")
-        self.teacher = as_teacher(teacher)
+        self._run: Run | None = None
+        self.teacher = teacher
         self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
         self.student, self.labels = student, labels
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
         self.validate, self.name = validate, name
         self.logs = log  # the Trainer puts the module's `log` on every callback
         self._state_key = self._generate_state_key(name=name)
-        self._run: Run | None = None
         self._state: dict[str, Any] = {}  # what the last run has learned, or a checkpoint holds
         self._trained: Any = None  # a weak reference to the module of the last run
         self._mailbox = Mailbox()
 
     # What users call and override ------------------------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> Any:
+        """The teacher, or a container of several. It may be replaced between two runs.
+
+        Raises:
+            MisconfigurationException: If it is replaced while a Trainer runs, which holds the one that it began with.
+        """
+        return self._teacher
+
+    @teacher.setter
+    def teacher(self, teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None) -> None:
+        if self._run is not None:
+            raise MisconfigurationException(
+                "Expected `teacher` to stay the same while a Trainer runs, but got another one. Load its weights into"
+                " the teacher, teacher.load_state_dict(...), or set it between two fits."
+            )
+        self._teacher = as_teacher(teacher)
 
     def loss(self, calls: int | slice | None = None) -> Tensor:
         """The weighted distillation loss of the student's calls so far in this ``training_step``, a scalar.

@@ -81,7 +81,7 @@ class Distiller:
         teacher_dtype: torch.dtype | str | None = None,
     ) -> None:
         self.task_weight = task_weight
-        self.student, self.teacher = student, as_teacher(teacher)
+        self.student, self._teacher = student, as_teacher(teacher)
         self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
         self._dtype, self._labels = as_dtype(teacher_dtype), labels
         self._learned = LearnedParts(self.terms)
@@ -127,6 +127,11 @@ class Distiller:
     def logits(self, output: Any) -> Tensor:
         """The logits in a model's output: the tensor itself, its ``logits``, or its only tensor."""
         return select(output, None, "the model's output")
+
+    @property
+    def teacher(self) -> Any:
+        """The teacher, or a container of several; for another one make another distiller."""
+        return self._teacher
 
     # A step ----------------------------------------------------------------------------------------------------------
 

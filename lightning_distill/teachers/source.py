@@ -237,6 +237,8 @@ def as_teacher(teacher: Any) -> Any:
         TypeError: If something in it is not a module.
         ValueError: If it is an empty sequence.
     """
+    if isinstance(teacher, nn.ModuleList) and not isinstance(teacher, TeacherEnsemble):  # it has no forward
+        teacher = list(teacher)
     if teacher is None or isinstance(teacher, nn.Module) or hasattr(teacher, "as_source"):
         return teacher
     if isinstance(teacher, (str, bytes, dict)) or not isinstance(teacher, Sequence):

@@ -57,6 +57,46 @@ def test_a_callback_that_a_running_trainer_uses_is_refused_by_another(trainer):
     assert losses[0] == losses[1]
 
 
+class Swaps(Callback):
+    """Gives the distillation another teacher in the middle of a fit."""
+
+    def __init__(self, distill: DistillCallback) -> None:
+        self.distill = distill
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.distill.teacher = teacher(seed=9)
+
+
+def test_another_teacher_is_taken_between_two_fits_and_refused_within_one(trainer):
+    callback = DistillCallback(teacher())
+    with pytest.raises(MisconfigurationException, match="`teacher` to stay the same"):
+        trainer(callbacks=[callback, Swaps(callback)]).fit(InnerModule(student()), loader())
+    callback.teacher = [teacher(seed=9)]
+    losses = []
+    for distill in (callback, DistillCallback(teacher(seed=9))):
+        outputs = Outputs()
+        trainer(callbacks=[distill, outputs]).fit(InnerModule(student()), loader())
+        losses.append([one["loss"].item() for one in outputs.outputs])
+    assert losses[0] == losses[1]
+    with pytest.raises(TypeError, match="`teacher`"):
+        callback.teacher = "teacher.ckpt"
+    with Distiller(student(), teacher()) as distiller, pytest.raises(AttributeError):
+        distiller.teacher = teacher()
+
+
+def test_a_module_list_is_several_teachers():
+    several = [teacher(2), teacher(3)]
+    x, y = next(iter(loader()))
+    totals = []
+    for given in (several, nn.ModuleList(several)):
+        network = student()
+        with Distiller(network, given) as distiller:
+            with distiller.record():
+                loss = F.cross_entropy(network(x), y)
+            totals.append(distiller.total(loss).item())
+    assert totals[0] == totals[1]
+
+
 def test_a_refused_hold_notes_nothing(trainer):
     network = teacher()
     first = Hold(network.head, torch.bfloat16)

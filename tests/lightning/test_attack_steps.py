@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nets import ForwardModule, Outputs, StepModule, loader, student, teacher
 from torch import nn
 
-from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation
+from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation, SoftTargetLoss
 
 
 def task_loss(module: Any, batch: Any, batch_idx: int) -> Any:
@@ -25,6 +25,52 @@ def test_the_means_of_an_epoch_are_the_same_for_a_loss_of_shape_one(trainer):
         run.fit(StepModule(student(), step), loader(20))
         metrics.append({key: value.reshape(()).item() for key, value in run.callback_metrics.items()})
     assert metrics[0] == pytest.approx(metrics[1])
+
+
+def test_the_means_of_an_epoch_weigh_the_last_batch_by_its_size(trainer):
+    outputs = Outputs()
+    run = trainer(callbacks=[DistillCallback(teacher()), outputs], max_epochs=1, max_steps=-1)
+    run.fit(StepModule(student(), task_loss), loader(10, batch_size=8))
+    full, rest = (one["loss"].item() for one in outputs.outputs)
+    assert run.callback_metrics["distill/loss"].item() == pytest.approx(0.8 * full + 0.2 * rest)
+    assert abs(full - rest) > 1e-3
+
+
+def test_a_step_that_adds_the_loss_itself_says_nothing_about_the_next_one(trainer):
+    def step(module: Any, batch: Any, batch_idx: int) -> Any:
+        loss = task_loss(module, batch, batch_idx)
+        if batch_idx == 0:
+            loss = loss + callback.loss()
+        return loss
+
+    losses = []
+    for function in (task_loss, step):
+        callback, outputs = DistillCallback(teacher()), Outputs()
+        trainer(callbacks=[callback, outputs]).fit(StepModule(student(), function), loader())
+        losses.append([one["loss"].item() for one in outputs.outputs])
+    assert losses[0] == pytest.approx(losses[1])
+
+
+class Rows(nn.Module):
+    """Class scores (N, C, L), with the classes in dimension 1, which the shape alone does not say."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scores * x.flatten(1).mean(1)[:, None, None]
+
+
+def test_the_agreement_with_several_teachers_is_that_with_their_mean_probabilities():
+    network, several = Rows(0), [Rows(1), Rows(2)]
+    x = loader().dataset.tensors[0]
+    with Distiller(network, several, SoftTargetLoss(class_dim=1)) as distiller:
+        with distiller.record():
+            network(x)
+        ((_, merged),) = distiller.agree()
+    wanted = torch.stack([one(x).softmax(1) for one in several]).mean(0)
+    torch.testing.assert_close(merged.exp(), wanted.detach())
 
 
 @pytest.mark.parametrize("returned", [1.0, "loss", [1], {"loss": None}, {}], ids=repr)
