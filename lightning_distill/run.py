@@ -171,7 +171,7 @@ class Run:
         self._advance()
         distill = self.step
         distill.parts = {}
-        self._batch = None if self._takes_iterator else args[0] if args else kwargs.get("batch")
+        self._batch = None if self._takes_iterator else _kept(args[0] if args else kwargs.get("batch"))
         self._in_step, self._explicit = True, False
         try:
             with distill.record():
@@ -286,7 +286,7 @@ class Run:
             return step(*args, **kwargs)
         with self.step.record(needs_grad=False):
             output = step(*args, **kwargs)
-        batch = args[0] if args else kwargs.get("batch")
+        batch = _kept(args[0] if args else kwargs.get("batch"))
         loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
         try:
             self._measure(batch, loader, output)
@@ -370,3 +370,8 @@ class Run:
     def _sum(self, tensor: Tensor) -> Tensor:
         total: Tensor = self.trainer.strategy.reduce(tensor.to(self._device), reduce_op="sum")
         return total
+
+
+def _kept(batch: Any) -> Any:
+    """The batch; of a dict a shallow copy, since steps take the labels out of it: ``batch.pop("labels")``."""
+    return dict(batch) if type(batch) is dict else batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill import checks
-from lightning_distill.schedules import Schedule, first_value
+from lightning_distill.schedules import Progress, Schedule, first_value
 
 __all__ = ["DistillationLoss"]
 
@@ -59,8 +59,12 @@ class DistillationLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         schedules = self.__dict__.get("schedules")
-        if schedules and name in schedules and name in self.__dict__:  # not when the constructor sets it
-            del schedules[name]  # a number that is assigned later takes the place of the schedule
+        if schedules is not None and name in self.__dict__ and name in self.__dict__.get("_shown", ()):
+            # a setting that is assigned later: a number takes the place of a schedule, and the other way round
+            schedules.pop(name, None)
+            if isinstance(value, Schedule):
+                schedules[name] = value
+                value = value.at(Progress(0, 0, 0.0))
         super().__setattr__(name, value)
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:

@@ -24,6 +24,7 @@ from lightning_distill import (
     LogitsDistillation,
     SelfDistillation,
     SoftTargetLoss,
+    schedules,
 )
 
 MakeTrainer = Callable[..., Trainer]
@@ -241,3 +242,42 @@ def test_a_manual_training_that_never_distils_is_refused_after_an_epoch(trainer:
     callback = DistillCallback(nets.teacher())
     with pytest.raises(MisconfigurationException, match=r"Expected `callback.loss\(\)` to be added"):
         trainer(max_epochs=1, callbacks=[callback]).fit(Manual(nets.student()), nets.loader())
+
+
+def test_a_step_may_take_the_labels_out_of_its_batch(trainer: MakeTrainer) -> None:
+    class Pops(nets.InnerModule):
+        def loss_of(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self.model(batch["x"]), batch.pop("labels"))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss_of(batch)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.loss_of(batch)
+
+    train, val = (nets.as_loader([{"x": x, "labels": y} for x, y in nets.batches()]) for _ in range(2))
+    run = trainer(max_epochs=1, callbacks=[DistillCallback(nets.teacher(), DecoupledKDLoss())])
+    run.fit(Pops(nets.student()), train, val)
+    assert {"distill/logits_loss", "distill/val_logits_loss"} <= run.callback_metrics.keys()
+
+
+def test_a_schedule_and_a_number_take_each_others_place_at_any_time() -> None:
+    loss = SoftTargetLoss(schedules.Linear(8.0, 2.0))
+    term = LogitsDistillation(loss, weight=schedules.Linear(1.0, 0.0))
+    student, x = nets.student(), nets.batches()[0][0]
+    with Distiller(student, nets.teacher(), term) as distiller:
+
+        def numbers(fraction: float) -> tuple[float, float]:
+            distiller.advance(0, 0, fraction)
+            with distiller.record():
+                student(x)
+            distiller.loss()
+            return distiller.terms[0].weight, loss.temperature
+
+        assert numbers(0.5) == (0.5, 5.0)
+        term.weight, loss.temperature = 0.25, 3.0
+        assert numbers(0.5) == (0.25, 3.0)
+        term.weight, loss.temperature = schedules.Linear(0.0, 4.0), schedules.Linear(2.0, 1.0)
+        assert numbers(0.75) == (3.0, 1.25)
+    with pytest.raises(ValueError, match="Expected `weight` to be at least 0"):
+        term.weight = -1
