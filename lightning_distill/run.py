@@ -284,9 +284,9 @@ class Run:
         """The module's validation step; the terms' losses and the agreement with the teacher are measured beside it."""
         if not self._measures or self.trainer.sanity_checking:
             return step(*args, **kwargs)
+        batch = _kept(args[0] if args else kwargs.get("batch"))
         with self.step.record(needs_grad=False):
             output = step(*args, **kwargs)
-        batch = _kept(args[0] if args else kwargs.get("batch"))
         loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
         try:
             self._measure(batch, loader, output)
