@@ -85,6 +85,7 @@ class DistillStep:
         self.scheduler = Scheduler(terms, settings)
         self.parts: dict[str, Tensor] = {}
         self.batch_size = 0
+        self._unchecked = {term.name for term in terms if isinstance(term, LogitsDistillation)}
 
     @property
     def idle(self) -> bool:
@@ -197,9 +198,19 @@ class DistillStep:
             asks = any(term.needs_teacher for term in active)
             answers = given.answers or self.answers(call, given.stored, asks)
             self.learned.build(active, call, answers)
+            if self._unchecked:
+                self._check_scores(active, call, answers)
             for term in active:
                 values[term.name] += [term(call, answer, labels) for answer in answers]
         return values
+
+    def _check_scores(self, active: Sequence[DistillationTerm], call: Call, answers: Sequence[Call]) -> None:
+        """Look once at the outputs that each term on logits compares."""
+        for term in active:
+            if isinstance(term, LogitsDistillation) and term.name in self._unchecked:
+                self._unchecked.discard(term.name)
+                for answer in answers:
+                    term.check_scores(call, answer)
 
     def answers(self, call: Call, stored: Any = None, asks: bool = True) -> list[Call]:
         """The answer of each teacher to a call of the student.

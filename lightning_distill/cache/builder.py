@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from distill_core.codecs import Array
 from distill_core.locks import locked
@@ -73,6 +73,11 @@ class Builder:
         allow_stale_augmentation: bool,
         shard_bytes: int,
     ) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise CacheError(
+                "Expected a map-style dataset with a length, whose samples have numbers, but got"
+                f" {type(dataset).__name__}. Keep its samples in a list, or give it `__len__` and `__getitem__`."
+            )
         self.teacher, self.forward = teacher, forward or call_teacher
         self.taps = [Tap.of(layer) for layer in layers]
         self.outputs, self.batch_size = outputs, batch_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill_core.requires import Requires
@@ -93,6 +94,26 @@ class LogitsDistillation(DistillationTerm):
     def positions(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count, a bool tensor, or ``None`` for all."""
         return find_mask(student, self.mask, self.ignore_index, labels)
+
+    def check_scores(self, student: Call, teacher: Call) -> None:
+        """Raise if one of the two outputs is probabilities, which a loss on logits would soften once more.
+
+        Rows of logits that are all positive and sum to 1 do not occur by chance. Asks the device for the answer: to be
+        called once.
+
+        Raises:
+            ValueError: If so.
+        """
+        if not self.compares_class_scores or teacher.top_k is not None:
+            return
+        for side, scores in zip(("student", "teacher"), self.pair(student, teacher), strict=True):
+            rows = scores.detach().movedim(resolve_class_dim(scores, self.class_dim), -1).float()
+            close = 1e-2 if scores.dtype in (torch.float16, torch.bfloat16) else 1e-4
+            if rows.shape[-1] > 1 and bool(((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < close).all()).item()):
+                raise ValueError(
+                    f"Expected the {side}'s output to be logits, but got probabilities: every row sums to 1. Leave out"
+                    " the last softmax, or override `logits` and return their logarithms: output.clamp(min=1e-8).log()."
+                )
 
     def extra_repr(self) -> str:
         """Settings."""

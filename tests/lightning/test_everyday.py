@@ -13,9 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_distill import (
+    CacheError,
     DecoupledKDLoss,
     DistillCallback,
     Distiller,
@@ -24,6 +25,7 @@ from lightning_distill import (
     LogitsDistillation,
     SelfDistillation,
     SoftTargetLoss,
+    TeacherCache,
     schedules,
 )
 
@@ -281,3 +283,27 @@ def test_a_schedule_and_a_number_take_each_others_place_at_any_time() -> None:
         assert numbers(0.75) == (3.0, 1.25)
     with pytest.raises(ValueError, match="Expected `weight` to be at least 0"):
         term.weight = -1
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_probabilities_in_the_place_of_logits_are_refused_in_the_first_step(trainer: MakeTrainer, side: str) -> None:
+    networks = {"student": nets.student(), "teacher": nets.teacher()}
+    networks[side] = nn.Sequential(networks[side], nn.Softmax(-1))  # type: ignore[assignment]
+    module = nets.StepModule(networks["student"], lambda module, batch, index: module.model(batch[0]).square().sum())
+    with pytest.raises(ValueError, match=rf"the {side}'s output to be logits, but got probabilities.*last softmax"):
+        trainer(max_steps=1, callbacks=[DistillCallback(networks["teacher"])]).fit(module, nets.loader())
+
+    class Logarithms(DistillCallback):
+        def logits(self, output: Tensor) -> Tensor:
+            return output.clamp(min=1e-8).log() if output.min() >= 0 else output
+
+    trainer(max_steps=2, callbacks=[Logarithms(networks["teacher"])]).fit(module, nets.loader())
+
+
+def test_a_stream_of_data_cannot_be_cached_and_is_refused_in_words(tmp_path: Any) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            yield from nets.digits()[0]
+
+    with pytest.raises(CacheError, match=r"Expected a map-style dataset with a length.*got Stream"):
+        TeacherCache.build(nets.teacher(), Stream(), tmp_path, progress=False)
