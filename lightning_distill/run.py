@@ -140,6 +140,11 @@ class Run:
             ]
             if self.step.source.stored:
                 self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
+        if callback.validate and not self.step.source.live:
+            rank_zero_warn(
+                "Expected a teacher that can answer the validation data where validate=True, but got a cache of the"
+                " training data: nothing is measured in validation. Pass validate=None."
+            )
         if (
             callback.validate is not False
             and callback.logs
