@@ -12,6 +12,11 @@ import keras
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let tests read the value of a tensor with a graph: torch warns of it once in a process, whichever test is first."""
+    config.addinivalue_line("filterwarnings", "ignore:Converting a tensor with requires_grad=True to a scalar")
+
+
 def pytest_collection_finish() -> None:
     """Leave what is imported out of every later collection: clear_session() collects, for more than a second a test."""
     gc.collect()
