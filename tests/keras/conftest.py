@@ -13,7 +13,7 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let tests read the value of a tensor with a graph: torch warns of it once in a process, whichever test is first."""
+    """Let tests read the value of a tensor with a graph: torch warns of it once in a process, in any test."""
     config.addinivalue_line("filterwarnings", "ignore:Converting a tensor with requires_grad=True to a scalar")
 
 
