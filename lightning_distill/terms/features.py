@@ -192,6 +192,7 @@ class SelfDistillation(FeatureDistillation):
         TypeError: If ``loss`` cannot be called.
 
     Example:
+        >>> from lightning_distill.losses import SoftTargetLoss
         >>> SelfDistillation(["exit1", "exit2"], "exit3", SoftTargetLoss(temperature=3.0), weight=0.5).name
         'exit1+exit2'
 

@@ -192,7 +192,7 @@ def _foreign_wrapper(cell: Cell, module: Any, distill: Any, seen: list[float], c
 
 
 def validation(cell: Cell) -> None:
-    module, distill = cell.module(), cell.callback(validate=None if cell.feature.cache else True)
+    module, distill = cell.module(), cell.callback(validate=None if cell.feature.cache is not None else True)
     rows = cell.feature.rows()
     module.val_dataloader = lambda: DataLoader(rows, 9)
     trainer, watch = cell.fit(module, distill)
