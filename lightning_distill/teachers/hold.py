@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, finalize
 
@@ -57,7 +57,13 @@ class Hold:
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module, self.dtype = module, dtype
         self._modules: list[nn.Module] = []
+        self._taken = False
         self._end: Any = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether the teacher is held by this holder."""
+        return self._taken
 
     def take(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Hold the teacher; further calls do nothing.
@@ -69,7 +75,7 @@ class Hold:
         Raises:
             ValueError: If another holder has it in another precision, or it cannot be moved.
         """
-        if self._modules:
+        if self._taken:
             return
         dtype = self.dtype or dtype
         modules = list(self.module.modules())
@@ -85,12 +91,15 @@ class Hold:
             if state is None:
                 state = self._held[module] = _State(module)
             state.holders, state.dtype = state.holders + 1, dtype
-        self._modules = modules
+        scripts = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+        self._modules = [module for module in modules if module not in scripts]
+        self._taken = True
         # a holder that is dropped without letting go gives the teacher back too
         self._end = finalize(self, _release, modules)
         with contextlib.suppress(NotImplementedError):  # an exported program keeps the mode that it was traced in
             self.module.eval()
         self.still()
+        self._freeze_scripts(scripts)
         try:
             self._move(device, dtype)
         except BaseException:
@@ -113,26 +122,26 @@ class Hold:
         """Let go; the last holder gives the teacher its modes, flags, device and precision back."""
         if self._end is not None:
             self._end()
-        self._modules, self._end = [], None
+        self._modules, self._end, self._taken = [], None, False
 
     def still(self) -> None:
         """Put the teacher back in eval mode and without gradients, should somebody have changed that."""
         for module in self._modules:
-            if getattr(module, "training", False):  # a `train()` on something that holds the teacher reaches it too
+            if module.training:  # a `train()` on something that holds the teacher reaches it too
                 module.training = False
-            for parameter in _own_parameters(module):
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    parameter.requires_grad_(False)
+
+    def _freeze_scripts(self, modules: Sequence[nn.Module]) -> None:
+        """The same, once, for TorchScript programs, which have neither a table of parameters nor always a mode."""
+        for module in modules:
+            if getattr(module, "training", False):
+                module.training = False
+            for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad:
-                    with contextlib.suppress(RuntimeError):  # a frozen TorchScript program has constants
+                    with contextlib.suppress(RuntimeError):  # a frozen program has constants
                         parameter.requires_grad_(False)
-
-
-def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    if isinstance(module, torch.jit.ScriptModule):
-        yield from module.parameters(recurse=False)
-        return
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter
 
 
 def _release(modules: list[nn.Module]) -> None:

@@ -112,7 +112,9 @@ class LiveTeachers:
             recorder.check(taps)
 
     def hold(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        """Freeze the networks on a device, in a precision where they have none of their own."""
+        """Freeze the networks on a device, in a precision where they have none; further calls do nothing."""
+        if self.held.taken:
+            return
         self.held.take(device, dtype)
         dtypes = {tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()}
         own = next(iter(dtypes)) if len(dtypes) == 1 else None
