@@ -39,7 +39,6 @@ def fresh_keras() -> Iterator[None]:
     """Seeded generators and names counted from the start; the global settings of Keras as they were."""
     policy, layout = keras.config.dtype_policy(), keras.config.image_data_format()
     keras.backend.clear_session()
-    gc.freeze()  # what TensorFlow keeps of every graph is looked through by every later collection otherwise
     keras.utils.set_random_seed(0)
     yield
     keras.config.set_dtype_policy(policy)
