@@ -116,7 +116,7 @@ class DistillCallback(Callback):
         self.logs = log  # the Trainer puts the module's `log` on every callback
         self._state_key = self._generate_state_key(name=name)
         self._state: dict[str, Any] = {}  # what the last run has learned, or a checkpoint holds
-        self._trained: Any = None  # a weak reference to the module of the last run
+        self._last_module: Any = None  # a weak reference to the module of the last run
         self._mailbox = Mailbox()
 
     # What users call and override ------------------------------------------------------------------------------------
@@ -204,11 +204,11 @@ class DistillCallback(Callback):
         self._drop()
         self._check_names(trainer)
         state = self.adapter_state()
-        if self._trained is not None and self._trained() is not pl_module:
+        if self._last_module is not None and self._last_module() is not pl_module:
             state = {}  # another module's
         adapters = {"adapters": state["adapters"]} if state else {}  # a new fit starts with a fresh optimizer
         self._run = Run(self, trainer, pl_module, stage, adapters)
-        self._trained = ref(pl_module)
+        self._last_module = ref(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the start of an epoch: start its means."""
@@ -276,9 +276,8 @@ class DistillCallback(Callback):
     def _check_free(self, trainer: Trainer) -> None:
         if self._run is not None and self._run.trainer is not trainer and self._run.trainer.state.status == "running":
             raise MisconfigurationException(
-                "Expected the callback to belong to one running Trainer, but got another one that starts while the"
-                " first still trains, and that would go on without distillation. Pass a callback of its own:"
-                " copy.deepcopy(callback)."
+                "Expected the callback to belong to one running Trainer, but another Trainer starts while the first"
+                " still trains. Pass the second one a copy: copy.deepcopy(callback)."
             )
 
     def _drop(self) -> None:
@@ -294,13 +293,13 @@ class DistillCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
-        return {**kept, "_run": None, "_trained": None, "_state": self.adapter_state()}
+        return {**kept, "_run": None, "_last_module": None, "_state": self.adapter_state()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistillCallback:
         # of a module that holds the callback EMA and SWA make copies; the frozen teacher must not be among them
         other = type(self).__new__(type(self))
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
-        fresh: dict[str, Any] = {"_run": None, "_trained": None, "_state": {}, "_mailbox": Mailbox()}
+        fresh: dict[str, Any] = {"_run": None, "_last_module": None, "_state": {}, "_mailbox": Mailbox()}
         other.__dict__.update(kept, **fresh)
         other.terms = [copy.deepcopy(term, memo) for term in self.terms]
         for term in other.terms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,26 +99,45 @@ class LearnedParts:
         """
         if not self._open:
             return
-        names = [term.name for term in self.terms if term.name in self._open]
-        made = torch.tensor([float(name not in self._unmade) for name in names], device=device)
-        torch.distributed.all_reduce(made)
-        counts = dict(zip(names, made.tolist(), strict=True))
-        fresh = [name for name in names if counts[name]]
-        if not fresh:
-            return
-        if any(counts[name] < world_size() for name in fresh):
+        candidates = [term for term in self.terms if term.name in self._open]
+        marks = torch.tensor([self._marks(term) for term in candidates], device=device)
+        torch.distributed.all_reduce(marks, torch.distributed.ReduceOp.MAX)
+        fresh, lacking = [], False
+        for term, (made, unmade, largest, smallest) in zip(candidates, marks.tolist(), strict=True):
+            if not made:
+                continue
+            if largest != -smallest:
+                raise ValueError(
+                    f"Expected the adapters of term {term.name!r} to have the same shapes in all processes, but got"
+                    f" different ones, here {_sizes(term)}. Build the same networks in all processes."
+                )
+            fresh.append(term)
+            lacking = lacking or bool(unmade)
+        if lacking:
             known: list[Any] = [None] * world_size()
             torch.distributed.all_gather_object(known, self._shapes)
-            for term in self.terms:
-                if term.name in fresh and term.name in self._unmade:
+            for term in fresh:
+                if not self.made(term):
                     self._shapes[term.name] = next(shapes[term.name] for shapes in known if term.name in shapes)
                     self._make(term, *calls_of(term, self._shapes[term.name], device))
-        for term in self.terms:
-            if term.name in fresh:  # values that a factory drew elsewhere may differ
-                for tensor in term.state_dict().values():
-                    torch.distributed.broadcast(tensor, src=0)
-        self._open -= set(fresh)
+        if not fresh:
+            return
+        for term in fresh:  # values that a factory drew elsewhere may differ
+            for tensor in term.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+        self._open -= {term.name for term in fresh}
         self._train()
+
+    def _marks(self, term: Learner) -> tuple[int, int, int, int]:
+        """Whether a term's parts are made, whether not, and their shapes as a number and its negative.
+
+        The greatest marks of all processes tell whether some have them, whether some lack them, and whether the shapes
+        are equal.
+        """
+        if not self.made(term):
+            return 0, 1, -(2**32), -(2**32)
+        shapes = zlib.crc32(repr(_sizes(term)).encode())
+        return 1, 0, shapes, -shapes
 
     # Training them ---------------------------------------------------------------------------------------------------
 
@@ -181,11 +201,6 @@ class LearnedParts:
             self._follower = None
             self._saved = {**self._saved, **kept}
         self._leader = None
-
-    def forget_optimizer(self) -> None:
-        """Begin a new run with the values as they are and a fresh optimizer, as the student's is."""
-        self.unfollow()
-        self._saved.pop("optimizer", None)
 
     def made(self, term: Learner) -> bool:
         """Whether a term's parts exist, so that it can be called."""
@@ -278,6 +293,10 @@ class LearnedParts:
 def trained_by(term: Learner) -> list[nn.Parameter]:
     """The parameters of a term that are trained."""
     return [parameter for parameter in term.parameters() if parameter.requires_grad]
+
+
+def _sizes(term: Learner) -> dict[str, list[int]]:
+    return {name: list(values.shape) for name, values in term.state_dict().items()}
 
 
 def _restore(term: Learner, values: dict[str, Tensor]) -> None:

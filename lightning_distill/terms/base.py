@@ -150,11 +150,10 @@ class DistillationTerm(nn.Module):
         except AttributeError:
             value = _MISSING
         state = self.__dict__
-        if state.get("_is_copy") or "_relatives" not in state or not (value is _MISSING or _is_empty(value)):
-            if value is _MISSING:
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            return value
-        built = [entry for term in state["_relatives"] if not _is_empty(entry := term._stored(name))]
+        built = []
+        if _is_empty(value) and "_relatives" in state and "_is_copy" not in state:
+            entries = [term._stored(name) for term in state["_relatives"] if "_is_copy" in term.__dict__]
+            built = [entry for entry in entries if not _is_empty(entry)]
         if len(built) > 1:
             raise ValueError(
                 f"Expected one owner of term {self.name!r} to ask for its {name!r}, but got {len(built)}. Read it from"
@@ -165,8 +164,11 @@ class DistillationTerm(nn.Module):
         return built[0] if built else value
 
     def _stored(self, name: str) -> Any:
-        places = (self.__dict__, *(self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")))
-        return next((place[name] for place in places if name in place), _MISSING) if "_is_copy" in places[0] else None
+        state = self.__dict__
+        for place in (state, state["_parameters"], state["_buffers"], state["_modules"]):
+            if name in place:
+                return place[name]
+        return _MISSING
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_relatives"}

@@ -16,7 +16,7 @@ from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable
-from lightning_distill.terms.losses import Mask, checked_loss, find_mask, takes_mask, value_of, widened
+from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, find_mask, value_of, widened
 
 
 class FeatureDistillation(DistillationTerm):
@@ -88,11 +88,8 @@ class FeatureDistillation(DistillationTerm):
                 f"Expected `loss` not to be built yet, but got {type(self.loss).__name__} with parameters. Pass a new"
                 " one: the term builds a copy for each pair of layers."
             )
-        if (mask is not None or ignore_index is not None) and not takes_mask(self.loss):
-            raise ValueError(
-                f"Expected `loss` to take a mask where the term has one, but got {self.loss!r}. Pass a loss whose"
-                " forward has a parameter `mask`."
-            )
+        if mask is not None or ignore_index is not None:
+            check_takes_mask(self.loss)
         self.mask, self.ignore_index = mask, ignore_index
         self.needs_labels = self.requires.needs_labels or ignore_index is not None
         self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied

@@ -15,7 +15,7 @@ from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable
-from lightning_distill.terms.losses import Mask, checked_loss, find_mask, takes_mask, value_of
+from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, find_mask, value_of
 
 
 class LogitsDistillation(DistillationTerm):
@@ -68,11 +68,8 @@ class LogitsDistillation(DistillationTerm):
                 f"Expected `loss` to have no parameters of its own, but got {type(loss).__name__}. Use it in a"
                 ' FeatureDistillation; the layers "" and "" are the outputs of the two networks.'
             )
-        if (mask is not None or ignore_index is not None) and not takes_mask(self.loss):
-            raise ValueError(
-                f"Expected `loss` to take a mask where the term has one, but got {self.loss!r}. Pass a loss whose"
-                " forward has a parameter `mask`."
-            )
+        if mask is not None or ignore_index is not None:
+            check_takes_mask(self.loss)
         self.output, self.mask, self.ignore_index = output, mask, ignore_index
         self.needs_labels = self.requires.needs_labels or ignore_index is not None
         self.compares_class_scores = self.requires.class_scores

@@ -29,13 +29,22 @@ def checked_loss(loss: Any) -> Any:
     return loss
 
 
-def takes_mask(loss: Any) -> bool:
-    """Whether a loss can be called with ``mask=``."""
+def check_takes_mask(loss: Any) -> None:
+    """Raise if a loss cannot be called with ``mask=``.
+
+    Raises:
+        ValueError: If it cannot.
+    """
     function = loss.forward if isinstance(loss, torch.nn.Module) else loss
     try:
-        return "mask" in inspect.signature(function).parameters
+        takes_mask = "mask" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # a builtin without a signature
-        return False
+        takes_mask = False
+    if not takes_mask:
+        raise ValueError(
+            f"Expected `loss` to take a mask where the term has one, but got {loss!r}. Pass a loss whose"
+            " forward has a parameter `mask`."
+        )
 
 
 def find_mask(call: Call, mask: Mask | None, ignore_index: int | None, labels: Tensor | None) -> Tensor | None:

@@ -134,6 +134,12 @@ def test_l4_no_byte_of_the_teacher_is_broadcast_or_reduced(pair):
         assert distilled.keys() == plain.keys()
 
 
+@distributed
+def test_l4_adapters_of_different_shapes_are_refused_on_both_processes(pair):
+    for rank in pair:
+        assert rank["different_shapes"].startswith("Expected the adapters of term 'body' to have the same shapes")
+
+
 # L19 -------------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from tiny import Classifier, Mlp, ValidatedClassifier, dataset
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation
+from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation
 
 SECONDS = 100
 ROWS, GLOBAL_BATCH, SHARES = 48, 8, (range(7), range(7, 13))  # SHARES: which validation rows each process sees
@@ -156,6 +156,23 @@ def agreement(rank: int) -> dict[str, Any]:
     return {"logged": float(trainer.callback_metrics["distill/val_teacher_agreement"]), "student": student}
 
 
+def different_shapes(rank: int) -> str:
+    """The error where the students of the two processes differ in width, in a loop written by hand."""
+    student = Mlp(5 + rank)
+    distiller = Distiller(student, Mlp(7), FeatureDistillation("body", "body"))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller.follow(optimizer)
+    with distiller:
+        with distiller.record():
+            task_loss = student(dataset(4).tensors[0]).mean()
+        distiller.total(task_loss).backward()
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
 def ddp(find_unused: bool) -> DDPStrategy:
     return DDPStrategy(
         find_unused_parameters=find_unused, process_group_backend="gloo", timeout=timedelta(seconds=SECONDS // 2)
@@ -174,6 +191,7 @@ def pair(folder: Path) -> None:
         "plain_bytes": bytes_sent(False),
         "bytes": bytes_sent(True),
         "agreement": agreement(rank),
+        "different_shapes": different_shapes(rank),
     }
     sharding = ModelParallelStrategy(
         data_parallel_size=2,
