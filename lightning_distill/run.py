@@ -34,7 +34,7 @@ _TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-t
 
 
 class Settings(Protocol):
-    """What a run reads from its callback: settings, and the methods that users override."""
+    """The settings of a callback that a run reads, and the methods that users override."""
 
     name: str
     teacher: Any
@@ -58,16 +58,15 @@ class Settings(Protocol):
 class Run:
     """One fit or validation: the patches, the recording, the hold on the teacher, what is learned and measured.
 
-    Nothing is left on the LightningModule between two steps. Patches sit on objects of the Trainer, which no copy and
-    no pickle of the module contains; what must be on the module, its step and the hooks of its layers, is put there for
-    one call.
+    Nothing is left on the LightningModule between two steps. Patches sit on objects of the Trainer, which copies and
+    pickles of the module do not contain. The hooks of the module's layers are put there for one call.
 
     Args:
         callback: The settings, and the methods that users override.
         trainer: The Trainer.
         module: The LightningModule.
         stage: ``"fit"`` or ``"validate"``.
-        state: What an earlier run has learned.
+        state: The adapters of an earlier run, as `LearnedParts.state_dict` gives them.
 
     Raises:
         MisconfigurationException: If the strategy or the module's step cannot be distilled.
@@ -96,19 +95,19 @@ class Run:
             read_logits=callback.logits,
             never_called=student.never_called,
         )
-        names = [f"{term.name}_loss" for term in terms]
-        self._train_means = Means(["loss", "task_loss", "distillation_loss", *names])
-        self._val_names = ["loss", "task_loss", "distillation_loss", *names]
+        self._names = ["loss", "task_loss", "distillation_loss", *(f"{term.name}_loss" for term in terms)]
+        self._train_means = Means(self._names)
         self._loaders: dict[int, LoaderMeasures] = {}
-        self._validates = self._measures = False  # in every process alike; in this one still
+        self._validates = False  # whether validation is measured; the same in all processes
+        self._measures = False  # whether this process still measures it
         self._position: float | None = 0.0
         self._batch: Any = None
+        self._takes_iterator = "dataloader_iter" in inspect.signature(module.training_step).parameters
         self._in_step = self._explicit = self._ever_explicit = False
-        if not (compat.overrides(module, "configure_model") or compat.overrides(module, "setup")):
-            self._check()  # else the layers may not exist yet: the first step checks
-            self._checked = True
-        else:
-            self._checked = False
+        # with one of these hooks the layers may not exist yet: the first step checks
+        self._checked = not (compat.overrides(module, "configure_model") or compat.overrides(module, "setup"))
+        if self._checked:
+            self._check()
         self.learned.load_state_dict(state)
         try:
             self._begin(stage)
@@ -133,7 +132,6 @@ class Run:
         self.step.source.hold(trainer.strategy.root_device, dtype)
         self._patches.append(compat.HookGuards())
         if stage == "fit":
-            self._takes_iterator = "dataloader_iter" in inspect.signature(self.module.training_step).parameters
             self._patches += [
                 patch_step(trainer.strategy, "training_step", self.training_step),
                 MethodPatch(*compat.after_closure(trainer), self._before_optimizer_step),
@@ -155,7 +153,7 @@ class Run:
             self._patches.append(patch_step(trainer.strategy, "validation_step", self.validation_step))
 
     def close(self) -> None:
-        """Take every patch off, and give the teacher back as it was."""
+        """Undo every patch, and restore the teacher to its state before the run."""
         for patch in self._patches:
             patch.undo()
         self._patches = []
@@ -238,16 +236,16 @@ class Run:
         trainer = self.trainer
         if self.callback in trainer.callbacks:  # type: ignore[attr-defined]
             self._position = fraction_done(trainer)
-        # else a finder tries something out: it has put all callbacks aside, and the place stands still
+        # else a tuner runs a trial: it has removed all callbacks, and the position stays where it is
         self.step.scheduler.advance(Progress(trainer.global_step, trainer.current_epoch, self._position))
 
     def _follow_the_students(self) -> None:
-        """Let what is learned step with the optimizer of the student."""
+        """Let the adapters step with the optimizer of the student."""
         leader = self.learned.leader
         if leader is not None and any(leader is optimizer for optimizer in self.trainer.optimizers):
             return
         if not self.step.student.find() and self.trainer.world_size == 1:
-            return  # which network the student is shows when it is called; other processes may wait for this one
+            return  # not called yet, so the student is not known yet; of several processes another one may wait here
         trained = {id(parameter) for parameter in self.step.student.root.parameters()}
         wrapped = self.module.optimizers()
         for optimizer in wrapped if isinstance(wrapped, list) else [wrapped]:
@@ -257,7 +255,7 @@ class Run:
                 return
 
     def _before_optimizer_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Called by every optimizer step once the gradients are there and unscaled."""
+        """Called by every optimizer step, after the backward pass and after the gradients are unscaled."""
         optimizer = kwargs["optimizer"] if "optimizer" in kwargs else args[1]
         if self.trainer.world_size > 1 and self._in_step:
             # in manual optimization another process may have called `loss` already, and waits in this step
@@ -298,7 +296,7 @@ class Run:
         except ValueError as error:
             if self.callback.validate:
                 raise
-            # outputs that are not logits can well be distilled by their features
+            # the features can be distilled even if the outputs are not logits
             self._measures, self._loaders = False, {}
             rank_zero_warn(f"Validation does not measure distillation: {error} Pass validate=False.")
         finally:
@@ -309,7 +307,7 @@ class Run:
         losses, pairs = self.step.measure(batch)
         if not losses and not pairs:
             return
-        measures = self._loaders.setdefault(loader, LoaderMeasures(self._val_names))
+        measures = self._loaders.setdefault(loader, LoaderMeasures(self._names))
         values = {f"{name}_loss": value.detach() for name, value in losses.items()}
         if len(losses) == len(self.step.terms):
             values["distillation_loss"] = sum(
@@ -334,9 +332,9 @@ class Run:
         if not self._validates or self.trainer.sanity_checking:
             return results
         loaders = len(self.trainer.num_val_batches)
-        for index in range(loaders):  # not those measured here: all processes must add up alike
+        for index in range(loaders):  # all loaders, since all processes must take part in each sum
             suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
-            measures = self._loaders.get(index) or LoaderMeasures(self._val_names)
+            measures = self._loaders.get(index) or LoaderMeasures(self._names)
             for name, value in measures.losses.compute(self._device, self._sum).items():
                 results[f"val_{name}{suffix}"] = value
             agreeing, rows = self._sum(measures.agreement_counts(self._device))

@@ -57,7 +57,7 @@ class DistillStep:
         terms: The terms, owned by it.
         student: Finds and records the student.
         source: The teacher.
-        learned: What the terms learn.
+        learned: The adapters and the parameters of learned losses.
         labels: Where a batch keeps its labels.
         read_logits: From a network's output to its logits.
         never_called: The error message where the student was not called.
@@ -65,7 +65,7 @@ class DistillStep:
     Attributes:
         parts: The detached parts of the last total.
         batch_size: Number of examples of the last call.
-        scheduler: Sets what schedules determine.
+        scheduler: Sets the scheduled settings.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class DistillStep:
         self.batch_size = len(first) if first.ndim else 1
 
     def _anchor(self, calls: Sequence[Call]) -> Tensor | float:
-        """A zero that depends on what resting terms read.
+        """A zero that depends on the tensors that terms of weight 0 read.
 
         Under DDP every process must have gradients for the same parameters, and on another one these terms may work.
         A product with 0 would be NaN where the feature is infinite.
@@ -250,7 +250,7 @@ class DistillStep:
         return rest
 
     def measure(self, batch: Any, losses: bool = True) -> tuple[dict[str, Tensor], list[Pair]]:
-        """What validation measures in the calls recorded since the last loss.
+        """The losses and logits of validation, from the calls recorded since the last loss.
 
         Args:
             batch: The batch.
@@ -299,7 +299,7 @@ class DistillStep:
             return None
 
     def release(self) -> None:
-        """Let go of everything recorded."""
+        """Release everything recorded."""
         self.student.clear()
         self.source.clear()
 

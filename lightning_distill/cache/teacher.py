@@ -34,7 +34,7 @@ class CachedTeacher:
         cache: The cache.
     """
 
-    count, live, stored = 1, False, True
+    live, stored = False, True
 
     def __init__(self, cache: OpenCache) -> None:
         self.cache = cache

@@ -20,12 +20,10 @@ class TeacherSource(Protocol):
     """Where the teacher's answers come from.
 
     Attributes:
-        count: Number of teachers.
         live: Whether it can answer any input, so that validation can be measured.
         stored: Whether the answers come with the batches of a Trainer's training loader.
     """
 
-    count: int
     live: bool
     stored: bool
 
@@ -39,10 +37,10 @@ class TeacherSource(Protocol):
         """
 
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Get ready for a run: frozen, on a device, in a precision where it has none of its own."""
+        """Prepare for a run: freeze the networks and move them to a device, and to a precision if none was chosen."""
 
     def release(self) -> None:
-        """Give everything back as it was."""
+        """Restore everything to its state before the run."""
 
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """The answer of each teacher to a call of the student, with the features at the terms' taps.
@@ -97,7 +95,7 @@ class LiveTeachers:
     ) -> None:
         self._several = isinstance(module, TeacherEnsemble)
         networks = list(module.children()) if self._several else [module]
-        self.module, self.count, self.held = module, len(networks), Hold(module, dtype)
+        self.module, self.held = module, Hold(module, dtype)
         self._forward = forward
         self._recorders = [Recorder(network, taps, "teacher") for network in networks] if taps else []
         self._own_dtype: torch.dtype | None = None
@@ -112,7 +110,7 @@ class LiveTeachers:
             recorder.check(taps)
 
     def hold(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        """Freeze the networks on a device, in a precision where they have none; further calls do nothing."""
+        """Freeze the networks on a device, in a precision if none was chosen; further calls do nothing."""
         if self.held.taken:
             return
         self.held.take(device, dtype)
@@ -122,7 +120,7 @@ class LiveTeachers:
         self._own_dtype = own if own in (torch.float16, torch.bfloat16, torch.float64) else None
 
     def release(self) -> None:
-        """Give the networks back as they were."""
+        """Restore the networks to their state before the run."""
         self.held.release()
         self.clear()
 
@@ -162,18 +160,7 @@ class LiveTeachers:
             shown = replace(call, args=self.cast(call.args), kwargs=self.cast(call.kwargs))
         # not inference_mode: its tensors could not be saved for the backward
         with torch.no_grad(), surroundings, Recording(self._recorders):
-            try:
-                output = self._forward(shown)
-            except NotImplementedError as error:
-                bare = [
-                    type(network).__name__ for network in self.modules() if not compat.overrides(network, "forward")
-                ]
-                if not bare:
-                    raise
-                raise TypeError(
-                    f"Expected `teacher` to have a `forward` of its own, but got {bare[0]}. Pass the network inside it,"
-                    " such as module.model, or override `teacher_forward`."
-                ) from error
+            output = self._output(shown)
         if changed(call.input_versions):
             raise ValueError(
                 "Expected `teacher` to leave its input as it is, but it was changed in place, and the student's"
@@ -188,11 +175,23 @@ class LiveTeachers:
             answers.append(answer)
         return answers
 
+    def _output(self, call: Call) -> Any:
+        try:
+            return self._forward(call)
+        except NotImplementedError as error:
+            without_forward = [network for network in self.modules() if not compat.overrides(network, "forward")]
+            if not without_forward:
+                raise
+            raise TypeError(
+                f"Expected `teacher` to have a `forward` of its own, but got {type(without_forward[0]).__name__}. Pass"
+                " the network inside it, such as module.model, or override `teacher_forward`."
+            ) from error
+
 
 class NoTeacher:
     """The source of terms that read the student alone."""
 
-    count, live, stored = 1, True, False
+    live, stored = True, False
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a term reads the teacher.
@@ -217,7 +216,7 @@ class NoTeacher:
         return [Call((), {}, who="teacher", read_logits=call.read_logits)]
 
     def cast(self, value: Any) -> Any:
-        """The value: there is no precision."""
+        """The value as it is."""
         return value
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
