@@ -64,7 +64,7 @@ class DistillCallback(Callback):
         name: Prefix of the logged keys and key of the saved state, distinct for each callback of a Trainer.
 
     Attributes:
-        terms: The terms, with what they have learned.
+        terms: The terms, with their adapters.
         teacher: The teacher, or a container of several.
 
     Raises:
@@ -115,11 +115,11 @@ class DistillCallback(Callback):
         self.validate, self.name = validate, name
         self.logs = log  # the Trainer puts the module's `log` on every callback
         self._state_key = self._generate_state_key(name=name)
-        self._state: dict[str, Any] = {}  # what the last run has learned, or a checkpoint holds
+        self._state: dict[str, Any] = {}  # the adapters of the last run or of a checkpoint
         self._last_module: Any = None  # a weak reference to the module of the last run
         self._mailbox = Mailbox()
 
-    # What users call and override ------------------------------------------------------------------------------------
+    # Methods to call and override ------------------------------------------------------------------------------------
 
     @property
     def teacher(self) -> Any:
@@ -182,7 +182,7 @@ class DistillCallback(Callback):
         return select(output, None, "the model's output")
 
     def adapter_state(self) -> dict[str, Any]:
-        """The adapters by term and their optimizer's state, as checkpoints hold them; empty where there are none."""
+        """The adapters by term and their optimizer's state, as checkpoints hold them; empty without adapters."""
         if self._run is not None:
             return self._run.learned.state_dict()
         if (sent := self._mailbox.receive()) is not None:  # from a process that this one has spawned
@@ -248,13 +248,13 @@ class DistillCallback(Callback):
             self._run.learned.load_state_dict(self._state)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """At the end: leave no patch, no hook, and the teacher as it was."""
+        """At the end: remove every patch and hook, and restore the teacher."""
         self._drop()
         if compat.spawns(trainer) and trainer.is_global_zero and self._state:
             self._mailbox.send(self._state)  # this process ends here; the callback lives on in its parent
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """After an exception: the same."""
+        """After an exception: remove every patch and hook, and restore the teacher."""
         self._drop()
 
     # Inside ----------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ class HookGuards:
         HookGuards._holders += 1
 
     def undo(self) -> None:
-        """Give the setting back when the last holder lets go."""
+        """Restore the setting when the last holder is released."""
         if not self._held:
             return
         self._held = False

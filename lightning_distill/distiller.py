@@ -46,7 +46,7 @@ class Distiller:
     Attributes:
         parts: After a step the detached parts of the total: ``task_loss``, ``distillation_loss`` (the weighted sum) and
             ``<term>_loss`` of each term, without its weight.
-        terms: The terms, with what they have learned.
+        terms: The terms, with their adapters.
         teacher: The teacher, or a container of several.
 
     Raises:
@@ -110,7 +110,7 @@ class Distiller:
             never_called=lambda: self._never_called(),
         )
 
-    # What users override ---------------------------------------------------------------------------------------------
+    # Methods to override ---------------------------------------------------------------------------------------------
 
     def teacher_forward(self, call: Call) -> Any:
         """The teacher's output for a call of the student; by default it is called as the student was.
@@ -201,7 +201,7 @@ class Distiller:
 
     @property
     def scheduler(self) -> Scheduler:
-        """What sets scheduled numbers; its ``values`` are the last ones, by the names that logs give them."""
+        """The scheduler; its ``values`` are the last values of the scheduled settings, by their names in the logs."""
         return self._step.scheduler
 
     def loss(self, batch: Any = None, calls: int | slice | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A file by which a spawned process sends what it has learned to the process that started it."""
+"""A file by which a spawned process sends its adapters to the process that started it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Mailbox:
         finalize(self, _remove, self._inbox, self._process)
 
     def send(self, state: Any) -> None:
-        """Write to the object that this one was copied from, in another process; do nothing if there is none."""
+        """Write to the object that this one was copied from, in another process; do nothing if this is not a copy."""
         forked = os.getpid() != self._process
         path = self._inbox if forked else self._replies_to
         if path is None:
@@ -37,7 +37,7 @@ class Mailbox:
             torch.save(state, file)
 
     def receive(self) -> Any | None:
-        """The state that a process started by this one has sent; ``None`` if there is none. It can be received once."""
+        """The state that a process started by this one has sent; ``None`` before it has. It can be received once."""
         if not self._inbox.exists():
             return None
         state = torch.load(self._inbox, weights_only=True)

@@ -1,4 +1,4 @@
-"""Means over an epoch of what the steps have measured, and the agreement with the teacher."""
+"""Means of the step values over an epoch, and the agreement with the teacher."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Means:
 
 
 class LoaderMeasures:
-    """What validation measures on one loader.
+    """The measurements of validation on one loader.
 
     Args:
         names: Names of the losses.

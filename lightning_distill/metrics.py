@@ -103,7 +103,7 @@ class TeacherAgreement(_OverRows):
         self.total += agrees.sum() if counts is None else (agrees & counts).sum()
 
     def compute(self) -> Tensor:
-        """Share of the rows seen since the last reset, a float32 scalar; NaN where there were none."""
+        """Share of the rows seen since the last reset, a float32 scalar; NaN before the first row."""
         return self.total.float() / self.count.float()
 
 
@@ -161,12 +161,12 @@ class TeacherDivergence(_OverRows):
         values = soft_target_kl(student, teacher, temperature=self.temperature, class_dim=dim, mask=counts)
         exact = values.sum() / self.temperature**2
         added = exact.float()
-        # What the float32 sum loses is kept beside it (Knuth's two-sum), so that many small batches lose nothing.
+        # The rounding error of the float32 sum is kept beside it (Knuth's two-sum): many small batches lose nothing.
         total = self.total + added
         part = total - self.total
         self.rest += (self.total - (total - part)) + (added - part) + (exact - added).float()
         self.total = total
 
     def compute(self) -> Tensor:
-        """Mean over the rows seen since the last reset, a float32 scalar; NaN where there were none."""
+        """Mean over the rows seen since the last reset, a float32 scalar; NaN before the first row."""
         return (self.total + self.rest) / self.count.float()

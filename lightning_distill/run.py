@@ -56,7 +56,7 @@ class Settings(Protocol):
 
 
 class Run:
-    """One fit or validation: the patches, the recording, the hold on the teacher, what is learned and measured.
+    """One fit or validation: the patches, the recording, the hold on the teacher, the adapters, the measurements.
 
     Nothing is left on the LightningModule between two steps. Patches sit on objects of the Trainer, which copies and
     pickles of the module do not contain. The hooks of the module's layers are put there for one call.

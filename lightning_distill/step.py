@@ -173,7 +173,9 @@ class DistillStep:
         if not active:
             if calls:
                 self._count(calls[0])
-            zero = torch.zeros((), device=next((one.device for one in self.student.root.parameters()), None))
+            zero = torch.zeros(
+                (), device=next((parameter.device for parameter in self.student.root.parameters()), None)
+            )
             self.parts["distillation_loss"] = zero
             return rest if isinstance(rest, Tensor) else zero
         if not calls:

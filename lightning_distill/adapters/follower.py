@@ -23,8 +23,8 @@ class Follower:
     """Trains the learned parts with an optimizer that mirrors the student's and steps whenever that one steps.
 
     Adding the adapters to the student's optimizer instead would change its checkpoint and break learning-rate
-    schedulers that count groups. What the processes of a distributed training do together, they do around the leader's
-    step, which they have in common already: they agree on the parts that exist and average all gradients at once.
+    schedulers that count groups. In a distributed training the processes communicate at the leader's step, which all of
+    them take: they agree on the parts that exist and average all gradients at once.
 
     Args:
         agree: Makes the processes agree on the learned parts that exist; called with the student's device.
@@ -70,7 +70,7 @@ class Follower:
 
         Args:
             parameters: The parameters.
-            state: The optimizer's state of each of them; empty where there is none yet.
+            state: The optimizer's state of each of them; empty for a new one.
             groups: Saved settings of the optimizer's groups; empty takes the leader's.
 
         Raises:
@@ -91,7 +91,7 @@ class Follower:
         self._mirrored = [] if self._factory else sorted(settings - {"params", "param_names"})
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """The optimizer's state of one parameter; empty where there is none."""
+        """The optimizer's state of one parameter; empty before its first step."""
         return {} if self.optimizer is None else dict(self.optimizer.state.get(parameter, {}))
 
     def groups(self) -> list[dict[str, Any]]:
@@ -123,11 +123,11 @@ class Follower:
                 self._overflow = compat.overflow_flags(scaler, self.optimizer)
                 for device, leaders_flag in compat.overflow_flags(scaler, self.leader).items():
                     leaders_flag.copy_(torch.maximum(leaders_flag, self._overflow.pop(device, leaders_flag)))
-                    for gradient in gradients:  # what a skipped step leaves must not reach the next one
+                    for gradient in gradients:  # values left by a skipped step must not reach the next one
                         gradient.masked_fill_(leaders_flag.bool(), 0.0)
 
     def close(self) -> None:
-        """Let the leader go."""
+        """Stop following the leader."""
         self._handle.remove()
         for patch in self._patches:
             patch.undo()
@@ -146,7 +146,7 @@ class Follower:
         if self.optimizer is None or all(parameter.grad is None for parameter in self._parameters):
             self._prepared = False
             return
-        # a fused leader unscales inside its own step, and skips there; only then are there flags left to read here
+        # a fused leader unscales inside its own step and skips there: only then are flags left to read
         flags = [*self._overflow.values(), getattr(self.leader, "found_inf", None)]
         self._overflow = {}
         if any(flag is not None and flag.item() for flag in flags):
@@ -184,11 +184,11 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     wide = torch.float64 if any(parameter.dtype == torch.float64 for parameter in parameters) else torch.float32
     device = parameters[0].device
     counts = torch.tensor([float(parameter.grad is not None) for parameter in parameters], dtype=wide, device=device)
-    gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+    gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
     flat = torch.cat([counts, *(gradient.reshape(-1).to(wide) for gradient in gradients)])
     torch.distributed.all_reduce(flat)
     present, *sums = torch.split(flat, [len(parameters), *(gradient.numel() for gradient in gradients)])
-    # asking the device costs a wait: only where this process lacks a gradient, and others may have one
+    # reading from the device waits for it: done only if this process lacks a gradient that others may have
     lacking = any(parameter.grad is None for parameter in parameters)
     used = present.tolist() if lacking else [1.0] * len(parameters)
     size = world_size()

@@ -1,4 +1,4 @@
-"""What the terms learn in a run: adapters, and the parameters of learned losses."""
+"""The parameters of the terms in a run: adapters, and the parameters of learned losses."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class LearnedParts:
             _restore(term, saved.get(term.name, {}))
 
     def agree(self, device: torch.device) -> None:
-        """Have every process make what any of them has made; called by all of them at the same place.
+        """Make the parts that any process has made in every process; called by all of them at the same place.
 
         A small reduction each time, until all parts exist everywhere.
 
@@ -148,7 +148,7 @@ class LearnedParts:
 
     @property
     def follower(self) -> Follower | None:
-        """What trains the parts; ``None`` without a leader."""
+        """The optimizer of the parts; ``None`` without a leader."""
         return self._follower
 
     @property
@@ -194,7 +194,7 @@ class LearnedParts:
             self._train()
 
     def unfollow(self) -> None:
-        """Let the leader go; the optimizer's state is kept for the next one."""
+        """Stop following the leader; the optimizer's state is kept for the next one."""
         if self._follower is not None:
             kept = {key: value for key, value in self.state_dict().items() if key != "adapters"}
             self._follower.close()

@@ -15,7 +15,7 @@ Shapes = dict[str, Any]  # "student" and "teachers": the shapes at the term's ta
 
 
 class Learner(Protocol):
-    """What this package knows of a term: what it reads, and how the parts that it learns are made, saved and loaded."""
+    """The interface of a term for this package: its taps, and how its parts are made, saved and loaded."""
 
     name: str
     student_taps: Sequence[Tap]

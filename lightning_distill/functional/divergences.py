@@ -54,7 +54,7 @@ def reverse_kl(
 
     References:
         Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543; deviation: the divergence of the whole distribution at
-        each position, summed exactly, instead of an estimate from sampled sequences. There is no factor
+        each position, summed exactly, instead of an estimate from sampled sequences. It has no factor
         :math:`T^2`.
     """
     log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
@@ -105,7 +105,7 @@ def generalized_jsd(
     References:
         Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649. At 0 and 1 the formula itself is 0; as in
         published code these stand for the two divergences that it tends to, divided by its weight, near the ends.
-        There is no factor :math:`T^2`.
+        It has no factor :math:`T^2`.
     """
     checks.between("beta", beta, 0, 1)
     log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
@@ -132,7 +132,7 @@ def skew_kl(
     .. math:: \mathrm{KL}(p^t \, \| \, \alpha p^t + (1 - \alpha) p^s), \qquad p = \mathrm{softmax}(z)
 
     The mixture is never far below the teacher: the value is at most :math:`-\log \alpha` and the gradient stays small
-    where the student finds impossible what the teacher does not.
+    where the student gives probability 0 to a class and the teacher does not.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
@@ -251,7 +251,7 @@ def total_variation(
 
     References:
         Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190, where the sum over the steps bounds the distance of
-        whole sequences; deviation: the distance at each position, summed exactly. There is no factor :math:`T^2`.
+        whole sequences; deviation: the distance at each position, summed exactly. It has no factor :math:`T^2`.
     """
     log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
     return reduced(0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(dim=dim), counts, reduction)

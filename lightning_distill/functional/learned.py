@@ -48,7 +48,7 @@ def variational_information(
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If ``mean`` does not have the teacher's shape, or there is not one variance for each channel.
+        ValueError: If ``mean`` does not have the teacher's shape, or ``variance`` not one number for each channel.
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 2.0]])

@@ -255,7 +255,7 @@ def multi_level_logits(
 
     Raises:
         TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
-        ValueError: If the shapes differ, there are fewer than two classes, there is no temperature or one is not
+        ValueError: If the shapes differ, there are fewer than two classes, ``temperatures`` is empty or one is not
             greater than 0.
 
     Example:

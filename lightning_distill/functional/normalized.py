@@ -57,7 +57,7 @@ def pearson_feature(student: Tensor, teacher: Tensor, *, mask: Tensor | None = N
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no channel dimension.
+        ValueError: If the shapes differ or the channel dimension is missing.
 
     Example:
         >>> import torch
@@ -171,7 +171,7 @@ def normalized_mse(
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no channel dimension.
+        ValueError: If the shapes differ or the channel dimension is missing.
 
     Example:
         >>> import torch
@@ -209,7 +209,7 @@ def feature_map_transfer(
 
     Raises:
         TypeError: If a feature is not a floating point tensor, or ``eps`` is not a number.
-        ValueError: If the shapes differ, there is no channel dimension or ``eps`` is less than 0.
+        ValueError: If the shapes differ, the channel dimension is missing or ``eps`` is less than 0.
 
     Example:
         >>> import torch

@@ -30,7 +30,7 @@ def prepare_equal(
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no batch dimension.
+        ValueError: If the shapes differ or the batch dimension is missing.
     """
     student, teacher = prepare(student, teacher)
     checks.same_shape(student, teacher, remedy=_REMEDY)
@@ -127,7 +127,7 @@ def without(feature: Tensor, positions: Tensor | None, channel_dim: int | None =
 
     Args:
         feature: Shape ``(N,)``, ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
-        positions: What :func:`positions_mask` returns.
+        positions: The result of :func:`positions_mask`.
         channel_dim: The user's own dimension of the channels.
 
     Returns:
@@ -338,7 +338,7 @@ def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int,
     Args:
         difference: Centred values, any shape.
         dim: Dimensions of the mean.
-        count: What the sum of squares is divided by.
+        count: The divisor of the sum of squares.
         eps: Added to the variance.
 
     Returns:

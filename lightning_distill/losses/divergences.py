@@ -28,7 +28,7 @@ class ReverseKLLoss(LogitsLoss):
     The student keeps to the teacher's main modes instead of covering all of them. See
     :func:`lightning_distill.functional.reverse_kl`.
 
-    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
@@ -68,7 +68,7 @@ class GeneralizedJSDLoss(LogitsLoss):
     A bounded loss; ``beta`` 0 is the forward divergence, 1 the reverse. See
     :func:`lightning_distill.functional.generalized_jsd`.
 
-    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
@@ -109,7 +109,7 @@ class SkewKLLoss(LogitsLoss):
     .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p^t_n \, \| \, \alpha p^t_n + (1 - \alpha) p^s_n)
         \quad\text{or, reverse,}\quad \mathrm{KL}(p^s_n \, \| \, \alpha p^s_n + (1 - \alpha) p^t_n)
 
-    The gradient stays small where one model finds impossible what the other does not. See
+    The gradient stays small where one model gives probability 0 to a class and the other does not. See
     :func:`lightning_distill.functional.skew_kl` and :func:`lightning_distill.functional.skew_reverse_kl`.
 
     It has no temperature.
@@ -161,7 +161,7 @@ class TotalVariationLoss(LogitsLoss):
     Symmetric and at most 1, however certain the models are. See
     :func:`lightning_distill.functional.total_variation`.
 
-    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.

@@ -103,8 +103,8 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     Args:
         mask_ratio: Share of the feature that is hidden, at least 0 and less than 1.
-        mask: What the mask hides: all channels at a position (``"spatial"``, published for dense prediction), or all
-            positions of a channel (``"channel"``, published for classification).
+        mask: The entries that the mask hides: all channels at a position (``"spatial"``, published for dense
+            prediction), or all positions of a channel (``"channel"``, published for classification).
 
     Returns:
         A scalar when called with features ``(N, C, H, W)``, ``(N, L, C)`` or ``(N, C)`` of the student, then the
@@ -152,7 +152,8 @@ class MaskedGenerativeLoss(DistillationLoss):
         """Loss of a batch, a scalar."""
         network, drawn = _channels_first(_built(self.generator)), self._drawn(student)
         positions = positions_mask(mask, student)
-        # What does not count is zero before the generator, as beyond the edges, and after it, where the teacher is too.
+        # Positions that do not count are set to 0 before the generator, like the padding at the edges, and after it,
+        # like the teacher's.
         student, teacher = without(student, positions), without(teacher, positions)
         values = masked_generative(
             student, teacher, generator=lambda feature: without(network(feature), positions), mask=drawn

@@ -1,4 +1,4 @@
-"""What happens in a network during a step: its calls, the features at the tapped layers, the labels of the batch.
+"""Recording of a step: the calls of a network, the features at the tapped layers, the labels of the batch.
 
 Nothing in this package knows a Trainer.
 """

@@ -1,4 +1,4 @@
-"""What a batch holds, and how a network is called with it."""
+"""The inputs and labels in a batch, and the call of a network with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def split_batch(batch: Any, labels: str | int | Callable[[Any], Tensor] | None =
         Inputs and labels.
 
     Raises:
-        ValueError: If there are no labels.
+        ValueError: If the batch has no labels.
 
     Example:
         >>> import torch

@@ -60,7 +60,7 @@ def snapshot(value: Any, copy: bool) -> tuple[Any, Versions]:
     """A value with the versions of its tensors, which tell later whether one of them was changed in place.
 
     Args:
-        value: What a network was called with or returned.
+        value: The arguments or the output of a network.
         copy: Whether to copy the tensors, because their versions say nothing.
     """
     # A compiled graph turns in-place changes into new tensors, so versions say nothing there: take a copy, which the
@@ -96,7 +96,7 @@ class Call:
     Attributes:
         args: Positional arguments that the network was called with.
         kwargs: Keyword arguments that it was called with.
-        output: What it returned.
+        output: Its output.
         who: ``"student"`` or ``"teacher"``, for messages.
         teacher: Which of several teachers answered, from 0.
         trains: Whether gradients must flow back into the call, so that reading a tensor without them is an error.
@@ -130,8 +130,8 @@ class Call:
         """A call that was not recorded, made from outputs that are known.
 
         Args:
-            output: What the network would return.
-            features: What its layers would give, by layer and side, such as ``{("layer3", "output"): tensor}``.
+            output: The network's output.
+            features: Its layers' features, by layer and side, such as ``{("layer3", "output"): tensor}``.
             who: ``"student"`` or ``"teacher"``.
             **attributes: Further attributes of the call.
 
@@ -237,7 +237,7 @@ class Call:
 
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a layer was called with, as one value: its only argument, or the tuple or dict of them."""
+    """The arguments of a layer as one value: its only argument, or the tuple or dict of them."""
     if kwargs and not args:
         return kwargs
     return args[0] if len(args) == 1 else args

@@ -1,4 +1,4 @@
-"""What networks and layers return: tensors, and tuples, lists, dicts, dataclasses and model outputs of them."""
+"""Outputs of networks and layers: tensors, and tuples, lists, dicts, dataclasses and model outputs of them."""
 
 from __future__ import annotations
 
@@ -132,11 +132,11 @@ def first_tensor(*values: Any) -> Tensor:
     """The first tensor in the values and their tuples, lists, dicts and dataclasses.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the value holds no tensor.
     """
     for value in values:
         if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
             return value[0]  # by far the commonest
         for tensor in tensors_in(value):
             return tensor
-    raise ValueError("Expected the student to be called with a tensor or to return one, but found none.")
+    raise ValueError("Expected the student to be called with a tensor or to return one, but got none.")

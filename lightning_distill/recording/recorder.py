@@ -31,7 +31,7 @@ class _Hook:
 
     Args:
         module: The module. Copies of it that share the table of hooks are not recorded.
-        recorder: Keeps what the hook sees.
+        recorder: Keeps the features that the hook reads.
         layer: Name of the layer.
     """
 

@@ -81,7 +81,9 @@ class StudentFinder:
         if self._found is not None:
             return Recording([self._found], needs_grad, features)
         if self._recorders is None:
-            self._recorders = {name: one for name, one in self._candidates().items() if not one.unknown()}
+            self._recorders = {
+                name: recorder for name, recorder in self._candidates().items() if not recorder.unknown()
+            }
         return Recording(list(self._recorders.values()), needs_grad, features)
 
     def find(self) -> list[Call]:

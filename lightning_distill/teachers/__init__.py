@@ -1,4 +1,4 @@
-"""Teachers: one protocol, and what answers by it: networks, a cache, nothing."""
+"""Teachers: one protocol, implemented by networks, by a cache, and for no teacher."""
 
 from lightning_distill.teachers.loading import load_teacher
 from lightning_distill.teachers.source import (

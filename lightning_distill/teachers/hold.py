@@ -1,4 +1,4 @@
-"""The hold on a teacher: frozen while it is held, and given back as it was."""
+"""The hold on a teacher: it is frozen while it is held, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class _State:
 class Hold:
     """Holds a teacher still: in eval mode, without gradients, on a device, in a precision.
 
-    Several may hold one network, or networks that share parts; each module is given back when its last holder lets go.
-    What the user writes into the teacher meanwhile, such as a moving average of the student, stays in it.
+    Several may hold one network, or networks that share parts; each module is restored when its last hold is released.
+    Values that the user writes into the teacher meanwhile, such as a moving average of the student, stays in it.
 
     Args:
         module: The teacher, or several in a container.
@@ -94,7 +94,7 @@ class Hold:
         scripts = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
         self._modules = [module for module in modules if module not in scripts]
         self._taken = True
-        # a holder that is dropped without letting go gives the teacher back too
+        # a hold that is dropped without a release restores the teacher too
         self._end = finalize(self, _release, modules)
         with contextlib.suppress(NotImplementedError):  # an exported program keeps the mode that it was traced in
             self.module.eval()

@@ -26,7 +26,7 @@ def load_teacher(checkpoint: str | PathLike[str], model: nn.Module, prefix: str 
         checkpoint: Path of the file: a state_dict, or a dict that holds one under ``"state_dict"``, ``"model"`` or
             a similar key.
         model: The network to fill, of the architecture that was saved.
-        prefix: What precedes the network's own parameter names in the file, such as ``"model."``. ``None`` finds it.
+        prefix: The text before the network's own parameter names in the file, such as ``"model."``; ``None`` finds it.
 
     Returns:
         ``model``, with every parameter and buffer loaded, in eval mode.
@@ -35,7 +35,7 @@ def load_teacher(checkpoint: str | PathLike[str], model: nn.Module, prefix: str 
         ValueError: If the file is not a checkpoint, lacks a parameter of the model, has one of another shape or weights
             that are NaN, holds objects other than tensors and plain values, or fits under several prefixes. The model
             is then left as it was.
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
 
     Example:
         >>> import tempfile

@@ -72,7 +72,7 @@ class TeacherEnsemble(nn.ModuleList):
 
 
 class LiveTeachers:
-    """One network or several, run without gradients on what the student was called with.
+    """One network or several, run without gradients on the student's arguments.
 
     Args:
         module: The network, or an ensemble of several.
@@ -169,7 +169,7 @@ class LiveTeachers:
         answers = []
         for index, single in enumerate(output if self._several else [output]):
             recorded = self._recorders[index].calls if self._recorders else []
-            # an override may answer without calling the teacher: then there are no features to read
+            # an override may answer without calling the teacher, and then has no features
             answer = recorded[-1] if recorded else Call((), {}, who="teacher")
             answer.output, answer.teacher, answer.read_logits = single, index, call.read_logits
             answers.append(answer)
@@ -280,17 +280,17 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     Raises:
         ValueError: If the name is not that of a floating point dtype.
     """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise ValueError(
             f"Expected `teacher_dtype` to be a floating point dtype, but got teacher_dtype={dtype!r}."
             " Pass 'bfloat16', 'float16', 'float32' or 'float64'."
         )
-    return found
+    return named
 
 
 def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
-    """Name of a parameter that the student trains and the teacher has too; ``None`` if there is none.
+    """Name of a parameter that the student trains and the teacher has too, or ``None``.
 
     A teacher that is a part of the student's module (``self.teacher``) does not count as the student's, and frozen
     parameters may be shared.
@@ -307,7 +307,7 @@ def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
             continue
         seen.add(module)
         waiting += module.children()
-        trained |= {id(one) for one in module.parameters(recurse=False) if one.requires_grad}
+        trained |= {id(parameter) for parameter in module.parameters(recurse=False) if parameter.requires_grad}
     if not trained:  # everything that the student trains is inside the teacher
         trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
     for network in source.modules():

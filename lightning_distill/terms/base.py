@@ -25,7 +25,7 @@ class DistillationTerm(nn.Module):
     and makes parts that depend on the features' shapes in :meth:`build`. Its parameters are trained along with the
     student.
 
-    A term may be given to several callbacks, modules or distillers. Each of them owns a copy of what the term learns,
+    A term may be given to several callbacks, modules or distillers. Each of them owns a copy of the term's parameters,
     in its own ``terms``; the settings are shared, so an assignment to the term counts for every owner from the next
     step on. Attributes that are set within :meth:`build` belong to the owner alone.
 
@@ -103,7 +103,7 @@ class DistillationTerm(nn.Module):
     # Owners ----------------------------------------------------------------------------------------------------------
 
     def owned(self) -> DistillationTerm:
-        """A copy for one owner: it shares the settings and has what it learns to itself."""
+        """A copy for one owner: it shares the settings and has parameters of its own."""
         state = self.__dict__
         if "_relatives" not in state:
             state.update(_relatives=WeakSet([self]), _built=set())
@@ -193,7 +193,7 @@ def as_terms(terms: Any, default: Callable[[DistillationLoss | None], Distillati
 
     Raises:
         TypeError: If one of them is not a term.
-        ValueError: If there are none, or two share a name.
+        ValueError: If the sequence is empty, or two share a name.
     """
     if terms is None or isinstance(terms, nn.Module) or not isinstance(terms, Sequence):
         terms = [default(None) if terms is None else terms]

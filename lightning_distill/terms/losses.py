@@ -1,4 +1,4 @@
-"""How terms call losses: in float32 or better, with labels and a mask where there are any."""
+"""How terms call losses: in float32 or better, with labels and a mask if the term has them."""
 
 from __future__ import annotations
 
