@@ -121,7 +121,7 @@ class Feature:
     def make_teacher(self, folder: Path) -> Any:
         if self.cache is None:
             return self.teacher()
-        path = folder / "-".join(["cache", *self.cache])
+        path = folder / "-".join(["cache", str(self.length), *self.cache])
         if not path.exists():
             forward = lambda model, batch: model(batch["x"])  # noqa: E731
             settings = {
@@ -248,8 +248,17 @@ FEATURES: dict[str, Feature] = {
     "cache and a temperature over the fraction": Feature(
         lambda: LogitsDistillation(SoftTargetLoss(Linear(6.0, 1.0))), _temperature_over_fraction, cache={}
     ),
+    "cache and ignored labels": Feature(lambda: LogitsDistillation(ignore_index=1), _ignored, cache={}),
+    "cache and a mask": Feature(
+        lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, cache={}, length=3
+    ),
     "several teachers": Feature(_adapter_terms, _two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
     "views": Feature(_adapter_terms, _with_adapter, views=(lambda x: x, lambda x: 1 - x)),
+    "views and labels": Feature(
+        lambda: LogitsDistillation(DecoupledKDLoss(3.0, nontarget_weight=2.0), weight=0.5),
+        _labelled,
+        views=(lambda x: x, lambda x: 1 - x),
+    ),
     "adapter": Feature(_adapter_terms, _with_adapter),
     "variational information": Feature(
         lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3), _variational
