@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
 
 import keras
 from keras import ops
 
 from keras_distill import checks
+from keras_distill.adapters import CONVOLUTIONS
 from keras_distill.functional.learned import masked_generative, variational_information
 from keras_distill.losses.base import DistillationLoss
 
 __all__ = ["MaskedGenerativeLoss", "VariationalInformationLoss"]
 
-_CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
 _SMALLEST_VARIANCE = 1e-5
 
 
@@ -109,8 +109,8 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     Args:
         mask_ratio: Share of the feature that is hidden, at least 0 and less than 1.
-        mask: What the mask hides: all channels at a position (``"spatial"``, published for dense prediction), or all
-            positions of a channel (``"channel"``, published for classification).
+        mask: ``"spatial"`` hides all channels at a position (published for dense prediction), ``"channel"`` hides all
+            positions of a channel (published for classification).
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
@@ -201,11 +201,11 @@ class _Network(keras.layers.Layer):
 
 
 def _wide_layer(rank: int, channels: int | None, activation: str | None, dtype: Any) -> keras.layers.Layer:
-    """A layer that sees the neighbours of every position, where there are positions."""
+    """A convolution of width 3; for vectors, which have no positions, a dense layer."""
     if rank == 2:
         return keras.layers.Dense(channels, activation, dtype=dtype)
     settings = {"padding": "same", "data_format": "channels_last", "activation": activation, "dtype": dtype}
-    return _CONVOLUTIONS[rank](channels, 3, **settings)
+    return CONVOLUTIONS[rank](channels, 3, **settings)
 
 
 def _check_ranks(student: Sequence[int | None], teacher: Sequence[int | None]) -> None:

@@ -291,7 +291,7 @@ def test_k26_without_teacher_and_targets_there_is_nothing_to_learn() -> None:
     """K26: the error says what is missing, before the first step."""
     with pytest.raises(ValueError, match=r"Expected a teacher to learn from\. .*DistillTargets"):
         distilled(LOGITS, None).fit(*table(8), verbose=0)
-    with pytest.raises(ValueError, match=r"Expected a teacher to ask\. Set `model\.teacher`"):
+    with pytest.raises(ValueError, match=r"Expected one teacher\. Set `model\.teacher`"):
         distilled(LOGITS, None).teacher_targets(ops.ones((2, 6)))
 
 

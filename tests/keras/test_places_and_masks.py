@@ -150,7 +150,7 @@ class Twins(keras.Model):
 def test_k29_siblings_of_one_name_are_told_apart() -> None:
     """K29: subclassed models may have them; the candidates are names that choose, as do attributes and the layers."""
     student, teacher = Twins(0), Twins(1)
-    words = r"Pass one of 'layers\.0', 'layers\.1'\. Received: 'twin', which several layers are called$"
+    words = r"Pass one of 'layers\.0', 'layers\.1'\. Received: 'twin', the name of several layers$"
     with pytest.raises(ValueError, match=words):
         DistillModel(student, teacher, FeatureDistillation("twin", "layers.0"))
     words = r"Pass one of 'layers\.0/layers\.0', 'layers\.0/layers\.1', 'layers\.1/layers\.0', 'layers\.1/layers\.1'\."

@@ -217,13 +217,13 @@ REFUSED: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "class weights beside stored outputs": (
         ValueError,
         lambda: stored_on_batch(),
-        "Expected `class_weight` to be None where the targets carry the teacher's outputs.",
+        "Expected `class_weight` to be None if the targets hold the teacher's outputs.",
     ),
     **{
         f"a student with its own {method}": (
             ValueError,
             lambda method=method: DistillModel(with_own(method), net()),
-            f"with a `{method}` of its own, which would not be called",
+            f"with a custom `{method}`, which would not be called",
         )
         for method in ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
     },

@@ -80,7 +80,7 @@ def test_several_teachers_are_averaged_term_by_term() -> None:
     mixed = np.mean([np.exp(log_softmax64(t)) for t in teachers], axis=0)
     assert logs["teacher_agreement"] == pytest.approx((mixed.argmax(-1) == z.argmax(-1)).mean())
     assert model.teacher == [first, second]
-    with pytest.raises(ValueError, match="Expected a teacher to ask"):
+    with pytest.raises(ValueError, match="Expected one teacher"):
         model.teacher_targets(X)
 
 

@@ -171,13 +171,16 @@ def test_c12_a_build_of_views_that_was_stopped_ends_in_the_same_bytes(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"transform": None}, r"^Expected `transform` to be given with transform_seed=7, but got None"),
-        ({"transform": None, "transform_seed": None}, r"^Expected `transform` to be given with views=2, but got None"),
-        ({"transform_seed": None}, r"^Expected `transform_seed` to be given with a transform, but got None"),
+        ({"transform": None}, r"^Expected `transform` to be a function with transform_seed=7, but got None"),
+        (
+            {"transform": None, "transform_seed": None},
+            r"^Expected `transform` to be a function with views=2, but got",
+        ),
+        ({"transform_seed": None}, r"^Expected `transform_seed` to be a number with a transform, but got None"),
         ({"views": 0}, r"^Expected `views` to be 1 or greater, but got views=0\.$"),
         (
             {"transform": lambda x, seed: x[1:7, 1:7] + np.random.rand()},
-            r"^Expected `transform` to give the same for the same item and seed, but some items differ",
+            r"^Expected `transform` to return the same for the same item and seed, but some items differ",
         ),
     ],
 )
@@ -193,7 +196,7 @@ def test_c9_what_does_not_go_together_is_refused_when_building(tmp_path: Path, s
 def test_c9_what_does_not_go_together_is_refused_when_attaching(tmp_path: Path) -> None:
     """C5, C9: no transform, another one, one too many, a view that is not there, data that know no epochs."""
     cache, plain = built(tmp_path / "views"), X[:, 1:7, 1:7]
-    with pytest.raises(CacheError, match=r"^Expected `transform` to be given, since the teacher was shown augmented"):
+    with pytest.raises(CacheError, match=r"^Expected `transform` to be a function, since the teacher got augmented"):
         cache.attach((X, Y))
     with pytest.raises(CacheError, match=r"but some items differ\.$"):
         cache.attach((X, Y), transform=lambda x, seed: x[1:7, 1:7])
@@ -220,7 +223,7 @@ def test_c3_c9_neither_half_takes_the_others_augmentation_for_its_own(tmp_path: 
         teacher, data, tmp_path / "torch", views=2, transform_seed=1, dtype="float32", progress=False
     )
     cache = TeacherCache.open(tmp_path / "torch")
-    with pytest.raises(CacheError, match=r"^Expected `view` to be given, since the teacher was shown what PyTorch had"):
+    with pytest.raises(CacheError, match=r"^Expected `view` to be a number, since the teacher got items that PyTorch"):
         cache.attach((X, Y))
     (_, targets) = cache.attach((X, Y), view=1, batch_size=ITEMS)[0]
     np.testing.assert_array_equal(targets.teacher, cache.answers(range(ITEMS, 2 * ITEMS)))

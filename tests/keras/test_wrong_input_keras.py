@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
         ValueError,
         lambda: DistillModel(blocks("student"), teacher(), FeatureDistillation("dense", "hidden")),
         "Expected `student_layer` to name one layer of the student 'student'. Pass one of 'first/dense',"
-        " 'second/dense'. Received: 'dense', which several layers are called",
+        " 'second/dense'. Received: 'dense', the name of several layers",
     ),
     "features of other widths": (
         ValueError,
@@ -284,7 +284,7 @@ FITS: dict[str, tuple[Make, Any, dict[str, Any], str]] = {
         None,
         {},
         "Expected `y_true` to be the pair (teacher_logits, labels). DecoupledKDLoss needs the batch's labels; a term of"
-        " DistillModel hands them over. Received: a pair without labels",
+        " DistillModel passes them. Received: a pair without labels",
     ),
     "a schedule for no term": (
         lambda: DistillModel(student(), teacher()),
