@@ -149,7 +149,6 @@ class LogitMSELoss(LogitsLoss):
         classes, without the factor 1/2.
     """
 
-    class_scores: ClassVar[bool] = True
     _formula = staticmethod(logit_mse)
 
     def __init__(

@@ -14,6 +14,7 @@ from keras_distill.losses import (
     BinarySoftTargetLoss,
     FeatureDistance,
     FunctionLoss,
+    LogitMSELoss,
     SoftTargetLoss,
 )
 from keras_distill.recording import Call, select
@@ -164,7 +165,9 @@ class LogitsDistillation(LossTerm):
             A list, empty if the loss does not compare class scores.
         """
         binary = isinstance(self.loss, BinarySoftTargetLoss)
-        if not (self.requires.class_scores or self.requires.merges_classes):
+        # the squared error also fits a regression, but several outputs of one row are taken for class scores
+        squared_error = isinstance(self.loss, LogitMSELoss)
+        if not (self.requires.class_scores or self.requires.merges_classes or squared_error):
             return []
         scores = []
         for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):

@@ -1,4 +1,4 @@
-"""What the README's table says about keras.distillation, seen by running it, and the same asked of keras_distill."""
+"""Run the rows of the README's table about keras.distillation, with it and with keras_distill."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_the_teachers_trainable_flag(make, frozen):
     assert teacher.trainable is not frozen
 
 
-# What the batch and the model say besides ----------------------------------------------------------------------------
+# Sample weights, regularisers and outputs ----------------------------------------------------------------------------
 
 
 WEIGHTS = {"sample_weight": np.arange(8.0)}, {"class_weight": {0: 1.0, 1: 5.0, 2: 0.0}}
@@ -337,7 +337,7 @@ def test_the_teachers_weights_in_the_saved_file(make, holds, tmp_path: Path):
     assert ((tmp_path / "model.keras").stat().st_size > teacher_bytes) is holds
 
 
-def test_training_does_not_go_on_after_loading_there(tmp_path: Path):
+def test_training_does_not_continue_after_loading_there(tmp_path: Path):
     model = theirs(network("student"), network("teacher"))
     model.fit(IMAGES, LABELS, verbose=0)
     model.save(tmp_path / "model.keras")
@@ -348,7 +348,7 @@ def test_training_does_not_go_on_after_loading_there(tmp_path: Path):
         loaded.fit(IMAGES, LABELS, verbose=0)
 
 
-def test_training_goes_on_after_loading_here(tmp_path: Path):
+def test_training_continues_after_loading_here(tmp_path: Path):
     """K22."""
     model = ours(network("student"), network("teacher"))
     model.fit(IMAGES, LABELS, batch_size=8, verbose=0)

@@ -55,7 +55,7 @@ ORIGINAL = keras.layers.Layer.__call__
 
 
 def traces(*models: keras.Model) -> list[str]:
-    """What recording has left on any layer or on their class: names in instance dictionaries, another `__call__`."""
+    """Remains of recording on the layers or on their class: names in instance dictionaries, another `__call__`."""
     left = [] if keras.layers.Layer.__call__ is ORIGINAL else ["Layer.__call__"]
     for model in models:
         for layer in model._flatten_layers():
@@ -71,7 +71,7 @@ def records() -> int:
 
 
 class Fails(keras.layers.Layer):
-    """The identity until it is told to fail."""
+    """The identity, which can be set to fail."""
 
     fail = False
 
@@ -111,8 +111,8 @@ class TestK10:
                 if switch.fail:
                     raise RuntimeError("this layer fails")
 
-        (student, mine), (teacher, theirs) = net(8, "student"), net(12, "teacher")
-        switch = {"student": mine, "teacher": theirs}.get(who) or Fails()
+        (student, student_switch), (teacher, teacher_switch) = net(8, "student"), net(12, "teacher")
+        switch = {"student": student_switch, "teacher": teacher_switch}.get(who) or Fails()
         model = DistillModel(student, teacher, [LogitsDistillation(), FeatureDistillation("hidden", "hidden")])
         model.compile(keras.optimizers.SGD(0.1), explode, run_eagerly=run_eagerly)
         switch.fail = True

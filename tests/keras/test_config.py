@@ -93,7 +93,7 @@ def serializable() -> set[type]:
 
 
 def test_k25_every_class_is_registered() -> None:
-    """K25: under the package's name, so that a file says where a class is from."""
+    """K25: under the package's name, so that files name the origin of a class."""
     classes = serializable()
     assert {DistillModel, LogitsDistillation, FeatureDistillation, SoftTargetLoss, TeacherDivergence} <= classes
     for kind in classes:

@@ -221,7 +221,7 @@ def test_a_model_started_again_trains_as_it_did_when_it_was_new() -> None:
         ([0.6, 0.8], "distilling logits made no clear difference: +10.0 points of accuracy (better for 1 of 2 seeds)"),
     ],
 )
-def test_the_closing_sentence_says_what_the_numbers_say(distilled: list[float], verdict: str) -> None:
+def test_the_closing_sentence_agrees_with_the_numbers(distilled: list[float], verdict: str) -> None:
     alone = [0.6, 0.6]
     (sentence,) = closing(made_up({"alone": alone, "+ logits": distilled, "+ logits + features": alone}))
     assert sentence.startswith(f"With 100 % of the labels {verdict}; distilling logits and features made no clear")

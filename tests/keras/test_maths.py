@@ -212,10 +212,10 @@ class TestK2:
         term = FeatureDistillation(["hidden", "logits"], ["hidden", "logits"], "l1", name="both")
         values = []
         for layer in ("hidden", "logits"):
-            mine, theirs = (
+            student_value, teacher_value = (
                 keras.Model(m.input, m.get_layer(layer).output).predict(x, verbose=0) for m in (student, teacher)
             )
-            values.append(np.abs(mine.astype("float64") - theirs).mean())
+            values.append(np.abs(student_value.astype("float64") - teacher_value).mean())
         model = DistillModel(student, teacher, term)
         model.compile(keras.optimizers.SGD(0.0))
         close(evaluated(model, x)["both_loss"], np.mean(values))
@@ -315,7 +315,7 @@ class TestK3:
         value = SoftTargetLoss(from_logits=False)(p_t.astype("float32"), p_s.astype("float32"))
         close(float(value), expected)
 
-    def test_logits_pass(self):
+    def test_logits_are_accepted(self):
         """K3: a softmax inside the model, or a linear activation at the end, is no offence."""
         inputs = keras.Input((6,))
         attention = keras.layers.Dense(6, activation="softmax")(inputs)

@@ -119,7 +119,7 @@ def test_the_teacher_computes_in_its_own_precision_and_stays_as_it_is(dtype: Any
 
 
 class Halved(DistillModel):
-    """Its teacher is shown half of what the student is shown, or the student's own feature."""
+    """Its teacher gets half of the student's inputs, or the student's feature."""
 
     def teacher_inputs(self, x: Any, call: Any) -> Any:
         return 0.5 * x
@@ -163,7 +163,7 @@ def privileged() -> keras.Model:
 
 @pytest.mark.parametrize("kind", ["dict", "single"])
 def test_a_teacher_may_take_more_inputs_than_the_student(kind: str) -> None:
-    """Keras itself gives a functional model of one input the first entry of a dict, "secret" here."""
+    """Keras itself passes the first entry of a dict, here "secret", to a functional model of one input."""
     inputs = keras.Input((6,), name="x")
     student = keras.Model({"x": inputs} if kind == "dict" else inputs, keras.layers.Dense(3)(inputs))
     teacher = privileged()

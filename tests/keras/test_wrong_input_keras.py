@@ -249,7 +249,7 @@ SETTINGS: dict[str, tuple[type[Exception], Make, str]] = {
 
 
 @pytest.mark.parametrize("what", SETTINGS)
-def test_a_setting_that_means_nothing_is_refused_in_the_constructor(what: str) -> None:
+def test_a_meaningless_setting_is_refused_in_the_constructor(what: str) -> None:
     kind, make, words = SETTINGS[what]
     with pytest.raises(kind) as raised:
         make()
@@ -339,7 +339,7 @@ def test_a_model_without_known_inputs_is_checked_at_its_first_batch(kind: str, w
 
 
 @pytest.mark.not_jax
-def test_training_goes_on_after_an_error() -> None:
+def test_training_continues_after_an_error() -> None:
     """Nothing of the failed attempt is in the way."""
     model = DistillModel(student())
     model.compile(keras.optimizers.SGD(0.1), cross_entropy(), jit_compile=False)
