@@ -15,7 +15,7 @@ Shape = Sequence[int | None]
 AdapterFactory = Callable[[tuple[int | None, ...], tuple[int | None, ...]], keras.layers.Layer]
 ADAPTERS = ("auto", "linear", "conv1x1")
 # Convolutions by the number of dimensions of a feature.
-CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
+_CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
 
 
 def make_adapter(
@@ -81,10 +81,10 @@ def _linear(teacher: Shape) -> keras.layers.Layer:
 
 
 def _convolution(student: Shape, teacher: Shape, layer: str) -> keras.layers.Layer:
-    if len(student) not in CONVOLUTIONS:
+    if len(student) not in _CONVOLUTIONS:
         expected = f"the feature of student layer {layer!r} to have 3 to 5 dimensions for adapter='conv1x1'"
         raise ValueError(checks.message(expected, f"{tuple(student)}", "Pass adapter='linear'."))
-    kind = CONVOLUTIONS[len(student)]
+    kind = _CONVOLUTIONS[len(student)]
     return kind(teacher[-1], 1, name="adapter", dtype="float32", data_format="channels_last")
 
 

@@ -1,6 +1,7 @@
-"""All private names of Keras and TensorFlow that this package uses, each with the reason.
+"""All private names of Keras and TensorFlow that this package imports or calls, each with the reason.
 
-tests/keras/test_compat_keras.py tests each of them, so that it fails if a new version of Keras drops one.
+tests/keras/test_compat_keras.py tests each of them, so that it fails if a new version of Keras drops one. Two private
+methods of Keras are overridden where they belong: ``_symbolic_build`` in model.py, ``_set_monitor_op`` in callbacks.py.
 """
 
 from __future__ import annotations

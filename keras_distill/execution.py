@@ -100,10 +100,10 @@ class StepFunction:
 
     def _iteration(self, args: tuple[Any, ...]) -> int:
         """Number of optimizer steps so far."""
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         if keras.backend.backend() != "jax":
-            return int(ops.convert_to_numpy(optimizer.iterations))
+            batches, accumulated = compat.raw_iterations(self.model.optimizer)
+            return batches // accumulated
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         # on JAX the values are in the state that a step gets and returns, not in the variables
         places = [id(variable) for variable in self.model.optimizer.variables]
         counter = next(variable for variable in optimizer.variables if "iteration" in variable.path)

@@ -19,6 +19,7 @@ from keras_distill.step import DistillStep
 from keras_distill.students import check_arguments, check_student, check_term_names, warn_of_augmentation
 from keras_distill.targets import (
     DistillTargets,
+    EpochData,
     check_class_weight,
     check_stored_logits,
     split_targets,
@@ -219,6 +220,8 @@ class DistillModel(ModelWithTeacher):
             return with_callbacks(super().fit, fit_callbacks(self, data), arguments)
         finally:
             self.fitting = before
+            if isinstance(data, EpochData):
+                data.epoch = 0  # after an exception Keras does not call `on_train_end`
 
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any

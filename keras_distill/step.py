@@ -107,12 +107,19 @@ class DistillStep:
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         models = as_teachers(teacher, self.student)
-        for term in self.terms:
-            term.in_teacher(models[0] if models else None)
-        taps = [tap for term in self.terms for tap in term.teacher_taps]
-        self.teachers = [LiveTeacher(model, taps, self.teacher_dtype) for model in models]
+        before, taps_before = self.teachers, [term.teacher_taps for term in self.terms]
         self.version += 1
-        self._check_teacher()
+        try:
+            for term in self.terms:
+                term.in_teacher(models[0] if models else None)
+            taps = [tap for term in self.terms for tap in term.teacher_taps]
+            self.teachers = [LiveTeacher(model, taps, self.teacher_dtype) for model in models]
+            self._check_teacher()
+        except BaseException:  # keep the teacher that fits
+            self.teachers = before
+            for term, term_taps in zip(self.terms, taps_before, strict=True):
+                term.teacher_taps = term_taps
+            raise
 
     @property
     def trainable_variables(self) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Builder:
         )
         row_bytes = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
         batches = max(1, shard_bytes // (row_bytes * batch_size))
-        self.manifest = Manifest(**{**vars(manifest), "shard_rows": batches * batch_size})
+        self.manifest = replace(manifest, shard_rows=batches * batch_size)
 
     def write(self, folder: Path, resume: bool) -> None:
         """Write the shards that are missing in the folder.

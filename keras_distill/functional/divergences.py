@@ -214,6 +214,6 @@ def _log_mixture(log_p: Any, log_q: Any, share: float) -> Any:
     if share == 0:
         return log_q
     log_p, log_q = log_p + math.log(share), log_q + math.log1p(-share)
-    # Not ops.logaddexp: where its two arguments are equal, TensorFlow gives the whole gradient to the first.
+    # Not ops.logaddexp: where its two arguments are equal, TensorFlow passes the whole gradient to the first.
     largest = ops.stop_gradient(ops.maximum(log_p, log_q))
     return largest + ops.log(ops.exp(log_p - largest) + ops.exp(log_q - largest))

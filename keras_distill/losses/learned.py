@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import keras
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.adapters import CONVOLUTIONS
 from keras_distill.functional.learned import masked_generative, variational_information
 from keras_distill.losses.base import DistillationLoss
 
 __all__ = ["MaskedGenerativeLoss", "VariationalInformationLoss"]
 
+_CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
 _SMALLEST_VARIANCE = 1e-5
 
 
@@ -205,7 +205,7 @@ def _wide_layer(rank: int, channels: int | None, activation: str | None, dtype: 
     if rank == 2:
         return keras.layers.Dense(channels, activation, dtype=dtype)
     settings = {"padding": "same", "data_format": "channels_last", "activation": activation, "dtype": dtype}
-    return CONVOLUTIONS[rank](channels, 3, **settings)
+    return _CONVOLUTIONS[rank](channels, 3, **settings)
 
 
 def _check_ranks(student: Sequence[int | None], teacher: Sequence[int | None]) -> None:

@@ -135,6 +135,23 @@ def test_cached_views_change_in_training_and_never_in_evaluation(tmp_path: Any) 
     assert len(set(logs["logits_loss"])) == 3
 
 
+class Fails(keras.callbacks.Callback):
+    """Ends the training in its second epoch."""
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1:
+            raise RuntimeError("in the second epoch")
+
+
+def test_a_failed_training_leaves_cached_data_at_epoch_0(tmp_path: Any) -> None:
+    data = TeacherCache.build(mlp(6, name="teacher"), X, tmp_path).attach((X, Y))
+    model = DistillModel(mlp())
+    model.compile("sgd", cross_entropy(), run_eagerly=True)
+    with pytest.raises(RuntimeError, match="in the second epoch"):
+        model.fit(data, epochs=3, callbacks=[Fails()], verbose=0)
+    assert data.epoch == 0
+
+
 @pytest.mark.tensorflow
 def test_a_cache_is_attached_to_inputs_alone_and_read_in_blocks_for_a_data_set(tmp_path: Any) -> None:
     import tensorflow as tf

@@ -86,9 +86,14 @@ def test_several_teachers_are_averaged_term_by_term() -> None:
 
 def test_another_teacher_that_does_not_fit_is_refused_when_it_is_assigned() -> None:
     model = distilled(both())
-    model.teacher = mlp(6, name="again")
+    model.teacher = fitting = mlp(6, name="again")
     with pytest.raises(ValueError, match=r"The adapter was made for another teacher: make a new DistillModel\."):
         model.teacher = mlp(9, name="wider")
+    assert model.teacher is fitting
+    with pytest.raises(ValueError, match="`teacher_layer` to name one layer"):
+        model.teacher = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    assert model.teacher is fitting
+    assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"][0])
 
 
 class Precise(keras.layers.Layer):
