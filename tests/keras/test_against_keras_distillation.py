@@ -70,8 +70,8 @@ def plain_step(make):
     return step(make)
 
 
-def same(one, other) -> bool:
-    return all(np.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(one, other, strict=True))
+def same(value, other) -> bool:
+    return all(np.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(value, other, strict=True))
 
 
 def softmax(logits):
@@ -128,7 +128,7 @@ class TestLogits:
             model = keras.distillation.Distiller(teacher, student, loss, student_loss_weight=0.0)
             model.compile(keras.optimizers.Adam(0.02), "mse")
             model.fit(inputs, np.zeros((512, 10)), batch_size=64, epochs=20, verbose=0)
-        chosen = [ops.convert_to_numpy(one(inputs)).argmax(-1) for one in (student, teacher)]
+        chosen = [ops.convert_to_numpy(network(inputs)).argmax(-1) for network in (student, teacher)]
         agreement = float((chosen[0] == chosen[1]).mean())
         assert agreement > 0.95 if here else agreement < 0.75, agreement
 
@@ -355,8 +355,8 @@ def test_training_continues_after_loading_here(tmp_path: Path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     loaded.teacher = model.teacher
-    for one in (model, loaded):
-        one.fit(IMAGES, LABELS, batch_size=8, verbose=0)
+    for trained in (model, loaded):
+        trained.fit(IMAGES, LABELS, batch_size=8, verbose=0)
     assert same(model.student.get_weights(), loaded.student.get_weights())
     assert int(loaded.optimizer.iterations) == 2
 

@@ -50,7 +50,7 @@ def worse_after(epoch: int) -> callbacks.Callback:
 
 
 def same(first: list[Any], second: list[Any]) -> bool:
-    return all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+    return all(np.array_equal(value, other) for value, other in zip(first, second, strict=True))
 
 
 # Keras' callbacks -----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def layer_of(model: keras.Model, name: str) -> Any:
 
 def counts(model: DistillModel) -> tuple[float, float]:
     """How often the student and the teacher have run since the last time, and the counters set back."""
-    counters = [layer_of(one, "counter").calls for one in (model.student, model.teacher)]
+    counters = [layer_of(network, "counter").calls for network in (model.student, model.teacher)]
     seen = tuple(float(counter.value) for counter in counters)
     for counter in counters:
         counter.assign(0.0)
@@ -67,7 +67,7 @@ def traces(*models: keras.Model) -> list[str]:
 def records() -> int:
     """How many records of forward passes there are."""
     gc.collect()
-    return sum(isinstance(one, recorder.Record) for one in gc.get_objects())
+    return sum(isinstance(kept, recorder.Record) for kept in gc.get_objects())
 
 
 class Fails(keras.layers.Layer):

@@ -243,7 +243,7 @@ def test_k20_the_scheduled_values_are_those_that_training_uses() -> None:
     ]
     inputs, labels = table(32)
     logs = model.fit(inputs, labels, 32, 3, callbacks=schedules, shuffle=False, verbose=0).history
-    teacher, student = (ops.stop_gradient(one(inputs)) for one in (model.teacher, model.student))
+    teacher, student = (ops.stop_gradient(network(inputs)) for network in (model.teacher, model.student))
     for epoch, temperature in enumerate(temperatures):
         expected = float(SoftTargetLoss(temperature=temperature)(teacher, student))
         assert logs["logits_loss"][epoch] == pytest.approx(expected, rel=1e-4)

@@ -40,7 +40,7 @@ def layer_of(model: keras.Model, name: str) -> Any:
 
 def counts(model: DistillModel) -> tuple[float, float]:
     """How often the student and the teacher have run since the last time, and the counters set back."""
-    counters = [layer_of(one, "counter").calls for one in (model.student, model.teacher)]
+    counters = [layer_of(network, "counter").calls for network in (model.student, model.teacher)]
     seen = tuple(float(counter.value) for counter in counters)
     for counter in counters:
         counter.assign(0.0)
@@ -273,7 +273,9 @@ class TestK8:
         x, y = nets.table(8)
         model = DistillModel(nets.mlp(), teacher := Noisy())
         model.compile(keras.optimizers.SGD(0.0), nets.cross_entropy())
-        expected = nets.kl64(*(nets.numpy_of(one(x, training=False)) for one in (model.student, teacher))).mean()
+        expected = nets.kl64(
+            *(nets.numpy_of(network(x, training=False)) for network in (model.student, teacher))
+        ).mean()
         np.testing.assert_allclose(model.fit(x, y, **STEP).history["logits_loss"], expected, rtol=1e-4)
 
     def test_a_teacher_that_is_assigned_later_is_used(self):
@@ -282,7 +284,7 @@ class TestK8:
         model = DistillModel(nets.mlp(), nets.mlp(12))
         model.compile(keras.optimizers.SGD(0.0), nets.cross_entropy())
         for _ in range(2):
-            expected = nets.kl64(*(one.predict(x, verbose=0) for one in (model.student, model.teacher))).mean()
+            expected = nets.kl64(*(network.predict(x, verbose=0) for network in (model.student, model.teacher))).mean()
             np.testing.assert_allclose(model.fit(x, y, **STEP).history["logits_loss"], expected, rtol=1e-4)
             logs = model.evaluate(x, y, verbose=0, return_dict=True)
             np.testing.assert_allclose(logs["logits_loss"], expected, rtol=1e-4)
@@ -314,7 +316,7 @@ class TestK8:
         model = DistillModel(student, teacher, LogitsDistillation(), task_weight=0.0)
         model.compile(keras.optimizers.SGD(0.5), nets.cross_entropy())
         hidden = np.tanh(x.astype("float64") @ before + shared.get_weights()[1])
-        kernel, bias = (one.astype("float64") for one in student.layers[-1].get_weights())
+        kernel, bias = (weight.astype("float64") for weight in student.layers[-1].get_weights())
         p_s, p_t = (np.exp(nets.log_softmax64((hidden @ k + b) / 4)) for k, b in ((kernel, bias), kept))
         upstream = 4.0 * (p_s - p_t) / len(x) @ kernel.T * (1 - hidden**2)  # of the student's path alone
         model.fit(x, y, batch_size=16, verbose=0)

@@ -186,8 +186,8 @@ def test_nothing_of_the_teacher_changes_or_gets_a_gradient_n12() -> None:
     assert float(teacher.get_layer("counter").calls) == 1.0
     distiller.train_func = tape_loop(distiller, epochs=2)
     distiller.fit()
-    for one, two in zip(before[1:], teacher.get_weights()[1:], strict=True):
-        np.testing.assert_array_equal(one, two)
+    for expected, weight in zip(before[1:], teacher.get_weights()[1:], strict=True):
+        np.testing.assert_array_equal(weight, expected)
     assert all(layer.trainable for layer in teacher.layers)
     expected = divergence64("KL", 2.0, numpy_of(output), numpy_of(teacher(inputs, training=False)))
     np.testing.assert_allclose(float(numpy_of(total)), 0.5 * expected, rtol=2e-5)
@@ -310,7 +310,7 @@ def test_two_launchers_may_watch_one_student_n11() -> None:
     first.on_train_begin()
     second.on_train_begin()
     output = first.student_model(inputs)
-    values = [numpy_of(one.on_after_compute_loss(inputs, output, 0.0)) for one in (first, second)]
+    values = [numpy_of(launcher.on_after_compute_loss(inputs, output, 0.0)) for launcher in (first, second)]
     assert values[0] != values[1]
     second.close()
     first.close()

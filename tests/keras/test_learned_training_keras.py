@@ -70,7 +70,7 @@ def test_every_parameter_changes_in_training_and_none_is_the_students() -> None:
 
     fitted(model)
 
-    assert all((one != other).any() for one, other in zip(before, learned_weights(model), strict=True))
+    assert all((weight != other).any() for weight, other in zip(before, learned_weights(model), strict=True))
     assert len(model.student.weights) == len(network(3, "plain").weights)
     adapter = model.terms[1].adapters[0]
     trained = len(model.student.weights) + len(before) + len(adapter.weights)
@@ -150,8 +150,8 @@ def test_every_pair_of_layers_has_parameters_of_its_own() -> None:
     model = distilled([FeatureDistillation(["stem", "body"], ["stem", "body"], loss)])
     before = learned_weights(model)
     fitted(model)
-    assert [one.layer.rho.shape[0] for one in model.terms[0].learned] == [5, 10]
-    assert all((one != other).any() for one, other in zip(before, learned_weights(model), strict=True))
+    assert [loss.layer.rho.shape[0] for loss in model.terms[0].learned] == [5, 10]
+    assert all((weight != other).any() for weight, other in zip(before, learned_weights(model), strict=True))
     assert loss.layer is None  # what was passed stays as it was, and may serve another term
 
 
@@ -180,7 +180,7 @@ def test_parameters_stay_in_float32_under_mixed_precision(policy: str) -> None:
     keras.config.set_dtype_policy(policy)
     model = distilled()
     history = fitted(model)
-    learned = [one.layer for term in model.terms for one in term.learned]
+    learned = [loss.layer for term in model.terms for loss in term.learned]
     kinds = {variable.dtype for layer in learned for variable in layer.trainable_variables}
     assert kinds == {"float32"}
     assert np.isfinite(history["loss"]).all()
@@ -192,7 +192,7 @@ def test_xla_trains_the_losses() -> None:
     model.compile("sgd", cross_entropy(), jit_compile=True)
     before = learned_weights(model)
     fitted(model)
-    assert all((one != other).any() for one, other in zip(before, learned_weights(model), strict=True))
+    assert all((weight != other).any() for weight, other in zip(before, learned_weights(model), strict=True))
 
 
 def test_a_mask_of_positions_leaves_padding_out() -> None:

@@ -101,8 +101,8 @@ class TestK2:
         teacher = regularized(kernel_regularizer=keras.regularizers.L2(9.0))  # the teacher's count nowhere
         x, y = nets.table()
         feature, target = (
-            keras.Model(one.input, one.get_layer("hidden").output).predict(x, verbose=0).astype("float64")
-            for one in (student, teacher)
+            keras.Model(network.input, network.get_layer("hidden").output).predict(x, verbose=0).astype("float64")
+            for network in (student, teacher)
         )
         logits, soft = student.predict(x, verbose=0), teacher.predict(x, verbose=0)
         kernel, bias = student.get_layer("hidden").get_weights()
@@ -163,8 +163,8 @@ class TestK2:
         term = FeatureDistillation("hidden", "hidden", "mse", weight=2.0, adapter=adapter)
         x, _ = nets.table()
         feature, target = (
-            keras.Model(one.input, one.get_layer("hidden").output).predict(x, verbose=0).astype("float64")
-            for one in (student, teacher)
+            keras.Model(network.input, network.get_layer("hidden").output).predict(x, verbose=0).astype("float64")
+            for network in (student, teacher)
         )
         # without the second term Keras would warn that the last layer has no gradient
         model = DistillModel(student, teacher, [term, LogitsDistillation(weight=1e-20)])

@@ -71,7 +71,7 @@ def test_agreement_on_a_single_score_compares_the_decisions(activation: str | No
     model.compile("sgd", run_eagerly=True)
     logs = model.evaluate(X, verbose=0, return_dict=True)
     threshold = 0.5 if activation else 0.0
-    student_class, teacher_class = (numpy_of(one(X)) > threshold for one in (student, teacher))
+    student_class, teacher_class = (numpy_of(network(X)) > threshold for network in (student, teacher))
     assert logs["teacher_agreement"] == pytest.approx((student_class == teacher_class).mean())
     assert 0 < logs["teacher_agreement"] < 1
 

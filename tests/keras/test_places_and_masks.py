@@ -38,7 +38,7 @@ def test_k12_masked_tokens_are_ignored_in_logits_and_in_features() -> None:
     logs = model.evaluate(TOKENS, verbose=0, return_dict=True)
     kept = TOKENS > 0
     student_value, teacher_value = (
-        log_softmax(np.float64(one.predict(TOKENS, verbose=0)) / 2.0) for one in (student, teacher)
+        log_softmax(np.float64(network.predict(TOKENS, verbose=0)) / 2.0) for network in (student, teacher)
     )
     divergence = 4.0 * (np.exp(teacher_value) * (teacher_value - student_value)).sum(-1)
     assert logs["logits_loss"] == pytest.approx(divergence[kept].mean(), rel=1e-3)
@@ -136,7 +136,7 @@ def test_k29_layers_within_a_layer_are_named_too() -> None:
     model.compile("sgd")
     x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
     student_value, teacher_value = (
-        ops.convert_to_numpy(one.get_layer("block").steps[0](x)) for one in (student, teacher)
+        ops.convert_to_numpy(network.get_layer("block").steps[0](x)) for network in (student, teacher)
     )
     logs = model.evaluate(x, verbose=0, return_dict=True)
     assert logs["feature_loss"] == pytest.approx(np.square(student_value - teacher_value).mean(), rel=1e-5)

@@ -282,7 +282,9 @@ def test_a_loss_of_keras_between_probabilities_is_accepted() -> None:
 def test_a_name_of_a_loss_is_accepted_on_outputs_too() -> None:
     model = DistillModel(net(), net(name="teacher"), LogitsDistillation("mse"))
     model.compile("sgd", run_eagerly=True)
-    expected = np.square(np.subtract(*(one.predict(X, verbose=0) for one in (model.student, model.teacher)))).mean()
+    expected = np.square(
+        np.subtract(*(network.predict(X, verbose=0) for network in (model.student, model.teacher)))
+    ).mean()
     assert model.evaluate(X, verbose=0, return_dict=True)["logits_loss"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -78,7 +78,7 @@ def test_one_term_rests_while_another_works(way: dict[str, Any]) -> None:
     feature = FeatureDistillation("hidden", "hidden", exploding, weight=0.0)
     model = made(LogitsDistillation(), feature, way=way, poisoned=False)
     plain = made(LogitsDistillation(), way=way, poisoned=False)
-    logs, expected = (one.fit(IMAGES, LABELS, **SETTINGS).history for one in (model, plain))
+    logs, expected = (network.fit(IMAGES, LABELS, **SETTINGS).history for network in (model, plain))
     np.testing.assert_allclose(logs["loss"], expected["loss"], rtol=1e-5)
     np.testing.assert_allclose(logs["teacher_agreement"], expected["teacher_agreement"], rtol=1e-6)
     assert "hidden_loss" not in logs

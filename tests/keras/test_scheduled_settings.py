@@ -111,7 +111,7 @@ def test_every_weight_within_a_loss_may_be_a_schedule(kind: str) -> None:
     model = made(FeatureDistillation("logits", "logits", loss(**schedules), name="term"))
     model.optimizer.learning_rate = 0.0
     logs = fitted(model, batch_size=16, epochs=3)
-    teacher, student = (one.predict(IMAGES, verbose=0) for one in (model.teacher, model.student))
+    teacher, student = (network.predict(IMAGES, verbose=0) for network in (model.teacher, model.student))
     target = (teacher, LABELS) if loss.needs_labels else teacher
     for epoch, numbers in enumerate([settings, dict.fromkeys(settings, 3.0), dict.fromkeys(settings, 0.5)]):
         assert logs["term_loss"][epoch] == pytest.approx(float(loss(**numbers)(target, student)), rel=1e-5)
@@ -128,7 +128,7 @@ def test_a_feature_term_has_the_temperature_of_its_loss() -> None:
     model.compile(keras.optimizers.SGD(0.0))
     images = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype("float32")
     values = model.fit(images, epochs=2, verbose=0).history["maps_loss"]
-    calls = [one.predict(images, verbose=0).reshape((-1, 4, 4, 3)) for one in (teacher, student)]
+    calls = [network.predict(images, verbose=0).reshape((-1, 4, 4, 3)) for network in (teacher, student)]
     expected = [float(ChannelWiseLoss(temperature=temperature)(*calls)) for temperature in (4.0, 2.0)]
     assert values == pytest.approx(expected, rel=1e-5)
     assert loss.temperature == 4.0  # another term may have been given the same loss

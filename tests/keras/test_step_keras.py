@@ -52,7 +52,7 @@ class AsInTheGuide(DistillModel):
             loss = self.compute_loss(y=y, y_pred=y_pred)
             loss.backward()
             variables = list(self.trainable_weights)
-            self.optimizer.apply([one.value.grad for one in variables], variables)
+            self.optimizer.apply([variable.value.grad for variable in variables], variables)
         else:
             import tensorflow as tf
 

@@ -27,14 +27,14 @@ def evaluated(model: DistillModel, *data: Any) -> dict[str, float]:
 def heads(form: str, names: tuple[str, ...], name: str = "student") -> keras.Model:
     """A model with an output of 3 classes for each name."""
     inputs = keras.Input((6,))
-    outputs = {one: layers.Dense(3, name=one)(inputs) for one in names}
+    outputs = {name: layers.Dense(3, name=name)(inputs) for name in names}
     return keras.Model(inputs, outputs if form == "dict" else list(outputs.values()), name=name)
 
 
 def test_k13_outputs_in_a_dict_are_paired_by_name() -> None:
     """K13: whatever their order in the two models."""
     student, teacher = heads("dict", ("a", "b")), heads("dict", ("b", "a"), "teacher")
-    student_value, teacher_value = (one.predict(X, verbose=0) for one in (student, teacher))
+    student_value, teacher_value = (network.predict(X, verbose=0) for network in (student, teacher))
     expected = sum(nets.kl64(student_value[key], teacher_value[key]).mean() for key in ("a", "b"))
     assert evaluated(DistillModel(student, teacher), X)["logits_loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -42,7 +42,7 @@ def test_k13_outputs_in_a_dict_are_paired_by_name() -> None:
 def test_k13_outputs_in_a_list_are_paired_by_place() -> None:
     """K13: whatever their names."""
     student, teacher = heads("list", ("z", "a")), heads("list", ("a", "z"), "teacher")
-    student_value, teacher_value = (one.predict(X, verbose=0) for one in (student, teacher))
+    student_value, teacher_value = (network.predict(X, verbose=0) for network in (student, teacher))
     expected = sum(nets.kl64(*pair).mean() for pair in zip(student_value, teacher_value, strict=True))
     assert evaluated(DistillModel(student, teacher), X)["logits_loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -82,7 +82,7 @@ def test_k13_labels_of_an_output_reach_a_loss_that_needs_them(output: str | None
     model.compile("sgd", nets.cross_entropy(), run_eagerly=True)
     x = np.random.default_rng(0).standard_normal((6, *student.input_shape[1:])).astype("float32")
     labels = {"cls": np.arange(6) % 3, "two": (np.arange(6) + 1) % 3}
-    student_value, teacher_value = (one.predict(x, verbose=0) for one in (student, teacher))
+    student_value, teacher_value = (network.predict(x, verbose=0) for network in (student, teacher))
     expected = sum(
         float(loss((teacher_value[name], labels[name]), student_value[name]))
         for name in ([output] if output else ["cls", "two"])
@@ -107,7 +107,7 @@ def test_k14_a_layer_with_several_tensors_raises_unless_one_is_picked() -> None:
     with pytest.raises(ValueError, match=words + r" output=None, with tensors of shapes \(\(None, 4\), \(None, 4\), "):
         DistillModel(student, teacher, FeatureDistillation("lstm", "lstm"))
     data = np.random.default_rng(0).normal(size=(16, 5, 2)).astype("float32")
-    student_value, teacher_value = (nets.numpy_of(one.get_layer("lstm")(data)[2]) for one in (student, teacher))
+    student_value, teacher_value = (nets.numpy_of(network.get_layer("lstm")(data)[2]) for network in (student, teacher))
     term = FeatureDistillation(Tap("lstm", output=2), Tap("lstm", output=2))
     logs = evaluated(DistillModel(student, teacher, term), data)
     assert logs["lstm_loss"] == pytest.approx(((student_value - teacher_value) ** 2).mean(), rel=1e-4)
@@ -134,7 +134,7 @@ def test_k14_a_larger_map_of_the_teacher_is_averaged() -> None:
     """K14: each pixel of the student's map is compared with the mean of the four that it covers."""
     student, teacher = maps(3, 2, "student"), maps(3, 1, "teacher")
     images = np.random.default_rng(0).normal(size=(16, 8, 8, 2)).astype("float32")
-    student_value, teacher_value = (nets.numpy_of(one.get_layer("maps")(images)) for one in (student, teacher))
+    student_value, teacher_value = (nets.numpy_of(network.get_layer("maps")(images)) for network in (student, teacher))
     pooled = teacher_value.reshape(16, 4, 2, 4, 2, 3).mean((2, 4))
     model = DistillModel(student, teacher, FeatureDistillation("maps", "maps"))
     assert model.terms[0].adapters == [None]
@@ -145,7 +145,7 @@ def test_k14_a_smaller_map_of_the_teacher_is_interpolated() -> None:
     """K14: linearly along each side between the centres of its pixels, and level beyond the outermost."""
     student, teacher = maps(3, 1, "student"), maps(3, 4, "teacher")
     images = np.random.default_rng(0).normal(size=(16, 8, 8, 2)).astype("float32")
-    student_value, teacher_value = (nets.numpy_of(one.get_layer("maps")(images)) for one in (student, teacher))
+    student_value, teacher_value = (nets.numpy_of(network.get_layer("maps")(images)) for network in (student, teacher))
     places = np.clip((np.arange(8) + 0.5) / 4 - 0.5, 0, 1)  # of the 8 pixels, between the two
     matrix = np.stack([1 - places, places], axis=1)
     grown = np.einsum("ah,bw,nhwc->nabc", matrix, matrix, teacher_value)

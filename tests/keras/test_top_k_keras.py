@@ -240,7 +240,7 @@ def test_c7_a_loss_that_needs_all_classes_is_refused(cache: keras_distill.Teache
     student, teacher = network(8, seed=1), network(24, seed=2)
     from_logits = getattr(loss, "from_logits", True)
     if not from_logits:  # models of logits are refused for it when the model is made
-        student, teacher = (keras.Sequential([one, keras.layers.Softmax()]) for one in (student, teacher))
+        student, teacher = (keras.Sequential([network, keras.layers.Softmax()]) for network in (student, teacher))
     model = DistillModel(student, teacher if built else None, LogitsDistillation(loss))
     task = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
     model.compile(keras.optimizers.SGD(0.1), task, jit_compile=False)

@@ -40,7 +40,7 @@ def stepped(model: DistillModel, *data: Any, **settings: Any) -> dict[str, float
 
 def expected(model: DistillModel, weights: np.ndarray) -> dict[str, float]:
     """Every part of the loss in float64: the mean over the examples of weight times value."""
-    student_value, teacher_value = (numpy_of(one(INPUTS)) for one in (model.student, model.teacher))
+    student_value, teacher_value = (numpy_of(network(INPUTS)) for network in (model.student, model.teacher))
     hidden = (features(model.student, "hidden") - features(model.teacher, "hidden")) ** 2
     parts = {
         "task_loss": ce64(student_value, LABELS),
@@ -115,7 +115,8 @@ def test_k11_a_weight_for_each_example_weighs_whole_maps() -> None:
     model = DistillModel(network("student"), network("teacher"), FeatureDistillation("maps", "maps", adapter=None))
     logs = stepped(model, images, np.zeros(4, "int32"), sample_weight=weights)
     student_value, teacher_value = (
-        numpy_of(keras.Model(one.input, one.get_layer("maps").output)(images)) for one in (model.student, model.teacher)
+        numpy_of(keras.Model(network.input, network.get_layer("maps").output)(images))
+        for network in (model.student, model.teacher)
     )
     value = float((weights * ((student_value - teacher_value) ** 2).mean((1, 2, 3))).mean())
     assert logs["maps_loss"] == pytest.approx(value, rel=1e-5)
@@ -138,10 +139,10 @@ def tagged(*, weights: Any = None, tokens: np.ndarray = TOKENS) -> tuple[Distill
 
 
 def per_token(model: DistillModel) -> tuple[np.ndarray, np.ndarray]:
-    student_value, teacher_value = (numpy_of(one(TOKENS)) for one in (model.student, model.teacher))
+    student_value, teacher_value = (numpy_of(network(TOKENS)) for network in (model.student, model.teacher))
     hidden = [
-        numpy_of(keras.Model(one.input, one.get_layer("hidden").output)(TOKENS))
-        for one in (model.student, model.teacher)
+        numpy_of(keras.Model(network.input, network.get_layer("hidden").output)(TOKENS))
+        for network in (model.student, model.teacher)
     ]
     return kl64(student_value, teacher_value), ((hidden[0] - hidden[1]) ** 2).mean(-1)
 
@@ -170,7 +171,7 @@ def test_k12_the_agreement_is_over_the_unmasked_tokens() -> None:
     words, *rest = model.student.get_weights()
     words[:2] *= -1  # of the token that is not there, and of the first one that is
     model.teacher.set_weights([words, *rest])
-    student_value, teacher_value = (numpy_of(one(TOKENS)).argmax(-1) for one in (model.student, model.teacher))
+    student_value, teacher_value = (numpy_of(network(TOKENS)).argmax(-1) for network in (model.student, model.teacher))
     assert 0 < (student_value == teacher_value)[TOKENS > 0].mean() < 1
     assert not (student_value == teacher_value)[TOKENS == 0].any()
     share = (student_value == teacher_value)[TOKENS > 0].mean()
@@ -182,8 +183,8 @@ def test_k12_losses_on_whole_examples_ignore_masked_tokens(loss: Any) -> None:
     """K12: other numbers at the masked tokens, in both models, change nothing."""
     model = DistillModel(tagger("student"), tagger("teacher"), FeatureDistillation("words", "words", loss))
     before = evaluated(model, TOKENS)["words_loss"]
-    for one, number in ((model.student, 3.0), (model.teacher, -5.0)):
-        words = one.get_layer("words")
+    for network, number in ((model.student, 3.0), (model.teacher, -5.0)):
+        words = network.get_layer("words")
         table = words.get_weights()[0]
         table[0] = number
         words.set_weights([table])
@@ -210,7 +211,7 @@ def test_k12_a_masking_layer_masks_too() -> None:
     data[TOKENS == 0] = 0.0
     model = DistillModel(network("student"), network("teacher"))
     logs = stepped(model, data, np.zeros((4, 5), "int32"))
-    divergence = kl64(*(numpy_of(one(data)) for one in (model.student, model.teacher)))
+    divergence = kl64(*(numpy_of(network(data)) for network in (model.student, model.teacher)))
     assert logs["logits_loss"] == pytest.approx(divergence[TOKENS > 0].mean(), rel=1e-5)
 
 
@@ -267,8 +268,8 @@ def test_k13_each_output_has_the_weights_that_are_given_for_it(form: str, output
     y, weights = (dict.fromkeys(parts, LABELS), parts) if form == "dict" else ([LABELS] * 2, [*parts.values()])
     logs = model.train_on_batch(INPUTS, y, sample_weight=weights, return_dict=True)
     student_value, teacher_value = (
-        dict(zip(parts, map(numpy_of, keras.tree.flatten(one(INPUTS))), strict=True))
-        for one in (model.student, model.teacher)
+        dict(zip(parts, map(numpy_of, keras.tree.flatten(network(INPUTS))), strict=True))
+        for network in (model.student, model.teacher)
     )
     divergences = {name: (parts[name] * kl64(student_value[name], teacher_value[name])).mean() for name in parts}
     assert logs["logits_loss"] == pytest.approx(
