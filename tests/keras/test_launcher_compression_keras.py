@@ -78,7 +78,7 @@ def test_a_loop_with_a_tape_equals_one_by_hand(softmax: bool) -> None:
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_hooks_work_without_a_start_and_accept_the_teachers_output() -> None:
+def test_the_hooks_need_no_beginning_and_take_the_teachers_output() -> None:
     """As on_train_begin may be left out in the older API."""
     inputs, _ = table()
     given = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
@@ -133,12 +133,12 @@ def test_the_best_student_is_kept_and_saved_as_any_keras_model(tmp_path: Path) -
         (lambda: DistillationConfig(optimizer={"SDG": {}}), ValueError, "`distillation.train.optimizer.SDG` to be"),
     ],
 )
-def test_models_that_cannot_be_prepared_are_refused(make: Any, error: type[Exception], words: str) -> None:
+def test_what_cannot_be_prepared_is_refused_in_words(make: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=f"Expected {words}"):
         make()
 
 
-def test_names_of_the_first_version_are_accepted() -> None:
+def test_names_of_the_first_version_are_taken() -> None:
     distiller, model = Distillation(), mlp()
     distiller.model = model
     assert distiller.student_model is model

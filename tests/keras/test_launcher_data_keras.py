@@ -93,8 +93,8 @@ def test_every_form_of_data_trains_alike_n10(form: str, cap: int | None) -> None
     """N10, N17-N24: an epoch has at most ``iteration`` batches, the same first ones in every form."""
     model, logs = trained(DATA[form](), form, **({} if cap is None else {"iteration": cap}))
     assert logs.batches == 2 * (cap or 4)
-    for value, expected in zip(model.get_weights(), usual(cap or 4), strict=True):
-        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+    for mine, expected in zip(model.get_weights(), usual(cap or 4), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cap_above_the_number_of_batches_changes_nothing_n17() -> None:
@@ -187,7 +187,7 @@ def test_epochs_run_from_start_to_end_and_a_seed_repeats_them_n17() -> None:
     assert_same_weights(*students)
 
 
-def test_the_best_student_is_restored_n2() -> None:
+def test_the_best_student_is_given_back_n2() -> None:
     """N2: by every second score, where lower is better; the first of several numbers is the judge."""
     seen: list[Any] = []
 
@@ -202,12 +202,12 @@ def test_the_best_student_is_restored_n2() -> None:
     assert distiller.fit() is student
     assert len(seen) == 4
     assert (distiller.scores.teacher_score, distiller.scores.first_score, distiller.best_score) == (7.0, 5.0, 1.0)
-    for value, best, last in zip(student.get_weights(), seen[2], seen[3], strict=True):
-        np.testing.assert_array_equal(value, best)
+    for mine, best, last in zip(student.get_weights(), seen[2], seen[3], strict=True):
+        np.testing.assert_array_equal(mine, best)
         assert (best != last).any()
 
 
-def test_a_score_that_is_not_a_number_is_refused_n2() -> None:
+def test_a_score_that_is_no_number_is_refused_n2() -> None:
     with pytest.raises(TypeError, match=r"`eval_func` to return a number, or several. Received: \[\]"):
         launched(eval_func=lambda model: []).fit()
 
@@ -250,8 +250,8 @@ def test_metrics_of_numbers_equal_numpy_n2(name: str) -> None:
     np.testing.assert_allclose(distiller.best_score, expected, rtol=1e-5)
 
 
-def test_pure_distillation_ignores_the_labels_n3() -> None:
-    """N3: at w0 = 0 labels are ignored, and the student learns to agree with its teacher."""
+def test_pure_distillation_needs_no_labels_that_mean_anything_n3() -> None:
+    """N3: at w0 = 0 labels count for nothing; the student comes to agree with its teacher."""
     inputs, _ = table(64)
     distiller = launched(
         {
@@ -263,5 +263,5 @@ def test_pure_distillation_ignores_the_labels_n3() -> None:
     distiller.criterion = Knowledge(2.0, ["CE", "KL"], [0.0, 1.0])
     distiller.train_dataloader = inputs, np.full((64,), -1, "int32")
     student = distiller.fit()
-    choices = [log_softmax64(numpy_of(model(inputs))).argmax(-1) for model in (student, distiller.teacher_model)]
-    assert (choices[0] == choices[1]).mean() > 0.85
+    mine, theirs = (log_softmax64(numpy_of(m(inputs))).argmax(-1) for m in (student, distiller.teacher_model))
+    assert (mine == theirs).mean() > 0.85

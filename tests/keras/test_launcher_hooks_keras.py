@@ -31,7 +31,7 @@ HALVES = {"temperature": 2.0, "loss_types": ["CE", "KL"], "loss_weights": [0.5, 
 
 
 def ready(criterion: Any = None, **attributes: Any) -> Distillation:
-    """A launcher for a loop: logits at temperature 2 by default."""
+    """A launcher for a loop: logits at temperature 2 unless told otherwise."""
     return launched(criterion=Knowledge(**HALVES) if criterion is None else criterion, **attributes)
 
 
@@ -85,7 +85,7 @@ def test_a_gradient_tape_loop_trains_as_the_built_in_training_does_n12(compiled:
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "function"])
 def test_adapters_train_along_in_a_loop_n6(compiled: bool) -> None:
-    """N6, N5: the optimizer gets them from `adapter_variables`, and the distance of the layers falls."""
+    """N6, N5: `adapter_variables` gives them to the optimizer, and the distance of the layers falls."""
     inputs, _ = table()
     distiller = ready(Intermediate([["hidden", "hidden"]], ["MSE"], add_origin_loss=True))
     values: list[float] = []
@@ -118,7 +118,7 @@ def test_the_total_equals_its_formula_for_models_of_every_kind_n1(structure: str
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_layers_are_read_in_the_users_own_call_n5(structure: str) -> None:
-    """N5, N12: the tensors of the same forward pass as the output, with its dropout; older calls do not count."""
+    """N5, N12: the tensors that gave the output, dropout's included; an older call does not count."""
     inputs, _ = table()
     student, teacher = structured(structure, dropout=0.5), structured(structure, name="teacher")
     names = ("backbone/norm", "backbone/drop") if structure == "nested" else ("norm", "drop")
@@ -186,8 +186,8 @@ def test_nothing_of_the_teacher_changes_or_gets_a_gradient_n12() -> None:
     assert float(teacher.get_layer("counter").calls) == 1.0
     distiller.train_func = tape_loop(distiller, epochs=2)
     distiller.fit()
-    for expected, weight in zip(before[1:], teacher.get_weights()[1:], strict=True):
-        np.testing.assert_array_equal(weight, expected)
+    for one, two in zip(before[1:], teacher.get_weights()[1:], strict=True):
+        np.testing.assert_array_equal(one, two)
     assert all(layer.trainable for layer in teacher.layers)
     expected = divergence64("KL", 2.0, numpy_of(output), numpy_of(teacher(inputs, training=False)))
     np.testing.assert_allclose(float(numpy_of(total)), 0.5 * expected, rtol=2e-5)
@@ -243,7 +243,7 @@ def test_a_criterion_of_the_users_own_makes_the_total_of_a_loop_n10() -> None:
 
 
 @pytest.mark.tensorflow
-def test_the_best_student_of_a_loop_is_restored_n2() -> None:
+def test_the_best_student_of_a_loop_is_given_back_n2() -> None:
     """N2: the same object, with its best weights; teacher and student are scored before."""
     scores = iter([0.9, 0.1, 0.2, 0.8, 0.3])
     weights: list[Any] = []
@@ -257,8 +257,8 @@ def test_the_best_student_of_a_loop_is_restored_n2() -> None:
     student = distiller.student_model
     assert distiller.fit() is student
     assert (distiller.scores.teacher_score, distiller.scores.first_score, distiller.best_score) == (0.9, 0.1, 0.8)
-    for value, best in zip(student.get_weights(), weights[3], strict=True):
-        np.testing.assert_array_equal(value, best)
+    for mine, best in zip(student.get_weights(), weights[3], strict=True):
+        np.testing.assert_array_equal(mine, best)
 
 
 @pytest.mark.tensorflow
@@ -310,7 +310,7 @@ def test_two_launchers_may_watch_one_student_n11() -> None:
     first.on_train_begin()
     second.on_train_begin()
     output = first.student_model(inputs)
-    values = [numpy_of(launcher.on_after_compute_loss(inputs, output, 0.0)) for launcher in (first, second)]
+    values = [numpy_of(one.on_after_compute_loss(inputs, output, 0.0)) for one in (first, second)]
     assert values[0] != values[1]
     second.close()
     first.close()

@@ -23,7 +23,7 @@ from keras_distill import KnowledgeDistillationLoss as Knowledge
 # Configuration --------------------------------------------------------------------------------------------------------
 
 
-def test_a_yaml_file_configures_the_training_n12(tmp_path: Path) -> None:
+def test_a_yaml_file_says_how_the_student_is_trained_n12(tmp_path: Path) -> None:
     """N12, N2: the file, an object made from it and a dict of its form are one."""
     path = yaml_file(tmp_path)
     weights = []
@@ -34,8 +34,8 @@ def test_a_yaml_file_configures_the_training_n12(tmp_path: Path) -> None:
         assert distiller.best_score > distiller.scores.first_score
         weights.append(distiller.student_model.get_weights())
     for other in weights[1:]:
-        for value, expected in zip(weights[0], other, strict=True):
-            np.testing.assert_array_equal(value, expected)
+        for one, two in zip(weights[0], other, strict=True):
+            np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_keys_of_the_older_schema_are_named_in_one_warning_n12() -> None:
     assert len(told) == 1
 
 
-def test_validate_config_prints_ok_or_names_every_wrong_value_n12(
+def test_validate_config_says_ok_or_names_every_wrong_value_n12(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = yaml_file(tmp_path)
@@ -206,7 +206,7 @@ def test_layer_mappings_take_all_their_forms_n5(entry: Any, places: tuple[Any, .
     assert (student.layer, student.output, teacher.layer, teacher.output) == places
 
 
-def test_a_layer_in_two_pairs_makes_two_terms_n7() -> None:
+def test_a_layer_in_two_pairs_gives_two_terms_n7() -> None:
     assert [term.name for term in Intermediate([["a", "b"], ["a", "c"], "a/b"]).terms()] == ["a", "a#2", "a_b"]
 
 

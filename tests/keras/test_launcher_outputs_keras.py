@@ -66,13 +66,13 @@ def functional_of_five(*last: Any) -> keras.Model:
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_the_last_layer_decides_whether_outputs_are_probabilities(name: str) -> None:
+def test_the_last_layer_says_what_a_model_returns(name: str) -> None:
     make, expected = ENDS[name]
     assert ends_in_softmax(make()) is expected
 
 
 @pytest.mark.parametrize("criterion", ["knowledge", "without a teacher", "intermediate", "configured"])
-def test_softmax_outputs_are_trained_as_probabilities_by_default(criterion: str) -> None:
+def test_softmax_outputs_are_trained_as_probabilities_without_being_asked(criterion: str) -> None:
     inputs, labels = table()
     student, teacher = (sequential(layers.Dense(3, activation="softmax")) for _ in range(2))
     z_s, z_t = (log_softmax64(np.log(numpy_of(model(inputs)))) for model in (student, teacher))
@@ -102,7 +102,7 @@ def test_a_softmax_on_one_side_alone_is_refused(who: str) -> None:
         distiller.on_train_begin()
 
 
-def test_settings_of_the_criterion_override_the_last_layer() -> None:
+def test_what_a_criterion_says_itself_is_not_looked_for() -> None:
     student = sequential(layers.Dense(3, activation="softmax"))
     distiller = launched(criterion=Knowledge(from_logits=True), student_model=student)
     with pytest.raises(ValueError, match="student's output to be logits, since the loss has from_logits=True"):

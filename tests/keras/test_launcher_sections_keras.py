@@ -53,7 +53,7 @@ def test_data_sections_are_taken_where_loaders_are_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("missing", "path"), [("train", "distillation.train"), ("eval", "evaluation.accuracy")])
-def test_a_missing_loader_is_one_error_with_a_remedy(tmp_path: Path, missing: str, path: str) -> None:
+def test_a_missing_loader_is_one_error_that_says_what_to_set(tmp_path: Path, missing: str, path: str) -> None:
     loaders: dict[str, Any] = {"train_dataloader": table(), "eval_dataloader": table(), f"{missing}_dataloader": None}
     words = rf"^Expected `{missing}_dataloader` to be set\. Set it, .* Received: `{path}\.dataloader` in the"
     with pytest.raises(ValueError, match=words):

@@ -57,8 +57,8 @@ def test_the_teacher_runs_in_inference_mode_and_is_never_trained_n12() -> None:
     distiller.fit()
     np.testing.assert_allclose(logs.epochs[0]["loss"], expected, rtol=2e-5)
     assert float(teacher.get_layer("counter").calls) == 1.0
-    for expected, weight in zip(before[1:], teacher.get_weights()[1:], strict=True):
-        np.testing.assert_array_equal(weight, expected)
+    for one, two in zip(before[1:], teacher.get_weights()[1:], strict=True):
+        np.testing.assert_array_equal(one, two)
     assert all(layer.trainable for layer in teacher.layers)
 
 
