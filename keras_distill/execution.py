@@ -20,7 +20,7 @@ class StepFunction:
     """The ``train_function`` or ``test_function`` of a model, which Keras calls with the data of each execution.
 
     The graph of a training step does not contain terms of weight 0. If a weight becomes 0 or stops being 0, another
-    graph is used, which is traced once. The logs also hold the values that earlier executions of the epoch have measured.
+    graph is used, which is traced once. The logs also hold values from earlier executions of the epoch.
 
     Args:
         model: The DistillModel.
