@@ -155,7 +155,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The launcher's names, imported when they are first asked for: it alone needs pydantic and PyYAML."""
+    """Import the launcher's names on first use, because only the launcher needs pydantic and PyYAML."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from keras_distill import launcher

@@ -1,9 +1,9 @@
-"""Adapters: learned maps from a student feature's shape to the teacher's, and the resizing of the teacher's maps."""
+"""Adapters: learned maps from a student feature's shape to the teacher's; and resizing of the teacher's maps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import keras
 import numpy as np
@@ -14,7 +14,8 @@ from keras_distill import checks
 Shape = Sequence[int | None]
 AdapterFactory = Callable[[tuple[int | None, ...], tuple[int | None, ...]], keras.layers.Layer]
 ADAPTERS = ("auto", "linear", "conv1x1")
-_CONVOLUTIONS = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
+# Convolutions by the number of dimensions of a feature.
+_CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
 
 
 def make_adapter(
@@ -25,21 +26,21 @@ def make_adapter(
     *,
     maps: bool | None = None,
 ) -> keras.layers.Layer | None:
-    """The built adapter between two features with channels last.
+    """Make and build the adapter between two features with channels last.
 
     Args:
-        adapter: ``"auto"``, ``None``, ``"linear"``, ``"conv1x1"``, a layer, or a factory called with both shapes.
+        adapter: ``"auto"``, ``"linear"``, ``"conv1x1"``, None, a layer, or a factory called with both shapes.
         student: Shape of the student's feature, ``(N, ..., C_s)``.
         teacher: Shape of the teacher's feature, ``(N, ..., C_t)``.
         layer: Name of the student's layer, for messages.
-        maps: Whether the features are maps; None takes four and more dimensions for maps.
+        maps: Whether the features are maps; with None, features of four or more dimensions are.
 
     Returns:
-        A layer, or None where the feature is used as it is.
+        A layer, or None if the feature is used unchanged.
 
     Raises:
-        ValueError: If the shapes do not fit the kind of adapter.
-        TypeError: If ``adapter`` is none of the above, or the factory makes no layer.
+        ValueError: If the shapes do not fit the kind of adapter, or the name is unknown.
+        TypeError: If ``adapter`` has another type, or the factory does not return a layer.
 
     Example:
         >>> make_adapter("auto", (None, 7, 7, 4), (None, 7, 7, 8), "block").filters
@@ -75,7 +76,7 @@ def make_adapter(
 
 
 def _linear(teacher: Shape) -> keras.layers.Layer:
-    # float32 under every policy: a feature of 1e4 times a weight leaves float16
+    # float32 under every policy: a feature of 1e4 times a weight overflows float16
     return keras.layers.Dense(teacher[-1], name="adapter", dtype="float32")
 
 
@@ -88,35 +89,35 @@ def _convolution(student: Shape, teacher: Shape, layer: str) -> keras.layers.Lay
 
 
 def resized(teacher: Any, student: Shape) -> Any:
-    """The teacher's map at the student's height and width: averaged down, interpolated up.
+    """Resize the teacher's map to the student's height and width, by averaging or by interpolation.
 
     Args:
         teacher: The teacher's feature map, shape ``(N, H_t, W_t, C)``.
         student: Shape of the student's map, ``(N, H_s, W_s, ...)``.
 
     Returns:
-        The map, shape ``(N, H_s, W_s, C)``; the teacher's own where the sizes agree or are not known.
+        The map, shape ``(N, H_s, W_s, C)``; unchanged if the sizes agree or are unknown.
 
     Example:
         >>> resized(ops.reshape(ops.arange(4.0), (1, 4, 1, 1)), (1, 2, 1, 1))[0, :, 0, 0].numpy()
         array([0.5, 2.5], dtype=float32)
     """
     for axis in (1, 2):
-        here, wanted = teacher.shape[axis], student[axis]
-        if here is not None and wanted is not None and here != wanted:
-            matrix = ops.cast(_resizing(here, wanted), teacher.dtype)
+        size, wanted = teacher.shape[axis], student[axis]
+        if size is not None and wanted is not None and size != wanted:
+            matrix = ops.cast(_resizing(size, wanted), teacher.dtype)
             teacher = ops.moveaxis(ops.tensordot(matrix, teacher, axes=[[1], [axis]]), 0, axis)
     return teacher
 
 
 def _resizing(size: int, wanted: int) -> np.ndarray[Any, Any]:
-    """The matrix that resizes one dimension, since both kinds of resizing work on height and width separately."""
+    """The matrix that resizes one dimension; height and width can be resized one after the other."""
     matrix = np.zeros((wanted, size), "float32")
     for row in range(wanted):
-        if wanted < size:  # the mean of all pixels that the new one touches
+        if wanted < size:  # the mean of all pixels that the new pixel overlaps
             first, last = row * size // wanted, -(-(row + 1) * size // wanted)
             matrix[row, first:last] = 1 / (last - first)
-        else:  # pixels are squares: their centres lie at one half
+        else:  # linear interpolation between the centres of the pixels, which lie at one half
             centre = max((row + 0.5) * size / wanted - 0.5, 0.0)
             low = min(int(centre), size - 1)
             matrix[row, low] += 1 - (centre - low)

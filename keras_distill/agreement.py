@@ -1,4 +1,4 @@
-"""How often student and teacher choose the same class, from the outputs that a term compares."""
+"""The agreement of student and teacher: how often they choose the same class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keras_distill.terms.logits import Scores
 
 
 def agreement_of(terms: Sequence[DistillationTerm], student: Call, calls: Sequence[Call]) -> tuple[Any, Any]:
-    """Share of the rows in which student and teacher choose the same class, by the first term that compares classes.
+    """Share of the rows in which student and teacher choose the same class, from the first term on class scores.
 
     Args:
         terms: The terms.
@@ -22,7 +22,7 @@ def agreement_of(terms: Sequence[DistillationTerm], student: Call, calls: Sequen
         calls: The teachers' calls, at least one.
 
     Returns:
-        The share and the number of rows; None for both where no term compares classes.
+        The share and the number of rows; None for both if no term compares class scores.
     """
     for term in terms:
         if not isinstance(term, LogitsDistillation):
@@ -39,9 +39,9 @@ def agreement_of(terms: Sequence[DistillationTerm], student: Call, calls: Sequen
 
 
 def _mean_scores(scores: Sequence[Scores]) -> Any:
-    """The teacher's scores; of several teachers their mean probabilities."""
+    """The teacher's scores, or the mean probabilities of several teachers; for single scores their mean."""
     if len(scores) == 1:
         return scores[0].teacher
     single = scores[0].teacher.shape[-1] == 1
-    each = [score.teacher if single else ops.softmax(ops.cast(score.teacher, "float32")) for score in scores]
-    return sum(each) / len(each)
+    values = [score.teacher if single else ops.softmax(ops.cast(score.teacher, "float32")) for score in scores]
+    return sum(values) / len(values)

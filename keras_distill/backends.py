@@ -1,4 +1,4 @@
-"""The few things that differ between the backends of Keras and that Keras has no public function for."""
+"""Functions for differences between the backends for which Keras has no public function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def replicas() -> int:
 
 
 def executes_eagerly() -> bool:
-    """Whether operations are executed as Python reaches them, and not traced into a graph for later."""
+    """Whether operations are executed immediately, and not traced into a graph."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -34,21 +34,21 @@ def executes_eagerly() -> bool:
 
 
 def check_batch(student: Any, teacher: Any) -> None:
-    """A check, where only the running graph knows the sizes, that both tensors have equally many examples.
+    """Check that both tensors have equally many examples, if only the running TensorFlow graph knows the sizes.
 
     Args:
         student: The student's tensor.
-        teacher: The teacher's: a single row would be broadcast over the batch.
+        teacher: The teacher's tensor, of which a single row would be broadcast over the batch.
     """
     if keras.backend.backend() == "tensorflow" and None in (student.shape[0], teacher.shape[0]):
         import tensorflow as tf
 
-        words = "Expected student and teacher to give equally many examples."
+        words = "Expected student and teacher to return equally many examples."
         tf.debugging.assert_equal(tf.shape(student)[0], tf.shape(teacher)[0], words)
 
 
 def likeliest(logits: Any) -> Any:
-    """The class of the highest score in each row, the first of several.
+    """The class with the highest score in each row, the first one if several are equal.
 
     Args:
         logits: Shape ``(N, ..., C)``.
@@ -60,21 +60,16 @@ def likeliest(logits: Any) -> Any:
         return ops.argmax(logits, axis=-1)
     import tensorflow as tf
 
-    # Keras' own tells -0.0 from 0.0 first, in a few passes that show on a step of some milliseconds
+    # ops.argmax first separates -0.0 from 0.0 in several passes, whose time shows in a step of a few milliseconds
     return tf.argmax(logits, axis=-1, output_type=tf.int32)
 
 
-def mask_of(tensor: Any) -> Any:
-    """The mask that Keras' layers have handed down with a tensor, or None."""
-    return get_keras_mask(tensor)
-
-
 def with_mask(tensor: Any, mask: Any) -> Any:
-    """The same tensor with a mask that Keras takes into account where it averages, as its own ``ignore_class`` does.
+    """Attach a mask to a tensor, which Keras then applies when it averages, as for its own ``ignore_class``.
 
     Args:
         tensor: Values of a loss.
-        mask: True where a value counts, same shape.
+        mask: True for values that count, same shape.
 
     Returns:
         The tensor.
@@ -84,43 +79,48 @@ def with_mask(tensor: Any, mask: Any) -> Any:
 
 
 def without_mask(tensor: Any) -> Any:
-    """The same numbers without the mask, for a computation that treats the mask itself."""
-    if mask_of(tensor) is None:
+    """The same tensor without its mask, which the caller applies itself."""
+    if get_keras_mask(tensor) is None:
         return tensor
-    # JAX gives the same object back where the shape is, and with it the mask
+    # on JAX a reshape to the same shape returns the same object, which still has the mask
     return ops.copy(tensor) if keras.backend.backend() == "jax" else ops.reshape(tensor, ops.shape(tensor))
 
 
 def zero_gradient(tensors: Sequence[Any]) -> Any:
-    """A zero whose gradient with respect to some tensors is 0, where nothing else has a gradient.
+    """A zero with a gradient of 0 with respect to some tensors, for a step in which nothing else has a gradient.
 
-    Keras refuses a step in which no variable has a gradient, and torch its backward pass.
+    Keras raises an error if no variable has a gradient, and so does the backward pass of torch.
 
     Args:
-        tensors: Of any shapes; those that are not floating-point tensors are left out.
+        tensors: Tensors of any shapes; only floating-point tensors are used.
 
     Returns:
         A float32 scalar.
     """
     tensors = [ops.convert_to_tensor(tensor) for tensor in tensors]
-    floats = [one for one in tensors if keras.backend.is_float_dtype(keras.backend.standardize_dtype(one.dtype))]
-    nothing = [ops.sum(ops.cast(ops.where(False, one, ops.zeros_like(one)), "float32")) for one in floats]
-    return sum(nothing, ops.zeros(()))
+    total = ops.zeros(())
+    for tensor in tensors:
+        if keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)):
+            total = total + ops.sum(ops.cast(ops.where(False, tensor, ops.zeros_like(tensor)), "float32"))
+    return total
 
 
 def as_float(value: Any) -> float:
-    """A number or a float32 variable as the shortest Python number that it stands for: 0.7, not 0.699999988."""
+    """A number, or a float32 variable as the shortest Python number with the same value: 0.7, not 0.699999988."""
     if isinstance(value, (int, float)):
         return float(value)
     return float(str(np.float32(ops.convert_to_numpy(value))))
 
 
 def same_or_loaded(known: float, variable: Any) -> float:
-    """A number as the user wrote it where a float32 variable holds the same, since float32 has no 1/3, else its value.
+    """The known number if a float32 variable still holds it up to rounding, else the variable's value.
 
     Args:
-        known: The number so far.
-        variable: A scalar variable that a file may have changed.
+        known: The number so far, as the user wrote it.
+        variable: A scalar variable, which loading a file may have changed.
+
+    Returns:
+        The number.
     """
     loaded = as_float(variable)
     return known if np.float32(known) == np.float32(loaded) else loaded

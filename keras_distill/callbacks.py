@@ -18,38 +18,38 @@ _PARAMETERS = ("weight", "temperature", "task_weight")
 
 
 class _Following(keras.callbacks.Callback):
-    """A callback that knows how far the training has come."""
+    """Base of callbacks that need the progress of the training."""
 
     _epoch = _seen = 0
     _accumulated = 1
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Note where the epoch begins."""
+        """Store the epoch and the number of batches before it."""
         self._epoch = epoch
         self._seen, self._accumulated = compat.raw_iterations(self.model.optimizer)
 
     def _progress(self, batch: int) -> Progress:
-        batches = self.params.get("steps") or math.inf  # in the first epoch of a generator nobody knows them
+        batches = self.params.get("steps") or math.inf  # unknown in the first epoch of a generator
         fraction = (self._epoch + min(batch / batches, 1.0)) / self.params["epochs"]
         return Progress((self._seen + batch) // self._accumulated, self._epoch, fraction)
 
 
 class ScheduleFollower(_Following):
-    """Sets the weights and temperatures that are given as schedules; ``DistillModel.fit`` adds it.
+    """Sets the weights and temperatures that have a schedule; ``DistillModel.fit`` adds it.
 
-    Each number is set before each batch (or each of ``steps_per_execution``), and written into the logs under the name
-    of the setting: ``task_weight``, ``<term>_weight``, ``<term>_temperature`` and so on.
+    It sets each number before each batch (or before each ``steps_per_execution`` batches), and writes it into the logs
+    under the name of the setting: ``task_weight``, ``<term>_weight``, ``<term>_temperature`` and so on.
 
     Args:
         model: The model that is trained.
 
     Attributes:
-        values: The numbers set last, by the names that logs give them; empty before the first epoch.
+        values: The numbers that were set last, by their names in the logs; empty before the first epoch.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self._held, self.values = steps_of(model), dict[str, float]()
+        self._scheduled, self.values = scheduled_settings(model), dict[str, float]()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Set the epoch's numbers."""
@@ -67,7 +67,7 @@ class ScheduleFollower(_Following):
 
     def _follow(self, batch: int) -> None:
         progress = self._progress(batch)
-        for label, schedule, assign in self._held:
+        for label, schedule, assign in self._scheduled:
             value = schedule.at(progress)
             assign(value)
             self.values[label] = value
@@ -76,21 +76,22 @@ class ScheduleFollower(_Following):
 class DistillationScheduler(_Following):
     """A schedule for a term's weight or temperature, or for the weight of the task loss.
 
-    The value lives in a variable, so that a change costs no new trace, and it is written into the logs. A function of
-    the epoch sets it at the start of each; a :class:`keras_distill.schedules.Schedule` over steps or the fraction of
-    the training sets it before each batch (or each of ``steps_per_execution``). A training that is resumed, with
-    ``initial_epoch`` and the optimizer of ``load_model``, goes on where it was.
+    A variable holds the value, so that a change needs no new trace, and the logs show it. A function sets the value at
+    the start of each epoch; a :class:`keras_distill.schedules.Schedule` over steps or the fraction of the training sets
+    it before each batch (or before each ``steps_per_execution`` batches). A resumed training, with ``initial_epoch``
+    and the optimizer from ``load_model``, continues the schedule.
 
     Args:
         parameter: ``"weight"`` or ``"temperature"`` of a term, or ``"task_weight"``.
-        schedule: A schedule, such as ``schedules.Linear(8.0, 1.0)``; or a function that is called with the epoch, from
-            0, and, if it takes a second argument, the value until then, and returns the new value.
-        term: Name of the term; needed where several terms have the parameter.
+        schedule: A schedule, such as ``schedules.Linear(8.0, 1.0)``; or a function that returns the new value. It is
+            called with the epoch, counted from 0, and, if it takes a second argument, the current value.
+        term: Name of the term; required if several terms have the parameter.
         verbose: 1 prints a line for each epoch.
 
     Raises:
         TypeError: If ``schedule`` cannot be called.
-        ValueError: If there is no such parameter, or, when training begins, no such term.
+        ValueError: If ``parameter`` is unknown; when training begins, if ``term`` does not name one term that has the
+            parameter, or the parameter has a schedule already.
 
     Example:
         >>> DistillationScheduler("temperature", lambda epoch: max(1.0, 8.0 - epoch)).schedule(5)
@@ -109,7 +110,7 @@ class DistillationScheduler(_Following):
         self._owner: Any = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Find what is to be scheduled."""
+        """Find the term or the model that has the parameter."""
         self._owner = self._find_owner()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -158,22 +159,26 @@ class DistillationScheduler(_Following):
         raise ValueError(checks.message(expected, f"term={self.term!r}, of the terms {names}"))
 
     def _check_free(self, schedules: Mapping[str, Schedule]) -> None:
-        """Raise if the setting has a schedule already, which would overwrite the values of this one."""
+        """Check that the setting does not have a schedule, which would overwrite the values of this callback.
+
+        Raises:
+            ValueError: If it has one.
+        """
         if self.parameter in schedules:
             expected = f"`{self.parameter}` to have one schedule"
             received = f"{schedules[self.parameter]!r} and a DistillationScheduler"
-            raise ValueError(checks.message(expected, received, "Give the term a number, or leave this callback out."))
+            raise ValueError(checks.message(expected, received, "Pass a number instead, or remove this callback."))
 
 
 class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
-    """``keras.callbacks.ModelCheckpoint`` that writes the student alone.
+    """``keras.callbacks.ModelCheckpoint`` that saves the student alone.
 
-    The file is a plain Keras model: it loads where this package is not installed.
+    The file is a plain Keras model, which loads without this package.
 
     Args:
         filepath: Path of the file, as for ``ModelCheckpoint``.
-        monitor: Key of the logs that ``save_best_only`` compares, ``"val_loss"`` if not given.
-        mode: ``"min"``, ``"max"`` or ``"auto"``, which knows the keys of ``DistillModel`` too.
+        monitor: Key of the logs that ``save_best_only`` compares.
+        mode: ``"min"``, ``"max"`` or ``"auto"``, which also works for the keys of ``DistillModel``.
         **kwargs: The other settings of ``ModelCheckpoint``.
 
     Example:
@@ -189,12 +194,16 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
         super().__init__(filepath, monitor=monitor, mode=mode, **kwargs)
 
     def set_model(self, model: Any) -> None:
-        """Take the student out of the model that trains it."""
+        """Use the student of the model that trains it."""
         self._trained = model
         super().set_model(getattr(model, "student", model))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Keep the student, if it is better."""
+        """Save the student; with ``save_best_only`` only if it is better.
+
+        Raises:
+            ValueError: With ``save_best_only``, if ``monitor`` is not a key of the logs.
+        """
         known = logs or {}
         validated = any(key.startswith("val_") for key in known)  # not in every epoch with validation_freq=2
         missing = self.monitor not in known and (validated or not self.monitor.startswith("val_"))
@@ -204,7 +213,7 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
         super().on_epoch_end(epoch, logs)
 
     def _set_monitor_op(self) -> None:
-        """The student is not compiled: what its metrics want is known to the model that trains it."""
+        """Find the mode from the metrics of the model that trains the student, which itself is not compiled."""
         student = self.model
         super().set_model(self._trained)
         super()._set_monitor_op()
@@ -212,7 +221,7 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
 
 
 class SetEpoch(keras.callbacks.Callback):
-    """Sets ``data.epoch`` in training, and 0 after it: data that is evaluated does not change.
+    """Sets ``data.epoch`` during training, and to 0 after it, so that an evaluation always gets the same data.
 
     Args:
         data: The data.
@@ -223,22 +232,25 @@ class SetEpoch(keras.callbacks.Callback):
         self._data = data
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Before the first batch, also of a training that goes on from a later epoch."""
+        """Set the epoch before its first batch, also in a resumed training."""
         self._data.epoch = epoch
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Leave the data as it was."""
+        """Set the epoch back to 0."""
         self._data.epoch = 0
 
 
-def steps_of(model: Any) -> list[tuple[str, Schedule, Callable[[float], None]]]:
-    """A model's scheduled settings: their names in the logs, their schedules, and functions that set them.
+def scheduled_settings(model: Any) -> list[tuple[str, Schedule, Callable[[float], None]]]:
+    """The scheduled settings of a model and its terms.
 
     Args:
         model: A DistillModel.
+
+    Returns:
+        For each setting its name in the logs, its schedule, and a function that sets it.
     """
-    held = [(name, schedule, functools.partial(model.follow, name)) for name, schedule in model.schedules.items()]
-    return held + [
+    own = [(name, schedule, functools.partial(model.follow, name)) for name, schedule in model.schedules.items()]
+    return own + [
         (f"{term.name}_{name}", schedule, functools.partial(term.follow, name))
         for term in model.terms
         for name, schedule in term.schedules.items()
@@ -246,47 +258,53 @@ def steps_of(model: Any) -> list[tuple[str, Schedule, Callable[[float], None]]]:
 
 
 def fit_callbacks(model: Any, data: Any) -> list[keras.callbacks.Callback]:
-    """The callbacks that ``fit`` adds: one to follow schedules, one to set the epoch of data, where there are any.
+    """The callbacks that ``fit`` adds: one for schedules and one for data that depends on the epoch, as needed.
 
     Args:
         model: The model that is trained.
-        data: What ``fit`` is given.
+        data: The ``x`` argument of ``fit``.
+
+    Returns:
+        The callbacks.
     """
-    followers: list[keras.callbacks.Callback] = [ScheduleFollower(model)] if steps_of(model) else []
+    followers: list[keras.callbacks.Callback] = [ScheduleFollower(model)] if scheduled_settings(model) else []
     return [*followers, SetEpoch(data)] if isinstance(data, EpochData) else followers
 
 
-def with_callbacks(fit: Callable[..., Any], own: Sequence[keras.callbacks.Callback], given: Mapping[str, Any]) -> Any:
-    """What ``fit`` returns, with callbacks of ours before the caller's, who thereby see what ours write into the logs.
+def with_callbacks(
+    fit: Callable[..., Any], own: Sequence[keras.callbacks.Callback], arguments: Mapping[str, Any]
+) -> Any:
+    """Call ``fit`` with our callbacks before the user's, which can then read the values that ours write into the logs.
 
     Args:
         fit: The method of Keras.
         own: Our callbacks.
-        given: What it is given, by name.
+        arguments: The arguments of ``fit``, by name.
 
     Returns:
         The history.
     """
-    callbacks = given.get("callbacks")
+    callbacks = arguments.get("callbacks")
     if not own:
-        return fit(**given)
+        return fit(**arguments)
     if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return fit(**{**given, "callbacks": [*own, *keras.tree.flatten([] if callbacks is None else callbacks)]})
-    for one in own:  # a list that is given as a CallbackList has been told of its model and its epochs already
-        one.set_model(callbacks.model)
-        one.set_params({"epochs": given.get("epochs", 1), **(callbacks.params or {})})
-    theirs = callbacks.callbacks
-    callbacks.callbacks = [*own, *theirs]
+        return fit(**{**arguments, "callbacks": [*own, *keras.tree.flatten([] if callbacks is None else callbacks)]})
+    for callback in own:  # Keras sets the model and the parameters only for the callbacks of a plain list
+        callback.set_model(callbacks.model)
+        callback.set_params({"epochs": arguments.get("epochs", 1), **(callbacks.params or {})})
+    before = callbacks.callbacks
+    callbacks.callbacks = [*own, *before]
     try:
-        return fit(**given)
+        return fit(**arguments)
     finally:
-        callbacks.callbacks = theirs
+        callbacks.callbacks = before
 
 
 def _positional(function: Callable[..., Any]) -> int:
+    """Number of required positional parameters of a function."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # built-in functions may have no signature
         return 1
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(parameter.kind in kinds and parameter.default is parameter.empty for parameter in parameters)

@@ -14,9 +14,9 @@ def message(expected: str, received: str, remedy: str = "") -> str:
     """Error text in the form all errors of the project share.
 
     Args:
-        expected: What the argument had to be, from the argument's name on.
-        received: What was passed instead.
-        remedy: A sentence that says what to do, or an empty string.
+        expected: The condition, beginning with the argument's name.
+        received: The received value.
+        remedy: A sentence that tells the user what to do, or an empty string.
 
     Returns:
         The whole message.
@@ -90,7 +90,7 @@ def same_shape(
         student: The student's tensor, any shape.
         teacher: The teacher's tensor, any shape.
         names: Names of the two tensors in the message.
-        remedy: A sentence that says what to do, or an empty string.
+        remedy: A sentence that tells the user what to do, or an empty string.
 
     Raises:
         ValueError: If the shapes differ.

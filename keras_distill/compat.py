@@ -1,6 +1,7 @@
-"""Every private name of Keras and TensorFlow that this package needs, each with the reason why no public one will do.
+"""All private names of Keras and TensorFlow that this package imports or calls, each with the reason.
 
-Tests in tests/keras/test_compat_keras.py name each of them, so that a new version of Keras that drops one is noticed.
+tests/keras/test_compat_keras.py tests each of them, so that it fails if a new version of Keras drops one. Two private
+methods of Keras are overridden where they belong: ``_symbolic_build`` in model.py, ``_set_monitor_op`` in callbacks.py.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-from keras.src import backend as _backend  # compute_output_spec of a plain function: public only for operations
-from keras.src.backend import get_keras_mask, set_keras_mask  # masks travel on tensors, differently on each backend
-from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope  # of JAX' steps
-from keras.src.backend.common.symbolic_scope import get_symbolic_scope, in_symbolic_scope  # is this a scratch graph?
-from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr  # as masks are attached
+from keras.src import backend as _backend  # compute_output_spec of a plain function; the public one is for operations
+from keras.src.backend import get_keras_mask, set_keras_mask  # each backend attaches masks to tensors in another way
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope  # of steps on JAX
+from keras.src.backend.common.symbolic_scope import get_symbolic_scope, in_symbolic_scope  # of scratch graphs
+from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr  # for records
 from keras.src.losses.loss import reduce_weighted_values, unscale_loss_for_distribution  # Keras' rule for masks
-from keras.src.trainers.compile_utils import MetricsList  # callbacks look into no other container of metrics
-from keras.src.trainers.trainer import model_supports_jit  # the same question as Keras asks about the student
+from keras.src.trainers.compile_utils import MetricsList  # Keras' callbacks read no other container of metrics
+from keras.src.trainers.trainer import model_supports_jit  # Keras' own check of the student
 
 __all__ = [
     "MetricsList",
@@ -46,28 +47,28 @@ __all__ = [
 
 
 def output_spec(function: Callable[..., Any], *specifications: Any) -> Any:
-    """Symbolic outputs of a function for symbolic inputs, without computing anything.
+    """The symbolic outputs of a function for symbolic inputs; no values are computed.
 
     Args:
-        function: Called with tensors of a scratch graph.
+        function: The function, which is called with tensors of a scratch graph.
         *specifications: Keras tensors.
 
     Returns:
-        Keras tensors, nested as the function's result.
+        Keras tensors, in the structure of the function's result.
     """
     return _backend.compute_output_spec(function, *specifications)
 
 
 def input_structure(model: keras.Model) -> Any:
-    """The symbolic inputs of a built model as they were nested when it was made, or None if it does not know them."""
+    """The symbolic inputs of a built model in their original structure, or None if the model does not know them."""
     if not model.built or not getattr(model, "inputs", None):
         return None
-    # functional models remember how their inputs were nested, sequential ones have a single input
+    # functional models store the structure of their inputs, sequential models have a single input
     return getattr(model, "_inputs_struct", model.inputs[0])
 
 
 def rematerialized(layer: Any) -> bool:
-    """Whether a layer's inner tensors are recomputed in the backward pass: none of them has a gradient outside."""
+    """Whether a layer's inner tensors are recomputed in the backward pass, so that they have no gradient outside it."""
     mode = getattr(layer, "_remat_mode", None)
     return bool(mode and (mode.mode in ("full", "larger_than") or layer.name in (mode.layer_names or ())))
 
@@ -78,7 +79,7 @@ def sublayers_of(layer: Any) -> list[Any]:
 
 
 def compiled_loss(model: keras.Model, labels: Any, output: Any, sample_weight: Any) -> Any:
-    """The loss given to ``compile``, without the regularisers that ``compute_loss`` adds."""
+    """The loss passed to ``compile``, without the regularisers that ``compute_loss`` adds."""
     return model._compile_loss(labels, output, sample_weight)
 
 
@@ -88,34 +89,34 @@ def additional_loss(model: keras.Model, loss: Any) -> Any:
 
 
 def set_direction(metric: keras.metrics.Metric, direction: str) -> None:
-    """Tell Keras' callbacks whether ``"up"`` or ``"down"`` is better, for ``mode="auto"``."""
+    """Set whether ``"up"`` or ``"down"`` is better, which Keras' callbacks read for ``mode="auto"``."""
     metric._direction = direction
 
 
 def raw_iterations(optimizer: Any) -> tuple[int, int]:
-    """Batches that an optimizer has seen, and how many it accumulates for one step."""
+    """Number of batches that an optimizer has processed, and how many it accumulates for one step."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     batches = int(keras.ops.convert_to_numpy(optimizer._iterations))
     return batches, optimizer.gradient_accumulation_steps or 1
 
 
 def first_batch(batches: Any) -> Any:
-    """The first batch that ``fit`` goes over, as Keras itself looks at it before it trains.
+    """The first batch of an epoch, which Keras itself reads in this way before it trains.
 
     Args:
         batches: Keras' iterator over an epoch.
 
     Returns:
-        Inputs, labels and weights, as the data has them.
+        Inputs, labels and weights in the structure of the data.
     """
     _, _, block = next(iter(batches))
     return block[0] if isinstance(block, (list, tuple)) else next(block)
 
 
 def untaped() -> contextlib.AbstractContextManager[Any]:
-    """A context in which the backend does not remember a forward pass for the backward pass.
+    """A context in which the backend does not record a forward pass for gradients.
 
-    TensorFlow stops a tape only through the tape itself, which ``train_step`` keeps to itself.
+    TensorFlow has no public function for this: only the tape can stop itself, and ``train_step`` does not share it.
     """
     if keras.backend.backend() == "torch":
         import torch
@@ -130,7 +131,7 @@ def untaped() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def discarded_changes() -> Iterator[None]:
-    """A context in which assignments to variables are forgotten: a stateful teacher stays as it is."""
+    """A context that discards assignments to variables, so that a stateful teacher does not change."""
     outer = get_stateless_scope() if in_stateless_scope() else None
     with keras.StatelessScope() as scope:
         if outer is not None:
@@ -140,7 +141,7 @@ def discarded_changes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def computed_in(layers: Sequence[Any], dtype: str | None) -> Iterator[None]:
-    """A context in which some layers compute in another precision; their variables stay as they are.
+    """A context in which some layers compute in another precision; their variables do not change.
 
     Args:
         layers: The layers.
@@ -157,7 +158,7 @@ def computed_in(layers: Sequence[Any], dtype: str | None) -> Iterator[None]:
             if plain and keras.backend.is_float_dtype(layer.compute_dtype):
                 changed.append((layer, layer.dtype_policy))
                 layer.dtype_policy = policy
-        with _backend.AutocastScope(dtype):  # Keras opens none where variables and computation are of one precision
+        with _backend.AutocastScope(dtype):  # Keras opens none if variables and computation have one precision
             yield
     finally:
         for layer, before in changed:

@@ -1,4 +1,4 @@
-"""One traced function for each set of working terms, chosen in Python before each execution."""
+"""One traced function for each set of computed terms; Python chooses one before each execution."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ import keras
 from keras import ops
 
 from keras_distill import checks, compat
-from keras_distill.callbacks import steps_of
+from keras_distill.callbacks import scheduled_settings
 from keras_distill.schedules import Progress
 
 
 class StepFunction:
-    """A function that Keras keeps as ``train_function`` or ``test_function`` and calls with each execution's data.
+    """The ``train_function`` or ``test_function`` of a model, which Keras calls with the data of each execution.
 
-    A term of weight 0 is not in the graph at all. A weight that crosses 0 chooses the graph of another set of terms,
-    which is traced once. Keys of the logs that an execution does not measure are those of earlier ones in the epoch.
+    The graph of a training step does not contain terms of weight 0. If a weight becomes 0 or stops being 0, another
+    graph is used, which is traced once. The logs also hold values from earlier executions of the epoch.
 
     Args:
         model: The DistillModel.
         make: Keras' own method that makes the function.
-        attribute: Where that method puts it, ``"train_function"`` or ``"test_function"``.
+        attribute: Where that method stores it, ``"train_function"`` or ``"test_function"``.
         training: Whether it trains.
+
+    Attributes:
+        made: The functions by the signature of the step.
     """
 
     def __init__(self, model: Any, make: Callable[..., Any], attribute: str, *, training: bool) -> None:
@@ -34,7 +37,7 @@ class StepFunction:
         self.made: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *args: Any) -> Any:
-        """One execution."""
+        """Run one execution."""
         model, step, parts = self.model, self.model.step, self.model.loss_parts
         if self._training:
             self._follow_schedules(args)
@@ -58,7 +61,7 @@ class StepFunction:
         return self._completed(dict(logs), rest)
 
     def _completed(self, logs: dict[str, Any], rest: list[Any]) -> Any:
-        """The logs with the parts that were measured earlier in the epoch; with Keras' own values of JAX after them."""
+        """The logs with the parts that were measured earlier in the epoch; on JAX followed by the state of the step."""
         parts = self.model.loss_parts
         if isinstance(logs.get(parts.name), dict):  # a train_step as in Keras' guide lists metrics by their names
             logs.update(logs.pop(parts.name))
@@ -74,7 +77,7 @@ class StepFunction:
 
     @contextlib.contextmanager
     def _quiet(self, step: Any) -> Iterator[None]:
-        """Without Keras' warning about variables without gradient where adapters of skipped terms have none."""
+        """Silence Keras' warning about variables without gradient: adapters of skipped terms do not have one."""
         if not self._training or len(step.working_names or ()) == len(step.terms):
             yield
             return
@@ -83,12 +86,12 @@ class StepFunction:
             yield
 
     def _follow_schedules(self, args: tuple[Any, ...]) -> None:
-        """Set the numbers of a step outside of ``fit``, which has no epochs and no end."""
-        scheduled = [] if self.model.fitting else steps_of(self.model)
+        """Set the scheduled numbers of a step outside of ``fit``, where only schedules over steps are defined."""
+        scheduled = [] if self.model.fitting else scheduled_settings(self.model)
         for label, schedule, _ in scheduled:
             if schedule.over != "steps":
                 expected = f"the schedule of `{label}` to run over steps outside of `fit`"
-                remedy = "Train with `fit`, or give the setting a number and assign it."
+                remedy = "Train with `fit`, or pass a number and assign new ones yourself."
                 raise ValueError(checks.message(expected, f"over={schedule.over!r}", remedy))
         if scheduled:
             progress = Progress(self._iteration(args), 0, 0.0)
@@ -96,37 +99,37 @@ class StepFunction:
                 assign(schedule.at(progress))
 
     def _iteration(self, args: tuple[Any, ...]) -> int:
-        """Steps of the optimizer so far."""
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        """Number of optimizer steps so far."""
         if keras.backend.backend() != "jax":
-            return int(ops.convert_to_numpy(optimizer.iterations))
-        # in a step of JAX values are in the state that is handed on, not in the variables
+            batches, accumulated = compat.raw_iterations(self.model.optimizer)
+            return batches // accumulated
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        # on JAX the values are in the state that a step gets and returns, not in the variables
         places = [id(variable) for variable in self.model.optimizer.variables]
         counter = next(variable for variable in optimizer.variables if "iteration" in variable.path)
         batches = int(args[0][2][places.index(id(counter))])
         return batches // (optimizer.gradient_accumulation_steps or 1)
 
     def _with_numbers(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """On JAX the numbers of the terms in the state that is handed on; elsewhere the variables hold them."""
+        """On JAX put the terms' numbers into the state that the step gets; elsewhere it reads the variables."""
         if keras.backend.backend() != "jax" or not args or not isinstance(args[0], tuple):
             return args
         (trainable, fixed, *others), *rest = args
-        now = {
+        numbers = {
             id(variable): state.numbers_written[name]
             for state in self.model.step.states
             for name, variable in state.variables_by_name.items()
         }
-        now[id(self.model.task_weight_variable)] = self.model.task_weight
+        numbers[id(self.model.task_weight_variable)] = self.model.task_weight
         fixed = [
-            ops.convert_to_tensor(now[id(variable)], variable.dtype) if id(variable) in now else value
+            ops.convert_to_tensor(numbers[id(variable)], variable.dtype) if id(variable) in numbers else value
             for variable, value in zip(self.model.non_trainable_variables, fixed, strict=True)
         ]
         return ((trainable, fixed, *others), *rest)
 
 
 def leave_out_xla(model: Any) -> None:
-    """Compile without XLA where a teacher has layers that it cannot compile, as Keras does for a model's own layers.
+    """Switch XLA off if it cannot compile a teacher's layers, as Keras does for a model's own layers.
 
     Args:
         model: The DistillModel.
@@ -141,7 +144,7 @@ def leave_out_xla(model: Any) -> None:
 
 @contextlib.contextmanager
 def _fresh_steps(model: Any) -> Iterator[None]:
-    """jax.jit keeps traces by function, and two bound methods of one model are equal: without this none is traced."""
+    """Let jax.jit trace the steps again: it caches traces by function, and bound methods of one model are equal."""
     names = ("train_step", "test_step") if keras.backend.backend() == "jax" else ()
     for name in names:
         object.__setattr__(model, name, functools.partial(getattr(type(model), name), model))

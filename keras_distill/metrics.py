@@ -1,4 +1,4 @@
-"""Metrics that compare the student with its teacher, for ``compile``, ``evaluate`` or a loop of one's own."""
+"""Metrics that compare the student with its teacher, for ``compile``, ``evaluate`` or a custom loop."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _NAMES = ("student_logits", "teacher_logits")
 class TeacherAgreement(keras.metrics.Mean):
     """Share of the rows of logits where student and teacher give the highest score to the same class.
 
-    It says how faithfully the student decides as its teacher does, right or wrong. With a single score per example,
-    ``(N, 1)`` or ``(N,)``, the two agree where both scores lie on the same side of zero, zero counting as negative.
+    It measures how often the student decides as its teacher does, right or wrong. With a single score per example,
+    ``(N, 1)`` or ``(N,)``, the two agree if both scores lie on the same side of zero; zero counts as negative.
 
     Args:
         name: Name of the metric.
@@ -118,9 +118,9 @@ class TeacherDivergence(keras.metrics.Mean):
 
 
 class LossParts(compat.MetricsList):
-    """Means of the parts of the loss and the agreement, in the list where Keras' callbacks look for what is better.
+    """The parts of the loss and the agreement as means, in a list in which Keras' callbacks find their direction.
 
-    Their keys are those measured since the last reset, within a step those of the step.
+    ``result`` holds the metrics that were measured since the last reset; within a step, those of the step.
 
     Args:
         parts: Names of the parts.
@@ -128,7 +128,7 @@ class LossParts(compat.MetricsList):
 
     Attributes:
         measured: Names measured since the last reset.
-        now: Names measured in the step that runs or is traced, None outside of any.
+        now: Names measured in the step that is running or being traced, None outside of a step.
 
     Example:
         >>> parts = LossParts(["task"], agreement=True)
@@ -151,22 +151,22 @@ class LossParts(compat.MetricsList):
         return {metric.name for metric in self.metrics}
 
     def add(self, name: str, value: Any, rows: Any) -> None:
-        """Count a value.
+        """Update the mean of a metric.
 
         Args:
             name: Name of the metric.
             value: A scalar.
-            rows: How many examples or rows it is the mean of.
+            rows: Number of examples or rows that the value is the mean of.
         """
         (self.measured if self.now is None else self.now).add(name)
         metric = next(metric for metric in self.metrics if metric.name == name)
         keras.metrics.Mean.update_state(metric, value, ops.cast(rows, "float32"))
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
-        """No-op: a train_step as in Keras' guide calls it with (y, y_pred), and the step has counted already."""
+        """No-op: a custom ``train_step`` calls it with (y, y_pred), but ``compute_loss`` has updated the means."""
 
     def reset_state(self) -> None:
-        """Forget everything."""
+        """Reset all means."""
         self.measured = set()
         super().reset_state()
 
@@ -176,7 +176,7 @@ class LossParts(compat.MetricsList):
         return self.result_of(names)
 
     def result_of(self, names: Iterable[str]) -> dict[str, Any]:
-        """The values of some metrics, in their own order."""
+        """The values of some metrics, in the order of the list."""
         wanted = set(names)
         return {metric.name: metric.result() for metric in self.metrics if metric.name in wanted}
 
@@ -187,11 +187,11 @@ def agreement(student_logits: Any, teacher_logits: Any, mask: Any = None, *, thr
     Args:
         student_logits: Shape ``(N, ..., C)``.
         teacher_logits: Same shape.
-        mask: Which rows count, or None for all.
-        threshold: Of a single score: above it the class is chosen; 0 for logits, 0.5 for probabilities.
+        mask: True for rows that count, or None for all.
+        threshold: A single score above it means that the class is chosen; 0 for logits, 0.5 for probabilities.
 
     Returns:
-        Two scalars.
+        The share and the number, two scalars.
     """
     agrees = _agrees(student_logits, teacher_logits, threshold)
     counts = ops.ones_like(agrees) if mask is None else ops.ones_like(agrees) * ops.cast(mask, agrees.dtype)

@@ -19,6 +19,7 @@ from keras_distill.step import DistillStep
 from keras_distill.students import check_arguments, check_student, check_term_names, warn_of_augmentation
 from keras_distill.targets import (
     DistillTargets,
+    EpochData,
     check_class_weight,
     check_stored_logits,
     split_targets,
@@ -35,42 +36,43 @@ class DistillModel(ModelWithTeacher):
 
     .. math:: L = w_{task} L_{task} + \sum_i w_i D_i(A_i(F^s_i), F^t_i) + R
 
-    L_task is the loss given to ``compile``, D_i are the distances of the terms, A_i their adapters, and R the student's
-    regularisers at full weight. The model predicts, and is called, as the student. The teacher runs in inference mode,
-    without gradient; it is not part of this model: neither counted, nor changed, nor saved.
+    L_task is the loss passed to ``compile``, D_i are the distances of the terms, A_i their adapters, and R are the
+    student's regularisers at full weight. Calling the model returns the student's output, and so does ``predict``. The
+    teacher runs in inference mode, without gradient. It is not part of this model: its weights are not counted, changed
+    or saved.
 
     The logs hold ``loss``, ``task_loss``, ``distillation_loss``, ``<term>_loss`` for each term without its weight,
-    ``teacher_agreement``, the compiled metrics, and their ``val_`` forms. Like every Keras model with several numbers
-    to tell, ``evaluate`` returns a list of all of them: pass ``return_dict=True``, or write
+    ``teacher_agreement``, the compiled metrics, and their ``val_`` forms. As with every Keras model that has several
+    metrics, ``evaluate`` returns a list of all of them: pass ``return_dict=True``, or write
     ``loss, *rest = model.evaluate(...)``.
 
     Args:
         student: The model to train.
-        teacher: A trained model that takes the same inputs; a list of several, over which each term is averaged; or
-            None where no term reads a teacher or the data carries :class:`DistillTargets`. It may be set later:
+        teacher: A trained model that takes the same inputs, or a list of several, over which each term is averaged.
+            None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can be set later:
             ``model.teacher = teacher``.
-        terms: What the student imitates; ``None`` is ``[LogitsDistillation()]``. The model makes copies, in
-            ``model.terms``, that share the settings with the terms it is given.
-        task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; a number may be assigned while
+        terms: The terms; ``None`` is ``[LogitsDistillation()]``. The model makes copies, in ``model.terms``, that share
+            their settings with the terms that you pass.
+        task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; a number can be assigned during
             training.
         evaluate_distillation: Whether ``evaluate`` and validation run the teacher. If not, their loss is the task's,
             times ``task_weight`` unless that is 0.
         track_agreement: Whether the logs hold the share of examples where student and teacher choose the same class,
-            if a term compares scores of classes.
-        teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None leaves it to the model.
-        save_teacher: Whether the teacher is kept in the files of this model.
+            if a term compares class scores.
+        teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
+        save_teacher: Whether files of this model contain the teacher.
         name: Name of the model.
         **kwargs: Further settings of ``keras.Model``.
 
     Attributes:
         student: The model to train; save it with ``model.student.save(...)``.
         terms: The terms.
-        step: The :class:`keras_distill.step.DistillStep` that does the work.
+        step: The :class:`keras_distill.step.DistillStep` that computes the terms.
 
     Raises:
         TypeError: If student or teacher is not a Keras model, or an entry of ``terms`` is not a term.
         ValueError: If the teacher is the student, terms share a name, a layer is unknown, shapes do not fit, or the
-            student has a ``train_step`` or another method of its own that would not be called.
+            student has a custom ``train_step`` or another method that would not be called.
 
     Example:
         >>> student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
@@ -137,51 +139,59 @@ class DistillModel(ModelWithTeacher):
         if "task_weight" in self.schedules:
             expected = "`task_weight` not to be assigned while it has a schedule"
             received = f"task_weight={value!r}, and {self.schedules['task_weight']!r}"
-            raise ValueError(checks.message(expected, received, "Give the model a number in place of the schedule."))
+            raise ValueError(checks.message(expected, received, "Pass a number instead of the schedule."))
         self.follow("task_weight", value)
 
     def follow(self, name: str, value: float) -> None:
-        """Set a setting of the model to a number that came from its schedule."""
+        """Set the task weight, also if it has a schedule, which then called this.
+
+        Args:
+            name: ``"task_weight"``, the only setting of the model that may have a schedule.
+            value: The number.
+
+        Raises:
+            ValueError: If the number is negative or not finite.
+        """
         checks.non_negative(name, value)
         self._task_weight = float(value)
         self.task_weight_variable.assign(value)
 
     @property
     def output_names(self) -> list[str]:
-        """Names of the student's outputs, by which ``compile`` takes losses and metrics."""
+        """Names of the student's outputs, which ``compile`` accepts as keys of losses and metrics."""
         return list(self.student.output_names)
 
     # Hooks to override --------------------------------------------------------------------------------------------
 
     def teacher_inputs(self, x: Any, call: Call) -> Any:
-        """What the teacher is shown; override it for another resolution, other tokens, or the student's augmentation.
+        """The teacher's inputs; override it for another resolution, other tokens, or the student's augmentation.
 
         Args:
             x: Inputs of the batch.
             call: The student's call, with the features at the taps of its terms.
 
         Returns:
-            The teacher's inputs; of a dict each model takes the entries that it has inputs for.
+            The teacher's inputs. From a dict each model takes the entries that it has inputs for.
         """
         return x
 
     def task_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
-        """The compiled loss without the regularisers; override it for a loss of your own.
+        """The compiled loss without the regularisers; override it for a custom loss.
 
         Args:
             x: Inputs of the batch.
             y: Labels.
             y_pred: The student's output.
             sample_weight: Weights of the examples.
-            training: Whether this is a step of training.
+            training: Whether this is a training step.
 
         Returns:
-            A scalar, or None where there is no loss on labels.
+            A scalar, or None if no loss was compiled or the batch has no labels.
         """
         if self.loss is None or y is None:
             return None
-        # a copy: on torch Keras multiplies the weights by the mask in place, and the terms read them as they came
-        weights = keras.tree.map_structure(lambda one: None if one is None else ops.copy(one), sample_weight)
+        # a copy: on torch Keras multiplies the weights by the mask in place, and the terms need the original ones
+        weights = keras.tree.map_structure(lambda weight: None if weight is None else ops.copy(weight), sample_weight)
         return compat.compiled_loss(self, y, y_pred, weights)
 
     # Keras' own methods -------------------------------------------------------------------------------------------
@@ -191,44 +201,46 @@ class DistillModel(ModelWithTeacher):
         self.built = True
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Like ``keras.Model.__call__``; the terms are built first, whose errors Keras would wrap in its own words."""
+        """Like ``keras.Model.__call__``; it builds the terms first, because Keras would wrap their errors."""
         self.step.build(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """The student's output, on which the record of its tapped layers hangs."""
+        """Call the student; the record of its tapped layers is attached to the output."""
         return self.step.forward(inputs, training)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Like ``keras.Model.fit``; it also follows the schedules and sets the epoch of cached data."""
-        given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
-        data = given.get("x")
-        check_class_weight(given.get("class_weight"), given.get("y"), data)
-        check_stored_logits(self.terms, given.get("y"), data)
+        arguments = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        data, targets = arguments.get("x"), arguments.get("y")
+        check_class_weight(arguments.get("class_weight"), targets, data)
+        check_stored_logits(self.terms, targets, data)
         before, self.fitting = self.fitting, True
         try:
-            return with_callbacks(super().fit, fit_callbacks(self, data), given)
+            return with_callbacks(super().fit, fit_callbacks(self, data), arguments)
         finally:
             self.fitting = before
+            if isinstance(data, EpochData):
+                data.epoch = 0  # after an exception Keras does not call `on_train_end`
 
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any
     ) -> Any:
-        """Like ``keras.Model.train_on_batch``; schedules over steps are followed, others refused."""
+        """Like ``keras.Model.train_on_batch``; it follows schedules over steps and refuses all others."""
         check_class_weight(class_weight, y, x)
         return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Like ``keras.Model.evaluate``; the numbers are floats on every version of Keras."""
+        """Like ``keras.Model.evaluate``; it returns floats with every version of Keras."""
         results = super().evaluate(*args, **kwargs)
         return keras.tree.map_structure(lambda value: value if value is None else float(value), results)
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
-        """Export the student; this model predicts exactly as it does."""
+        """Export the student, whose predictions are those of this model."""
         return self.student.export(*args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
-        """Make the function of a training step: one graph for each set of working terms."""
+        """Make the function of a training step, with one graph for each set of computed terms."""
         if force or self.train_function is None:
             leave_out_xla(self)
             if self.loss is None or (self.task_weight == 0 and "task_weight" not in self.schedules):
@@ -251,17 +263,18 @@ class DistillModel(ModelWithTeacher):
         """The task loss, the terms and the regularisers, weighted and added up.
 
         Args:
-            x: Inputs of the batch; None shows the teacher what the student was shown.
+            x: Inputs of the batch; with None the teacher gets the student's inputs.
             y: Labels, :class:`DistillTargets`, or None.
-            y_pred: The student's output, as calling the model returned it.
+            y_pred: The model's output, unchanged.
             sample_weight: Weights of the examples.
-            training: Whether this is a step of training.
+            training: Whether this is a training step.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: If there is nothing to learn from: neither a teacher nor targets that carry its outputs.
+            ValueError: If a term needs a teacher, but the model has none and the targets do not hold its outputs; or if
+                ``y_pred`` is not a recorded output of the model.
         """
         labels, stored = split_targets(y)
         sample_weight = weights_of(sample_weight)
@@ -269,7 +282,7 @@ class DistillModel(ModelWithTeacher):
         task = self.task_loss(x, labels, y_pred, sample_weight, training)
         knows_teacher = stored is not None or bool(self.step.teachers) or not self.step.needs_teacher
         unrecorded = self.step.recorder.record_of(y_pred) is None
-        if unrecorded and compat.in_symbolic_scope():  # Keras only looks for variables
+        if unrecorded and compat.in_symbolic_scope():  # Keras runs this only to create variables
             if stored is not None or x is not None:
                 self.step.build(x if x is not None else y_pred, stored)
             return total if task is None else total + task
@@ -277,19 +290,19 @@ class DistillModel(ModelWithTeacher):
         parts: dict[str, Any] = {} if task is None else {"task": task}
         if task is not None:
             weight = ops.cast(self.task_weight_variable, task.dtype)
-            if not training and not self.evaluate_distillation:  # a weight of 0 would leave a loss that is always 0
+            if not training and not self.evaluate_distillation:  # with a weight of 0 the loss would always be 0
                 weight = ops.where(weight > 0, weight, ops.ones_like(weight))
             total = total + weight * task
         if measures:
-            found = self.step.compare(
+            losses = self.step.compare(
                 y_pred, x, labels, sample_weight,
                 teacher=stored, training=training, track_agreement=self.track_agreement,
             )  # fmt: skip
-            total = total + found.total
-            parts |= {"distillation": found.total, **found.values}
-            if found.rows is not None:
-                self.loss_parts.add("teacher_agreement", found.agreement, found.rows)
-            if training and task is None and not found.values:
+            total = total + losses.total
+            parts |= {"distillation": losses.total, **losses.values}
+            if losses.rows is not None:
+                self.loss_parts.add("teacher_agreement", losses.agreement, losses.rows)
+            if training and task is None and not losses.values:
                 total = total + ops.cast(backends.zero_gradient(keras.tree.flatten(y_pred)), total.dtype)
         rows = ops.shape(keras.tree.flatten(y_pred)[0])[0]
         for name, value in parts.items():
@@ -297,7 +310,7 @@ class DistillModel(ModelWithTeacher):
         return total
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """The logs: the compiled metrics on the labels, where there are any, and this model's own numbers."""
+        """The logs: the compiled metrics, if the batch has labels, and this model's own metrics."""
         labels, _ = split_targets(y)
         if labels is None:
             return self.get_metrics_result()
@@ -305,7 +318,7 @@ class DistillModel(ModelWithTeacher):
         return logs
 
     def get_metrics_result(self) -> dict[str, Any]:
-        """The values of all metrics; those that have never seen a label are left out."""
+        """The values of all metrics, without those that have not been updated yet for lack of labels."""
         logs: dict[str, Any] = {}
         for metric in self.metrics:
             if getattr(metric, "built", True):
@@ -314,31 +327,31 @@ class DistillModel(ModelWithTeacher):
         return logs
 
     def teacher_targets(self, inputs: Any, labels: Any = None) -> DistillTargets:
-        """Targets that carry the teacher's outputs for some inputs, so that it runs once and not in every epoch.
+        """Targets with the teacher's outputs for a batch, so that the teacher runs once instead of in every epoch.
 
         Use it on each batch of a data set: ``data.map(lambda x, y: (x, model.teacher_targets(x, y))).cache()``.
 
         Args:
-            inputs: Inputs of a batch, as the teacher takes them.
-            labels: Its labels, if there are any.
+            inputs: The teacher's inputs for the batch.
+            labels: The batch's labels, or None.
 
         Returns:
             Labels, and the teacher's output and features.
 
         Raises:
-            ValueError: If there is not exactly one teacher.
+            ValueError: If the model does not have exactly one teacher.
         """
         if len(self.step.teachers) != 1:
             received = f"{len(self.step.teachers)} teachers" if self.step.teachers else "teacher=None"
-            remedy = "Set `model.teacher`." if not self.step.teachers else "Keep the targets of each teacher by itself."
-            raise ValueError(checks.message("a teacher to ask", received, remedy))
+            remedy = "Make the targets of each teacher separately." if self.step.teachers else "Set `model.teacher`."
+            raise ValueError(checks.message("one teacher", received, remedy))
         taps = [tap for term in self.terms for tap in term.teacher_taps]
         return stored_targets(labels, self.step.teachers[0].answer(inputs), taps)
 
     # Files --------------------------------------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON; without the teacher unless ``save_teacher``."""
+        """Settings of the constructor, ready for JSON; they include the teacher only if ``save_teacher`` is True."""
         serialize = keras.saving.serialize_keras_object
         return {
             "name": self.name,
@@ -365,7 +378,7 @@ class DistillModel(ModelWithTeacher):
         return cls(**deserialized({key: value for key, value in config.items() if key not in restored}), **restored)
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """What the terms need to make their adapters without a teacher."""
+        """The shapes from which the terms can make their adapters without a teacher."""
         return {"terms": {term.name: term.get_shapes() for term in self.terms if term.built}}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
@@ -376,12 +389,12 @@ class DistillModel(ModelWithTeacher):
     # Inside -------------------------------------------------------------------------------------------------------
 
     def load_own_variables(self, store: Any) -> None:
-        """Load this model's own number, the weight of the task."""
+        """Load this model's own variable, the task weight."""
         super().load_own_variables(store)
         self._task_weight = backends.same_or_loaded(self._task_weight, self.task_weight_variable)
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """As in Keras; the terms first, for which a step of JAX comes too late: it cannot create variables."""
+        """As in Keras; on JAX it builds the terms first, because a step on JAX cannot create variables."""
         if keras.backend.backend() == "jax" and not self.step.built:
             data_batch = data_batch or compat.first_batch(iterator)
             inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data_batch)

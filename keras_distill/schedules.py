@@ -26,11 +26,11 @@ for _kind in (Schedule, Linear, Cosine, WarmUp, Step):
 
 
 def serialized(schedule: Schedule | None, value: Any) -> Any:
-    """A setting as a file of Keras keeps it: its schedule, or the number where it has none.
+    """A setting in the form of a Keras file: its schedule, or its number if it has no schedule.
 
     Args:
         schedule: The schedule, or None.
-        value: The number that the setting has now, in Python or in a variable.
+        value: The current number, in Python or in a variable.
 
     Returns:
         A number, or a dict ready for JSON.
@@ -43,10 +43,10 @@ def serialized(schedule: Schedule | None, value: Any) -> Any:
 
 
 def deserialized(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they were before Keras made them ready for JSON, the schedules among them too.
+    """Settings from a config, with objects such as schedules instead of their serialized form.
 
     Args:
-        config: What ``get_config`` gave, with the settings of :func:`serialized` in it.
+        config: The result of ``get_config``, with settings from :func:`serialized`.
 
     Returns:
         Settings for the constructor.
@@ -69,7 +69,7 @@ def _is_schedule(value: Any) -> bool:
 
 
 def _made(value: dict[str, Any]) -> Any:
-    # the function of a plain Schedule first: Keras hands `from_config` its settings as they are
+    # the function of a plain Schedule first: Keras passes the config to `from_config` without deserializing it
     return keras.saving.deserialize_keras_object(
         {**value, "config": keras.saving.deserialize_keras_object(value["config"])}
     )

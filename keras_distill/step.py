@@ -1,4 +1,4 @@
-"""DistillStep: one owner of everything that a step of distillation needs, for ``fit`` and for a loop of your own."""
+"""DistillStep: the models, terms and adapters of one distillation step, for ``fit`` and for a custom training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_distill import backends, checks, compat
 from keras_distill.agreement import agreement_of
-from keras_distill.recording import Call, Recorder, probed
+from keras_distill.recording import Call, Recorder, probed, symbolic
 from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs
 from keras_distill.terms import DistillationTerm, TermState, as_terms
 from keras_distill.terms.weighing import scalar
@@ -23,9 +23,9 @@ class StepLosses(NamedTuple):
 
     Attributes:
         total: The weighted sum of the values.
-        values: The value of each term that works, without its weight, by the name of the term.
+        values: The value of each computed term, without its weight, by the name of the term.
         agreement: Share of the rows where student and teacher choose the same class, or None.
-        rows: Number of those rows, or None.
+        rows: Number of rows that the agreement was computed on, or None.
     """
 
     total: Any
@@ -35,9 +35,9 @@ class StepLosses(NamedTuple):
 
 
 class DistillStep:
-    """One step of distillation: the student's recording, the teacher's answer, the terms and what they train.
+    """One step of distillation: it records the student, runs the teacher and computes the terms.
 
-    :class:`DistillModel` delegates to it. In a loop of your own, call the student while the step watches::
+    :class:`DistillModel` delegates to it. In a custom training loop, call the student while the step watches::
 
         step = DistillStep(student, teacher, terms)
         with tf.GradientTape() as tape, step.watching():
@@ -47,18 +47,22 @@ class DistillStep:
 
     Args:
         student: The model that is trained.
-        teacher: A model, several models, over which each term is averaged, or None where no term reads it or its
-            outputs are given.
-        terms: What the student imitates; ``None`` is ``[LogitsDistillation()]``. The step makes copies that share the
-            settings: a term may serve several steps.
-        teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None leaves it to the model.
+        teacher: A model, or several models, over which each term is averaged. None if no term needs a teacher, or if
+            :meth:`losses` is called with the teacher's outputs.
+        terms: The terms; ``None`` is ``[LogitsDistillation()]``. The step makes copies that share the settings, so a
+            term can be used in several steps.
+        teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
         teacher_inputs: Called with the batch's inputs and, if it takes a second argument, the student's call; returns
-            the teacher's inputs. None shows the teacher what the student is shown.
+            the teacher's inputs. With None the teacher gets the student's inputs.
 
     Attributes:
         student: The student.
         terms: The step's own terms.
-        states: What is trained and saved of them, a layer for each.
+        states: The numbers and weights of these terms, one layer for each term.
+        recorder: Records the student.
+        teachers: The teachers with their recorders.
+        working_names: Names of the terms in the graph that is being traced or run, None outside of such graphs.
+        version: Counts the teachers that were assigned: a graph of an earlier teacher must not be used again.
 
     Raises:
         TypeError: If the teacher is not a Keras model, or an entry of ``terms`` is not a term.
@@ -87,7 +91,6 @@ class DistillStep:
         self.states: list[TermState] = [term.state for term in self.terms if term.state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
         self.teacher_inputs = teacher_inputs
-        # set while a graph that Python has chosen is traced or run: the terms that are in it
         self.working_names: tuple[str, ...] | None = None
         self.version = 0
         self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
@@ -97,19 +100,26 @@ class DistillStep:
 
     @property
     def teacher(self) -> Any:
-        """The teacher, a list of several, or None; another may be assigned at any time."""
+        """The teacher, a list of several teachers, or None. It can be replaced at any time by assignment."""
         models = [live.model for live in self.teachers]
         return models if len(models) > 1 else next(iter(models), None)
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         models = as_teachers(teacher, self.student)
-        for term in self.terms:
-            term.in_teacher(models[0] if models else None)
-        taps = [tap for term in self.terms for tap in term.teacher_taps]
-        self.teachers = [LiveTeacher(model, taps, self.teacher_dtype) for model in models]
-        self.version += 1  # graphs hold the teacher
-        self._check_teacher()
+        before, taps_before = self.teachers, [term.teacher_taps for term in self.terms]
+        self.version += 1
+        try:
+            for term in self.terms:
+                term.in_teacher(models[0] if models else None)
+            taps = [tap for term in self.terms for tap in term.teacher_taps]
+            self.teachers = [LiveTeacher(model, taps, self.teacher_dtype) for model in models]
+            self._check_teacher()
+        except BaseException:  # keep the teacher that fits
+            self.teachers = before
+            for term, term_taps in zip(self.terms, taps_before, strict=True):
+                term.teacher_taps = term_taps
+            raise
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -127,33 +137,47 @@ class DistillStep:
         return any(term.needs_teacher for term in self.terms)
 
     def signature(self, training: bool = True) -> tuple[Any, ...]:
-        """What a graph of a step depends on in Python: which terms work, their fixed settings, the teacher.
+        """Key of a traced step: it changes when the step must be traced again.
 
         Args:
-            training: Whether it is a step of training, in which terms of weight 0 are skipped.
+            training: Whether it is a training step, in which terms of weight 0 are skipped.
+
+        Returns:
+            The version, then the traced settings of each computed term.
         """
         working = (term for term in self.terms if term.weight != 0 or not training)
         return (self.version, *(term.traced_settings() for term in working))
 
     def watching(self, everywhere: bool = False) -> contextlib.AbstractContextManager[None]:
-        """A context in which calls of the student are recorded, so that :meth:`losses` knows its inner layers.
+        """A context in which calls of the student are recorded, so that :meth:`losses` can read its inner layers.
 
         Args:
-            everywhere: Whether calls on other threads are recorded too, as replicas of ``tf.distribute`` make them.
+            everywhere: Whether calls on other threads are recorded too, such as those of ``tf.distribute`` replicas.
         """
         return self.recorder.watching(everywhere)
 
     def forward(self, inputs: Any, training: bool | None) -> Any:
-        """The student's output for some inputs, recorded."""
+        """Call the student and record the call.
+
+        Args:
+            inputs: The batch's inputs.
+            training: Whether dropout and batch normalisation train; with ``None`` Keras decides.
+
+        Returns:
+            The student's output.
+        """
         with self.watching():
             return self.student(chosen_inputs(self.student, inputs), training=training)
 
     def build(self, inputs: Any, teacher: Call | None = None) -> None:
-        """Make the adapters; errors of layouts, of logits and of shapes come here.
+        """Check the models against the terms, and make the adapters.
 
         Args:
             inputs: A batch's inputs or their specifications.
-            teacher: The teacher's call, where its outputs are given.
+            teacher: The teacher's call, if its outputs are known already.
+
+        Raises:
+            ValueError: If layers, layouts, shapes or outputs do not fit the terms.
         """
         knows_teacher = teacher is not None or bool(self.teachers)
         waiting = [term for term in self.terms if not term.built and (knows_teacher or not term.needs_teacher)]
@@ -165,7 +189,7 @@ class DistillStep:
         self._build_terms(waiting, student, teacher)
 
     def build_from_models(self) -> None:
-        """Build where student and teachers know their inputs already, so that errors come when the model is made."""
+        """Build at once if student and teachers know their inputs, so that errors are raised by the constructor."""
         inputs = compat.input_structure(self.student)
         if inputs is not None and all(compat.input_structure(live.model) is not None for live in self.teachers):
             self.build(self._all_inputs(inputs))
@@ -174,7 +198,7 @@ class DistillStep:
         """Make the adapters of a saved model.
 
         Args:
-            configs: What the terms need, by their names.
+            configs: The result of each term's ``get_shapes``, by the name of the term.
         """
         for term in self.terms:
             if not term.built and term.name in configs:
@@ -183,10 +207,12 @@ class DistillStep:
                 self._adopt(term)
 
     def check_trained(self) -> None:
-        """Raise if no term moves the student: adapters on frozen layers would learn alone, and their loss would fall.
+        """Check that a term trains the student.
+
+        If a term reads frozen layers, its adapter still learns and its loss falls, but the student does not change.
 
         Raises:
-            ValueError: If every term reads layers that are frozen with all layers behind them, as far as is known.
+            ValueError: If every term reads frozen layers that have only frozen layers before them.
         """
         taps = [tap for term in self.terms for tap in term.trained_taps or (None,)]
         behind = [None if tap is None else self._behind.get(tap.key) for tap in taps]
@@ -209,18 +235,18 @@ class DistillStep:
         """The terms' values for one call of the student.
 
         Args:
-            output: What the student returned while the step was watching.
-            x: Inputs of the teacher; None shows it the student's.
+            output: The student's output of a call that was recorded.
+            x: Inputs of the teacher; with None it gets the student's inputs.
             labels: The batch's labels, for terms that need them.
-            sample_weight: The batch's weights.
-            teacher: The teacher's call, if it is known: the teacher then does not run.
+            sample_weight: The batch's sample weights.
+            teacher: The teacher's call, if its outputs are known already; the teacher then does not run.
             training: Whether the student is trained; terms of weight 0 are then skipped.
 
         Returns:
-            ``"distillation_loss"``, the weighted sum, and ``"<term>_loss"`` for each term that works.
+            ``"distillation_loss"``, the weighted sum, and ``"<term>_loss"`` for each computed term.
 
         Raises:
-            ValueError: If there is no teacher, or ``output`` is not a recorded output of the student.
+            ValueError: If the teacher is missing, or ``output`` is not a recorded output of the student.
         """
         compared = self.compare(output, x, labels, sample_weight, teacher=teacher, training=training)
         values = {f"{name}_loss": value for name, value in compared.values.items()}
@@ -238,20 +264,23 @@ class DistillStep:
         training: bool = True,
         track_agreement: bool = False,
     ) -> StepLosses:
-        """As :meth:`losses`, with the agreement of the two models.
+        """As :meth:`losses`, but also with the agreement of the two models.
 
         Args:
-            output: What the student returned.
-            x: Inputs of the teacher; None shows it the student's.
-            labels: The batch's labels.
-            sample_weight: The batch's weights.
-            student: The student's call, where it does not hang on the output.
-            teacher: The teacher's call, if it is known.
-            training: Whether the student is trained.
+            output: The student's output.
+            x: As for :meth:`losses`.
+            labels: As for :meth:`losses`.
+            sample_weight: As for :meth:`losses`.
+            student: The student's call; None takes the one that is attached to the output.
+            teacher: As for :meth:`losses`.
+            training: As for :meth:`losses`.
             track_agreement: Whether the agreement is computed.
 
         Returns:
             The scalars.
+
+        Raises:
+            ValueError: As for :meth:`losses`.
         """
         terms = self._working(training)
         dtype = keras.backend.result_type(keras.config.floatx(), "float32")  # TensorFlow adds no float32 to a float64
@@ -279,15 +308,15 @@ class DistillStep:
             value = sum(each) / len(each) if len(each) > 1 else each[0]
             weight = ops.cast(term.state.number("weight"), dtype)  # type: ignore[union-attr]
             values[term.name] = value
-            # in a graph that the user traces, or in evaluation, the weight may be 0 and the value infinite
+            # in evaluation, and in a graph that the user traces, the weight may be 0: 0 times infinity would be NaN
             total = total + ops.where(weight > 0, weight * value, zero)
         share, rows = agreement_of(self.terms, student, calls) if track_agreement and calls else (None, None)
         return StepLosses(total, values, share, rows)
 
     def _working(self, training: bool) -> list[DistillationTerm]:
-        """The terms that are computed: in evaluation all, in training those whose weight is not 0.
+        """The terms to compute: in evaluation all of them, in training those whose weight is not 0.
 
-        A graph that a user traces would keep today's set for ever: there all work, and a weight of 0 is multiplied.
+        A graph that a user traces keeps its set of terms for ever: it computes all of them, also those of weight 0.
         """
         if not training:
             return self.terms
@@ -299,7 +328,11 @@ class DistillStep:
         return [term for term in self.terms if term.name in names]
 
     def _check_teacher(self) -> None:
-        """Raise if a new teacher does not fit the adapters, where both models know their inputs."""
+        """Check that a new teacher fits the adapters, if both models know their inputs.
+
+        Raises:
+            ValueError: If it does not.
+        """
         built = [term for term in self.terms if term.built and term.needs_teacher]
         inputs = compat.input_structure(self.student)
         known = all(compat.input_structure(live.model) is not None for live in self.teachers)
@@ -315,10 +348,8 @@ class DistillStep:
             record = self.recorder.record_of(output)
             if record is None and any(term.student_taps for term in terms):
                 expected = "the output that the student returned in this step, for terms that read its layers"
-                remedy = (
-                    "Give `compute_loss` what calling the model returned, unchanged; or call super().train_step(...)."
-                )
-                raise ValueError(checks.message(expected, "a tensor that no recorded call of it has returned", remedy))
+                remedy = "Pass the model's output to `compute_loss` unchanged, or call super().train_step(...)."
+                raise ValueError(checks.message(expected, "a tensor that no recorded call has returned", remedy))
             student = self.recorder.call_of(output, record)
             x = record.inputs if x is None and record is not None else x
         student.training = training
@@ -337,28 +368,28 @@ class DistillStep:
         return [live.answer(x) for live in self.teachers]
 
     def _all_inputs(self, inputs: Any) -> Any:
-        """The student's inputs, and those that only a teacher has: the data has both."""
+        """The student's inputs, together with named inputs that only a teacher has: a batch holds both."""
+        if not isinstance(inputs, (dict, keras.KerasTensor)):
+            return inputs
         structures = [compat.input_structure(live.model) for live in self.teachers]
-        named = {key: one for each in structures if isinstance(each, dict) for key, one in each.items()}
-        own = inputs if isinstance(inputs, dict) else {one.name: one for one in keras.tree.flatten(inputs)}
-        more = set(named) - set(own) and isinstance(inputs, (dict, keras.KerasTensor))
-        return {**named, **own} if more else inputs
+        of_teachers = {
+            name: tensor for named in structures if isinstance(named, dict) for name, tensor in named.items()
+        }
+        of_student = inputs if isinstance(inputs, dict) else {inputs.name: inputs}
+        return {**of_teachers, **of_student} if of_teachers.keys() - of_student.keys() else inputs
 
     def _probed_teacher(self, inputs: Any) -> Call:
         hook, live = self.teacher_inputs, self.teachers[0]
         if hook is not None:
-            inputs = keras.tree.map_structure(
-                lambda tensor: keras.KerasTensor(tensor.shape, keras.backend.standardize_dtype(tensor.dtype)), inputs
-            )
 
-            def shown(symbolic: Any) -> Any:
-                return _with_call(hook, symbolic, self.recorder.forward(symbolic, training=False))
+            def for_teacher(tensors: Any) -> Any:
+                return _with_call(hook, tensors, self.recorder.forward(tensors, training=False))
 
-            inputs = compat.output_spec(shown, inputs)
+            inputs = compat.output_spec(for_teacher, symbolic(inputs))
         return probed(live.recorder, chosen_inputs(live.model, inputs))
 
     def _build_from(self, student: Call, teacher: Call | None) -> None:
-        """Make the adapters from calls, where no inputs are given to infer them from."""
+        """Make the adapters from calls, if the inputs are unknown."""
         for term in self.terms:
             if not term.built and (teacher is not None or not term.needs_teacher):
                 self._build_terms([term], student, teacher)
@@ -377,8 +408,8 @@ class DistillStep:
 
 
 def _with_call(hook: Callable[..., Any], inputs: Any, call: Call) -> Any:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(hook).parameters.values()
-    several = sum(one.kind in kinds for one in parameters) > 1
-    several = several or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
-    return hook(inputs, call) if several else hook(inputs)
+    """Call the user's function with the inputs and, if it takes a second argument, the student's call."""
+    kinds = [parameter.kind for parameter in inspect.signature(hook).parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_call = inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in positional for kind in kinds) > 1
+    return hook(inputs, call) if takes_call else hook(inputs)

@@ -1,4 +1,4 @@
-"""Checks of the student that a DistillModel is given, and of what a call written for another library passes."""
+"""Checks of the student, and of arguments that were meant for ``keras.distillation``."""
 
 from __future__ import annotations
 
@@ -21,60 +21,60 @@ _OF_KERAS_DISTILLATION = {
 }
 
 
-def check_arguments(given: dict[str, Any]) -> None:
-    """Refuse the arguments of ``keras.distillation.Distiller``, whose order is another: the teacher comes first there.
+def check_arguments(unknown: dict[str, Any]) -> None:
+    """Refuse the arguments of ``keras.distillation.Distiller``, which takes the teacher first.
 
     Args:
-        given: Arguments that DistillModel does not have.
+        unknown: Arguments that DistillModel does not have.
 
     Raises:
-        TypeError: If one of them is of that class.
+        TypeError: If one of them is an argument of that class.
     """
     for name, remedy in _OF_KERAS_DISTILLATION.items():
-        if name in given:
+        if name in unknown:
             expected = "the arguments of DistillModel, DistillModel(student, teacher, terms)"
             remedy = f"{remedy} The student comes first, unlike in keras.distillation.Distiller(teacher, student)."
-            raise TypeError(checks.message(expected, f"{name}={given[name]!r}", remedy))
+            raise TypeError(checks.message(expected, f"{name}={unknown[name]!r}", remedy))
 
 
 def check_student(student: Any, teacher: Any) -> None:
-    """Refuse a student whose own training would be dropped in silence.
+    """Refuse a student with custom training code, which DistillModel would silently not run.
 
     Args:
-        student: What the user passed.
-        teacher: What the user passed.
+        student: The ``student`` argument.
+        teacher: The ``teacher`` argument.
 
     Raises:
         TypeError: If the student is not a Keras model.
-        ValueError: If it has a step or a preprocessor of its own, or the two models were exchanged.
+        ValueError: If it has a custom step or a preprocessor, or the two models were exchanged.
     """
     if not isinstance(student, keras.Model):
         raise TypeError(checks.message("`student` to be a keras.Model", f"a {type(student).__name__}"))
     for name in _OWN_METHODS:
         if getattr(type(student), name) is not getattr(keras.Model, name) or name in vars(student):
-            expected = "`student` to be a model that Keras' own steps train"
+            expected = "`student` to be a model that is trained by Keras' own steps"
             remedy = f"Subclass DistillModel and override `task_loss` or `{name}` there; the student only needs `call`."
-            received = f"a {type(student).__name__} with a `{name}` of its own, which would not be called"
+            received = f"a {type(student).__name__} with a custom `{name}`, which would not be called"
             raise ValueError(checks.message(expected, received, remedy))
     if getattr(student, "preprocessor", None) is not None:
         expected = "`student` not to have a preprocessor, which would not be called"
         remedy = "Map the data with it, student.preprocessor(x, y), and set `student.preprocessor = None`."
         raise ValueError(checks.message(expected, f"a {type(student.preprocessor).__name__}", remedy))
-    if isinstance(teacher, keras.Model) and _exchanged(student, teacher):
+    if isinstance(teacher, keras.Model) and "teacher" in student.name.lower() and "student" in teacher.name.lower():
         expected = "DistillModel(student, teacher), the student first"
         remedy = "keras.distillation.Distiller takes the teacher first: exchange the two."
         raise ValueError(checks.message(expected, f"student {student.name!r} and teacher {teacher.name!r}", remedy))
 
 
 def check_term_names(terms: Sequence[DistillationTerm], student: keras.Model) -> None:
-    """Refuse terms whose key in the logs is that of an output's own loss.
+    """Refuse terms whose key in the logs would be that of the loss of an output.
 
     Args:
         terms: The terms.
         student: The student.
 
     Raises:
-        ValueError: If two numbers would have one key.
+        ValueError: If a term has the name of one of several outputs.
     """
     outputs = list(getattr(student, "output_names", None) or [])
     for term in terms:
@@ -85,7 +85,7 @@ def check_term_names(terms: Sequence[DistillationTerm], student: keras.Model) ->
 
 
 def warn_of_augmentation(student: keras.Model) -> None:
-    """Warn of random layers inside the student, whose effect the teacher does not see.
+    """Warn of random layers in the student: the teacher gets the inputs without their augmentation.
 
     Args:
         student: The student.
@@ -95,14 +95,8 @@ def warn_of_augmentation(student: keras.Model) -> None:
             ("Random", "AugMix", "MixUp")
         ):
             warnings.warn(
-                f"The student augments its inputs in layer {path!r}, and the teacher sees them as they were. Augment"
+                f"The student augments its inputs in layer {path!r}, but the teacher gets them unaugmented. Augment"
                 " the data before both models, or override `DistillModel.teacher_inputs`.",
                 stacklevel=3,
             )
             return
-
-
-def _exchanged(student: keras.Model, teacher: keras.Model) -> bool:
-    """Whether names or flags say that the two models were passed in the order of keras.distillation."""
-    swapped = "teacher" in student.name.lower() and "student" in teacher.name.lower()
-    return bool(swapped)

@@ -1,4 +1,4 @@
-"""Targets that carry the teacher's outputs, so that the teacher need not run while the student trains."""
+"""Targets with the teacher's outputs, so that the teacher does not have to run while the student trains."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from keras_distill.recording import Call, Tap, looks_like
 
 
 class DistillTargets(NamedTuple):
-    """The targets of a batch: its labels and what the teacher gave for it.
+    """The targets of a batch: its labels and the teacher's outputs.
 
     Attributes:
-        labels: What the compiled loss and metrics compare the student with; None for unlabelled data. In a
-            ``PyDataset`` or a generator an array of shape ``(N, 0)`` stands for it: TensorFlow takes no None there.
-        teacher: The teacher's output; or ``{"output": output, "features": {layer: feature}}`` where terms read
-            features of the teacher too, which are named by the keys of their taps. ``DistillModel.teacher_targets``
-            makes either. From a cache of the likeliest classes the output is a
+        labels: The labels for the compiled loss and metrics; None for unlabelled data. In a ``PyDataset`` or a
+            generator use an array of shape ``(N, 0)`` instead of None, which TensorFlow does not accept there.
+        teacher: The teacher's output. If terms read features of the teacher too, it is a dict
+            ``{"output": output, "features": {layer: feature}}``, with the keys of the taps as names.
+            ``DistillModel.teacher_targets`` makes either. From a cache of the likeliest classes the output is a
             :class:`keras_distill.functional.top_k.TopK`.
 
     Example:
@@ -34,15 +34,15 @@ class DistillTargets(NamedTuple):
 
 
 def carries_features(answer: Any) -> bool:
-    """Whether what the targets carry of the teacher is an output with features, and not an output alone."""
+    """Whether the teacher's part of the targets is a dict of an output and features, and not an output alone."""
     return isinstance(answer, dict) and answer.keys() == {"output", "features"}
 
 
 def weights_of(sample_weight: Any) -> Any:
-    """Sample weights of the labels; for arrays Keras gives every part of the targets the same ones.
+    """The sample weights of the labels; for arrays Keras repeats the weights for every part of the targets.
 
     Args:
-        sample_weight: What the data gives.
+        sample_weight: The batch's sample weights.
 
     Returns:
         The weights in the structure of the labels, or None.
@@ -55,12 +55,12 @@ def weights_of(sample_weight: Any) -> Any:
 
 
 def stored_targets(labels: Any, call: Call, taps: Sequence[Tap]) -> DistillTargets:
-    """Targets that carry a teacher's call.
+    """Targets with the outputs of a teacher's call.
 
     Args:
         labels: Labels, or None.
         call: The teacher's call.
-        taps: Places whose features are carried.
+        taps: Places whose features are stored.
 
     Returns:
         The targets.
@@ -71,13 +71,13 @@ def stored_targets(labels: Any, call: Call, taps: Sequence[Tap]) -> DistillTarge
 
 
 def split_targets(targets: Any) -> tuple[Any, Call | None]:
-    """Labels and the teacher's call, if the targets carry one.
+    """Split targets into labels and the teacher's call.
 
     Args:
-        targets: What the data gives as ``y``.
+        targets: The batch's ``y``.
 
     Returns:
-        The labels, and the teacher's outputs as a call, or None.
+        The labels, and the teacher's outputs as a call, or None if the targets do not hold them.
     """
     if not isinstance(targets, DistillTargets):
         return targets, None
@@ -93,63 +93,63 @@ def split_targets(targets: Any) -> tuple[Any, Call | None]:
 
 
 class EpochData(keras.utils.PyDataset):
-    """A data set whose batches depend on the epoch; ``DistillModel.fit`` sets it, since Keras does not pass the number.
+    """A data set whose batches depend on the epoch, which ``DistillModel.fit`` sets.
 
     Attributes:
-        epoch: The epoch, from 0.
+        epoch: The epoch, counted from 0.
     """
 
     epoch: int = 0
 
 
 def check_class_weight(class_weight: Any, targets: Any, data: Any) -> None:
-    """Refuse weights of classes beside :class:`DistillTargets`, which Keras takes for the targets of two outputs.
+    """Refuse ``class_weight`` together with :class:`DistillTargets`, which Keras takes for the targets of two outputs.
 
     Args:
-        class_weight: What the user passed.
-        targets: What the user passed as ``y``.
-        data: What the user passed as ``x``.
+        class_weight: The argument of ``fit``.
+        targets: The ``y`` argument of ``fit``.
+        data: The ``x`` argument of ``fit``.
 
     Raises:
-        ValueError: If both are given.
+        ValueError: If both are passed.
     """
     if not class_weight:
         return
-    several = [targets]
+    parts = [targets]
     if isinstance(data, keras.utils.PyDataset):
-        several += data[0]
+        parts += data[0]
     elif isinstance(specification := getattr(data, "element_spec", None), tuple):
-        several += specification
-    if any(isinstance(one, DistillTargets) for one in several):
-        expected = "`class_weight` to be None where the targets carry the teacher's outputs"
+        parts += specification
+    if any(isinstance(part, DistillTargets) for part in parts):
+        expected = "`class_weight` to be None if the targets hold the teacher's outputs"
         remedy = "Pass the weight of each example's class in `sample_weight`."
         raise ValueError(checks.message(expected, f"class_weight={class_weight!r}", remedy))
 
 
 def check_stored_logits(terms: Sequence[Any], targets: Any, data: Any) -> None:
-    """Refuse stored outputs that are probabilities where a loss takes logits, judged by their values.
+    """Refuse stored outputs that look like probabilities if a loss expects logits.
 
     Args:
         terms: The terms.
-        targets: What the user passed as ``y``.
-        data: What the user passed as ``x``.
+        targets: The ``y`` argument of ``fit``.
+        data: The ``x`` argument of ``fit``.
 
     Raises:
-        ValueError: If rows lie in [0, 1] and sum to 1.
+        ValueError: If the rows lie in [0, 1] and sum to 1. If they only lie in [0, 1], a warning is issued.
     """
     if isinstance(data, EpochData) and len(data):
         targets = next((part for part in data[0] if isinstance(part, DistillTargets)), None)
     if not isinstance(targets, DistillTargets):
         return
     _, call = split_targets(targets)
-    reads = [term for term in terms if getattr(getattr(term, "loss", None), "from_logits", None) is True]
+    on_logits = [term for term in terms if getattr(getattr(term, "loss", None), "from_logits", None) is True]
     output = None if call is None else call.output
-    if not reads or not isinstance(output, np.ndarray) or output.ndim < 2:
+    if not on_logits or not isinstance(output, np.ndarray) or output.ndim < 2:
         return
-    # a thousand rows from everywhere: probabilities are in all of them
+    # about a thousand rows, spread over all of them, are enough to tell
     kind = looks_like(output[:: max(1, len(output) // 1000)])
     if kind == "softmax":
-        expected = f"the teacher's outputs in `DistillTargets` to be logits for {type(reads[0].loss).__name__}"
+        expected = f"the teacher's outputs in `DistillTargets` to be logits for {type(on_logits[0].loss).__name__}"
         remedy = (
             "Store logits, or np.log of the probabilities; or pass a loss with from_logits=False to a softmax student."
         )
@@ -157,6 +157,6 @@ def check_stored_logits(terms: Sequence[Any], targets: Any, data: Any) -> None:
     if kind == "sigmoid" and output.any():
         warnings.warn(
             "The teacher's outputs in `DistillTargets` all lie from 0 to 1, as probabilities do, and the loss of term"
-            f" {reads[0].name!r} takes them for logits.",
+            f" {on_logits[0].name!r} takes them for logits.",
             stacklevel=3,
         )

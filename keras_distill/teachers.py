@@ -1,4 +1,4 @@
-"""Teachers: a model that runs beside the student, in inference mode and without gradient."""
+"""Teachers: models that run in inference mode and without gradient."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from keras_distill.recording import Call, Recorder, Tap, sublayers
 
 
 class LiveTeacher:
-    """A model that answers batch by batch.
+    """A teacher that runs on each batch.
 
     Args:
-        model: The teacher; neither its weights nor its flags are changed.
+        model: The teacher; its weights and flags are not changed.
         taps: The places to read.
-        dtype: Precision that it computes in; None leaves it to the model.
+        dtype: Precision that it computes in; None keeps the model's own.
 
     Raises:
         ValueError: If a tap does not name one layer of the model.
@@ -27,13 +27,13 @@ class LiveTeacher:
     def __init__(self, model: keras.Model, taps: Iterable[Tap], dtype: str | None = None) -> None:
         self.model, self.dtype = model, dtype
         self.recorder = Recorder(model, taps, "teacher")
-        self._layers: list[Any] = []  # all of them, once the model is built
+        self._layers: list[Any] = []  # all layers, once the model is built
 
     def answer(self, inputs: Any) -> Call:
-        """The teacher's call for some inputs, without gradient.
+        """Run the teacher without gradient.
 
         Args:
-            inputs: What it takes; of a dict those that it has inputs for.
+            inputs: The teacher's inputs; a dict may hold more than the teacher takes.
 
         Returns:
             The call.
@@ -44,21 +44,21 @@ class LiveTeacher:
         if stateful and not self.model.built:
             self.model(inputs, training=False)
         self._layers = layers if self.model.built else []
-        kept = compat.discarded_changes() if stateful else contextlib.nullcontext()
-        with compat.untaped(), kept, compat.computed_in(layers, self.dtype):
+        unchanged = compat.discarded_changes() if stateful else contextlib.nullcontext()
+        with compat.untaped(), unchanged, compat.computed_in(layers, self.dtype):
             call = self.recorder.forward(inputs, training=False)
         return call.without_gradient()
 
 
 def as_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
-    """The teachers as a list, checked.
+    """Check the teachers and put them into a list.
 
     Args:
         teacher: A model, several, or None.
         student: The student, which cannot be its own teacher.
 
     Returns:
-        The models; empty where there is none.
+        The models; an empty list for None.
 
     Raises:
         TypeError: If an entry is not a Keras model.
@@ -83,7 +83,7 @@ def as_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
 
 
 def checked_dtype(dtype: Any) -> str | None:
-    """A precision of floating-point numbers by its name.
+    """The name of a floating-point precision.
 
     Args:
         dtype: A name, a NumPy type, or None.
@@ -92,7 +92,7 @@ def checked_dtype(dtype: Any) -> str | None:
         The name, or None.
 
     Raises:
-        ValueError: If it is not a floating-point precision.
+        ValueError: If ``dtype`` is not a floating-point precision.
 
     Example:
         >>> checked_dtype("bfloat16")
@@ -109,16 +109,17 @@ def checked_dtype(dtype: Any) -> str | None:
 
 
 def chosen_inputs(model: keras.Model, inputs: Any) -> Any:
-    """The inputs that a model declares, of a dict that may hold more.
+    """The inputs that a model declares, taken from a dict that may hold more.
 
-    Keras takes the first in sorted order where a functional model has one input, whatever its name.
+    Without this, Keras would pass the first entry in sorted order to a functional model with a single input, whatever
+    the name of that input.
 
     Args:
         model: The student or the teacher.
         inputs: A batch.
 
     Returns:
-        The part that the model takes; anything but a dict as it is.
+        The entries that the model takes; inputs that are not a dict are returned as they are.
     """
     structure = compat.input_structure(model)
     if not isinstance(inputs, dict) or structure is None:

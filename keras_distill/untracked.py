@@ -1,4 +1,4 @@
-"""A Keras model with a teacher that Keras does not track: neither counted, nor trained, nor saved."""
+"""A Keras model that has a teacher without tracking it: Keras does not count, train or save its weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from keras_distill.step import DistillStep
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class ModelWithTeacher(keras.Model):
-    """The part of :class:`keras_distill.DistillModel` that keeps the teacher out of Keras' sight.
+    """Base of :class:`keras_distill.DistillModel`, which hides the teacher from Keras' tracking.
 
     Attributes:
         step: The step that holds the teacher.
-        save_teacher: Whether files of the model hold the teacher too.
+        save_teacher: Whether files of the model contain the teacher.
     """
 
     step: DistillStep
@@ -25,7 +25,7 @@ class ModelWithTeacher(keras.Model):
 
     @property
     def teacher(self) -> Any:
-        """The teacher, or the list of several; another may be assigned, with which training then goes on."""
+        """The teacher, or a list of several; assign another one to continue training with it."""
         return self.step.teacher
 
     @teacher.setter
@@ -33,21 +33,21 @@ class ModelWithTeacher(keras.Model):
         self.step.teacher = teacher
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in Keras, but for the teacher, which must not become a layer of this model."""
+        """As in Keras, except that the teacher does not become a layer of this model."""
         if name == "teacher":
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        """Every attribute but the teacher: Keras saves what is listed here."""
+        """All attributes, without the teacher unless it is saved: Keras saves the listed ones."""
         return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
 
     @property
     def non_trainable_variables(self) -> list[keras.Variable]:
-        """Variables that no gradient changes; on JAX the teacher's among them, since its steps see no others."""
+        """Variables without gradient; on JAX with the teacher's, since a step on JAX can only read listed variables."""
         own: list[keras.Variable] = super().non_trainable_variables
-        step: DistillStep | None = self.__dict__.get("step")  # Keras asks before it exists
+        step: DistillStep | None = self.__dict__.get("step")  # Keras reads this before `step` is set
         if keras.backend.backend() != "jax" or step is None:
             return own
         known = {id(variable) for variable in [*own, *super().trainable_variables]}

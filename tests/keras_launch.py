@@ -1,4 +1,4 @@
-"""What the tests of the launcher for Keras share."""
+"""Helpers of the tests of the launcher for Keras."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def to_keras(case: LossCase, array: NDArray[Any], settings: Mapping[str, Any] | 
 
 
 def to_torch(case: LossCase, array: NDArray[Any], settings: Mapping[str, Any] | None = None) -> NDArray[Any]:
-    """What :func:`to_keras` undoes."""
+    """A row's array in PyTorch's layout: the inverse of :func:`to_keras`."""
     moved = moves(case, case.settings if settings is None else settings, array.ndim)
     return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if moved else array
 
@@ -101,7 +101,7 @@ def called(loss: Any, student: Any, teacher: Any, labels: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class Result:
-    """A value and the gradients of both models' tensors; None where there is none."""
+    """A value and the gradients of both models' tensors; None for a missing gradient."""
 
     value: NDArray[Any]
     student: NDArray[Any] | None
@@ -115,7 +115,7 @@ def differentiated(loss: Any, student: Any, teacher: Any, dtype: str = "float32"
     first, second = (ops.cast(ops.convert_to_tensor(array), dtype) for array in (student, teacher))
     if loss.needs_labels and labels is None:
         labels = class_indices(teacher)
-    return _DIFFERENTIATED[BACKEND](lambda mine, theirs: called(loss, mine, theirs, labels), first, second)
+    return _DIFFERENTIATED[BACKEND](lambda student, teacher: called(loss, student, teacher, labels), first, second)
 
 
 def _with_tensorflow(function: Callable[[Any, Any], Any], student: Any, teacher: Any) -> Result:
@@ -138,7 +138,7 @@ def _with_jax(function: Callable[[Any, Any], Any], student: Any, teacher: Any) -
     import jax
 
     value, gradients = jax.value_and_grad(function, argnums=(0, 1))(student, teacher)
-    # JAX gives zeros where the others give nothing.
+    # JAX returns zeros for a missing gradient.
     return _result(value, *(gradient if ops.any(gradient != 0) else None for gradient in gradients))
 
 

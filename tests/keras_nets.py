@@ -31,10 +31,10 @@ def cross_entropy() -> keras.losses.Loss:
 
 def assert_same_weights(first: keras.Model, second: keras.Model, tolerance: float = 1e-4) -> None:
     """Both models have equal weights, all of them."""
-    mine, theirs = first.get_weights(), second.get_weights()
-    assert len(mine) == len(theirs)
-    for one, other in zip(mine, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+    first_weights, second_weights = first.get_weights(), second.get_weights()
+    assert len(first_weights) == len(second_weights)
+    for weight, other in zip(first_weights, second_weights, strict=True):
+        np.testing.assert_allclose(weight, other, rtol=tolerance, atol=tolerance)
 
 
 def assert_same_logs(first: dict[str, Sequence[float]], second: dict[str, Sequence[float]], rtol: float = 1e-4) -> None:
@@ -51,7 +51,7 @@ STRUCTURES = ("functional", "sequential", "unbuilt_sequential", "subclassed", "b
 
 @keras.saving.register_keras_serializable(package="keras_nets")
 class Counter(keras.layers.Layer):
-    """The identity; counts how often it truly ran, also in a graph, and never when Keras only asks for shapes."""
+    """The identity; counts how often it ran, also in a graph, but not when Keras only infers shapes."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,6 +1,6 @@
 """The same training on one device and on two, in a process of its own: TensorFlow is configured once, before it starts.
 
-Run as a script, it writes logs and weights of both into the JSON file that it is given.
+Run as a script, it writes logs and weights of both into a JSON file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Running a teacher once over arrays and keeping what it gave."""
+"""Build a cache: run a teacher once over arrays and store its outputs."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,23 @@ from keras_distill.recording import Recorder, Tap, probed
 
 
 class Builder:
-    """One build of a cache: what is asked for, and the manifest that follows from it.
+    """One build of a cache: its settings and its manifest.
 
     Args:
         teacher: The teacher.
-        inputs: What it takes, arrays of all items.
+        inputs: The teacher's inputs, arrays of all items.
         layers: Layers whose features are kept.
         outputs: Whether the outputs are kept.
         top_k: How many classes of each output are kept; None keeps all.
-        dtype: Precision of what is stored.
-        views: How many augmented views of each item are shown to the teacher.
-        augmentation: Augments them; None leaves items as they are.
-        batch_size: Items in a batch.
-        shard_bytes: About how large a shard is.
+        dtype: Precision of the stored numbers.
+        views: Number of augmented views of each item.
+        augmentation: Augments the items; None leaves them unchanged.
+        batch_size: Number of items in a batch.
+        shard_bytes: Approximate size of a shard.
 
     Raises:
-        CacheError: If there is nothing to keep, or the teacher's output cannot be kept so.
+        CacheError: If neither outputs nor layers are kept, the settings do not fit the teacher's output, or the
+            transform returns different items for the same seed.
     """
 
     def __init__(
@@ -63,8 +65,8 @@ class Builder:
         if top_k is not None and outputs:
             self._check_logits()
         arrays: dict[str, dict[str, Any]] = {}
-        for name, one in self._rows(0, min(batch_size, self.length)).items():
-            arrays[name] = {"shape": list(one.shape[1:]), "dtype": dtype}
+        for name, rows in self._rows(0, min(batch_size, self.length)).items():
+            arrays[name] = {"shape": list(rows.shape[1:]), "dtype": dtype}
             if name == "output" and top_k is not None:
                 arrays[name]["top_k"] = top_k
             elif dtype == "uint8":
@@ -84,19 +86,19 @@ class Builder:
             },
             versions={name: importlib.metadata.version(name) for name in ("keras", "numpy")},
         )
-        row = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
-        batches = max(1, shard_bytes // (row * batch_size))
-        self.manifest = Manifest(**{**vars(manifest), "shard_rows": batches * batch_size})
+        row_bytes = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
+        batches = max(1, shard_bytes // (row_bytes * batch_size))
+        self.manifest = replace(manifest, shard_rows=batches * batch_size)
 
     def write(self, folder: Path, resume: bool) -> None:
-        """Write what the folder lacks.
+        """Write the shards that are missing in the folder.
 
         Args:
-            folder: Where to.
-            resume: Whether one that was begun is completed.
+            folder: The folder.
+            resume: Whether a build that was begun is continued.
 
         Raises:
-            CacheError: If another process builds there, or something else is there.
+            CacheError: If another process builds in the folder, or the folder holds something else.
             OSError: If the disk is full.
         """
         check_folder(folder)
@@ -110,28 +112,31 @@ class Builder:
             writer.finish()
 
     def _inputs(self, start: int, stop: int) -> Any:
-        """What the teacher is shown for some rows."""
+        """The teacher's inputs for some rows."""
         if self.augmentation is None:
             return keras.tree.map_structure(lambda array: keras.ops.convert_to_tensor(array[start:stop]), self.inputs)
-        views, indices = np.divmod(
-            np.arange(start, stop), self.length
-        )  # a batch may begin in one view, end in the next
+        # a batch may begin in one view and end in the next
+        views, indices = np.divmod(np.arange(start, stop), self.length)
         parts = [self.augmentation.batch(self.inputs, indices[views == view], int(view)) for view in np.unique(views)]
         return keras.tree.map_structure(lambda *same: keras.ops.convert_to_tensor(np.concatenate(same)), *parts)
 
     def _rows(self, start: int, stop: int) -> dict[str, Array]:
-        """What the teacher gives for some rows."""
+        """The teacher's outputs and features for some rows."""
         with compat.untaped():
             call = self.recorder.forward(self._inputs(start, stop), training=False)
         kept = {f"feature{index}": call.feature(tap) for index, tap in enumerate(self.taps)}
         if self.outputs and keras.tree.is_nested(call.output):
-            raise CacheError("Expected the teacher to have one output, but it has several. Wrap the one to keep.")
+            raise CacheError("Expected the teacher to have one output, but got several. Wrap it to return one.")
         if self.outputs:
             kept["output"] = call.output
-        return {name: np.asarray(keras.ops.convert_to_numpy(one), "float32") for name, one in kept.items()}
+        return {name: np.asarray(keras.ops.convert_to_numpy(tensor), "float32") for name, tensor in kept.items()}
 
     def _check_logits(self) -> None:
-        """Raise if the output is of probabilities: as logits they would be another distribution."""
+        """Check that the output does not hold probabilities, which would be stored as if they were logits.
+
+        Raises:
+            CacheError: If it holds probabilities.
+        """
         call = probed(self.recorder, self._inputs(0, 1))
         if any(call.facts_of(tensor).probabilities for tensor in keras.tree.flatten(call.output)):
             raise CacheError(

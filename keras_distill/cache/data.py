@@ -1,4 +1,4 @@
-"""Data whose targets carry what a teacher gave for them."""
+"""Data whose targets hold a teacher's outputs from a cache."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from distill_core.store import CacheError, Manifest
 from keras_distill.cache.views import Augmentation
 from keras_distill.targets import DistillTargets, EpochData
 
-_ROWS = 256
-# From row numbers to what DistillTargets carry for them.
+_ROWS = 256  # rows in one call of Python
+# Called with row numbers, returns the teacher's part of DistillTargets for these rows.
 Answers: TypeAlias = Callable[[Any], Any]
 
 
 class CachedData(EpochData):
-    """Batches of arrays whose targets carry the teacher's answers; :meth:`TeacherCache.attach` makes it.
+    """Batches of arrays whose targets hold the teacher's outputs; :meth:`TeacherCache.attach` makes it.
 
     Args:
-        answers: Gives what the targets carry for some rows.
+        answers: Returns the teacher's part of the targets for some rows.
         data: The inputs, labels and sample weights; the last two may be None.
-        augmentation: Augments the inputs; None leaves them as they are.
+        augmentation: Augments the inputs; None leaves them unchanged.
         views: Numbers of the views that the epochs cycle through.
-        batch_size: Examples in a batch.
-        shuffle: Whether each epoch has another order.
-        seed: Of that order.
+        batch_size: Number of examples in a batch.
+        shuffle: Whether the order changes in each epoch.
+        seed: Seed of the order.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class CachedData(EpochData):
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, by which the view is chosen, and the order begins; ``DistillModel.fit`` sets it."""
+        """The epoch, counted from 0, which sets the view and the first order; ``DistillModel.fit`` assigns it."""
         return self._epoch
 
     @epoch.setter
@@ -58,7 +58,7 @@ class CachedData(EpochData):
         self._shuffle(value)
 
     def on_epoch_end(self) -> None:
-        """Another order for the next pass, also in loops that set no epoch; the view stays."""
+        """Change the order for the next pass, also in loops that do not set the epoch; the view does not change."""
         self._shuffle(self._passes + 1)
 
     def _shuffle(self, passes: int) -> None:
@@ -71,28 +71,28 @@ class CachedData(EpochData):
         return -(-self._length // self._batch_size)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        """Inputs, targets and, where there are any, sample weights."""
-        items, view = (
-            self._order[index * self._batch_size :][: self._batch_size],
-            self._views[self.epoch % len(self._views)],
-        )
-        x, y, weight = (
-            None if part is None else keras.tree.map_structure(lambda array: np.asarray(array)[items], part)
-            for part in ((None, *self._data[1:]) if self._augmentation is not None else self._data)
-        )
-        if self._augmentation is not None:
-            x = self._augmentation.batch(self._data[0], items, view)
-        labels = np.zeros((len(items), 0), "float32") if y is None else y  # TensorFlow takes no None in the targets
+        """Inputs, targets and, if the data has them, sample weights."""
+        items = self._order[index * self._batch_size :][: self._batch_size]
+        view = self._views[self.epoch % len(self._views)]
+        x, y, weight = self._data
+        x = _rows(x, items) if self._augmentation is None else self._augmentation.batch(x, items, view)
+        y, weight = _rows(y, items), _rows(weight, items)
+        labels = np.zeros((len(items), 0), "float32") if y is None else y  # TensorFlow does not accept None in targets
         targets = DistillTargets(labels, self._answers(view * self._length + items))
         return (x, targets) if weight is None else (x, targets, weight)
 
 
+def _rows(arrays: Any, rows: Any) -> Any:
+    """Some rows of arrays in any structure; None if it is None."""
+    return None if arrays is None else keras.tree.map_structure(lambda array: np.asarray(array)[rows], arrays)
+
+
 def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
-    """A ``tf.data.Dataset`` of single items whose targets carry the teacher's answers.
+    """A ``tf.data.Dataset`` of single items whose targets hold the teacher's outputs.
 
     Args:
-        data: Items in the order that the cache was built in.
-        answers: Gives what the targets carry for some rows.
+        data: Items in the order in which the cache was built.
+        answers: Returns the teacher's part of the targets for some rows.
         start: Row of the first item.
         length: Number of items.
 
@@ -103,7 +103,7 @@ def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
 
     first = answers([start])
     flat = keras.tree.flatten(first)
-    # TensorFlow crashes where `unbatch` splits an array without numbers, such as that which tells how many classes
+    # TensorFlow crashes if `unbatch` splits an empty array, such as the one of TopK whose shape holds the classes
     full = [index for index, array in enumerate(flat) if array.size]
 
     def read(rows: Any) -> Any:
@@ -118,27 +118,27 @@ def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
 
     def joined(item: Any, tensors: Any) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(item)
-        everything = [tf.zeros(array.shape[1:], array.dtype) for array in flat]
+        arrays = [tf.zeros(array.shape[1:], array.dtype) for array in flat]
         for tensor, index in zip(tensors, full, strict=True):
-            everything[index] = tensor
-        targets = DistillTargets(y, keras.tree.pack_sequence_as(first, everything))
+            arrays[index] = tensor
+        targets = DistillTargets(y, keras.tree.pack_sequence_as(first, arrays))
         return (x, targets) if weight is None else (x, targets, weight)
 
-    # many rows at a time: a call of Python for each would cost more than the training
+    # many rows in one call: a call of Python for each row would take longer than the training
     rows = tf.data.Dataset.range(start, start + length).batch(_ROWS).map(read).unbatch()
-    rows = rows.apply(tf.data.experimental.assert_cardinality(length))  # which `unbatch` forgets
+    rows = rows.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
     return tf.data.Dataset.zip((data, rows)).map(joined)
 
 
 def check_length(length: int, manifest: Manifest) -> None:
-    """Raise if the data have another length than those that a cache was built from.
+    """Check that the data have the length of the data that a cache was built from.
 
     Args:
         length: Number of items.
-        manifest: What the cache holds.
+        manifest: The manifest of the cache.
 
     Raises:
-        CacheError: If so.
+        CacheError: If the lengths differ.
     """
     if length != manifest.length:
         raise CacheError(
@@ -147,38 +147,38 @@ def check_length(length: int, manifest: Manifest) -> None:
 
 
 def chosen_views(manifest: Manifest, view: int | None, augmented: bool, cycles: bool) -> list[int]:
-    """The views whose answers go with some data.
+    """The numbers of the views that are used with some data.
 
     Args:
-        manifest: What the cache holds.
-        view: The one that is asked for, or None.
-        augmented: Whether a transform is given.
-        cycles: Whether the data can be another view in each epoch.
+        manifest: The manifest of the cache.
+        view: The requested view, or None for all.
+        augmented: Whether a transform was passed.
+        cycles: Whether the data can change the view in each epoch.
 
     Returns:
-        Their numbers; epochs cycle through them.
+        The numbers; epochs cycle through them.
 
     Raises:
-        CacheError: If the student would not be shown what the teacher was.
+        CacheError: If the view does not exist, or the student would not get the inputs that the teacher got.
     """
     if view is not None and not 0 <= view < manifest.views:
         raise CacheError(f"Expected `view` to be below {manifest.views}, but got view={view}.")
-    seeded, here = manifest.data["transform_seed"] is not None, manifest.data["kind"] == "keras"
-    if augmented and not (here and seeded):
+    seeded, from_keras = manifest.data["transform_seed"] is not None, manifest.data["kind"] == "keras"
+    if augmented and not (from_keras and seeded):
         raise CacheError(
-            "Expected a cache that was built with a transform in Keras, but this one was not. Pass the data as the"
-            " teacher was shown them, or build it with transform=... and transform_seed=..."
+            "Expected a cache that was built with a transform in Keras, but this cache was not. Pass the inputs that"
+            " the teacher got, or build the cache with transform=... and transform_seed=..."
         )
-    if here and seeded and not cycles:
+    if from_keras and seeded and not cycles:
         raise CacheError("Expected arrays where the cache holds augmented views, but got a tf.data.Dataset.")
-    if here and seeded and not augmented:
+    if from_keras and seeded and not augmented:
         raise CacheError(
-            "Expected `transform` to be given, since the teacher was shown augmented items, but got None. Pass the"
+            "Expected `transform` to be a function, since the teacher got augmented items, but got None. Pass the"
             " function that the cache was built with."
         )
-    if seeded and not here and view is None:
+    if seeded and not from_keras and view is None:
         raise CacheError(
-            "Expected `view` to be given, since the teacher was shown what PyTorch had augmented, but got None. Pass"
+            "Expected `view` to be a number, since the teacher got items that PyTorch had augmented, but got None. Pass"
             " the arrays of one view and its number."
         )
     return list(range(manifest.views)) if view is None else [view]

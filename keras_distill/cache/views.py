@@ -11,18 +11,18 @@ import numpy as np
 from distill_core.codecs import Array
 from distill_core.store import CacheError, fingerprint
 
-_PROBES = 8
-# From one item and a seed to the augmented item.
+_PROBES = 8  # number of items in a fingerprint
+# Called with an item and a seed, returns the augmented item.
 Transform: TypeAlias = Callable[[Any, Array], Any]
 
 
 class Augmentation:
-    """Inputs as a transform augments them, each item of each view with a seed of its own.
+    """Applies a transform to inputs; each item of each view has its own seed.
 
     Args:
-        transform: Called with one item, NumPy arrays in the structure of the inputs, and two int32 numbers, gives the
-            augmented item; everything random in it must come from those numbers.
-        seed: What they are drawn from.
+        transform: Called with one item, NumPy arrays in the structure of the inputs, and two int32 numbers, which must
+            be its only source of randomness; returns the augmented item.
+        seed: Seed from which these numbers are drawn.
 
     Example:
         >>> flip = Augmentation(lambda x, seed: x[::-1] if np.random.default_rng(seed).random() < 0.5 else x, seed=1)
@@ -35,54 +35,54 @@ class Augmentation:
         self.transform, self.seed = transform, seed
 
     def batch(self, inputs: Any, indices: Iterable[int], view: int) -> Any:
-        """Some items of a view.
+        """Augment some items for a view.
 
         Args:
             inputs: Arrays of all items.
-            indices: Which items.
-            view: Which view.
+            indices: Numbers of the items.
+            view: Number of the view.
 
         Returns:
-            The augmented items, one array for each that an item has.
+            Arrays of the augmented items, in the structure of an item.
         """
         items = [self._item(inputs, int(index), view) for index in indices]
         return keras.tree.map_structure(lambda *leaves: np.stack(leaves), *items)
 
     def check(self, inputs: Any) -> None:
-        """Raise if the transform draws from elsewhere than its seed.
+        """Check that the transform has no other source of randomness than its seed.
 
         Args:
             inputs: Arrays of all items.
 
         Raises:
-            CacheError: If so: the student would not be shown what the teacher was.
+            CacheError: If it has one: the student would not get the inputs that the teacher got.
         """
         first, second = (data_fingerprint(inputs, self) for _ in range(2))
         if first != second:
             raise CacheError(
-                "Expected `transform` to give the same for the same item and seed, but some items differ: the student"
-                " would not be shown what the teacher was. Draw everything random from the seed, as in"
+                "Expected `transform` to return the same for the same item and seed, but some items differ: the student"
+                " would not get the inputs that the teacher got. Take all randomness from the seed, as in"
                 " np.random.default_rng(seed)."
             )
 
     def _item(self, inputs: Any, index: int, view: int) -> Any:
-        # copies: a transform may work in place
+        # copies, because a transform may work in place
         item = keras.tree.map_structure(lambda array: np.array(keras.ops.convert_to_numpy(array[index])), inputs)
         drawn = np.random.SeedSequence([self.seed, view, index]).generate_state(2)
-        augmented = self.transform(item, (drawn >> 1).astype("int32"))  # not negative: NumPy takes nothing else
+        augmented = self.transform(item, (drawn >> 1).astype("int32"))  # NumPy does not accept negative seeds
         return keras.tree.map_structure(lambda leaf: np.asarray(keras.ops.convert_to_numpy(leaf)), augmented)
 
 
 def requested(transform: Transform | None, transform_seed: int | None, views: int) -> Augmentation | None:
-    """The augmentation that the settings of a build ask for.
+    """Make the augmentation from the settings of a build.
 
     Args:
         transform: The transform, or None.
-        transform_seed: What it is seeded with, or None.
-        views: How many views there are.
+        transform_seed: Its seed, or None.
+        views: Number of views.
 
     Returns:
-        The augmentation, or None where items are kept as they are.
+        The augmentation, or None if items are not augmented.
 
     Raises:
         CacheError: If the settings contradict each other.
@@ -91,29 +91,29 @@ def requested(transform: Transform | None, transform_seed: int | None, views: in
     if type(views) is not int or views < 1:
         raise CacheError(f"Expected `views` to be 1 or greater, but got views={views!r}.")
     if transform is None:
-        given = f"transform_seed={transform_seed!r}" if transform_seed is not None else f"views={views}"
         if views > 1 or transform_seed is not None:
-            raise CacheError(f"Expected `transform` to be given with {given}, but got None. Pass a function.")
+            needs = f"transform_seed={transform_seed!r}" if transform_seed is not None else f"views={views}"
+            raise CacheError(f"Expected `transform` to be a function with {needs}, but got None. Pass a function.")
         return None
     if not callable(transform):
         raise TypeError(f"Expected `transform` to be a function of an item and a seed, but got {transform!r}.")
     if transform_seed is None:
-        raise CacheError("Expected `transform_seed` to be given with a transform, but got None. Pass a number.")
+        raise CacheError("Expected `transform_seed` to be a number with a transform, but got None. Pass a number.")
     return Augmentation(transform, transform_seed)
 
 
 def data_fingerprint(inputs: Any, augmentation: Augmentation | None = None) -> str:
-    """A digest of some items.
+    """A digest of the number of items and of a few of them.
 
     Args:
         inputs: Arrays of all items.
-        augmentation: Augments them; None takes them as they are.
+        augmentation: Augments the items; None leaves them unchanged.
 
     Returns:
         32 hexadecimal digits.
     """
     length = len(keras.tree.flatten(inputs)[0])
-    probes = sorted({round(one * (length - 1) / (_PROBES - 1)) for one in range(_PROBES)})
+    probes = sorted({round(probe * (length - 1) / (_PROBES - 1)) for probe in range(_PROBES)})
     if augmentation is not None:
         arrays = keras.tree.flatten(augmentation.batch(inputs, probes, 0))
         return fingerprint([str(length), *arrays])

@@ -41,7 +41,7 @@ def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1
 
     References:
         Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543; deviation: the divergence of the whole distribution at
-        each position, summed exactly, instead of an estimate from sampled sequences. There is no factor
+        each position, summed exactly, instead of an estimate from sampled sequences. It has no factor
         :math:`T^2`.
     """
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
@@ -86,7 +86,7 @@ def generalized_jsd(
     References:
         Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649. At 0 and 1 the formula itself is 0; as in
         published code these stand for the two divergences that it tends to, divided by its weight, near the ends.
-        There is no factor :math:`T^2`.
+        It has no factor :math:`T^2`.
     """
     checks.between("beta", beta, 0, 1)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
@@ -195,7 +195,7 @@ def total_variation(
 
     References:
         Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190, where the sum over the steps bounds the distance of
-        whole sequences; deviation: the distance at each position, summed exactly. There is no factor :math:`T^2`.
+        whole sequences; deviation: the distance at each position, summed exactly. It has no factor :math:`T^2`.
     """
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
     return 0.5 * ops.sum(ops.abs(ops.exp(log_student) - ops.exp(log_teacher)), axis=-1)
@@ -214,6 +214,6 @@ def _log_mixture(log_p: Any, log_q: Any, share: float) -> Any:
     if share == 0:
         return log_q
     log_p, log_q = log_p + math.log(share), log_q + math.log1p(-share)
-    # Not ops.logaddexp: where its two arguments are equal, TensorFlow gives the whole gradient to the first.
+    # Not ops.logaddexp: where its two arguments are equal, TensorFlow passes the whole gradient to the first.
     largest = ops.stop_gradient(ops.maximum(log_p, log_q))
     return largest + ops.log(ops.exp(log_p - largest) + ops.exp(log_q - largest))

@@ -139,7 +139,7 @@ def prepare_equal(student: Any, teacher: Any) -> tuple[Any, Any]:
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no batch dimension.
+        ValueError: If the shapes differ or the batch dimension is missing.
     """
     student, teacher = prepare(student, teacher)
     checks.same_shape(student, teacher, remedy="Map the student's feature to the teacher's shape with an adapter.")
@@ -172,10 +172,14 @@ def prepare_number(name: str, value: Any, like: Any, check: Callable[[str, Any],
         name: Name of the setting.
         value: A number, or a scalar variable.
         like: The logits, or a loss of them.
-        check: What a number must pass; it raises.
+        check: Called with the name and a number; raises if the number is not allowed.
 
     Returns:
         The number itself, or a scalar tensor.
+
+    Raises:
+        TypeError: If the check raises it.
+        ValueError: If the check raises it.
     """
     if isinstance(value, keras.Variable) or ops.is_tensor(value):
         return ops.cast(ops.convert_to_tensor(value), like.dtype)

@@ -40,7 +40,7 @@ def variational_information(
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If ``mean`` does not have the teacher's shape, or there is not one variance for each channel.
+        ValueError: If ``mean`` does not have the teacher's shape, or the variances are not one for each channel.
 
     Example:
         >>> values = variational_information([[1.0, 2.0]], [[4.0, 2.0]], mean=lambda f: 2 * f, variance=[1.0, 4.0])

@@ -50,7 +50,7 @@ def pearson_feature(student: Any, teacher: Any) -> Any:
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no channel dimension.
+        ValueError: If the shapes differ or the channel dimension is missing.
 
     Example:
         >>> round(float(pearson_feature([[0.0], [1.0], [2.0]], [[0.0], [4.0], [2.0]])), 4)
@@ -170,7 +170,7 @@ def normalized_mse(student: Any, teacher: Any, *, per_position: bool = False) ->
 
     Raises:
         TypeError: If a feature is not a floating point tensor.
-        ValueError: If the shapes differ or there is no channel dimension.
+        ValueError: If the shapes differ or the channel dimension is missing.
 
     Example:
         >>> [round(float(value), 4) for value in normalized_mse([[3.0, 4.0], [1.0, 0.0]], [[2.0, 0.0], [0.0, 5.0]])]
@@ -204,7 +204,7 @@ def feature_map_transfer(student: Any, teacher: Any, *, eps: float = 1e-12, per_
 
     Raises:
         TypeError: If a feature is not a floating point tensor, or ``eps`` is not a number.
-        ValueError: If the shapes differ, there is no channel dimension or ``eps`` is less than 0.
+        ValueError: If the shapes differ, the channel dimension is missing or ``eps`` is less than 0.
 
     Example:
         >>> round(float(feature_map_transfer([[1.0, 2.0, 3.0]], [[0.0, 4.0, 2.0]])[0]), 4)

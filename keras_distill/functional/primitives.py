@@ -6,12 +6,12 @@ from typing import Any
 
 from keras import ops
 
-# Two scores of minus infinity have no difference; the softmax of this one is 0 as well.
+# Replaces minus infinity: the difference of two infinite scores is NaN. Its softmax is 0 too.
 LEAST_SCORE = -1e30
 
 
 def bounded(scores: Any) -> Any:
-    """Scores of which none is minus infinity: the softmax of the least finite score is 0 as well.
+    """Replace scores of minus infinity by a finite score whose softmax is 0 too.
 
     Args:
         scores: Any shape, float32 or float64.
@@ -52,7 +52,7 @@ def softmax_divergence(student: Any, teacher: Any, axis: int = -1) -> Any:
 
 
 def huber(difference: Any) -> Any:
-    """Half the square of a difference below 1, and linear above.
+    """The Huber function: half the square of a difference below 1, linear above.
 
     Args:
         difference: Any shape.
@@ -61,6 +61,6 @@ def huber(difference: Any) -> Any:
         Same shape.
     """
     size = ops.abs(difference)
-    # min(|x|, 1) (|x| - min(|x|, 1) / 2) is both branches in one: no branch whose square could overflow
+    # min(|x|, 1) (|x| - min(|x|, 1) / 2) is both branches at once, without a square that could overflow
     short = ops.minimum(size, 1.0)
     return short * (size - 0.5 * short)

@@ -265,7 +265,7 @@ def _where_counted(counts: Any, values: Any) -> Any:
 
 
 def _target(values: Any, is_target: Any) -> Any:
-    """Each row's value at its label; NaN where there is no such class, as in Keras' own cross entropy."""
+    """Each row's value at its label; NaN if the label is not a class, as in Keras' own cross entropy."""
     value = ops.sum(ops.where(is_target, values, ops.zeros_like(values)), axis=-1)
     return ops.where(ops.any(is_target, axis=-1), value, ops.full_like(value, float("nan")))
 

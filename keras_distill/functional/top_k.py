@@ -1,4 +1,4 @@
-"""Distributions of which only the likeliest classes are known."""
+"""Losses on a cache that holds only the likeliest classes of each row."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TopK(NamedTuple):
         indices: Their indices, the most likely first, int32, shape ``(N, ..., k)``.
         logs: Their log-probabilities in nats, shape ``(N, ..., k)``.
         tail: The log-probability of all other classes together, shape ``(N, ..., 1)``.
-        classes: An empty tensor ``(N, 0, C)`` whose static shape carries C, the number of all classes, through batching
-            and tracing, so that it is checked before the first step.
+        classes: An empty tensor ``(N, 0, C)``. Its static shape holds C, the number of all classes, also after batching
+            and tracing, so that C can be checked before the first step.
     """
 
     indices: Any
@@ -33,8 +33,8 @@ def merge_classes(student_logits: Any, teacher: TopK, temperature: Any) -> tuple
 
     .. math:: z_i, \quad i \le k; \qquad z_{k+1} = T \log \sum_{i > k} \exp(z_i / T)
 
-    Any divergence of the two results at that temperature is the one between the merged distributions. Of the teacher's
-    other classes only the sum is known: softened, each is taken to be equally likely.
+    A divergence of the two results at that temperature is the divergence of the merged distributions. Only the sum of
+    the teacher's other classes is known: at another temperature than 1 they are taken to be equally likely.
 
     Args:
         student_logits: Logits of the student, shape ``(N, ..., C)``.
@@ -59,7 +59,7 @@ def merge_classes(student_logits: Any, teacher: TopK, temperature: Any) -> tuple
     logits, logs = prepare(student_logits, teacher.logs, ("student_logits", "teacher_logits"))
     tail = ops.cast(teacher.tail, logits.dtype)
     temperature = ops.cast(temperature, logits.dtype)
-    # over the others themselves: 1 minus the sum of the k would lose all digits where the student is sure
+    # summed over the other classes: 1 minus the sum of the k would lose all digits if the student is confident
     hidden = ops.where(_chosen(logits, teacher.indices), -math.inf, logits)
     others = temperature * ops.logsumexp(hidden / temperature, axis=-1, keepdims=True)
     student = ops.concatenate([ops.take_along_axis(logits, teacher.indices, axis=-1), others], axis=-1)
@@ -69,14 +69,14 @@ def merge_classes(student_logits: Any, teacher: TopK, temperature: Any) -> tuple
 
 
 def check_classes(student_logits: Any, teacher: TopK) -> None:
-    """Raise if a student's logits are not over the classes that the teacher has chosen from.
+    """Check that a student's logits have the rows and the number of classes of a teacher's.
 
     Args:
         student_logits: Logits of the student, or a specification of them.
         teacher: The teacher's likeliest classes.
 
     Raises:
-        ValueError: If so.
+        ValueError: If they do not.
     """
     wanted = (*teacher.indices.shape[:-1], teacher.classes.shape[-1])
     if checks.shapes_differ(student_logits.shape, wanted):
@@ -86,7 +86,7 @@ def check_classes(student_logits: Any, teacher: TopK) -> None:
 
 
 def best_scores(teacher: TopK) -> Any:
-    """Logits ``(N, ..., C)`` of which only the place of the highest means anything: the teacher's likeliest class."""
+    """Scores ``(N, ..., C)`` that are 1 for the teacher's likeliest class and 0 for all others."""
     return ops.one_hot(teacher.indices[..., 0], teacher.classes.shape[-1])
 
 
@@ -96,6 +96,6 @@ def _chosen(logits: Any, indices: Any) -> Any:
     picked = ops.cast(picked, "int32")
     rows = ops.expand_dims(ops.arange(ops.shape(picked)[0], dtype="int32"), -1)
     places = ops.reshape(ops.stack([ops.broadcast_to(rows, ops.shape(picked)), picked], axis=-1), (-1, 2))
-    nowhere = ops.zeros_like(flat, dtype="bool")
-    chosen = ops.scatter_update(nowhere, places, ops.ones_like(places[:, 0], dtype="bool"))
+    unchosen = ops.zeros_like(flat, dtype="bool")
+    chosen = ops.scatter_update(unchosen, places, ops.ones_like(places[:, 0], dtype="bool"))
     return ops.reshape(chosen, ops.shape(logits))

@@ -171,7 +171,7 @@ def spread_or_one(difference: Any, axis: int | tuple[int, ...], *, count: Any, e
     Args:
         difference: Centred values, any shape.
         axis: Dimensions of the mean.
-        count: What the sum of squares is divided by, a number or a scalar tensor.
+        count: Divisor of the sum of squares, a number or a scalar tensor.
         eps: Added to the variance.
 
     Returns:

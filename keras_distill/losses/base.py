@@ -29,8 +29,8 @@ class DistillationLoss(keras.losses.Loss):
     - ``learned``: :meth:`build` makes parameters in ``layer``. A FeatureDistillation builds a copy of the loss for each
       pair of layers, and treats it as it does adapters.
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
-    - ``gives``: ``"positions"`` where ``call`` returns one value for each position (the shape of the student's tensor
-      without its last dimension), ``"examples"`` where it returns one for each example, ``"batch"`` where it compares
+    - ``gives``: ``"positions"`` if ``call`` returns one value for each position (the shape of the student's tensor
+      without its last dimension), ``"examples"`` if it returns one value for each example, ``"batch"`` if it compares
       the examples of a batch and returns a scalar, to which neither sample weights nor masks apply.
 
     Args:
@@ -56,16 +56,16 @@ class DistillationLoss(keras.losses.Loss):
     class_scores: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None
-    training: bool | None = None  # whether a step trains: a term tells its own copy of a learned loss
+    training: bool | None = None  # whether a step trains; a term sets it on its own copy of a learned loss
 
     def __init__(self, *, name: str, reduction: str | None = "sum_over_batch_size", dtype: Any = None) -> None:
-        # Keras converts all that a loss is called with to its dtype, labels too: half precision takes 301 for 300.
+        # Keras converts all arguments of a loss to its dtype, also labels: in bfloat16 label 301 becomes 300.
         precision = keras.dtype_policies.get(dtype or keras.config.floatx()).compute_dtype
         precision = "float32" if precision in ("float16", "bfloat16") else precision
         super().__init__(name=name, reduction=reduction, dtype=precision)
         self.schedules: dict[str, Schedule] = {}
-        self._numbers: list[str] = []  # settings that may be variables
-        self._fixed: list[str] = []
+        self._numbers: list[str] = []  # names of settings that may be variables
+        self._fixed: list[str] = []  # names of settings that never change
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
         """Make the parameters of a loss with ``learned = True``.
@@ -82,7 +82,7 @@ class DistillationLoss(keras.losses.Loss):
         """The loss of a batch, a scalar unless ``reduction`` is None."""
         if self.gives != "batch":
             return super().__call__(y_true, y_pred, sample_weight)
-        # Keras leaves a scalar as it is: on several replicas, whose gradients are summed, it would count several times.
+        # Keras does not divide a scalar by the number of replicas, whose gradients are summed.
         y_pred = keras.tree.map_structure(backends.without_mask, y_pred)
         return super().__call__(y_true, y_pred) / backends.replicas()
 
@@ -106,15 +106,15 @@ class DistillationLoss(keras.losses.Loss):
     def _setting(
         self, name: str, value: float | Schedule, check: Callable[[str, Any], None] = checks.positive
     ) -> float:
-        """The first number of a setting that may be a schedule, after a check of its numbers.
+        """Check a setting that may be a schedule, and return its first number.
 
-        A term puts a variable in its place, which the schedule sets.
+        A term replaces the setting by a variable, which the schedule sets.
         """
         self._numbers.append(name)
         return float(first_value(name, value, check, self.schedules))
 
     def _fix(self, **settings: Any) -> None:
-        """Store settings, checked already, that configs and repr show."""
+        """Store settings that were checked before, and show them in configs and repr."""
         self._fixed.extend(settings)
         for name, value in settings.items():
             setattr(self, name, value)
@@ -132,7 +132,7 @@ class FormulaLoss(DistillationLoss):
     _formula: ClassVar[Callable[..., Any]]
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        """Values of the function, in the shape that ``gives`` names."""
+        """Values of the function, of the shape that ``gives`` describes."""
         return self._values(y_pred, y_true)
 
     def _values(self, *tensors: Any, **settings: Any) -> Any:
@@ -159,10 +159,10 @@ class LogitsLoss(FormulaLoss):
 class LabelledLoss(LogitsLoss):
     """Base of the losses on logits that look at the label's class: ``y_true`` is (teacher_logits, labels).
 
-    Rows whose label is negative or ``ignore_index`` do not count: their value is 0, and the mean is over the others.
+    Rows whose label is negative or ``ignore_index`` do not count: their value is 0, and the mean leaves them out.
 
     Args:
-        ignore_index: A label that marks rows that do not count, beside negative ones.
+        ignore_index: A label of rows that do not count, in addition to negative labels.
         **options: Options of every loss on logits.
     """
 
@@ -178,7 +178,7 @@ class LabelledLoss(LogitsLoss):
         """The loss of a batch, a scalar unless ``reduction`` is None."""
         if not isinstance(y_true, (tuple, list)) or len(y_true) != 2 or y_true[1] is None:
             got = "a pair without labels" if isinstance(y_true, (tuple, list)) else f"a {type(y_true).__name__}"
-            remedy = f"{type(self).__name__} needs the batch's labels; a term of DistillModel hands them over."
+            remedy = f"{type(self).__name__} needs the batch's labels; a term of DistillModel passes them."
             raise ValueError(checks.message("`y_true` to be the pair (teacher_logits, labels)", got, remedy))
         return super().__call__(y_true, y_pred, sample_weight)
 

@@ -29,7 +29,7 @@ class ReverseKLLoss(LogitsLoss):
     The student keeps to the teacher's main modes instead of covering all of them. See
     :func:`keras_distill.functional.reverse_kl`.
 
-    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
@@ -80,7 +80,7 @@ class GeneralizedJSDLoss(LogitsLoss):
     A bounded loss; ``beta`` 0 is the forward divergence, 1 the reverse. See
     :func:`keras_distill.functional.generalized_jsd`.
 
-    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
@@ -192,7 +192,7 @@ class TotalVariationLoss(LogitsLoss):
 
     Symmetric and at most 1, however certain the models are. See :func:`keras_distill.functional.total_variation`.
 
-    There is no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.

@@ -109,8 +109,8 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     Args:
         mask_ratio: Share of the feature that is hidden, at least 0 and less than 1.
-        mask: What the mask hides: all channels at a position (``"spatial"``, published for dense prediction), or all
-            positions of a channel (``"channel"``, published for classification).
+        mask: ``"spatial"`` hides all channels at a position (published for dense prediction), ``"channel"`` hides all
+            positions of a channel (published for classification).
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation; ``None`` is ``keras.config.floatx()``.
@@ -201,7 +201,7 @@ class _Network(keras.layers.Layer):
 
 
 def _wide_layer(rank: int, channels: int | None, activation: str | None, dtype: Any) -> keras.layers.Layer:
-    """A layer that sees the neighbours of every position, where there are positions."""
+    """A convolution of width 3; for vectors, which have no positions, a dense layer."""
     if rank == 2:
         return keras.layers.Dense(channels, activation, dtype=dtype)
     settings = {"padding": "same", "data_format": "channels_last", "activation": activation, "dtype": dtype}

@@ -1,8 +1,8 @@
-"""What is read of a forward pass: taps, the recorder, the calls that the terms see, and what layers say of tensors."""
+"""Recording a forward pass: taps, the recorder, the calls that terms read, and facts about the tensors."""
 
 from keras_distill.recording.calls import Call
 from keras_distill.recording.facts import Facts, looks_like
-from keras_distill.recording.probe import probed
+from keras_distill.recording.probe import probed, symbolic
 from keras_distill.recording.recorder import Record, Recorder, Recording, recorded
 from keras_distill.recording.taps import LAYOUTS, Place, Tap, find_layer, select, sublayers
 
@@ -21,4 +21,5 @@ __all__ = [
     "recorded",
     "select",
     "sublayers",
+    "symbolic",
 ]

@@ -1,4 +1,4 @@
-"""One forward pass of a model, as the terms see it."""
+"""A recorded forward pass of a model, which the terms read."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Call:
     """One forward pass of a model.
 
     Attributes:
-        output: What the model returned.
+        output: The model's output.
         runs: Outputs or inputs of its tapped layers, a list with one entry for each call, by layer and side.
         features: Features that were computed beforehand, by the key of their taps.
         who: ``"student"`` or ``"teacher"``, for messages.
-        training: Whether the step trains the student; False in evaluation, None where nobody says.
-        decided: Whether Python decides which parts of a loss have the weight 0: in eager steps, and in graphs that are
-            made for each set of them.
-        trouble: Why a tapped layer's tensors cannot be used, by layer and side.
-        facts: What is known of each tensor, by its id; filled while shapes are inferred only.
-        declared: Whether the model's outputs were declared when it was made, so that several of them are meant to be
-            compared one by one; those of a subclassed model may be anything.
-        masks: Masks of tensors that have lost theirs, by the id of the tensor.
+        training: True if the step trains the student, False in evaluation, None if it is unknown.
+        decided: Whether Python may leave out parts of a loss whose weight is 0: in eager steps, and in graphs that are
+            traced again when such a part changes.
+        trouble: Why the tensors of a tapped layer cannot be used, by layer and side.
+        facts: Facts about each tensor, by its id; recorded only while shapes are inferred.
+        declared: Whether the model declares its outputs, as functional and sequential models do. Several declared
+            outputs are compared one by one; a subclassed model may return anything.
+        masks: Masks of tensors that no longer carry their own, by the id of the tensor.
 
     Example:
         >>> Call(output=[1.0, 2.0]).output
@@ -51,41 +51,42 @@ class Call:
         """The tensor at a tap.
 
         Args:
-            tap: The place; its layer must be among those that were recorded.
+            tap: The place; its layer must be one of the recorded layers.
 
         Returns:
             The tensor.
 
         Raises:
-            ValueError: If the layer did not run, ran several times with no ``call`` named, or returned several tensors.
+            ValueError: If the layer did not run, its tensors cannot be used outside it, or the tap does not say which
+                of several calls or tensors to take.
         """
         if tap.key in self.features:
             return self.features[tap.key]
         runs = self.runs.get(tap.place, [])
-        what = f"{self.who} layer {tap.name!r}"
+        layer = f"{self.who} layer {tap.name!r}"
         if not runs:
             remedy = "Name a layer that this forward pass runs, or give its feature in `DistillTargets`."
-            raise ValueError(checks.message(f"{what} to run in a forward pass", "no call of it", remedy))
-        if tap.place in self.trouble:  # before the number of calls: Tap(call=...) would be no way out
-            expected = f"{what} to have an output that can be read from outside"
+            raise ValueError(checks.message(f"{layer} to run in a forward pass", "no call of it", remedy))
+        if tap.place in self.trouble:  # before the number of calls, because Tap(call=...) would not help
+            expected = f"{layer} to have an output that can be read from outside"
             raise ValueError(checks.message(expected, self.trouble[tap.place]))
         if tap.call is None and len(runs) > 1:
             remedy = f"Pass Tap({tap.name!r}, call=...) to choose one of them."
-            raise ValueError(checks.message(f"{what} to run once in a forward pass", f"{len(runs)} calls", remedy))
+            raise ValueError(checks.message(f"{layer} to run once in a forward pass", f"{len(runs)} calls", remedy))
         if tap.call is not None and tap.call >= len(runs):
-            raise ValueError(checks.message(f"{what} to run more than {tap.call} times", f"{len(runs)} calls"))
-        return select(runs[tap.call or 0], tap.output, f"the {tap.where} of {what}")
+            raise ValueError(checks.message(f"{layer} to run more than {tap.call} times", f"{len(runs)} calls"))
+        return select(runs[tap.call or 0], tap.output, f"the {tap.where} of {layer}")
 
     def mask_of(self, tensor: Any) -> Any:
         """The mask of a tensor of this pass, or None."""
         return self.masks.get(id(tensor), compat.get_keras_mask(tensor))
 
     def facts_of(self, tensor: Any) -> Facts:
-        """What is known of a tensor of this pass."""
+        """The facts about a tensor of this pass."""
         return self.facts.get(id(tensor), Facts())
 
     def without_gradient(self) -> Call:
-        """The same call with tensors that no gradient flows through, whose masks are kept."""
+        """A copy of the call without gradients; masks are kept, precomputed features and facts are not."""
         everything = (self.output, list(self.runs.values()))
         stopped = keras.tree.map_structure(ops.stop_gradient, everything)
         masks = {

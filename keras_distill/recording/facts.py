@@ -1,4 +1,4 @@
-"""What the layers of a model say of its tensors: the meaning of their axes, how they end, which layers made them."""
+"""Facts about the tensors of a model: the meaning of their axes, their last activation, the layers behind them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _DATA_FORMATS = ("channels_last", "channels_first")
 
 
 class Facts(NamedTuple):
-    """What is known of a tensor.
+    """Facts about a tensor; None stands for unknown.
 
     Attributes:
-        layout: Meaning of its axes, one of ``LAYOUTS`` (see :class:`Tap`), or None.
-        end: The last activation: ``"softmax"``, ``"sigmoid"``, ``"linear"`` (logits), or None.
-        behind: The layers that it was computed by, as far as they have weights, or None where that is not known.
+        layout: Meaning of its axes, one of ``LAYOUTS`` (see :class:`Tap`).
+        end: Its last activation: ``"softmax"``, ``"sigmoid"`` or ``"linear"`` (logits).
+        behind: The layers with weights that computed it.
     """
 
     layout: str | None = None
@@ -39,17 +39,17 @@ class Facts(NamedTuple):
 
 
 def facts_of(layer: Any, parent: Any, facts: dict[int, Facts], args: Any, output: Any) -> dict[int, Facts]:
-    """Facts of a layer's outputs: from its own settings, or handed on from its inputs where it keeps their shape.
+    """Facts about a layer's outputs, from its own settings or, if it keeps their shape, from its inputs.
 
     Args:
         layer: A layer or another operation of Keras.
         parent: The layer in whose call it ran, or None.
-        facts: What is known so far, by the id of a tensor.
-        args: What the layer was called with.
-        output: What it returned.
+        facts: The facts so far, by the id of a tensor.
+        args: The arguments of the layer's call.
+        output: The layer's output.
 
     Returns:
-        The facts of each tensor of the output, by its id.
+        The facts about each tensor of the output, by its id.
     """
     tensors = [leaf for leaf in keras.tree.flatten(output) if hasattr(leaf, "shape")]
     inputs = [leaf for leaf in keras.tree.flatten(args) if hasattr(leaf, "shape")]
@@ -57,7 +57,7 @@ def facts_of(layer: Any, parent: Any, facts: dict[int, Facts], args: Any, output
     behind = _behind(layer, known)
     made: dict[int, Facts] = {}
     for index, tensor in enumerate(tensors):
-        inner = facts.get(id(tensor), Facts())  # a nested model hands on a tensor that an inner layer knows better
+        inner = facts.get(id(tensor), Facts())  # a nested model returns the tensors of inner layers
         layout = inner.layout or _layout(layer, parent, index, tensor, inputs, known)
         made[id(tensor)] = Facts(
             layout, inner.end or _end(layer, known), behind if inner.behind is None else inner.behind
@@ -100,7 +100,7 @@ def _end(layer: Any, known: list[Facts]) -> str | None:
 
 
 def _behind(layer: Any, known: list[Facts]) -> tuple[Any, ...] | None:
-    """The layers behind an output; None where an input came out of computations that are not layers."""
+    """The layers behind an output; None if an input was computed by anything but layers."""
     if not known or any(fact.behind is None for fact in known):
         return None
     own = [layer] if isinstance(layer, keras.layers.Layer) and layer.variables else []
@@ -109,14 +109,14 @@ def _behind(layer: Any, known: list[Facts]) -> tuple[Any, ...] | None:
 
 
 def looks_like(values: Any, axis: int = -1) -> str:
-    """What stored outputs are, judged by their values.
+    """Guess from their values whether stored outputs are probabilities or logits.
 
     Args:
         values: Outputs of a teacher.
         axis: The axis of the classes.
 
     Returns:
-        ``"softmax"`` where every row lies in [0, 1] and sums to 1, ``"sigmoid"`` where it lies in [0, 1] only, else
+        ``"softmax"`` if every row lies in [0, 1] and sums to 1, ``"sigmoid"`` if every row lies in [0, 1], else
         ``"logits"``.
 
     Example:
@@ -129,6 +129,6 @@ def looks_like(values: Any, axis: int = -1) -> str:
     finite = values[np.isfinite(values).all(axis)] if values.ndim > 1 else values[np.isfinite(values)]
     if not finite.size or finite.min() < 0 or finite.max() > 1:
         return "logits"
-    # half precision stores sums that are 1 to about a hundredth
+    # in half precision the sums differ from 1 by up to about 0.01
     several = values.ndim > 1 and values.shape[axis] > 1
     return "softmax" if several and np.allclose(finite.sum(axis), 1, atol=1e-2) else "sigmoid"

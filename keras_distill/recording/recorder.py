@@ -1,9 +1,10 @@
-"""Recording: reading the tapped layers of a model in the very forward pass that makes its output.
+"""Recording: read the tapped layers of a model in the same forward pass that computes its output.
 
-While a thread records, ``keras.layers.Layer.__call__`` is replaced on the class: it sees what a layer's caller gets,
-after masks, casts, rematerialization and quantization, for functional, sequential and subclassed models on every
-backend. Nothing is put on a layer, and threads that do not record pass through. The record of a call hangs on the
-model's output tensor, as Keras' own masks do: no slot to clear, and several calls in a step are kept apart.
+While a thread records, ``keras.layers.Layer.__call__`` is replaced on the class. The replacement gets the same output
+as the layer's caller, after masks, casts, rematerialization and quantization, for functional, sequential and subclassed
+models on every backend. No layer is changed, and calls on threads that do not record are passed on. The record of a
+call is attached to the model's output tensor, as Keras attaches masks: it is freed with the tensor, and several calls
+in one step have a record each.
 """
 
 from __future__ import annotations
@@ -22,27 +23,35 @@ from keras_distill.recording.taps import Place, Tap, find_layer
 
 _THREAD = threading.local()
 _LOCK = threading.RLock()
-_EVERYWHERE: list[Recording] = []  # of loops whose replicas run on threads of their own
-_USERS: dict[type, int] = {}
-_ORIGINAL: dict[type, Any] = {}  # never emptied: another thread may be inside the wrapper while it is taken away
-# Stand for the model's own output and its first tensor: one that held itself would wait for the collector.
+_EVERYWHERE: list[Recording] = []  # recordings on every thread, for replicas that run on threads of their own
+_USERS: dict[type, int] = {}  # how many recordings need the wrapper of a class
+_ORIGINAL: dict[type, Any] = {}  # never emptied: another thread may be inside the wrapper while it is removed
+# Placeholders for the model's output and its first tensor. A record is attached to that tensor: if it held the tensor
+# itself, only the garbage collector could free the two.
 _OUTPUT, _FIRST = object(), object()
 _RECORD = "_distill_record"
 
 
 class Record:
-    """What one call of a recorded model leaves: its inputs, and what its tapped layers were given and returned.
+    """The record of one call of a model: its inputs, and the inputs and outputs of its tapped layers.
 
     Args:
         inputs: First argument of the call.
+
+    Attributes:
+        scope: The scratch graph of Keras that the call runs in, or None.
+        runs: For each tapped layer, by its id, a list of (input, output, trouble), one entry for each call.
+        facts: Facts about the tensors, by their ids.
+        kept: Tensors that must live as long as the record, since their ids are the keys of ``facts``.
+        within: The layers whose call is running, the outermost first.
     """
 
     def __init__(self, inputs: Any) -> None:
         self.inputs, self.scope = inputs, compat.get_symbolic_scope()
-        self.runs: dict[int, list[tuple[Any, Any, str]]] = {}  # by the id of a layer: input, output, trouble
+        self.runs: dict[int, list[tuple[Any, Any, str]]] = {}
         self.facts: dict[int, Facts] = {}
-        self.kept: list[Any] = []  # tensors whose ids are the keys of `facts`
-        self.within: list[Any] = []  # layers whose call is running, the outermost first
+        self.kept: list[Any] = []
+        self.within: list[Any] = []
 
 
 class Recording:
@@ -51,7 +60,7 @@ class Recording:
     Args:
         model: The model.
         layers: The ids of the tapped layers; the set identifies the recorder.
-        infer: Whether facts of all tensors are noted too.
+        infer: Whether the facts about all tensors are recorded too.
         finished: Called with each record and the output, or None.
     """
 
@@ -78,11 +87,11 @@ class Recording:
 
 @contextlib.contextmanager
 def recorded(recording: Recording, everywhere: bool = False) -> Iterator[None]:
-    """Calls of a model leave a record on their output; other models are not seen.
+    """A context in which each call of a model attaches a record to its output; other models are not recorded.
 
     Args:
         recording: The model and its layers.
-        everywhere: Whether calls on every thread are recorded, and not those on this thread alone.
+        everywhere: True records calls on every thread, False calls on this thread only.
     """
     classes = (keras.layers.Layer, keras.Operation) if recording.infer else (keras.layers.Layer,)
     before = getattr(_THREAD, "open", ())
@@ -102,7 +111,7 @@ def recorded(recording: Recording, everywhere: bool = False) -> Iterator[None]:
 
 
 def _as_is(function: Any) -> Any:
-    """A user's own tf.function would convert these for autograph; Keras' own code is never converted."""
+    """The function, protected from autograph, which would convert it inside a user's own ``tf.function``."""
     if keras.backend.backend() != "tensorflow":
         return function
     import tensorflow as tf
@@ -120,7 +129,7 @@ def _install(classes: tuple[type, ...], change: int) -> None:
             elif not _USERS[cls]:
                 if cls.__dict__["__call__"] is wrapper:
                     cls.__call__ = _ORIGINAL[cls]  # type: ignore[method-assign]
-                else:  # another library has wrapped ours meanwhile: ours stays, and passes through
+                else:  # another library has wrapped our wrapper meanwhile: it stays, and passes calls on
                     _USERS[cls] = 1
 
 
@@ -130,8 +139,8 @@ def _layer_call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @_as_is
-def _operation_call(self: Any, *args: Any, **kwargs: Any) -> Any:  # `x + y` of a functional model, for facts alone
-    if isinstance(self, keras.layers.Layer):  # on its way down from Layer.__call__
+def _operation_call(self: Any, *args: Any, **kwargs: Any) -> Any:  # `x + y` of a functional model; only facts need it
+    if isinstance(self, keras.layers.Layer):  # called by Layer.__call__
         return _ORIGINAL[keras.Operation](self, *args, **kwargs)
     return _call(keras.Operation, self, args, kwargs)
 
@@ -160,7 +169,7 @@ def _call(cls: type, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         for record in records:
             record.within.pop()
     for recording, record in zip(concerned, records, strict=True):
-        # a layer that is being built may run its sublayers in a scratch graph of Keras': not part of this pass
+        # a layer that is being built may run its sublayers in a scratch graph of Keras, which is not part of this pass
         if record.scope is compat.get_symbolic_scope():
             _note(recording, record, layer, args, kwargs, output)
         if layer is recording.model and not record.within:
@@ -187,7 +196,10 @@ def _note(
 
 
 def _lost_gradient(within: list[Any]) -> str:
-    """tf.recompute_grad stops every outer tape: a tensor of a rematerialized block has no gradient, silently."""
+    """Why a tensor inside these layers would have no gradient, or an empty string.
+
+    ``tf.recompute_grad`` stops every outer tape: the gradient of a tensor in a rematerialized block is lost silently.
+    """
     if keras.backend.backend() == "tensorflow":
         for outer in within:
             if compat.rematerialized(outer):
@@ -201,16 +213,19 @@ def _finish(recording: Recording, record: Record, output: Any) -> None:
         return
     graph = _graph_of(leaves[0])
     for runs in record.runs.values():
-        for index, (given, returned, trouble) in enumerate(runs):
+        for index, (argument, returned, trouble) in enumerate(runs):
             inner = [_graph_of(leaf) for leaf in keras.tree.flatten(returned)]
             if any(other is not None and other is not graph for other in inner):
                 trouble = "tensors of a loop or a function of its own. Tap the layer that contains it."
-            stand_in = _OUTPUT if returned is output else _FIRST if returned is leaves[0] else returned
-            runs[index] = (given, stand_in, trouble)
+            if returned is output:
+                returned = _OUTPUT
+            elif returned is leaves[0]:
+                returned = _FIRST
+            runs[index] = (argument, returned, trouble)
     if recording.finished is not None:
         recording.finished(record, output)
     records = compat.get_tensor_attr(leaves[0], _RECORD) or {}
-    # dies with the output, as Keras' own masks do; several may record one model
+    # several recorders may record one model: each has its own record on the output
     compat.set_tensor_attr(leaves[0], _RECORD, {**records, id(recording.layers): record})
 
 
@@ -227,7 +242,7 @@ def _graph_of(tensor: Any) -> Any:
 
 @_as_is
 def _records_on(output: Any) -> dict[int, Record]:
-    """The records that hang on a model's output, by what identifies their recorder."""
+    """The records that are attached to a model's output, by the id of their recorder's set of layers."""
     records = (compat.get_tensor_attr(leaf, _RECORD) for leaf in keras.tree.flatten(output) if leaf is not None)
     return next((record for record in records if record), {})
 
@@ -259,7 +274,7 @@ class Recorder:
         Args:
             everywhere: Whether calls on other threads are recorded too.
             finished: Called with each record and the model's output.
-            infer: Whether facts of all tensors are noted.
+            infer: Whether the facts about all tensors are recorded too.
 
         Returns:
             The context.
@@ -270,8 +285,8 @@ class Recorder:
         """One forward pass of the model, with the features at the taps.
 
         Args:
-            inputs: What the model takes.
-            training: Whether dropout and batch normalisation train; ``None`` leaves it to Keras.
+            inputs: The model's inputs.
+            training: Whether dropout and batch normalisation train; with ``None`` Keras decides.
 
         Returns:
             The output and the features.
@@ -281,7 +296,7 @@ class Recorder:
         return self.call_of(output, self.record_of(output))
 
     def record_of(self, output: Any) -> Record | None:
-        """The record of the call that returned an output, which hangs on it, or None."""
+        """The record that is attached to an output, or None."""
         records: dict[int, Record] = _records_on(output)
         return records.get(id(self._ids))
 
@@ -290,7 +305,7 @@ class Recorder:
 
         Args:
             output: The model's output.
-            record: Its record, or None where the output alone is known.
+            record: Its record, or None if the call was not recorded.
 
         Returns:
             The call.
@@ -301,8 +316,8 @@ class Recorder:
             passes = record.runs.get(id(layer), [])  # type: ignore[union-attr]
             side = 0 if place[1] == "input" else 1
             runs[place] = [_restored(run[side], output) for run in passes]
-            if told := next((run[2] for run in passes if run[2]), ""):
-                trouble[place] = told
+            if reason := next((run[2] for run in passes if run[2]), ""):
+                trouble[place] = reason
         facts = {} if record is None else record.facts
         declared = isinstance(self.model, keras.Sequential) or compat.input_structure(self.model) is not None
         return Call(output, runs, who=self.who, trouble=trouble, facts=facts, declared=declared)

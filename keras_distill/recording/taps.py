@@ -1,4 +1,4 @@
-"""Taps: the places in a model that features are read from, and the layers that they name."""
+"""Taps: the places in a model where features are read, and the layers that they name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Place: TypeAlias = "tuple[str | keras.layers.Layer, str]"
 
 @dataclass(frozen=True)
 class Tap:
-    """A place in a model that a feature is read from.
+    """A place in a model where a feature is read.
 
     Args:
         layer: Name of a layer (``"block2"``), path of names below nested models (``"backbone/block2"``), path of
             attributes (``"encoder.blocks.0"``), or the layer itself; ``""`` is the whole model.
-        output: Which part of the layer's output: an index of a tuple or list or a key of a dict. ``None`` takes the
-            only tensor and refuses to guess.
-        call: Which call of the layer, from 0, where one forward pass runs it several times.
-        where: ``"output"`` reads what the layer returns, ``"input"`` what it is called with.
-        layout: Meaning of the axes where the model's layers do not tell: ``"channels_last"`` or ``"channels_first"``
+        output: Which part of the layer's output: an index of a tuple or list or a key of a dict. With ``None`` the
+            output must be a single tensor.
+        call: Which call of the layer, counted from 0, if one forward pass runs it several times.
+        where: ``"output"`` reads the layer's output, ``"input"`` its input.
+        layout: Meaning of the axes if it does not follow from the layers: ``"channels_last"`` or ``"channels_first"``
             for maps, ``"tokens"`` for ``(N, L, C)``, ``"heads"`` for ``(N, L, heads, C)`` of an attention layer's
             queries, keys and values, ``"scores"`` for attention maps ``(N, heads, L, L)``.
 
@@ -68,18 +68,18 @@ class Tap:
 
     @property
     def place(self) -> Place:
-        """The layer and the side of it that is read."""
+        """The layer and the side of it that is read, ``"output"`` or ``"input"``."""
         return self.layer, self.where
 
     @property
     def key(self) -> str:
-        """Key of the feature in `DistillTargets`: the layer's name, and what else tells the tap from another."""
+        """Key of the feature in `DistillTargets`: the layer's name, followed by the call, the output and the side."""
         call = "" if self.call is None else f"#{self.call}"
         output = "" if self.output is None else f"[{self.output!r}]"
         return f"{self.name}{call}{output}" + (":input" if self.where == "input" else "")
 
     def within(self, model: keras.Model, who: str) -> Tap:
-        """The same tap with the path of its layer in a model, which a file of Keras can keep.
+        """A copy of the tap that names its layer by its path in a model, which a Keras file can hold.
 
         Args:
             model: The model.
@@ -89,7 +89,7 @@ class Tap:
             The tap.
 
         Raises:
-            ValueError: If the model has no such layer, or several.
+            ValueError: If no layer of the model has this name, or several layers have it.
         """
         return replace(self, layer=find_layer(model, self.layer, who)[0])
 
@@ -99,19 +99,19 @@ class Tap:
         return {"layer": self.name, "output": self.output, "call": self.call, "where": self.where, **layout}
 
 
-def select(value: Any, output: int | str | None, what: str) -> Any:
-    """The tensor that ``output`` picks from ``value``, or its only tensor where ``output`` is ``None``.
+def select(value: Any, output: int | str | None, name: str) -> Any:
+    """The tensor that ``output`` picks from ``value``, or its only tensor if ``output`` is ``None``.
 
     Args:
-        value: What a layer or a model returned.
+        value: The output of a layer or a model.
         output: An index of a tuple or list, a key of a dict, or ``None``.
-        what: Name of the value in error messages.
+        name: Name of the value in error messages.
 
     Returns:
         The tensor.
 
     Raises:
-        ValueError: If there are several tensors and none is picked, or ``output`` picks none.
+        ValueError: If ``output`` is None and the value holds several tensors, or ``output`` does not pick a tensor.
 
     Example:
         >>> select({"probabilities": 1.0, "state": 2.0}, "state", "the output")
@@ -126,14 +126,14 @@ def select(value: Any, output: int | str | None, what: str) -> Any:
     while isinstance(picked, (dict, list, tuple)) and len(picked) == 1 and output is None:
         picked = next(iter(picked.values())) if isinstance(picked, dict) else picked[0]
     if picked is None or isinstance(picked, (dict, list, tuple)):
-        there = keras.tree.map_structure(lambda tensor: tuple(getattr(tensor, "shape", ())), value)
-        received = f"output={output!r}, with tensors of shapes {there}"
-        raise ValueError(checks.message(f"`output` to pick one tensor of {what}", received, "Pass output=..."))
+        shapes = keras.tree.map_structure(lambda tensor: tuple(getattr(tensor, "shape", ())), value)
+        received = f"output={output!r}, with tensors of shapes {shapes}"
+        raise ValueError(checks.message(f"`output` to pick one tensor of {name}", received, "Pass output=..."))
     return picked
 
 
 def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) -> tuple[str, keras.layers.Layer]:
-    """The layer of a model that a name, a path or the layer itself means, and a path to it.
+    """Find a layer of a model by its name, its path or the layer itself.
 
     Args:
         model: The model to look in.
@@ -141,52 +141,52 @@ def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) ->
         who: ``"student"`` or ``"teacher"``, for messages.
 
     Returns:
-        A path by which the layer is found again, and the layer.
+        The layer's path, by which it can be found again, and the layer.
 
     Raises:
-        ValueError: If there is no such layer, or there are several; the message lists candidates.
+        ValueError: If no layer fits, or several do; the message lists candidates.
     """
     if layer == "" or layer is model:
         return "", model
     named = list(_named_sublayers(model))
-    everything = {path: sublayer for path, _, sublayer in named}
+    by_path = {path: sublayer for path, _, sublayer in named}
     expected = f"`{who}_layer` to name one layer of the {who} {model.name!r}"
     if not isinstance(layer, str):
-        for path, sublayer in everything.items():
+        for path, sublayer in by_path.items():
             if sublayer is layer:
                 return path, sublayer
         raise ValueError(checks.message(expected, f"the layer {layer.name!r}, which is not in it"))
-    if layer in everything:
-        return layer, everything[layer]
+    if layer in by_path:
+        return layer, by_path[layer]
     tails = [path for path, names, _ in named if f"/{names}".endswith(f"/{layer}")]
     if len(tails) == 1:
-        return tails[0], everything[tails[0]]
+        return tails[0], by_path[tails[0]]
     if tails:
         remedy = f"Pass one of {', '.join(map(repr, tails))}."
-        raise ValueError(checks.message(expected, f"{layer!r}, which several layers are called", remedy))
+        raise ValueError(checks.message(expected, f"{layer!r}, the name of several layers", remedy))
     node: Any = model
     with contextlib.suppress(AttributeError, LookupError, TypeError):
         for part in layer.split("."):
             node = node[int(part)] if part.isdigit() else getattr(node, part)
         if isinstance(node, keras.layers.Layer):
             return layer, node
-    raise ValueError(checks.message(expected, f"{layer!r}", checks.closest(layer, everything)))
+    raise ValueError(checks.message(expected, f"{layer!r}", checks.closest(layer, by_path)))
 
 
 def sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """Every layer below another, with the path of names to it; a shared layer once.
+    """All layers inside a layer, each with its path; a shared layer is listed once.
 
     Args:
         layer: A layer or a model.
 
     Yields:
-        The path and the layer; ``layers.0`` stands for the name of a layer whose sibling is called the same.
+        The path and the layer; ``layers.0`` replaces the name of a layer that has the same name as a sibling.
     """
     return ((path, sublayer) for path, _, sublayer in _named_sublayers(layer))
 
 
 def _named_sublayers(layer: keras.layers.Layer) -> Iterator[tuple[str, str, keras.layers.Layer]]:
-    """A path that no other layer has, the path of names, and the layer."""
+    """All layers inside a layer: a unique path, the path of names, and the layer."""
     seen: set[int] = set()
 
     def walk(parent: keras.layers.Layer, prefix: str, above: str) -> Iterator[tuple[str, str, keras.layers.Layer]]:

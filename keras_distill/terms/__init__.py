@@ -1,4 +1,4 @@
-"""Terms: a loss at a place in the two models, with a weight and perhaps an adapter."""
+"""Terms: losses at places in the two models, each with a weight and possibly an adapter."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = [
 
 
 def as_terms(terms: DistillationTerm | Sequence[DistillationTerm] | None) -> list[DistillationTerm]:
-    """The terms as a list with distinct names.
+    """Check the terms and put them into a list.
 
     Args:
-        terms: One term, several, or ``None`` for logits at temperature 4.
+        terms: One term, several, or ``None`` for ``LogitsDistillation()``.
 
     Returns:
-        At least one term.
+        At least one term, with distinct names.
 
     Raises:
         TypeError: If an entry is not a term.
-        ValueError: If there are none, or two share a name.
+        ValueError: If the list is empty, or two terms share a name.
 
     Example:
         >>> [term.name for term in as_terms(None)]

@@ -1,4 +1,4 @@
-"""The base classes of the terms, and of a user's own."""
+"""The base class of all terms, also of custom ones."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from keras_distill.terms.state import Settings, TermState, layer_copy
 
 
 class DistillationTerm:
-    """A loss at a place, with a weight: the base class of the terms, and of a user's own.
+    """A loss at a place in the two models, with a weight: the base class of all terms, also of custom ones.
 
-    A term holds settings. Each model that is given a term makes a copy of its own, in ``model.terms``, which shares the
-    settings: assign ``term.weight`` on either, and it counts in every model that uses the term, from the next step on.
-    Adapters and other weights belong to the model's copy: they are trained along with the student's, saved with the
-    distillation model, and absent from the student's own file.
+    A term holds settings. A model makes its own copy of each term, in ``model.terms``, which shares the settings: a
+    weight that is assigned to the term or to a copy changes in every model that uses the term, from the next step on.
+    Adapters and other weights belong to the model's copy: they are trained along with the student's weights and saved
+    with the distillation model, but not with the student alone.
 
-    A subclass implements :meth:`compute`; it names the layers that it reads in ``student_taps`` and ``teacher_taps``,
-    and makes what depends on the features' shapes in :meth:`build_from_calls`. It needs no :meth:`get_config` unless
-    the model is saved.
+    A subclass implements :meth:`compute`. It lists the layers that it reads in ``student_taps`` and ``teacher_taps``,
+    and makes weights that depend on the features' shapes in :meth:`build_from_calls`. It needs :meth:`get_config` only
+    if the model is saved.
 
     Args:
         weight: Factor of the term in the total loss, 0 or greater, a number or a schedule. A term of weight 0 is
-            skipped in training, and its key is absent from the logs; evaluation measures it.
+            skipped in training, and its key is missing from the logs; evaluation computes it.
         name: Name in logs and files, distinct among the terms.
-        use_sample_weight: Whether the batch's sample weights count in the term. False where a weight of 0 only says
-            that an example has no label: the task loss then leaves it out, and the term learns from it.
+        use_sample_weight: Whether the batch's sample weights are applied to the term. Pass False if a weight of 0 means
+            that an example has no label: the task loss then ignores the example, but the term still uses it.
         trainable: Whether the term's adapters and other weights are trained.
 
     Attributes:
@@ -40,12 +40,13 @@ class DistillationTerm:
         needs_labels: Whether :meth:`compute` needs the batch's labels.
         needs_teacher: Whether :meth:`compute` reads the teacher.
         schedules: The schedules of the weight and of the loss's settings, by name; ``fit`` follows them.
-        built: Whether :meth:`build_from_calls` has run; always False for a term that no model has made its own.
+        built: Whether :meth:`build_from_calls` has run; always False for a term that is not a model's copy.
+        state: The numbers and weights of a model's copy; None for a term that is not one.
 
     Raises:
-        ValueError: If ``weight`` is negative or not finite, or ``name`` is empty, taken by the library or has a
-            separator in it.
-        TypeError: If ``weight`` is not a number, or there is no such setting.
+        ValueError: If ``weight`` is negative or not finite, or ``name`` is empty, ``"task"``, ``"distillation"`` or
+            contains ``/`` or ``.``.
+        TypeError: If a setting has the wrong type or is unknown.
 
     Example:
         >>> class MeanGap(DistillationTerm):
@@ -82,9 +83,9 @@ class DistillationTerm:
         checks.boolean("trainable", trainable)
         if not isinstance(name, (str, type(None))):
             raise TypeError(checks.message("`name` to be a string", f"name={name!r}"))
-        if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
+        if not name or name in ("task", "distillation"):  # the logs hold task_loss and distillation_loss
             raise ValueError(checks.message("`name` to be neither empty, 'task' nor 'distillation'", f"name={name!r}"))
-        if "/" in name or "." in name:  # Keras separates layers by the one, torch by the other
+        if "/" in name or "." in name:  # Keras separates layers by "/", torch by "."
             raise ValueError(checks.message("`name` to hold neither '/' nor '.'", f"name={name!r}", "Use '_'."))
         self.name, self.use_sample_weight = name, use_sample_weight
         self._settings = Settings(weight=float(weight), trainable=trainable)
@@ -111,20 +112,20 @@ class DistillationTerm:
 
     @property
     def trainable_variables(self) -> list[Any]:
-        """What is trained of the term in the model that owns it."""
+        """The trainable weights of the term in the model that owns it."""
         return [] if self.state is None else list(self.state.trainable_variables)
 
     @property
     def trained_taps(self) -> Sequence[Tap]:
-        """Taps of the student through which the term trains it."""
+        """Taps of the student whose features have a gradient in this term."""
         return self.student_taps
 
     def numbers(self) -> dict[str, float]:
-        """The settings that may change without a new trace, by name."""
+        """The settings that can change without a new trace, by name."""
         return {"weight": self.weight}
 
     def set_setting(self, name: str, value: float) -> None:
-        """Set the weight, or a setting of the loss, for the steps to come.
+        """Set the weight, or a setting of the loss, from the next step on.
 
         Args:
             name: Name of the setting.
@@ -136,37 +137,41 @@ class DistillationTerm:
         if name in self.schedules:
             expected = f"`{name}` of term {self.name!r} not to be assigned while it has a schedule"
             received = f"{name}={value!r}, and {self.schedules[name]!r}"
-            raise ValueError(checks.message(expected, received, "Give the term a number in place of the schedule."))
+            raise ValueError(checks.message(expected, received, "Pass a number instead of the schedule."))
         self.follow(name, value)
 
     def follow(self, name: str, value: float) -> None:
-        """Set a setting to a number, also where it has a schedule, from which the number came.
+        """Set a setting to a number, also if it has a schedule, which then called this.
 
         Args:
             name: Name of the setting.
             value: The number.
+
+        Raises:
+            ValueError: If the number is out of range.
         """
-        (checks.non_negative if name.endswith("weight") else checks.positive)(name, value)
+        check = checks.non_negative if name.endswith("weight") else checks.positive
+        check(name, value)
         self._store(name, float(value))
         self._settings.changed()
 
     def traced_settings(self) -> tuple[Any, ...]:
-        """What is fixed in a graph of the term: another value needs another graph."""
+        """The settings that a traced graph contains as constants: if one changes, the term is traced again."""
         return (self.name, self.trainable)
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
-        """Make what depends on the features' shapes, once, before the first use.
+        """Make layers and weights that depend on the features' shapes; called once, before the first use.
 
-        Layers and losses that are assigned to attributes here belong to the model that the term is in;
+        Layers and losses that are assigned to attributes here belong to the model that owns the term;
         ``self.add_weight`` makes single weights.
 
         Args:
-            student: A call of the student whose tensors may be symbolic: only their shapes count.
+            student: A call of the student. Its tensors may be symbolic, without values.
             teacher: The teacher's call with the same input.
         """
 
     def check_calls(self, student: Call, teacher: Call) -> None:
-        """Check that another teacher fits what has been built.
+        """Check that a new teacher fits the layers and weights that have been built.
 
         Args:
             student: A symbolic call of the student.
@@ -179,17 +184,20 @@ class DistillationTerm:
         Args:
             student: The student's call.
             teacher: The teacher's call with the same input.
-            labels: The batch's labels, where ``needs_labels``.
+            labels: The batch's labels, or None.
             sample_weight: The batch's sample weights, or None.
 
         Returns:
             A scalar, under ``tf.distribute`` divided by the number of replicas, as Keras' own losses are; or one value
-            for each example, of which the mean is taken.
+            for each example, which are averaged.
+
+        Raises:
+            NotImplementedError: If the subclass does not implement it.
         """
         raise NotImplementedError(f"Expected {type(self).__name__} to implement `compute`.")
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
-        """A weight of the model that owns the term, as ``keras.layers.Layer.add_weight`` makes it.
+        """Add a weight to the model that owns the term; the arguments are those of ``keras.layers.Layer.add_weight``.
 
         Raises:
             ValueError: If no model owns the term yet.
@@ -214,23 +222,23 @@ class DistillationTerm:
         return cls(**deserialized(config))
 
     def get_shapes(self) -> dict[str, Any] | None:
-        """What :meth:`build_from_shapes` needs to make the same weights again; None if nothing."""
+        """The shapes from which :meth:`build_from_shapes` makes the same weights again, or None."""
         return None
 
     def build_from_shapes(self, config: dict[str, Any]) -> None:
         """Make the weights of a saved model, before they are loaded.
 
         Args:
-            config: What :meth:`get_shapes` returned.
+            config: The result of :meth:`get_shapes`.
         """
 
     # The copy that a model owns -----------------------------------------------------------------------------------
 
     def owned(self, student: keras.Model) -> DistillationTerm:
-        """A copy for one owner: it shares the settings and makes its own adapters and other weights.
+        """A copy for one owner, which shares the settings and makes its own adapters and other weights.
 
         Args:
-            student: The student, in which the taps of layers are named by their paths.
+            student: The owner's student; the copy's taps name its layers by their paths.
 
         Returns:
             The copy.
@@ -246,22 +254,29 @@ class DistillationTerm:
         return copy
 
     def _layers_for_an_owner(self) -> dict[str, keras.layers.Layer]:
-        """The layers that the term was given: themselves for its first owner, copies for every other.
+        """The layers that the user passed to the term: the layers themselves for the first owner, then copies.
 
-        Two models that trained the same layer would interfere; copies start as the layer did before any training.
+        Two models that trained the same layer would interfere. A copy has the weights from before any training.
         """
-        given = {name: value for name, value in vars(self).items() if isinstance(value, keras.layers.Layer)}
+        layers = {name: value for name, value in vars(self).items() if isinstance(value, keras.layers.Layer)}
         if self._first_weights is None:
-            self._first_weights = {name: layer.get_weights() if layer.built else None for name, layer in given.items()}
-            return given
+            self._first_weights = {name: layer.get_weights() if layer.built else None for name, layer in layers.items()}
+            return layers
         who = f"term {self.name!r}"
-        return {name: layer_copy(layer, self._first_weights.get(name), who) for name, layer in given.items()}
+        return {name: layer_copy(layer, self._first_weights.get(name), who) for name, layer in layers.items()}
 
     def take_numbers(self) -> None:
-        """Let the copy of an owner compute with the owner's variables."""
+        """Let an owner's copy compute with the owner's variables."""
 
     def in_teacher(self, teacher: keras.Model | None) -> None:
-        """Name the teacher's layers by their paths in a model."""
+        """Let ``teacher_taps`` name the layers by their paths in a teacher.
+
+        Args:
+            teacher: The teacher; None restores the taps that the user passed.
+
+        Raises:
+            ValueError: If a tap does not name one layer of the teacher.
+        """
         origin = self._origin or self
         taps = origin.teacher_taps
         self.teacher_taps = list(taps if teacher is None else [tap.within(teacher, "teacher") for tap in taps])
@@ -274,7 +289,7 @@ class DistillationTerm:
         return f"{type(self).__name__}(name={self.name!r}, weight={weight!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """The settings: a copy or a pickle belongs to no model."""
+        """The settings alone: a copy or a pickle does not belong to a model."""
         origin = self._origin or self
         return {name: dict(value) if name == "_settings" else value for name, value in vars(origin).items()}
 
@@ -289,4 +304,4 @@ def _unknown_settings(kind: str, unknown: dict[str, Any]) -> str:
         remedy = f"In keras_distill the temperature belongs to the loss: {kind}(SoftTargetLoss(temperature=...))."
     elif name in ("distillation_loss", "distillation_losses"):
         remedy = f"Pass the loss first: {kind}(loss)."
-    return checks.message(f"{kind} to be given settings that it has", f"{name}={unknown[name]!r}", remedy)
+    return checks.message(f"known settings of {kind}", f"{name}={unknown[name]!r}", remedy)

@@ -1,4 +1,4 @@
-"""Terms on inner layers: between the two models, and within the student."""
+"""Terms on inner layers, of both models or of the student alone."""
 
 from __future__ import annotations
 
@@ -32,26 +32,29 @@ Layers: TypeAlias = str | keras.layers.Layer | Tap | Sequence[str | keras.layers
 class FeatureDistillation(LossTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
-    A teacher map (N, H, W, C) of another height or width than the student's is resized to it: averaged down,
-    interpolated up. The meaning of the axes comes from the layers, or from ``Tap(layout=...)``. The adapters take their
-    shapes from the models, and so does a loss with parameters of its own, of which every pair of layers has a copy.
+    If the teacher's map (N, H, W, C) has another height or width than the student's, it is resized to the student's:
+    averaged to a smaller size, interpolated to a larger one. The meaning of the axes follows from the layers, or from
+    ``Tap(layout=...)``. Adapters, and losses with parameters of their own, take their shapes from the models; each pair
+    of layers has its own copy of such a loss.
 
     Args:
         student_layer: Name of a layer of the student, such as ``"block2"``, a layer, a :class:`Tap`, or a list of them.
         teacher_layer: The same for the teacher; as many as for the student.
         loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, a loss of this package or of Keras, or a
-            function of ``(student, teacher)``. A loss with ``several_layers = True`` is given lists of features; any
-            other is averaged over the pairs of layers. A loss with ``learned = True`` is trained along with the
+            function of ``(student, teacher)``. A loss with ``several_layers = True`` gets lists of features; any other
+            loss is averaged over the pairs of layers. A loss with ``learned = True`` is trained along with the
             adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
-        adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a dense layer for
-            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which one model trains and
-            others copy, or a factory called with the shapes of both features, channels last.
-        use_sample_weight: Whether the batch's sample weights count in the term.
-        name: Name in logs and files; ``None`` takes the student layer's, ``"blocks_1"`` for ``"blocks.1"``.
+        adapter: ``"auto"`` (none if the channels agree, else a 1x1 convolution for maps and a dense layer for vectors
+            and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which the first model trains and other
+            models copy, or a factory called with the shapes of both features, channels last.
+        use_sample_weight: Whether the batch's sample weights are applied to the term.
+        name: Name in logs and files; ``None`` takes the student layer's name, ``"blocks_1"`` for ``"blocks.1"``.
+        **kwargs: Further settings of :class:`DistillationTerm`.
 
     Raises:
-        ValueError: If a setting is not one of those above, or ``loss`` has been built already.
+        ValueError: If a setting is not one of those above, the two sides do not have equally many layers, or ``loss``
+            has been built already.
         TypeError: If ``loss`` cannot be called.
 
     Example:
@@ -74,7 +77,7 @@ class FeatureDistillation(LossTerm):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        student_taps, teacher_taps = as_taps(student_layer), as_taps(teacher_layer)
+        student_taps, teacher_taps = self._paired_taps(as_taps(student_layer), as_taps(teacher_layer))
         layers = re.sub(r"\W", "_", "_".join(tap.name for tap in student_taps))
         name = name or layers or "features"
         super().__init__(as_loss(loss), weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
@@ -84,11 +87,11 @@ class FeatureDistillation(LossTerm):
         if isinstance(adapter, str):
             checks.one_of("adapter", adapter, ADAPTERS)
         if isinstance(adapter, keras.layers.Layer) and len(student_taps) > 1:
-            remedy = "Pass a function that makes one for each pair."
+            remedy = "Pass a function that makes a layer for each pair."
             raise ValueError(checks.message("`adapter` not to be one layer for several pairs", f"{adapter}", remedy))
-        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+        self._store_taps(student_taps, teacher_taps)
         if getattr(self.loss, "layer", None) is not None:
-            remedy = "Pass a new one: the term builds a copy for each pair of layers."
+            remedy = "Pass a new loss: the term builds a copy of it for each pair of layers."
             raise ValueError(checks.message("`loss` not to be built yet", f"a {type(self.loss).__name__}", remedy))
         self.adapter = adapter
         self._adapters: list[keras.layers.Layer | None] = []
@@ -98,12 +101,12 @@ class FeatureDistillation(LossTerm):
 
     @property
     def adapters(self) -> list[keras.layers.Layer | None]:
-        """Adapters of the model that the term is in, or of the first model that was given it, in the order of pairs."""
+        """Adapters in the order of pairs, of the model that owns this copy or of the first model that uses the term."""
         return self._in_a_model()._adapters
 
     @property
     def learned(self) -> list[Any]:
-        """Built copies of a loss with parameters of its own, in the order of pairs; empty for other losses."""
+        """Built copies of a learned loss, in the order of pairs, of the same model; empty for other losses."""
         return self._in_a_model()._learned
 
     def _in_a_model(self) -> FeatureDistillation:
@@ -112,21 +115,21 @@ class FeatureDistillation(LossTerm):
 
     @property
     def pairs(self) -> list[tuple[Tap, Tap]]:
-        """The taps that are compared with each other, the student's and the teacher's."""
+        """The pairs of taps that are compared, the student's and the teacher's."""
         return list(zip(self.student_taps, self.teacher_taps, strict=True))
 
     @property
     def trained_taps(self) -> list[Tap]:
-        """Taps of the student through which the term trains it; targets are not among them."""
+        """Taps of the student whose features have a gradient in this term, without targets in the student."""
         return [tap for tap, _ in self.pairs]
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
-        """Make the adapters from the shapes of a first call."""
+        """Make the adapters from the shapes of the features."""
         self._build_adapters([self._described(index, student, teacher) for index in range(len(self.pairs))])
         self.check_calls(student, teacher)
 
     def check_calls(self, student: Call, teacher: Call) -> None:
-        """Check that the adapted features fit the teacher's, which may be another than the adapters were made for."""
+        """Check that the adapted features fit the teacher's, also if the teacher was replaced after the build."""
         for index, adapter in enumerate(self._adapters):
             shape, wanted, *_ = self._described(index, student, teacher)
             mapped = tuple(shape if adapter is None else adapter.compute_output_shape(tuple(shape)))
@@ -135,7 +138,7 @@ class FeatureDistillation(LossTerm):
             self._check(mapped, wanted, index)
 
     def _described(self, index: int, student: Call, teacher: Call) -> list[Any]:
-        """The shapes of a pair of features, arranged, and their layouts."""
+        """The shapes of a pair of arranged features, then their layouts."""
         features = self._raw(index, student, teacher)
         layouts = self._layouts(index, *features)
         shapes = [list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)]
@@ -144,7 +147,7 @@ class FeatureDistillation(LossTerm):
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
         if isinstance(sample_weight, (dict, list, tuple)):
-            sample_weight = None  # weights of the single outputs say nothing about a feature that all of them share
+            sample_weight = None  # these are weights of the outputs, but the feature belongs to all of them
         pairs = [self._pair(index, student, teacher) for index in range(len(self.pairs))]
         settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}
         if self.requires.several_layers:
@@ -161,13 +164,14 @@ class FeatureDistillation(LossTerm):
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
-        kept = (self._origin or self).adapter  # type: ignore[attr-defined]
+        adapter = (self._origin or self).adapter  # type: ignore[attr-defined]
+        named = adapter is None or isinstance(adapter, str)
         return {
             **super().get_config(),
             "student_layer": [student.get_config() for student, _ in self.pairs],
             "teacher_layer": [teacher.get_config() for _, teacher in self.pairs],
             "loss": keras.saving.serialize_keras_object(self.loss),
-            "adapter": kept if kept is None or isinstance(kept, str) else keras.saving.serialize_keras_object(kept),
+            "adapter": adapter if named else keras.saving.serialize_keras_object(adapter),
         }
 
     @classmethod
@@ -188,7 +192,7 @@ class FeatureDistillation(LossTerm):
         self._build_adapters(config["pairs"])
 
     def _build_adapters(self, pairs: list[Any]) -> None:
-        # a factory may read the positions that are known; sizes that files have kept are lists
+        # tuples, because a factory may compare shapes, and files hold lists
         shapes = [(tuple(student), tuple(teacher), KINDS.get(layout)) for student, teacher, layout, _ in pairs]
         self._adapters = []
         for (student, teacher, kind), (tap, _) in zip(shapes, self.pairs, strict=True):
@@ -205,12 +209,16 @@ class FeatureDistillation(LossTerm):
         self._built_for = pairs
 
     def _raw(self, index: int, student: Call, teacher: Call) -> tuple[tuple[Call, Any], tuple[Call, Any]]:
-        """For each side the call that the feature is read from, and the feature as the layer returned it."""
+        """For each side the call, and the feature as the layer returned it."""
         student_tap, teacher_tap = self.pairs[index]
         return (student, student.feature(student_tap)), (teacher, teacher.feature(teacher_tap))
 
     def _layouts(self, index: int, student: tuple[Call, Any], teacher: tuple[Call, Any]) -> list[str | None]:
-        """What the axes of both features mean, as far as it is known; raise where it matters and nobody says."""
+        """The layouts of a pair of features, None if unknown.
+
+        Raises:
+            ValueError: If an unknown layout matters, or the layouts do not fit each other or the loss.
+        """
         taps = self.pairs[index]
         layouts = [
             known_layout(tap, tensor, call.facts_of(tensor))
@@ -219,20 +227,20 @@ class FeatureDistillation(LossTerm):
         shapes = [tuple(tensor.shape) for _, tensor in (student, teacher)]
         ranks = [len(shape) for shape in shapes]
         if layouts[1] is None and taps[1].key in teacher[0].features and ranks[0] == ranks[1]:
-            layouts[1] = layouts[0]  # targets carry a feature as the teacher returned it
+            layouts[1] = layouts[0]  # stored features have no layout: assume the student's
         declared = self._declared_layout()
         for side in (0, 1):
             if layouts[side] is None and ranks[side] == 4:
                 layouts[side] = declared
         unknown = [tap.name for tap, layout, rank in zip(taps, layouts, ranks, strict=True) if not layout and rank >= 4]
         if unknown:
-            # an adapter of the last axis is safe where the positions agree; resizing and comparing across axes are not
+            # an adapter of the last axis is safe if the positions agree; resizing, or a loss over some axes, is not
             positions = checks.shapes_differ(shapes[0][1:-1], shapes[1][1:-1])
             elementwise = isinstance(self.loss, FeatureDistance) and self.loss.kind in ("mse", "l1", "smooth_l1")
             equal = not checks.shapes_differ(shapes[0][1:], shapes[1][1:])
             plain = keras.config.image_data_format() == "channels_last" or (elementwise and equal)
-            own = not isinstance(self.adapter, (str, type(None)))  # an adapter of the user's may change positions too
-            if (positions and self.requires.positions_must_match and not own) or not plain:
+            custom = not isinstance(self.adapter, (str, type(None)))  # a custom adapter may change positions too
+            if (positions and self.requires.positions_must_match and not custom) or not plain:
                 expected = f"the meaning of the axes of {' and '.join(map(repr, unknown))} to be known"
                 remedy = (
                     f'Pass Tap({unknown[0]!r}, layout=...): "channels_last", "channels_first", "heads" or "scores".'
@@ -241,7 +249,7 @@ class FeatureDistillation(LossTerm):
         kinds = [KINDS.get(layout) for layout in layouts]
         if all(kinds) and kinds[0] != kinds[1]:
             expected = f"student feature {taps[0].name!r} and teacher feature {taps[1].name!r} to be of one kind"
-            remedy = "If the layers are taken for what they are not, pass Tap(layout=...)."
+            remedy = "If a layout is wrong, pass Tap(layout=...)."
             raise ValueError(checks.message(expected, f"{layouts[0]} and {layouts[1]}", remedy))
         wanted = KINDS.get(declared)
         if wanted == "scores" and any(kind not in (None, wanted) for kind in kinds):
@@ -256,11 +264,11 @@ class FeatureDistillation(LossTerm):
         return "heads" if isinstance(self.loss, AttentionRelationLoss) else None
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Any, Any, Any]:
-        """The adapted feature, the teacher's at its positions, and both masks."""
+        """The adapted feature, the teacher's feature resized to its positions, and the masks of both."""
         (_, feature), (source, target) = self._raw(index, student, teacher)
         masks = [student.mask_of(feature), source.mask_of(target)]
         student_layout, teacher_layout = self._built_for[index][2:] if self._built_for else (None, None)
-        target = ops.stop_gradient(ops.convert_to_tensor(target))  # an answer may be given as an array
+        target = ops.stop_gradient(ops.convert_to_tensor(target))  # stored features are arrays
         feature, target = arranged(_widened(feature), student_layout), arranged(_widened(target), teacher_layout)
         adapter = self._adapters[index] if self._adapters else None
         if adapter is not None:
@@ -277,9 +285,17 @@ class FeatureDistillation(LossTerm):
         maps = kind in (None, "map") and len(mapped) == len(wanted) == 4
         return bool(positions and maps and self.adapter != "linear")
 
+    def _paired_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> tuple[list[Tap], list[Tap]]:
+        """The taps of both sides in the order of pairs."""
+        return student_taps, teacher_taps
+
+    def _store_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> None:
+        """Set the taps that each model's recorder reads."""
+        self.student_taps, self.teacher_taps = student_taps, teacher_taps
+
     def _check(self, mapped: Sequence[int | None], wanted: Sequence[int | None], index: int) -> None:
-        everything = self.requires.channels_must_match and self.requires.positions_must_match
-        if everything and checks.shapes_differ(mapped, wanted):
+        all_axes = self.requires.channels_must_match and self.requires.positions_must_match
+        if all_axes and checks.shapes_differ(mapped, wanted):
             names = [tap.name for tap in self.pairs[index]]
             expected = f"student feature {names[0]!r} and teacher feature {names[1]!r} to have equal shapes"
             remedy = 'Pass adapter="auto".' if self.adapter is None else "Pass an adapter that makes them equal."
@@ -290,22 +306,23 @@ class FeatureDistillation(LossTerm):
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class SelfDistillation(FeatureDistillation):
-    """A loss between shallow layers of the student and a deep one, from which they learn: a network with several exits.
+    """A loss between shallow layers of the student and a deep layer of the student, for a network with several exits.
 
-    The deep layer's feature is the target and gets no gradient. No teacher is needed: pass ``teacher=None`` where there
-    are no other terms.
+    The shallow layers learn from the deep layer, whose feature has no gradient. It needs no teacher: pass
+    ``teacher=None`` if it is the only term.
 
     Args:
         student_layer: The shallow layer, or several.
-        teacher_layer: The deep layer of the same network; one for all, or as many.
-        loss: As for :class:`FeatureDistillation`; between exits that return logits a loss on logits.
+        teacher_layer: The deep layer of the same network, one for all shallow layers or one for each.
+        loss: As for :class:`FeatureDistillation`. For exits that return logits use a loss on logits.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: As for :class:`FeatureDistillation`.
-        use_sample_weight: Whether the batch's sample weights count in the term.
-        name: Name in logs and files; ``None`` takes the shallow layer's.
+        use_sample_weight: Whether the batch's sample weights are applied to the term.
+        name: Name in logs and files; ``None`` takes the shallow layers' names.
+        **kwargs: Further settings of :class:`DistillationTerm`.
 
     Raises:
-        ValueError: If a setting is not one of those above.
+        ValueError: As for :class:`FeatureDistillation`.
         TypeError: If ``loss`` cannot be called.
 
     Example:
@@ -319,37 +336,27 @@ class SelfDistillation(FeatureDistillation):
 
     needs_teacher = False
 
-    def __init__(
-        self,
-        student_layer: Layers,
-        teacher_layer: Layers,
-        loss: str | LossLike = "mse",
-        *,
-        weight: float | Schedule = 1.0,
-        adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
-        use_sample_weight: bool = True,
-        name: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        shallow, deep = as_taps(student_layer), as_taps(teacher_layer)
-        deep = deep * len(shallow) if len(deep) == 1 else deep
-        settings = {"weight": weight, "adapter": adapter, "use_sample_weight": use_sample_weight, "name": name}
-        super().__init__(shallow, deep, loss, **settings, **kwargs)  # type: ignore[arg-type]
-        self.student_taps, self.teacher_taps = [*shallow, *deep], []
-
     @property
     def pairs(self) -> list[tuple[Tap, Tap]]:
-        """The taps that are compared with each other, both of the student."""
+        """The pairs of taps that are compared, a shallow and a deep one of the student."""
         number = len(self.student_taps) // 2
         return list(zip(self.student_taps[:number], self.student_taps[number:], strict=True))
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
-        """Make the adapters from the shapes of a first call of the student."""
+        """Make the adapters from the shapes of the student's features."""
         super().build_from_calls(student, student)
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
         return super().compute(student, student, labels, sample_weight)
+
+    def _paired_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> tuple[list[Tap], list[Tap]]:
+        """The taps in the order of pairs; a single deep layer is the target of every shallow one."""
+        return student_taps, teacher_taps * len(student_taps) if len(teacher_taps) == 1 else teacher_taps
+
+    def _store_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> None:
+        """Set the taps, all of the student."""
+        self.student_taps, self.teacher_taps = [*student_taps, *teacher_taps], []
 
 
 def as_taps(layers: Layers) -> list[Tap]:
@@ -358,6 +365,6 @@ def as_taps(layers: Layers) -> list[Tap]:
 
 
 def _widened(feature: Any) -> Any:
-    """The feature in float32 if it is narrower: 1e4 squared leaves float16."""
+    """The feature, cast to float32 if it is in half precision: 1e4 squared overflows float16."""
     narrow = keras.backend.standardize_dtype(feature.dtype) in ("float16", "bfloat16")
     return ops.cast(feature, "float32") if narrow else feature

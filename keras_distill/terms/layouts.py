@@ -1,4 +1,4 @@
-"""What the axes of a feature mean, and one arrangement for each kind: features last."""
+"""The meaning of a feature's axes, and their order for the losses, with channels last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_distill.recording import Facts, Tap
 
-# The kind of feature that each layout is once it is arranged.
+# The kind of feature that each layout becomes when it is arranged.
 KINDS: Final[dict[str | None, str]] = {
     "channels_last": "map",
     "channels_first": "map",
@@ -20,15 +20,15 @@ KINDS: Final[dict[str | None, str]] = {
 
 
 def known_layout(tap: Tap, tensor: Any, facts: Facts) -> str | None:
-    """The layout of a feature: the tap's, or the one that the model's layers say it has.
+    """The layout of a feature: the tap's own, or the one that follows from the model's layers.
 
     Args:
         tap: The place.
         tensor: The feature.
-        facts: What is known of it.
+        facts: The facts about the feature.
 
     Returns:
-        One of ``LAYOUTS``, or None where nobody says.
+        One of ``LAYOUTS``, or None if it is unknown.
     """
     if tap.layout is not None:
         return tap.layout
@@ -36,11 +36,12 @@ def known_layout(tap: Tap, tensor: Any, facts: Facts) -> str | None:
 
 
 def arranged(feature: Any, layout: str | None) -> Any:
-    """The feature with its features last: channels of maps at the end, heads of tokens merged.
+    """Put the channels of maps last, and merge the heads of tokens into one axis.
 
     Args:
-        feature: As the layer returned it.
-        layout: Meaning of its axes; None leaves it as it is but for Keras' own image format.
+        feature: The feature as the layer returned it.
+        layout: Meaning of its axes. None stands for ``keras.config.image_data_format()`` if the feature has 4 or more
+            dimensions; otherwise the feature is returned unchanged.
 
     Returns:
         A map ``(N, ..., C)``, tokens ``(N, L, C)``, or the feature itself.

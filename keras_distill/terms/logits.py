@@ -12,15 +12,10 @@ from keras_distill import backends, checks
 from keras_distill.functional.top_k import TopK, best_scores, check_classes, merge_classes
 from keras_distill.losses import (
     BinarySoftTargetLoss,
-    DecoupledKDLoss,
-    DISTLoss,
     FeatureDistance,
     FunctionLoss,
     LogitMSELoss,
-    MultiLevelLogitLoss,
-    NormalizedKDLoss,
     SoftTargetLoss,
-    WeightedSoftLabelLoss,
 )
 from keras_distill.recording import Call, select
 from keras_distill.schedules import Schedule
@@ -30,8 +25,8 @@ from keras_distill.terms.weighing import weigh
 
 LossLike: TypeAlias = keras.losses.Loss | Callable[..., Any]
 
-# Keras' own losses that are least where both models agree, and see every move of a logit: measured, an allow-list. All
-# others take their first argument for probabilities or classes.
+# Keras' own losses that are smallest where both models agree and that change with every logit. A test measures both.
+# All other losses of Keras expect probabilities or classes as their first argument.
 FIT_FOR_LOGITS: Final = (
     "MeanSquaredError",
     "MeanAbsoluteError",
@@ -40,26 +35,18 @@ FIT_FOR_LOGITS: Final = (
     "LogCosh",
     "CosineSimilarity",
 )
-# Of its functions, which may be meant as plain formulas, only those on probabilities and classes are refused.
+# Keras' functions may be plain formulas: only those on probabilities and classes are refused.
 _UNFIT_FUNCTIONS: Final = ("crossentropy", "kl_divergence", "poisson", "hinge", "dice", "tversky")
-_CLASS_SCORES: Final = (
-    DecoupledKDLoss,
-    DISTLoss,
-    LogitMSELoss,
-    MultiLevelLogitLoss,
-    NormalizedKDLoss,
-    WeightedSoftLabelLoss,
-)
 
 
 class Scores(NamedTuple):
-    """Scores of the same classes by both models, to count where they choose the same one.
+    """Both models' scores of the same classes, for their agreement.
 
-    Args:
+    Attributes:
         student: The student's scores.
-        teacher: The teacher's.
-        mask: Where rows count, or None.
-        threshold: From where on a single score means the class.
+        teacher: The teacher's scores.
+        mask: True for the rows that count, or None for all.
+        threshold: A single score above this value means that the class is chosen.
     """
 
     student: Any
@@ -72,25 +59,27 @@ class Scores(NamedTuple):
 class LogitsDistillation(LossTerm):
     """A loss between the outputs of the two models.
 
-    Several outputs of models that declare them (functional models, dicts) are compared one by one and the losses added
-    up; a tuple of a subclassed model is compared so only if all its shapes are equal. ``output`` picks one.
+    If the models declare several outputs (functional models, dicts), the outputs are compared one by one and the losses
+    are added. Tuples of subclassed models are compared in this way only if all their shapes are equal. ``output`` picks
+    one of several outputs.
 
     Args:
         loss: A loss of this package, a regression loss of Keras, ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"`` or
             ``"kl"``, or a function of ``(student_logits, teacher_logits)``; ``None`` is :class:`SoftTargetLoss` at
             temperature 4.
         weight: Factor of the term in the total loss, a number or a schedule.
-        output: Which of a model's outputs, an index or a key; ``None`` adds the loss up over all of them.
-        use_sample_weight: Whether the batch's sample weights count in the term.
+        output: Which of a model's outputs, an index or a key; ``None`` adds the losses of all outputs.
+        use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files.
+        **kwargs: Further settings of :class:`DistillationTerm`.
 
     Attributes:
-        temperature: The loss's temperature where it has one; a number may be assigned while training.
+        temperature: The loss's temperature, if it has one; a number can be assigned during training.
 
     Raises:
-        TypeError: If ``loss`` cannot be called, or is a class.
-        ValueError: If ``weight`` is negative; or, once the models are known, if the loss expects logits and a model
-            returns probabilities, or the other way round.
+        TypeError: If ``loss`` cannot be called, is a class, or has parameters of its own.
+        ValueError: If ``weight`` is negative. When a model is built with the term: if the loss expects logits and a
+            model returns probabilities, or the other way round.
 
     Example:
         >>> term = LogitsDistillation(SoftTargetLoss(temperature=1.0), weight=0.5)
@@ -137,9 +126,7 @@ class LogitsDistillation(LossTerm):
             checks.same_shape(student_logits, teacher_logits, names=("student_logits", "teacher_logits"), remedy=remedy)
             if tuple(student_logits.shape)[-1:] == (1,) and isinstance(self.loss, SoftTargetLoss):
                 expected = "outputs of at least 2 classes for SoftTargetLoss"
-                remedy = (
-                    "For a single logit use BinarySoftTargetLoss(); of several outputs pick the classes by output=..."
-                )
+                remedy = "For a single logit use BinarySoftTargetLoss(). To pick one of several outputs pass output=..."
                 raise ValueError(checks.message(expected, f"shape {tuple(student_logits.shape)}", remedy))
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
@@ -151,7 +138,7 @@ class LogitsDistillation(LossTerm):
         ):
             masks = [student.mask_of(student_logits), teacher.mask_of(teacher_logits)]
             if isinstance(teacher_logits, TopK):
-                self._check_merging(teacher_logits)  # here too: the term may have been built with a teacher
+                self._check_merging(teacher_logits)  # again, because the term may have been built with a teacher model
                 temperature = getattr(loss, "temperature", 1.0)
                 student_logits, teacher_logits = merge_classes(student_logits, teacher_logits, temperature)
             else:
@@ -168,17 +155,26 @@ class LogitsDistillation(LossTerm):
         return total
 
     def scores(self, student: Call, teacher: Call) -> list[Scores]:
-        """The pairs of outputs in which both models choose one of several classes; empty where they do not."""
+        """The pairs of outputs for which both models choose a class.
+
+        Args:
+            student: The student's call.
+            teacher: The teacher's call.
+
+        Returns:
+            A list, empty if the loss does not compare class scores.
+        """
         binary = isinstance(self.loss, BinarySoftTargetLoss)
-        own = self.requires.class_scores or self.requires.merges_classes or isinstance(self.loss, _CLASS_SCORES)
-        if not (own or binary):
+        # the squared error also fits a regression, but several outputs of one row are taken for class scores
+        squared_error = isinstance(self.loss, LogitMSELoss)
+        if not (self.requires.class_scores or self.requires.merges_classes or squared_error):
             return []
         scores = []
         for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
             mask = _joined(student.mask_of(student_logits), teacher.mask_of(teacher_logits))
             teacher_scores = best_scores(teacher_logits) if isinstance(teacher_logits, TopK) else teacher_logits
             single = len(student_logits.shape) < 2 or student_logits.shape[-1] == 1
-            # several sigmoids choose no class; of a single score only the loss for single scores says what it means
+            # several sigmoids do not choose one class; a single score means a class only with the binary loss
             if single == binary and not checks.shapes_differ(student_logits.shape, teacher_scores.shape):
                 threshold = 0.0 if getattr(self.loss, "from_logits", True) else 0.5
                 scores.append(Scores(student_logits, teacher_scores, mask, threshold if single else 0.0))
@@ -190,7 +186,7 @@ class LogitsDistillation(LossTerm):
         return {**super().get_config(), "loss": loss, "output": self.output_key}
 
     def _labels_of(self, labels: Any, count: int) -> list[Any]:
-        """The labels of each output: nested ones are told apart as the outputs are, others serve all of them."""
+        """The labels of each output: nested labels belong to the outputs one by one, a single tensor to all of them."""
         if not self.needs_labels or not keras.tree.is_nested(labels):
             return [labels] * count
         if self.output_key is not None:
@@ -202,7 +198,11 @@ class LogitsDistillation(LossTerm):
         return several
 
     def _check_kind(self, ends: dict[str, str | None]) -> None:
-        """Raise if logits are taken for probabilities, or the other way round, as far as the models tell."""
+        """Check that the loss fits outputs that are known to be logits or probabilities.
+
+        Raises:
+            ValueError: If it does not.
+        """
         name = type(self.loss).__name__
         probabilities = [who for who, end in ends.items() if end in ("softmax", "sigmoid")]
         logits = [who for who, end in ends.items() if end == "linear"]
@@ -222,9 +222,13 @@ class LogitsDistillation(LossTerm):
             raise ValueError(checks.message(expected, "logits of a layer without activation", remedy))
 
     def _check_merging(self, teacher: TopK) -> None:
-        """Raise if the loss is not a divergence of logits, in which classes may be merged."""
-        own = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
-        if not own or not getattr(self.loss, "from_logits", True):
+        """Check that the loss is a divergence of logits, which also holds for merged classes.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        merges = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
+        if not merges or not getattr(self.loss, "from_logits", True):
             expected = f"a cache of full outputs for {type(self.loss).__name__}"
             remedy = "Build it without top_k, or use a divergence of logits such as SoftTargetLoss()."
             received = f"the likeliest {teacher.indices.shape[-1]} classes alone"
@@ -232,20 +236,20 @@ class LogitsDistillation(LossTerm):
 
 
 def as_loss(loss: str | LossLike) -> keras.losses.Loss:
-    """A loss object from a name, a loss or a function."""
+    """Turn the name of a feature distance, a loss or a function into a loss object."""
     if isinstance(loss, str):
         return FeatureDistance(loss)  # type: ignore[arg-type]
     return loss if isinstance(loss, keras.losses.Loss) else FunctionLoss(loss)
 
 
 def fitted_rows(student: Any, teacher: Any) -> Any:
-    """The teacher's tensor with the student's number of examples: a single row must not be broadcast over a batch.
+    """The teacher's tensor with the student's number of examples, so that a single row is not broadcast over a batch.
 
-    XLA drops assertions, without it TensorFlow drops a reshape to the same shape: both are needed.
+    XLA removes assertions, and TensorFlow without XLA removes a reshape to the same shape: both are needed.
 
     Args:
         student: The student's tensor.
-        teacher: The teacher's, of the same shape but for the number of examples.
+        teacher: The teacher's tensor, of the same shape except for the number of examples.
 
     Returns:
         The teacher's tensor.
@@ -257,6 +261,7 @@ def fitted_rows(student: Any, teacher: Any) -> Any:
 
 
 def _joined(first: Any, second: Any) -> Any:
+    """The rows that count in both masks."""
     if first is None or second is None:
         return second if first is None else first
     return ops.logical_and(ops.cast(first, "bool"), ops.cast(second, "bool"))
@@ -268,7 +273,11 @@ def _is_of_keras(loss: keras.losses.Loss) -> bool:
 
 
 def _refuse_loss_of_keras(loss: keras.losses.Loss) -> None:
-    """Raise if a loss of Keras takes the teacher's logits for probabilities or classes."""
+    """Refuse a loss of Keras that expects probabilities or classes as its first argument.
+
+    Raises:
+        ValueError: If it is one.
+    """
     function = getattr(loss, "function", None) if isinstance(loss, FunctionLoss) else None
     name = type(loss).__name__ if function is None else getattr(function, "__name__", "")
     unfit = name not in FIT_FOR_LOGITS if function is None else name.endswith(_UNFIT_FUNCTIONS)

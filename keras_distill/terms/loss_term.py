@@ -1,4 +1,4 @@
-"""A term with a loss object, the base of the library's own terms."""
+"""The base class of terms that have a loss object."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from keras_distill.terms.base import DistillationTerm
 
 
 class LossTerm(DistillationTerm):
-    """A term with a loss object, whose temperature and scheduled settings may change while training.
+    """A term with a loss object, whose temperature and scheduled settings can change during training.
 
     Args:
         loss: The loss.
-        **kwargs: Settings of every term.
+        **kwargs: Settings of :class:`DistillationTerm`.
 
     Attributes:
-        loss: The term's own copy of the loss, which another term may have been given too.
-        requires: What the loss needs.
+        loss: The loss, or the term's own copy of it if it has settings that can change.
+        requires: The requirements of the loss.
+        temperature: The loss's temperature, if it has one; a number can be assigned during training.
     """
 
     loss: keras.losses.Loss
@@ -31,12 +32,13 @@ class LossTerm(DistillationTerm):
         super().__init__(**kwargs)
         self.requires = Requires.of(loss)
         self.needs_labels = self.requires.needs_labels
-        own = isinstance(loss, DistillationLoss)
-        self.schedules.update(getattr(loss, "schedules", {}) if own else {})
         self._has_temperature = _is_number(getattr(loss, "temperature", None))
-        # a user's own loss may need its temperature as a number: for it another one takes another trace
-        warm = ["temperature"] if own and self._has_temperature else []
-        self._variable_settings = list(dict.fromkeys([*warm, *(loss.schedules if own else ())]))
+        self._variable_settings: list[str] = []
+        # any other loss may need its temperature as a Python number: a new temperature then needs a new trace
+        if isinstance(loss, DistillationLoss):
+            self.schedules.update(loss.schedules)
+            temperature = ["temperature"] if self._has_temperature else []
+            self._variable_settings = list(dict.fromkeys([*temperature, *loss.schedules]))
         self.loss = copied(loss) if self._variable_settings else loss
         self._working_loss = self.loss
 
@@ -52,16 +54,16 @@ class LossTerm(DistillationTerm):
         self.set_setting("temperature", value)
 
     def numbers(self) -> dict[str, float]:
-        """The weight, and the settings of the loss that may change without a new trace."""
+        """The weight, and the settings of the loss that can change without a new trace."""
         return {**super().numbers(), **{name: float(getattr(self.loss, name)) for name in self._variable_settings}}
 
     def traced_settings(self) -> tuple[Any, ...]:
-        """Name, whether it is trained, the temperature of a user's own loss, and parts of a loss whose weight is 0."""
+        """Also the temperature of a loss that is not this library's, and the parts of the loss whose weight is 0."""
         fixed = self._has_temperature and "temperature" not in self._variable_settings
         return (*super().traced_settings(), self.loss.temperature if fixed else None, self._parts_of_weight_0())
 
     def loss_of(self, student: Call) -> keras.losses.Loss:
-        """The loss that computes with the owner's numbers, without the parts whose weight is 0.
+        """The loss with the owner's numbers, without the parts whose weight is 0.
 
         Args:
             student: The student's call.
@@ -102,17 +104,17 @@ class LossTerm(DistillationTerm):
 
 
 def copied(loss: keras.losses.Loss) -> keras.losses.Loss:
-    """A copy of a loss that shares its settings.
+    """A shallow copy of a loss.
 
     Args:
         loss: The loss.
 
     Returns:
-        Another object of its class.
+        Another object of the same class.
     """
-    twin = object.__new__(type(loss))  # copy.copy would save and load it, which fails for unregistered functions
-    twin.__dict__.update(loss.__dict__)
-    return twin
+    copy = object.__new__(type(loss))  # copy.copy would save and load it, which fails for unregistered functions
+    copy.__dict__.update(loss.__dict__)
+    return copy
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Which of the student's outputs is compared with which of the teacher's."""
+"""Pair the student's outputs with the teacher's."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from keras_distill.recording import Call, select
 def paired_outputs(
     student: Call, teacher: Call, output: int | str | None = None, sample_weight: Any = None
 ) -> list[tuple[Any, Any, Any]]:
-    """The outputs that are compared with each other, and their sample weights.
+    """Pair the outputs of the two models, with their sample weights.
 
     Args:
         student: The student's call.
         teacher: The teacher's call.
         output: Which of the outputs, an index or a key; None pairs all of them.
-        sample_weight: The batch's weights, for all outputs or nested as they are.
+        sample_weight: The batch's weights, one tensor for all outputs or nested like the outputs.
 
     Returns:
-        The student's output, the teacher's and the weights, for each pair; a :class:`TopK` is one output.
+        For each pair the student's output, the teacher's and the weights; a :class:`TopK` counts as one output.
 
     Raises:
         ValueError: If the two models' outputs cannot be paired.
@@ -61,7 +61,11 @@ def paired_outputs(
 
 
 def _refuse_ambiguous(call: Call) -> None:
-    """Raise if a subclassed model returns several tensors that are not class scores of equal shapes."""
+    """Refuse several tensors of different shapes from a subclassed model: some may not be logits.
+
+    Raises:
+        ValueError: If the call returned such tensors.
+    """
     if call.declared or isinstance(call.output, (dict, TopK)) or not isinstance(call.output, (list, tuple)):
         return
     shapes = [tuple(getattr(leaf, "shape", ())) for leaf in keras.tree.flatten(call.output)]

@@ -1,4 +1,4 @@
-"""What one owner has of one term: the numbers that graphs read, and the weights that are trained."""
+"""The state of one term in one model: the numbers that graphs read, and the weights that are trained."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from keras_distill import backends, checks
 
 
 class Settings(dict[str, Any]):
-    """The settings of a term that may be assigned, shared by the copies of all its owners.
+    """The assignable settings of a term, shared by the copies of all its owners.
 
     Attributes:
-        owners: The states that are told of changes.
-        first: The state of the first owner, as long as it lives.
+        owners: The states that are updated when a setting changes.
+        first: Returns the state of the first owner, or None if it no longer exists.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -25,25 +25,29 @@ class Settings(dict[str, Any]):
         self.first: Callable[[], TermState | None] = lambda: None
 
     def add(self, owner: TermState) -> None:
-        """Tell an owner of changes from now on."""
+        """Update an owner's state from now on when a setting changes."""
         self.owners.add(owner)
         if self.first() is None:
             self.first = weakref.ref(owner)
 
     def changed(self) -> None:
-        """Let every owner read the settings again."""
+        """Update the states of all owners."""
         for owner in list(self.owners):
             owner.sync()
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class TermState(keras.layers.Layer):
-    """Numbers, adapters and learned losses of one term in one model, which Keras tracks, saves and trains.
+    """Numbers, adapters and learned losses of one term in one model, as a layer that Keras tracks, saves and trains.
 
-    The numbers in Python are the truth, by which Python decides what to trace; variables carry them into graphs.
+    The settings are Python numbers, which decide what is traced. Graphs read copies of them from variables.
 
     Args:
         term: The owner's copy of the term.
+
+    Attributes:
+        variables_by_name: The variables of the numbers.
+        numbers_written: The Python numbers that the variables hold.
     """
 
     def __init__(self, term: Any) -> None:
@@ -63,7 +67,7 @@ class TermState(keras.layers.Layer):
         self.built = True
 
     def sync(self) -> None:
-        """Carry the numbers that have changed into the variables."""
+        """Write the numbers that have changed into the variables."""
         trainable: bool = self.term.trainable
         if super().trainable != trainable:
             self.trainable = trainable
@@ -77,26 +81,22 @@ class TermState(keras.layers.Layer):
         return keras.ops.convert_to_tensor(self.variables_by_name[name])
 
     def adopt(self) -> None:
-        """Track the layers that the term has made for its owner."""
+        """Track the layers and variables that the term has made for its owner, in attributes and in lists."""
         shared = {id(value) for value in vars(self.term._origin).values() if not isinstance(value, keras.layers.Layer)}
-        own = {name: value for name, value in vars(self.term).items() if id(value) not in shared}
-        listed: set[int] = set()
+        own = {name: value for name, value in vars(self.term).items() if id(value) not in shared and value is not self}
+        tracked: set[int] = set()
         for name, value in own.items():
             if isinstance(value, (list, tuple)):
                 layers = [part for part in value if isinstance(part, keras.layers.Layer)]
                 if layers:
                     setattr(self, f"part_{name}", layers)
-                    listed |= {id(layer) for layer in layers}
+                    tracked |= {id(layer) for layer in layers}
         for name, value in own.items():
-            if (
-                isinstance(value, (keras.layers.Layer, keras.Variable))
-                and value is not self
-                and id(value) not in listed
-            ):
+            if isinstance(value, (keras.layers.Layer, keras.Variable)) and id(value) not in tracked:
                 setattr(self, f"part_{name}", value)
 
     def load_own_variables(self, store: Any) -> None:
-        """Load the numbers of a file, which the term takes over."""
+        """Load the numbers of a file, and set the term's settings to them."""
         super().load_own_variables(store)
         for name, variable in self.variables_by_name.items():
             self.numbers_written[name] = backends.same_or_loaded(self.numbers_written[name], variable)
@@ -105,12 +105,12 @@ class TermState(keras.layers.Layer):
 
 
 def layer_copy(layer: keras.layers.Layer, weights: Any, who: str) -> keras.layers.Layer:
-    """Another layer of the same settings.
+    """A copy of a layer, with its settings.
 
     Args:
         layer: The layer.
-        weights: Weights of the copy, or None for new ones.
-        who: Name of the term that has the layer, for messages.
+        weights: Weights of the copy; None leaves it unbuilt.
+        who: The term that the layer belongs to, for messages.
 
     Returns:
         The copy.
@@ -123,9 +123,9 @@ def layer_copy(layer: keras.layers.Layer, weights: Any, who: str) -> keras.layer
         if weights is not None:
             copy.build_from_config(layer.get_build_config())
             copy.set_weights(weights)
-    except Exception as error:
+    except Exception as error:  # a custom layer's own code runs here, which may raise anything
         expected = f"layer {layer.name!r} of {who} to be a layer that can be copied: another model trains it already"
-        remedy = "Give the layer a `get_config`, or pass a factory of the two shapes that makes one."
+        remedy = "Implement the layer's `get_config`, or pass a factory that makes a layer from the two shapes."
         raise ValueError(checks.message(expected, f"{type(error).__name__}: {error}", remedy)) from error
     copy.trainable = layer.trainable
     return copy

@@ -1,4 +1,4 @@
-"""The one rule of masks, ignored labels and sample weights, for every loss."""
+"""Apply masks, ignored labels and sample weights, by the same rule for every loss."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def weigh(
     masks: Sequence[Any] = (),
     sample_weight: Any = None,
 ) -> Any:
-    """A loss of the student's tensor from the teacher's, a scalar.
+    """The masked and weighted mean of a loss between the student's tensor and the teacher's.
 
-    A position counts if no mask of either tensor hides it and, for a loss that needs labels, its label is a class:
-    neither negative nor the loss's ``ignore_index``. Where it does not count, both tensors are 0 before the loss, so
-    that its gradient is exactly 0, and it is left out of the mean as Keras leaves out masked positions.
+    A position counts if neither mask hides it and, for a loss that needs labels, its label is a class: not negative and
+    not the loss's ``ignore_index``. At all other positions both tensors are set to 0 before the loss is computed, so
+    that the gradient is exactly 0, and the mean leaves them out as Keras leaves out masked positions.
 
     Args:
         loss: The loss.
@@ -54,26 +54,26 @@ def weigh(
     if mask is not None:
         student, teacher = keras.tree.map_structure(lambda tensor: _zeroed(tensor, mask), (student, teacher))
     target = (teacher, labels) if needs_labels else teacher
-    reduces_over = loss.gives if isinstance(loss, DistillationLoss) else "positions"
+    values_per = loss.gives if isinstance(loss, DistillationLoss) else "positions"
     missing = needs_labels and labels is None and isinstance(loss, DistillationLoss)
-    if reduces_over == "batch" or missing:  # a loss says in its own words that it needs labels
+    if values_per == "batch" or missing:  # without labels the loss raises its own error
         return loss(target, student)
-    if not isinstance(loss, (DistillationLoss, FunctionLoss)):  # ours choose their precision themselves
+    if not isinstance(loss, (DistillationLoss, FunctionLoss)):  # the losses of this library choose their own precision
         target, student = keras.tree.map_structure(lambda tensor: _in_precision(tensor, loss), (target, student))
     values = loss.call(target, student)
     if not len(values.shape):
-        return values / backends.replicas()  # nothing to weigh: the loss took the mean itself
-    if reduces_over == "examples":
+        return values / backends.replicas()  # the loss has taken the mean itself
+    if values_per == "examples":
         mask = None
-    own_mask = compat.get_keras_mask(values)  # of rows that the loss itself leaves out
+    own_mask = compat.get_keras_mask(values)  # False for rows that the loss itself leaves out
     if own_mask is not None:
         mask = own_mask if mask is None else ops.logical_and(mask, ops.cast(own_mask, "bool"))
     rank, sizes = len(values.shape), tuple(values.shape)
     dtype = keras.backend.result_type(values.dtype, "float32")
     weights = _fitted(sample_weight, rank, sizes)
-    mask = (
-        None if mask is None or len(mask.shape) > rank else ops.broadcast_to(_expanded(mask, rank), ops.shape(values))
-    )
+    if mask is not None:
+        fits = len(mask.shape) <= rank
+        mask = ops.broadcast_to(_expanded(mask, rank), ops.shape(values)) if fits else None
     reduced = compat.reduce_weighted_values(
         ops.cast(values, dtype), sample_weight=weights, mask=mask, reduction=loss.reduction, dtype=dtype
     )
@@ -81,13 +81,13 @@ def weigh(
 
 
 def scalar(value: Any) -> Any:
-    """The mean of values of any shape, under ``tf.distribute`` divided by the number of replicas; a scalar as it is."""
+    """The mean of values, under ``tf.distribute`` divided by the number of replicas; a scalar is returned unchanged."""
     value = ops.convert_to_tensor(value)
     return value if not len(value.shape) else ops.mean(value) / backends.replicas()
 
 
 def _classes(labels: Any, student: Any, ignore_index: int | None) -> tuple[Any, Any]:
-    """Labels without those that are not classes, and where they are classes; as they are where they are one-hot."""
+    """The labels, with 0 for those that are not classes, and a mask of the classes; None for one-hot labels."""
     labels = ops.convert_to_tensor(labels)
     shape, scores = tuple(labels.shape), tuple(student.shape)
     if len(shape) == len(scores) and shape[-1] == 1 and scores[-1] != 1:
@@ -101,7 +101,7 @@ def _classes(labels: Any, student: Any, ignore_index: int | None) -> tuple[Any, 
 
 
 def _fitted(sample_weight: Any, rank: int, sizes: tuple[int | None, ...]) -> Any:
-    """Weights with as many dimensions as the values."""
+    """The weights with as many dimensions as the values."""
     if sample_weight is None:
         return None
     weights = ops.copy(ops.cast(sample_weight, "float32"))  # on torch Keras multiplies them by the mask in place
@@ -127,6 +127,6 @@ def _zeroed(tensor: Any, mask: Any) -> Any:
 
 
 def _in_precision(tensor: Any, loss: keras.losses.Loss) -> Any:
-    """Floating-point tensors in the precision of a loss of Keras, as its own ``__call__`` has them."""
+    """Cast a floating-point tensor to the precision of a loss of Keras, as the loss's ``__call__`` does."""
     is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
     return ops.cast(tensor, loss.dtype) if is_float else tensor

@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 
-os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")  # which adds its own words to every message
+os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")  # its filter adds a paragraph to every message
 
 import keras
 import pytest
@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported out of every later collection: clear_session() collects, for more than a second a test."""
+    """Freeze imported objects: clear_session() collects garbage, which would take over a second in each test."""
     gc.collect()
     gc.freeze()
 

@@ -86,9 +86,9 @@ def test_a_keras_model_teaches_a_lightning_module(features: bool) -> None:
         np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
     # the logged value is the formula's, with the Keras model's own logits
     student_logits = torch_network(4)(torch.from_numpy(IMAGES))
-    theirs = torch.from_numpy(np.asarray(teacher.predict(IMAGES, verbose=0)))
-    value = lightning_distill.SoftTargetLoss()(student_logits, theirs).item()
-    keras_value = keras_distill.SoftTargetLoss()(theirs, student_logits.detach())
+    teacher_logits = torch.from_numpy(np.asarray(teacher.predict(IMAGES, verbose=0)))
+    value = lightning_distill.SoftTargetLoss()(student_logits, teacher_logits).item()
+    keras_value = keras_distill.SoftTargetLoss()(teacher_logits, student_logits.detach())
     assert value == pytest.approx(float(keras_value), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""What the README's table says about keras.distillation, seen by running it, and the same asked of keras_distill."""
+"""Run the rows of the README's table about keras.distillation, with it and with keras_distill."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def plain_step(make):
     return step(make)
 
 
-def same(one, other) -> bool:
-    return all(np.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(one, other, strict=True))
+def same(value, other) -> bool:
+    return all(np.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(value, other, strict=True))
 
 
 def softmax(logits):
@@ -128,7 +128,7 @@ class TestLogits:
             model = keras.distillation.Distiller(teacher, student, loss, student_loss_weight=0.0)
             model.compile(keras.optimizers.Adam(0.02), "mse")
             model.fit(inputs, np.zeros((512, 10)), batch_size=64, epochs=20, verbose=0)
-        chosen = [ops.convert_to_numpy(one(inputs)).argmax(-1) for one in (student, teacher)]
+        chosen = [ops.convert_to_numpy(network(inputs)).argmax(-1) for network in (student, teacher)]
         agreement = float((chosen[0] == chosen[1]).mean())
         assert agreement > 0.95 if here else agreement < 0.75, agreement
 
@@ -192,7 +192,7 @@ def test_the_teachers_trainable_flag(make, frozen):
     assert teacher.trainable is not frozen
 
 
-# What the batch and the model say besides ----------------------------------------------------------------------------
+# Sample weights, regularisers and outputs ----------------------------------------------------------------------------
 
 
 WEIGHTS = {"sample_weight": np.arange(8.0)}, {"class_weight": {0: 1.0, 1: 5.0, 2: 0.0}}
@@ -337,7 +337,7 @@ def test_the_teachers_weights_in_the_saved_file(make, holds, tmp_path: Path):
     assert ((tmp_path / "model.keras").stat().st_size > teacher_bytes) is holds
 
 
-def test_training_does_not_go_on_after_loading_there(tmp_path: Path):
+def test_training_does_not_continue_after_loading_there(tmp_path: Path):
     model = theirs(network("student"), network("teacher"))
     model.fit(IMAGES, LABELS, verbose=0)
     model.save(tmp_path / "model.keras")
@@ -348,15 +348,15 @@ def test_training_does_not_go_on_after_loading_there(tmp_path: Path):
         loaded.fit(IMAGES, LABELS, verbose=0)
 
 
-def test_training_goes_on_after_loading_here(tmp_path: Path):
+def test_training_continues_after_loading_here(tmp_path: Path):
     """K22."""
     model = ours(network("student"), network("teacher"))
     model.fit(IMAGES, LABELS, batch_size=8, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     loaded.teacher = model.teacher
-    for one in (model, loaded):
-        one.fit(IMAGES, LABELS, batch_size=8, verbose=0)
+    for trained in (model, loaded):
+        trained.fit(IMAGES, LABELS, batch_size=8, verbose=0)
     assert same(model.student.get_weights(), loaded.student.get_weights())
     assert int(loaded.optimizer.iterations) == 2
 

@@ -90,7 +90,7 @@ SETTINGS = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
 
 @pytest.mark.parametrize("student", ["functional", "unbuilt"])
 @pytest.mark.parametrize("terms", [LOGITS, FEATURES], ids=["logits", "features"])
-def test_k26_arrays_give_what_a_live_teacher_gives(terms: Any, student: str) -> None:
+def test_k26_stored_outputs_in_arrays_train_like_a_live_teacher(terms: Any, student: str) -> None:
     """K26: weights and logs, sample weights and validation included, without any teacher."""
     weights = np.linspace(0.0, 2.0, 32, dtype="float32")
     live = distilled(terms, counting_teacher()[0], student)
@@ -129,7 +129,7 @@ def test_k26_a_cached_data_set_runs_the_teacher_once_per_example(terms: Any, wei
 
 
 @pytest.mark.tensorflow
-def test_k26_a_cached_data_set_trains_where_no_teacher_is() -> None:
+def test_k26_a_cached_data_set_trains_without_a_teacher() -> None:
     """K26: the data alone, an unbuilt student, features; adapters take their shapes from the targets."""
     import tensorflow as tf
 
@@ -223,7 +223,7 @@ def test_k26_several_outputs(structure: str) -> None:
     assert logs["distillation_loss"] == pytest.approx(half["distillation_loss"], rel=1e-5)
 
 
-def test_k26_outputs_of_which_one_is_called_output_serve_as_they_are() -> None:
+def test_k26_outputs_in_a_dict_with_the_key_output_are_not_taken_for_features() -> None:
     """K26: only a dict of an output and features is read as such."""
 
     def network(width: int) -> keras.Model:
@@ -287,17 +287,17 @@ def test_k26_training_goes_on_without_evaluating_distillation() -> None:
     assert logs["val_loss"] == pytest.approx([0.7 * value for value in logs["val_task_loss"]], rel=1e-5)
 
 
-def test_k26_without_teacher_and_targets_there_is_nothing_to_learn() -> None:
-    """K26: the error says what is missing, before the first step."""
+def test_k26_a_missing_teacher_and_missing_targets_are_refused() -> None:
+    """K26: the error before the first step names the missing part."""
     with pytest.raises(ValueError, match=r"Expected a teacher to learn from\. .*DistillTargets"):
         distilled(LOGITS, None).fit(*table(8), verbose=0)
-    with pytest.raises(ValueError, match=r"Expected a teacher to ask\. Set `model\.teacher`"):
+    with pytest.raises(ValueError, match=r"Expected one teacher\. Set `model\.teacher`"):
         distilled(LOGITS, None).teacher_targets(ops.ones((2, 6)))
 
 
 @pytest.mark.parametrize("kind", ["arrays", "PyDataset", pytest.param("tf.data", marks=pytest.mark.tensorflow)])
 def test_k26_class_weights_are_refused_in_words(kind: str) -> None:
-    """K26: Keras takes the targets for those of two outputs, and says so of a model that has one."""
+    """K26: Keras would take the targets for those of two outputs."""
     inputs, targets = cached(LOGITS)
 
     class Whole(keras.utils.PyDataset):

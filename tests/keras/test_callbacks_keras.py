@@ -50,7 +50,7 @@ def worse_after(epoch: int) -> callbacks.Callback:
 
 
 def same(first: list[Any], second: list[Any]) -> bool:
-    return all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+    return all(np.array_equal(value, other) for value, other in zip(first, second, strict=True))
 
 
 # Keras' callbacks -----------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ RISING = ("val_teacher_agreement", "teacher_agreement", "val_accuracy")
 
 
 @pytest.mark.parametrize("kind", ["EarlyStopping", "ReduceLROnPlateau", "ModelCheckpoint", "StudentCheckpoint"])
-def test_mode_auto_knows_what_is_better(kind: str, tmp_path: Path) -> None:
+def test_mode_auto_finds_the_better_direction(kind: str, tmp_path: Path) -> None:
     """Losses fall and agreement rises, with and without val_, for each callback that monitors one of the logs."""
     model = distilled()
     model.train_on_batch(X, Y)
@@ -221,7 +221,7 @@ def test_a_monitor_that_is_not_logged_is_an_error(monitor: str, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:Can save best model only with val_loss available")
-def test_validation_in_some_epochs_is_no_error(tmp_path: Path) -> None:
+def test_validation_in_only_some_epochs_is_accepted(tmp_path: Path) -> None:
     """StudentCheckpoint: with validation_freq=2 the monitored key is there in every second epoch."""
     model, path = distilled(), tmp_path / "student.keras"
     fitted(model, StudentCheckpoint(path, save_best_only=True), epochs=2, validation_freq=2)
@@ -241,7 +241,7 @@ def test_a_resumed_training_keeps_the_better_student(tmp_path: Path) -> None:
     assert same(keras.saving.load_model(path).get_weights(), model.student.get_weights())
 
 
-def test_a_resumed_training_writes_the_students_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
+def test_a_resumed_training_saves_the_same_students_as_an_uninterrupted_one(tmp_path: Path) -> None:
     """StudentCheckpoint: loaded after two epochs, the files of the third and fourth hold the same weights."""
     fitted(distilled(), StudentCheckpoint(tmp_path / "straight{epoch}.keras"), epochs=4)
     keras.utils.set_random_seed(0)  # the same student and teacher once more

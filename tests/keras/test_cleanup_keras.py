@@ -44,7 +44,7 @@ def layer_of(model: keras.Model, name: str) -> Any:
 
 def counts(model: DistillModel) -> tuple[float, float]:
     """How often the student and the teacher have run since the last time, and the counters set back."""
-    counters = [layer_of(one, "counter").calls for one in (model.student, model.teacher)]
+    counters = [layer_of(network, "counter").calls for network in (model.student, model.teacher)]
     seen = tuple(float(counter.value) for counter in counters)
     for counter in counters:
         counter.assign(0.0)
@@ -55,7 +55,7 @@ ORIGINAL = keras.layers.Layer.__call__
 
 
 def traces(*models: keras.Model) -> list[str]:
-    """What recording has left on any layer or on their class: names in instance dictionaries, another `__call__`."""
+    """Remains of recording on the layers or on their class: names in instance dictionaries, another `__call__`."""
     left = [] if keras.layers.Layer.__call__ is ORIGINAL else ["Layer.__call__"]
     for model in models:
         for layer in model._flatten_layers():
@@ -67,11 +67,11 @@ def traces(*models: keras.Model) -> list[str]:
 def records() -> int:
     """How many records of forward passes there are."""
     gc.collect()
-    return sum(isinstance(one, recorder.Record) for one in gc.get_objects())
+    return sum(isinstance(kept, recorder.Record) for kept in gc.get_objects())
 
 
 class Fails(keras.layers.Layer):
-    """The identity until it is told to fail."""
+    """The identity, which can be set to fail."""
 
     fail = False
 
@@ -111,8 +111,8 @@ class TestK10:
                 if switch.fail:
                     raise RuntimeError("this layer fails")
 
-        (student, mine), (teacher, theirs) = net(8, "student"), net(12, "teacher")
-        switch = {"student": mine, "teacher": theirs}.get(who) or Fails()
+        (student, student_switch), (teacher, teacher_switch) = net(8, "student"), net(12, "teacher")
+        switch = {"student": student_switch, "teacher": teacher_switch}.get(who) or Fails()
         model = DistillModel(student, teacher, [LogitsDistillation(), FeatureDistillation("hidden", "hidden")])
         model.compile(keras.optimizers.SGD(0.1), explode, run_eagerly=run_eagerly)
         switch.fail = True

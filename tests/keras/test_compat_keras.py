@@ -18,7 +18,7 @@ from keras_distill import compat
 PACKAGE = Path(keras_distill.__file__).parent
 
 
-def test_no_other_file_imports_from_the_inside_of_keras_or_tensorflow() -> None:
+def test_no_other_file_imports_private_names_of_keras_or_tensorflow() -> None:
     found = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -105,7 +105,7 @@ def test_batches_are_counted_also_by_an_optimizer_that_scales_its_loss() -> None
 
 
 @pytest.mark.tensorflow
-def test_a_tape_does_not_remember_what_is_untaped() -> None:
+def test_a_tape_does_not_record_untaped_operations() -> None:
     import tensorflow as tf
 
     variable = tf.Variable(2.0)

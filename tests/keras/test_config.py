@@ -93,7 +93,7 @@ def serializable() -> set[type]:
 
 
 def test_k25_every_class_is_registered() -> None:
-    """K25: under the package's name, so that a file says where a class is from."""
+    """K25: under the package's name, so that files name the origin of a class."""
     classes = serializable()
     assert {DistillModel, LogitsDistillation, FeatureDistillation, SoftTargetLoss, TeacherDivergence} <= classes
     for kind in classes:
@@ -120,7 +120,7 @@ def test_k25_losses_and_metrics_come_back_from_json(instance: Any) -> None:
 def test_k25_every_parameter_of_a_constructor_is_in_its_config() -> None:
     """K25: no setting is lost, whichever class is added."""
     for kind in serializable():
-        example = next((one for one in INSTANCES if type(one) is kind), None)
+        example = next((instance for instance in INSTANCES if type(instance) is kind), None)
         if example is None and issubclass(kind, (keras.losses.Loss, keras.metrics.Metric)):
             needed = {"relation_heads": 2} if kind.__name__ == "AttentionRelationLoss" else {}
             example = kind(**needed)
@@ -169,7 +169,11 @@ def test_k25_no_setting_of_a_term_is_lost() -> None:
     logits = {**settings, "loss": LogitMSELoss(), "output": 1}
     feature = {**settings, "student_layer": "a", "teacher_layer": "b", "loss": "l1", "adapter": None}
     for kind, given in ((LogitsDistillation, logits), (FeatureDistillation, feature)):
-        named = [name for name, one in inspect.signature(kind).parameters.items() if one.kind is not one.VAR_KEYWORD]
+        named = [
+            name
+            for name, parameter in inspect.signature(kind).parameters.items()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
         assert set(named) == set(given)
         config = kind(**given).get_config()
         assert set(named) <= set(config)

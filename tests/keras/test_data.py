@@ -78,7 +78,7 @@ KINDS = ["PyDataset", "generator", "torch", pytest.param("tf.data", marks=pytest
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted", [True, False])
-def test_k30_every_source_of_data_gives_what_arrays_give(kind: str, weighted: bool) -> None:
+def test_k30_every_source_of_data_trains_like_arrays(kind: str, weighted: bool) -> None:
     """K30: weights and logs of two epochs, with and without sample weights."""
     arrays, other = distilled(), distilled()
     expected = arrays.fit(
@@ -93,7 +93,7 @@ def test_k30_every_source_of_data_gives_what_arrays_give(kind: str, weighted: bo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_k30_every_source_serves_for_validation(kind: str) -> None:
-    """K30: `evaluate` gives what it gives for arrays."""
+    """K30: `evaluate` returns the same as for arrays."""
     model = distilled()
     expected = model.evaluate(INPUTS, LABELS, 8, verbose=0, return_dict=True)
     steps = 4 if kind == "generator" else None
@@ -156,9 +156,9 @@ def test_k27_by_default_evaluation_runs_the_teacher(counted: tuple[keras.Model, 
     """K27: the other way round; training and validation have the same keys."""
     model = distilled(teacher=counted[0])
     history = model.fit(INPUTS, LABELS, 8, validation_data=(INPUTS, LABELS), verbose=0).history
-    mine = {key for key in history if not key.startswith("val_")}
-    assert {f"val_{key}" for key in mine} == set(history) - mine
-    assert "teacher_agreement" in mine
+    training_keys = {key for key in history if not key.startswith("val_")}
+    assert {f"val_{key}" for key in training_keys} == set(history) - training_keys
+    assert "teacher_agreement" in training_keys
 
 
 def test_k27_agreement_may_be_left_out() -> None:

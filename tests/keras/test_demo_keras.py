@@ -69,7 +69,7 @@ def made_up(accuracies: dict[str, list[float]]) -> list[Run]:
 def trained(outcome: Outcome) -> Run:
     """The run whose student was saved."""
     saved = outcome.results["saved_student"]
-    return next(one for one in outcome.runs if (one.labels, one.method) == (saved["labels"], saved["method"]))
+    return next(run for run in outcome.runs if (run.labels, run.method) == (saved["labels"], saved["method"]))
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
@@ -86,16 +86,16 @@ def test_the_folder_is_named_at_the_end(outcome: Outcome) -> None:
 
 def test_the_results_hold_a_run_for_the_teacher_and_for_each_setting_and_method(outcome: Outcome) -> None:
     assert list(outcome.results) == ["backend", "settings", "runs", "saved_student", "conclusion", "seconds"]
-    held = [(one["labels"], one["method"], one["seed"]) for one in outcome.results["runs"]]
+    held = [(run["labels"], run["method"], run["seed"]) for run in outcome.results["runs"]]
     assert held == [(FULL, "teacher", 0), *((labels, method, 0) for labels in (SCARCE, FULL) for method in METHODS)]
     epochs = outcome.results["settings"]["epochs"]
-    assert all(len(one["validation_accuracy"]) == epochs for one in outcome.results["runs"])
-    assert all(one["step_ms"] > 0 for one in outcome.results["runs"])
+    assert all(len(run["validation_accuracy"]) == epochs for run in outcome.results["runs"])
+    assert all(run["step_ms"] > 0 for run in outcome.results["runs"])
 
 
 def test_the_student_is_at_least_twenty_times_smaller_than_the_teacher(outcome: Outcome) -> None:
     teacher, *students = outcome.runs
-    assert all(20 * one.parameters < teacher.parameters for one in students)
+    assert all(20 * student.parameters < teacher.parameters for student in students)
 
 
 def test_the_saved_student_is_as_good_as_it_was_where_keras_distill_is_absent(outcome: Outcome) -> None:
@@ -133,7 +133,7 @@ def test_a_second_demonstration_finds_the_same_and_leaves_the_process_as_it_was(
     keras.config.set_dtype_policy("mixed_bfloat16")
     before = random.getstate(), np.random.get_state()[1].tolist()
     runs = run(tmp_path, quick=True, console=Console(file=io.StringIO()))
-    assert [replace(one, step_ms=0.0) for one in runs] == [replace(one, step_ms=0.0) for one in outcome.runs]
+    assert [replace(run, step_ms=0.0) for run in runs] == [replace(run, step_ms=0.0) for run in outcome.runs]
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     assert keras.config.image_data_format() == "channels_first"
     assert keras.config.dtype_policy().name == "mixed_bfloat16"
@@ -221,7 +221,7 @@ def test_a_model_started_again_trains_as_it_did_when_it_was_new() -> None:
         ([0.6, 0.8], "distilling logits made no clear difference: +10.0 points of accuracy (better for 1 of 2 seeds)"),
     ],
 )
-def test_the_closing_sentence_says_what_the_numbers_say(distilled: list[float], verdict: str) -> None:
+def test_the_closing_sentence_agrees_with_the_numbers(distilled: list[float], verdict: str) -> None:
     alone = [0.6, 0.6]
     (sentence,) = closing(made_up({"alone": alone, "+ logits": distilled, "+ logits + features": alone}))
     assert sentence.startswith(f"With 100 % of the labels {verdict}; distilling logits and features made no clear")
@@ -235,7 +235,7 @@ def test_a_single_seed_is_called_little_proof() -> None:
 def test_the_student_that_is_saved_is_chosen_by_validation_and_not_by_test(tmp_path: Path) -> None:
     runs = made_up({method: [0.6] for method in METHODS})
     runs[2].validation_accuracy, runs[3].test_accuracy = [0.8], 1.0
-    students = {(one.labels, one.method, one.seed): make_student(5).get_weights() for one in runs[1:]}
+    students = {(run.labels, run.method, run.seed): make_student(5).get_weights() for run in runs[1:]}
     images = np.random.default_rng(0).random((4, 8, 8, 1), "float32")
     test = (images, predict(make_student(5), images))
     saved = prove_plain(tmp_path / "student.keras", runs, students, test)

@@ -25,18 +25,18 @@ def shapes(case: LossCase) -> list[tuple[int, ...]]:
 
 
 def network(shape: tuple[int, ...], name: str) -> keras.Model:
-    """A model whose layer ``body`` gives what a row's loss compares: vectors, tokens, maps, scores."""
+    """A model whose layer ``body`` returns the kind of feature that a row's loss compares."""
     inputs = keras.Input((4,))
     flat = keras.layers.Dense(math.prod(shape[1:]))(inputs)
     return keras.Model(inputs, keras.layers.Reshape(shape[1:], name="body")(flat), name=name)
 
 
 def distilled(case: LossCase) -> DistillModel:
-    mine, theirs = shapes(case)
+    student_shape, teacher_shape = shapes(case)
     keras.utils.set_random_seed(2)
-    teacher = network(theirs, "teacher")
+    teacher = network(teacher_shape, "teacher")
     keras.utils.set_random_seed(1)
-    student = network(mine, "student")
+    student = network(student_shape, "student")
     settings = {"mask_ratio": 0.5, **case.settings} if "mask" in case.settings else case.settings
     loss = getattr(losses, case.loss.__name__)(**keras_settings(settings))
     term = (

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def distilled(student: keras.Model | None = None, teacher: keras.Model | None = None, **settings: Any) -> DistillModel:
-    """The same model each time: logits, a feature with an adapter, and labels; not compiled if told so."""
+    """The same model each time: logits, a feature with an adapter, and labels; compiled if wanted."""
     keras.utils.set_random_seed(5)
     student = mlp(8, dropout=settings.pop("dropout", 0.0)) if student is None else student
     teacher = mlp(12, name="teacher") if teacher is None else teacher
@@ -56,7 +56,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_k16_every_way_to_execute_gives_the_same_weights_and_logs(way: dict[str, Any]) -> None:
+def test_k16_every_way_to_execute_ends_in_the_same_weights_and_logs(way: dict[str, Any]) -> None:
     """K16, with sample weights, an adapter and validation."""
     inputs, labels = table(8, seed=1)
     dropout = 0.0 if way.get("jit_compile") else 0.3  # XLA draws other random numbers from the same seed
@@ -95,7 +95,7 @@ def test_k16_convolutions_and_batch_norm_too(way: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script with two logical devices reports."""
+    """The report of the script with two logical devices."""
     path = tmp_path_factory.mktemp("devices") / "report.json"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, keras_two_devices.__file__, str(path)]
@@ -113,8 +113,8 @@ def test_k17_two_devices_equal_one(devices: dict[str, Any], case: str) -> None:
     assert {"logits_loss", "hidden_loss", "gap_loss", "val_teacher_agreement", "val_loss"} <= one["history"].keys()
     assert_same_logs(two["history"], one["history"])
     assert_same_logs(two["evaluated"], one["evaluated"])
-    for mine, theirs in zip(one["weights"], two["weights"], strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    for value, expected in zip(one["weights"], two["weights"], strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.tensorflow
@@ -171,10 +171,10 @@ def test_k19_distillation_is_computed_in_float32(half: keras.Model) -> None:
     expected = 16 * (np.exp(log_teacher) * (log_teacher - log_student)).sum(-1).mean()
     assert logs["logits_loss"] == pytest.approx(expected, rel=2e-5)
     feature = keras.Model(half.input, half.get_layer("hidden").output).predict(inputs, verbose=0)
-    theirs = keras.Model(model.teacher.input, model.teacher.get_layer("hidden").output).predict(inputs, verbose=0)
+    target = keras.Model(model.teacher.input, model.teacher.get_layer("hidden").output).predict(inputs, verbose=0)
     kernel, bias = (np.asarray(weight, "float64") for weight in model.terms[1].adapters[0].get_weights())
     mapped = feature.astype("float64") @ kernel + bias
-    assert logs["hidden_loss"] == pytest.approx(((mapped - theirs) ** 2).mean(), rel=2e-5)
+    assert logs["hidden_loss"] == pytest.approx(((mapped - target) ** 2).mean(), rel=2e-5)
 
 
 @pytest.mark.parametrize("width", [8, 12])
@@ -243,7 +243,7 @@ def test_k20_the_scheduled_values_are_those_that_training_uses() -> None:
     ]
     inputs, labels = table(32)
     logs = model.fit(inputs, labels, 32, 3, callbacks=schedules, shuffle=False, verbose=0).history
-    teacher, student = (ops.stop_gradient(one(inputs)) for one in (model.teacher, model.student))
+    teacher, student = (ops.stop_gradient(network(inputs)) for network in (model.teacher, model.student))
     for epoch, temperature in enumerate(temperatures):
         expected = float(SoftTargetLoss(temperature=temperature)(teacher, student))
         assert logs["logits_loss"][epoch] == pytest.approx(expected, rel=1e-4)

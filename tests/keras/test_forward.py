@@ -40,7 +40,7 @@ def layer_of(model: keras.Model, name: str) -> Any:
 
 def counts(model: DistillModel) -> tuple[float, float]:
     """How often the student and the teacher have run since the last time, and the counters set back."""
-    counters = [layer_of(one, "counter").calls for one in (model.student, model.teacher)]
+    counters = [layer_of(network, "counter").calls for network in (model.student, model.teacher)]
     seen = tuple(float(counter.value) for counter in counters)
     for counter in counters:
         counter.assign(0.0)
@@ -87,7 +87,7 @@ class TestK5:
         assert model.terms[1].built
         assert counts(model) == (0, 0)
 
-    def test_a_student_whose_call_knows_no_training_argument(self):
+    def test_a_student_without_a_training_argument_is_trained(self):
         """K5: a subclassed model may be written with call(self, inputs)."""
 
         class Plain(keras.Model):
@@ -201,7 +201,7 @@ class Zeros(DistillationTerm):
 
 class TestK7:
     @pytest.mark.parametrize(("kind", "run_eagerly"), WAYS)
-    def test_the_feature_is_the_one_that_gave_the_output(self, kind, run_eagerly):
+    def test_the_feature_comes_from_the_forward_pass_of_the_output(self, kind, run_eagerly):
         """K7: the same dropout mask in the captured feature and in y_pred; no mask in evaluation."""
         x, y = nets.table(16)
         student, teacher = pair(kind, dropout=0.5)
@@ -259,7 +259,7 @@ class TestK8:
         model.compile(keras.optimizers.SGD(0.1))
         assert model.fit(x, batch_size=16, shuffle=False, epochs=2, verbose=0).history["target_loss"] < [1e-5, 1e-5]
 
-    def test_a_teacher_that_trains_unless_told_otherwise_does_not(self):
+    def test_a_teacher_whose_default_is_training_runs_in_inference_mode(self):
         """K8: `training=False` is said, and not left open: Keras' wrapper of torch modules trains but for False."""
 
         class Noisy(keras.Model):
@@ -273,31 +273,33 @@ class TestK8:
         x, y = nets.table(8)
         model = DistillModel(nets.mlp(), teacher := Noisy())
         model.compile(keras.optimizers.SGD(0.0), nets.cross_entropy())
-        expected = nets.kl64(*(nets.numpy_of(one(x, training=False)) for one in (model.student, teacher))).mean()
+        expected = nets.kl64(
+            *(nets.numpy_of(network(x, training=False)) for network in (model.student, teacher))
+        ).mean()
         np.testing.assert_allclose(model.fit(x, y, **STEP).history["logits_loss"], expected, rtol=1e-4)
 
-    def test_a_teacher_that_is_assigned_later_is_the_one_that_teaches(self):
+    def test_a_teacher_that_is_assigned_later_is_used(self):
         """K8: what has been traced with another teacher is not used again."""
         x, y = nets.table(8)
         model = DistillModel(nets.mlp(), nets.mlp(12))
         model.compile(keras.optimizers.SGD(0.0), nets.cross_entropy())
         for _ in range(2):
-            expected = nets.kl64(*(one.predict(x, verbose=0) for one in (model.student, model.teacher))).mean()
+            expected = nets.kl64(*(network.predict(x, verbose=0) for network in (model.student, model.teacher))).mean()
             np.testing.assert_allclose(model.fit(x, y, **STEP).history["logits_loss"], expected, rtol=1e-4)
             logs = model.evaluate(x, y, verbose=0, return_dict=True)
             np.testing.assert_allclose(logs["logits_loss"], expected, rtol=1e-4)
             model.teacher = nets.mlp(16)
 
-    def test_the_teacher_is_no_part_of_the_model(self):
+    def test_the_teacher_is_not_part_of_the_model(self):
         """K8: it is neither counted nor among the layers, variables and optimizer's variables."""
         x, y = nets.table(16)
         student, teacher = nets.mlp(), nets.mlp(12)
         model = DistillModel(student, teacher)
         model.compile(keras.optimizers.Adam(), nets.cross_entropy())
         model.fit(x, y, **STEP)
-        theirs = {id(variable) for variable in teacher.variables}
+        of_teacher = {id(variable) for variable in teacher.variables}
         assert len(model.trainable_variables) == len(student.trainable_variables)
-        assert not theirs & {id(variable) for variable in model.variables}
+        assert not of_teacher & {id(variable) for variable in model.variables}
         assert not any(layer is teacher for layer in model._flatten_layers())
         assert len(model.optimizer.variables) == 2 + 2 * len(student.trainable_variables)  # iterations, rate, moments
 
@@ -314,7 +316,7 @@ class TestK8:
         model = DistillModel(student, teacher, LogitsDistillation(), task_weight=0.0)
         model.compile(keras.optimizers.SGD(0.5), nets.cross_entropy())
         hidden = np.tanh(x.astype("float64") @ before + shared.get_weights()[1])
-        kernel, bias = (one.astype("float64") for one in student.layers[-1].get_weights())
+        kernel, bias = (weight.astype("float64") for weight in student.layers[-1].get_weights())
         p_s, p_t = (np.exp(nets.log_softmax64((hidden @ k + b) / 4)) for k, b in ((kernel, bias), kept))
         upstream = 4.0 * (p_s - p_t) / len(x) @ kernel.T * (1 - hidden**2)  # of the student's path alone
         model.fit(x, y, batch_size=16, verbose=0)
@@ -359,7 +361,7 @@ class TestK9:
         assert ("EluGrad" in found) == (who == "student")
 
     @pytest.mark.parametrize("run_eagerly", [False, True])
-    def test_the_teachers_tensors_ask_for_no_gradient(self, run_eagerly):
+    def test_the_teachers_tensors_have_no_gradient(self, run_eagerly):
         """K9: neither its outputs nor its features, seen from inside the teacher and from a term."""
         asked: list[bool] = []
 

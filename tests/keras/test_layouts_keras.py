@@ -1,4 +1,4 @@
-"""Maps, tokens and attention scores are told apart by the layers, or by `Tap(layout=...)`, never by their rank."""
+"""The layers or `Tap(layout=...)` distinguish maps, tokens and attention scores; the rank does not."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_attention_scores_are_not_compared_with_tokens() -> None:
 
 
 class Raw(keras.Model):
-    """A sum of tensors that no layer makes: nothing says what its axes are."""
+    """A sum of tensors without a layer, so that the meaning of the axes is unknown."""
 
     def __init__(self, filters: int, **settings: Any) -> None:
         super().__init__(**settings)
@@ -94,7 +94,7 @@ def halved(filters: int, name: str) -> keras.Model:
     return keras.Model(inputs, model(small), name=name)
 
 
-def test_axes_that_nobody_names_are_refused_where_they_matter() -> None:
+def test_unknown_axes_are_refused_if_they_matter() -> None:
     student, teacher = Raw(4, name="student"), halved(4, "teacher")
     student(IMAGES)
     with pytest.raises(ValueError, match=r"Pass Tap\('act', layout=\.\.\.\)"):

@@ -70,7 +70,7 @@ def test_every_parameter_changes_in_training_and_none_is_the_students() -> None:
 
     fitted(model)
 
-    assert all((one != other).any() for one, other in zip(before, learned_weights(model), strict=True))
+    assert all((weight != other).any() for weight, other in zip(before, learned_weights(model), strict=True))
     assert len(model.student.weights) == len(network(3, "plain").weights)
     adapter = model.terms[1].adapters[0]
     trained = len(model.student.weights) + len(before) + len(adapter.weights)
@@ -86,17 +86,17 @@ def test_the_student_learns_from_a_learned_loss() -> None:
     assert (first.student.get_weights()[0] != second.student.get_weights()[0]).any()
 
 
-def test_k22_a_loaded_model_goes_on_exactly(tmp_path: Path) -> None:
+def test_k22_a_loaded_model_continues_exactly(tmp_path: Path) -> None:
     """K22: two epochs equal one epoch, save, load, another epoch; the masks go on where they were, too."""
     straight, first = distilled(), distilled()
     expected = fitted(straight, 2)
     fitted(first)
     first.save(tmp_path / "model.keras")
     second = keras.models.load_model(tmp_path / "model.keras")
-    for mine, theirs in zip(learned_weights(second), learned_weights(first), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    for mine, theirs in zip(second.optimizer.variables, first.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(mine), ops.convert_to_numpy(theirs))
+    for value, expected in zip(learned_weights(second), learned_weights(first), strict=True):
+        np.testing.assert_array_equal(value, expected)
+    for value, expected in zip(second.optimizer.variables, first.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(value), ops.convert_to_numpy(expected))
 
     second.teacher = teacher()
     logs = fitted(second, 2, initial_epoch=1)
@@ -112,8 +112,8 @@ def test_k22_the_weights_of_a_file_fit_a_new_model(tmp_path: Path) -> None:
     fitted(other, 2)
     model.save_weights(tmp_path / "model.weights.h5")
     other.load_weights(tmp_path / "model.weights.h5")
-    for mine, theirs in zip(learned_weights(other), learned_weights(model), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    for value, expected in zip(learned_weights(other), learned_weights(model), strict=True):
+        np.testing.assert_array_equal(value, expected)
 
 
 def test_k24_the_saved_student_holds_no_parameter_of_a_loss(tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_k24_the_saved_student_holds_no_parameter_of_a_loss(tmp_path: Path) -> N
 def test_evaluation_masks_nothing() -> None:
     """Two evaluations agree, and with what is trained without a mask."""
     masked, plain = distilled(terms(0.9)), distilled(terms(0.0))
-    for mine, theirs in zip(plain.trainable_variables, masked.trainable_variables, strict=True):
-        mine.assign(theirs)
+    for variable, other in zip(plain.trainable_variables, masked.trainable_variables, strict=True):
+        variable.assign(other)
     values = [model.evaluate(*table(16), verbose=0, return_dict=True) for model in (masked, masked, plain)]
     assert values[0] == values[1] == values[2]
     trained = [fitted(model, 1)["stem_loss"] for model in (masked, plain)]
@@ -150,13 +150,13 @@ def test_every_pair_of_layers_has_parameters_of_its_own() -> None:
     model = distilled([FeatureDistillation(["stem", "body"], ["stem", "body"], loss)])
     before = learned_weights(model)
     fitted(model)
-    assert [one.layer.rho.shape[0] for one in model.terms[0].learned] == [5, 10]
-    assert all((one != other).any() for one, other in zip(before, learned_weights(model), strict=True))
+    assert [loss.layer.rho.shape[0] for loss in model.terms[0].learned] == [5, 10]
+    assert all((weight != other).any() for weight, other in zip(before, learned_weights(model), strict=True))
     assert loss.layer is None  # what was passed stays as it was, and may serve another term
 
 
 def test_a_user_s_adapter_comes_before_a_learned_loss() -> None:
-    """The mean then maps what the adapter gives."""
+    """The mean then maps the output of the adapter."""
     term = FeatureDistillation("body", "body", VariationalInformationLoss(), adapter=keras.layers.Dense(2))
     distilled([term])
     assert term.learned[0].layer.parts[0].kernel.shape == (2, 10)
@@ -180,7 +180,7 @@ def test_parameters_stay_in_float32_under_mixed_precision(policy: str) -> None:
     keras.config.set_dtype_policy(policy)
     model = distilled()
     history = fitted(model)
-    learned = [one.layer for term in model.terms for one in term.learned]
+    learned = [loss.layer for term in model.terms for loss in term.learned]
     kinds = {variable.dtype for layer in learned for variable in layer.trainable_variables}
     assert kinds == {"float32"}
     assert np.isfinite(history["loss"]).all()
@@ -192,7 +192,7 @@ def test_xla_trains_the_losses() -> None:
     model.compile("sgd", cross_entropy(), jit_compile=True)
     before = learned_weights(model)
     fitted(model)
-    assert all((one != other).any() for one, other in zip(before, learned_weights(model), strict=True))
+    assert all((weight != other).any() for weight, other in zip(before, learned_weights(model), strict=True))
 
 
 def test_a_mask_of_positions_leaves_padding_out() -> None:

@@ -26,10 +26,10 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 every_chunk = pytest.mark.parametrize("numbers", [1, 3 * 49, 7 * 49], ids=str)
 
 
-def same(one: Result, other: Result) -> None:
-    np.testing.assert_allclose(one.value, other.value, rtol=1e-6)
-    np.testing.assert_allclose(one.student, other.student, rtol=1e-4, atol=1e-6 * np.abs(other.student).max())
-    assert one.teacher is None
+def same(result: Result, other: Result) -> None:
+    np.testing.assert_allclose(result.value, other.value, rtol=1e-6)
+    np.testing.assert_allclose(result.student, other.student, rtol=1e-4, atol=1e-6 * np.abs(other.student).max())
+    assert result.teacher is None
 
 
 @every_loss

@@ -126,13 +126,13 @@ def test_classes_of_probability_zero_leave_value_and_gradient_finite(case: LossC
     for temperature in (0.1, 4.0):
         if "temperature" in settings:
             settings["temperature"] = temperature
-        mine, theirs = student.copy(), teacher.copy()
+        student_scores, teacher_scores = student.copy(), teacher.copy()
         if who != "teacher":
-            mine[..., -1] = -np.inf
+            student_scores[..., -1] = -np.inf
         if who != "student":
-            theirs[..., -1] = -np.inf
+            teacher_scores[..., -1] = -np.inf
 
-        result = differentiated(keras_loss(case, settings), mine, theirs, labels=labels)
+        result = differentiated(keras_loss(case, settings), student_scores, teacher_scores, labels=labels)
 
         assert np.isfinite(result.value)
         assert np.isfinite(result.student).all()
@@ -140,7 +140,7 @@ def test_classes_of_probability_zero_leave_value_and_gradient_finite(case: LossC
             assert (result.student[..., -1] == 0).all()
             if case.loss.__name__ not in COUNTS_CLASSES:
                 loss = keras_loss(case, settings)
-                expected = float(called(loss, mine[..., :-1], theirs[..., :-1], labels))
+                expected = float(called(loss, student_scores[..., :-1], teacher_scores[..., :-1], labels))
                 assert float(result.value) == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""What every Keras loss makes of extreme numbers: large, tiny, constant, few, far from zero, of half precision."""
+"""Every Keras loss on extreme numbers: large, tiny, constant, few, far from zero, in half precision."""
 
 from __future__ import annotations
 

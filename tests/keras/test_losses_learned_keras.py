@@ -80,7 +80,7 @@ def assert_published(entry: dict[str, Any], loss: Any, value: Callable[[Any, Any
     parameters, expected = parameters_of(arrays), parameters_of(arrays, "gradp")
     fill(loss, widened(parameters, torch_shapes(loss, parameters)))
     student = torch.from_numpy(arrays["student_feat"]).requires_grad_()
-    mine = prepared(student, arrays)
+    student_feature = prepared(student, arrays)
 
     class Called:
         needs_labels = False
@@ -88,12 +88,14 @@ def assert_published(entry: dict[str, Any], loss: Any, value: Callable[[Any, Any
         def __call__(self, teacher: Any, student: Any) -> Any:
             return value(student, teacher)
 
-    result = differentiated(Called(), last(mine.detach()), last(arrays["teacher_feat"]), DTYPE)
-    mine.backward(torch.from_numpy(np.ascontiguousarray(np.moveaxis(result.student, -1, 1))))
+    result = differentiated(Called(), last(student_feature.detach()), last(arrays["teacher_feat"]), DTYPE)
+    student_feature.backward(torch.from_numpy(np.ascontiguousarray(np.moveaxis(result.student, -1, 1))))
     np.testing.assert_allclose(result.value, arrays["loss"], **tolerance)
     np.testing.assert_allclose(student.grad.numpy(), arrays["grad_student_feat"], **tolerance)
 
-    tensors = [ops.convert_to_tensor(last(array), dtype=DTYPE) for array in (mine.detach(), arrays["teacher_feat"])]
+    tensors = [
+        ops.convert_to_tensor(last(array), dtype=DTYPE) for array in (student_feature.detach(), arrays["teacher_feat"])
+    ]
     for name, gradient in parameter_gradients(loss, lambda: value(*tensors), list(expected)).items():
         wanted = expected[name]
         if name.endswith("weight"):
@@ -110,7 +112,7 @@ def test_variational_information_equals_the_published_implementation(entry: dict
     def pooled(feature: Any, arrays: Any) -> Any:  # the reference pools the larger map of the two
         return F.adaptive_avg_pool2d(feature, arrays["teacher_feat"].shape[2:])
 
-    assert_published(entry, loss, lambda mine, theirs: loss(theirs, mine), pooled)
+    assert_published(entry, loss, lambda student, teacher: loss(teacher, student), pooled)
 
 
 @pytest.mark.parametrize("entry", golden_index("mgd"), ids=lambda entry: entry["case"])
@@ -126,14 +128,14 @@ def test_masked_generation_equals_the_published_implementation(entry: dict[str, 
         weight, bias = (torch.from_numpy(arrays[f"param_align.{name}"]) for name in ("weight", "bias"))
         return F.conv2d(feature, weight, bias)
 
-    def value(mine: Any, theirs: Any) -> Any:
-        return factor * ops.mean(functional.masked_generative(mine, theirs, generator=loss.layer, mask=mask))
+    def value(student: Any, teacher: Any) -> Any:
+        return factor * ops.mean(functional.masked_generative(student, teacher, generator=loss.layer, mask=mask))
 
     assert_published(entry, loss, value, aligned)
 
 
 @pytest.mark.parametrize("variance", [1e-4, 0.5, 5.0, 1e4])
-def test_variance_is_at_first_what_was_asked_for(variance: float) -> None:
+def test_the_first_variance_is_the_configured_one(variance: float) -> None:
     loss = built(VariationalInformationLoss(initial_variance=variance), (None, 3), (None, 4))
 
     np.testing.assert_allclose(as_array(loss.variance), np.full(4, variance), rtol=1e-5)
@@ -179,7 +181,7 @@ def test_the_masks_follow_the_global_seed_and_differ_from_step_to_step() -> None
     assert len(set(runs[0])) == 3
 
 
-def test_nothing_is_masked_where_a_step_evaluates() -> None:
+def test_evaluation_does_not_draw_masks() -> None:
     loss = built(MaskedGenerativeLoss(mask_ratio=0.9), (2, 5, 3))
     student, teacher = np.random.default_rng(0).normal(size=(2, 2, 5, 3)).astype("float32")
     weights = {f"generator.{index}.weight": variable_of(loss, f"generator.{index}.weight") for index in (0, 2)}
@@ -224,7 +226,7 @@ def test_bad_settings_raise_in_the_constructor(make: Callable[[], Any], error: t
 
 
 @pytest.mark.parametrize("loss", [VariationalInformationLoss, MaskedGenerativeLoss], ids=lambda loss: loss.__name__)
-def test_a_loss_that_was_not_built_says_so(loss: type[losses.DistillationLoss]) -> None:
+def test_a_loss_that_is_not_built_raises(loss: type[losses.DistillationLoss]) -> None:
     with pytest.raises(ValueError, match=r"Expected the loss to be built before it is called\. .*Call loss\.build\("):
         loss()(ops.ones((2, 4, 4, 3)), ops.ones((2, 4, 4, 3)))
 
@@ -259,7 +261,7 @@ def test_variances_that_do_not_fit_the_channels_raise() -> None:
         functional.variational_information(ops.ones((2, 3)), ops.ones((2, 3)), mean=ops.relu, variance=ops.ones(1))
 
 
-def test_terms_say_where_a_learned_loss_belongs() -> None:
+def test_a_learned_loss_on_logits_is_refused_with_a_remedy() -> None:
     with pytest.raises(TypeError, match=r"`loss` to have no parameters of its own\. Use it in a FeatureDistillation"):
         LogitsDistillation(VariationalInformationLoss())
     with pytest.raises(ValueError, match=r"Expected `loss` not to be built yet\. Pass a new one"):

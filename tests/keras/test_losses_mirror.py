@@ -91,17 +91,17 @@ def test_value_and_gradient_equal_the_published_implementation(case: LossCase, g
     student = torch.from_numpy(arrays[name]).double().requires_grad_()
     teacher = torch.from_numpy(arrays[name.replace("student", "teacher")]).double()
     doubles = {key: array.astype("float64") for key, array in arrays.items()}
-    mine, theirs = golden.arrange(student, teacher, doubles)
+    student_tensor, teacher_tensor = golden.arrange(student, teacher, doubles)
 
     result = differentiated(
         keras_loss(case, settings, dtype=dtype),
-        to_keras(case, mine.detach().numpy(), settings),
-        to_keras(case, theirs.detach().numpy(), settings),
+        to_keras(case, student_tensor.detach().numpy(), settings),
+        to_keras(case, teacher_tensor.detach().numpy(), settings),
         dtype,
         labels=arrays["targets"].astype("int32") if case.loss.needs_labels else None,
     )
     # What the reference does to the student's tensor first is done by torch, and differentiated by it.
-    mine.backward(torch.from_numpy(to_torch(case, result.student, settings)))
+    student_tensor.backward(torch.from_numpy(to_torch(case, result.student, settings)))
 
     tolerance = entry["tolerance_suggested"][dtype]
     np.testing.assert_allclose(factor * result.value, arrays[golden.value], **tolerance)
@@ -130,7 +130,7 @@ def test_sum_over_layers_equals_the_published_implementation(entry: dict) -> Non
     arrays, tolerance = golden_arrays(entry), entry["tolerance_suggested"]["float32"]
     make, pairs = layers_of(entry)
 
-    results = {mine: differentiated(make(), arrays[mine], arrays[theirs]) for mine, theirs in pairs}
+    results = {first: differentiated(make(), arrays[first], arrays[second]) for first, second in pairs}
 
     assert set(results) == set(entry["student_inputs"])
     np.testing.assert_allclose(sum(result.value for result in results.values()), arrays["loss"], **tolerance)
@@ -174,7 +174,7 @@ def test_functions_that_are_parts_of_a_loss_are_the_same_in_both_halves(name: st
 
 
 @logits_cases
-def test_probabilities_give_what_their_logits_do(case: LossCase) -> None:
+def test_probabilities_have_the_value_of_their_logits(case: LossCase) -> None:
     student, teacher = (to_keras(case, array).astype("float32") for array in case.inputs())
     probability = ops.sigmoid if case.loss.__name__ == "BinarySoftTargetLoss" else ops.softmax
     if case.loss.__name__ == "LogitMSELoss":  # the logits themselves are compared: those that are logarithms
@@ -200,7 +200,7 @@ def degenerate(array: Any, how: str) -> Any:
 
 @pytest.mark.parametrize("how", ["as it comes", "an example of zeros", "a channel of zeros", "equal examples"])
 @every_case
-def test_both_halves_give_the_same_numbers_in_float32(case: LossCase, how: str) -> None:
+def test_both_halves_compute_the_same_numbers_in_float32(case: LossCase, how: str) -> None:
     student, teacher = case.inputs(seed=3)
     student, teacher = degenerate(student, how), teacher.astype("float32")
     leaf = torch.tensor(student, requires_grad=True)
@@ -235,7 +235,7 @@ def test_values_have_the_shape_that_the_class_announces(case: LossCase) -> None:
 
 
 @every_case
-def test_config_round_trip_gives_the_same_loss(case: LossCase) -> None:
+def test_a_config_round_trip_restores_the_loss(case: LossCase) -> None:
     student, teacher = (ops.convert_to_tensor(to_keras(case, array), dtype="float32") for array in case.inputs())
     loss = keras_loss(case)
 

@@ -101,8 +101,8 @@ class TestK2:
         teacher = regularized(kernel_regularizer=keras.regularizers.L2(9.0))  # the teacher's count nowhere
         x, y = nets.table()
         feature, target = (
-            keras.Model(one.input, one.get_layer("hidden").output).predict(x, verbose=0).astype("float64")
-            for one in (student, teacher)
+            keras.Model(network.input, network.get_layer("hidden").output).predict(x, verbose=0).astype("float64")
+            for network in (student, teacher)
         )
         logits, soft = student.predict(x, verbose=0), teacher.predict(x, verbose=0)
         kernel, bias = student.get_layer("hidden").get_weights()
@@ -163,8 +163,8 @@ class TestK2:
         term = FeatureDistillation("hidden", "hidden", "mse", weight=2.0, adapter=adapter)
         x, _ = nets.table()
         feature, target = (
-            keras.Model(one.input, one.get_layer("hidden").output).predict(x, verbose=0).astype("float64")
-            for one in (student, teacher)
+            keras.Model(network.input, network.get_layer("hidden").output).predict(x, verbose=0).astype("float64")
+            for network in (student, teacher)
         )
         # without the second term Keras would warn that the last layer has no gradient
         model = DistillModel(student, teacher, [term, LogitsDistillation(weight=1e-20)])
@@ -212,10 +212,10 @@ class TestK2:
         term = FeatureDistillation(["hidden", "logits"], ["hidden", "logits"], "l1", name="both")
         values = []
         for layer in ("hidden", "logits"):
-            mine, theirs = (
+            student_value, teacher_value = (
                 keras.Model(m.input, m.get_layer(layer).output).predict(x, verbose=0) for m in (student, teacher)
             )
-            values.append(np.abs(mine.astype("float64") - theirs).mean())
+            values.append(np.abs(student_value.astype("float64") - teacher_value).mean())
         model = DistillModel(student, teacher, term)
         model.compile(keras.optimizers.SGD(0.0))
         close(evaluated(model, x)["both_loss"], np.mean(values))
@@ -315,7 +315,7 @@ class TestK3:
         value = SoftTargetLoss(from_logits=False)(p_t.astype("float32"), p_s.astype("float32"))
         close(float(value), expected)
 
-    def test_logits_pass(self):
+    def test_logits_are_accepted(self):
         """K3: a softmax inside the model, or a linear activation at the end, is no offence."""
         inputs = keras.Input((6,))
         attention = keras.layers.Dense(6, activation="softmax")(inputs)

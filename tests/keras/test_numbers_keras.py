@@ -34,7 +34,7 @@ def tagger(width: int, name: str = "student", *, mask_zero: bool = True) -> kera
 
 
 @pytest.mark.parametrize("reduction", ["sum", "sum_over_batch_size", "mean", "mean_with_sample_weight"])
-def test_a_mask_and_a_reduction_give_what_keras_gives(reduction: str) -> None:
+def test_a_mask_and_a_reduction_work_as_in_keras(reduction: str) -> None:
     student, teacher = tagger(3), tagger(5, "teacher", mask_zero=False)
     loss = LogitMSELoss(reduction=reduction)
     model = DistillModel(student, teacher, LogitsDistillation(loss))
@@ -44,7 +44,7 @@ def test_a_mask_and_a_reduction_give_what_keras_gives(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("ignored", [-1, -100])
-def test_ignored_labels_neither_count_nor_poison(ignored: int) -> None:
+def test_ignored_labels_do_not_count_and_leave_the_weights_finite(ignored: int) -> None:
     """As in the README: images without a label have -1 and `ignore_class=-1`."""
     student, teacher = mlp(), mlp(6, name="teacher")
     model = DistillModel(student, teacher, LogitsDistillation(DecoupledKDLoss()))
@@ -65,18 +65,18 @@ def single(activation: str | None, name: str) -> keras.Model:
 
 
 @pytest.mark.parametrize("activation", [None, "sigmoid"])
-def test_agreement_on_one_score_is_that_of_the_decisions(activation: str | None) -> None:
+def test_agreement_on_a_single_score_compares_the_decisions(activation: str | None) -> None:
     student, teacher = single(activation, "student"), single(activation, "teacher")
     model = DistillModel(student, teacher, LogitsDistillation(BinarySoftTargetLoss(from_logits=activation is None)))
     model.compile("sgd", run_eagerly=True)
     logs = model.evaluate(X, verbose=0, return_dict=True)
     threshold = 0.5 if activation else 0.0
-    student_class, teacher_class = (numpy_of(one(X)) > threshold for one in (student, teacher))
+    student_class, teacher_class = (numpy_of(network(X)) > threshold for network in (student, teacher))
     assert logs["teacher_agreement"] == pytest.approx((student_class == teacher_class).mean())
     assert 0 < logs["teacher_agreement"] < 1
 
 
-def test_agreement_is_left_out_where_no_class_is_chosen() -> None:
+def test_agreement_is_missing_if_no_class_is_chosen() -> None:
     regression = DistillModel(single(None, "student"), single(None, "teacher"), LogitsDistillation("mse"))
     labels = DistillModel(mlp(), mlp(6, name="teacher"), LogitsDistillation(BinarySoftTargetLoss()))
     features = DistillModel(mlp(), mlp(6, name="teacher"), FeatureDistillation("hidden", "hidden"))
@@ -107,7 +107,7 @@ def test_settings_of_keras_itself_are_in_the_config() -> None:
     assert again.step.teacher_dtype == "bfloat16"
 
 
-def test_values_of_a_term_of_the_users_are_those_of_a_plain_call() -> None:
+def test_values_of_a_custom_term_equal_those_of_a_plain_call() -> None:
     student, teacher = mlp(), mlp(6, name="teacher")
     term = LogitsDistillation(SoftTargetLoss(temperature=2.0))
     value = float(term.compute(Call(student(X)), Call(teacher(X), who="teacher")))
@@ -135,6 +135,23 @@ def test_cached_views_change_in_training_and_never_in_evaluation(tmp_path: Any) 
     assert len(set(logs["logits_loss"])) == 3
 
 
+class Fails(keras.callbacks.Callback):
+    """Ends the training in its second epoch."""
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1:
+            raise RuntimeError("in the second epoch")
+
+
+def test_a_failed_training_leaves_cached_data_at_epoch_0(tmp_path: Any) -> None:
+    data = TeacherCache.build(mlp(6, name="teacher"), X, tmp_path).attach((X, Y))
+    model = DistillModel(mlp())
+    model.compile("sgd", cross_entropy(), run_eagerly=True)
+    with pytest.raises(RuntimeError, match="in the second epoch"):
+        model.fit(data, epochs=3, callbacks=[Fails()], verbose=0)
+    assert data.epoch == 0
+
+
 @pytest.mark.tensorflow
 def test_a_cache_is_attached_to_inputs_alone_and_read_in_blocks_for_a_data_set(tmp_path: Any) -> None:
     import tensorflow as tf
@@ -154,7 +171,7 @@ def test_a_cache_is_attached_to_inputs_alone_and_read_in_blocks_for_a_data_set(t
     assert reads == [1, 8]
 
 
-def test_maps_and_attention_maps_that_pytorch_has_stored_are_told_apart(tmp_path: Any) -> None:
+def test_maps_and_attention_maps_stored_by_pytorch_are_distinguished(tmp_path: Any) -> None:
     cache = TeacherCache.build(mlp(6, name="teacher"), X, tmp_path)
     cache.manifest.data["kind"] = "pytorch"
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What is written to files and what comes back: models, students, settings (K22 to K24)."""
+"""Saving and loading models, students and settings (K22 to K24)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def loaded(path: Path | str) -> Any:
 
 
 @pytest.mark.parametrize("adapter", [True, False])
-def test_k22_a_loaded_model_goes_on_exactly(tmp_path: Path, adapter: bool) -> None:
+def test_k22_a_loaded_model_continues_exactly(tmp_path: Path, adapter: bool) -> None:
     """K22: two epochs equal one epoch, save, load, another epoch; weights, optimizer and logs."""
     straight, first = distilled(adapter), distilled(adapter)
     expected = fitted(straight, 2)
@@ -79,8 +79,8 @@ def test_k22_a_loaded_model_goes_on_exactly(tmp_path: Path, adapter: bool) -> No
     assert int(second.optimizer.iterations) == 2
     restored, before = second.optimizer.variables, first.optimizer.variables
     assert len(restored) == len(before) > 2 * len(first.student.weights)
-    for mine, theirs in zip(restored, before, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(mine), ops.convert_to_numpy(theirs))
+    for value, expected in zip(restored, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(value), ops.convert_to_numpy(expected))
     second.teacher = teacher_of(12 if adapter else 8)
     logs = fitted(second, 2, initial_epoch=1)
     assert_same_weights(second, straight, 1e-6)
@@ -93,8 +93,8 @@ def test_k22_adapters_come_back_without_a_teacher(tmp_path: Path) -> None:
     fitted(model)
     model.save(tmp_path / "model.keras")
     [adapter] = loaded(tmp_path / "model.keras").terms[1].adapters
-    for mine, theirs in zip(adapter.get_weights(), model.terms[1].adapters[0].get_weights(), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    for value, expected in zip(adapter.get_weights(), model.terms[1].adapters[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(value, expected)
 
 
 def test_k22_the_weights_of_a_file_fit_a_new_model(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ class Unbuilt(keras.Model):
 
 
 @pytest.mark.parametrize("kind", ["subclassed", "sequential"])
-def test_k22_a_student_that_was_built_by_its_data_goes_on_too(tmp_path: Path, kind: str) -> None:
+def test_k22_a_student_that_was_built_by_its_data_continues_too(tmp_path: Path, kind: str) -> None:
     """K22 for a subclassed student and a Sequential without an input."""
 
     def model() -> DistillModel:
@@ -190,8 +190,8 @@ def test_k22_a_layer_of_a_nested_model_is_found_again(tmp_path: Path) -> None:
         return keras.Model(inputs, keras.layers.Dense(3)(block("second", 6)(block("first", 6)(inputs))), name=name)
 
     student, teacher = nested("student"), nested("teacher")
-    mine, theirs = (model.get_layer("second").get_layer("dense") for model in (student, teacher))
-    model = DistillModel(student, teacher, [FeatureDistillation(mine, theirs)])
+    student_layer, teacher_layer = (model.get_layer("second").get_layer("dense") for model in (student, teacher))
+    model = DistillModel(student, teacher, [FeatureDistillation(student_layer, teacher_layer)])
     model.compile("sgd", cross_entropy(), jit_compile=False)
     model.save(tmp_path / "model.keras")
     back = loaded(tmp_path / "model.keras")
@@ -210,7 +210,7 @@ class Failing(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("adapter", [True, False])
-def test_k22_backup_and_restore_goes_on_after_an_exception(tmp_path: Path, adapter: bool) -> None:
+def test_k22_backup_and_restore_continues_after_an_exception(tmp_path: Path, adapter: bool) -> None:
     """K22: what was interrupted in the third epoch ends as what was not."""
     straight = distilled(adapter)
     fitted(straight, 4)
@@ -258,11 +258,11 @@ def test_k23_no_file_holds_the_teacher(tmp_path: Path) -> None:
     assert (tmp_path / "both.keras").stat().st_size - without > 0.8 * bytes_of_teacher
 
 
-def test_k23_the_teacher_is_no_part_of_the_model() -> None:
+def test_k23_the_teacher_is_not_part_of_the_model() -> None:
     """K23: neither among the layers, nor the weights, nor the parameters."""
     model = distilled()
-    theirs = {id(variable) for variable in model.teacher.variables}
-    assert not theirs & {id(variable) for variable in model.variables}
+    of_teacher = {id(variable) for variable in model.teacher.variables}
+    assert not of_teacher & {id(variable) for variable in model.variables}
     assert model.teacher not in list(model._flatten_layers())
     own = sum(state.count_params() for state in model.term_states)
     assert model.count_params() - model.student.count_params() - own <= 1  # the task's weight
@@ -306,7 +306,7 @@ np.save("outputs.npy", [keras.models.load_model(name).predict(inputs, verbose=0)
 """
 
 
-def test_k24_the_student_loads_where_this_package_is_absent(tmp_path: Path) -> None:
+def test_k24_the_student_loads_without_this_package(tmp_path: Path) -> None:
     """K24: in another process, in which importing keras_distill raises; by hand and by StudentCheckpoint."""
     model = distilled()
     checkpoint = StudentCheckpoint(str(tmp_path / "checkpoint.keras"))

@@ -29,7 +29,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def test_k12_masked_tokens_count_neither_in_logits_nor_in_features() -> None:
+def test_k12_masked_tokens_are_ignored_in_logits_and_in_features() -> None:
     """K12: both losses are means over the four tokens that are there."""
     student, teacher = tagger(5), tagger(5)
     terms = [LogitsDistillation(SoftTargetLoss(2.0)), FeatureDistillation("embedding", "embedding")]
@@ -37,15 +37,19 @@ def test_k12_masked_tokens_count_neither_in_logits_nor_in_features() -> None:
     model.compile("sgd")
     logs = model.evaluate(TOKENS, verbose=0, return_dict=True)
     kept = TOKENS > 0
-    mine, theirs = (log_softmax(np.float64(one.predict(TOKENS, verbose=0)) / 2.0) for one in (student, teacher))
-    divergence = 4.0 * (np.exp(theirs) * (theirs - mine)).sum(-1)
+    student_value, teacher_value = (
+        log_softmax(np.float64(network.predict(TOKENS, verbose=0)) / 2.0) for network in (student, teacher)
+    )
+    divergence = 4.0 * (np.exp(teacher_value) * (teacher_value - student_value)).sum(-1)
     assert logs["logits_loss"] == pytest.approx(divergence[kept].mean(), rel=1e-3)
-    mine, theirs = (np.float64(ops.convert_to_numpy(m.get_layer("embedding")(TOKENS))) for m in (student, teacher))
-    assert logs["embedding_loss"] == pytest.approx(np.square(mine - theirs)[kept].mean(), rel=1e-5)
+    student_value, teacher_value = (
+        np.float64(ops.convert_to_numpy(m.get_layer("embedding")(TOKENS))) for m in (student, teacher)
+    )
+    assert logs["embedding_loss"] == pytest.approx(np.square(student_value - teacher_value)[kept].mean(), rel=1e-5)
 
 
 def test_k15_a_layer_that_ran_twice_raises_unless_a_call_is_named() -> None:
-    """K15: the message says how to choose, and the choice is the tensor of that call."""
+    """K15: the remedy of the error works: the tap reads the tensor of the chosen call."""
     inputs = keras.Input((4,))
     shared = layers.Dense(4, activation="relu", name="shared")
     student = keras.Model(inputs, layers.Dense(3)(shared(shared(inputs))))
@@ -55,14 +59,14 @@ def test_k15_a_layer_that_ran_twice_raises_unless_a_call_is_named() -> None:
     model = DistillModel(student, teacher, FeatureDistillation(Tap("shared", call=1), "hidden"))
     model.compile("sgd")
     x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
-    mine = ops.convert_to_numpy(shared(shared(x)))
-    theirs = ops.convert_to_numpy(teacher.get_layer("hidden")(x))
+    student_value = ops.convert_to_numpy(shared(shared(x)))
+    teacher_value = ops.convert_to_numpy(teacher.get_layer("hidden")(x))
     logs = model.evaluate(x, verbose=0, return_dict=True)
-    assert logs["shared_loss"] == pytest.approx(np.square(mine - theirs).mean(), rel=1e-5)
+    assert logs["shared_loss"] == pytest.approx(np.square(student_value - teacher_value).mean(), rel=1e-5)
 
 
 def test_k15_a_call_that_the_layer_does_not_make_raises() -> None:
-    """K15: calls are counted from 0, and the message says how many there are."""
+    """K15: calls are counted from 0, and the message holds their number."""
     inputs = keras.Input((4,))
     shared = layers.Dense(4, name="shared")
     student = keras.Model(inputs, layers.Dense(3)(shared(shared(inputs))))
@@ -131,9 +135,11 @@ def test_k29_layers_within_a_layer_are_named_too() -> None:
     model = DistillModel(student, teacher, FeatureDistillation("block/inner", "inner", adapter=None, name="feature"))
     model.compile("sgd")
     x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
-    mine, theirs = (ops.convert_to_numpy(one.get_layer("block").steps[0](x)) for one in (student, teacher))
+    student_value, teacher_value = (
+        ops.convert_to_numpy(network.get_layer("block").steps[0](x)) for network in (student, teacher)
+    )
     logs = model.evaluate(x, verbose=0, return_dict=True)
-    assert logs["feature_loss"] == pytest.approx(np.square(mine - theirs).mean(), rel=1e-5)
+    assert logs["feature_loss"] == pytest.approx(np.square(student_value - teacher_value).mean(), rel=1e-5)
 
 
 class Twins(keras.Model):
@@ -147,10 +153,10 @@ class Twins(keras.Model):
         return self.second(self.first(x))
 
 
-def test_k29_siblings_of_one_name_are_told_apart() -> None:
+def test_k29_siblings_with_the_same_name_are_distinguished() -> None:
     """K29: subclassed models may have them; the candidates are names that choose, as do attributes and the layers."""
     student, teacher = Twins(0), Twins(1)
-    words = r"Pass one of 'layers\.0', 'layers\.1'\. Received: 'twin', which several layers are called$"
+    words = r"Pass one of 'layers\.0', 'layers\.1'\. Received: 'twin', the name of several layers$"
     with pytest.raises(ValueError, match=words):
         DistillModel(student, teacher, FeatureDistillation("twin", "layers.0"))
     words = r"Pass one of 'layers\.0/layers\.0', 'layers\.0/layers\.1', 'layers\.1/layers\.0', 'layers\.1/layers\.1'\."
@@ -169,10 +175,10 @@ def test_k29_siblings_of_one_name_are_told_apart() -> None:
     model.compile("sgd")
     x = np.random.default_rng(0).standard_normal((8, 4)).astype("float32")
     logs = model.evaluate(x, verbose=0, return_dict=True)
-    mine = ops.convert_to_numpy(student.first(x))
-    theirs = ops.convert_to_numpy(teacher.second.first(teacher.first(x)))
+    student_value = ops.convert_to_numpy(student.first(x))
+    teacher_value = ops.convert_to_numpy(teacher.second.first(teacher.first(x)))
     for number in range(3):
-        assert logs[f"way{number}_loss"] == pytest.approx(np.square(mine - theirs).mean(), rel=1e-5)
+        assert logs[f"way{number}_loss"] == pytest.approx(np.square(student_value - teacher_value).mean(), rel=1e-5)
 
 
 def test_k31_metrics_count_rows_over_batches_of_any_size() -> None:
@@ -184,8 +190,10 @@ def test_k31_metrics_count_rows_over_batches_of_any_size() -> None:
         agreement.update_state(teacher[rows], student[rows])
         divergence.update_state(teacher[rows], student[rows])
     assert float(agreement.result()) == pytest.approx((student.argmax(1) == teacher.argmax(1)).mean())
-    mine, theirs = log_softmax(np.float64(student) / 2), log_softmax(np.float64(teacher) / 2)
-    assert float(divergence.result()) == pytest.approx((np.exp(theirs) * (theirs - mine)).sum(-1).mean(), rel=1e-5)
+    log_student, log_teacher = log_softmax(np.float64(student) / 2), log_softmax(np.float64(teacher) / 2)
+    assert float(divergence.result()) == pytest.approx(
+        (np.exp(log_teacher) * (log_teacher - log_student)).sum(-1).mean(), rel=1e-5
+    )
     single = TeacherAgreement()
     single.update_state(np.float32([[1.0], [-1.0]]), np.float32([[2.0], [0.5]]))
     assert float(single.result()) == 0.5
@@ -201,17 +209,17 @@ def test_k31_rows_have_weights() -> None:
     agrees = student.argmax(1) == teacher.argmax(1)
     assert np.average(agrees, weights=weights) != pytest.approx(agrees.mean())
     assert float(agreement.result()) == pytest.approx(np.average(agrees, weights=weights))
-    mine, theirs = log_softmax(np.float64(student)), log_softmax(np.float64(teacher))
-    expected = np.average((np.exp(theirs) * (theirs - mine)).sum(-1), weights=weights)
+    log_student, log_teacher = log_softmax(np.float64(student)), log_softmax(np.float64(teacher))
+    expected = np.average((np.exp(log_teacher) * (log_teacher - log_student)).sum(-1), weights=weights)
     assert float(divergence.result()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (2, 5, 4), (6, 1), (6,)])
-def test_k31_both_halves_give_the_same_numbers(shape: tuple[int, ...]) -> None:
+def test_k31_both_halves_compute_the_same_numbers(shape: tuple[int, ...]) -> None:
     """K31: rows of several classes, rows of rows, and single scores, which are logits of one of two classes."""
     student, teacher = np.random.default_rng(2).standard_normal((2, *shape)).astype("float32")
     for name, settings in (("TeacherAgreement", {}), ("TeacherDivergence", {"temperature": 2.5})):
-        mine, theirs = (getattr(half.metrics, name)(**settings) for half in (keras_distill, lightning_distill))
-        mine.update_state(teacher, student)
-        theirs.update(torch.from_numpy(student), torch.from_numpy(teacher))
-        assert float(mine.result()) == pytest.approx(float(theirs.compute()), rel=1e-6, abs=1e-7), name
+        metric, expected = (getattr(half.metrics, name)(**settings) for half in (keras_distill, lightning_distill))
+        metric.update_state(teacher, student)
+        expected.update(torch.from_numpy(student), torch.from_numpy(teacher))
+        assert float(metric.result()) == pytest.approx(float(expected.compute()), rel=1e-6, abs=1e-7), name

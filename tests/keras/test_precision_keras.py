@@ -63,7 +63,7 @@ def test_k19_a_model_in_float64_works_too(who: str) -> None:
         )
 
     wide, narrow = made(True), made(False)
-    logs = [one.evaluate(INPUTS, LABELS, verbose=0, return_dict=True) for one in (wide, narrow)]
+    logs = [network.evaluate(INPUTS, LABELS, verbose=0, return_dict=True) for network in (wide, narrow)]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
     assert np.isfinite(wide.fit(INPUTS, LABELS, verbose=0).history["loss"]).all()
 

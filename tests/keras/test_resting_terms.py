@@ -56,7 +56,7 @@ def third_step_off(before: int = 0) -> Step:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_teacher_does_not_run_where_all_weights_are_scheduled_to_0(way: dict[str, Any]) -> None:
-    """A teacher that ran in the third step would give NaN, which a factor of 0 does not take away."""
+    """A teacher that ran in the third step would return NaN, and 0 times NaN is NaN."""
     model = made(LogitsDistillation(), way=way)
     logs = model.fit(
         images(), LABELS, callbacks=[DistillationScheduler("weight", third_step_off())], **SETTINGS
@@ -78,7 +78,7 @@ def test_one_term_rests_while_another_works(way: dict[str, Any]) -> None:
     feature = FeatureDistillation("hidden", "hidden", exploding, weight=0.0)
     model = made(LogitsDistillation(), feature, way=way, poisoned=False)
     plain = made(LogitsDistillation(), way=way, poisoned=False)
-    logs, expected = (one.fit(IMAGES, LABELS, **SETTINGS).history for one in (model, plain))
+    logs, expected = (network.fit(IMAGES, LABELS, **SETTINGS).history for network in (model, plain))
     np.testing.assert_allclose(logs["loss"], expected["loss"], rtol=1e-5)
     np.testing.assert_allclose(logs["teacher_agreement"], expected["teacher_agreement"], rtol=1e-6)
     assert "hidden_loss" not in logs
@@ -173,14 +173,14 @@ def test_an_adapter_is_in_training_mode_in_training_and_only_there() -> None:
     model = made(FeatureDistillation("hidden", "hidden", adapter=adapter), way={"jit_compile": False}, poisoned=False)
     model.optimizer.learning_rate = 0.0
     first, second = model.fit(IMAGES, LABELS, epochs=2, **SETTINGS).history["hidden_loss"]
-    assert first != second  # the dropout draws anew
+    assert first != second  # the dropout draws a new mask
     evaluated = [model.evaluate(IMAGES, LABELS, verbose=0, return_dict=True)["hidden_loss"] for _ in range(2)]
     assert evaluated[0] == evaluated[1]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_student_that_learns_from_nothing_for_a_while_stays_as_it_is(way: dict[str, Any]) -> None:
-    """Without labels and with every term at rest there is no gradient, which is no error."""
+    """Without labels and with all weights 0 the step has no gradient, and still runs."""
     model = made(LogitsDistillation(), FeatureDistillation("hidden", "hidden"), way=way, poisoned=False)
     before = model.student.get_weights()
     both = [DistillationScheduler("weight", lambda epoch: 0.0, term=name) for name in ("logits", "hidden")]

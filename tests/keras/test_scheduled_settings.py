@@ -111,7 +111,7 @@ def test_every_weight_within_a_loss_may_be_a_schedule(kind: str) -> None:
     model = made(FeatureDistillation("logits", "logits", loss(**schedules), name="term"))
     model.optimizer.learning_rate = 0.0
     logs = fitted(model, batch_size=16, epochs=3)
-    teacher, student = (one.predict(IMAGES, verbose=0) for one in (model.teacher, model.student))
+    teacher, student = (network.predict(IMAGES, verbose=0) for network in (model.teacher, model.student))
     target = (teacher, LABELS) if loss.needs_labels else teacher
     for epoch, numbers in enumerate([settings, dict.fromkeys(settings, 3.0), dict.fromkeys(settings, 0.5)]):
         assert logs["term_loss"][epoch] == pytest.approx(float(loss(**numbers)(target, student)), rel=1e-5)
@@ -128,14 +128,14 @@ def test_a_feature_term_has_the_temperature_of_its_loss() -> None:
     model.compile(keras.optimizers.SGD(0.0))
     images = np.random.default_rng(0).standard_normal((8, 4, 4, 1)).astype("float32")
     values = model.fit(images, epochs=2, verbose=0).history["maps_loss"]
-    calls = [one.predict(images, verbose=0).reshape((-1, 4, 4, 3)) for one in (teacher, student)]
+    calls = [network.predict(images, verbose=0).reshape((-1, 4, 4, 3)) for network in (teacher, student)]
     expected = [float(ChannelWiseLoss(temperature=temperature)(*calls)) for temperature in (4.0, 2.0)]
     assert values == pytest.approx(expected, rel=1e-5)
     assert loss.temperature == 4.0  # another term may have been given the same loss
 
 
 def test_a_weight_of_zero_within_a_loss_skips_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A formula that gives NaN wherever it is computed, which a factor of 0 does not take away."""
+    """A formula that returns NaN if it is computed, and 0 times NaN is NaN."""
     monkeypatch.setattr(relations, "relational_angle", lambda student, teacher: np.nan * ops.sum(student))
 
     def training(schedule: Any) -> list[float]:
@@ -147,7 +147,7 @@ def test_a_weight_of_zero_within_a_loss_skips_its_work(monkeypatch: pytest.Monke
 
 
 @pytest.mark.tensorflow
-def test_new_numbers_every_step_cost_no_new_trace() -> None:
+def test_new_numbers_in_every_step_need_no_new_trace() -> None:
     model, traces = made(LogitsDistillation(SoftTargetLoss(Linear(4.0, 1.0)), weight=Cosine(1.0, 0.1))), []
     call = model.student.layers[1].call
     model.student.layers[1].call = lambda *args, **kwargs: (traces.append(1), call(*args, **kwargs))[1]
@@ -187,7 +187,7 @@ def test_k25_schedules_come_back_from_json() -> None:
     assert back.terms[0].schedules["temperature"].get_config() == model.terms[0].schedules["temperature"].get_config()
 
 
-def test_k22_a_loaded_model_goes_on_where_its_schedules_were(tmp_path: Path) -> None:
+def test_k22_a_loaded_model_continues_its_schedules(tmp_path: Path) -> None:
     """K22: the loaded model has the schedules, and trains as one that was never interrupted."""
     whole, first = everything(), everything()
     logs = fitted(whole, epochs=2)
@@ -216,7 +216,7 @@ def test_callbacks_of_the_user_see_the_numbers_in_the_logs(tmp_path: Path) -> No
         assert [float(row["logits_weight"]) for row in csv.DictReader(file)] == [1.0, 0.5]
 
 
-def test_a_list_of_callbacks_that_keras_made_is_given_back_as_it_was() -> None:
+def test_a_callback_list_of_keras_is_restored_after_fit() -> None:
     model = made(LogitsDistillation(weight=OVER_STEPS))
     watch = Watch(lambda: (model.terms[0].weight,))
     given = keras.callbacks.CallbackList([watch], add_history=True, model=model, epochs=1, steps=4)

@@ -65,7 +65,7 @@ def test_a_generator_whose_length_is_unknown_moves_the_fraction_at_least_once_an
 
     made, watch = model(), Watch()
     schedule = DistillationScheduler("weight", Linear(1.0, 0.0))
-    with pytest.warns(UserWarning, match="ran out of data"):  # Keras says so of every generator that ends by itself
+    with pytest.warns(UserWarning, match="ran out of data"):  # Keras warns of every finite generator
         made.fit(batches(), verbose=0, shuffle=False, callbacks=[schedule, watch])
     assert watch.seen == [1.0] * 4
 
@@ -85,7 +85,7 @@ def test_the_loss_in_the_logs_is_that_of_the_scheduled_weight() -> None:
 
 
 @pytest.mark.tensorflow
-def test_a_new_number_every_step_costs_no_new_trace() -> None:
+def test_a_new_number_in_every_step_needs_no_new_trace() -> None:
     made, traces = model(), []
     call = made.student.layers[0].call
     made.student.layers[0].call = lambda *args, **kwargs: (traces.append(1), call(*args, **kwargs))[1]
@@ -95,7 +95,7 @@ def test_a_new_number_every_step_costs_no_new_trace() -> None:
     assert len(traces) == once
 
 
-def test_a_loaded_model_goes_on_where_the_schedule_was(tmp_path: Path) -> None:
+def test_a_loaded_model_continues_the_schedule(tmp_path: Path) -> None:
     schedule = Linear(1.0, 0.0, duration=8, over="steps")
     first = model()
     whole = weights_seen(first, schedule)
@@ -106,7 +106,7 @@ def test_a_loaded_model_goes_on_where_the_schedule_was(tmp_path: Path) -> None:
     assert whole == pytest.approx([1 - step / 8 for step in range(8)])
 
 
-def test_both_halves_give_the_same_numbers() -> None:
+def test_both_halves_compute_the_same_numbers() -> None:
     settings = {
         "Linear": ((2.0, 0.5), {"duration": 0.7}),
         "Cosine": ((2.0, 0.5), {"duration": 7, "over": "epochs"}),
@@ -114,12 +114,12 @@ def test_both_halves_give_the_same_numbers() -> None:
         "Step": (([4.0, 2.0, 1.0],), {"boundaries": [2, 5]}),
     }
     for name, (args, kwargs) in settings.items():
-        mine, theirs = (
+        schedule, expected = (
             getattr(half, name)(*args, **kwargs) for half in (keras_distill.schedules, lightning_distill.schedules)
         )
         for step in range(11):
             point = (step, step, step / 10)
-            assert mine.at(Progress(*point)) == theirs.at(lightning_distill.schedules.Progress(*point))
+            assert schedule.at(Progress(*point)) == expected.at(lightning_distill.schedules.Progress(*point))
 
 
 def test_a_wrong_schedule_raises() -> None:

@@ -1,4 +1,4 @@
-"""DistillStep: a loop of one's own, Keras' guide, terms of several owners, teachers of every kind."""
+"""DistillStep: custom loops, the train_step of Keras' guide, terms of several owners, several kinds of teachers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class AsInTheGuide(DistillModel):
             loss = self.compute_loss(y=y, y_pred=y_pred)
             loss.backward()
             variables = list(self.trainable_weights)
-            self.optimizer.apply([one.value.grad for one in variables], variables)
+            self.optimizer.apply([variable.value.grad for variable in variables], variables)
         else:
             import tensorflow as tf
 
@@ -192,7 +192,7 @@ def test_a_weight_is_checked_when_it_is_assigned(value: Any) -> None:
     assert model.terms[0].weight == model.task_weight == 1.0
 
 
-def test_a_setting_with_a_schedule_is_not_assigned() -> None:
+def test_assigning_a_setting_that_has_a_schedule_raises() -> None:
     model = distilled(LogitsDistillation(weight=Linear(1.0, 0.0)), task_weight=Linear(0.0, 1.0))
     with pytest.raises(
         ValueError, match="Expected `weight` of term 'logits' not to be assigned while it has a schedule"

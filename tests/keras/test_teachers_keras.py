@@ -80,15 +80,20 @@ def test_several_teachers_are_averaged_term_by_term() -> None:
     mixed = np.mean([np.exp(log_softmax64(t)) for t in teachers], axis=0)
     assert logs["teacher_agreement"] == pytest.approx((mixed.argmax(-1) == z.argmax(-1)).mean())
     assert model.teacher == [first, second]
-    with pytest.raises(ValueError, match="Expected a teacher to ask"):
+    with pytest.raises(ValueError, match="Expected one teacher"):
         model.teacher_targets(X)
 
 
 def test_another_teacher_that_does_not_fit_is_refused_when_it_is_assigned() -> None:
     model = distilled(both())
-    model.teacher = mlp(6, name="again")
+    model.teacher = fitting = mlp(6, name="again")
     with pytest.raises(ValueError, match=r"The adapter was made for another teacher: make a new DistillModel\."):
         model.teacher = mlp(9, name="wider")
+    assert model.teacher is fitting
+    with pytest.raises(ValueError, match="`teacher_layer` to name one layer"):
+        model.teacher = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    assert model.teacher is fitting
+    assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"][0])
 
 
 class Precise(keras.layers.Layer):
@@ -119,7 +124,7 @@ def test_the_teacher_computes_in_its_own_precision_and_stays_as_it_is(dtype: Any
 
 
 class Halved(DistillModel):
-    """Its teacher is shown half of what the student is shown, or the student's own feature."""
+    """Its teacher gets half of the student's inputs, or the student's feature."""
 
     def teacher_inputs(self, x: Any, call: Any) -> Any:
         return 0.5 * x
@@ -163,7 +168,7 @@ def privileged() -> keras.Model:
 
 @pytest.mark.parametrize("kind", ["dict", "single"])
 def test_a_teacher_may_take_more_inputs_than_the_student(kind: str) -> None:
-    """Keras itself gives a functional model of one input the first entry of a dict, "secret" here."""
+    """Keras itself passes the first entry of a dict, here "secret", to a functional model of one input."""
     inputs = keras.Input((6,), name="x")
     student = keras.Model({"x": inputs} if kind == "dict" else inputs, keras.layers.Dense(3)(inputs))
     teacher = privileged()

@@ -84,18 +84,18 @@ def test_c7_values_and_gradients_are_the_lightning_halfs(
         nn.Identity(), TensorDataset(logits), tmp_path, top_k=4, dtype="uint8", progress=False
     )
     rows, student = [2, 0, 1], (2 * RNG.standard_normal((3, *shape[1:]))).astype("float32")
-    mine = torch.from_numpy(student).requires_grad_()
-    call = lightning_distill.Call((), {}, output=mine)
-    (theirs,) = cache.as_source().answers(call, Stored(read_answers(cache.reader, rows)))
+    student_logits = torch.from_numpy(student).requires_grad_()
+    call = lightning_distill.Call((), {}, output=student_logits)
+    (teacher_answer,) = cache.as_source().answers(call, Stored(read_answers(cache.reader, rows)))
     term = lightning_distill.LogitsDistillation(getattr(lightning_distill.losses, name)(**settings))
-    expected = term(call, theirs)
+    expected = term(call, teacher_answer)
     expected.backward()
 
     answers = keras_distill.TeacherCache.open(tmp_path).answers(rows)
     result = differentiated(Merged(getattr(losses, name)(**settings), answers), student, answers.logs)
     np.testing.assert_allclose(result.value, expected.item(), rtol=1e-6, atol=1e-6)
-    assert mine.grad is not None
-    np.testing.assert_allclose(result.student, mine.grad, rtol=1e-5, atol=1e-6)
+    assert student_logits.grad is not None
+    np.testing.assert_allclose(result.student, student_logits.grad, rtol=1e-5, atol=1e-6)
     assert result.teacher is None or not result.teacher.any()
 
 
@@ -118,9 +118,9 @@ def test_c3_c7_students_of_both_halves_learn_the_same_from_either_folder(
     trained(module, cache, [lightning_distill.LogitsDistillation()], epochs=2)
     model, _ = fitted(None, keras_distill.TeacherCache.open(tmp_path).attach((X, Y), batch_size=8))
     before = student.get_weights()
-    for mine, theirs, start in zip(model.student.get_weights(), module.model.parameters(), before, strict=True):
-        np.testing.assert_allclose(mine, theirs.detach().numpy().T, rtol=1e-5, atol=1e-6)
-        assert np.abs(mine - start).max() > 1e-3
+    for value, expected, start in zip(model.student.get_weights(), module.model.parameters(), before, strict=True):
+        np.testing.assert_allclose(value, expected.detach().numpy().T, rtol=1e-5, atol=1e-6)
+        assert np.abs(value - start).max() > 1e-3
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_c7_the_agreement_is_that_with_the_likeliest_class(cache: keras_distill.
     assert own == pytest.approx(expected, abs=1e-6)
 
 
-def test_c7_all_classes_but_one_lose_nothing_of_masked_sequences(tmp_path: Path) -> None:
+def test_c7_all_classes_but_one_equal_full_outputs_on_masked_sequences(tmp_path: Path) -> None:
     """C7: (N, L, C) with padding and sample weights, as with the live teacher."""
     tokens = RNG.integers(1, 9, size=(ITEMS, 5))
     tokens[::2, 3:] = 0
@@ -240,7 +240,7 @@ def test_c7_a_loss_that_needs_all_classes_is_refused(cache: keras_distill.Teache
     student, teacher = network(8, seed=1), network(24, seed=2)
     from_logits = getattr(loss, "from_logits", True)
     if not from_logits:  # models of logits are refused for it when the model is made
-        student, teacher = (keras.Sequential([one, keras.layers.Softmax()]) for one in (student, teacher))
+        student, teacher = (keras.Sequential([network, keras.layers.Softmax()]) for network in (student, teacher))
     model = DistillModel(student, teacher if built else None, LogitsDistillation(loss))
     task = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
     model.compile(keras.optimizers.SGD(0.1), task, jit_compile=False)
@@ -248,8 +248,8 @@ def test_c7_a_loss_that_needs_all_classes_is_refused(cache: keras_distill.Teache
     words = r"Expected a cache of full outputs for \w+\. Build it without top_k, or use a divergence of logits such as"
     with pytest.raises(ValueError, match=words + r" SoftTargetLoss\(\)\. Received: the likeliest 4 classes alone"):
         model.fit(cache.attach((X, Y)), verbose=0)
-    for mine, start in zip(model.student.get_weights(), before, strict=True):
-        np.testing.assert_array_equal(mine, start)
+    for value, start in zip(model.student.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, start)
 
 
 @pytest.mark.parametrize("built", [False, True], ids=["new term", "built term"])

@@ -1,4 +1,4 @@
-"""Augmented views in a cache that Keras builds: the student is shown what the teacher was (C9)."""
+"""Augmented views in a cache that Keras builds: the student gets the inputs that the teacher got (C9)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def epoch_of(data: Any, epoch: int) -> list[Any]:
 
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_c9_the_answers_are_those_to_the_very_inputs(tmp_path: Path, views: int) -> None:
-    """C9: the teacher, run again on what the student is shown, gives what the cache holds; views differ."""
+    """C9: the teacher, run again on the student's inputs, returns the cached outputs; views differ."""
     teacher = network(9, seed=2)
     data = built(tmp_path, views=views).attach((X, Y), transform=crop_and_flip, batch_size=7, shuffle=True)
     shown = []
@@ -72,7 +72,7 @@ def test_c9_the_answers_are_those_to_the_very_inputs(tmp_path: Path, views: int)
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("layers", [(), ("maps",)])
-def test_c9_cached_and_live_distillation_give_the_same_weights(tmp_path: Path, shuffle: bool, layers: Any) -> None:
+def test_c9_cached_and_live_distillation_end_in_the_same_weights(tmp_path: Path, shuffle: bool, layers: Any) -> None:
     """C9: random crops and flips, three epochs over two views."""
     cache = built(tmp_path, layers=layers)
     attached = [cache.attach((X, Y), transform=crop_and_flip, batch_size=8, shuffle=shuffle) for _ in range(2)]
@@ -84,7 +84,7 @@ def test_c9_cached_and_live_distillation_give_the_same_weights(tmp_path: Path, s
     assert_same_weights(cached, live, 1e-5)
 
 
-def test_c9_a_training_that_goes_on_is_shown_the_views_of_its_epochs(tmp_path: Path) -> None:
+def test_c9_a_resumed_training_gets_the_views_of_its_epochs(tmp_path: Path) -> None:
     """C9: three epochs at once and in parts, with callbacks of the user's in every form that Keras takes."""
     cache = built(tmp_path)
     whole, parts, seen = distilled(None), distilled(None), []
@@ -98,7 +98,7 @@ def test_c9_a_training_that_goes_on_is_shown_the_views_of_its_epochs(tmp_path: P
     assert seen == [0, 1, 2]
 
 
-def test_c9_one_view_can_be_asked_for(tmp_path: Path) -> None:
+def test_c9_a_single_view_can_be_chosen(tmp_path: Path) -> None:
     """C9: in every epoch, and views go with the likeliest classes too."""
     cache = built(tmp_path, top_k=2, dtype="float16")
     data = cache.attach((X, Y), transform=crop_and_flip, view=1, batch_size=ITEMS)
@@ -130,7 +130,7 @@ def test_c9_inputs_of_several_arrays_are_augmented_together(tmp_path: Path) -> N
 
 @pytest.mark.tensorflow
 def test_c9_stateless_functions_of_tensorflow_take_the_seed(tmp_path: Path) -> None:
-    """C9: as the docstring says."""
+    """C9: as in the docstring."""
     import tensorflow as tf
 
     def crop(x: Any, seed: Any) -> Any:
@@ -171,17 +171,20 @@ def test_c12_a_build_of_views_that_was_stopped_ends_in_the_same_bytes(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"transform": None}, r"^Expected `transform` to be given with transform_seed=7, but got None"),
-        ({"transform": None, "transform_seed": None}, r"^Expected `transform` to be given with views=2, but got None"),
-        ({"transform_seed": None}, r"^Expected `transform_seed` to be given with a transform, but got None"),
+        ({"transform": None}, r"^Expected `transform` to be a function with transform_seed=7, but got None"),
+        (
+            {"transform": None, "transform_seed": None},
+            r"^Expected `transform` to be a function with views=2, but got",
+        ),
+        ({"transform_seed": None}, r"^Expected `transform_seed` to be a number with a transform, but got None"),
         ({"views": 0}, r"^Expected `views` to be 1 or greater, but got views=0\.$"),
         (
             {"transform": lambda x, seed: x[1:7, 1:7] + np.random.rand()},
-            r"^Expected `transform` to give the same for the same item and seed, but some items differ",
+            r"^Expected `transform` to return the same for the same item and seed, but some items differ",
         ),
     ],
 )
-def test_c9_what_does_not_go_together_is_refused_when_building(tmp_path: Path, settings: Any, words: str) -> None:
+def test_c9_contradicting_settings_are_refused_when_building(tmp_path: Path, settings: Any, words: str) -> None:
     """C9"""
     with pytest.raises(CacheError, match=words):
         built(tmp_path / "new", **settings)
@@ -190,10 +193,10 @@ def test_c9_what_does_not_go_together_is_refused_when_building(tmp_path: Path, s
         built(tmp_path / "new", 3)
 
 
-def test_c9_what_does_not_go_together_is_refused_when_attaching(tmp_path: Path) -> None:
+def test_c9_data_that_do_not_fit_the_cache_are_refused_when_attaching(tmp_path: Path) -> None:
     """C5, C9: no transform, another one, one too many, a view that is not there, data that know no epochs."""
     cache, plain = built(tmp_path / "views"), X[:, 1:7, 1:7]
-    with pytest.raises(CacheError, match=r"^Expected `transform` to be given, since the teacher was shown augmented"):
+    with pytest.raises(CacheError, match=r"^Expected `transform` to be a function, since the teacher got augmented"):
         cache.attach((X, Y))
     with pytest.raises(CacheError, match=r"but some items differ\.$"):
         cache.attach((X, Y), transform=lambda x, seed: x[1:7, 1:7])
@@ -220,7 +223,7 @@ def test_c3_c9_neither_half_takes_the_others_augmentation_for_its_own(tmp_path: 
         teacher, data, tmp_path / "torch", views=2, transform_seed=1, dtype="float32", progress=False
     )
     cache = TeacherCache.open(tmp_path / "torch")
-    with pytest.raises(CacheError, match=r"^Expected `view` to be given, since the teacher was shown what PyTorch had"):
+    with pytest.raises(CacheError, match=r"^Expected `view` to be a number, since the teacher got items that PyTorch"):
         cache.attach((X, Y))
     (_, targets) = cache.attach((X, Y), view=1, batch_size=ITEMS)[0]
     np.testing.assert_array_equal(targets.teacher, cache.answers(range(ITEMS, 2 * ITEMS)))

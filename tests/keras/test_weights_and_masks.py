@@ -40,9 +40,13 @@ def stepped(model: DistillModel, *data: Any, **settings: Any) -> dict[str, float
 
 def expected(model: DistillModel, weights: np.ndarray) -> dict[str, float]:
     """Every part of the loss in float64: the mean over the examples of weight times value."""
-    mine, theirs = (numpy_of(one(INPUTS)) for one in (model.student, model.teacher))
+    student_value, teacher_value = (numpy_of(network(INPUTS)) for network in (model.student, model.teacher))
     hidden = (features(model.student, "hidden") - features(model.teacher, "hidden")) ** 2
-    parts = {"task_loss": ce64(mine, LABELS), "logits_loss": kl64(mine, theirs), "hidden_loss": hidden.mean(-1)}
+    parts = {
+        "task_loss": ce64(student_value, LABELS),
+        "logits_loss": kl64(student_value, teacher_value),
+        "hidden_loss": hidden.mean(-1),
+    }
     return {key: float((weights * values).mean()) for key, values in parts.items()}
 
 
@@ -61,7 +65,7 @@ def test_k11_sample_weights_match_numpy(run: Any) -> None:
 
 
 def test_k11_a_column_of_weights_weighs_as_a_row_does() -> None:
-    """K11: shape (N, 1), as tables give them."""
+    """K11: shape (N, 1), as a column of a table."""
     model = distilled()
     logs = stepped(model, INPUTS, LABELS, sample_weight=WEIGHTS[:, None])
     for key, value in expected(model, WEIGHTS.astype("float64")).items():
@@ -89,7 +93,7 @@ def test_k11_class_weights_match_numpy() -> None:
 
 
 def test_k11_a_term_may_leave_the_weights_to_the_labels() -> None:
-    """K11: a weight of 0 then only says that there is no label."""
+    """K11: a weight of 0 then only means that the label is missing."""
     model = distilled(use_sample_weight=False)
     logs = stepped(model, INPUTS, LABELS, sample_weight=WEIGHTS)
     plain, weighted = expected(model, np.ones(16)), expected(model, WEIGHTS.astype("float64"))
@@ -110,10 +114,11 @@ def test_k11_a_weight_for_each_example_weighs_whole_maps() -> None:
     weights = np.float32([0.0, 1.0, 2.0, 5.0])
     model = DistillModel(network("student"), network("teacher"), FeatureDistillation("maps", "maps", adapter=None))
     logs = stepped(model, images, np.zeros(4, "int32"), sample_weight=weights)
-    mine, theirs = (
-        numpy_of(keras.Model(one.input, one.get_layer("maps").output)(images)) for one in (model.student, model.teacher)
+    student_value, teacher_value = (
+        numpy_of(keras.Model(network.input, network.get_layer("maps").output)(images))
+        for network in (model.student, model.teacher)
     )
-    value = float((weights * ((mine - theirs) ** 2).mean((1, 2, 3))).mean())
+    value = float((weights * ((student_value - teacher_value) ** 2).mean((1, 2, 3))).mean())
     assert logs["maps_loss"] == pytest.approx(value, rel=1e-5)
 
 
@@ -134,15 +139,15 @@ def tagged(*, weights: Any = None, tokens: np.ndarray = TOKENS) -> tuple[Distill
 
 
 def per_token(model: DistillModel) -> tuple[np.ndarray, np.ndarray]:
-    mine, theirs = (numpy_of(one(TOKENS)) for one in (model.student, model.teacher))
+    student_value, teacher_value = (numpy_of(network(TOKENS)) for network in (model.student, model.teacher))
     hidden = [
-        numpy_of(keras.Model(one.input, one.get_layer("hidden").output)(TOKENS))
-        for one in (model.student, model.teacher)
+        numpy_of(keras.Model(network.input, network.get_layer("hidden").output)(TOKENS))
+        for network in (model.student, model.teacher)
     ]
-    return kl64(mine, theirs), ((hidden[0] - hidden[1]) ** 2).mean(-1)
+    return kl64(student_value, teacher_value), ((hidden[0] - hidden[1]) ** 2).mean(-1)
 
 
-def test_k12_the_mean_is_over_the_tokens_that_are_there() -> None:
+def test_k12_the_mean_is_over_the_unmasked_tokens() -> None:
     """K12: of KD and of features."""
     model, logs = tagged()
     divergence, distance = per_token(model)
@@ -160,26 +165,26 @@ def test_k11_weights_of_tokens_count_within_the_mask() -> None:
     assert logs["hidden_loss"] == pytest.approx((weights * distance)[there].mean(), rel=1e-5)
 
 
-def test_k12_the_agreement_is_that_of_the_tokens_that_are_there() -> None:
+def test_k12_the_agreement_is_over_the_unmasked_tokens() -> None:
     """K12: rows without a token are no choices."""
     model = DistillModel(tagger("student"), tagger("teacher"))
     words, *rest = model.student.get_weights()
     words[:2] *= -1  # of the token that is not there, and of the first one that is
     model.teacher.set_weights([words, *rest])
-    mine, theirs = (numpy_of(one(TOKENS)).argmax(-1) for one in (model.student, model.teacher))
-    assert 0 < (mine == theirs)[TOKENS > 0].mean() < 1
-    assert not (mine == theirs)[TOKENS == 0].any()
-    share = (mine == theirs)[TOKENS > 0].mean()
+    student_value, teacher_value = (numpy_of(network(TOKENS)).argmax(-1) for network in (model.student, model.teacher))
+    assert 0 < (student_value == teacher_value)[TOKENS > 0].mean() < 1
+    assert not (student_value == teacher_value)[TOKENS == 0].any()
+    share = (student_value == teacher_value)[TOKENS > 0].mean()
     assert evaluated(model, TOKENS)["teacher_agreement"] == pytest.approx(share, rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", [SimilarityPreservingLoss(), CorrelationCongruenceLoss(), NeuronSelectivityLoss()])
-def test_k12_what_compares_whole_examples_does_not_see_missing_tokens(loss: Any) -> None:
+def test_k12_losses_on_whole_examples_ignore_masked_tokens(loss: Any) -> None:
     """K12: other numbers at the masked tokens, in both models, change nothing."""
     model = DistillModel(tagger("student"), tagger("teacher"), FeatureDistillation("words", "words", loss))
     before = evaluated(model, TOKENS)["words_loss"]
-    for one, number in ((model.student, 3.0), (model.teacher, -5.0)):
-        words = one.get_layer("words")
+    for network, number in ((model.student, 3.0), (model.teacher, -5.0)):
+        words = network.get_layer("words")
         table = words.get_weights()[0]
         table[0] = number
         words.set_weights([table])
@@ -206,7 +211,7 @@ def test_k12_a_masking_layer_masks_too() -> None:
     data[TOKENS == 0] = 0.0
     model = DistillModel(network("student"), network("teacher"))
     logs = stepped(model, data, np.zeros((4, 5), "int32"))
-    divergence = kl64(*(numpy_of(one(data)) for one in (model.student, model.teacher)))
+    divergence = kl64(*(numpy_of(network(data)) for network in (model.student, model.teacher)))
     assert logs["logits_loss"] == pytest.approx(divergence[TOKENS > 0].mean(), rel=1e-5)
 
 
@@ -236,8 +241,8 @@ def test_k13_several_outputs_with_loss_weights_and_metrics(form: str, output: st
     model = DistillModel(several(form, "student"), several(form, "teacher", 12), LogitsDistillation(output=key))
     model.compile(keras.optimizers.SGD(0.0), loss, loss_weights=weights, metrics=metrics, jit_compile=False)
     logs = model.fit(INPUTS, y, batch_size=16, verbose=0).history
-    mine, theirs = model.student(INPUTS), model.teacher(INPUTS)
-    pairs = [(mine[k], theirs[k]) for k in (("first", "second") if form == "dict" else (0, 1))]
+    student_value, teacher_value = model.student(INPUTS), model.teacher(INPUTS)
+    pairs = [(student_value[k], teacher_value[k]) for k in (("first", "second") if form == "dict" else (0, 1))]
     divergences = [float(kl64(numpy_of(a), numpy_of(b)).mean()) for a, b in pairs]
     wanted = divergences[1] if output else sum(divergences)
     task = 0.25 * ce64(numpy_of(pairs[0][0]), LABELS).mean() + 2.0 * ce64(numpy_of(pairs[1][0]), LABELS + 1).mean()
@@ -262,11 +267,11 @@ def test_k13_each_output_has_the_weights_that_are_given_for_it(form: str, output
     )
     y, weights = (dict.fromkeys(parts, LABELS), parts) if form == "dict" else ([LABELS] * 2, [*parts.values()])
     logs = model.train_on_batch(INPUTS, y, sample_weight=weights, return_dict=True)
-    mine, theirs = (
-        dict(zip(parts, map(numpy_of, keras.tree.flatten(one(INPUTS))), strict=True))
-        for one in (model.student, model.teacher)
+    student_value, teacher_value = (
+        dict(zip(parts, map(numpy_of, keras.tree.flatten(network(INPUTS))), strict=True))
+        for network in (model.student, model.teacher)
     )
-    divergences = {name: (parts[name] * kl64(mine[name], theirs[name])).mean() for name in parts}
+    divergences = {name: (parts[name] * kl64(student_value[name], teacher_value[name])).mean() for name in parts}
     assert logs["logits_loss"] == pytest.approx(
         divergences["second"] if output else sum(divergences.values()), rel=1e-5
     )
@@ -281,7 +286,7 @@ def test_k13_each_output_has_the_weights_that_are_given_for_it(form: str, output
     ("shape", "kind", "kernel"),
     [((6,), "Dense", (8, 12)), ((4, 6), "Dense", (8, 12)), ((4, 4, 6), "Conv2D", (1, 1, 8, 12))],
 )
-def test_k14_auto_makes_what_the_shapes_ask_for_and_trains_it(shape: Any, kind: str, kernel: Any) -> None:
+def test_k14_auto_makes_the_adapter_that_fits_the_shapes_and_trains_it(shape: Any, kind: str, kernel: Any) -> None:
     """K14: a dense layer for vectors and tokens, a 1x1 convolution for maps."""
 
     def network(width: int, name: str) -> keras.Model:

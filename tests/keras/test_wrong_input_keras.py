@@ -49,8 +49,8 @@ def two_outputs(name: str) -> keras.Model:
 
 
 def itself() -> Any:
-    one = student()
-    return DistillModel(one, one)
+    model = student()
+    return DistillModel(model, model)
 
 
 def blocks(name: str) -> keras.Model:
@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
         ValueError,
         lambda: DistillModel(blocks("student"), teacher(), FeatureDistillation("dense", "hidden")),
         "Expected `student_layer` to name one layer of the student 'student'. Pass one of 'first/dense',"
-        " 'second/dense'. Received: 'dense', which several layers are called",
+        " 'second/dense'. Received: 'dense', the name of several layers",
     ),
     "features of other widths": (
         ValueError,
@@ -125,12 +125,12 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
         "Expected `teacher` to be another model than `student`. Pass a model of its own, such as a copy made by"
         " keras.models.clone_model. Received: the same model",
     ),
-    "a teacher that is no model": (
+    "a teacher that is not a model": (
         TypeError,
         lambda: DistillModel(student(), "teacher"),
         "Expected `teacher` to be a keras.Model or None. Received: a str",
     ),
-    "a student that is no model": (
+    "a student that is not a model": (
         TypeError,
         lambda: DistillModel(lambda x: x, teacher()),
         "Expected `student` to be a keras.Model. Received: a function",
@@ -167,7 +167,7 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
         "Expected `output` to pick one tensor of the student's output. Pass output=... Received: output='c', with"
         " tensors of shapes [(None, 3), (None, 2)]",
     ),
-    "an output that a layer has not": (
+    "an output that a layer does not have": (
         ValueError,
         feature(Tap("hidden", output=3), "hidden"),
         "Expected `output` to pick one tensor of the output of student layer 'hidden'. Pass output=... Received:"
@@ -176,10 +176,10 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", MODELS)
-def test_a_model_that_cannot_work_is_refused_when_it_is_made(what: str) -> None:
-    """K14, K29, and the rest of what can be known beforehand."""
-    kind, make, words = MODELS[what]
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_cannot_work_is_refused_when_it_is_made(name: str) -> None:
+    """K14, K29, and all other errors that are known before training."""
+    kind, make, words = MODELS[name]
     with pytest.raises(kind) as raised:
         make()
     assert str(raised.value) == words
@@ -248,9 +248,9 @@ SETTINGS: dict[str, tuple[type[Exception], Make, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", SETTINGS)
-def test_a_setting_that_means_nothing_is_refused_in_the_constructor(what: str) -> None:
-    kind, make, words = SETTINGS[what]
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_meaningless_setting_is_refused_in_the_constructor(name: str) -> None:
+    kind, make, words = SETTINGS[name]
     with pytest.raises(kind) as raised:
         make()
     assert str(raised.value) == words
@@ -284,7 +284,7 @@ FITS: dict[str, tuple[Make, Any, dict[str, Any], str]] = {
         None,
         {},
         "Expected `y_true` to be the pair (teacher_logits, labels). DecoupledKDLoss needs the batch's labels; a term of"
-        " DistillModel hands them over. Received: a pair without labels",
+        " DistillModel passes them. Received: a pair without labels",
     ),
     "a schedule for no term": (
         lambda: DistillModel(student(), teacher()),
@@ -303,11 +303,11 @@ FITS: dict[str, tuple[Make, Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=pytest.mark.not_jax if what == "no teacher" else ()) for what in FITS]
+    "name", [pytest.param(name, marks=pytest.mark.not_jax if name == "no teacher" else ()) for name in FITS]
 )
-def test_data_that_do_not_fit_raise_before_the_first_step(what: str) -> None:
+def test_data_that_do_not_fit_raise_before_the_first_step(name: str) -> None:
     """Nothing has trained by then, and the student is left clean."""
-    make, targets, settings, words = FITS[what]
+    make, targets, settings, words = FITS[name]
     model = make()
     model.compile(keras.optimizers.SGD(0.1), cross_entropy(), jit_compile=False)
     before = [numpy_of(weight) for weight in model.trainable_weights]
@@ -339,7 +339,7 @@ def test_a_model_without_known_inputs_is_checked_at_its_first_batch(kind: str, w
 
 
 @pytest.mark.not_jax
-def test_training_goes_on_after_an_error() -> None:
+def test_training_continues_after_an_error() -> None:
     """Nothing of the failed attempt is in the way."""
     model = DistillModel(student())
     model.compile(keras.optimizers.SGD(0.1), cross_entropy(), jit_compile=False)

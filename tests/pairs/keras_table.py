@@ -56,7 +56,7 @@ def inner(model: keras.Model, x: Any, *names: str) -> list[Any]:
     if "parts" not in model.__dict__:
         outputs = [model.get_layer(name).output for name in names]
         object.__setattr__(model, "parts", keras.Model(model.input, [*outputs, model.output]))
-    return [ops.cast(one, "float32") for one in model.parts(x)]
+    return [ops.cast(part, "float32") for part in model.parts(x)]
 
 
 # Formulas by hand -----------------------------------------------------------------------------------------------------
@@ -92,13 +92,13 @@ class Feature:
 
     Args:
         terms: Makes new terms.
-        hand: The weighted sum of the terms for a batch, by plain operations: of the twin, x, y and the step.
+        hand: Computes the weighted sum of the terms for a batch, by plain operations, from the twin, x, y and the step.
         settings: Settings of the model.
-        teachers: How many teachers there are.
-        stored: Whether the targets carry the teacher's outputs.
+        teachers: Number of teachers.
+        stored: Whether the targets hold the teacher's outputs.
         tokens: Whether the models tag tokens.
-        tolerance: The least tolerance: a graph rounds to bfloat16 in other places than eager steps do.
-        words: What a situation raises where it cannot work, by the situation's name.
+        tolerance: The smallest tolerance: a graph rounds to bfloat16 in other places than eager steps.
+        words: The error of a situation that cannot work, by the situation's name.
     """
 
     terms: Callable[[], list[Any]]
@@ -111,7 +111,7 @@ class Feature:
     words: dict[str, str] = field(default_factory=dict)
 
     def model(self, **compiled: Any) -> DistillModel:
-        """A new model, the same each time."""
+        """A new model with the same weights each time."""
         keras.utils.set_random_seed(3)
         made = tagger if self.tokens else network
         held = [made(6, f"teacher{number}", "float32") for number in range(max(self.teachers, 1))]
@@ -130,7 +130,7 @@ class Feature:
         return TAGS if self.tokens else Y
 
     def targets(self, model: DistillModel) -> Any:
-        """Labels, with the outputs of a teacher where they are stored."""
+        """Labels, with the outputs of a teacher if they are stored."""
         if not self.stored:
             return self.labels
         return DistillTargets(self.labels, model.held.models[0].predict(self.x, verbose=0))
@@ -143,7 +143,7 @@ class Feature:
 
 
 class _Hidden:
-    """Holds models where Keras does not look."""
+    """Holds models, so that Keras does not track them."""
 
     def __init__(self, models: list[keras.Model]) -> None:
         self.models = models
@@ -259,9 +259,9 @@ def by_hand(
 
     Args:
         name: Name of the feature.
-        rounded: Of how many steps the number is the same for schedules.
+        rounded: For how many steps a scheduled number stays the same.
         restarts: Whether the optimizer's steps begin at 0 in each epoch.
-        halves: Whether each half of a batch is averaged by itself.
+        halves: Whether each half of a batch is averaged separately.
         policy: Precision policy of the student.
     """
     import tensorflow as tf

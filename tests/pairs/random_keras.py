@@ -59,7 +59,7 @@ def parts(model: keras.Model, x: Any) -> list[Any]:
     if "by_parts" not in model.__dict__:
         outputs = [model.get_layer(name).output for name in ("hidden", "deep")]
         object.__setattr__(model, "by_parts", keras.Model(model.input, [*outputs, model.output]))
-    return [ops.cast(one, "float32") for one in model.by_parts(x)]
+    return [ops.cast(part, "float32") for part in model.by_parts(x)]
 
 
 def draw(seed: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def draw(seed: int) -> dict[str, Any]:
         drawn["logits"] = "soft"
     if drawn["teacher"] == "stored" and drawn["situation"] == "other teacher first":
         drawn["situation"] = None
-    if drawn["batch"] == "by hand":  # the loop is the user's, with numbers that stay
+    if drawn["batch"] == "by hand":  # a custom loop does not follow schedules
         drawn["situation"] = "shared terms" if drawn["situation"] == "shared terms" else None
         for name in ("weight", "temperature", "task_weight"):
             drawn[name] = drawn[name] if isinstance(drawn[name], float) else 1.0
@@ -106,7 +106,7 @@ def terms_of(drawn: dict[str, Any]) -> list[Any]:
         terms.append(LogitsDistillation(loss, weight=weight))
     if drawn["feature"]:
         own = drawn["feature"] == "own adapter"
-        start = keras.initializers.Orthogonal(seed=5)  # a layer that has been made already starts where it starts
+        start = keras.initializers.Orthogonal(seed=5)  # the user's layer is made before the model sets its seed
         adapter: Any = keras.layers.Dense(6, use_bias=False, kernel_initializer=start) if own else "auto"
         terms.append(FeatureDistillation("hidden", "hidden", weight=0.5, adapter=adapter))
     if drawn["within"]:
@@ -122,7 +122,7 @@ def optimizer_of(drawn: dict[str, Any]) -> Any:
 
 
 def made(drawn: dict[str, Any], terms: list[Any]) -> tuple[DistillModel, list[keras.Model]]:
-    """A model and its teachers, the same for the same combination."""
+    """A model and its teachers, with the same weights each time."""
     keras.utils.set_random_seed(11)
     teachers = [network(6, f"teacher{number}") for number in range(2)]
     student = network(6 if drawn["feature"] == "same width" else 4, "student", drawn["regularizer"])
@@ -151,7 +151,7 @@ def data(drawn: dict[str, Any], model: DistillModel, teachers: list[keras.Model]
     y = generator.integers(0, 3, 8 * STEPS).astype("int32")
     weights = generator.uniform(0.2, 2.0, 8 * STEPS).astype("float32") if drawn["sample_weight"] else None
     if drawn["teacher"] == "stored":
-        hidden, _, output = (ops.convert_to_numpy(one) for one in parts(teachers[0], x))
+        hidden, _, output = (ops.convert_to_numpy(part) for part in parts(teachers[0], x))
         taps = [tap for term in model.terms for tap in term.teacher_taps]
         answer: Any = {"output": output, "features": {tap.key: hidden for tap in taps}} if taps else output
         return x, DistillTargets(y, answer), weights
@@ -183,7 +183,7 @@ def trained(drawn: dict[str, Any], folder: Any) -> list[Any]:
             teacher, model = model.teacher, keras.models.load_model(f"{folder}/model.keras")
             model.teacher = teacher
             model.run_eagerly = drawn["way"] == "eager"
-        run(drawn, model, *(rows_of(one, part) for one in (x, y, weights)))
+        run(drawn, model, *(rows_of(arrays, part) for arrays in (x, y, weights)))
     return model.student.get_weights()
 
 
@@ -195,7 +195,7 @@ def rows_of(arrays: Any, rows: slice) -> Any:
 def run(drawn: dict[str, Any], model: DistillModel, x: Any, y: Any, weights: Any) -> None:
     def batches() -> Any:
         for start in range(0, len(x), 8):
-            batch = tuple(rows_of(one, slice(start, start + 8)) for one in (x, y, weights))
+            batch = tuple(rows_of(arrays, slice(start, start + 8)) for arrays in (x, y, weights))
             yield batch if weights is not None else batch[:2]
 
     if drawn["batch"] == "train_on_batch":
@@ -208,7 +208,7 @@ def run(drawn: dict[str, Any], model: DistillModel, x: Any, y: Any, weights: Any
 
 
 def loop_with_step(drawn: dict[str, Any], model: DistillModel, x: Any, y: Any) -> list[Any]:
-    """A loop of the user's own with DistillStep."""
+    """The student's weights after a custom training loop with DistillStep."""
     import tensorflow as tf
 
     step: DistillStep = model.step
@@ -227,8 +227,8 @@ def loop_with_step(drawn: dict[str, Any], model: DistillModel, x: Any, y: Any) -
 
 
 def apply(optimizer: Any, gradients: list[Any], variables: list[Any]) -> None:
-    pairs = [(gradient, one) for gradient, one in zip(gradients, variables, strict=True) if gradient is not None]
-    optimizer.apply_gradients(pairs)
+    pairs = zip(gradients, variables, strict=True)
+    optimizer.apply_gradients([(gradient, variable) for gradient, variable in pairs if gradient is not None])
 
 
 def by_hand(drawn: dict[str, Any]) -> list[Any]:
@@ -291,18 +291,18 @@ def check(seed: int, folder: Any) -> None:
     """Raise if a combination differs from its loop by hand.
 
     Args:
-        seed: Of the combination.
-        folder: For files.
+        seed: Seed of the combination.
+        folder: Folder for files.
     """
     drawn = draw(seed)
-    # graphs round to bfloat16 in other places than eager steps do, and Adam divides by what is small
+    # graphs round to bfloat16 in other places than eager steps, and Adam divides by small numbers
     rtol, atol = (2e-2, 2e-3) if drawn["teacher"] == "bfloat16" else (2e-4, 2e-5)
     for own, expected in zip(trained(drawn, folder), by_hand(drawn), strict=True):
         np.testing.assert_allclose(own, expected, rtol=rtol, atol=atol, err_msg=str(drawn))
 
 
 def main() -> int:
-    """Try many seeds and say which differ."""
+    """Try many seeds and print those that differ."""
     import tempfile
     import warnings
 
@@ -317,7 +317,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 check(seed, folder)
-            except Exception:
+            except Exception:  # a failed seed is printed and counted, and must not end the search
                 wrong += 1
                 print(f"seed {seed}: {draw(seed)}\n{traceback.format_exc(limit=-2)}", flush=True)
         done = seed - chosen.first + 1

@@ -1,4 +1,4 @@
-"""Every feature in every situation: equal to the loop written by hand, or refused in words. One table, one test."""
+"""Every feature in every situation equals a loop written by hand, or is refused. One table, one test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 class StopAfter(keras.callbacks.Callback):
-    """Ends a training early, as if the process had ended."""
+    """Ends a training after some epochs."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def fit(model: Any, feature: Feature, targets: Any, *, first: int = 0, last: int
 
 
 def again(model: Any, other: Any) -> Any:
-    """Another object for the same training, with the teacher that is in no file."""
+    """Give another model the teacher, which files do not hold."""
     other.held = model.held
     if model.teacher is not None:
         other.teacher = model.teacher
@@ -157,7 +157,7 @@ def in_mixed_precision(feature: Feature, folder: Path) -> Any:
     return model
 
 
-# A situation, how the loop by hand differs in it, and the tolerance.
+# The situation, the arguments of the loop by hand, and the tolerance.
 SITUATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], float]] = {
     "jit_compile": (fitted(jit_compile=True), {}, 1e-5),
     "steps_per_execution": (fitted(steps_per_execution=2, jit_compile=False), {"rounded": 2}, 1e-5),
@@ -171,7 +171,7 @@ SITUATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], float]] = {
     "pickle": (copied(lambda model: pickle.loads(pickle.dumps(model))), {}, 1e-5),
     "exception and second fit": (interrupted, {}, 1e-5),
 }
-# The fraction of the training does not begin again with the optimizer's steps; a fit of a part has one of its own.
+# A new optimizer does not restart the fraction of the training; each `fit` has its own fraction.
 OTHER_PLACES = {
     ("schedules over the fraction", "second compile"): {},
     ("schedules over the fraction", "exception and second fit"): None,
@@ -200,7 +200,7 @@ def test_a_feature_in_a_situation_equals_the_loop_by_hand_or_is_refused_in_words
         return
     differs = OTHER_PLACES.get((name, situation), differs)
     if differs is None:
-        pytest.skip("two trainings have two fractions: the loop by hand is that of one")
+        pytest.skip("two trainings have two fractions, but the loop by hand has one")
     model, tolerance = act(feature, tmp_path), max(tolerance, feature.tolerance)
     for own, expected in zip(model.student.get_weights(), by_hand(name, **differs), strict=True):
         np.testing.assert_allclose(own, expected, rtol=tolerance, atol=tolerance)
@@ -222,11 +222,11 @@ def test_a_feature_on_two_replicas_equals_the_loop_by_hand(name: str, replicas: 
         np.testing.assert_allclose(own, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_the_loop_by_hand_depends_on_what_it_is_about() -> None:
+def test_the_loop_by_hand_differs_between_features() -> None:
     """Otherwise a feature that does nothing would pass."""
     results = [by_hand(name)[0] for name in FEATURES if name not in ("stored targets", "masks", "teacher dtype")]
     flat = [np.round(weights, 6).tobytes() for weights in results]
-    assert len(set(flat)) == len(flat) - 1  # both schedules go the same way
+    assert len(set(flat)) == len(flat) - 1  # both schedules have the same numbers
     assert table.EPOCHS * 16 / BATCH == 4
 
 
@@ -239,4 +239,4 @@ def test_a_random_combination_equals_its_loop_by_hand(seed: int, tmp_path: Path)
 def test_random_combinations_draw_every_choice() -> None:
     drawn = [random_keras.draw(seed) for seed in range(200)]
     for name, options in random_keras.CHOICES.items():
-        assert {repr(one[name]) for one in drawn} >= {repr(option) for option in options}, name
+        assert {repr(combination[name]) for combination in drawn} >= {repr(option) for option in options}, name
