@@ -1,4 +1,4 @@
-"""The demonstrations' report: table, plot, proof and closing sentence, by rich and matplotlib imported late."""
+"""The demonstrations' report: table, plot, proof and closing sentences; rich and matplotlib are imported late."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def closing(runs: Sequence[Run]) -> list[str]:
 def _claim(distilled: Sequence[Run], alone: Sequence[Run]) -> str:
     gains = [100 * (run.test_accuracy - base.test_accuracy) for run, base in zip(distilled, alone, strict=True)]
     verdict = "helped" if min(gains) > 0 else "did harm" if max(gains) < 0 else "made no clear difference"
-    better, what = sum(gain > 0 for gain in gains), distilled[0].method[2:].replace(" + ", " and ")
+    better, distilled_parts = sum(gain > 0 for gain in gains), distilled[0].method[2:].replace(" + ", " and ")
     return (
-        f"distilling {what} {verdict}: {statistics.mean(gains):+.1f} points of accuracy"
+        f"distilling {distilled_parts} {verdict}: {statistics.mean(gains):+.1f} points of accuracy"
         f" (better for {better} of {len(gains)} seed{'s' * (len(gains) > 1)})"
     )
 

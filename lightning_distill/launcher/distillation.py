@@ -40,19 +40,19 @@ class Distillation(Hooks):
 
     Attributes:
         student_model: The network to train.
-        teacher_model: The network to match; None where the student learns from itself.
+        teacher_model: The network to match; None if the student learns from itself.
         criterion: A criterion of this package, or any function of ``(student_output, teacher_output, student_loss)``
-            that gives the total; None takes the configured one.
+            that returns the total; None takes the configured one.
         task_loss: The student's own loss in built-in training, called with its output and the labels; None takes the
-            criterion's, cross entropy unless it says otherwise.
+            criterion's loss, which is usually cross entropy.
         optimizer: An optimizer, or a function that makes one from parameters; None takes the configured one, or AdamW.
         train_func: A training function of your own, called with the student.
-        eval_func: Scores a model: a number, or several in a list or dict of which the first is the judge.
+        eval_func: Scores a model: returns a number, or several in a list or dict, of which the first counts.
         train_dataloader: Batches for built-in training, ``(inputs, labels)`` or dicts; None takes the configured ones.
-        eval_dataloader: Batches for the configured metric, where there is no ``eval_func``.
+        eval_dataloader: Batches for the configured metric, if ``eval_func`` is not set.
         trainer: A Trainer for built-in training; None makes one with the configured settings.
         higher_is_better: Whether a larger score is better.
-        eval_frequency: How many epochs lie between two scores; None takes the configured number.
+        eval_frequency: Number of epochs between two scores; None takes the configured number.
         scores: The scores of the last training, and the weights that were the best.
 
     Raises:
@@ -84,7 +84,7 @@ class Distillation(Hooks):
     def parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters, for an optimizer of your own; they exist after the first loss.
 
-        Without this the adapters step along with the first optimizer that steps the student.
+        If you do not use them, the adapters step together with the first optimizer that steps the student.
         """
         parameters: list[nn.Parameter] = self._running().parameters()
         return parameters
@@ -99,13 +99,13 @@ class Distillation(Hooks):
         self._running().follow(optimizer, scaler=scaler)
 
     def state_dict(self) -> dict[str, Any]:
-        """What to save beside the student in a loop of your own: adapters and their optimizer, scores, best weights."""
+        """The state to save beside the student in your own loop: adapters and their optimizer, scores, best weights."""
         if self._loop is None:
             return self._loaded or self._last
         return {"adapters": self._running().state_dict(), "scores": self.scores.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state at the next ``on_train_begin``.
+        """Continue from a saved state at the next ``on_train_begin``.
 
         Args:
             state: A state from :meth:`state_dict`.
@@ -130,12 +130,12 @@ class Distillation(Hooks):
         export(self._student(), str(path), example)
 
     def close(self) -> None:
-        """Remove every hook and give the teacher back as it was; :meth:`fit` does so even after an exception."""
+        """Remove every hook and restore the teacher; :meth:`fit` does this even after an exception."""
         if self._loop is not None:
             self._last = self.state_dict()
         super().close()
 
-    # Inside ----------------------------------------------------------------------------------------------------------
+    # Internal --------------------------------------------------------------------------------------------------------
 
     def _train(self, student: nn.Module) -> None:
         train = self.conf.distillation.train
@@ -150,12 +150,12 @@ class Distillation(Hooks):
         )
         self.scores = self._new_scores()
         trainer = self.trainer or trainer_of(train)
-        scoring, own = Scoring(self.scores, self.teacher_model), [*trainer.callbacks]  # type: ignore[attr-defined]
-        trainer.callbacks = [*own, scoring]  # type: ignore[attr-defined]
+        callbacks = [*trainer.callbacks]  # type: ignore[attr-defined]
+        trainer.callbacks = [*callbacks, Scoring(self.scores, self.teacher_model)]  # type: ignore[attr-defined]
         try:
             trainer.fit(module, as_loader(data))
         finally:
-            trainer.callbacks = own  # type: ignore[attr-defined]
+            trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
     def _begin(self, loop: Any, student: nn.Module) -> None:
         state, self._loaded = self._loaded, {}
@@ -190,7 +190,7 @@ class Distillation(Hooks):
 def _settings(
     criterion: Any, task_loss: Callable[[Tensor, Tensor], Tensor] | None
 ) -> tuple[list[DistillationTerm], float]:
-    """Terms and the weight of the student's own loss, as the criterion says."""
+    """The criterion's terms, and its weight of the student's own loss."""
     if not hasattr(criterion, "terms"):
         return [CriterionTerm(criterion, task_loss)], 0.0
     return as_terms(criterion.terms(), LogitsDistillation), criterion.task_weight
