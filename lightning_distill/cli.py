@@ -75,8 +75,12 @@ def validate_config(arguments: argparse.Namespace) -> int:
         The exit code.
     """
     from lightning_distill.launcher.conf import DistillationConf
+    from lightning_distill.launcher.criteria import criterion_of
 
-    return validate(_PROG, arguments.file, DistillationConf)
+    def check(file: Path) -> None:
+        criterion_of(DistillationConf(file).distillation.train.criterion)
+
+    return validate(_PROG, arguments.file, check)
 
 
 def cache(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Data that change between reads are noticed, however rarely, and patches leave in any order."""
+"""Data that change between reads are refused, however rarely they change; patches can be removed in any order."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def test_a_loop_of_ones_own_finds_the_rows_in_the_batch(tmp_path: Path) -> None:
         with distiller.record():
             student(indexed.batch[0])
         with pytest.raises(CacheError, match=r"in a loop of your own pass the batch of `cache.attach\(dataset\)`"):
-            distiller.total(torch.zeros(()), indexed.batch)  # nothing of the batch before is left
+            distiller.total(torch.zeros(()), indexed.batch)  # no state of the batch before is kept
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
-def test_patches_leave_in_any_order(order: tuple[int, ...]) -> None:
+def test_patches_can_be_removed_in_any_order(order: tuple[int, ...]) -> None:
     owner = SimpleNamespace(value=lambda: "")
     original = owner.value
     patches = [MethodPatch(owner, "value", lambda below, mark=mark: below() + mark) for mark in "abc"]

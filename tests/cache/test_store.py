@@ -1,4 +1,4 @@
-"""The folder: its format, what it remembers, and every way in which it can be broken."""
+"""The folder: its format, its metadata, and the ways in which it can be broken."""
 
 from __future__ import annotations
 
@@ -242,9 +242,9 @@ def _rank(rank: int, folder: str, port: int) -> None:
 def test_c1_two_processes_share_the_work(tmp_path: Path) -> None:
     """C1: the same bytes as one process."""
     built(tmp_path / "one")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "two"), port), nprocs=2)
     assert content(tmp_path / "two") == content(tmp_path / "one")
 

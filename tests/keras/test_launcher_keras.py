@@ -24,7 +24,7 @@ from keras_distill import KnowledgeDistillationLoss as Knowledge
 
 
 def test_a_yaml_file_says_how_the_student_is_trained_n12(tmp_path: Path) -> None:
-    """N12, N2: the file, an object made from it and a dict of its form are one."""
+    """N12, N2: the file, an object made from it and a dict of its form mean the same."""
     path = yaml_file(tmp_path)
     weights = []
     for conf in (str(path), path, DistillationConf(path), DistillationConf(path).model_dump(exclude_none=True)):
@@ -153,9 +153,9 @@ def test_knowledge_distillation_equals_its_formula_n3(kind: str, temperature: fl
     student, teacher = STUDENT, TEACHER
     if not from_logits:
         student, teacher = log_softmax64(STUDENT), log_softmax64(TEACHER)
-    given = [ops.convert_to_tensor(z if from_logits else np.exp(z), "float32") for z in (student, teacher)]
+    outputs = [ops.convert_to_tensor(z if from_logits else np.exp(z), "float32") for z in (student, teacher)]
     expected = 0.3 * 1.25 + 0.7 * divergence64(kind, temperature, student, teacher)
-    np.testing.assert_allclose(float(criterion(*given, 1.25)), expected, rtol=1e-5)
+    np.testing.assert_allclose(float(criterion(*outputs, 1.25)), expected, rtol=1e-5)
 
 
 def test_reference_reduction_divides_by_the_number_of_classes_n4() -> None:

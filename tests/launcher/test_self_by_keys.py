@@ -1,4 +1,4 @@
-"""Self-distillation of the dict that a loop hands over, with adaptation layers of the user's own between (N9)."""
+"""Self-distillation of a dict that the loop passes, through the user's own adaptation layers (N9)."""
 
 from __future__ import annotations
 
