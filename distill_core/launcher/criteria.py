@@ -49,8 +49,7 @@ class CriterionChecks:
         self._checks.one_of("loss_types[1]", distillation, ("CE", "KL", "MSE"))
         weights = self._weights(self._two("loss_weights", loss_weights))
         if abs(sum(weights) - 1.0) > 1e-6:
-            weights_used = "They are used unchanged; the older API refused them."
-            warn(f"The loss weights {[*weights]} do not sum to 1. {weights_used}")
+            warn(f"The loss weights {[*weights]} do not sum to 1. They are used unchanged; the older API refused them.")
         return float(temperature), (task, distillation), (weights[0], weights[1])
 
     def each(
@@ -137,6 +136,28 @@ class CriterionChecks:
             received = f"layer_mappings={mappings!r}"
             raise ValueError(self._checks.message("`layer_mappings` to be a list of pairs", received))
         return mappings
+
+
+def weighted_total(weights: tuple[float, float], student_loss: Any, divergence: Callable[[], Any]) -> Any:
+    """The total of ``KnowledgeDistillationLoss``, without a part whose weight is 0, even if that part is not finite.
+
+    Args:
+        weights: Weights of the student's own loss and of the divergence.
+        student_loss: The student's own loss, a scalar.
+        divergence: Computes the divergence; called only if it is needed.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> weighted_total((0.25, 0.5), 2.0, lambda: 3.0), weighted_total((0.0, 0.5), float("nan"), lambda: 3.0)
+        (2.0, 1.5)
+    """
+    task, distillation = weights
+    parts = [] if task == 0 else [task * student_loss]
+    if distillation != 0 or not parts:
+        parts.append(distillation * divergence())
+    return sum(parts[1:], parts[0])
 
 
 def distinct(name: str, taken: Iterable[str]) -> str:

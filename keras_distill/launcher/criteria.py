@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct
+from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct, weighted_total
 from keras_distill import backends, checks
 from keras_distill.losses import DistillationLoss, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from keras_distill.recording import Call, Tap, select
@@ -106,9 +106,12 @@ class KnowledgeDistillationLoss:
         Returns:
             A scalar.
         """
-        student = select(student_output, None, "the student's output")
-        teacher = select(teacher_output, None, "the teacher's output")
-        return self.task_weight * student_loss + self.loss_weights[1] * self.loss(teacher, student)
+
+        def divergence() -> Any:
+            student = select(student_output, None, "the student's output")
+            return self.loss(select(teacher_output, None, "the teacher's output"), student)
+
+        return weighted_total(self.loss_weights, student_loss, divergence)
 
 
 class IntermediateLayersKnowledgeDistillationLoss:

@@ -187,8 +187,8 @@ def find_rows(dataset: Any, manifest: Manifest) -> Rows | None:
         if inner is not None and not np.array_equal(inner, rows):
             raise CacheError(
                 "Expected the data set that the cache was built from, but got a Subset of all its items in another"
-                " order, which cannot be told from it: this cache knows no more than their number. Pass the data set"
-                " itself, and shuffle in the data loader."
+                " order. This cache cannot distinguish them, because it stores only the number of items. Pass the data"
+                " set itself, and shuffle in the data loader."
             )
         return rows
     if isinstance(dataset, ConcatDataset):
@@ -213,8 +213,8 @@ def check_data(dataset: Any, manifest: Manifest) -> Rows:
         levels.append(whole)
     if isinstance(whole, IterableDataset) or not isinstance(whole, Sized):
         raise CacheError(
-            f"Expected a map-style data set with a length, but got {type(whole).__name__}: a stream does not tell which"
-            " item is which. Wrap it in a Dataset with __len__ and __getitem__."
+            f"Expected a map-style data set with a length, but got {type(whole).__name__}: the items of a stream"
+            " have no numbers. Wrap it in a Dataset with __len__ and __getitem__."
         )
     lengths = [len(level) for level in levels]
     if manifest.length not in lengths:

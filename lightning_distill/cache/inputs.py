@@ -131,7 +131,7 @@ class BatchInputs:
         if place is not None and self._slots.setdefault(slot, place) != place:
             raise CacheError(
                 "Expected every call of the student in a step to be given the same tensor of the batch where the"
-                " teacher is a cache, since it holds one answer for each item, but got several. Call the student on"
+                " teacher is a cache, since it holds one output for each item, but got several. Call the student on"
                 " one of them, or run the other calls under torch.no_grad()."
             )
         for name, value in entries:

@@ -106,9 +106,9 @@ class CachedTeacher:
         size, number = len(first) if first.ndim else 1, len(answers["rows"])
         if size != number:
             raise CacheError(
-                f"Expected the student to be called with the {number} examples of the batch, for which the cache holds"
-                f" one answer each, but got {size}. Call the student once with the whole batch, no more and no fewer;"
-                " a collate function must not drop or repeat items."
+                f"Expected the student to be called with the {number} examples of the batch, since the cache holds"
+                f" one output for each, but got {size}. Call the student once with the whole batch; a collate function"
+                " must not drop or repeat items."
             )
         if stored.check is not None:
             stored.check(call)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct
+from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct, weighted_total
 from lightning_distill import checks
 from lightning_distill.losses import FeatureDistance, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from lightning_distill.recording import Tap, select
@@ -84,12 +84,14 @@ class KnowledgeDistillationLoss:
         Returns:
             A scalar.
         """
-        task, distillation = self.loss_weights
-        parts = [] if task == 0 else [task * student_loss]
-        if distillation != 0 or not parts:
-            logits = (select(student_output, None, "student output"), select(teacher_output, None, "teacher output"))
-            parts.append(distillation * self.loss(*logits))
-        return sum(parts[1:], parts[0])
+
+        def divergence() -> Tensor:
+            student = select(student_output, None, "student output")
+            value: Tensor = self.loss(student, select(teacher_output, None, "teacher output"))
+            return value
+
+        total: Tensor = weighted_total(self.loss_weights, student_loss, divergence)
+        return total
 
 
 class IntermediateLayersKnowledgeDistillationLoss:

@@ -133,7 +133,7 @@ def test_the_best_student_is_kept_and_saved_as_any_keras_model(tmp_path: Path) -
         (lambda: DistillationConfig(optimizer={"SDG": {}}), ValueError, "`distillation.train.optimizer.SDG` to be"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused_in_words(make: Any, error: type[Exception], words: str) -> None:
+def test_wrong_arguments_are_refused_with_a_clear_error(make: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=f"Expected {words}"):
         make()
 

@@ -158,6 +158,14 @@ def test_knowledge_distillation_equals_its_formula_n3(kind: str, temperature: fl
     np.testing.assert_allclose(float(criterion(*outputs, 1.25)), expected, rtol=1e-5)
 
 
+def test_a_part_without_weight_is_left_out_of_a_direct_call_n3() -> None:
+    """N3: the student's own loss even where it is not finite, and the teacher's output where it is missing."""
+    student, teacher = (ops.convert_to_tensor(z, "float32") for z in (STUDENT, TEACHER))
+    only_teacher = float(Knowledge(2.0, ["CE", "KL"], [0.0, 1.0])(student, teacher, float("nan")))
+    np.testing.assert_allclose(only_teacher, divergence64("KL", 2.0, STUDENT, TEACHER), rtol=1e-5)
+    assert Knowledge(2.0, ["CE", "KL"], [1.0, 0.0])(student, None, 3.0) == 3.0
+
+
 def test_reference_reduction_divides_by_the_number_of_classes_n4() -> None:
     """N4, and the golden values of the older implementation."""
     for case in ("s1", "s2"):
