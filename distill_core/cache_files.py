@@ -142,7 +142,7 @@ def remove_partial(folder: Path) -> None:
     """Remove the files that a killed build left half written, and nothing else.
 
     Args:
-        folder: The cache; nobody may be writing there.
+        folder: The cache; no process may be writing into it.
     """
     for leftover in folder.glob(".*"):
         if _PARTIAL.fullmatch(leftover.name):

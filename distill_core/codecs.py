@@ -166,7 +166,7 @@ class TopKCodec(Codec):
         return stored
 
     def decode(self, stored: dict[str, Array]) -> tuple[Array, Array, Array]:
-        """Classes, their log-probabilities, and that of all others together.
+        """The stored classes, their log-probabilities, and the log-probability of all other classes together.
 
         Args:
             stored: The stored arrays of N rows.

@@ -222,8 +222,7 @@ class Reader:
             The decoded values of each array: its numbers, or classes, log-probabilities and tail.
 
         Raises:
-            CacheError: If a file is missing, truncated or altered, or is not what the manifest says; the message names
-                it.
+            CacheError: If a file is missing, truncated or altered, or does not fit the manifest; the message names it.
             IndexError: If a row does not exist.
         """
         rows = np.asarray(rows, dtype="int64")

@@ -171,7 +171,7 @@ class Configuration(Section):
         checks: The module ``checks`` of a half.
 
     Raises:
-        ValueError: With the path of each wrong value within the file, what was expected and what was received.
+        ValueError: If a value is wrong; the message has its path in the file, the expectation and the value.
         FileNotFoundError: If the file does not exist.
     """
 

@@ -163,8 +163,8 @@ def check_repeatable(dataset: Any, transform_seed: int | None, allow: bool) -> b
 def find_rows(dataset: Any, manifest: Manifest) -> Rows | None:
     """The row of each sample in the cache's first view.
 
-    The cached data may be the dataset itself, or lie anywhere below: within Subsets (also those of ``random_split``)
-    and ConcatDatasets of parts of it. A cache that was built from one part of ``random_split`` fits that part.
+    The cached data may be the dataset itself, or be nested in it by Subsets (including those of ``random_split``) and
+    ConcatDatasets of parts of it. A cache that was built from one part of ``random_split`` fits that part.
 
     Args:
         dataset: The data.

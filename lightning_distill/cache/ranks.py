@@ -39,4 +39,6 @@ def together() -> Iterator[None]:
         raise error
     for other, words in enumerate(errors):
         if words is not None:
-            raise CacheError(f"Expected all processes to build the cache, but that of rank {other} failed: {words}")
+            raise CacheError(
+                f"Expected all processes to build the cache, but the process of rank {other} failed: {words}"
+            )

@@ -79,7 +79,7 @@ class CachedTeacher:
         return iter(())
 
     def unpack(self, batch: Any) -> tuple[Any, Stored]:
-        """A batch of ``cache.attach(dataset)`` as the user's code knows it, and the teacher's outputs for it."""
+        """Split a batch of ``cache.attach(dataset)`` into the user's batch and the teacher's outputs for it."""
         if isinstance(batch, IndexedBatch):
             return batch.batch, Stored(read_answers(self.cache.reader, batch.rows))
         return batch, Stored(None)

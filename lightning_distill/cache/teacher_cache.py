@@ -83,11 +83,11 @@ class TeacherCache:
     ) -> TeacherCache:
         """Run the teacher over the data once and keep its outputs.
 
-        A build that was stopped continues where it was: only whole shards count. Under ``torch.distributed`` the
-        processes share the work.
+        A build that was stopped continues with its missing shards. Under ``torch.distributed`` the processes share the
+        work.
 
         Args:
-            teacher: The teacher; it runs in eval mode and is afterwards as it was before.
+            teacher: The teacher; it runs in eval mode, and its mode is restored afterwards.
             dataset: The data, map-style, with a length.
             path: The folder.
             layers: Layers whose features are kept.

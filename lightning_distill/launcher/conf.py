@@ -102,7 +102,7 @@ class DistillationConf(conf.Configuration):
         **sections: ``model``, ``distillation``, ``evaluation``, ``tuning``.
 
     Raises:
-        ValueError: With the path of each wrong value within the file, what was expected and what was received.
+        ValueError: If a value is wrong; the message has its path in the file, the expectation and the value.
         FileNotFoundError: If the file does not exist.
 
     Example:

@@ -102,13 +102,13 @@ TOGETHER: dict[str, tuple[Callable[[int, Path], Any], str, str]] = {
     "a folder of other things": (
         lambda rank, folder: TeacherCache.build(network(8), table(), folder / "other", progress=False),
         "it holds 'thesis.tmp'",
-        "that of rank 0 failed: CacheError: Expected",
+        "the process of rank 0 failed: CacheError: Expected",
     ),
     "data that rank 1 cannot read": (
         lambda rank, folder: TeacherCache.build(
             network(8), (Failing if rank else torch.utils.data.TensorDataset)(*table().tensors), folder / "a"
         ),
-        "that of rank 1 failed: OSError: the disk",
+        "the process of rank 1 failed: OSError: the disk",
         "the disk of this machine is gone",
     ),
     "data that rank 0 cannot read to the end": (
@@ -121,11 +121,11 @@ TOGETHER: dict[str, tuple[Callable[[int, Path], Any], str, str]] = {
             progress=False,
         ),
         "the disk of this machine is gone",
-        "that of rank 0 failed: OSError: the disk",
+        "the process of rank 0 failed: OSError: the disk",
     ),
     "another teacher in each rank": (
         lambda rank, folder: TeacherCache.build(teacher_of(rank), table(), folder / "c", progress=False),
-        "that of rank 1 failed: CacheError: Expected",
+        "the process of rank 1 failed: CacheError: Expected",
         "it was begun with teacher=",
     ),
 }
