@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from distill_core.launcher.conf import Configuration
 from distill_core.launcher.scores import BestStudent
@@ -42,9 +42,11 @@ class Hooks:
 
     Attributes:
         checks: The module ``checks`` of a half.
+        best_student: The class that scores students and keeps the best weights.
     """
 
-    checks: Words
+    checks: ClassVar[Words]
+    best_student: ClassVar[type[BestStudent]]
 
     def __init__(self, conf: Configuration) -> None:
         self.conf: Any = conf
@@ -59,7 +61,7 @@ class Hooks:
         self.eval_dataloader: Any = None
         self.higher_is_better = True
         self.eval_frequency: int | None = None
-        self.scores: BestStudent = self._best(None, 1)
+        self.scores: BestStudent = self.best_student(None, self.higher_is_better, 1)
         self._loop: Loop | None = None
         self._begun = False
 
@@ -223,7 +225,7 @@ class Hooks:
             data = self.conf.data("evaluation.accuracy.dataloader", self.eval_dataloader)
             score = None if data is None else self._metric(data, metric)
         frequency = self.conf.distillation.train.frequency if self.eval_frequency is None else self.eval_frequency
-        return self._best(score, frequency)
+        return self.best_student(score, self.higher_is_better, frequency)
 
     def _begin(self, loop: Any, student: Any) -> None:
         """Score both models, before the loop opens."""
@@ -255,10 +257,6 @@ class Hooks:
 
     def _configured_criterion(self) -> Any:
         """The criterion of the configuration."""
-        raise NotImplementedError
-
-    def _best(self, score: Callable[[Any], Any] | None, frequency: int) -> BestStudent:
-        """The keeper of the best weights."""
         raise NotImplementedError
 
     def _metric(self, data: Any, metric: Any) -> Callable[[Any], Any]:

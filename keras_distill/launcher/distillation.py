@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
 from distill_core.launcher.hooks import Hooks
+from distill_core.launcher.words import Words
 from keras_distill import checks
 from keras_distill.launcher.batches import fit_arguments
 from keras_distill.launcher.conf import DistillationConf, Metric
@@ -64,7 +65,8 @@ class Distillation(Hooks):
         'Sequential'
     """
 
-    checks = checks
+    checks: ClassVar[Words] = checks
+    best_student = BestStudent
 
     def __init__(self, conf: str | PathLike[str] | Mapping[str, Any] | DistillationConf | None = None) -> None:
         super().__init__(conf if isinstance(conf, DistillationConf) else DistillationConf(conf))
@@ -128,9 +130,6 @@ class Distillation(Hooks):
 
     def _configured_criterion(self) -> Any:
         return criterion_of(self.conf.distillation.train.criterion)
-
-    def _best(self, score: Callable[[Any], Any] | None, frequency: int) -> BestStudent:
-        return BestStudent(score, self.higher_is_better, frequency)
 
     def _metric(self, data: Any, metric: Metric) -> MetricEvaluation:
         return MetricEvaluation(data, metric, self.conf.distillation.train.fit.batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.seed import seed_everything
@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from distill_core.launcher.hooks import Hooks
+from distill_core.launcher.words import Words
 from lightning_distill import checks
 from lightning_distill.launcher.batches import as_loader
 from lightning_distill.launcher.conf import DistillationConf, Metric
@@ -68,7 +69,8 @@ class Distillation(Hooks):
         'Linear'
     """
 
-    checks = checks
+    checks: ClassVar[Words] = checks
+    best_student = BestStudent
 
     def __init__(self, conf: str | PathLike[str] | Mapping[str, Any] | DistillationConf | None = None) -> None:
         super().__init__(conf if isinstance(conf, DistillationConf) else DistillationConf(conf))
@@ -172,9 +174,6 @@ class Distillation(Hooks):
     def _configured_criterion(self) -> Any:
         return criterion_of(self.conf.distillation.train.criterion)
 
-    def _best(self, score: Callable[[Any], Any] | None, frequency: int) -> BestStudent:
-        return BestStudent(score, self.higher_is_better, frequency)
-
     def _metric(self, data: Any, metric: Metric) -> MetricEvaluation:
         return MetricEvaluation(data, metric)
 
@@ -183,7 +182,8 @@ class Distillation(Hooks):
 
     def _student(self) -> nn.Module:
         if not isinstance(self.student_model, nn.Module):
-            raise ValueError(f"Expected `student_model` to be a module, but got {self.student_model!r}. Set it first.")
+            received = f"{self.student_model!r}"
+            raise ValueError(checks.message("`student_model` to be a module", received, "Set it first."))
         return self.student_model
 
 
