@@ -52,7 +52,7 @@ def test_a_falsified_manifest_is_refused_when_the_cache_is_opened(cache: Path, c
     falsify(cache / "manifest.json", MANIFESTS[case])
     with pytest.raises(CacheError):
         Reader(cache)
-    # a manifest that promises more, or other, than the files hold is noticed at the first file that differs
+    # a manifest that does not fit its files is refused at the first file that differs
     contradicts = case in {
         "shard_rows of 10**15",
         "a length of 10**15",
@@ -113,7 +113,7 @@ ARRAYS: dict[str, Callable[[Path], bytes]] = {
 
 @pytest.mark.parametrize("case", ARRAYS)
 def test_verify_reads_every_shard_as_training_does(cache: Path, tmp_path: Path, capsys: Capture, case: str) -> None:
-    """The checksum fits: whoever alters a file can alter its checksum too."""
+    """The checksum is right, since an attacker can alter it too."""
     relisted(cache, ARRAYS[case](tmp_path))
     assert_refused(cache, FIRST, capsys, ("verify",))
     if case not in ("NaN", "an infinity"):  # these are numbers; wrong numbers are the only harm that a cache can do

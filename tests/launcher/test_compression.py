@@ -83,7 +83,7 @@ class Output(dict[str, Any]):
 
 
 class Encoder(nn.Module):
-    """Called with a batch's entries; returns its loss where there are labels, and its logits."""
+    """Called with a batch's entries; returns its logits, and its loss if the batch has labels."""
 
     def __init__(self, width: int, seed: int) -> None:
         super().__init__()

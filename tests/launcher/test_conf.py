@@ -297,7 +297,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("sections", "path"), IMPOSSIBLE, ids=[f"{row[1]}-{i}" for i, row in enumerate(IMPOSSIBLE)])
 def test_n1_impossible_value_is_refused_with_its_path_before_the_training(sections, path):
-    """At the latest where the value is used, before any step."""
+    """The error comes before the first step, at the latest when the value is used."""
     with pytest.raises(ValueError, match=path.replace(".", r"\.")):
         run_from(sections)
 

@@ -1,4 +1,4 @@
-"""A training function of one's own with the hooks in it (N1, N2, N6, N7, N8, N10, N11)."""
+"""Hooks in the user's own training function (N1, N2, N6, N7, N8, N10, N11)."""
 
 from __future__ import annotations
 

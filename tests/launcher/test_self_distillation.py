@@ -1,4 +1,4 @@
-"""A network that learns from its own deep layers: the term everywhere it may stand, and the criterion (N9, N6)."""
+"""A network that learns from its own deep layers: the term in every place, and the criterion (N9, N6)."""
 
 from __future__ import annotations
 
