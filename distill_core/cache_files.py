@@ -150,7 +150,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def write(path: Path, content: bytes | Array) -> dict[str, Any]:
-    """Write a file as a whole: if writing fails, the file does not exist.
+    """Write a file atomically: if writing fails, an older file of that name stays unchanged.
 
     Args:
         path: The file.

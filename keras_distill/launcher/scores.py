@@ -15,7 +15,7 @@ from keras_distill.recording import select
 
 
 class BestStudent(scores.BestStudent):
-    """The best weights that a student has had, with scores and weights as Keras has them."""
+    """The best weights that a student has had."""
 
     checks = checks
 

@@ -113,7 +113,8 @@ class TeacherCache:
             The cache, opened.
 
         Raises:
-            CacheError: If items change between reads, the folder holds something else, or another process builds there.
+            CacheError: If a setting is wrong, items change between reads, the folder holds something else, or another
+                process builds there.
             OSError: If the disk is full; resuming completes the folder.
         """
         builder = Builder(

@@ -77,6 +77,22 @@ def test_the_rows_of_parts_of_parts(tmp_path: Path) -> None:
     assert find_rows(iter(()), manifest) is None
 
 
+def test_other_data_are_read_once_however_deep_they_are_nested(tmp_path: Path) -> None:
+    reads = []
+
+    class Counted(Numbers):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            reads.append(index)
+            return super().__getitem__(index)
+
+    manifest = answers_for(Numbers(12), tmp_path).manifest
+    nested: Any = Counted(12, first=5)
+    for _ in range(6):
+        nested = Subset(nested, range(6))
+    assert find_rows(nested, manifest) is None
+    assert len(reads) == len(set(reads)) == 8
+
+
 def test_a_loop_of_ones_own_finds_the_rows_in_the_batch(tmp_path: Path) -> None:
     data, student = Numbers(12), nn.Linear(2, 2)
     cache = answers_for(data, tmp_path)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_distill import IntermediateLayersKnowledgeDistillationLoss as Intermediate
 from lightning_distill import KnowledgeDistillationLoss as Knowledge
+from lightning_distill import SelfKnowledgeDistillationLoss as SelfKnowledge
 from lightning_distill.losses import FeatureDistance
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss weights .* do not sum to 1")
@@ -357,6 +358,15 @@ def test_n5_a_layer_that_does_not_exist_raises_with_the_closest(distiller):
 def test_n5_wrong_setting_is_refused(settings, match):
     with pytest.raises(ValueError, match=match):
         Intermediate(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mappings"),
+    [(Knowledge, {}), (Intermediate, {"layer_mappings": ["a"]}), (SelfKnowledge, {"layer_mappings": [[["a", "b"]]]})],
+)
+def test_n4_a_reference_reduction_that_is_not_a_bool_is_refused(kind, mappings):
+    with pytest.raises(TypeError, match="`reference_reduction` to be True or False, but got reference_reduction='no'"):
+        kind(**mappings, reference_reduction="no")
 
 
 def test_n5_layers_of_other_sizes_get_an_adapter(distiller):
