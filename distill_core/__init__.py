@@ -1,6 +1,8 @@
-"""What both halves share and no framework is needed for.
+"""The parts that both halves share and that need no framework.
 
-The files of a teacher cache, schedules, checks of settings, and the command lines. Imports NumPy alone.
+These are the files of a teacher cache, schedules, checks of settings, and the command lines. Only NumPy is imported.
 """
 
 __version__ = "0.1.0"
+
+PACKAGES = ("distill_core", "lightning_distill", "keras_distill")

@@ -1,4 +1,4 @@
-"""The single files of a cache: their names, how they are written as a whole, and how they are found again safely."""
+"""The files of a cache: their names, atomic writing, and checks before reading."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from distill_core.codecs import Array
-from distill_core.manifest import CacheError, Manifest, check_file_list, read_json, short
+from distill_core.manifest import CacheError, Manifest, check_file_list, read_json
+from distill_core.terminal import short
 
-# Names that only this module gives: leftovers of a build that was killed are known by them.
+# Temporary names that only this module uses. They identify the files that a killed build has left.
 _PARTIAL: Final = re.compile(
     r"\.(shard-[0-9]{5,}(\.(output|feature[0-9]+)\.[a-z]+\.npy|\.json)|building\.json)\.distill-partial"
 )
@@ -25,12 +26,15 @@ _LARGEST_HEADER: Final = 4096  # bytes; NumPy writes 118
 
 
 def file_list(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
-    """The list of a shard's files with their sizes and checksums; every file exists and has the size that it needs.
+    """Read the list of a shard's files, with their sizes and checksums, and check that every file has its size.
 
     Args:
         folder: The cache.
         manifest: Its manifest.
         shard: Number of the shard.
+
+    Returns:
+        ``bytes`` and ``blake2b`` of each file, by the file's name.
 
     Raises:
         CacheError: If something is missing or wrong; the message names the file.
@@ -55,9 +59,10 @@ def file_list(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
 
 
 def header_size(path: Path, shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes before the numbers of a ``.npy`` file, whose header must be the one that NumPy writes for an array.
+    """Check a ``.npy`` file, and return the size of its header.
 
-    The header is compared and not interpreted, so that what it says cannot matter.
+    The header must be the one that NumPy writes for an array of this shape and dtype. It is compared and never
+    evaluated, so a forged header can do nothing.
 
     Args:
         path: The file.
@@ -65,10 +70,10 @@ def header_size(path: Path, shape: tuple[int, ...], dtype: str) -> int:
         dtype: Its dtype.
 
     Returns:
-        The size of the header.
+        The number of bytes before the array's numbers.
 
     Raises:
-        CacheError: If the header is another, or the file is shorter or longer than the array.
+        CacheError: If the header differs, or the file is shorter or longer than the array.
     """
     with open(path, "rb") as handle:
         start = handle.read(10)
@@ -89,14 +94,17 @@ def header_size(path: Path, shape: tuple[int, ...], dtype: str) -> int:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file that exists in a folder, is a plain file, and is not a link to a place elsewhere.
+    """The path of a file, after a check that it is a plain file inside a folder and not a link to another place.
 
     Args:
         folder: The folder.
         name: The file's name.
 
+    Returns:
+        The path.
+
     Raises:
-        CacheError: If it is not.
+        CacheError: If the file does not exist, is not a plain file, or is a link out of the folder.
     """
     path = folder / name
     try:
@@ -131,10 +139,10 @@ def _partial(path: Path) -> Path:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed build left half written, and nothing else.
+    """Remove the files that a killed build left half written, and nothing else.
 
     Args:
-        folder: The cache; nobody may be writing there.
+        folder: The cache; no process may be writing into it.
     """
     for leftover in folder.glob(".*"):
         if _PARTIAL.fullmatch(leftover.name):
@@ -142,7 +150,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def write(path: Path, content: bytes | Array) -> dict[str, Any]:
-    """Write a file that exists either whole or not at all.
+    """Write a file atomically: if writing fails, an older file of that name stays unchanged.
 
     Args:
         path: The file.
@@ -195,10 +203,10 @@ def fingerprint(parts: Iterable[Any]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        array = np.ascontiguousarray(part) if not isinstance(part, (str, bytes)) else None
-        if array is None:
+        if isinstance(part, (str, bytes)):
             digest.update(part.encode() if isinstance(part, str) else part)
         else:
+            array = np.ascontiguousarray(part)
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(array.tobytes())
         digest.update(b"\0")

@@ -1,4 +1,4 @@
-"""Checks of user arguments: an error names the expectation, the value and the remedy, in the form of either half."""
+"""Checks of user arguments; each error names the expectation, the value received and a remedy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 def message(expected: str, got: str, remedy: str = "") -> str:
-    """The plain form of an error.
+    """The text of an error.
 
     Args:
-        expected: What the argument had to be, from the argument's name on.
-        got: What was passed instead.
+        expected: The expectation, which begins with the argument's name.
+        got: The value that was passed.
         remedy: A sentence that says what to do, or an empty string.
 
     Returns:
@@ -31,8 +31,8 @@ class Checks:
     """Checks of settings.
 
     Args:
-        message: Makes an error's text from the expectation, the value passed, and a remedy, which may be empty.
-        shown: How many names an error lists.
+        message: Function that makes an error's text from the expectation, the value passed, and an optional remedy.
+        shown: Maximum number of names that an error lists.
     """
 
     def __init__(self, message: Callable[..., str] = message, *, shown: int = 5) -> None:
@@ -140,7 +140,7 @@ class Checks:
         self.at_least(name, value, 0)
 
     def at_least(self, name: str, value: Any, minimum: float) -> None:
-        """Check that a setting is a finite number no smaller than a minimum.
+        """Check that a setting is a finite number of at least a minimum.
 
         Args:
             name: Name of the argument, for the message.
@@ -161,7 +161,7 @@ class Checks:
             raise ValueError(self._message(f"`{name}` to be at least {minimum}", f"{name}={value!r}"))
 
     def between(self, name: str, value: Any, minimum: float, maximum: float) -> None:
-        """Check that a setting is a number of a closed range.
+        """Check that a setting is a number from a minimum to a maximum, both included.
 
         Args:
             name: Name of the argument, for the message.
@@ -183,7 +183,7 @@ class Checks:
             raise ValueError(self._message(f"`{name}` to be from {minimum} to {maximum}", f"{name}={value!r}"))
 
     def fraction(self, name: str, value: Any) -> None:
-        """Check that a setting is a share of something that must not be the whole.
+        """Check that a setting is at least 0 and less than 1.
 
         Args:
             name: Name of the argument, for the message.
@@ -247,15 +247,15 @@ class Checks:
         raise ValueError(self._message(expected, f"{name}={value!r}", self.closest(value, allowed) if near else ""))
 
     def closest(self, name: str, candidates: Iterable[str]) -> str:
-        """Sentence that lists the candidates most like a name that was not found.
+        """Sentence that lists the candidates closest to an unknown name.
 
         Args:
             name: The user's value.
             candidates: The names that exist.
 
         Returns:
-            The close matches, best first; the first few candidates where none is close; an empty string without
-            candidates.
+            The close matches, best first; the first few candidates if none is close; an empty string if ``candidates``
+            is empty.
 
         Example:
             >>> Checks().closest("layer5", ["stem", "layer3", "layer4", "head"])

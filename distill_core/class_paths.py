@@ -1,4 +1,4 @@
-"""Paths of classes and functions in configuration files: checked without importing them, and imported."""
+"""Check the paths of classes and functions in configuration files without importing them, and import them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from distill_core.checks import Checks
 def check_class_path(path: str, init_args: Mapping[str, Any] | None = None) -> None:
     """Check that a path names a class or a function, and that it takes some arguments, without running any code.
 
-    Modules that are already imported are looked into; of others the source is parsed. What only running the code can
-    tell, such as names that a star import brings, passes.
+    A module that is already imported is inspected; the source of any other module is parsed. Names that exist only
+    after running the code, such as those of a star import, pass the check.
 
     Args:
         path: The path, such as ``"my_project.models.Net"``.
-        init_args: Arguments by name; None does not check them.
+        init_args: Arguments by name; if None, arguments are not checked.
 
     Raises:
         ValueError: If the module, or the name in it, does not exist, is not callable or does not take the arguments.
@@ -52,7 +52,7 @@ def import_class_path(path: str) -> Callable[..., Any]:
         The class or function.
 
     Raises:
-        ValueError: If it cannot be imported or is not callable.
+        ValueError: If the path cannot be imported, or does not name a class or a function.
     """
     module, _, name = path.rpartition(".")
     try:
@@ -67,7 +67,7 @@ def import_class_path(path: str) -> Callable[..., Any]:
 def _check_loaded(module: Any, name: str, init_args: Mapping[str, Any] | None) -> None:
     names = vars(module)
     if name not in names:
-        if "__getattr__" in names:  # makes names on demand, perhaps by an import
+        if "__getattr__" in names:  # creates names on demand, perhaps by an import
             return
         raise ValueError(_missing(module.__name__, name, names))
     target = names[name]
@@ -76,16 +76,16 @@ def _check_loaded(module: Any, name: str, init_args: Mapping[str, Any] | None) -
     if init_args is not None:
         try:
             signature = inspect.signature(target)
-        except (ValueError, TypeError):  # some that are written in C have none
+        except (ValueError, TypeError):  # some callables written in C have no signature
             return
         _bind(signature, name, init_args)
 
 
 def _parsed(module: str) -> ast.Module | None:
-    """The source of a module as a tree; None where it has no source.
+    """The syntax tree of a module; None if the module has no source.
 
     Raises:
-        ValueError: If there is no such module, or its source is not Python.
+        ValueError: If the module does not exist, or its source is not Python.
     """
     spec = _spec(module)
     source = getattr(spec.loader, "get_source", None)
@@ -97,7 +97,11 @@ def _parsed(module: str) -> ast.Module | None:
 
 
 def _spec(module: str) -> ModuleSpec:
-    """Where a module lies. ``importlib.util.find_spec`` would import the packages around it."""
+    """Find a module. ``importlib.util.find_spec`` alone would import its parent packages.
+
+    Raises:
+        ValueError: If the module does not exist.
+    """
     top, *parts = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -110,7 +114,7 @@ def _spec(module: str) -> ModuleSpec:
         name = f"{name}.{part}"
         spec = PathFinder.find_spec(name, list(spec.submodule_search_locations))
     if spec is None or name != module:
-        raise ValueError(f"there is no module {module!r}")
+        raise ValueError(f"module {module!r} does not exist")
     return spec
 
 
@@ -121,7 +125,7 @@ def _check_source(tree: ast.Module, module: str, name: str, init_args: Mapping[s
         for target in _bound(statement):
             bound.setdefault(target, []).append(statement)
     if name not in bound:
-        # a star import, a module's __getattr__, or names made by calls: only running it could tell
+        # a star import, a module's __getattr__, or names made by calls: they exist only after running the code
         calls = {
             node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
@@ -135,7 +139,7 @@ def _check_source(tree: ast.Module, module: str, name: str, init_args: Mapping[s
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module, those under ``if``, ``try``, ``with`` and loops included."""
+    """The statements of a module, including those inside ``if``, ``try``, ``with`` and loops."""
     for statement in body:
         yield statement
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -160,7 +164,7 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
 
 
 def _signature(statement: ast.stmt) -> inspect.Signature | None:
-    """What a function, or the ``__init__`` of a class, takes; None where that cannot be seen."""
+    """The signature of a function, or of the ``__init__`` of a class; None if the source does not show it."""
     if isinstance(statement, ast.ClassDef):
         methods = {entry.name: entry for entry in statement.body if isinstance(entry, ast.FunctionDef)}
         hidden = statement.decorator_list or statement.keywords or "__new__" in methods

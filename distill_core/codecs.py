@@ -1,4 +1,4 @@
-"""How a teacher's outputs become bytes and numbers again."""
+"""Codecs: a teacher's outputs as stored arrays, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALLEST_TAIL: Final = 1e-7
 
 
 class Codec(ABC):
-    """What one row of an array is stored as.
+    """Base of the codecs, which turn the rows of an array into stored arrays and back.
 
     Attributes:
         columns: Shape of one row and dtype of each stored array, by its name.
@@ -30,7 +30,7 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, stored: dict[str, Array]) -> Any:
-        """What the stored arrays stand for."""
+        """The values of the rows, from their stored arrays."""
 
     @property
     def bytes_per_row(self) -> int:
@@ -46,7 +46,7 @@ class FullCodec(Codec):
         dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
 
     Raises:
-        ValueError: If the dtype is another.
+        ValueError: If the dtype is not one of these.
 
     Example:
         >>> codec = FullCodec((2,), "bfloat16")
@@ -92,7 +92,7 @@ class FullCodec(Codec):
 
 
 class TopKCodec(Codec):
-    """The k largest log-probabilities of each row of logits; all other classes share what is left.
+    """The k largest log-probabilities of each row of logits, and the probability of all other classes together.
 
     Class indices take ``ceil(log2 C)`` bits: whole bytes, and a plane of single bits for each bit above them. Values
     are float16, or 8 bits that are linear in the log-probability between the row's largest and smallest. The tail, the
@@ -144,7 +144,9 @@ class TopKCodec(Codec):
         """
         logits = np.asarray(values, dtype="float32")
         if not np.isfinite(logits).all():
-            raise ValueError("Expected the teacher's outputs to be finite, but some are not. Mend the teacher.")
+            raise ValueError(
+                "Expected the teacher's outputs to be finite, but some are not. Check the teacher for NaN and infinity."
+            )
         shifted = logits - logits.max(-1, keepdims=True)
         total = np.exp(shifted).sum(-1, keepdims=True, dtype="float64")
         kept = np.argpartition(shifted, -self.k, axis=-1)[..., -self.k :]
@@ -157,14 +159,14 @@ class TopKCodec(Codec):
             stored["values"] = np.maximum(logs, np.finfo("float16").min).astype("float16")
             return stored
         ends = np.maximum(logs[..., [0, -1]], np.finfo("float16").min).astype("float16")
-        top, bottom = (ends[..., [one]].astype("float32") for one in (0, 1))
+        top, bottom = (ends[..., [end]].astype("float32") for end in (0, 1))
         share = (top - logs) / np.maximum(top - bottom, 1e-6)
         stored["values"] = np.rint(np.clip(share, 0.0, 1.0) * _LEVELS).astype("uint8")
         stored["range"] = ends
         return stored
 
     def decode(self, stored: dict[str, Array]) -> tuple[Array, Array, Array]:
-        """Classes, their log-probabilities, and that of all others together.
+        """The stored classes, their log-probabilities, and the log-probability of all other classes together.
 
         Args:
             stored: The stored arrays of N rows.
@@ -174,7 +176,7 @@ class TopKCodec(Codec):
             logarithm of the tail, ``(N, ..., 1)``.
 
         Raises:
-            ValueError: If an index is not that of a class: bits can hold more indices than there are classes.
+            ValueError: If an index is too large: the bits can hold larger numbers than the number of classes.
         """
         indices = self._unpacked(stored)
         if indices.size and indices.max() >= self.classes:
@@ -207,13 +209,13 @@ class TopKCodec(Codec):
             if self._bytes == 2:
                 indices[:] = np.ascontiguousarray(low).view("<u2")[..., 0]
             else:
-                for one in range(self._bytes):
-                    indices |= low[..., one].astype("int32") << (8 * one)
+                for byte in range(self._bytes):
+                    indices |= low[..., byte].astype("int32") << (8 * byte)
         if self._bits:
             planes = np.asarray(stored["high"]).reshape(*outer, self._bits, self._plane)
             bits = np.unpackbits(planes, axis=-1, count=self.k, bitorder="little")
-            for one in range(self._bits):
-                indices |= bits[..., one, :].astype("int32") << (8 * self._bytes + one)
+            for bit in range(self._bits):
+                indices |= bits[..., bit, :].astype("int32") << (8 * self._bytes + bit)
         return indices.astype("int64")
 
 

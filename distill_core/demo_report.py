@@ -1,10 +1,12 @@
-"""The demonstrations' report: table, plot, proof and closing sentence, by rich and matplotlib imported late."""
+"""The demonstrations' report: table, plot, proof and closing sentences; rich and matplotlib are imported late."""
 
 from __future__ import annotations
 
+import json
 import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 SCARCE, FULL = "10 %", "100 %"
 METHODS = ("alone", "+ logits", "+ logits + features")
-# Okabe and Ito's colours, which the colour-blind can tell apart, and line styles for print in grey
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and line styles for printing in grey
 _LOOKS = dict(zip(METHODS, (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-.")), strict=True))
 
 
@@ -31,19 +33,19 @@ class Run:
 
 
 def table(runs: Sequence[Run]) -> Any:
-    """The table of all methods, a row each.
+    """The table of all methods, one row for each.
 
     Args:
         runs: The teacher's run, then the students'.
 
     Returns:
-        A table of rich: means over the seeds, with their standard deviation where there are several.
+        A table of rich: means over the seeds, with the standard deviation if there are several seeds.
     """
     from rich import box
     from rich.table import Table
 
     seeds = 1 + max(run.seed for run in runs)
-    shown = Table(
+    printed = Table(
         title=f"Handwritten digits, 500 test images; mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}",
         caption="Agreement: same class as the teacher. Step: median time of a training step,\n"
         "and its ratio to the student alone. One teacher for all.",
@@ -51,16 +53,16 @@ def table(runs: Sequence[Run]) -> Any:
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    shown.add_column("labels", justify="right", no_wrap=True)
-    shown.add_column("method", no_wrap=True)
+    printed.add_column("labels", justify="right", no_wrap=True)
+    printed.add_column("method", no_wrap=True)
     for name in ("parameters", "accuracy\n%", "agreement\n%", "step\nms", "ratio"):
-        shown.add_column(name, justify="right", no_wrap=True)
+        printed.add_column(name, justify="right", no_wrap=True)
     teacher, groups = runs[0], grouped(runs)
     for labels, method in [(FULL, "teacher"), *groups]:
         several = groups.get((labels, method), [teacher])
         milliseconds = statistics.median(run.step_ms for run in several)
         alone = statistics.median(run.step_ms for run in groups[labels, "alone"])
-        shown.add_row(
+        printed.add_row(
             labels,
             method,
             f"{several[0].parameters:,}",
@@ -70,7 +72,7 @@ def table(runs: Sequence[Run]) -> Any:
             f"{milliseconds / alone:.2f}",
             end_section=method in ("teacher", METHODS[-1]),
         )
-    return shown
+    return printed
 
 
 def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
@@ -82,16 +84,16 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
 
 
 def closing(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each setting: whether distillation helped or did harm.
+    """A sentence for each setting that says whether distillation helped or did harm.
 
-    A method helped if its student is better than the student alone for every seed, and did harm if it is worse for
-    every seed; otherwise it made no clear difference.
+    A method helped if its student is better than the student alone for every seed. It did harm if its student is worse
+    for every seed. Otherwise it made no clear difference.
 
     Args:
         runs: The teacher's run, then the students'.
 
     Returns:
-        The sentences; one more where a single seed was trained.
+        The sentences; one more if only a single seed was trained.
     """
     groups = grouped(runs)
     sentences = []
@@ -107,15 +109,15 @@ def closing(runs: Sequence[Run]) -> list[str]:
 def _claim(distilled: Sequence[Run], alone: Sequence[Run]) -> str:
     gains = [100 * (run.test_accuracy - base.test_accuracy) for run, base in zip(distilled, alone, strict=True)]
     verdict = "helped" if min(gains) > 0 else "did harm" if max(gains) < 0 else "made no clear difference"
-    better, what = sum(gain > 0 for gain in gains), distilled[0].method[2:].replace(" + ", " and ")
+    better, distilled_parts = sum(gain > 0 for gain in gains), distilled[0].method[2:].replace(" + ", " and ")
     return (
-        f"distilling {what} {verdict}: {statistics.mean(gains):+.1f} points of accuracy"
+        f"distilling {distilled_parts} {verdict}: {statistics.mean(gains):+.1f} points of accuracy"
         f" (better for {better} of {len(gains)} seed{'s' * (len(gains) > 1)})"
     )
 
 
 def best_run(runs: Sequence[Run]) -> Run:
-    """The first run with few labels of the method that is best on the validation images.
+    """The run to save: with few labels, by the method that is best on the validation images.
 
     Args:
         runs: The teacher's run, then the students'.
@@ -132,7 +134,7 @@ def best_run(runs: Sequence[Run]) -> Run:
 
 
 def proof(path: Path, best: Run, loaded: str, accuracy: float) -> dict[str, Any]:
-    """The saved student, and the proof that its file needs nothing of this library.
+    """The saved student's run, and the proof that its file does not need this library.
 
     Args:
         path: The student's file.
@@ -152,8 +154,43 @@ def proof(path: Path, best: Run, loaded: str, accuracy: float) -> dict[str, Any]
     return {**chosen, "test_accuracy": accuracy, "proof": words}
 
 
+def publish(
+    runs: Sequence[Run],
+    settings: dict[str, Any],
+    saved: dict[str, Any],
+    output: Path,
+    console: Any,
+    started: float,
+    **facts: Any,
+) -> None:
+    """Write ``curves.png`` and ``results.json``, and print the closing sentences.
+
+    Args:
+        runs: The teacher's run, then the students'.
+        settings: Settings of the demonstration.
+        saved: The saved student, from :func:`proof`.
+        output: Folder to write to.
+        console: Console of rich.
+        started: The value of ``time.perf_counter`` at the start.
+        **facts: Further entries of ``results.json``.
+    """
+    plot(runs, output / "curves.png")
+    conclusion, seconds = closing(runs), round(time.perf_counter() - started, 1)
+    results = {
+        **facts,
+        "settings": settings,
+        "runs": [asdict(run) for run in runs],
+        "saved_student": saved,
+        "conclusion": conclusion,
+        "seconds": seconds,
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for line in (*conclusion, saved["proof"], f"All files, after {seconds} s, in {output.resolve()}"):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """A figure of the validation accuracy by epoch: mean over the seeds, band of one standard deviation.
+    """Plot the validation accuracy by epoch: mean over the seeds, band of one standard deviation.
 
     Args:
         runs: The teacher's run, then the students'.

@@ -14,10 +14,10 @@ LOCK: Final = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A context in which no other process can enter the same context; a process that dies leaves it.
+    """A context that one process at a time can be in; a process that dies leaves it.
 
-    The lock's file stays: a process that waits for the lock has it open, and if it were removed a third process could
-    lock another file of the same name.
+    The lock's file is not removed afterwards: another process may already have it open, and a third process would then
+    lock a new file of the same name.
 
     Args:
         folder: The folder; created if it does not exist.

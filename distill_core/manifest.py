@@ -1,7 +1,7 @@
 """The manifest of a teacher cache, and the checks of everything that is read from its JSON files.
 
-A cache may come from anybody. Whatever its files say is checked against a table of rules when it is read, before any
-number in it is used: a folder that breaks a rule is refused with a :class:`CacheError` that names the file.
+A cache may come from an untrusted source. Every value in its files is checked against a table of rules before it is
+used. A folder that breaks a rule is refused with a :class:`CacheError` that names the file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from distill_core.codecs import Codec, make
+from distill_core.terminal import short
 
 FORMAT_VERSION: Final = 1
 MANIFEST, BUILDING = "manifest.json", "building.json"
 _NAME: Final = re.compile(r"output|feature(0|[1-9][0-9]{0,4})")
-_LARGEST: Final = 2**53  # the largest count that JSON's numbers hold exactly, whoever reads them
+_LARGEST: Final = 2**53  # the largest integer that every JSON reader holds exactly
 _MOST_DIMENSIONS: Final = 30  # NumPy has arrays of 32 at most before version 2, and rows are stacked
 
 
@@ -113,7 +114,7 @@ class Manifest:
 
 
 def read_json(content: bytes, file: Path) -> dict[str, Any]:
-    """The object in a JSON file, which may have been written by anybody.
+    """The object in a JSON file, which may come from an untrusted source.
 
     Args:
         content: The bytes of the file.
@@ -146,24 +147,18 @@ def read_json(content: bytes, file: Path) -> dict[str, Any]:
     return values
 
 
-def short(value: Any) -> str:
-    """A value from a file as a few printable characters."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-# A rule returns an empty string for a good value, else what the value has to be.
+# A rule returns an empty string for a valid value, otherwise words for the value that it expects.
 Rule = Callable[[Any], str]
 
 
 def whole(minimum: int, maximum: int = _LARGEST) -> Rule:
-    """Rule: a whole number of a closed range; True is not a number."""
+    """Rule: a whole number from a minimum to a maximum; True is not a number."""
     words = f"a whole number from {minimum} to {maximum}"
     return lambda value: "" if type(value) is int and minimum <= value <= maximum else words
 
 
 def text(limit: int = 10_000) -> Rule:
-    """Rule: a string, not empty and not endless."""
+    """Rule: a string that is neither empty nor longer than a limit."""
     words = f"a string of 1 to {limit} characters"
     return lambda value: "" if isinstance(value, str) and 0 < len(value) <= limit else words
 
@@ -180,7 +175,7 @@ def among(*choices: Any) -> Rule:
 
 
 def or_none(rule: Rule) -> Rule:
-    """Rule: null, or what another rule wants."""
+    """Rule: null, or a value that another rule accepts."""
 
     def checked(value: Any) -> str:
         words = "" if value is None else rule(value)
@@ -294,7 +289,7 @@ def _array(name: str, description: Any, file: Path) -> None:
 
 
 def _fields(values: Mapping[str, Any], rules: Rules, prefix: str, file: Path, others: Rule | None = None) -> None:
-    """Check the fields of an object: those of the rules are all needed, and further ones follow the rule `others`."""
+    """Check the fields of an object: those in `rules` are required, and all others must pass the rule `others`."""
     for name, rule in rules.items():
         if name not in values:
             raise CacheError(f"Expected {file} to hold `{prefix}{name}`, but it does not. Build the cache again.")

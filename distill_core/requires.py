@@ -1,4 +1,4 @@
-"""What a loss needs from the term that calls it, declared in one object."""
+"""Requirements of a loss: the inputs and settings that a term must provide."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Requires:
-    """What a loss needs, read once from its attributes of the same names.
+    """Requirements of a loss, read from its attributes of the same names.
 
     Args:
         needs_labels: The batch's labels are the third argument.
@@ -37,5 +37,5 @@ class Requires:
 
     @classmethod
     def of(cls, loss: Any) -> Requires:
-        """What any loss needs: one of this project, or a user's function or object that sets some of the attributes."""
+        """The requirements of a loss: one of this project, or a user's function or object that sets some attributes."""
         return cls(**{field.name: bool(getattr(loss, field.name, field.default)) for field in fields(cls)})

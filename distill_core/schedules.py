@@ -18,12 +18,12 @@ _CHECKS = Checks()
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come.
+    """The position in a training.
 
     Args:
         step: Optimizer steps made so far.
-        epoch: The epoch, from 0; None where it is not known.
-        fraction: Share of the whole training, from 0 to 1; None where its length is not known.
+        epoch: The epoch, from 0; None if it is not known.
+        fraction: Share of the whole training, from 0 to 1; None if the length is not known.
     """
 
     step: int = 0
@@ -50,11 +50,11 @@ class Progress:
 
 
 class Schedule:
-    """A number as a function of the position in training. It may take the place of any weight or temperature.
+    """A number as a function of the position in training; it can replace any weight or temperature.
 
     Args:
-        function: Maps the position to the number. A resumed training continues the schedule where it was, because the
-            number depends on the position alone.
+        function: Maps the position to the number. The number depends on the position alone, so a resumed training
+            continues the schedule at the same value.
         over: Unit of the position: optimizer ``"steps"`` from 0, ``"epochs"`` from 0, or the ``"fraction"`` of the
             training, from 0 to 1.
 
@@ -113,7 +113,7 @@ class Linear(Schedule):
 
     Raises:
         TypeError: If a setting is not a number.
-        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
+        ValueError: If ``duration`` is not greater than 0, or missing with ``over="steps"`` or ``"epochs"``.
 
     Example:
         >>> Linear(8.0, 1.0, duration=0.5).at(Progress(fraction=0.25))
@@ -148,7 +148,7 @@ class Cosine(Linear):
 
     Raises:
         TypeError: If a setting is not a number.
-        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
+        ValueError: If ``duration`` is not greater than 0, or missing with ``over="steps"`` or ``"epochs"``.
 
     Example:
         >>> round(Cosine(1.0, 0.0, duration=100, over="steps").at(Progress(step=25)), 4)
@@ -169,7 +169,7 @@ class WarmUp(Linear):
 
     Raises:
         TypeError: If a setting is not a number.
-        ValueError: If ``duration`` is not greater than 0, or missing where it counts steps or epochs.
+        ValueError: If ``duration`` is not greater than 0, or missing with ``over="steps"`` or ``"epochs"``.
 
     Example:
         >>> WarmUp(0.5, duration=10, over="epochs").at(Progress(epoch=4))
@@ -188,7 +188,7 @@ class Step(Schedule):
     """Piecewise constant schedule.
 
     Args:
-        values: The values, one more than there are boundaries.
+        values: The values; one more than `boundaries`.
         boundaries: Increasing positions at which the next value begins.
         over: Unit of the boundaries.
 
@@ -300,8 +300,9 @@ def set_scheduled(owner: Any, name: str, value: float) -> None:
         name: Name of the setting.
         value: The number.
     """
-    attributes = owner.__dict__
-    (attributes["_settings"] if name in attributes.get("_settings", ()) else attributes)[name] = value
+    settings = owner.__dict__.get("_settings", {})
+    target = settings if name in settings else owner.__dict__
+    target[name] = value
 
 
 def _duration(duration: float | None, over: str) -> float:

@@ -3,15 +3,15 @@
 ::
 
     cache/
-      manifest.json                  what is below, from which teacher and which data
+      manifest.json                  description of the files below, the teacher and the data
       shard-00000.output.values.npy  rows 0 to shard_rows - 1 of one stored array, memory-mapped when read
       shard-00000.json               sizes and checksums of the shard's files; written last, so it marks a whole shard
       ...
 
 Row ``view * length + index`` holds the teacher's outputs for sample ``index`` of the data in that view. A folder that
-is being built has ``building.json`` in place of the manifest. There is no pickle in it: every array is read as a plain
+is being built has ``building.json`` in place of the manifest. Pickle is never used: every array is read as a plain
 ``.npy`` file. A folder from an untrusted source can hold wrong numbers, but it cannot run code, make the reader leave
-the folder, or make it allocate more than its files hold.
+the folder, or make it allocate more memory than its files need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,13 +46,13 @@ _BLOCK: Final = 2**22  # bytes that `verify` decodes at a time
 
 
 def check_folder(folder: Path) -> None:
-    """Raise if a folder holds other things than a cache; hidden files, such as ``.gitignore``, do not count.
+    """Raise an error if a folder holds other things than a cache; hidden files, such as ``.gitignore``, do not count.
 
     Args:
         folder: The folder; it need not exist.
 
     Raises:
-        CacheError: If so. Nothing has been written or removed.
+        CacheError: If the folder holds other things. Nothing has been written or removed.
     """
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"Expected {folder} to be a folder, but it is a file. Choose another folder.")
@@ -71,23 +71,21 @@ def begin(folder: Path, manifest: Manifest, resume: bool) -> Manifest:
 
     Args:
         folder: The folder; created if it does not exist.
-        manifest: What the cache will hold.
-        resume: Whether to complete a build that was begun; without it such a folder is refused.
+        manifest: Contents of the cache.
+        resume: Whether to complete a build that was begun. If False, a folder that holds one is refused.
 
     Returns:
-        The manifest of the folder: with the versions of the libraries that began it.
+        The manifest of the folder, with the versions of the libraries that began the build.
 
     Raises:
-        CacheError: If the folder holds other things, a cache already, or one begun with other settings.
+        CacheError: If the folder holds other things, a cache with other settings, or any cache without ``resume``.
     """
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    Manifest.from_json(manifest.to_json().encode(), folder / BUILDING)  # what no reader would accept is not written
+    Manifest.from_json(manifest.to_json().encode(), folder / BUILDING)  # refuse a manifest that no reader would accept
     begun = _begun(folder)
-    if begun is not None and replace(begun, versions={}) != replace(manifest, versions={}):
-        raise CacheError(
-            f"Expected {folder} to be empty or begun with these settings, but {_difference(begun, manifest)}."
-        )
+    if begun is not None and (difference := _difference(begun, manifest)):
+        raise CacheError(f"Expected {folder} to be empty or begun with these settings, but {difference}.")
     if begun is not None and not resume:
         raise CacheError(f"Expected {folder} to be empty, but it holds a cache. Pass resume=True, or remove it.")
     cache_files.remove_partial(folder)
@@ -109,22 +107,22 @@ class Writer:
 
     Args:
         folder: The folder.
-        manifest: What the cache will hold.
+        manifest: Contents of the cache.
 
     Raises:
-        CacheError: If the folder was not begun, or with other settings.
+        CacheError: If the build was not begun, or was begun with other settings.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         begun = _begun(folder)
-        if begun is None or replace(begun, versions={}) != replace(manifest, versions={}):
-            difference = "it is not" if begun is None else _difference(begun, manifest)
+        difference = "it is not" if begun is None else _difference(begun, manifest)
+        if begun is None or difference:
             raise CacheError(f"Expected {folder} to be begun with these settings, but {difference}.")
         self.folder, self.manifest, self._codecs = folder, begun, begun.codecs
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the shards that do not exist yet, or are not whole."""
+        """Numbers of the shards that do not exist yet or are incomplete."""
         return [shard for shard in range(self.manifest.shards) if not self._whole(shard)]
 
     def write(self, shard: int, batches: Iterable[Mapping[str, Array]]) -> None:
@@ -136,7 +134,7 @@ class Writer:
 
         Raises:
             ValueError: If the values do not fit the manifest.
-            OSError: If they cannot be written; what was whole before stays whole.
+            OSError: If they cannot be written. Shards that were complete stay complete.
         """
         rows, files = self.manifest.shard_range(shard), {}
         parts: dict[tuple[str, str], list[Array]] = {}
@@ -158,13 +156,13 @@ class Writer:
         )
 
     def finish(self) -> None:
-        """Give the folder its manifest.
+        """Write the manifest, which marks the cache as complete.
 
         Raises:
             CacheError: If shards are missing.
         """
-        if self.missing:
-            raise CacheError(f"Expected {self.folder} to hold all shards, but {self.missing[:5]} are missing.")
+        if missing := self.missing:
+            raise CacheError(f"Expected {self.folder} to hold all shards, but {missing[:5]} are missing.")
         begun = self.folder / BUILDING
         if begun.exists():
             os.replace(begun, self.folder / MANIFEST)
@@ -201,7 +199,7 @@ class Reader:
                 "manifest": Manifest.from_json(cache_files.inside(folder, MANIFEST).read_bytes(), folder / MANIFEST),
             }
         )
-        for shard in range(self.manifest.shards):  # the first that is missing ends this, however many are promised
+        for shard in range(self.manifest.shards):  # the first missing one ends the loop, however many there are
             self._files(shard)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,11 +219,10 @@ class Reader:
             rows: Row numbers, shape ``(N,)``, in any order.
 
         Returns:
-            For each array what its codec decodes: the numbers, or classes, log-probabilities and tail.
+            The decoded values of each array: its numbers, or classes, log-probabilities and tail.
 
         Raises:
-            CacheError: If a file is missing, truncated or altered, or is not what the manifest says; the message names
-                it.
+            CacheError: If a file is missing, truncated or altered, or does not fit the manifest; the message names it.
             IndexError: If a row does not exist.
         """
         rows = np.asarray(rows, dtype="int64")
@@ -251,15 +248,15 @@ class Reader:
         them: that would take as long as reading itself.
 
         Args:
-            report: Called with the name of each file that is good.
+            report: Called with the name of each file that passes.
 
         Raises:
-            CacheError: With the name of the first that is not.
+            CacheError: If a file does not pass; the message names the first such file.
         """
         for shard in range(self.manifest.shards):
             for name, codec in self._codecs.items():
                 files = {column: cache_files.array_name(shard, name, column) for column in codec.columns}
-                stored = {column: self._mapped_anew(shard, file) for column, file in files.items()}
+                stored = {column: self._map(shard, file) for column, file in files.items()}
                 rows, step = len(self.manifest.shard_range(shard)), max(1, _BLOCK // codec.bytes_per_row)
                 for start in range(0, rows, step):
                     block = {column: np.asarray(values[start : start + step]) for column, values in stored.items()}
@@ -292,11 +289,11 @@ class Reader:
 
     def _mapped(self, shard: int, file: str) -> Array:
         if file not in self._open:
-            self._open[file] = self._mapped_anew(shard, file)
+            self._open[file] = self._map(shard, file)
         return self._open[file]
 
-    def _mapped_anew(self, shard: int, file: str) -> Array:
-        """A file as an array in mapped memory, after its checksum and its header have been compared."""
+    def _map(self, shard: int, file: str) -> Array:
+        """Map a file into memory as an array, after a check of its checksum and its header."""
         path = cache_files.inside(self.folder, file)
         if cache_files.checksum(path) != self._files(shard)[file]["blake2b"]:
             raise CacheError(
@@ -315,9 +312,9 @@ class Reader:
 
 
 def _difference(begun: Manifest, requested: Manifest) -> str:
-    """Words for the first thing in which two manifests differ."""
+    """Words for the first setting in which two manifests differ; empty if only the versions of libraries do."""
     for name, value in asdict(requested).items():
         before = getattr(begun, name)
         if name != "versions" and before != value:
             return f"it was begun with {name}={before!r}, and now it is {value!r}"
-    return "it differs"
+    return ""

@@ -1,4 +1,4 @@
-"""Text for the terminal: nothing that stands in a file can control it."""
+"""Text for the terminal: text from a file cannot control it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, TextIO
 def printable(text: Any) -> str:
     r"""Text in which every character that is not visible is written as an escape.
 
-    Control characters (line ends, tabs, ESC with its sequences) and those that change the direction or the joining of
-    others are replaced, so that a name from a file is shown as it is, on one line.
+    Control characters (line ends, tabs, ESC with its sequences) are replaced, and so are characters that change the
+    direction or the joining of others. A name from a file is therefore printed on one line and cannot hide anything.
 
     Args:
         text: The text; other objects are turned into text first.
@@ -45,11 +45,22 @@ def write_line(stream: TextIO, text: Any) -> None:
     """Write text that may come from a file as one line, whatever the stream's encoding.
 
     Args:
-        stream: Where to.
+        stream: The stream to write to.
         text: The text.
     """
     encoding = getattr(stream, "encoding", None) or "utf-8"
     stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def short(value: Any) -> str:
+    """A value as at most 80 characters: its ``repr``, or the message of an exception.
+
+    Example:
+        >>> short("dtype"), len(short("x" * 1000))
+        ("'dtype'", 80)
+    """
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _visible(character: str) -> bool:

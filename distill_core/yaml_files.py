@@ -1,4 +1,4 @@
-"""Reading of YAML files that may come from anybody."""
+"""Reading of YAML files that may come from an untrusted source."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
+from distill_core.checks import message
 from distill_core.terminal import one_line
 
 # Values that aliases may repeat, over the whole file: no configuration needs more.
@@ -16,8 +17,8 @@ _DEEPEST: Final = 100
 def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file.
 
-    The file is UTF-8. Aliases are expanded only as far as they stay small, and never where one contains itself. No tag
-    makes a Python object.
+    The file must be UTF-8. Aliases may repeat a limited number of values and must not contain themselves. Tags never
+    create Python objects.
 
     Args:
         path: The file.
@@ -26,7 +27,7 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
         The mapping.
 
     Raises:
-        ValueError: If the file is anything else; one line that begins with the path.
+        ValueError: If the file is not such a file; the message is one line that begins with the path.
         OSError: If the file cannot be read.
         ModuleNotFoundError: If PyYAML is not installed.
     """
@@ -49,7 +50,7 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise _refused(file, "a YAML file", one_line(error)) from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, ArithmeticError) as error:
-        # what the constructors of dates and numbers raise for a text that has the look of one
+        # raised by the constructors of dates and numbers for malformed text
         raise _refused(file, "a YAML file", f"a value that cannot be read ({one_line(error)})") from None
     if not isinstance(values, dict):
         got = "an empty file" if values is None else f"a {type(values).__name__}"
@@ -60,11 +61,11 @@ def read_yaml(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 class _RefusedError(Exception):
-    """What is wrong with the nodes of a file, in words."""
+    """The nodes of a file break a rule; the message says which."""
 
 
 def _limit_depth(loader: Any) -> None:
-    """Let a loader refuse deep nests while it parses: its time would grow with the square of the depth."""
+    """Make a loader refuse deep nesting while it parses, because its time grows with the square of the depth."""
     compose, depth = loader.compose_node, 0
 
     def limited(parent: Any, index: Any) -> Any:
@@ -98,11 +99,11 @@ class _Check:
         self._repeated = 0
 
     def tree(self, node: Any) -> tuple[int, int]:
-        """Number of values in a node, and how deep they are nested, with aliases expanded.
+        """Number of values in a node, and their depth, with aliases expanded.
 
         Raises:
-            _RefusedError: If aliases repeat too many values or contain themselves, a nest is too deep, or a key stands
-                twice.
+            _RefusedError: If aliases repeat too many values or contain themselves, values are nested too deeply, or a
+                key occurs twice.
         """
         if id(node) in self._open:
             raise _RefusedError(f"Expected aliases of earlier values, but got one that contains itself, {_line(node)}.")
@@ -149,8 +150,8 @@ def _decoded(content: bytes, file: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         got = f"the byte 0x{content[error.start]:02x} in line {line}"
-        raise _refused(file, "a YAML file in UTF-8", got, " Save it as UTF-8.") from None
+        raise _refused(file, "a YAML file in UTF-8", got, "Save it as UTF-8.") from None
 
 
 def _refused(file: Path, expected: str, got: str, remedy: str = "") -> ValueError:
-    return ValueError(f"{file}: Expected {expected}, but got {got}.{remedy}")
+    return ValueError(f"{file}: {message(expected, got, remedy)}")

@@ -1,11 +1,11 @@
-"""What the command ``keras-distill`` does; :mod:`distill_core.cli.keras` parses its words."""
+"""The commands of ``keras-distill``; :mod:`distill_core.cli.keras` parses its words."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from distill_core.cli import fail, validate
+from distill_core.cli import fail, run_demo, validate
 
 _PROG = "keras-distill"
 
@@ -19,21 +19,7 @@ def demo(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-
-        from keras_distill.demo import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "sklearn"):
-            raise
-        install = 'pip install "lightning-distill[keras,plots]"'
-        return fail(_PROG, "demo", f"the demo needs {error.name}. Install it with: {install}")
-    try:
-        run(arguments.output, seeds=arguments.seeds, quick=arguments.quick)
-    except OSError as error:
-        return fail(_PROG, "demo", f"cannot write to {arguments.output}: {error.strerror or error}")
-    return 0
+    return run_demo(_PROG, "keras_distill.demo", arguments, 'pip install "lightning-distill[keras,plots]"')
 
 
 def validate_config(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The work of the command ``lightning-distill``; :mod:`distill_core.cli.lightning` parses its words."""
+"""The commands of ``lightning-distill``; :mod:`distill_core.cli.lightning` parses its words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from distill_core.cli import fail, validate, working_directory
+from distill_core import PACKAGES
+from distill_core.cli import fail, run_demo, validate, working_directory
 from distill_core.terminal import write_line
 
 _PROG = "lightning-distill"
@@ -22,25 +23,11 @@ def demo(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-
-        from lightning_distill.demo import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "sklearn"):
-            raise
-        install = 'pip install "lightning-distill[plots]"'
-        return fail(_PROG, "demo", f"the demo needs {error.name}. Install it with: {install}")
-    try:
-        run(arguments.output, seeds=arguments.seeds, quick=arguments.quick)
-    except OSError as error:
-        return fail(_PROG, "demo", f"cannot write to {arguments.output}: {error.strerror or error}")
-    return 0
+    return run_demo(_PROG, "lightning_distill.demo", arguments, 'pip install "lightning-distill[plots]"')
 
 
 def fit(words: list[str] | None) -> int:
-    """The command ``fit``: Lightning's own command line; `model`, `data` and `trainer` come from the file.
+    """The command ``fit``: Lightning's own command line, with `model`, `data` and `trainer` from the file.
 
     Args:
         words: ``fit`` and its options; None lets Lightning read the command line itself.
@@ -51,7 +38,7 @@ def fit(words: list[str] | None) -> int:
     try:
         from jsonargparse import ArgumentError
         from lightning.pytorch.cli import LightningCLI
-    except (ModuleNotFoundError, ImportError):
+    except ImportError:
         return fail(_PROG, "fit", 'it needs jsonargparse. Install it with: pip install "lightning-distill[cli]"')
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -88,8 +75,12 @@ def validate_config(arguments: argparse.Namespace) -> int:
         The exit code.
     """
     from lightning_distill.launcher.conf import DistillationConf
+    from lightning_distill.launcher.criteria import criterion_of
 
-    return validate(_PROG, arguments.file, DistillationConf)
+    def check(file: Path) -> None:
+        criterion_of(DistillationConf(file).distillation.train.criterion)
+
+    return validate(_PROG, arguments.file, check)
 
 
 def cache(arguments: argparse.Namespace) -> int:
@@ -140,4 +131,4 @@ def _raised_here(trace: TracebackType | None) -> bool:
     while trace is not None:
         name = trace.tb_frame.f_globals.get("__name__", "")
         trace = trace.tb_next
-    return name.partition(".")[0] in ("lightning_distill", "distill_core")
+    return name.partition(".")[0] in PACKAGES

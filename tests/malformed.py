@@ -1,4 +1,4 @@
-"""A small cache written with NumPy alone, and every way to falsify its JSON files."""
+"""A small cache written with NumPy alone, and many ways to falsify its JSON files."""
 
 from __future__ import annotations
 
@@ -43,14 +43,19 @@ def write_cache(folder: Path, **changes: Any) -> None:
     writer.finish()
 
 
+def parent(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The object that holds the last key of a path with slashes, and the key."""
+    *parents, key = path.split("/")
+    for name in parents:
+        values = values[name]
+    return values, key
+
+
 def at(path: str, value: Any) -> Callable[[dict[str, Any]], Any]:
-    """An edit that sets the value at a dotted path."""
+    """An edit that sets the value at a path with slashes."""
 
     def edit(values: dict[str, Any]) -> Any:
-        *parents, key = path.split("/")
-        section = values
-        for parent in parents:
-            section = section[parent]
+        section, key = parent(values, path)
         section[key] = value
         return values
 
@@ -58,13 +63,10 @@ def at(path: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 def without(path: str) -> Callable[[dict[str, Any]], Any]:
-    """An edit that removes the key at a dotted path."""
+    """An edit that removes the key at a path with slashes."""
 
     def edit(values: dict[str, Any]) -> Any:
-        *parents, key = path.split("/")
-        section = values
-        for parent in parents:
-            section = section[parent]
+        section, key = parent(values, path)
         del section[key]
         return values
 
@@ -72,7 +74,7 @@ def without(path: str) -> Callable[[dict[str, Any]], Any]:
 
 
 def named(name: str) -> Callable[[dict[str, Any]], Any]:
-    """An edit that gives the feature another name."""
+    """An edit that renames the feature."""
 
     def edit(values: dict[str, Any]) -> Any:
         values["arrays"][name] = values["arrays"].pop("feature0")
@@ -82,7 +84,7 @@ def named(name: str) -> Callable[[dict[str, Any]], Any]:
     return edit
 
 
-# Each is an edit of the manifest's object, or the whole text of its file.
+# Each value is an edit of the manifest's object, or the whole content of its file.
 MANIFESTS: dict[str, Callable[[dict[str, Any]], Any] | bytes] = {
     "shard_rows of 0": at("shard_rows", 0),
     "shard_rows that is a fraction": at("shard_rows", 4.0),
@@ -170,7 +172,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any] | bytes] = {
 }
 
 FIRST = "shard-00000.feature0.values.npy"
-# The same for the list of the first shard.
+# The same for the list of the first shard's files.
 LISTS: dict[str, Callable[[dict[str, Any]], Any] | bytes] = {
     "no sizes": at(FIRST, {}),
     "facts of null": at(FIRST, None),

@@ -1,4 +1,4 @@
-"""Both command lines: quick answers without a framework, files that run nothing, text that controls nothing."""
+"""Both command lines: help without a framework, files that cannot run code, text that cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def python(code: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Completed
 
 @pytest.mark.parametrize("half", MAINS)
 def test_help_and_version_import_no_framework(half: str) -> None:
-    """Nor anything else that takes long; wrong usage does not either."""
+    """Neither do they import other slow packages, and neither does wrong usage."""
     words = [["--version"], ["nonsense"], *([*command, "--help"] for command in HELP[half])]
     code = (
         f"import sys\nfrom distill_core.cli.{half} import main\n"
@@ -77,7 +77,7 @@ def test_the_package_runs_as_a_module(half: str) -> None:
 
 
 @pytest.mark.parametrize("half", MAINS)
-def test_the_exit_codes_stand_in_the_help_of_every_command(half: str, capsys: Capture) -> None:
+def test_the_help_of_every_command_explains_the_exit_codes(half: str, capsys: Capture) -> None:
     for words in HELP[half]:
         assert MAINS[half]([*words, "--help"]) == 0
         assert EXIT_CODES in " ".join(capsys.readouterr().out.split())
@@ -127,6 +127,20 @@ def test_validate_config_imports_nothing_that_the_file_names(
     assert error.count("\n") == (code == 2)
 
 
+@pytest.mark.parametrize("half", MAINS)
+def test_validate_config_checks_that_the_settings_of_the_criterion_fit(
+    tmp_path: Path, capsys: Capture, half: str
+) -> None:
+    name = "IntermediateLayersKnowledgeDistillationLoss"
+    settings = {"layer_mappings": [["a", "b"], ["c", "d"]], "loss_types": ["MSE"]}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"distillation": {"train": {"criterion": {name: settings}}}}))
+    assert MAINS[half](["validate-config", str(file)]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert error.startswith(f"{file}: distillation.train.criterion.{name}: Expected `loss_types` to hold 2 entries")
+
+
 NINE = ", ".join(f"k{index}: *{{0}}" for index in range(9))
 EXPLOSION = "".join(
     f"a{level}: &a{level} {{{NINE.format(f'a{level - 1}') if level else 'k: x'}}}\n" for level in range(9)
@@ -163,7 +177,7 @@ def test_a_bad_yaml_file_is_one_line_that_names_it(tmp_path: Path, capsys: Captu
     file = tmp_path / "config.yaml"
     file.write_bytes(content)
     commands = [["validate-config", str(file)]]
-    if half == "lightning" and "section" not in case and "control" not in case:  # the keys of a build are others
+    if half == "lightning" and "section" not in case and "control" not in case:  # a build has other keys
         commands.append(["cache", "build", str(file)])
     for command in commands:
         assert MAINS[half](command) == 2
@@ -175,7 +189,7 @@ def test_a_bad_yaml_file_is_one_line_that_names_it(tmp_path: Path, capsys: Captu
 
 
 @pytest.mark.parametrize("half", MAINS)
-def test_a_file_that_is_not_there_exits_1_in_every_command(tmp_path: Path, capsys: Capture, half: str) -> None:
+def test_a_missing_file_exits_1_in_every_command(tmp_path: Path, capsys: Capture, half: str) -> None:
     commands = [["validate-config"]]
     if half == "lightning":
         commands += [["fit", "--config"], ["cache", "build"], ["cache", "info"], ["cache", "verify"]]
@@ -272,7 +286,7 @@ LINEAR = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_
     ],
     ids=["no data", "a layer that does not exist"],
 )
-def test_what_fit_finds_wrong_in_a_file_is_one_line(
+def test_an_error_that_fit_finds_in_a_file_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, terms: Any, words: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-distill"])

@@ -1,4 +1,4 @@
-"""What the two command lines share. Until a command runs, only Python's own modules are imported."""
+"""The parts that both command lines share. Until a command runs, only Python's own modules are imported."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from distill_core import __version__
+from distill_core import PACKAGES, __version__
 from distill_core.terminal import one_line, write_line
 
 EXIT_CODES: Final = (
     "Exit code 0: done. 1: it could not be done, or a file could not be read or written. 2: wrong usage, or a wrong"
-    " file. Errors stand on the standard error stream."
+    " file. Errors are written to the standard error stream."
 )
-_OURS: Final = ("distill_core", "lightning_distill", "keras_distill")
+
+
+_DEMO_NEEDS: Final = ("matplotlib", "sklearn")
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,8 +28,8 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         prog: Name of the command.
-        epilog: What stands below the options; the exit codes follow.
-        **settings: As in argparse.
+        epilog: Text below the options; the exit codes follow it.
+        **settings: Further arguments of ``argparse.ArgumentParser``.
     """
 
     def __init__(self, prog: str, epilog: str = "", **settings: Any) -> None:
@@ -43,7 +45,10 @@ def new_parser(prog: str, description: str) -> tuple[Parser, Any]:
 
     Args:
         prog: Name of the command.
-        description: What it is for.
+        description: Purpose of the command.
+
+    Returns:
+        The parser, and the object for :func:`add_demo`, :func:`add_validate` and further commands.
     """
     parser = Parser(prog, description=description, epilog=f"See `{prog} COMMAND --help`.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -54,15 +59,15 @@ def add_demo(commands: Any, output: str, writes: str, seconds: str, work: str) -
     """Add the command ``demo``.
 
     Args:
-        commands: What :func:`new_parser` returned.
+        commands: The second object from :func:`new_parser`.
         output: Default of ``--output``.
-        writes: What is written, besides the figures and a plot.
-        seconds: How long it takes, in words.
-        work: The function that does it, as ``module:function``.
+        writes: The file that is written besides the figures and a plot, in words.
+        seconds: The duration, in words.
+        work: The function that runs the command, as ``module:function``.
     """
     demo = commands.add_parser(
         "demo",
-        help="distil a small network on handwritten digits and show what it gains",
+        help="distil a small network on handwritten digits and compare it with training alone",
         description="Train a convolutional teacher on scikit-learn's handwritten digits, then a small student alone,"
         " with the teacher's logits, and with its logits and features: once with a label on 10 % of the images, once"
         f" on all. Print a table, and write the figures, a plot and {writes} into a folder.",
@@ -78,15 +83,15 @@ def add_validate(commands: Any, configured: str, work: str) -> None:
     """Add the command ``validate-config``.
 
     Args:
-        commands: What :func:`new_parser` returned.
+        commands: The second object from :func:`new_parser`.
         configured: Name of the class whose files are checked.
-        work: The function that does it, as ``module:function``.
+        work: The function that runs the command, as ``module:function``.
     """
     validate = commands.add_parser(
         "validate-config",
         help="check a YAML file of the launcher",
-        description=f"Check a YAML file of {configured} without training: one line if it is right, else a line for"
-        " each wrong value, with its path within the file. Nothing that the file names is imported or run.",
+        description=f"Check a YAML file of {configured} without training. Print one line if it is right, otherwise a"
+        " line for each wrong value, with its path within the file. Nothing that the file names is imported or run.",
     )
     validate.add_argument("file", type=Path, metavar="FILE", help="the YAML file")
     validate.set_defaults(work=work)
@@ -101,11 +106,11 @@ def count(word: str) -> int:
 
 
 def run(parser: Parser, argv: Sequence[str] | None, install: str) -> int:
-    """Parse the words of a command line and do what they ask for.
+    """Parse the words of a command line and run the command.
 
     Args:
-        parser: The parser; each command sets ``work``, the function that does it, as ``module:function``.
-        argv: The words; None takes those of the process.
+        parser: The parser; each command sets ``work``, the function that runs it, as ``module:function``.
+        argv: The words; None takes them from the process.
         install: The pip command that installs the framework.
 
     Returns:
@@ -113,47 +118,74 @@ def run(parser: Parser, argv: Sequence[str] | None, install: str) -> int:
     """
     try:
         arguments = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse has printed its help, the version or what is wrong
+    except SystemExit as stop:  # argparse has printed its help, the version or an error
         return stop.code if isinstance(stop.code, int) else 0
     return call(parser.prog, arguments.command, arguments.work, arguments, install)
 
 
 def call(prog: str, command: str, work: str, arguments: Any, install: str) -> int:
-    """Import the function that does a command, and call it.
+    """Import the function that runs a command, and call it.
 
     Args:
         prog: Name of the program.
         command: Name of the command.
         work: The function, as ``module:function``.
-        arguments: What it is called with.
+        arguments: The argument of the function.
         install: The pip command that installs the framework.
 
     Returns:
-        The exit code; 1 and one line where a package is not installed.
+        The exit code of the function; 1, after one line, if a package is not installed.
     """
     module, _, function = work.partition(":")
     try:
-        do: Callable[[Any], int] = getattr(importlib.import_module(module), function)
+        run_command: Callable[[Any], int] = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in _OURS:
+        if error.name is None or error.name.partition(".")[0] in PACKAGES:
             raise
         hint = "" if "pip install" in str(error) else f" Install it with: {install}"
-        return fail(prog, command, f"{error}.{hint}".replace("..", "."))
+        return fail(prog, command, f"{str(error).removesuffix('.')}.{hint}")
     try:
-        return do(arguments)
+        return run_command(arguments)
     except ModuleNotFoundError as error:
         if "pip install" not in str(error):  # user code that the command ran
             raise
         return fail(prog, command, error)
 
 
+def run_demo(prog: str, module: str, arguments: Any, install: str) -> int:
+    """Import a demonstration and run it: the command ``demo``.
+
+    Args:
+        prog: Name of the program.
+        module: The module of the demonstration, which has the function ``run``.
+        arguments: ``output``, ``seeds`` and ``quick``.
+        install: The pip command that installs the packages of the demonstration.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        for package in _DEMO_NEEDS:
+            importlib.import_module(package)
+        demo = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in _DEMO_NEEDS:
+            raise
+        return fail(prog, "demo", f"the demo needs {error.name}. Install it with: {install}")
+    try:
+        demo.run(arguments.output, seeds=arguments.seeds, quick=arguments.quick)
+    except OSError as error:
+        return fail(prog, "demo", f"cannot write to {arguments.output}: {error.strerror or error}")
+    return 0
+
+
 def validate(prog: str, file: Path, check: Callable[[Path], Any]) -> int:
-    """Check a file, and print what is wrong.
+    """Check a file, and print its errors.
 
     Args:
         prog: Name of the program.
         file: The file.
-        check: Raises a ValueError with a line for each wrong value.
+        check: Function that raises a ValueError with a line for each wrong value.
 
     Returns:
         The exit code.
@@ -180,7 +212,7 @@ def fail(prog: str, command: str, message: Any, code: int = 1) -> int:
     Args:
         prog: Name of the program.
         command: Name of the command.
-        message: What is wrong.
+        message: The error.
         code: The exit code.
 
     Returns:
@@ -192,10 +224,11 @@ def fail(prog: str, command: str, message: Any, code: int = 1) -> int:
 
 @contextmanager
 def working_directory(*, first: bool) -> Iterator[None]:
-    """A context in which modules of the working directory are found.
+    """A context in which modules of the working directory can be imported.
 
     Args:
-        first: Before all others, as with ``python -m``; else after them, so that none hides an installed package.
+        first: If True, the working directory comes before all other places, as with ``python -m``; if False after
+            them, so that its modules do not hide installed packages.
     """
     before = list(sys.path)
     sys.path.insert(0 if first else len(sys.path), "")

@@ -17,8 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the command's name; ``None`` takes them from the command line.
 
     Returns:
-        The exit code: 0 done; 1 it could not be done, or a file could not be read or written; 2 wrong usage, or a wrong
-        file. Errors stand on one line of the standard error stream.
+        The exit code, as in :data:`distill_core.cli.EXIT_CODES`. An error is one line on the standard error stream.
 
     Example:
         >>> main(["--version"])

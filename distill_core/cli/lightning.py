@@ -19,8 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the command's name; ``None`` takes them from the command line.
 
     Returns:
-        The exit code: 0 done; 1 it could not be done, or a file could not be read or written; 2 wrong usage, or a wrong
-        file. Errors stand on one line of the standard error stream.
+        The exit code, as in :data:`distill_core.cli.EXIT_CODES`. An error is one line on the standard error stream.
 
     Example:
         >>> main(["--version"])
@@ -44,9 +43,9 @@ def _parser() -> Parser:
     )
     commands.add_parser(
         "fit",
-        help="train what a YAML file describes, with Lightning's command line",
+        help="train the model that a YAML file describes, with Lightning's command line",
         description="Build model, data and Trainer from a YAML file and fit. The classes that the file names are"
-        " imported and called: run only files that you trust.",
+        " imported and called: use only files that you trust.",
     )
     add_validate(commands, "lightning_distill.Distillation", work="lightning_distill.cli:validate_config")
     _add_cache(commands)
@@ -57,24 +56,24 @@ def _add_cache(commands: Any) -> None:
     cache = commands.add_parser(
         "cache",
         help="build, describe or check a cache of a teacher's outputs",
-        description="A cache holds a teacher's outputs for every sample of a dataset, so that training does without the"
-        " teacher.",
+        description="A cache holds a teacher's outputs for every sample of a dataset, so that training does not need"
+        " the teacher.",
         epilog="See `lightning-distill cache ACTION --help`.",
     )
     actions = cache.add_subparsers(dest="action", metavar="action", required=True)
     build = actions.add_parser(
         "build",
-        help="run a teacher over a dataset, as a YAML file says",
-        description="Run a teacher over a dataset, as a YAML file says: `path`, the folder to write; `teacher` and"
+        help="run a teacher over the dataset that a YAML file names",
+        description="Run a teacher over a dataset. The YAML file holds `path`, the folder to write; `teacher` and"
         " `dataset`, each with class_path and init_args; and the settings of TeacherCache.build. A build that was"
         " stopped is resumed.",
-        epilog="The file runs code: what class_path names is imported and called with init_args, whatever it is. Build"
-        " only from files that you trust.",
+        epilog="The file runs code: each class_path is imported and called with its init_args. Build only from files"
+        " that you trust.",
     )
     build.add_argument("path", type=Path, metavar="FILE", help="the YAML file")
     build.set_defaults(work="lightning_distill.cli:cache", command="cache build")
     for action, description in (
-        ("info", "Print what a cache holds and where it comes from."),
+        ("info", "Print the arrays of a cache, and the teacher that they come from."),
         ("verify", "Compare every file of a cache with its checksum, and read it as training does."),
     ):
         parser = actions.add_parser(action, help=description[0].lower() + description[1:-1], description=description)

@@ -1,1 +1,1 @@
-"""What the two launchers share. Each module is imported when a launcher is: ``conf`` needs pydantic and PyYAML."""
+"""The parts that both launchers share; they need pydantic, and for files PyYAML."""

@@ -10,7 +10,7 @@ from distill_core.class_paths import check_class_path, import_class_path
 
 
 class Section(BaseModel):
-    """A section of the configuration: unknown keys are refused, and so is an assignment of a wrong value."""
+    """A section of the configuration; unknown keys and later assignments of wrong values are refused."""
 
     model_config = ConfigDict(
         extra="forbid", allow_inf_nan=False, validate_assignment=True, arbitrary_types_allowed=True
@@ -21,14 +21,14 @@ class Section(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
         if value is None and isinstance(kind, type) and issubclass(kind, BaseModel):
-            return {}  # a section of which only the name stands there
+            return {}  # the file holds the section's name alone
         if isinstance(value, bool) and kind in (int, float, int | None, float | None):
             raise ValueError("Input should be a number")
         return value
 
 
 class ClassPath(Section):
-    """An object by the path of its class or function, and the arguments of that."""
+    """An object, described by the path of its class or function and the arguments of the call."""
 
     class_path: str
     init_args: dict[str, Any] = Field(default_factory=dict)
@@ -41,7 +41,7 @@ class ClassPath(Section):
     @classmethod
     def _exists(cls, path: str) -> str:
         try:
-            check_class_path(path)  # imports nothing, so that a check of a file runs nothing that it names
+            check_class_path(path)  # imports nothing, so that checking a file does not run the code that it names
         except ValueError as error:
             raise ValueError(f"Input should be the path of something that can be imported ({error})") from None
         return path

@@ -1,4 +1,4 @@
-"""The names of the older API's second version: configurations as objects, and a manager with the hooks."""
+"""The second version of the older API: configuration objects, and a manager with the hooks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class LossConfig:
 
     kind: ClassVar[type[Any]]
 
-    def _hold(self, **settings: Any) -> None:
+    def _make(self, **settings: Any) -> None:
         # an empty list meant the default in the older API
-        given = {name: value for name, value in settings.items() if value is not None and value != []}
-        self.criterion: Any = self.kind(**given)
-        self.config: dict[str, dict[str, Any]] = {self.kind.__name__: given}
+        settings = {name: value for name, value in settings.items() if value is not None and value != []}
+        self.criterion: Any = self.kind(**settings)
+        self.config: dict[str, dict[str, Any]] = {self.kind.__name__: settings}
 
 
 class KnowledgeConfig(LossConfig):
@@ -39,7 +39,7 @@ class KnowledgeConfig(LossConfig):
         loss_weights: Sequence[float] = (0.5, 0.5),
         **settings: Any,
     ) -> None:
-        self._hold(temperature=temperature, loss_types=loss_types, loss_weights=loss_weights, **settings)
+        self._make(temperature=temperature, loss_types=loss_types, loss_weights=loss_weights, **settings)
 
 
 class IntermediateLayersConfig(LossConfig):
@@ -53,7 +53,7 @@ class IntermediateLayersConfig(LossConfig):
         add_origin_loss: bool = False,
         **settings: Any,
     ) -> None:
-        self._hold(
+        self._make(
             layer_mappings=layer_mappings,
             loss_types=loss_types,
             loss_weights=loss_weights,
@@ -62,7 +62,7 @@ class IntermediateLayersConfig(LossConfig):
         )
 
 
-class SelfKnowledgeConfig(LossConfig):
+class SelfKnowledgeConfig(IntermediateLayersConfig):
     """Base of ``SelfKnowledgeDistillationLossConfig``, whose arguments are those of the criterion."""
 
     def __init__(
@@ -74,22 +74,15 @@ class SelfKnowledgeConfig(LossConfig):
         add_origin_loss: bool = False,
         **settings: Any,
     ) -> None:
-        self._hold(
-            layer_mappings=layer_mappings,
-            temperature=temperature,
-            loss_types=loss_types,
-            loss_weights=loss_weights,
-            add_origin_loss=add_origin_loss,
-            **settings,
-        )
+        super().__init__(layer_mappings, loss_types, loss_weights, add_origin_loss, temperature=temperature, **settings)
 
 
 class DistillationConfig:
     """Base of both halves' ``DistillationConfig``.
 
     Attributes:
-        checks: The module of a half that puts its errors into words.
-        usual: The configuration of the criterion where none is passed.
+        checks: The module ``checks`` of a half.
+        usual: The class of the default criterion's configuration.
         configuration: The class of a half's configuration.
     """
 
@@ -105,14 +98,14 @@ class DistillationConfig:
         if isinstance(self.criterion, type) or not (callable(self.criterion) or hasattr(self.criterion, "terms")):
             expected = "`criterion` to be one of the LossConfig objects, a criterion or a function"
             raise TypeError(self.checks.message(expected, f"criterion={criterion!r}"))
-        # a dict is checked as the YAML file is, an optimizer is used as it is
+        # a dict is checked like the YAML file; an optimizer is used unchanged
         train = {"optimizer": optimizer} if isinstance(optimizer, dict) else {}
         self.conf = self.configuration({"distillation": {"train": train}})
         self.optimizer = None if train else optimizer
 
 
 class Callbacks:
-    """The hooks of a manager; a training begins with the first of them, called or not.
+    """The hooks of a manager; they begin the training themselves if ``on_train_begin`` was left out.
 
     Args:
         launcher: The launcher that does the work.
@@ -148,17 +141,17 @@ class Callbacks:
         self._ready().on_before_optimizer_step()
 
     def on_after_optimizer_step(self) -> None:
-        """After the optimizer has stepped; nothing needs to be done."""
+        """No-op: after the optimizer has stepped."""
 
     def on_step_end(self) -> None:
         """As :meth:`Distillation.on_step_end`."""
         self._ready().on_step_end()
 
     def on_before_eval(self) -> None:
-        """Before an evaluation; nothing needs to be done."""
+        """No-op: before an evaluation."""
 
     def on_after_eval(self) -> None:
-        """After an evaluation; nothing needs to be done."""
+        """No-op: after an evaluation."""
 
     def on_epoch_end(self) -> None:
         """As :meth:`Distillation.on_epoch_end`."""
@@ -177,8 +170,8 @@ class Callbacks:
 class CompressionManager:
     """The student and the hooks of a training, made by ``prepare_compression``.
 
-    The student is recorded from the beginning until ``callbacks.on_train_end()`` or :meth:`close`, so that a script
-    may leave out the hooks it does not need.
+    The student is recorded until ``callbacks.on_train_end()`` or :meth:`close`, so a script may leave out the hooks
+    that it does not need.
 
     Attributes:
         distiller: The launcher, whose attributes may be set: ``eval_func``, ``higher_is_better``, ...
@@ -198,7 +191,7 @@ class CompressionManager:
         return self.distiller.student_model
 
     def save(self, root: str | Path) -> Path:
-        """Write the student into a folder, which is made if it does not exist.
+        """Write the student into a folder, which is created if it does not exist.
 
         Args:
             root: The folder.
@@ -211,7 +204,7 @@ class CompressionManager:
         return self._write(folder)
 
     def close(self) -> None:
-        """Remove every hook; the student keeps its present weights."""
+        """Remove every hook; the student keeps its current weights."""
         self.distiller.close()
 
     def __enter__(self) -> CompressionManager:
@@ -226,18 +219,18 @@ class CompressionManager:
 
 
 def only_config(confs: Any, checks: Words) -> Any:
-    """The one configuration of distillation.
+    """The single configuration in the argument of ``prepare_compression``.
 
     Args:
         confs: A configuration, or a list with one.
-        checks: The module of a half that puts its errors into words.
+        checks: The module ``checks`` of a half.
 
     Returns:
         The configuration.
 
     Raises:
-        TypeError: If it is of another kind.
-        ValueError: If there are several, or none.
+        TypeError: If an entry is not a DistillationConfig.
+        ValueError: If the list does not hold exactly one.
     """
     several = list(confs) if isinstance(confs, (list, tuple)) else [confs]
     for conf in several:

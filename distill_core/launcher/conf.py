@@ -1,4 +1,4 @@
-"""Launcher configuration: the sections that both halves read, and the words of what is refused; needs pydantic."""
+"""Launcher configuration: the sections that both halves read, and the texts of errors; needs pydantic."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from distill_core.launcher.class_path import ClassPath, Section
 from distill_core.launcher.words import warn
+from distill_core.terminal import short
 from distill_core.yaml_files import read_yaml
 
-# Keys of the older schema that nothing here depends on: they are accepted, and one warning names them.
+# Keys of the older schema that have no effect here: they are accepted, and one warning names them.
 WITHOUT_EFFECT = (
     "version",
     "device",
@@ -44,7 +45,7 @@ DATA_SECTIONS = {
     "distillation.train.dataloader": "train_dataloader",
     "evaluation.accuracy.dataloader": "eval_dataloader",
 }
-# The keys of such a section; it may also consist of some of the others alone.
+# The possible keys of such a section.
 _DATA_KEYS = {
     "dataset",
     "transform",
@@ -163,15 +164,15 @@ class Configuration(Section):
     """Base of the launchers' configurations: reads a YAML file, a dict of its form, or sections as keywords.
 
     Args:
-        source: Path of a YAML file, or a dict; ``None`` where sections are given.
+        source: Path of a YAML file, or a dict; ``None`` if sections are passed as keywords.
         **sections: The sections.
 
     Attributes:
-        checks: The module of a half that puts its errors into words: ``message`` and ``closest``.
+        checks: The module ``checks`` of a half.
 
     Raises:
-        ValueError: With the path of each wrong value within the file, what was expected and what was received.
-        FileNotFoundError: If there is no such file.
+        ValueError: If a value is wrong; the message has its path in the file, the expectation and the value.
+        FileNotFoundError: If the file does not exist.
     """
 
     checks: ClassVar[Any]
@@ -198,21 +199,21 @@ class Configuration(Section):
             raise ValueError("\n".join(where + self._sentence(entry) for entry in error.errors())) from None
         self._unread = unread
 
-    def data(self, path: str, given: Any) -> Any:
+    def data(self, path: str, loader: Any) -> Any:
         """The data for the training or for scores.
 
         Args:
             path: One of ``DATA_SECTIONS``.
-            given: The loader that was set by hand, or None.
+            loader: The loader that the user has set, or None.
 
         Returns:
-            The loader; None if there is neither a loader nor a section.
+            The loader; None if neither a loader nor a section is set.
 
         Raises:
             ValueError: If no loader is set and the section describes a built-in data set of the older schema.
         """
-        if given is not None:
-            return given
+        if loader is not None:
+            return loader
         if path in self._unread:
             received = f"`{path}` in the older schema, whose data sets are not built in"
             remedy = "Set it, or name a function that makes one: {class_path: ..., init_args: {...}}."
@@ -222,24 +223,24 @@ class Configuration(Section):
             section = getattr(section, part)
         return None if section is None else section.make()
 
-    def training_data(self, given: Any) -> Any:
+    def training_data(self, loader: Any) -> Any:
         """The data for built-in training, as :meth:`data`.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If neither a loader nor a section is set, or as in :meth:`data`.
         """
         path = "distillation.train.dataloader"
-        data = self.data(path, given)
+        data = self.data(path, loader)
         if data is None:
             expected = f"`train_dataloader` to be set, or `{path}` to name a class_path"
             raise ValueError(self.checks.message(expected, "neither", "Set one, or `train_func`."))
         return data
 
     def _sentence(self, error: Any) -> str:
-        """One of pydantic's errors in the words of this project."""
+        """The text of one of pydantic's errors, in the form of this project's errors."""
         message = self.checks.message
         path = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("dict[", "function-")))
-        kind, received = error["type"], _short(error["input"])
+        kind, received = error["type"], short(error["input"])
         if kind in ("extra_forbidden", "invalid_key"):
             remedy = self.checks.closest(str(error["loc"][-1]), _known(type(self), error["loc"][:-1]))
             return str(message(f"`{path}` to be a known key", received, remedy))
@@ -257,9 +258,13 @@ class Configuration(Section):
 
 
 def exactly_one(section: _S) -> _S:
-    """The section, in which exactly one field must be set."""
-    given = [name for name in type(section).model_fields if getattr(section, name) is not None]
-    if len(given) != 1:
+    """The section, after a check that exactly one of its fields is set.
+
+    Raises:
+        ValueError: If no field is set, or several.
+    """
+    names = [name for name in type(section).model_fields if getattr(section, name) is not None]
+    if len(names) != 1:
         raise ValueError(f"Input should name one of {', '.join(type(section).model_fields)}")
     return section
 
@@ -271,7 +276,7 @@ def only_setting(section: BaseModel) -> tuple[str, dict[str, Any]]:
 
 
 def _without_ignored(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A copy of the values without the keys that have no effect here, which one warning names; the data sections."""
+    """A copy of the values without keys that have no effect, and the paths of data sections; a warning names both."""
     kept: dict[str, Any] = _copied(values)
     ignored, unread = [], []
     for path in WITHOUT_EFFECT:
@@ -290,7 +295,7 @@ def _without_ignored(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[s
 
 
 def _parent(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """The section that may hold a key, an empty one where there is none, and the key."""
+    """The section of a path and the key in it; an empty dict if the section is missing."""
     *parents, key = path.split(".")
     section: Any = values
     for parent in parents:
@@ -299,17 +304,12 @@ def _parent(values: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
 
 
 def _describes_data(section: Any) -> bool:
-    """Whether a section describes data as the older schema does, by a built-in data set and not by a class_path."""
+    """Whether a section describes a built-in data set of the older schema, and not a class_path."""
     return isinstance(section, dict) and bool(section) and section.keys() <= _DATA_KEYS
 
 
 def _copied(value: Any) -> Any:
     return {key: _copied(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _known(section: Any, path: tuple[Any, ...]) -> list[str]:

@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from distill_core.launcher.conf import only_setting
 from distill_core.launcher.words import Words, warn
 
 _T = TypeVar("_T")
 
 
 class Place(NamedTuple):
-    """One side of an entry of ``layer_mappings``: a layer, and which of its outputs."""
+    """One side of an entry of ``layer_mappings``: a layer, and optionally one of its outputs."""
 
     layer: Any
     output: Any
 
 
 class CriterionChecks:
-    """Checks of the criteria's settings, with errors in the words of one half.
+    """Checks of the criteria's settings.
 
     Args:
-        checks: The module of a half that puts its errors into words.
-        layers: The types that name a layer.
-        outputs: Whether a value names one of a layer's outputs.
+        checks: The module ``checks`` of a half.
+        layers: The types that can name a layer.
+        outputs: Function that tells whether a value can name one of a layer's outputs.
     """
 
     def __init__(self, checks: Words, layers: tuple[type, ...], outputs: Callable[[Any], bool]) -> None:
@@ -32,7 +33,7 @@ class CriterionChecks:
     def knowledge(
         self, temperature: float, loss_types: Sequence[str], loss_weights: Sequence[float], reference_reduction: bool
     ) -> tuple[float, tuple[str, str], tuple[float, float]]:
-        """Settings of ``KnowledgeDistillationLoss``; a warning says where the weights do not sum to 1.
+        """Check the settings of ``KnowledgeDistillationLoss``, and warn if the weights do not sum to 1.
 
         Returns:
             Temperature, types and weights.
@@ -48,8 +49,7 @@ class CriterionChecks:
         self._checks.one_of("loss_types[1]", distillation, ("CE", "KL", "MSE"))
         weights = self._weights(self._two("loss_weights", loss_weights))
         if abs(sum(weights) - 1.0) > 1e-6:
-            how = "They are used as they are; the older API refused them."
-            warn(f"The loss weights {[*weights]} do not sum to 1. {how}")
+            warn(f"The loss weights {[*weights]} do not sum to 1. They are used unchanged; the older API refused them.")
         return float(temperature), (task, distillation), (weights[0], weights[1])
 
     def each(
@@ -138,8 +138,30 @@ class CriterionChecks:
         return mappings
 
 
+def weighted_total(weights: tuple[float, float], student_loss: Any, divergence: Callable[[], Any]) -> Any:
+    """The total of ``KnowledgeDistillationLoss``, without a part whose weight is 0, even if that part is not finite.
+
+    Args:
+        weights: Weights of the student's own loss and of the divergence.
+        student_loss: The student's own loss, a scalar.
+        divergence: Computes the divergence; called only if it is needed.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> weighted_total((0.25, 0.5), 2.0, lambda: 3.0), weighted_total((0.0, 0.5), float("nan"), lambda: 3.0)
+        (2.0, 1.5)
+    """
+    task, distillation = weights
+    parts = [] if task == 0 else [task * student_loss]
+    if distillation != 0 or not parts:
+        parts.append(distillation * divergence())
+    return sum(parts[1:], parts[0])
+
+
 def distinct(name: str, taken: Iterable[str]) -> str:
-    """A term's name with a number behind it where earlier terms have the name already.
+    """A name for a term: a number is added if earlier terms already have the name.
 
     Example:
         >>> distinct("body", ["body", "body#2", "head"])
@@ -153,7 +175,7 @@ def configured(section: Any, kinds: Sequence[type[Any]], path: str = "distillati
     """The criterion of a configuration's section.
 
     Args:
-        section: The section, in which one criterion is set; None takes the first kind with its default settings.
+        section: The section, in which one criterion is set; if None, the first kind with its default settings is used.
         kinds: The classes of criteria.
         path: Path of the section, for messages.
 
@@ -161,11 +183,11 @@ def configured(section: Any, kinds: Sequence[type[Any]], path: str = "distillati
         The criterion.
 
     Raises:
-        ValueError: If the settings do not fit each other, with their path.
+        ValueError: If the settings are inconsistent; the message names their path.
     """
     if section is None:
         return kinds[0]()
-    name, settings = next(iter(section.model_dump(exclude_none=True).items()))
+    name, settings = only_setting(section)
     kind = next(kind for kind in kinds if kind.__name__ == name)
     try:
         return kind(**settings)

@@ -1,9 +1,9 @@
-"""The launcher's hooks and the life of a training, whatever the framework."""
+"""The launcher's hooks and the course of a training, for both frameworks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from distill_core.launcher.conf import Configuration
 from distill_core.launcher.scores import BestStudent
@@ -13,7 +13,7 @@ _Self = TypeVar("_Self", bound="Hooks")
 
 
 class Loop(Protocol):
-    """Distillation in a training loop of the user's own."""
+    """Interface of distillation in a training loop of the user's own."""
 
     def open(self) -> None:
         """Begin to record the student."""
@@ -24,7 +24,7 @@ class Loop(Protocol):
         ...
 
     def release(self) -> None:
-        """Forget the calls that had no loss."""
+        """Drop recorded calls of the student that had no loss."""
         ...
 
     def close(self) -> None:
@@ -35,16 +35,18 @@ class Loop(Protocol):
 class Hooks:
     """Base of both launchers: the attributes that users set, and the hooks.
 
-    A half of the project overrides the methods at the end.
+    Each half of the project overrides the methods at the end.
 
     Args:
         conf: The configuration.
 
     Attributes:
-        checks: The module of a half that puts its errors into words.
+        checks: The module ``checks`` of a half.
+        best_student: The class that scores students and keeps the best weights.
     """
 
-    checks: Words
+    checks: ClassVar[Words]
+    best_student: ClassVar[type[BestStudent]]
 
     def __init__(self, conf: Configuration) -> None:
         self.conf: Any = conf
@@ -59,7 +61,7 @@ class Hooks:
         self.eval_dataloader: Any = None
         self.higher_is_better = True
         self.eval_frequency: int | None = None
-        self.scores: BestStudent = self._best(None, 1)
+        self.scores: BestStudent = self.best_student(None, self.higher_is_better, 1)
         self._loop: Loop | None = None
         self._begun = False
 
@@ -74,7 +76,7 @@ class Hooks:
 
     @property
     def best_score(self) -> float | None:
-        """The best score that the student has reached, or None."""
+        """The best score of the student so far, or None."""
         return self.scores.best_score
 
     @property
@@ -86,7 +88,7 @@ class Hooks:
         """Train the student.
 
         Returns:
-            ``student_model`` with its best weights, those of the last epoch where nothing scores it.
+            ``student_model`` with its best weights, or with those of the last epoch if it is not scored.
 
         Raises:
             ValueError: If a model or the data are missing, or ``train_func`` does not call the hooks.
@@ -112,7 +114,7 @@ class Hooks:
     __call__ = fit
 
     def create_criterion(self) -> Any:
-        """Make the configured criterion, unless one is set; as in the older API, where it had to be called.
+        """Make the configured criterion, unless one is set. Only the older API needed this call.
 
         Returns:
             The criterion.
@@ -127,10 +129,10 @@ class Hooks:
     # Hooks -----------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, dataloader: Any = None) -> None:
-        """Before the first step: record the student, score both models.
+        """Before the first step: begin to record the student, and score both models.
 
         Args:
-            dataloader: Taken for compatibility; not needed.
+            dataloader: Not used; accepted for compatibility with the older API.
 
         Raises:
             ValueError: If a model is missing, a layer does not exist, or shapes do not fit.
@@ -152,29 +154,29 @@ class Hooks:
         self._running().release()
 
     def on_step_begin(self, batch_id: int) -> None:
-        """Before the student is called: forget calls that had no loss.
+        """Before the student is called: drop recorded calls that had no loss.
 
         Args:
             batch_id: Number of the batch.
         """
         self._running().release()
 
-    def on_after_compute_loss(  # the older API's names, for those who pass keywords
+    def on_after_compute_loss(  # the older API's names, for calls with keywords
         self,
         input: Any,  # noqa: A002
         student_output: Any,
         student_loss: Any,
         teacher_output: Any = None,
     ) -> Any:
-        """The total loss, to differentiate in place of the student's own.
+        """The total loss, to be differentiated instead of the student's own.
 
         Args:
             input: The teacher's input: a dict, a tuple or list, or one tensor; None takes the student's own.
             student_output: The student's output. For self-distillation it may be a dict of tensors by the names in
                 ``layer_mappings``.
             student_loss: The student's own loss, a scalar.
-            teacher_output: The teacher's output, if it is known: the teacher then does not run. Where layers are read,
-                ``{"output": output, "features": {layer: feature}}``.
+            teacher_output: The teacher's output, if it is known; the teacher then does not run. If the criterion reads
+                layers, pass ``{"output": output, "features": {layer: feature}}``.
 
         Returns:
             A scalar.
@@ -185,11 +187,11 @@ class Hooks:
         return self._running().step(input, student_output, student_loss, teacher_output)
 
     def on_before_optimizer_step(self) -> None:
-        """Before the optimizer steps; nothing needs to be done."""
+        """Before the optimizer steps: only checks that ``on_train_begin`` was called."""
         self._running()
 
     def on_step_end(self) -> None:
-        """After a step."""
+        """After a step: only checks that ``on_train_begin`` was called."""
         self._running()
 
     def on_epoch_end(self) -> None:
@@ -198,13 +200,13 @@ class Hooks:
         self.scores.end_epoch(self._student())
 
     def on_train_end(self) -> None:
-        """At the end: give the student its best weights, and remove every hook."""
+        """At the end: load the best weights into the student, and remove every hook."""
         if self._loop is not None:
             self.scores.restore(self._student())
             self.close()
 
     def close(self) -> None:
-        """Remove every hook and give the teacher back as it was; :meth:`fit` does so even after an exception."""
+        """Remove every hook and restore the teacher; :meth:`fit` does this even after an exception."""
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.close()
@@ -215,7 +217,7 @@ class Hooks:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # What both halves need -------------------------------------------------------------------------------------------
+    # Shared by both halves -------------------------------------------------------------------------------------------
 
     def _new_scores(self) -> BestStudent:
         score, metric = self.eval_func, self.conf.evaluation.accuracy.metric
@@ -223,7 +225,7 @@ class Hooks:
             data = self.conf.data("evaluation.accuracy.dataloader", self.eval_dataloader)
             score = None if data is None else self._metric(data, metric)
         frequency = self.conf.distillation.train.frequency if self.eval_frequency is None else self.eval_frequency
-        return self._best(score, frequency)
+        return self.best_student(score, self.higher_is_better, frequency)
 
     def _begin(self, loop: Any, student: Any) -> None:
         """Score both models, before the loop opens."""
@@ -235,10 +237,10 @@ class Hooks:
             raise ValueError(self.checks.message(expected, "no call of it", "Call it before the loop."))
         return self._loop
 
-    # What a half of the project overrides ----------------------------------------------------------------------------
+    # Overridden by each half -----------------------------------------------------------------------------------------
 
     def _student(self) -> Any:
-        """The student; an error where it is missing."""
+        """The student, or an error if it is missing."""
         raise NotImplementedError
 
     def _seed(self, seed: int) -> None:
@@ -255,10 +257,6 @@ class Hooks:
 
     def _configured_criterion(self) -> Any:
         """The criterion of the configuration."""
-        raise NotImplementedError
-
-    def _best(self, score: Callable[[Any], Any] | None, frequency: int) -> BestStudent:
-        """The keeper of the best weights."""
         raise NotImplementedError
 
     def _metric(self, data: Any, metric: Any) -> Callable[[Any], Any]:

@@ -10,18 +10,18 @@ from distill_core.launcher.words import Words
 
 
 class BestStudent:
-    """The best weights that a student has had, by a function that scores a model.
+    """The best weights that a student has had, judged by a function that scores a model.
 
-    A half of the project says how a model is scored, copied and filled: it overrides the last three methods.
+    Each half of the project overrides the last two methods, and ``_evaluate`` if scoring a model needs preparation.
 
     Args:
-        score: Called with a model, returns a number, or several in a list or dict of which the first is the judge;
-            ``None`` keeps nothing.
+        score: Called with a model; returns a number, or several in a list or dict, of which the first counts. With
+            ``None`` no weights are kept.
         higher_is_better: Whether a larger number is better.
-        frequency: How many epochs lie between two scores, 1 or more.
+        frequency: Number of epochs between two scores, 1 or more.
 
     Attributes:
-        checks: The module of a half that puts its errors into words.
+        checks: The module ``checks`` of a half.
         teacher_score: The teacher's score before the training, or None.
         first_score: The student's score before it, or None.
         best_score: The best score of the student so far, or None.
@@ -48,7 +48,7 @@ class BestStudent:
 
         Args:
             student: The student, whose weights are the best so far.
-            teacher: The teacher, if there is one.
+            teacher: The teacher, or None.
         """
         if self._score is None:
             return
@@ -58,18 +58,18 @@ class BestStudent:
         self._log.info("Scores before training: teacher %s, student %s.", self.teacher_score, self.first_score)
 
     def end_epoch(self, student: Any) -> None:
-        """Score the student, if the epoch is one of those after which it is scored."""
+        """Count an epoch, and score the student if ``frequency`` epochs have passed."""
         self._epochs += 1
         if self._score is not None and self._epochs % self._frequency == 0:
             self._take(student)
 
     def restore(self, student: Any) -> None:
-        """Give the student the best weights that it has had."""
+        """Load the best weights into the student."""
         if self._weights is not None:
             self._fill(student, self._weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epochs, scores and the best weights, to continue from."""
+        """The number of epochs, the scores and the best weights."""
         scores = (self.teacher_score, self.first_score, self.best_score)
         return {"epochs": self._epochs, "weights": self._weights, "scores": scores}
 
@@ -96,7 +96,7 @@ class BestStudent:
         raise NotImplementedError
 
     def _fill(self, student: Any, weights: Any) -> None:
-        """Give the student copied weights."""
+        """Load copied weights into the student."""
         raise NotImplementedError
 
 
@@ -104,14 +104,14 @@ def judge(score: Any, checks: Words) -> float:
     """The number by which models are compared.
 
     Args:
-        score: A number, or several in a list or dict of which the first counts.
-        checks: The module of a half that puts its errors into words.
+        score: A number, or several in a list or dict, of which the first counts.
+        checks: The module ``checks`` of a half.
 
     Returns:
         The number.
 
     Raises:
-        TypeError: If there is no number.
+        TypeError: If the score is not a number, and the first of several is not either.
 
     Example:
         >>> from distill_core import checks

@@ -1,4 +1,4 @@
-"""The form of the module that each half has for its errors, and warnings that point to the user's own line."""
+"""The interface of each half's module ``checks``, and warnings that point to the user's own line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from distill_core import PACKAGES
+
 
 class Words(Protocol):
-    """Checks and messages in a half's own form: its module ``checks``."""
+    """Interface of a half's module ``checks``: checks of settings, and texts of errors."""
 
     def message(self, expected: str, received: str, remedy: str = "") -> str:
         """The text of an error."""
         ...
 
     def closest(self, name: str, candidates: Iterable[str]) -> str:
-        """A sentence with the candidates most like a name."""
+        """A sentence with the candidates closest to a name."""
         ...
 
     def positive(self, name: str, value: Any) -> None:
@@ -28,7 +30,7 @@ class Words(Protocol):
         ...
 
     def at_least(self, name: str, value: Any, minimum: float) -> None:
-        """Check that a number is no smaller than a minimum."""
+        """Check that a number is at least a minimum."""
         ...
 
     def boolean(self, name: str, value: Any) -> None:
@@ -40,16 +42,13 @@ class Words(Protocol):
         ...
 
 
-_OURS = ("distill_core", "lightning_distill", "keras_distill")
-
-
 def warn(text: str) -> None:
-    """Warn at the line of the user's code that called into the project.
+    """Warn at the line of the user's code that called this project.
 
     Args:
         text: The warning.
     """
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)

@@ -1,4 +1,4 @@
-"""The demonstration's images and networks: nothing here knows of distillation."""
+"""The demonstration's images and networks, which do not depend on distillation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make_student(seed: int) -> keras.Model:
 
 
 def initial(seed: int) -> keras.initializers.Initializer:
-    """Keras' usual initial weights, from a seed of their own: no global generator is touched."""
+    """Keras' usual initial weights from a separate seed, so that the global generators are left alone."""
     return keras.initializers.GlorotUniform(seed=seed)
 
 
@@ -77,7 +77,7 @@ def _convolution(filters: int, seeds: Iterator[int], name: str | None = None) ->
 
 
 def load_digits_data() -> Digits:
-    """1000 images for training, 297 for validation, 500 for test, always the same, each class in its proportion."""
+    """1000 images for training, 297 for validation and 500 for test: always the same, stratified by class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -89,7 +89,7 @@ def load_digits_data() -> Digits:
 
 
 def hide_labels(labels: Array, share: float, seed: int) -> Array:
-    """The labels with all but a share of each class put to :data:`UNLABELLED`."""
+    """The labels, of which only a share of each class is kept; all others become :data:`UNLABELLED`."""
     random = np.random.default_rng(seed)
     kept = np.full_like(labels, UNLABELLED)
     for members in (np.flatnonzero(labels == number) for number in range(10)):

@@ -37,12 +37,12 @@ class Settings:
     """Numbers of the demonstration.
 
     Args:
-        seeds: Students trained for each method and setting.
-        epochs: Passes of each student over the training images.
-        teacher_epochs: The same for the teacher.
-        batch_size: Images of a step.
+        seeds: Number of students for each method and setting.
+        epochs: Number of epochs of each student.
+        teacher_epochs: Number of epochs of the teacher.
+        batch_size: Number of images in a step.
         student_lr: Highest learning rate of a student, reached after a third of the steps, with Adam.
-        teacher_lr: The same for the teacher.
+        teacher_lr: Highest learning rate of the teacher.
         temperature: Softening of both networks' probabilities.
         logits_weight: Factor of the term on logits.
         features_weight: Factor of the term on features.
@@ -59,7 +59,7 @@ class Settings:
     features_weight: float = 1.0
 
     def model(self, method: str, teacher: keras.Model, seed: int) -> keras.Model:
-        """Untrained model of a method: the student itself, or a model that distils into it."""
+        """The untrained model of a method: the student itself, or a model that distils into it."""
         student = make_student(seed)
         if method == "alone":
             return student
@@ -72,7 +72,7 @@ class Settings:
         return DistillModel(student, teacher, terms, evaluate_distillation=False)
 
     def compile(self, model: keras.Model, lr: float, steps: int) -> None:
-        """Make a model ready to be trained for some steps; alone or distilled, it is compiled in the same way."""
+        """Compile a model for a number of steps, in the same way for a student alone and a distilled one."""
         warmup = steps // 3
         rate = keras.optimizers.schedules.CosineDecay(lr / 25, steps - warmup, warmup_target=lr, warmup_steps=warmup)
         # The mean over the labelled images only, 0 where a batch has none; the terms count every image.
@@ -81,7 +81,7 @@ class Settings:
 
 
 class Observer(keras.callbacks.Callback):
-    """The validation accuracy after each epoch and the time of each step.
+    """A callback that records the validation accuracy after each epoch and the time of each step.
 
     Args:
         validation: Images ``(N, 8, 8, 1)`` and classes ``(N,)``.
@@ -99,13 +99,13 @@ class Observer(keras.callbacks.Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """After a step: stop it."""
+        """After a step: stop the clock."""
         if logs:
             float(logs["loss"])  # some backends run ahead of Python: this waits for the step
         self.step_ms.append(1000 * (time.perf_counter() - self._start))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """After an epoch: keep its accuracy. Validation in ``fit`` would create a new iterator, which costs more."""
+        """After an epoch: record its accuracy. Validation in ``fit`` would create a new iterator, which costs more."""
         images, classes = self.validation
         self.accuracy.append(hit_rate(predict(self.model, images) == classes))
         self.advance()
@@ -114,7 +114,11 @@ class Observer(keras.callbacks.Callback):
 def train_all(
     digits: Digits, settings: Settings, console: Console
 ) -> tuple[list[Run], dict[tuple[str, str, int], list[Array]]]:
-    """The runs, and each student's weights by labels, method and seed."""
+    """Train the teacher and all students.
+
+    Returns:
+        The runs, and each student's weights by labels, method and seed.
+    """
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     students, batches = {}, -(-len(digits.train[1]) // settings.batch_size)
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -157,7 +161,7 @@ def _train(
     settings: Settings,
     advance: Callable[[], None],
 ) -> Run:
-    """``result``, filled in by training ``model``."""
+    """Train ``model``, and fill in ``result``."""
     epochs = settings.teacher_epochs if model is teacher else settings.epochs
     observer, (images, _) = Observer(digits.validation, advance), digits.train
     # The order of all epochs is drawn beforehand, so that all methods of a seed see the same batches.

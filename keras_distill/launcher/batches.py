@@ -1,4 +1,4 @@
-"""Data in the forms that the launcher takes."""
+"""Data in the forms that the launcher accepts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def split_batch(batch: Any) -> tuple[Any, ...]:
         Two or three entries.
 
     Raises:
-        ValueError: If there are no labels.
+        ValueError: If the batch has no labels, or another form.
 
     Example:
         >>> split_batch({"image": 3.0, "labels": 1})
@@ -73,11 +73,11 @@ class ArrayBatches:
 
 
 def batches_of(data: Any, batch_size: int, shuffle: bool = False) -> Any:
-    """Data as batches that can be gone through once an epoch.
+    """Data as batches that can be iterated once an epoch.
 
     Args:
-        data: Arrays ``(inputs, labels)`` or a dict of them; a ``keras.utils.PyDataset``; or anything that gives
-            batches: a list, a ``tf.data.Dataset``, a data loader.
+        data: Arrays ``(inputs, labels)`` or a dict of them; a ``keras.utils.PyDataset``; or any other iterable
+            of batches: a list, a ``tf.data.Dataset``, a data loader.
         batch_size: Size of the batches that arrays are cut into.
         shuffle: Whether examples of arrays are shuffled.
 
@@ -85,7 +85,7 @@ def batches_of(data: Any, batch_size: int, shuffle: bool = False) -> Any:
         An iterable of tuples.
 
     Raises:
-        TypeError: If it is no data, or can be gone through only once.
+        TypeError: If the data cannot be iterated, or only once.
     """
     if isinstance(data, (tuple, Mapping)):
         return ArrayBatches(split_batch(data), batch_size, shuffle)
@@ -98,13 +98,13 @@ def batches_of(data: Any, batch_size: int, shuffle: bool = False) -> Any:
 
 
 def fit_arguments(data: Any, *, batch_size: int, shuffle: bool, limit: int | None) -> dict[str, Any]:
-    """What ``Model.fit`` is called with for some data.
+    """Arguments of ``Model.fit`` for some data.
 
     Args:
         data: As :func:`batches_of` takes it.
         batch_size: Size of the batches that arrays are cut into.
         shuffle: Whether examples of arrays, or the batches of a ``PyDataset``, are shuffled.
-        limit: The most batches that an epoch has, or None.
+        limit: Maximum number of batches in an epoch, or None.
 
     Returns:
         Keyword arguments.
@@ -112,7 +112,7 @@ def fit_arguments(data: Any, *, batch_size: int, shuffle: bool, limit: int | Non
     if limit is None and isinstance(data, (tuple, Mapping)):
         parts = dict(zip(("x", "y", "sample_weight"), split_batch(data), strict=False))
         return {**parts, "batch_size": batch_size, "shuffle": shuffle}
-    if hasattr(data, "element_spec") and hasattr(data, "take"):  # tf.data, which Keras reads best itself
+    if hasattr(data, "element_spec") and hasattr(data, "take"):  # tf.data: Keras reads it itself, which is faster
         data = data.map(split_batch) if isinstance(data.element_spec, Mapping) else data
         return {"x": data if limit is None else data.take(limit), "shuffle": False}
     if limit is None and isinstance(data, keras.utils.PyDataset):
@@ -123,6 +123,8 @@ def fit_arguments(data: Any, *, batch_size: int, shuffle: bool, limit: int | Non
 
 
 class _Split:
+    """Data of batches in any form, as batches from :func:`split_batch`."""
+
     def __init__(self, data: Any) -> None:
         self.data = data
 
@@ -132,11 +134,11 @@ class _Split:
         return len(self.data) if hasattr(self.data, "__len__") else sum(1 for _ in self.data)
 
     def __iter__(self) -> Iterator[Any]:
-        indexed = isinstance(self.data, keras.utils.PyDataset)  # it can be gone through, but does not say where it ends
+        indexed = isinstance(self.data, keras.utils.PyDataset)  # its iterator has no end
         return map(split_batch, map(self.data.__getitem__, range(len(self))) if indexed else self.data)
 
 
 def _epochs(batches: Iterable[Any], steps: int) -> Iterator[Any]:
-    """Epoch after epoch, without an end: Keras would take a shorter generator for the whole training."""
+    """The batches of endless epochs: Keras would stop the whole training at the end of a generator."""
     while True:
         yield from itertools.islice(batches, steps)

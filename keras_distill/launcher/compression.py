@@ -1,4 +1,4 @@
-"""The names of the older API's second version: ``prepare_compression`` and its configurations."""
+"""The second version of the older API: ``prepare_compression`` and its configurations."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class DistillationConfig(compression.DistillationConfig):
     """The teacher and the criterion of a distillation, for :func:`prepare_compression`.
 
     Args:
-        teacher_model: The network to match; None where its outputs are given.
+        teacher_model: The network to match; None if its outputs are passed in each step.
         criterion: One of the ``LossConfig`` objects, a criterion, or a function of ``(student_output, teacher_output,
             student_loss)``; ``None`` is ``KnowledgeDistillationLossConfig()``.
-        optimizer: For ``compression_manager.distiller.fit()``, which trains without a loop of yours: a dict of the YAML
-            file's form, or an optimizer of Keras.
+        optimizer: For ``compression_manager.distiller.fit()``, which trains without a loop of your own: a dict like the
+            YAML file's section, or an optimizer of Keras.
 
     Raises:
-        TypeError: If the criterion is of another kind.
+        TypeError: If ``criterion`` is not one of these.
         ValueError: If a setting of the optimizer is wrong.
     """
 
@@ -54,8 +54,8 @@ class DistillationConfig(compression.DistillationConfig):
 class CompressionManager(compression.CompressionManager):
     """The student and the hooks of a training, made by :func:`prepare_compression`.
 
-    The student is recorded from the beginning until ``callbacks.on_train_end()`` or :meth:`close`, so that a script
-    may leave out the hooks that it does not need.
+    The student is recorded until ``callbacks.on_train_end()`` or :meth:`close`, so a script may leave out the hooks
+    that it does not need.
 
     Attributes:
         distiller: The :class:`Distillation`, whose attributes may be set: ``eval_func``, ``higher_is_better``, ...
@@ -81,8 +81,9 @@ def prepare_compression(
         A manager with the student, ``model``, and the hooks, ``callbacks``.
 
     Raises:
-        TypeError: If a configuration is of another kind.
-        ValueError: If there is not exactly one, a layer does not exist, or the teacher is missing.
+        TypeError: If a configuration is not a :class:`DistillationConfig`.
+        ValueError: If the list does not hold exactly one configuration, a layer does not exist, or the teacher is
+            missing.
 
     Example:
         >>> student = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct
+from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct, weighted_total
 from keras_distill import backends, checks
 from keras_distill.losses import DistillationLoss, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from keras_distill.recording import Call, Tap, select
@@ -30,12 +29,12 @@ class KnowledgeDistillationLoss:
 
     Args:
         temperature: Softening of both models' outputs, greater than 0.
-        loss_types: The student's own loss in built-in training, ``"CE"`` (labels may be numbers of classes or one-hot)
+        loss_types: The student's own loss in built-in training, ``"CE"`` (labels may be class numbers or one-hot)
             or ``"MSE"``; and D.
-        loss_weights: :math:`w_0` and :math:`w_1`, 0 or greater. They need not sum to 1; a warning says so, because the
-            older API demanded it.
+        loss_weights: :math:`w_0` and :math:`w_1`, 0 or greater. If they do not sum to 1, which the older API required,
+            a warning is issued.
         from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
-            ``None`` looks at the models: probabilities where both end in a softmax, logits otherwise.
+            ``None`` looks at the models: probabilities if both end in a softmax, logits otherwise.
         reference_reduction: Whether KL is divided by the number of classes too, as it was in the older API.
 
     Raises:
@@ -64,9 +63,12 @@ class KnowledgeDistillationLoss:
         _check_from_logits(from_logits)
         settings = _CHECKS.knowledge(temperature, loss_types, loss_weights, reference_reduction)
         self.temperature, self.loss_types, self.loss_weights = settings
-        self.from_logits, self.reference_reduction = from_logits, reference_reduction
+        self.reference_reduction = reference_reduction
         self.task_weight = self.loss_weights[0]
-        logits = from_logits is not False
+        self._set_outputs(from_logits)
+
+    def _set_outputs(self, from_logits: bool | None) -> None:
+        self.from_logits, logits = from_logits, from_logits is not False
         self.task_loss = LabelCrossEntropy(logits) if self.loss_types[0] == "CE" else keras.losses.MeanSquaredError()
         self.loss: DistillationLoss = {
             "CE": SoftCrossEntropyLoss(temperature=self.temperature, from_logits=logits),
@@ -74,32 +76,22 @@ class KnowledgeDistillationLoss:
             # T^2 times the mean square of (z_s - z_t) / T: the temperature cancels
             "MSE": LogitMSELoss(from_logits=logits),
         }[self.loss_types[1]]
-        if self.loss_types[1] == "KL" and reference_reduction:
+        if self.loss_types[1] == "KL" and self.reference_reduction:
             self.loss = _DividedByClasses(self.loss)
 
     @property
     def compares_outputs(self) -> bool:
-        """Whether the outputs of both models must be of one kind."""
+        """Whether the outputs of both models must be of the same kind."""
         return self.loss_weights[1] != 0
 
     def with_outputs(self, from_logits: bool) -> KnowledgeDistillationLoss:
-        """The criterion itself where `from_logits` is set; otherwise one for outputs of the kind found."""
-        if self.from_logits is not None:
-            return self
-        found = copy.copy(self)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the weights, said once already
-            found.__init__(  # type: ignore[misc]
-                self.temperature,
-                self.loss_types,
-                self.loss_weights,
-                from_logits=from_logits,
-                reference_reduction=self.reference_reduction,
-            )
-        return found
+        """A copy of the criterion for logits or for probabilities."""
+        criterion = copy.copy(self)
+        criterion._set_outputs(from_logits)
+        return criterion
 
     def terms(self) -> list[DistillationTerm]:
-        """New terms with these settings; none where the teacher has no weight."""
+        """New terms with these settings; an empty list if the teacher's weight is 0."""
         weight = self.loss_weights[1]
         return [LogitsDistillation(self.loss, weight=weight, name="knowledge")] if weight else []
 
@@ -114,9 +106,12 @@ class KnowledgeDistillationLoss:
         Returns:
             A scalar.
         """
-        student = select(student_output, None, "the student's output")
-        teacher = select(teacher_output, None, "the teacher's output")
-        return self.task_weight * student_loss + self.loss_weights[1] * self.loss(teacher, student)
+
+        def divergence() -> Any:
+            student = select(student_output, None, "the student's output")
+            return self.loss(select(teacher_output, None, "the teacher's output"), student)
+
+        return weighted_total(self.loss_weights, student_loss, divergence)
 
 
 class IntermediateLayersKnowledgeDistillationLoss:
@@ -129,8 +124,8 @@ class IntermediateLayersKnowledgeDistillationLoss:
         loss_types: ``"MSE"``, ``"L1"`` or ``"KL"`` for each pair; ``None`` is MSE for all.
         loss_weights: Factor of each pair, 0 or greater; ``None`` shares 1 equally.
         add_origin_loss: Whether the student's own loss is added, at full weight.
-        from_logits: Whether the student returns logits; counts for its own loss in built-in training. ``None`` looks at
-            the student: probabilities where it ends in a softmax, logits otherwise.
+        from_logits: Whether the student returns logits, for its own loss in built-in training. ``None`` looks at the
+            student: probabilities if it ends in a softmax, logits otherwise.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -160,24 +155,22 @@ class IntermediateLayersKnowledgeDistillationLoss:
         self.from_logits = from_logits
         self.task_loss = LabelCrossEntropy(from_logits is not False)
 
-    compares_outputs = False  # the student's alone is read, for its own loss
+    compares_outputs = False  # only the student's output is read, for its own loss
 
     def with_outputs(self, from_logits: bool) -> IntermediateLayersKnowledgeDistillationLoss:
-        """The criterion itself where `from_logits` is set; otherwise one for outputs of the kind found."""
-        if self.from_logits is not None:
-            return self
-        found = copy.copy(self)
-        found.from_logits, found.task_loss = from_logits, LabelCrossEntropy(from_logits)
-        return found
+        """A copy of the criterion for a student that returns logits, or one that returns probabilities."""
+        criterion = copy.copy(self)
+        criterion.from_logits, criterion.task_loss = from_logits, LabelCrossEntropy(from_logits)
+        return criterion
 
     def terms(self) -> list[DistillationTerm]:
-        """New terms with these settings, numbered where a layer stands in several pairs."""
+        """New terms with these settings; their names are numbered if a layer is part of several pairs."""
         terms: list[DistillationTerm] = []
         for (student, teacher), kind, weight in zip(
             self.layer_mappings, self.loss_types, self.loss_weights, strict=True
         ):
             term = FeatureDistillation(student, teacher, kind.lower(), weight=weight)
-            name = distinct(term.name, [other.name for other in terms])
+            name = distinct(term.name, [earlier.name for earlier in terms])
             if name != term.name:
                 term = FeatureDistillation(student, teacher, kind.lower(), weight=weight, name=name)
             terms.append(term)
@@ -208,10 +201,10 @@ class CriterionTerm(DistillationTerm):
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class LabelCrossEntropy(keras.losses.Loss):
-    """Cross entropy of labels that are numbers of classes or one-hot, as their shape says.
+    """Cross entropy of labels that are class numbers or one-hot, depending on their shape.
 
     Args:
-        from_logits: Whether the student gives logits; if False it gives probabilities.
+        from_logits: Whether the student returns logits; if False, it returns probabilities.
 
     Example:
         >>> loss, ops, logits = LabelCrossEntropy(), keras.ops, keras.ops.array([[2.0, 0.0, 1.0]])
@@ -237,7 +230,7 @@ class LabelCrossEntropy(keras.losses.Loss):
 
 
 def one_hot(labels: Any, output: Any) -> bool:
-    """Whether labels have one entry for each class of an output, rather than the number of one."""
+    """Whether labels have an entry for each class of an output, and are not class numbers."""
     return len(labels.shape) == len(output.shape) and labels.shape[-1] == output.shape[-1]
 
 
@@ -251,7 +244,7 @@ def criterion_of(section: Any) -> Any:
         The criterion.
 
     Raises:
-        ValueError: If the settings do not fit each other, with their path.
+        ValueError: If the settings are inconsistent; the message names their path.
 
     Example:
         >>> from keras_distill import DistillationConf
@@ -264,6 +257,8 @@ def criterion_of(section: Any) -> Any:
 
 
 class _DividedByClasses(DistillationLoss):
+    """A loss divided by the number of classes."""
+
     def __init__(self, loss: DistillationLoss) -> None:
         super().__init__(name="divided_by_classes")
         self.loss = loss
@@ -273,7 +268,7 @@ class _DividedByClasses(DistillationLoss):
 
     @property
     def from_logits(self) -> bool:
-        """As the loss has it: the term checks the outputs by it."""
+        """The setting of the loss, with which the term checks the outputs."""
         return bool(self.loss.from_logits)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
 from distill_core.launcher.hooks import Hooks
+from distill_core.launcher.words import Words
 from keras_distill import checks
 from keras_distill.launcher.batches import fit_arguments
 from keras_distill.launcher.conf import DistillationConf, Metric
@@ -33,20 +34,20 @@ class Distillation(Hooks):
 
     Attributes:
         student_model: The network to train.
-        teacher_model: The network to match, which is called with ``training=False``; None where its outputs are given.
+        teacher_model: The network to match, called with ``training=False``; None if its outputs are passed instead.
         criterion: A criterion of this package, or any function of ``(student_output, teacher_output, student_loss)``
             that returns the total; None takes the configured one.
-        task_loss: The student's own loss in built-in training, whatever ``compile`` takes; None takes the criterion's,
-            cross entropy unless it says otherwise.
-        optimizer: Whatever ``compile`` takes; None takes the configured one, or AdamW.
+        task_loss: The student's own loss in built-in training, in any form that ``compile`` accepts; None takes the
+            criterion's loss, which is usually cross entropy.
+        optimizer: An optimizer in any form that ``compile`` accepts; None takes the configured one, or AdamW.
         train_func: A training function of your own, called with the student.
-        eval_func: Scores a model: a number, or several in a list or dict of which the first is the judge.
+        eval_func: Scores a model: returns a number, or several in a list or dict, of which the first counts.
         train_dataloader: Data for built-in training: arrays ``(inputs, labels)``, a list of batches, a data set or
             loader, whose batches are ``(inputs, labels)`` or dicts; None takes the configured ones.
-        eval_dataloader: Data of the same forms for the configured metric, where there is no ``eval_func``.
+        eval_dataloader: Data of the same forms for the configured metric, if ``eval_func`` is not set.
         callbacks: Keras callbacks for built-in training.
         higher_is_better: Whether a larger score is better.
-        eval_frequency: How many epochs lie between two scores; None takes the configured number.
+        eval_frequency: Number of epochs between two scores; None takes the configured number.
         scores: The scores of the last training, and the weights that were the best.
 
     Raises:
@@ -64,7 +65,8 @@ class Distillation(Hooks):
         'Sequential'
     """
 
-    checks = checks
+    checks: ClassVar[Words] = checks
+    best_student = BestStudent
 
     def __init__(self, conf: str | PathLike[str] | Mapping[str, Any] | DistillationConf | None = None) -> None:
         super().__init__(conf if isinstance(conf, DistillationConf) else DistillationConf(conf))
@@ -80,7 +82,7 @@ class Distillation(Hooks):
         """
         return [variable for term in self._running().terms for variable in term.trainable_variables]
 
-    # Inside ----------------------------------------------------------------------------------------------------------
+    # Internal --------------------------------------------------------------------------------------------------------
 
     def _train(self, student: keras.Model) -> None:
         train = self.conf.distillation.train
@@ -88,12 +90,13 @@ class Distillation(Hooks):
         criterion = self._fitting(student, self.create_criterion())
         usual = getattr(criterion, "task_loss", None) or LabelCrossEntropy(check_alike(student, None))
         task_loss = usual if self.task_loss is None else self.task_loss
-        own, task_weight = not hasattr(criterion, "terms"), getattr(criterion, "task_weight", 0.0)
-        terms = [CriterionTerm(criterion, keras.losses.get(task_loss))] if own else criterion.terms()
+        if hasattr(criterion, "terms"):
+            terms, task_weight = criterion.terms(), getattr(criterion, "task_weight", 0.0)
+        else:  # a function, which makes the total loss itself
+            terms, task_weight = [CriterionTerm(criterion, keras.losses.get(task_loss))], 0.0
         optimizer = optimizer_of(train.optimizer) if self.optimizer is None else self.optimizer
         model: keras.Model
         if terms:
-            task_weight = 0.0 if own else task_weight
             model = DistillModel(
                 student, self.teacher_model, as_terms(terms), task_weight=task_weight, track_agreement=False
             )
@@ -102,10 +105,10 @@ class Distillation(Hooks):
             model = StudentAlone(student)
             model.compile(optimizer, task_loss, loss_weights=[task_weight])
         self.scores = self._new_scores()
-        how = train.fit.model_dump()
-        verbose = how.pop("verbose")
+        settings = train.fit.model_dump()
+        verbose = settings.pop("verbose")
         model.fit(
-            **fit_arguments(data, limit=train.iteration, **how),
+            **fit_arguments(data, limit=train.iteration, **settings),
             initial_epoch=train.start_epoch,
             epochs=train.end_epoch,
             callbacks=[*self.callbacks, Scoring(self.scores, student, self.teacher_model)],
@@ -120,16 +123,13 @@ class Distillation(Hooks):
         return Loop(student, self.teacher_model, as_terms(terms) if terms else [], criterion.task_weight)
 
     def _fitting(self, student: keras.Model, criterion: Any) -> Any:
-        """The criterion for outputs of the kind that the models return, where it does not say so itself."""
+        """The criterion for the kind of outputs that the models return, unless the user has set ``from_logits``."""
         if not hasattr(criterion, "with_outputs") or criterion.from_logits is not None:
             return criterion
         return criterion.with_outputs(check_alike(student, self.teacher_model if criterion.compares_outputs else None))
 
     def _configured_criterion(self) -> Any:
         return criterion_of(self.conf.distillation.train.criterion)
-
-    def _best(self, score: Callable[[Any], Any] | None, frequency: int) -> BestStudent:
-        return BestStudent(score, self.higher_is_better, frequency)
 
     def _metric(self, data: Any, metric: Metric) -> MetricEvaluation:
         return MetricEvaluation(data, metric, self.conf.distillation.train.fit.batch_size)

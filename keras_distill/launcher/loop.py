@@ -1,4 +1,4 @@
-"""Distillation in a user's own loop, in which only hooks say what happens."""
+"""Distillation in a user's own training loop, which calls the hooks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Loop:
 
     Args:
         student: The student.
-        teacher: The teacher, or None where its outputs are given.
-        terms: What the student imitates; none leaves its own loss alone.
+        teacher: The teacher, or None if its outputs are passed to :meth:`step`.
+        terms: The terms; an empty list leaves the student's own loss alone.
         task_weight: Factor of the student's own loss.
-        criterion: A criterion of the user's own, which makes the total itself; there are no terms then.
+        criterion: The user's own criterion, which computes the total itself; ``terms`` is then empty.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Loop:
 
     @property
     def terms(self) -> list[TermState]:
-        """What is trained of the terms."""
+        """The trainable parts of the terms."""
         return [] if self.distillation is None else self.distillation.states
 
     def open(self) -> None:
@@ -63,7 +63,7 @@ class Loop:
         self.release()
 
     def release(self) -> None:
-        """Forget calls that had no loss."""
+        """Drop recorded calls that had no loss."""
         self._calls.clear()
 
     def step(self, inputs: Any, output: Any, student_loss: Any, teacher_output: Any = None) -> Any:
@@ -73,14 +73,13 @@ class Loop:
             inputs: The teacher's input; ``None`` takes the student's.
             output: The student's output.
             student_loss: The student's own loss, a scalar.
-            teacher_output: The teacher's output if it is known, with features as ``DistillTargets`` carry them.
+            teacher_output: The teacher's output if it is known, with features in the form of ``DistillTargets``.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: If the student was not called while it was recorded and its call is needed, or there is no
-                teacher.
+            ValueError: If the student's call is needed but was not recorded, or the teacher is missing.
         """
         if self.distillation is None and self.criterion is None:
             return self.task_weight * student_loss
@@ -95,13 +94,13 @@ class Loop:
             if self.distillation is None:
                 return self.criterion(output, self._answer(inputs, stored).output, student_loss)
             student: Call = self.recorder.call_of(output, record)
-            distillation = self.distillation.compare(output, inputs, student=student, teacher=stored).total
+            total = self.distillation.compare(output, inputs, student=student, teacher=stored).total
         finally:
-            self.release()  # also the calls that building the terms has made
-        return distillation if self.task_weight == 0 else self.task_weight * student_loss + distillation
+            self.release()  # also the calls that were made to build the terms
+        return total if self.task_weight == 0 else self.task_weight * student_loss + total
 
     def _answer(self, inputs: Any, stored: Call | None) -> Call:
-        """The teacher's call for the criterion: the one that was given, or its own."""
+        """The teacher's call for the criterion: the stored call, or a new one."""
         if stored is None and not self.teachers:
             remedy = "Set `teacher_model`, or pass `teacher_output`."
             raise ValueError(checks.message("a teacher to learn from", "teacher_model=None", remedy))
@@ -119,9 +118,10 @@ class Loop:
         self._calls.append((record, output))
 
     def _record_of(self, output: Any) -> Record | None:
-        """The record of the call that returned an output; of the last call where the user has changed the output."""
+        """The record of the call that returned an output, or of the last call if the user has changed the output."""
         leaves = {id(leaf) for leaf in keras.tree.flatten(output)}
-        records: list[Record] = [record for record, _ in self._calls]
-        own = [bool(leaves & {id(leaf) for leaf in keras.tree.flatten(returned)}) for _, returned in self._calls]
-        chosen = [record for record, is_own in zip(records, own, strict=True) if is_own] or records
-        return chosen[-1] if chosen else None
+        records: list[Record | None] = [record for record, _ in self._calls]
+        matching: list[Record | None] = [
+            record for record, returned in self._calls if leaves & {id(leaf) for leaf in keras.tree.flatten(returned)}
+        ]
+        return (matching or records or [None])[-1]

@@ -1,4 +1,4 @@
-"""What kind of output a model has, by the layer that comes last."""
+"""Logits or probabilities: the kind of a model's output, by its last layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def ends_in_softmax(model: Any) -> bool | None:
     """Whether a model returns probabilities of a softmax.
 
     Args:
-        model: A sequential or functional model, which may end in another one; or any other.
+        model: Any model; a sequential or functional model may end in another model.
 
     Returns:
-        The answer; None where it cannot be told, as of a model whose ``call`` is written by hand.
+        True or False; None if it is not known, as for a model whose ``call`` is written by hand.
 
     Example:
         >>> layers = keras.layers
@@ -36,7 +36,7 @@ def ends_in_softmax(model: Any) -> bool | None:
 
 
 def _last(model: Any) -> Any:
-    """The operation behind the one output of a model, past those that keep its values; None if it is not known."""
+    """The last operation of a model that changes values; None if it is not known or the model has several outputs."""
     if isinstance(model, keras.Sequential):
         return next((layer for layer in reversed(model.layers) if not _keeps_values(layer)), None)
     names = model.output_names if hasattr(model, "operations") else []
@@ -49,16 +49,16 @@ def _last(model: Any) -> Any:
 
 
 def _before(model: Any, operation: Any) -> Any:
-    """The operation whose output another one reads, or None."""
+    """The operation whose output an operation reads, or None."""
     try:
         read = operation.input
         return next((other for other in model.operations if other.output is read), None)
-    except (AttributeError, ValueError):  # one of them is used several times
+    except (AttributeError, ValueError):  # an operation is used several times
         return None
 
 
 def _keeps_values(operation: Any) -> bool:
-    """Whether an operation returns the values that it reads, such as a cast to float32."""
+    """Whether an operation returns the values that it reads, such as a reshape or a cast to float32."""
     kinds = (keras.layers.Reshape, keras.layers.Flatten, keras.layers.Identity)
     plain = isinstance(operation, keras.layers.Activation) and operation.activation is keras.activations.linear
     return plain or isinstance(operation, kinds)

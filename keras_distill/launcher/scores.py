@@ -28,12 +28,12 @@ class BestStudent(scores.BestStudent):
 
 
 class Scoring(keras.callbacks.Callback):
-    """A callback that scores the student after its epochs and gives it the best weights at the end.
+    """A callback that scores the student after its epochs and loads its best weights at the end.
 
     Args:
-        best: What keeps them.
+        best: Keeper of the best weights.
         student: The student.
-        teacher: The teacher, if there is one.
+        teacher: The teacher, or None.
     """
 
     def __init__(self, best: scores.BestStudent, student: keras.Model, teacher: keras.Model | None) -> None:
@@ -49,7 +49,7 @@ class Scoring(keras.callbacks.Callback):
         self.best.end_epoch(self.student)
 
     def on_train_end(self, logs: Any = None) -> None:
-        """At the end: restore the best."""
+        """At the end: restore the best weights."""
         self.best.restore(self.student)
 
 
@@ -66,7 +66,11 @@ class MetricEvaluation:
         self._data, self._metric, self._batch_size = data, metric, batch_size
 
     def __call__(self, model: keras.Model) -> float:
-        """The metric over all the data."""
+        """The metric over all the data.
+
+        Raises:
+            ValueError: If the data hold no batch.
+        """
         metric = None
         for inputs, labels, *weights in batches_of(self._data, self._batch_size):
             output = select(model(inputs, training=False), None, "the model's output")
@@ -82,7 +86,7 @@ class MetricEvaluation:
 
 
 def _made(metric: Metric, labels: Any, output: Any) -> Any:
-    """The metric of Keras that a configuration means, for labels and outputs of some shape."""
+    """The configured metric, for labels and outputs of these shapes."""
     if metric.keras is not None:
         return metric.keras.make()
     sparse = not one_hot(labels, output)

@@ -11,7 +11,7 @@ from distill_core.launcher import conf
 
 @keras.saving.register_keras_serializable(package="keras_distill")
 class StudentAlone(keras.Model):
-    """A student that trains on its labels alone, and is itself never compiled: a teacher without weight never runs.
+    """A model that trains a student on its labels alone; the student itself is not compiled.
 
     Args:
         student: The model to train.
@@ -43,10 +43,10 @@ def optimizer_of(settings: conf.Optimizer | None) -> Any:
     """The configured optimizer.
 
     Args:
-        settings: The optimizer's section, if there is one.
+        settings: The optimizer's section, or None.
 
     Returns:
-        A new optimizer; AdamW where there is no section.
+        A new optimizer; AdamW if ``settings`` is None.
 
     Example:
         >>> optimizer_of(conf.Optimizer(SGD={"learning_rate": 0.5, "momentum": 0.75})).momentum
@@ -54,8 +54,8 @@ def optimizer_of(settings: conf.Optimizer | None) -> Any:
     """
     if settings is None:
         return keras.optimizers.AdamW()
-    name, values = next(iter(settings.model_dump(exclude_none=True).items()))
-    values["weight_decay"] = values.get("weight_decay") or None  # Keras takes 0 for a decay of its own
+    name, values = conf.only_setting(settings)
+    values["weight_decay"] = values.get("weight_decay") or None  # Keras would still run the update for a decay of 0
     if name == "AdamW" and settings.AdamW is not None and settings.AdamW.weight_decay is None:
         del values["weight_decay"]  # its own default
     return getattr(keras.optimizers, name)(**values)

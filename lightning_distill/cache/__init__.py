@@ -1,4 +1,4 @@
-"""Teacher outputs on disk: the teacher runs once, and every later training costs what the student costs."""
+"""Teacher outputs on disk: the teacher runs once, and later trainings cost as much as training the student alone."""
 
 from distill_core.store import CacheError
 from lightning_distill.cache.data import AttachedDataset, IndexedBatch

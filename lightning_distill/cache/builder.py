@@ -1,10 +1,11 @@
-"""Running a teacher once over the data and keeping what it gave."""
+"""Run a teacher once over the data and store its outputs."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from lightning_distill.cache.data import (
     IndexedCollate,
     check_repeatable,
     data_fingerprint,
+    tensor_bits,
 )
 from lightning_distill.cache.ranks import process_rank, together
 from lightning_distill.recording import Call, Recorder, Recording, Tap, map_tensors, select
@@ -34,24 +36,28 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 class Builder:
-    """One build of a cache: what is asked for, and the manifest that follows from it.
+    """One build of a cache: its settings, and the manifest that follows from them.
 
     Args:
         teacher: The teacher.
         dataset: The data, map-style.
         layers: Layers whose features are kept.
         outputs: Whether the outputs are kept.
-        top_k: How many classes of each output are kept; None keeps all.
-        dtype: Precision of what is stored.
-        views: How many augmented views of each item are shown to the teacher.
-        transform_seed: What the views are seeded with.
-        batch_size: Items in a batch.
-        num_workers: Worker processes that load data.
-        collate_fn: Makes a batch of items; None is torch's own.
+        top_k: Number of classes of each output that are kept; None keeps all.
+        dtype: Precision of the stored numbers.
+        views: Number of augmented views of each sample.
+        transform_seed: Seed of the views.
+        batch_size: Number of samples in a batch.
+        num_workers: Number of worker processes that load data.
+        collate_fn: Makes a batch of samples; None is torch's own.
         forward: Calls the teacher with a batch; None calls it with the batch's inputs.
         device: Where the teacher runs; None leaves it where it is.
-        allow_stale_augmentation: Whether items that change between reads are accepted as they come.
-        shard_bytes: About how large a shard is.
+        allow_stale_augmentation: Whether samples that change between reads are accepted.
+        shard_bytes: Approximate size of a shard.
+
+    Raises:
+        CacheError: If a setting is wrong, or samples change between reads.
+        ValueError: If a layer does not exist, or outputs do not fit the codec.
     """
 
     def __init__(
@@ -81,12 +87,14 @@ class Builder:
         self.teacher, self.forward = teacher, forward or call_teacher
         self.taps = [Tap.of(layer) for layer in layers]
         self.outputs, self.batch_size = outputs, batch_size
-        self._workers = num_workers
+        self._num_workers = num_workers
         self._collate = IndexedCollate(collate_fn or torch.utils.data.default_collate)
         if views > 1 and transform_seed is None:
             raise CacheError(f"Expected `transform_seed` to be given with views={views}, but got None. Pass a number.")
         if not outputs and not self.taps:
             raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
+        if dtype == "uint8" and top_k is None:
+            raise CacheError("Expected `dtype` to be float16, bfloat16 or float32 without top_k, but got 'uint8'.")
         self.frozen = Hold(teacher)
         self.recorder = Recorder(teacher, self.taps, "teacher")
         self.recorder.check((f"layers[{index}]", tap) for index, tap in enumerate(self.taps))
@@ -101,25 +109,25 @@ class Builder:
             raise
 
     def close(self) -> None:
-        """Give the teacher back as it was."""
+        """Restore the teacher."""
         self.recorder.clear()
         self.frozen.release()
 
     def shards(
         self, wanted: Sequence[int], progress: Progress | None = None
     ) -> Iterator[tuple[int, Iterator[dict[str, Array]]]]:
-        """The contents of shards, one after the other.
+        """Run the teacher for some shards, one after the other.
 
         Args:
-            wanted: Their numbers.
-            progress: Where to show how far it is.
+            wanted: Numbers of the shards.
+            progress: Progress bar, or None.
 
         Yields:
-            Number and batches of each; the batches are to be taken before the next shard.
+            The number and the batches of each shard; the batches must be consumed before the next shard.
         """
         batches = [batch for shard in wanted for batch in self._batches(shard)]
         task = None if progress is None else progress.add_task("teacher", total=sum(map(len, batches)))
-        loaded = iter(self._loader(batches, self._workers))
+        loaded = iter(self._loader(batches, self._num_workers))
 
         def rows(shard: int) -> Iterator[dict[str, Array]]:
             for batch in self._batches(shard):
@@ -131,7 +139,7 @@ class Builder:
             yield shard, rows(shard)
 
     def _batches(self, shard: int) -> list[list[int]]:
-        # the same batches whenever the shard is built: other batches would round otherwise
+        # always the same batches for a shard: results depend on the batch by rounding
         rows = self.manifest.shard_range(shard)
         return [list(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
 
@@ -139,7 +147,7 @@ class Builder:
         return DataLoader(self.attached, batch_sampler=batches, num_workers=workers, collate_fn=self._collate)
 
     def _described(self, views: int, top_k: int | None, dtype: str, stale: bool, shard_bytes: int) -> Manifest:
-        """The manifest, with the shapes that a first batch shows."""
+        """The manifest, with the shapes from a first batch."""
         codes = list(range(min(self.batch_size, len(self.attached))))
         first = self._rows(next(iter(self._loader([codes], 0))))
         arrays: dict[str, dict[str, Any]] = {}
@@ -166,14 +174,12 @@ class Builder:
             },
             versions={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
         )
-        if dtype == "uint8" and top_k is None:
-            raise CacheError("Expected `dtype` to be float16, bfloat16 or float32 without top_k, but got 'uint8'.")
         row = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
         batches = max(1, shard_bytes // (row * self.batch_size))
-        return Manifest(**{**vars(manifest), "shard_rows": batches * self.batch_size})
+        return replace(manifest, shard_rows=batches * self.batch_size)
 
     def _rows(self, indexed: IndexedBatch) -> dict[str, Array]:
-        """What the teacher gives for a batch."""
+        """The rows of each array for a batch, from the teacher's outputs."""
         device = next((parameter.device for parameter in self.teacher.parameters()), torch.device("cpu"))
         batch = map_tensors(indexed.batch, lambda tensor: tensor.to(device))
         with torch.no_grad(), Recording([self.recorder]):
@@ -197,16 +203,16 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool) -> No
     """Write the cache.
 
     Args:
-        builder: What it holds.
-        folder: Where to.
-        resume: Whether one that was begun is completed.
-        progress: Whether to say how large it will be, and show how far it is.
+        builder: The build.
+        folder: The folder of the cache.
+        resume: Whether to complete a build that was begun.
+        progress: Whether to print the size and show a progress bar.
 
     Raises:
-        CacheError: If another process builds there, or something else is there.
-        OSError: If the disk is full; what is whole stays, and resuming completes it.
+        CacheError: If another process builds there, or the folder holds something else.
+        OSError: If the disk is full; complete shards stay, and resuming completes the cache.
     """
-    # imported late: it takes as long as all of this package
+    # imported late: the import takes as long as that of this package
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -252,7 +258,6 @@ def teacher_fingerprint(teacher: nn.Module) -> str:
         for name, value in teacher.state_dict().items():
             yield name
             if isinstance(value, Tensor):
-                plain = value.detach().cpu().contiguous()
-                yield (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
+                yield tensor_bits(value)
 
     return fingerprint(parts())

@@ -1,4 +1,4 @@
-"""What ``lightning-distill cache`` does."""
+"""The commands of ``lightning-distill cache``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build_from_file(file: Path) -> TeacherCache:
 
     Raises:
         ValueError: If something in the file is wrong.
-        OSError: If it cannot be read, or the cache cannot be written.
+        OSError: If the file cannot be read, or the cache cannot be written.
     """
     values, known = read_yaml(file), ("path", "teacher", "dataset", *_SETTINGS)
     for key in values:
@@ -80,7 +80,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _made(file: Path, key: str, value: Any) -> Any:
-    """The object that a class_path with init_args makes. This runs what the file names."""
+    """Call a class_path with its init_args. This runs the code that the file names."""
     expected = f"{file}: Expected `{key}` to be a class_path with init_args"
     arguments = value.get("init_args", {}) if isinstance(value, dict) else None
     if not isinstance(arguments, dict) or value.keys() - {"init_args"} != {"class_path"}:
@@ -102,7 +102,7 @@ def _made(file: Path, key: str, value: Any) -> Any:
 
 
 def describe(cache: TeacherCache) -> None:
-    """Print what a cache holds."""
+    """Print the contents of a cache."""
     manifest = cache.manifest
     table = Table("array", "shape", "stored as", "bytes a row")
     for name, codec in manifest.codecs.items():
@@ -117,5 +117,5 @@ def describe(cache: TeacherCache) -> None:
 
 
 def _plain(text: Any) -> Text:
-    """Text that may come from a file: neither rich's markup nor control characters in it count."""
+    """Text that may come from a file, without effect of rich's markup and of control characters."""
     return Text(printable(text))

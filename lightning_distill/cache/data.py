@@ -1,4 +1,4 @@
-"""Data sets that a cache belongs to, and which of its rows belongs to each sample."""
+"""Data sets of a cache, and the row of each sample in it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _PROBES, _PAIRS, _SECONDS = 8, 256, 5.0
 
 
 class IndexedBatch(NamedTuple):
-    """A batch, or one item of it, with its rows in the cache.
+    """A batch, or a single sample, with its rows in the cache.
 
     Attributes:
-        batch: What the data give without a cache.
-        rows: Row numbers, shape ``(N,)``; a number for one item.
+        batch: The batch or sample as the data return it without a cache.
+        rows: Row numbers, shape ``(N,)``; a single number for a sample.
     """
 
     batch: Any
@@ -41,7 +41,7 @@ class AttachedDataset(Dataset[Any]):
     Args:
         dataset: The data.
         length: Number of samples in the cache.
-        transform_seed: What the views are seeded with; None seeds nothing.
+        transform_seed: Seed of the views; None leaves random numbers alone.
         rows: Row of each sample in the cache's first view, from :func:`find_rows`; None numbers them from 0.
     """
 
@@ -63,7 +63,7 @@ class AttachedDataset(Dataset[Any]):
 
 @contextmanager
 def seeded(seed: int | None, view: int, index: int) -> Iterator[None]:
-    """A context in which everything random is drawn for one item and one view; ``None`` leaves it as it is."""
+    """A context in which random numbers depend only on the seed, the view and the sample; ``None`` changes nothing."""
     if seed is None:
         yield
         return
@@ -96,12 +96,12 @@ class IndexedCollate:
 
 
 def data_fingerprint(dataset: Any, transform_seed: int | None, stale: bool) -> str:
-    """A digest of some items.
+    """A digest of some samples.
 
     Args:
         dataset: The whole data.
-        transform_seed: What the views are seeded with.
-        stale: Whether the items change between reads, so that only their number tells anything.
+        transform_seed: Seed of the views.
+        stale: Whether the samples change between reads; then only their number is used.
 
     Returns:
         32 hexadecimal digits.
@@ -112,8 +112,8 @@ def data_fingerprint(dataset: Any, transform_seed: int | None, stale: bool) -> s
 def changes_between_reads(dataset: Any, transform_seed: int | None) -> bool:
     """Whether some samples differ when they are read twice.
 
-    A transform that acts rarely would slip through a few reads, so that up to 256 samples are read twice, for at most
-    some seconds: one that changes 2 % of the samples is missed once in 30,000 times.
+    Up to 256 samples are read twice, for at most a few seconds, because a transform may act rarely. A transform that
+    changes 2 % of the samples is missed once in 30,000 times.
     """
     started, length = time.monotonic(), len(dataset)
     for round_ in range(_PAIRS):
@@ -135,14 +135,14 @@ def check_repeatable(dataset: Any, transform_seed: int | None, allow: bool) -> b
 
     Args:
         dataset: The whole data.
-        transform_seed: What the views are seeded with.
+        transform_seed: Seed of the views.
         allow: Whether samples that change are accepted.
 
     Returns:
         Whether they change.
 
     Raises:
-        CacheError: If they do and may not.
+        CacheError: If they change and ``allow`` is False.
     """
     changes = changes_between_reads(dataset, transform_seed)
     if changes and not allow:
@@ -163,41 +163,39 @@ def check_repeatable(dataset: Any, transform_seed: int | None, allow: bool) -> b
 def find_rows(dataset: Any, manifest: Manifest) -> Rows | None:
     """The row of each sample in the cache's first view.
 
-    The cached data may be the dataset itself, or lie anywhere below: within Subsets (also those of ``random_split``)
-    and ConcatDatasets of parts of it. A cache that was built from one part of ``random_split`` fits that part.
+    The cached data may be the dataset itself, or be nested in it by Subsets (including those of ``random_split``) and
+    ConcatDatasets of parts of it. A cache that was built from one part of ``random_split`` fits that part.
 
     Args:
         dataset: The data.
-        manifest: What the cache holds.
+        manifest: The cache's manifest.
 
     Returns:
-        The rows, or None if the cache is of other data.
+        The rows, or None if the cache belongs to other data.
 
     Raises:
-        CacheError: If it cannot be told which of two data sets was cached.
+        CacheError: If the cache cannot tell which of two data sets it belongs to, or holds views augmented by Keras.
     """
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
         return None
-    inner: Rows | None = None
-    if isinstance(dataset, Subset) and (len(dataset) != manifest.length or not _is_exact(manifest)):
-        inner = _of_subset(dataset, manifest)
-    if len(dataset) == manifest.length and _is_cached(dataset, manifest):
-        rows = range(manifest.length)
-        # by their number alone, a shuffled Subset of all samples looks like the data themselves
+    cached, rows = len(dataset) == manifest.length and _is_cached(dataset, manifest), range(manifest.length)
+    if cached and _is_exact(manifest):
+        return rows
+    inner = _of_subset(dataset, manifest) if isinstance(dataset, Subset) else None
+    if cached:
+        # judged by its length alone, a shuffled Subset of all samples looks like the data themselves
         if inner is not None and not np.array_equal(inner, rows):
             raise CacheError(
                 "Expected the data set that the cache was built from, but got a Subset of all its items in another"
-                " order, which cannot be told from it: this cache knows no more than their number. Pass the data set"
-                " itself, and shuffle in the data loader."
+                " order. This cache cannot distinguish them, because it stores only the number of items. Pass the data"
+                " set itself, and shuffle in the data loader."
             )
         return rows
-    if isinstance(dataset, Subset):
-        return _of_subset(dataset, manifest) if inner is None else inner
     if isinstance(dataset, ConcatDataset):
         parts = [find_rows(part, manifest) for part in dataset.datasets]
         if all(part is not None for part in parts):
             return np.concatenate([np.asarray(part) for part in parts])
-    return None
+    return inner
 
 
 def check_data(dataset: Any, manifest: Manifest) -> Rows:
@@ -215,8 +213,8 @@ def check_data(dataset: Any, manifest: Manifest) -> Rows:
         levels.append(whole)
     if isinstance(whole, IterableDataset) or not isinstance(whole, Sized):
         raise CacheError(
-            f"Expected a map-style data set with a length, but got {type(whole).__name__}: a stream does not tell which"
-            " item is which. Wrap it in a Dataset with __len__ and __getitem__."
+            f"Expected a map-style data set with a length, but got {type(whole).__name__}: the items of a stream"
+            " have no numbers. Wrap it in a Dataset with __len__ and __getitem__."
         )
     lengths = [len(level) for level in levels]
     if manifest.length not in lengths:
@@ -231,7 +229,7 @@ def check_data(dataset: Any, manifest: Manifest) -> Rows:
 
 
 def _is_exact(manifest: Manifest) -> bool:
-    """Whether the cache knows its samples, and not only their number."""
+    """Whether the cache has a digest of its samples, and not only their number."""
     return manifest.data["kind"] == "torch" and not manifest.data["stale"]
 
 
@@ -245,12 +243,18 @@ def _is_cached(dataset: Any, manifest: Manifest) -> bool:
             "Expected a cache of plain items or one that was built in PyTorch, but Keras has augmented what the"
             " teacher was shown. Build it in PyTorch."
         )
-    return True  # the other half has seen arrays, and not these samples
+    return True  # a cache from Keras has a digest of arrays, which cannot be compared with samples
 
 
 def _of_subset(dataset: Subset[Any], manifest: Manifest) -> Rows | None:
     inner = find_rows(dataset.dataset, manifest)
     return None if inner is None else np.asarray(inner)[np.asarray(dataset.indices, dtype="int64")]
+
+
+def tensor_bits(tensor: torch.Tensor) -> Array:
+    """A tensor as an array for a digest; bfloat16, which NumPy does not have, as integers of the same bits."""
+    plain = tensor.detach().cpu().contiguous()
+    return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
 
 
 def _probes(dataset: Any, transform_seed: int | None) -> list[Any]:
@@ -264,17 +268,16 @@ def _probes(dataset: Any, transform_seed: int | None) -> list[Any]:
 
 
 def _leaves(value: Any) -> Iterable[Any]:
-    """The arrays and strings in an item."""
+    """The arrays and strings in a sample."""
     if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        yield (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy()
+        yield tensor_bits(value)
     elif isinstance(value, dict):
         for key in sorted(value, key=str):
             yield str(key)
             yield from _leaves(value[key])
     elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _leaves(one)
+        for entry in value:
+            yield from _leaves(entry)
     elif hasattr(value, "__array__") or isinstance(value, (int, float)):  # images of PIL too
         yield np.asarray(value)
     else:

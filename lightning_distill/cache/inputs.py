@@ -21,13 +21,13 @@ from torch.utils.data import Dataset
 from distill_core.store import CacheError
 from lightning_distill.recording import LABEL_NAMES
 
-_AT_ONCE = 8  # comparisons on a GPU that are waited for, so that most faults end a run before its first steps
+_AT_ONCE = 8  # number of first comparisons on a GPU that are waited for, so that most faults end a run at once
 _SAMPLED = 2**14  # numbers that are compared where the loader's tensor is not on the device
-_LOOKED_AT = 2000  # objects among which a batch's tensors are looked for
+_LOOKED_AT = 2000  # maximum number of objects that are searched for a batch's tensors
 _PLAIN = (str, bytes, int, float, type(None))
 _HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
 
-_Region = tuple[tuple[int, int], ...]  # for each dimension, what a slice leaves out before and after it
+_Region = tuple[tuple[int, int], ...]  # for each dimension, the numbers of entries before and after a slice
 
 
 class _Known(NamedTuple):
@@ -45,28 +45,28 @@ class _Known(NamedTuple):
 
 
 class BatchInputs:
-    """The tensors of the current batch, and whether the student's calls are given these.
+    """Check that the student's calls get the tensors of the current batch.
 
-    A tensor is the batch's own if it is one of its tensors, a view of one, or equal to one but for its device, dtype,
-    layout, shape or a fixed slice. Where the tensor is known by its identity, nothing is compared. Otherwise its
-    numbers are compared; on a GPU the result is waited for in the first steps only, later it is looked at when it has
+    A tensor belongs to the batch if it is one of its tensors, a view of one, or equal to one except for its device,
+    dtype, layout, shape or a fixed slice. If a tensor is known by its identity, nothing is compared. Otherwise its
+    numbers are compared. On a GPU only the first steps wait for the result; later results are read when they have
     arrived, so that no step waits for the device.
 
     Args:
-        allow: Whether changed inputs are accepted; then nothing is checked.
+        allow: If True, changed inputs are accepted and nothing is checked.
     """
 
     def __init__(self, allow: bool) -> None:
         self._allow = allow
         self._known: list[_Known] = []
         self._named: dict[str, int] = {}
-        self._slots: dict[Any, int] = {}  # place of the tensor that an argument of the calls so far was given
+        self._slots: dict[Any, int] = {}  # place of the tensor that each argument had in the calls so far
         self._slices: dict[int, tuple[_Region, tuple[int, ...]]] = {}  # kept over the whole fit
         self._pending: list[tuple[Callable[[], bool | None], torch.Size]] = []
         self._compared = 0
 
     def clear(self) -> None:
-        """Let the batch go."""
+        """Release the batch."""
         self._known, self._named, self._slots = [], {}, {}
 
     def remember(self, batch: Any) -> None:
@@ -80,7 +80,7 @@ class BatchInputs:
         self._name(batch)
 
     def follow(self, batch: Any, moved: Any, trainer: Trainer) -> None:
-        """Add the copies of the batch on the device, where no hook of the user's can have changed them.
+        """Add the copies of the batch on the device, if no hook of the user can have changed them.
 
         Args:
             batch: The batch before its transfer.
@@ -108,16 +108,16 @@ class BatchInputs:
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Check the inputs of a call of the student.
 
-        Checked are its first tensor, keyword arguments and entries of dicts that the batch holds under the same name,
-        and tensors of floating-point numbers with the shape of a batch's tensor. Others, such as masks and positions,
-        may be computed in the step. A batch without tensors, such as one of strings, cannot be checked.
+        The check covers the first tensor, keyword arguments and entries of dicts that the batch holds under the same
+        name, and floating-point tensors with the shape of a batch's tensor. Others, such as masks and positions, may be
+        computed in the step. A batch without tensors, such as one of strings, cannot be checked.
 
         Args:
             args: Its positional arguments.
             kwargs: Its keyword arguments.
 
         Raises:
-            CacheError: If an input is not the batch's own.
+            CacheError: If an input does not belong to the batch.
         """
         if self._allow or not self._known:
             return
@@ -131,7 +131,7 @@ class BatchInputs:
         if place is not None and self._slots.setdefault(slot, place) != place:
             raise CacheError(
                 "Expected every call of the student in a step to be given the same tensor of the batch where the"
-                " teacher is a cache, since it holds one answer for each item, but got several. Call the student on"
+                " teacher is a cache, since it holds one output for each item, but got several. Call the student on"
                 " one of them, or run the other calls under torch.no_grad()."
             )
         for name, value in entries:
@@ -157,7 +157,7 @@ class BatchInputs:
             }
 
     def _check(self, tensor: Tensor, place: int | None = None) -> int | None:
-        """The place in the batch that a tensor comes from; None if that is not known yet."""
+        """The place in the batch that a tensor comes from; None if the comparison has not finished."""
         known = [entry for entry in self._known if place is None or entry.place == place]
         for entry in known:
             if _shares(tensor, entry.tensor):
@@ -168,7 +168,7 @@ class BatchInputs:
         candidates = [
             (entry, candidate)
             for entry in known
-            if _version(entry.tensor) == entry.version  # else it is no longer what the loader returned
+            if _version(entry.tensor) == entry.version  # otherwise it was changed since the loader returned it
             for candidate in _candidates(entry.tensor, tensor.shape)
         ]
         if not candidates:
@@ -182,7 +182,7 @@ class BatchInputs:
         return None
 
     def _check_slice(self, entry: _Known, view: Tensor) -> None:
-        """Raise if the student gets another view of the batch than before: random crops and transposes are views."""
+        """Raise an error if the student gets another view of the batch than before, such as a random crop."""
         order = tuple(sorted((axis for axis, size in enumerate(view.shape) if size > 1), key=view.stride))
         region = _region(view, entry.tensor) if view.numel() != entry.tensor.numel() else ()
         region_before, order_before = self._slices.setdefault(entry.place, (region, order))
@@ -199,7 +199,7 @@ class BatchInputs:
             raise _changed(tensor.shape)
 
     def _look_back(self) -> None:
-        """Raise if an earlier comparison has found a change; those under way are left alone."""
+        """Raise an error if an earlier comparison has found a change; unfinished comparisons are left alone."""
         while self._pending:
             arrived, shape = self._pending[0]
             differs = arrived()
@@ -211,12 +211,12 @@ class BatchInputs:
 
 
 def _on_host(tensor: Tensor) -> bool:
-    """Whether reading a number of a tensor waits for nothing."""
+    """Whether a number of a tensor can be read without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
 def _later(differs: Tensor) -> Callable[[], bool | None]:
-    """Fetch a truth value from a device: call the result to get it, or None while it is on its way."""
+    """Copy a boolean from a device: a function that returns it, or None until it has arrived."""
     host = torch.empty((), dtype=torch.bool, pin_memory=differs.device.type == "cuda")
     host.copy_(differs, non_blocking=True)
     event = torch.Event(differs.device)
@@ -262,7 +262,7 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def _as_tensor(array: np.ndarray[Any, Any]) -> list[Tensor]:
-    """An array as a tensor, of the same memory where torch allows that; none for arrays of strings or objects."""
+    """A list with an array as a tensor, in shared memory if possible; empty for arrays of strings or objects."""
     try:
         plain = array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()
         return [torch.from_numpy(plain)]
@@ -275,7 +275,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _shares(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a tensor is another one, or a view of it."""
+    """Whether a tensor is the same object as another tensor, or a view of it."""
     if tensor is other:
         return True
     if tensor.device != other.device or tensor.dtype != other.dtype or tensor.layout != torch.strided:
@@ -294,7 +294,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _region(view: Tensor, whole: Tensor) -> _Region:
-    """What a view leaves out before and after itself in each dimension of a tensor."""
+    """The numbers of entries before and after a view, in each dimension of a tensor."""
     offset = view.storage_offset() - whole.storage_offset()
     sizes = {stride: size for size, stride in zip(view.shape, view.stride(), strict=True) if size > 1}
     region = [(0, 0)] * whole.ndim
@@ -307,7 +307,7 @@ def _region(view: Tensor, whole: Tensor) -> _Region:
 
 
 def _candidates(whole: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-    """What of a tensor may have been copied to a tensor of that shape without a change of its numbers."""
+    """The parts and permutations of a tensor that a copy of this shape may hold with unchanged numbers."""
     if whole.shape == shape:
         yield whole
     elif whole.numel() == shape.numel():
@@ -320,7 +320,7 @@ def _candidates(whole: Tensor, shape: torch.Size) -> Iterator[Tensor]:
 
 
 def _differs(reference: Tensor, tensor: Tensor, turn: int = 0) -> Tensor:
-    """Whether any number differs in the narrower of both dtypes, as a scalar on the tensor's device."""
+    """Whether any number differs in the less precise dtype of both, as a scalar on the tensor's device."""
     tensor = tensor.detach()
     if reference.device != tensor.device:
         # a few numbers, other ones in each turn, so that the batch is not transferred twice

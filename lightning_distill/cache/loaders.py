@@ -18,25 +18,25 @@ from lightning_distill import compat
 from lightning_distill.cache.data import Rows, seeded
 from lightning_distill.patch import MISSING
 
-_TWIN = "_twin_of"  # attribute of a twin: the loader it stands in for
+_TWIN = "_twin_of"  # attribute of a twin: the original loader
 
 
 class OpenCache(Protocol):
-    """What training reads from a cache: a :class:`TeacherCache`."""
+    """Interface of a cache for training: a :class:`TeacherCache`."""
 
     reader: Reader
     allow_changed_inputs: bool
 
     @property
     def manifest(self) -> Manifest:
-        """What the cache holds."""
+        """The cache's manifest."""
 
 
 class CachedBatch(NamedTuple):
     """A batch with the teacher's outputs for its samples. A named tuple, because ``pin_memory`` goes through it.
 
     Attributes:
-        batch: What the data loader returns without a cache.
+        batch: The batch as the data loader returns it without a cache.
         answers: From :func:`read_answers`.
     """
 
@@ -45,7 +45,7 @@ class CachedBatch(NamedTuple):
 
 
 class _Fetched(NamedTuple):
-    """What the dataset passes to the collate function: rows of the cache, and the samples."""
+    """The argument of the collate function: rows of the cache, and the samples."""
 
     rows: list[int]
     samples: Any
@@ -76,16 +76,16 @@ def read_answers(reader: Reader, rows: Any) -> dict[str, Tensor]:
 class NumberedDataset:
     """The dataset as workers read it: its samples come with their rows in the cache.
 
-    There is one ``__getitems__`` for a batch, so that datasets that read in batches still do. In everything else it
-    acts as the user's dataset, so that ``worker_init_fn`` can use ``get_worker_info().dataset``. The main process
-    never shows it to the user's code.
+    ``__getitems__`` reads a whole batch, so that datasets that read in batches still do. In everything else the object
+    acts like the user's dataset, so that ``worker_init_fn`` can use ``get_worker_info().dataset``. In the main process
+    the user's code never meets it.
 
     Args:
         dataset: The user's dataset.
         rows: Row of each sample in the first view.
         length: Number of samples in the cache.
         views: Number of views. With several, indices are ``view * len(dataset) + index``.
-        transform_seed: What the views are seeded with; None seeds nothing.
+        transform_seed: Seed of the views; None leaves random numbers alone.
     """
 
     def __init__(self, dataset: Any, rows: Rows, length: int, views: int, transform_seed: int | None) -> None:
@@ -98,7 +98,7 @@ class NumberedDataset:
         many = getattr(self._inner, "__getitems__", None)
         if many and seed is None:
             samples = many([index for index, _, _ in places])
-        else:  # each sample is seeded for itself
+        else:  # each sample is seeded separately
             samples = []
             for index, view, row in places:
                 with seeded(seed, view, row):
@@ -106,7 +106,7 @@ class NumberedDataset:
         return _Fetched([self._row(view, row) for _, view, row in places], samples)
 
     def __getitem__(self, indices: Any) -> _Fetched:
-        """Samples for ``batch_size=None``: the sampler's indices, of which the dataset makes a batch by itself."""
+        """Samples for ``batch_size=None``: the sampler's indices, from which the dataset makes a batch itself."""
         _, _, _, seed = self._numbering
         if not isinstance(indices, (list, tuple, np.ndarray, Tensor)) or np.ndim(indices) != 1:
             raise CacheError(
@@ -133,7 +133,7 @@ class NumberedDataset:
                 " Use a sampler of integers."
             ) from None
         if views == 1:
-            return code, 0, int(rows[number])  # the index itself, as the dataset gets it without a cache
+            return code, 0, int(rows[number])  # the unchanged index, as without a cache
         view, index = divmod(number, len(self._inner))
         return index, view, int(rows[index])
 
@@ -191,7 +191,7 @@ def _random_state() -> tuple[Any, ...]:
 
 
 def _holds(batch: Any, samples: Any) -> bool:
-    """Whether the first and the last sample stand in a batch as they are, by their first tensors."""
+    """Whether a batch holds the first and the last sample unchanged, judged by their first tensors."""
     whole = _first(batch)
     if whole is None or not isinstance(samples, (list, tuple)) or not whole.ndim or len(whole) != len(samples):
         return False
@@ -211,7 +211,7 @@ def _first(value: Any) -> Tensor | None:
 
 
 class ViewSampler:
-    """A sampler that asks for another view in each epoch.
+    """A sampler that changes the view in each epoch.
 
     Args:
         sampler: The data loader's own sampler, of indices or of lists of them.
@@ -235,7 +235,7 @@ class ViewSampler:
 
 
 def original(loader: Any) -> Any:
-    """The loader that a twin stands in for; any other loader itself."""
+    """The original loader of a twin; any other loader unchanged."""
     return getattr(loader, _TWIN, loader)
 
 
@@ -244,17 +244,17 @@ def with_answers(
 ) -> DataLoader[Any]:
     """A twin of a data loader whose batches are :class:`CachedBatch`; the loader itself is not touched.
 
-    A shallow copy: class, dataset, sampler and generator are those of the loader, so the order of the data, and
-    whatever user code reads from ``trainer.train_dataloader``, are those of a plain run. Only ``_get_iterator``
-    differs: it makes the iterator from a further copy that has the wrapped dataset and collate function. If Lightning
-    makes the loader again from its attributes (DistributedSampler, overfit_batches), it never meets a wrapper.
+    The twin is a shallow copy with the loader's class, dataset, sampler and generator, so the order of the data and
+    the attributes of ``trainer.train_dataloader`` are those of a run without a cache. Only ``_get_iterator`` differs:
+    it makes the iterator from another copy, which has the wrapped dataset and collate function. If Lightning makes the
+    loader again from its attributes (DistributedSampler, overfit_batches), it never meets a wrapper.
 
     Args:
         loader: The loader.
-        dataset: Its dataset, without what ``TeacherCache.attach`` has put around it.
+        dataset: Its dataset, without the wrapper of ``TeacherCache.attach``.
         rows: Row of each sample in the first view.
         reader: Reads the cache.
-        epoch: Returns the epoch, of which the view depends.
+        epoch: Returns the epoch, which determines the view.
         allow: Whether random changes in the collate function are accepted.
 
     Returns:
@@ -285,6 +285,6 @@ def with_answers(
 
 
 def dispose(twin: DataLoader[Any]) -> None:
-    """Let go of a twin's workers now, and not when its reference cycle is collected."""
+    """Release a twin's workers now, and not when its reference cycle is collected."""
     twin.__dict__.pop(compat.ITERATOR_METHOD, None)
     twin.__dict__[compat.KEPT_ITERATOR] = None

@@ -19,10 +19,10 @@ def process_rank() -> tuple[int, int]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A context that every process enters and that none leaves before the others have come to its end.
+    """A context that all processes enter, and leave only when all of them have come to its end.
 
     Raises:
-        CacheError: If the context raised in another process. Without that this one would wait for it for ever.
+        CacheError: If the context raised an error in another process, for which this one would otherwise wait forever.
     """
     error: Exception | None = None
     try:
@@ -39,4 +39,6 @@ def together() -> Iterator[None]:
         raise error
     for other, words in enumerate(errors):
         if words is not None:
-            raise CacheError(f"Expected all processes to build the cache, but that of rank {other} failed: {words}")
+            raise CacheError(
+                f"Expected all processes to build the cache, but the process of rank {other} failed: {words}"
+            )

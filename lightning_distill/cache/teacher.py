@@ -1,4 +1,4 @@
-"""A teacher that answers from a cache."""
+"""A teacher whose outputs are read from a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stored(NamedTuple):
 
     Attributes:
         answers: The outputs as CPU tensors, from :func:`read_answers`; ``None`` if the batch carried none.
-        check: Checks that a call of the student got the inputs that the teacher has seen; ``None`` checks nothing.
+        check: Checks that a call of the student got the same inputs as the teacher; ``None`` does not check.
     """
 
     answers: Mapping[str, Tensor] | None
@@ -28,7 +28,7 @@ class Stored(NamedTuple):
 
 
 class CachedTeacher:
-    """The source of answers that are on disk; they come with the batch, and nothing of a step is kept.
+    """A source of teacher outputs from disk. They come with the batch; no state of a step is kept.
 
     Args:
         cache: The cache.
@@ -41,15 +41,15 @@ class CachedTeacher:
         self.layers = {tuple(place.split("|", 1)): name for name, place in cache.manifest.layers.items()}
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
-        """Raise if the cache lacks what the terms read.
+        """Raise an error if the cache lacks an output or a layer that the terms read.
 
         Args:
             taps: Pairs of the argument that named a layer, and the tap.
             reader: Name of a term that reads the teacher; not used.
-            output_reader: Name of a term that reads the output; ``None`` where no term does.
+            output_reader: Name of a term that reads the output; ``None`` if no term does.
 
         Raises:
-            CacheError: If so; the message says what the cache holds.
+            CacheError: If the cache lacks it; the message names the cache's layers.
         """
         for _, tap in taps:
             if (tap.layer, tap.where) not in self.layers:
@@ -62,24 +62,24 @@ class CachedTeacher:
             raise CacheError("Expected the cache to hold the teacher's outputs, but it was built with outputs=False.")
 
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Nothing to hold."""
+        """No-op: the cache has no network."""
 
     def release(self) -> None:
-        """Nothing to give back."""
+        """No-op: the cache has no network."""
 
     def cast(self, value: Any) -> Any:
-        """The value: the answers have a precision of their own."""
+        """The unchanged value: the stored outputs have their own precision."""
         return value
 
     def clear(self) -> None:
-        """Nothing to release."""
+        """No-op: no state of a step is kept."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """No network."""
+        """An empty iterator: the cache has no network."""
         return iter(())
 
     def unpack(self, batch: Any) -> tuple[Any, Stored]:
-        """A batch of ``cache.attach(dataset)`` as the user's code knows it, and the teacher's outputs for it."""
+        """Split a batch of ``cache.attach(dataset)`` into the user's batch and the teacher's outputs for it."""
         if isinstance(batch, IndexedBatch):
             return batch.batch, Stored(read_answers(self.cache.reader, batch.rows))
         return batch, Stored(None)
@@ -92,7 +92,8 @@ class CachedTeacher:
             stored: The teacher's outputs for the batch.
 
         Raises:
-            CacheError: If there are none or for another number of examples, or if the student's inputs were changed.
+            CacheError: If the batch has no outputs or for another number of examples, or the student's inputs were
+                changed.
         """
         first = first_tensor(call.args, call.kwargs, call.output)
         if stored is None or stored.answers is None:
@@ -105,9 +106,9 @@ class CachedTeacher:
         size, number = len(first) if first.ndim else 1, len(answers["rows"])
         if size != number:
             raise CacheError(
-                f"Expected the student to be called with the {number} examples of the batch, for which the cache holds"
-                f" one answer each, but got {size}. Call the student once with the whole batch, no more and no fewer;"
-                " a collate function must not drop or repeat items."
+                f"Expected the student to be called with the {number} examples of the batch, since the cache holds"
+                f" one output for each, but got {size}. Call the student once with the whole batch; a collate function"
+                " must not drop or repeat items."
             )
         if stored.check is not None:
             stored.check(call)

@@ -21,9 +21,9 @@ class TeacherCache:
     """The teacher's outputs for every item of a data set, in a folder; it takes the teacher's place.
 
     Build it once with :meth:`build`, open it with :meth:`open`, and pass it as ``DistillCallback(teacher=cache)``. The
-    module, its batches and its data loaders stay as they are: the loader's workers read the outputs along with the
-    items, and they are taken off again before any hook of the module gets the batch. The folder is a JSON manifest and
-    NumPy files, described in :mod:`distill_core.store`; ``keras_distill.TeacherCache`` reads the same.
+    module, its batches and its data loaders do not change: the loader's workers read the outputs together with the
+    items, and the outputs are removed again before any hook of the module gets the batch. The folder holds a JSON
+    manifest and NumPy files (see :mod:`distill_core.store`); ``keras_distill.TeacherCache`` reads the same folder.
 
     The training data are a map-style DataLoader over the data that the cache was built from, or over a part of it:
     Subsets, ``random_split`` and ConcatDatasets of parts, with any sampler and collate function; of several loaders
@@ -35,10 +35,10 @@ class TeacherCache:
 
     Args:
         reader: Reads the folder.
-        allow_changed_inputs: Accept inputs of the student that are not the items as the data loader returned them.
+        allow_changed_inputs: Accept inputs of the student that differ from the items of the data loader.
 
     Attributes:
-        manifest: What the cache holds.
+        manifest: Contents of the cache.
 
     Example:
         >>> import tempfile
@@ -55,7 +55,7 @@ class TeacherCache:
 
     @property
     def manifest(self) -> Manifest:
-        """What the cache holds."""
+        """The cache's manifest."""
         return self.reader.manifest
 
     @classmethod
@@ -83,11 +83,11 @@ class TeacherCache:
     ) -> TeacherCache:
         """Run the teacher over the data once and keep its outputs.
 
-        A build that was stopped continues where it was: only whole shards count. Under ``torch.distributed`` the
-        processes share the work.
+        A build that was stopped continues with its missing shards. Under ``torch.distributed`` the processes share the
+        work.
 
         Args:
-            teacher: The teacher; it runs in eval mode and is afterwards as it was before.
+            teacher: The teacher; it runs in eval mode, and its mode is restored afterwards.
             dataset: The data, map-style, with a length.
             path: The folder.
             layers: Layers whose features are kept.
@@ -113,7 +113,8 @@ class TeacherCache:
             The cache, opened.
 
         Raises:
-            CacheError: If items change between reads, the folder holds something else, or another process builds there.
+            CacheError: If a setting is wrong, items change between reads, the folder holds something else, or another
+                process builds there.
             OSError: If the disk is full; resuming completes the folder.
         """
         builder = Builder(
@@ -163,7 +164,7 @@ class TeacherCache:
             The cache.
 
         Raises:
-            CacheError: If it is not whole, or comes from another teacher or other data.
+            CacheError: If the cache is incomplete, or comes from another teacher or other data.
         """
         cache = cls(Reader(Path(path)), allow_changed_inputs=allow_changed_inputs)
         if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
@@ -197,7 +198,7 @@ class TeacherCache:
             A data set of :class:`IndexedBatch`, whose item ``view * len(dataset) + index`` is augmented for that view.
 
         Raises:
-            CacheError: If the data are others.
+            CacheError: If the cache was built from other data.
         """
         rows = check_data(dataset, self.manifest)
         return AttachedDataset(dataset, self.manifest.length, self.manifest.data["transform_seed"], rows)
@@ -220,6 +221,6 @@ class TeacherCache:
         """Check every file against its checksum.
 
         Raises:
-            CacheError: With the name of the first that differs.
+            CacheError: If a file differs; the message names the first.
         """
         self.reader.verify()

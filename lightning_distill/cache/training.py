@@ -1,4 +1,4 @@
-"""Under a Trainer: training batches carry the teacher's outputs, and only the run sees them."""
+"""Under a Trainer: training batches carry the teacher's outputs, hidden from the user's code."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from lightning_distill.recording import Call
 class CachedLoaders:
     """The cache's part of one fit: twins in place of training loaders, and the teacher's outputs of the current batch.
 
-    Patches stand on objects of the Trainer only. ``fit_loop.setup_data`` marks that training loaders are being made:
-    validation loaders may be made in the same state of the trainer. ``strategy.process_dataloader``, the last station
-    of every loader before the first ``iter()``, returns the twin. ``precision_plugin.convert_input``, the first station
-    of every batch, takes the teacher's outputs off before any code of the user sees the batch.
+    Only objects of the Trainer are patched. ``fit_loop.setup_data`` marks the time in which training loaders are made,
+    because validation loaders may be made in the same state of the trainer. ``strategy.process_dataloader``, the last
+    step before a loader's first ``iter()``, returns the twin. ``precision_plugin.convert_input``, the first step of
+    every batch, removes the teacher's outputs before the user's code gets the batch.
 
     Args:
         trainer: The Trainer, before it has loaded its data.
         cache: The cache.
-        epoch: Returns the epoch, for caches of several views; None is the trainer's.
+        epoch: Returns the epoch, for caches with several views; None uses the trainer's.
 
     Attributes:
-        answers: The teacher's outputs of the current batch as CPU tensors, from :func:`read_answers`; None if the batch
-            came from elsewhere.
+        answers: The teacher's outputs for the current batch as CPU tensors, from :func:`read_answers`; None if the
+            batch does not come from a twin.
 
     Raises:
         MisconfigurationException: If ``training_step`` takes ``dataloader_iter``.
@@ -54,7 +54,9 @@ class CachedLoaders:
         self._trainer, self._cache = trainer, cache
         self._epoch = epoch or (lambda: trainer.current_epoch)
         self._inputs = BatchInputs(cache.allow_changed_inputs)
-        self._twins: dict[int, DataLoader[Any]] = {}  # by the id of the loader, which the twin keeps alive
+        self._twins: dict[
+            int, DataLoader[Any]
+        ] = {}  # by the id of the loader, which stays valid because the twin holds the loader
         self._fresh: dict[int, DataLoader[Any]] | None = None  # only while the fit loop makes its loaders
         self._others: list[Any] = []
         self._patches = [
@@ -77,7 +79,7 @@ class CachedLoaders:
             self._inputs.check(call.args, call.kwargs)
 
     def close(self) -> None:
-        """Remove the patches and give the trainer the user's loaders back."""
+        """Remove the patches, and put the user's loaders back into the trainer."""
         for patch in self._patches:
             patch.undo()
         combined = compat.training_loaders(self._trainer)
@@ -90,7 +92,7 @@ class CachedLoaders:
         self._twins, self.answers = {}, None
         self._inputs.clear()
 
-    # The seams -------------------------------------------------------------------------------------------------------
+    # Patches ---------------------------------------------------------------------------------------------------------
 
     def _setup_data(self, setup_data: Callable[[], None]) -> None:
         self._fresh, self._others = {}, []
@@ -98,7 +100,7 @@ class CachedLoaders:
             setup_data()
             if self._fresh:
                 for key, twin in self._twins.items():
-                    if key not in self._fresh:  # of a loader before a reload
+                    if key not in self._fresh:  # the twin of a loader from before a reload
                         dispose(twin)
                 self._twins = self._fresh
             elif self._others:
@@ -136,7 +138,7 @@ class CachedLoaders:
     def _split(self, convert: Callable[[Any], Any], batch: Any) -> Any:
         if not self._trainer.training:
             return convert(batch)
-        # at the next batch and not after a step: LBFGS takes several steps on one
+        # here and not after a step: LBFGS takes several steps on one batch
         self._inputs.clear()
         batch, self.answers = self._separated(batch)
         converted = convert(batch)
@@ -151,7 +153,7 @@ class CachedLoaders:
             return batch.batch, batch.answers
         loaders = getattr(compat.training_loaders(self._trainer), "iterables", None)
         if isinstance(loaders, (dict, list, tuple)) and isinstance(batch, (dict, list, tuple)):
-            spec = pytree.tree_flatten(loaders)[1]  # the batch has a batch of each loader, at the loader's place
+            spec = pytree.tree_flatten(loaders)[1]  # the batch holds each loader's batch at the place of the loader
             parts = spec.flatten_up_to(batch)
             cached = [part for part in parts if isinstance(part, CachedBatch)]  # one at most
             if cached:
@@ -166,7 +168,7 @@ class CachedLoaders:
         return moved
 
     def _fits_none(self) -> CacheError:
-        """The error for training data of which none is the cached one."""
+        """The error if none of the training loaders reads the cached data."""
         loaders = [loader for loader in self._others if isinstance(loader, DataLoader)]
         if len(self._others) == 1 and loaders:
             try:

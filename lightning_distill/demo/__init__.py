@@ -1,26 +1,25 @@
-"""The demonstration: a student of handwritten digits, alone and distilled, where labels are scarce and where not.
+"""The demonstration: a student of handwritten digits, alone and distilled, with few labels and with all.
 
 Every student of a seed starts from the same weights and gets the same batches for the same number of steps; they
-differ in the terms of their :class:`DistillCallback` only. Where labels are scarce the other images carry the label
--100, which the cross entropy leaves out; distillation adds the teacher's outputs on them. Settings were chosen on
+differ only in the terms of their :class:`DistillCallback`. If labels are scarce, the other images have the label -100,
+which the cross entropy ignores; distillation adds the teacher's outputs on them. Settings were chosen on
 the validation images. The test images are used once, after the last epoch.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from distill_core.demo_report import Run, closing, plot, table
+from distill_core.demo_report import Run, publish, table
 from lightning_distill.demo.digits import load_digits_data
 from lightning_distill.demo.report import prove_plain
 from lightning_distill.demo.training import Settings, train_all
@@ -30,10 +29,10 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
     """The demonstration, from the data to the folder of results.
 
     Args:
-        output: Folder for ``results.json``, ``curves.png`` and ``student.pt``; made where it is missing.
-        seeds: Students trained for each method and setting; ``None`` is 3, or 1 if ``quick``.
+        output: Folder for ``results.json``, ``curves.png`` and ``student.pt``; created if it does not exist.
+        seeds: Number of students for each method and setting; ``None`` means 3, or 1 if ``quick``.
         quick: Whether to train two epochs only.
-        console: Where to print; ``None`` is the standard output.
+        console: Console to print to; ``None`` means the standard output.
 
     Returns:
         The teacher's run, then the students'.
@@ -43,31 +42,20 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
     """
     started, console = time.perf_counter(), console or Console()
     output.mkdir(parents=True, exist_ok=True)
-    settings = Settings(epochs=2, teacher_epochs=2) if quick else Settings()
-    settings = Settings(**{**asdict(settings), "seeds": seeds or (1 if quick else settings.seeds)})
+    settings = Settings(epochs=2, teacher_epochs=2, seeds=1) if quick else Settings()
+    settings = replace(settings, seeds=seeds or settings.seeds)
     digits = load_digits_data()
     with quiet(), torch.random.fork_rng(devices=[]), _one_thread():
         runs, students = train_all(digits, settings, console)
         console.print(table(runs))
         saved = prove_plain(output / "student.pt", runs, students, digits.test)
-    plot(runs, output / "curves.png")
-    conclusion, seconds = closing(runs), round(time.perf_counter() - started, 1)
-    results = {
-        "settings": asdict(settings),
-        "runs": [asdict(each) for each in runs],
-        "saved_student": saved,
-        "conclusion": conclusion,
-        "seconds": seconds,
-    }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for line in (*conclusion, saved["proof"], f"All files, after {seconds} s, in {output.resolve()}"):
-        console.print(line, highlight=False, soft_wrap=True)
+    publish(runs, asdict(settings), saved, output, console, started)
     return runs
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Lightning's banner and two warnings that no line here causes; all other warnings are shown."""
+    """Silence Lightning's banner and two warnings that do not concern this code; all other warnings are printed."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)

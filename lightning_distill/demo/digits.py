@@ -1,4 +1,4 @@
-"""The demonstration's images, networks and LightningModule: nothing here knows of distillation."""
+"""The demonstration's images, networks and LightningModule, which do not depend on distillation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Student(nn.Sequential):
 
 
 class Classifier(LightningModule):
-    """A plain LightningModule that knows nothing of distillation.
+    """A plain LightningModule without distillation.
 
     Args:
         net: Network from images to logits.
@@ -61,7 +61,7 @@ class Classifier(LightningModule):
         return total / (labels != UNLABELLED).sum().clamp(min=1)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Log the share of images whose class the network finds."""
+        """Log the accuracy on the validation images."""
         images, labels = batch
         accuracy = (self.net(images).argmax(1) == labels).float().mean()
         self.log("val_accuracy", accuracy, batch_size=len(labels))
@@ -75,7 +75,7 @@ class Classifier(LightningModule):
 
 
 def load_digits_data() -> Digits:
-    """1000 images for training, 297 for validation, 500 for test, always the same, each class in its proportion."""
+    """1000 images for training, 297 for validation and 500 for test: always the same, stratified by class."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -87,7 +87,7 @@ def load_digits_data() -> Digits:
 
 
 def hide_labels(labels: Tensor, share: float, seed: int) -> Tensor:
-    """The labels with all but a share of each class put to :data:`UNLABELLED`."""
+    """The labels, of which only a share of each class is kept; all others become :data:`UNLABELLED`."""
     generator = torch.Generator().manual_seed(seed)
     kept = torch.full_like(labels, UNLABELLED)
     for members in (torch.nonzero(labels == number).squeeze(1) for number in range(10)):

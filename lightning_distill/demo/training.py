@@ -28,12 +28,12 @@ class Settings:
     """Numbers of the demonstration, chosen on the validation images.
 
     Args:
-        seeds: Students trained for each method and setting.
-        epochs: Passes of each student over the training images.
-        teacher_epochs: The same for the teacher.
-        batch_size: Images of a step.
+        seeds: Number of students for each method and setting.
+        epochs: Number of epochs of each student.
+        teacher_epochs: Number of epochs of the teacher.
+        batch_size: Number of images in a step.
         student_lr: Highest learning rate of a student, on a one-cycle schedule with Adam.
-        teacher_lr: The same for the teacher.
+        teacher_lr: Highest learning rate of the teacher.
         temperature: Softening of both networks' probabilities.
         logits_weight: Factor of the term on logits.
         features_weight: Factor of the term on features.
@@ -50,7 +50,7 @@ class Settings:
     features_weight: float = 1.0
 
     def terms(self) -> dict[str, Callable[[], list[DistillationTerm]]]:
-        """Functions that make the terms of each method; none for the student alone."""
+        """Functions that make the terms of each method; an empty list for the student alone."""
         logits = partial(LogitsDistillation, SoftTargetLoss(temperature=self.temperature), weight=self.logits_weight)
         # Student (12, 4, 4), teacher (64, 4, 4): adapter="auto" makes a 1x1 convolution.
         features = partial(FeatureDistillation, "deep", "deep", "mse", weight=self.features_weight)
@@ -58,7 +58,7 @@ class Settings:
 
 
 class Observer(Callback):
-    """The validation accuracy after each epoch and the time of each step, forward to update.
+    """A callback that records the validation accuracy after each epoch and the time of each step.
 
     Args:
         advance: Called after each epoch.
@@ -73,11 +73,11 @@ class Observer(Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """After a step: stop it."""
+        """After a step: stop the clock."""
         self.step_ms.append(1000 * (time.perf_counter() - self._start))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After an epoch: keep its accuracy."""
+        """After an epoch: record its accuracy."""
         self.accuracy.append(float(trainer.callback_metrics["val_accuracy"]))
         self.advance()
 
@@ -85,7 +85,11 @@ class Observer(Callback):
 def train_all(
     digits: Digits, settings: Settings, console: Console
 ) -> tuple[list[Run], dict[tuple[str, str, int], dict[str, Tensor]]]:
-    """The runs, and each student's state_dict by labels, method and seed."""
+    """Train the teacher and all students.
+
+    Returns:
+        The runs, and each student's state_dict by labels, method and seed.
+    """
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     methods, students = settings.terms(), {}
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -119,7 +123,7 @@ def _train(
     settings: Settings,
     advance: Callable[[], None],
 ) -> Run:
-    """``result``, filled in by training ``net``."""
+    """Train ``net``, and fill in ``result``."""
     is_teacher = teacher is None
     observer, (images, _) = Observer(advance), digits.train
     generator = torch.Generator().manual_seed(result.seed)  # its own, so that all methods see the same batches

@@ -1,4 +1,4 @@
-"""Lists of batches as data for a Trainer."""
+"""Lists of batches in a form that a Trainer accepts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Batches(Dataset[Any]):
-    """Batches in a list as a data set: Lightning takes a bare list for several loaders."""
+    """A list of batches as a data set, because Lightning would treat the list as several loaders."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
@@ -19,10 +19,10 @@ class Batches(Dataset[Any]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Any:
-        """One of them."""
+        """A batch."""
         return self.batches[index]
 
 
 def as_loader(data: Any) -> Any:
-    """The data as a Trainer takes them: a list or tuple is one of batches."""
+    """A loader for a list or tuple of batches; any other data are returned unchanged."""
     return DataLoader(Batches(data), batch_size=None) if isinstance(data, (list, tuple)) else data

@@ -1,4 +1,4 @@
-"""The names of the older API's second version: ``prepare_compression`` and its configurations."""
+"""The second version of the older API: ``prepare_compression`` and its configurations."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class DistillationConfig(compression.DistillationConfig):
     """The teacher and the criterion of a distillation, for :func:`prepare_compression`.
 
     Args:
-        teacher_model: The network to match; not read by self-distillation.
+        teacher_model: The network to match; not used by self-distillation.
         criterion: One of the ``LossConfig`` objects, a criterion, or a function of ``(student_output, teacher_output,
             student_loss)``; ``None`` is ``KnowledgeDistillationLossConfig()``.
-        optimizer: For ``compression_manager.distiller.fit()``, which trains without a loop of yours: a dict of the YAML
-            file's form, an optimizer, or a function of parameters.
+        optimizer: For ``compression_manager.distiller.fit()``, which trains without a loop of your own: a dict like the
+            YAML file's section, an optimizer, or a function of parameters.
 
     Raises:
-        TypeError: If the criterion is of another kind.
+        TypeError: If ``criterion`` is not one of these.
         ValueError: If a setting of the optimizer is wrong.
     """
 
@@ -62,8 +62,8 @@ class DistillationConfig(compression.DistillationConfig):
 class CompressionManager(compression.CompressionManager):
     """The student and the hooks of a training, made by :func:`prepare_compression`.
 
-    The student is recorded from the beginning until ``callbacks.on_train_end()`` or :meth:`close`, so that a script
-    may leave out the hooks that it does not need.
+    The student is recorded until ``callbacks.on_train_end()`` or :meth:`close`, so a script may leave out the hooks
+    that it does not need.
 
     Attributes:
         distiller: The :class:`Distillation`, whose attributes may be set: ``eval_func``, ``higher_is_better``, ...
@@ -89,8 +89,9 @@ def prepare_compression(
         A manager with the student, ``model``, and the hooks, ``callbacks``.
 
     Raises:
-        TypeError: If a configuration is of another kind.
-        ValueError: If there is not exactly one, a layer does not exist, or the teacher is missing.
+        TypeError: If a configuration is not a :class:`DistillationConfig`.
+        ValueError: If the list does not hold exactly one configuration, a layer does not exist, or the teacher is
+            missing.
 
     Example:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)

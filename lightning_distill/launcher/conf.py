@@ -98,12 +98,12 @@ class DistillationConf(conf.Configuration):
     """Launcher configuration: a YAML file, a dict of the same form, or its sections as keywords.
 
     Args:
-        source: Path of a YAML file, or a dict; ``None`` where sections are given.
+        source: Path of a YAML file, or a dict; ``None`` if sections are passed as keywords.
         **sections: ``model``, ``distillation``, ``evaluation``, ``tuning``.
 
     Raises:
-        ValueError: With the path of each wrong value within the file, what was expected and what was received.
-        FileNotFoundError: If there is no such file.
+        ValueError: If a value is wrong; the message has its path in the file, the expectation and the value.
+        FileNotFoundError: If the file does not exist.
 
     Example:
         >>> conf = DistillationConf(distillation={"train": {"optimizer": {"SGD": {"learning_rate": 1}}}})
@@ -121,5 +121,6 @@ class DistillationConf(conf.Configuration):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     tuning: conf.Tuning = Field(default_factory=conf.Tuning)
 
+    # repeated here, because type checkers would take the fields for the arguments
     def __init__(self, source: str | PathLike[str] | Mapping[str, Any] | None = None, /, **sections: Any) -> None:
         super().__init__(source, **sections)

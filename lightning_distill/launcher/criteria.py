@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct
+from distill_core.launcher.criteria import CriterionChecks, Place, configured, distinct, weighted_total
 from lightning_distill import checks
 from lightning_distill.losses import FeatureDistance, LogitMSELoss, SoftCrossEntropyLoss, SoftTargetLoss
 from lightning_distill.recording import Tap, select
@@ -31,11 +31,12 @@ class KnowledgeDistillationLoss:
     Args:
         temperature: Softening of both models' outputs, greater than 0.
         loss_types: The student's own loss in built-in training, ``"CE"`` or ``"MSE"``; and D.
-        loss_weights: :math:`w_0` and :math:`w_1`, 0 or greater. They need not sum to 1; a warning says so, because the
-            older API demanded it.
+        loss_weights: :math:`w_0` and :math:`w_1`, 0 or greater. If they do not sum to 1, which the older API required,
+            a warning is issued.
         reference_reduction: Whether KL is divided by the number of classes too, as it was in the older API.
 
     Raises:
+        TypeError: If a setting has the wrong type.
         ValueError: If a type is unknown, a weight is negative, or the temperature is not greater than 0.
 
     Example:
@@ -83,12 +84,14 @@ class KnowledgeDistillationLoss:
         Returns:
             A scalar.
         """
-        task, distillation = self.loss_weights
-        parts = [] if task == 0 else [task * student_loss]
-        if distillation != 0 or not parts:
-            logits = (select(student_output, None, "student output"), select(teacher_output, None, "teacher output"))
-            parts.append(distillation * self.loss(*logits))
-        return sum(parts[1:], parts[0])
+
+        def divergence() -> Tensor:
+            student = select(student_output, None, "student output")
+            value: Tensor = self.loss(student, select(teacher_output, None, "teacher output"))
+            return value
+
+        total: Tensor = weighted_total(self.loss_weights, student_loss, divergence)
+        return total
 
 
 class IntermediateLayersKnowledgeDistillationLoss:
@@ -105,6 +108,7 @@ class IntermediateLayersKnowledgeDistillationLoss:
             does not sum to one yet, the mean over all elements.
 
     Raises:
+        TypeError: If a setting has the wrong type.
         ValueError: If a mapping has another form, a type is unknown, a weight is negative, or their numbers differ.
 
     Example:
@@ -125,6 +129,7 @@ class IntermediateLayersKnowledgeDistillationLoss:
         reference_reduction: bool = False,
     ) -> None:
         checks.boolean("add_origin_loss", add_origin_loss)
+        checks.boolean("reference_reduction", reference_reduction)
         self.layer_mappings = [(_tap(student), _tap(teacher)) for student, teacher in _CHECKS.mappings(layer_mappings)]
         number = len(self.layer_mappings)
         self.loss_types, self.loss_weights = _CHECKS.each(number, loss_types, loss_weights, "MSE", ("MSE", "L1", "KL"))
@@ -164,6 +169,7 @@ class SelfKnowledgeDistillationLoss:
         reference_reduction: Whether KL is divided by the number of classes too, as it was in the older API.
 
     Raises:
+        TypeError: If a setting has the wrong type.
         ValueError: If a mapping has another form, a type is unknown, a weight is negative, or their numbers differ.
 
     Example:
@@ -228,7 +234,7 @@ class SelfKnowledgeDistillationLoss:
         Args:
             student_output: The tensors by the names in the mappings, each of shape ``(N, ...)``; logits ``(N, C)`` for
                 KL and CE.
-            teacher_output: Not read.
+            teacher_output: Not used.
             student_loss: The student's own loss, a scalar.
 
         Returns:
@@ -274,7 +280,7 @@ def criterion_of(section: Any) -> Any:
         The criterion.
 
     Raises:
-        ValueError: If the settings do not fit each other, with their path.
+        ValueError: If the settings are inconsistent; the message names their path.
 
     Example:
         >>> from lightning_distill import DistillationConf
@@ -306,11 +312,11 @@ class _Divided(nn.Module):
 
 
 def _reference_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean over all elements of the divergence along the last dimension, as the older API has it."""
+    """The divergence along the last dimension as in the older API: the mean over all elements."""
 
     def probabilities(values: Tensor) -> Tensor:
-        given = ((values.sum(-1) - 1.0).abs() < 0.2).all()  # its own tolerance
-        return values if given else values.softmax(-1)
+        normalized = ((values.sum(-1) - 1.0).abs() < 0.2).all()  # the older API's tolerance
+        return values if normalized else values.softmax(-1)
 
     target = probabilities(teacher)
     return (target * ((target + 1e-9).log() - (probabilities(student) + 1e-9).log())).mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.seed import seed_everything
@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from distill_core.launcher.hooks import Hooks
+from distill_core.launcher.words import Words
 from lightning_distill import checks
 from lightning_distill.launcher.batches import as_loader
 from lightning_distill.launcher.conf import DistillationConf, Metric
@@ -40,19 +41,19 @@ class Distillation(Hooks):
 
     Attributes:
         student_model: The network to train.
-        teacher_model: The network to match; None where the student learns from itself.
+        teacher_model: The network to match; None if the student learns from itself.
         criterion: A criterion of this package, or any function of ``(student_output, teacher_output, student_loss)``
-            that gives the total; None takes the configured one.
+            that returns the total; None takes the configured one.
         task_loss: The student's own loss in built-in training, called with its output and the labels; None takes the
-            criterion's, cross entropy unless it says otherwise.
+            criterion's loss, which is usually cross entropy.
         optimizer: An optimizer, or a function that makes one from parameters; None takes the configured one, or AdamW.
         train_func: A training function of your own, called with the student.
-        eval_func: Scores a model: a number, or several in a list or dict of which the first is the judge.
+        eval_func: Scores a model: returns a number, or several in a list or dict, of which the first counts.
         train_dataloader: Batches for built-in training, ``(inputs, labels)`` or dicts; None takes the configured ones.
-        eval_dataloader: Batches for the configured metric, where there is no ``eval_func``.
+        eval_dataloader: Batches for the configured metric, if ``eval_func`` is not set.
         trainer: A Trainer for built-in training; None makes one with the configured settings.
         higher_is_better: Whether a larger score is better.
-        eval_frequency: How many epochs lie between two scores; None takes the configured number.
+        eval_frequency: Number of epochs between two scores; None takes the configured number.
         scores: The scores of the last training, and the weights that were the best.
 
     Raises:
@@ -68,7 +69,8 @@ class Distillation(Hooks):
         'Linear'
     """
 
-    checks = checks
+    checks: ClassVar[Words] = checks
+    best_student = BestStudent
 
     def __init__(self, conf: str | PathLike[str] | Mapping[str, Any] | DistillationConf | None = None) -> None:
         super().__init__(conf if isinstance(conf, DistillationConf) else DistillationConf(conf))
@@ -84,7 +86,7 @@ class Distillation(Hooks):
     def parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters, for an optimizer of your own; they exist after the first loss.
 
-        Without this the adapters step along with the first optimizer that steps the student.
+        If you do not use them, the adapters step together with the first optimizer that steps the student.
         """
         parameters: list[nn.Parameter] = self._running().parameters()
         return parameters
@@ -99,13 +101,13 @@ class Distillation(Hooks):
         self._running().follow(optimizer, scaler=scaler)
 
     def state_dict(self) -> dict[str, Any]:
-        """What to save beside the student in a loop of your own: adapters and their optimizer, scores, best weights."""
+        """The state to save beside the student in your own loop: adapters and their optimizer, scores, best weights."""
         if self._loop is None:
             return self._loaded or self._last
         return {"adapters": self._running().state_dict(), "scores": self.scores.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state at the next ``on_train_begin``.
+        """Continue from a saved state at the next ``on_train_begin``.
 
         Args:
             state: A state from :meth:`state_dict`.
@@ -130,12 +132,12 @@ class Distillation(Hooks):
         export(self._student(), str(path), example)
 
     def close(self) -> None:
-        """Remove every hook and give the teacher back as it was; :meth:`fit` does so even after an exception."""
+        """Remove every hook and restore the teacher; :meth:`fit` does this even after an exception."""
         if self._loop is not None:
             self._last = self.state_dict()
         super().close()
 
-    # Inside ----------------------------------------------------------------------------------------------------------
+    # Internal --------------------------------------------------------------------------------------------------------
 
     def _train(self, student: nn.Module) -> None:
         train = self.conf.distillation.train
@@ -150,12 +152,12 @@ class Distillation(Hooks):
         )
         self.scores = self._new_scores()
         trainer = self.trainer or trainer_of(train)
-        scoring, own = Scoring(self.scores, self.teacher_model), [*trainer.callbacks]  # type: ignore[attr-defined]
-        trainer.callbacks = [*own, scoring]  # type: ignore[attr-defined]
+        callbacks = [*trainer.callbacks]  # type: ignore[attr-defined]
+        trainer.callbacks = [*callbacks, Scoring(self.scores, self.teacher_model)]  # type: ignore[attr-defined]
         try:
             trainer.fit(module, as_loader(data))
         finally:
-            trainer.callbacks = own  # type: ignore[attr-defined]
+            trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
     def _begin(self, loop: Any, student: nn.Module) -> None:
         state, self._loaded = self._loaded, {}
@@ -172,9 +174,6 @@ class Distillation(Hooks):
     def _configured_criterion(self) -> Any:
         return criterion_of(self.conf.distillation.train.criterion)
 
-    def _best(self, score: Callable[[Any], Any] | None, frequency: int) -> BestStudent:
-        return BestStudent(score, self.higher_is_better, frequency)
-
     def _metric(self, data: Any, metric: Metric) -> MetricEvaluation:
         return MetricEvaluation(data, metric)
 
@@ -183,14 +182,15 @@ class Distillation(Hooks):
 
     def _student(self) -> nn.Module:
         if not isinstance(self.student_model, nn.Module):
-            raise ValueError(f"Expected `student_model` to be a module, but got {self.student_model!r}. Set it first.")
+            received = f"{self.student_model!r}"
+            raise ValueError(checks.message("`student_model` to be a module", received, "Set it first."))
         return self.student_model
 
 
 def _settings(
     criterion: Any, task_loss: Callable[[Tensor, Tensor], Tensor] | None
 ) -> tuple[list[DistillationTerm], float]:
-    """Terms and the weight of the student's own loss, as the criterion says."""
+    """The criterion's terms, and its weight of the student's own loss."""
     if not hasattr(criterion, "terms"):
         return [CriterionTerm(criterion, task_loss)], 0.0
     return as_terms(criterion.terms(), LogitsDistillation), criterion.task_weight

@@ -11,14 +11,14 @@ from lightning_distill.recording import Call, first_tensor
 
 
 class LastCall(list[Call]):
-    """The student's last call alone: a graph is held for one call, however often the student is called."""
+    """A list that keeps the last call only, so that a single graph is held however often the student is called."""
 
     def __init__(self) -> None:
         super().__init__()
         self._earlier: list[weakref.ref[Tensor]] = []
 
     def append(self, call: Call) -> None:
-        """Take a call in place of the last one, of which a weak reference to the output stays."""
+        """Keep a call in place of the last one, and only a weak reference to the last one's output."""
         for last in self:
             tensor = _tensor_of(last.output)
             self._earlier = [ref for ref in self._earlier if ref() is not None]
@@ -26,12 +26,12 @@ class LastCall(list[Call]):
         self[:] = [call]
 
     def clear(self) -> None:
-        """Forget every call."""
+        """Drop every call."""
         super().clear()
         self._earlier.clear()
 
     def replaced(self, output: Any) -> bool:
-        """Whether an output is that of an earlier call, which is not kept."""
+        """Whether an output comes from an earlier call, which is not kept any more."""
         tensor = _tensor_of(output)
         return tensor is not None and any(ref() is tensor for ref in self._earlier)
 
@@ -39,5 +39,5 @@ class LastCall(list[Call]):
 def _tensor_of(output: Any) -> Tensor | None:
     try:
         return first_tensor(output)
-    except ValueError:  # it holds none
+    except ValueError:  # it holds no tensor
         return None

@@ -1,4 +1,4 @@
-"""The distiller of a user's own loop, in which only hooks say what happens."""
+"""The distiller for a user's own training loop, which calls the hooks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ from lightning_distill.step import Given
 
 
 class LoopDistiller(Distiller):
-    """A distiller that records from :meth:`open` to :meth:`close`, and is given the student's output and the input.
+    """A distiller that records from :meth:`open` to :meth:`close`; the loop passes the input and the student's output.
 
     The adapters follow the first optimizer that steps with a parameter of the student, unless another is named.
 
     Attributes:
-        keyed: A criterion that reads the student's output itself where that is a dict with the names it needs.
+        keyed: A criterion that reads the student's output directly if that is a dict with all of its names.
     """
 
     keyed: SelfKnowledgeDistillationLoss | None = None
     _input: Any = None
-    _given: Any = None
     _hook: RemovableHandle | None = None
 
     def open(self) -> None:
@@ -50,51 +49,51 @@ class LoopDistiller(Distiller):
             inputs: The teacher's input; ``None`` takes the student's.
             output: The student's output.
             student_loss: The student's own loss, a scalar.
-            teacher_output: The teacher's output if it is known; with features as ``{"output": ..., "features": {layer:
+            teacher_output: The teacher's output if it is known; with features, ``{"output": ..., "features": {layer:
                 tensor}}``.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: If the student was not called as a module where its layers are read, or was called again since,
-                or as :meth:`total`.
+            ValueError: If the terms read layers and the student was not called as a module, if it was called again
+                since, or as in :meth:`total`.
         """
         student_loss = torch.as_tensor(student_loss)
         if self.keyed is not None and self.keyed.reads(output):
             self.release()
             return self.keyed(output, teacher_output, student_loss)
         call = self._call_of(output, read=inputs is None and teacher_output is None)
-        self._input, self._given = inputs, teacher_output
+        self._input = inputs
         criteria = [term for term in self.terms if isinstance(term, CriterionTerm)]
         for term in criteria:
             term.student_loss = student_loss
         try:
             call.output, call.output_versions = output, []  # the loop may have made it from the student's own
-            return self._total(student_loss, None, Given([call], self._given_answers()))
+            return self._total(student_loss, None, Given([call], self._teacher_calls(teacher_output)))
         finally:
-            self._input = self._given = None
+            self._input = None
             for term in criteria:
                 term.student_loss = None
 
-    def _given_answers(self) -> list[Call] | None:
-        """The teacher's answer that the loop has passed; None where it has not."""
-        if self._given is None:
+    def _teacher_calls(self, output: Any) -> list[Call] | None:
+        """The teacher's output that the loop has passed, as a call; None if it has passed none."""
+        if output is None:
             return None
-        if isinstance(self._given, dict) and self._given.keys() == {"output", "features"}:
-            features = {(layer, "output"): feature for layer, feature in self._given["features"].items()}
-            return [Call.given(self._given["output"], features, read_logits=self.logits)]
-        return [Call.given(self._given, read_logits=self.logits)]
+        if isinstance(output, dict) and output.keys() == {"output", "features"}:
+            features = {(layer, "output"): feature for layer, feature in output["features"].items()}
+            return [Call.given(output["output"], features, read_logits=self.logits)]
+        return [Call.given(output, read_logits=self.logits)]
 
     def teacher_forward(self, call: Call) -> Any:
-        """The teacher's output for the given input, or for the student's own."""
+        """The teacher's output for the input of :meth:`step`, or for the student's own."""
         if self._input is None:
             return super().teacher_forward(call)
         args, kwargs = as_arguments(self._step.source.cast(self._input))
         return self.teacher(*args, **kwargs)
 
     def close(self) -> None:
-        """Stop recording, remove every hook, and give the teacher back as it was."""
+        """Stop recording, remove every hook, and restore the teacher."""
         if self._hook is not None:
             self._hook.remove()
             self._recording.__exit__(None, None, None)
@@ -102,16 +101,16 @@ class LoopDistiller(Distiller):
         super().close()
 
     def _call_of(self, output: Any, read: bool) -> Call:
-        """The student's last call; a call without inputs and layers where none of them is read."""
-        read = read or any(term.student_taps for term in self.terms)
-        if read and self._calls.replaced(output):
+        """The student's last call; an empty call if neither its inputs nor its layers are read."""
+        reads_layers = any(term.student_taps for term in self.terms)
+        if (read or reads_layers) and self._calls.replaced(output):
             raise ValueError(
                 "Expected `student_output` to be the output of the student's last call, but got that of an earlier one."
                 " Call `on_after_compute_loss` before the student is called again: one call is kept."
             )
         if self._calls:
             return self._calls[-1]
-        if any(term.student_taps for term in self.terms):
+        if reads_layers:
             raise ValueError(self._never_called())
         return Call((), {}, trains=True)
 
@@ -131,11 +130,11 @@ class LoopDistiller(Distiller):
 
 
 class KeyedLoop:
-    """Self-distillation of a dict of tensors that the loop hands over; nothing is recorded and there are no adapters.
+    """Self-distillation of a dict of tensors that the loop passes; nothing is recorded, and no adapters are used.
 
     Args:
         student: The student.
-        criterion: The criterion, some of whose names are not layers of the student.
+        criterion: The criterion; some of its names are not layers of the student.
     """
 
     def __init__(self, student: nn.Module, criterion: SelfKnowledgeDistillationLoss) -> None:
@@ -160,24 +159,24 @@ class KeyedLoop:
         return self.criterion(output, teacher_output, torch.as_tensor(student_loss))
 
     def parameters(self) -> list[nn.Parameter]:
-        """No parameters: there are no adapters."""
+        """An empty list: no adapters are used."""
         return []
 
     def follow(self, optimizer: Optimizer, *, scaler: torch.amp.GradScaler | None = None) -> None:
-        """No-op: there are no adapters to step."""
+        """No-op: no adapters are used."""
 
     def state_dict(self) -> dict[str, Any]:
         """An empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """No-op: there is no state."""
+        """No-op: the state is empty."""
 
     def release(self) -> None:
         """No-op: nothing is recorded."""
 
     def close(self) -> None:
-        """No-op: there are no hooks."""
+        """No-op: no hooks are used."""
 
 
 def loop_of(
@@ -187,7 +186,7 @@ def loop_of(
 
     Args:
         student: The student.
-        teacher: The teacher; not used where no term needs it.
+        teacher: The teacher; not used if no term needs it.
         criterion: The criterion.
         terms: Its terms.
         task_weight: Factor of the student's own loss.
@@ -212,7 +211,7 @@ def export(model: torch.nn.Module, path: str, example: Any) -> None:
     """Write a model as a program of torch.export, which runs without its source.
 
     Args:
-        model: The model; it is traced in eval mode and put back.
+        model: The model; it is traced in eval mode, and its mode is restored.
         path: File to write, usually ``.pt2``.
         example: Inputs to trace it with.
     """

@@ -32,11 +32,11 @@ class BestStudent(scores.BestStudent):
                 module.training = True
 
     def _copy(self, student: nn.Module) -> dict[str, Any]:
-        copied: dict[str, Any] = map_tensors(dict(student.state_dict()), lambda one: one.detach().cpu().clone())
+        copied: dict[str, Any] = map_tensors(dict(student.state_dict()), lambda tensor: tensor.detach().cpu().clone())
         return copied
 
     def _fill(self, student: nn.Module, weights: dict[str, Any]) -> None:
-        # layers that the loop has added since, such as adaptation layers, keep what they have
+        # layers that the loop has added since, such as adaptation layers, keep their weights
         student.load_state_dict({**student.state_dict(), **weights})
 
 
@@ -52,7 +52,11 @@ class MetricEvaluation:
         self._loader, self._metric = loader, metric
 
     def __call__(self, model: nn.Module) -> float:
-        """The metric over the whole loader."""
+        """The metric over the whole loader.
+
+        Raises:
+            ValueError: If the loader has no batch.
+        """
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         metric: torchmetrics.Metric | None = None
         for batch in self._loader:
@@ -67,7 +71,7 @@ class MetricEvaluation:
 
 
 def _made(metric: Metric, output: Tensor) -> torchmetrics.Metric:
-    """The metric of torchmetrics that a configuration means, for outputs of a shape."""
+    """The configured metric, for outputs of this shape."""
     if metric.torchmetrics is not None:
         made: torchmetrics.Metric = metric.torchmetrics.make()
         return made

@@ -23,7 +23,7 @@ from lightning_distill.terms import DistillationTerm
 class LauncherModule(DistillModule):
     """A student in built-in training, of batches ``(inputs, labels)`` or dicts; inputs may be several tensors."""
 
-    validation_step = LightningModule.validation_step  # type: ignore[assignment] # none: epochs are scored instead
+    validation_step = LightningModule.validation_step  # type: ignore[assignment] # not validated: epochs are scored instead
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The student's own loss on a batch."""
@@ -35,18 +35,18 @@ class LauncherModule(DistillModule):
 
     def configure_optimizers(self) -> Any:
         """The user's optimizer, or the configured one."""
-        given: Any = self.optimizer
-        if isinstance(given, torch.optim.Optimizer):
-            return given
+        optimizer: Any = self.optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer
         return super().configure_optimizers()
 
 
 class CriterionTerm(DistillationTerm):
-    """A user's criterion, which makes the total itself from both outputs and the student's own loss.
+    """A user's criterion, which computes the total itself from both outputs and the student's own loss.
 
     Args:
-        criterion: Called with ``(student_output, teacher_output, student_loss)``, gives a scalar.
-        task_loss: The student's own loss where nobody gives it, called with its output and the labels.
+        criterion: Called with ``(student_output, teacher_output, student_loss)``, returns a scalar.
+        task_loss: The student's own loss, called with its output and the labels; None if ``student_loss`` is set.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class CriterionTerm(DistillationTerm):
 
 
 class Scoring(Callback):
-    """A callback that scores the student after its epochs and gives it the best weights at the end.
+    """A callback that scores the student after its epochs and loads its best weights at the end.
 
     Args:
-        best: What keeps them.
-        teacher: The teacher, if there is one.
+        best: Keeper of the best weights.
+        teacher: The teacher, or None.
     """
 
     def __init__(self, best: BestStudent, teacher: nn.Module | None) -> None:
@@ -85,7 +85,7 @@ class Scoring(Callback):
         self.best.end_epoch(_student(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end: restore the best; here, so that a spawned process hands it on."""
+        """At the end: restore the best weights. A spawned process returns the weights after this hook."""
         self.best.restore(_student(pl_module))
 
 
@@ -95,10 +95,10 @@ def _student(pl_module: LightningModule) -> nn.Module:
 
 
 def optimizer_of(settings: conf.Optimizer | None) -> OptimizerCallable | None:
-    """A function from parameters to the configured optimizer.
+    """A function that makes the configured optimizer from parameters.
 
     Args:
-        settings: The optimizer's section, if there is one.
+        settings: The optimizer's section, or None.
 
     Returns:
         The function, or None for the default.
@@ -114,13 +114,15 @@ def optimizer_of(settings: conf.Optimizer | None) -> OptimizerCallable | None:
         values = settings.SGD.model_dump()
         return functools.partial(torch.optim.SGD, lr=values.pop("learning_rate"), **values)
     kind, adam = (torch.optim.Adam, settings.Adam) if settings.AdamW is None else (torch.optim.AdamW, settings.AdamW)
-    values = (adam or conf.AdamSettings()).model_dump(exclude_none=True)  # without a weight decay each has its own
+    values = (adam or conf.AdamSettings()).model_dump(
+        exclude_none=True
+    )  # each class has its own default of the weight decay
     betas = (values.pop("beta_1"), values.pop("beta_2"))
     return functools.partial(kind, lr=values.pop("learning_rate"), betas=betas, eps=values.pop("epsilon"), **values)
 
 
 def trainer_of(train: Training) -> Trainer:
-    """The Trainer that a configuration means; the section ``trainer`` goes to it as it is."""
+    """The configured Trainer; the settings of the section ``trainer`` are passed to it unchanged."""
     usual = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     limits = {"max_epochs": train.end_epoch - train.start_epoch, "limit_train_batches": train.iteration}
     return Trainer(**{**usual, **limits, **train.trainer})

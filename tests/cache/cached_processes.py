@@ -1,7 +1,7 @@
-"""What two processes do for test_cached_distributed.py; run as a script, it writes what each run ended with as JSON.
+"""The two processes of test_cached_distributed.py; run as a script, it writes the result of each run as JSON.
 
 ``python cached_processes.py cached FOLDER``, started twice with LOCAL_RANK set, trains with a live teacher and from its
-cache, each time with the shuffled sampler that Lightning gives the data loader.
+cache, each time with the shuffled sampler that Lightning puts into the data loader.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(data: Any, teacher: Any, **loading: Any) -> dict[str, Any]:
 def cached(folder: Path) -> None:
     rank, teacher = int(os.environ["LOCAL_RANK"]), network(32)
     plain, augmented = Numbered(table()), Numbered(Augmented())
-    # each process has a folder of its own: what is written together is the subject of other tests
+    # each process has its own folder; other tests cover building together
     whole = TeacherCache.build(teacher, plain, folder / f"whole{rank}", dtype="float32", progress=False)
     seeds = {"views": 2, "transform_seed": 7}
     views = TeacherCache.build(teacher, augmented, folder / f"views{rank}", dtype="float32", progress=False, **seeds)

@@ -1,4 +1,4 @@
-"""Several processes and one folder: locks, and errors that reach every rank."""
+"""Several processes that build into one folder: locks, and errors that reach every rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_lightning(folder: Path) -> None:
 
 
 def build_keras(folder: Path) -> None:
-    import keras  # not above: the processes below would spend their time on it
+    import keras  # not above: importing it would slow the processes below down
 
     import keras_distill
 
@@ -37,7 +37,7 @@ def build_keras(folder: Path) -> None:
 
 @pytest.mark.parametrize("build", [build_lightning, build_keras])
 def test_the_locks_file_stays(tmp_path: Path, build: Callable[[Path], None]) -> None:
-    """A process that waits for it has it open: were it removed, a third one could lock another of the same name."""
+    """A waiting process has the file open; if it were removed, a third process could lock a new file of that name."""
     with locked(tmp_path):
         file = (tmp_path / LOCK).stat().st_ino
     build(tmp_path)
@@ -45,7 +45,7 @@ def test_the_locks_file_stays(tmp_path: Path, build: Callable[[Path], None]) -> 
 
 
 @pytest.mark.parametrize("build", [build_lightning, build_keras])
-def test_a_build_waits_for_nobody_who_holds_the_lock(tmp_path: Path, build: Callable[[Path], None]) -> None:
+def test_a_build_is_refused_while_another_process_holds_the_lock(tmp_path: Path, build: Callable[[Path], None]) -> None:
     with locked(tmp_path), pytest.raises(CacheError, match="to be free, but another process is building there"):
         build(tmp_path)
     build(tmp_path)
@@ -97,18 +97,18 @@ def teacher_of(rank: int) -> torch.nn.Module:
     return network(8, seed=rank)
 
 
-# What each rank builds, and the words of the error in rank 0 and in rank 1.
+# The build in each rank, and the error's text in rank 0 and in rank 1.
 TOGETHER: dict[str, tuple[Callable[[int, Path], Any], str, str]] = {
     "a folder of other things": (
         lambda rank, folder: TeacherCache.build(network(8), table(), folder / "other", progress=False),
         "it holds 'thesis.tmp'",
-        "that of rank 0 failed: CacheError: Expected",
+        "the process of rank 0 failed: CacheError: Expected",
     ),
     "data that rank 1 cannot read": (
         lambda rank, folder: TeacherCache.build(
             network(8), (Failing if rank else torch.utils.data.TensorDataset)(*table().tensors), folder / "a"
         ),
-        "that of rank 1 failed: OSError: the disk",
+        "the process of rank 1 failed: OSError: the disk",
         "the disk of this machine is gone",
     ),
     "data that rank 0 cannot read to the end": (
@@ -121,11 +121,11 @@ TOGETHER: dict[str, tuple[Callable[[int, Path], Any], str, str]] = {
             progress=False,
         ),
         "the disk of this machine is gone",
-        "that of rank 0 failed: OSError: the disk",
+        "the process of rank 0 failed: OSError: the disk",
     ),
     "another teacher in each rank": (
         lambda rank, folder: TeacherCache.build(teacher_of(rank), table(), folder / "c", progress=False),
-        "that of rank 1 failed: CacheError: Expected",
+        "the process of rank 1 failed: CacheError: Expected",
         "it was begun with teacher=",
     ),
 }
@@ -133,7 +133,7 @@ TOGETHER: dict[str, tuple[Callable[[int, Path], Any], str, str]] = {
 
 def _rank(rank: int, folder: str, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # a rank that were left in a barrier would raise after this time
+    # a rank that is left alone in a barrier raises an error after this time
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for number, (build, *_) in enumerate(TOGETHER.values()):
         try:
@@ -142,7 +142,9 @@ def _rank(rank: int, folder: str, port: int) -> None:
         except Exception as error:
             words = f"{type(error).__name__}: {error}"
         (Path(folder) / f"{number}-{rank}.txt").write_text(words)
-    TeacherCache.build(network(8), table(), Path(folder) / "d", progress=False).verify()  # the processes still agree
+    TeacherCache.build(
+        network(8), table(), Path(folder) / "d", progress=False
+    ).verify()  # the processes are still in step
     torch.distributed.destroy_process_group()
 
 

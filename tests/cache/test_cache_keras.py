@@ -43,7 +43,7 @@ def torch_twin(model: keras.Model) -> nn.Sequential:
 def fitted(teacher: Any, data: Any, *more: Any, features: tuple[str, str] | None = None, **settings: Any) -> Any:
     terms: list[Any] = [keras_distill.LogitsDistillation()]
     if features is not None:
-        adapter = lambda mine, theirs: keras.layers.Dense(theirs[-1], kernel_initializer="ones")  # noqa: E731
+        adapter = lambda student, teacher: keras.layers.Dense(teacher[-1], kernel_initializer="ones")  # noqa: E731
         terms.append(keras_distill.FeatureDistillation(*features, adapter=adapter, weight=0.1))
     model = DistillModel(keras_network(8, seed=1), teacher, terms)
     model.compile(keras.optimizers.SGD(0.1), cross_entropy(), jit_compile=False)

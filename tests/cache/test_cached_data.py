@@ -1,4 +1,4 @@
-"""Data that change between reads are noticed, however rarely, and patches leave in any order."""
+"""Data that change between reads are refused, however rarely they change; patches can be removed in any order."""
 
 from __future__ import annotations
 
@@ -77,6 +77,22 @@ def test_the_rows_of_parts_of_parts(tmp_path: Path) -> None:
     assert find_rows(iter(()), manifest) is None
 
 
+def test_other_data_are_read_once_however_deep_they_are_nested(tmp_path: Path) -> None:
+    reads = []
+
+    class Counted(Numbers):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            reads.append(index)
+            return super().__getitem__(index)
+
+    manifest = answers_for(Numbers(12), tmp_path).manifest
+    nested: Any = Counted(12, first=5)
+    for _ in range(6):
+        nested = Subset(nested, range(6))
+    assert find_rows(nested, manifest) is None
+    assert len(reads) == len(set(reads)) == 8
+
+
 def test_a_loop_of_ones_own_finds_the_rows_in_the_batch(tmp_path: Path) -> None:
     data, student = Numbers(12), nn.Linear(2, 2)
     cache = answers_for(data, tmp_path)
@@ -97,11 +113,11 @@ def test_a_loop_of_ones_own_finds_the_rows_in_the_batch(tmp_path: Path) -> None:
         with distiller.record():
             student(indexed.batch[0])
         with pytest.raises(CacheError, match=r"in a loop of your own pass the batch of `cache.attach\(dataset\)`"):
-            distiller.total(torch.zeros(()), indexed.batch)  # nothing of the batch before is left
+            distiller.total(torch.zeros(()), indexed.batch)  # no state of the batch before is kept
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
-def test_patches_leave_in_any_order(order: tuple[int, ...]) -> None:
+def test_patches_can_be_removed_in_any_order(order: tuple[int, ...]) -> None:
     owner = SimpleNamespace(value=lambda: "")
     original = owner.value
     patches = [MethodPatch(owner, "value", lambda below, mark=mark: below() + mark) for mark in "abc"]

@@ -1,4 +1,4 @@
-"""Training data and calls for which a cache has no answers are refused in words, before the first update."""
+"""Training data and calls that a cache has no outputs for are refused with a clear error, before the first update."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ BAD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_data_that_do_not_fit_are_refused_in_words(cache: TeacherCache, name: str) -> None:
+def test_data_that_do_not_fit_are_refused_with_a_clear_error(cache: TeacherCache, name: str) -> None:
     make, words = BAD[name]
-    given, module = make(), Student()
+    data, module = make(), Student()
     with pytest.raises(CacheError, match=words):
-        fitted(cache, given, module)
+        fitted(cache, data, module)
     assert not module.got
-    for used in given.values() if isinstance(given, dict) else [given]:
+    for used in data.values() if isinstance(data, dict) else [data]:
         assert is_untouched(used) if isinstance(used, DataLoader) else True
 
 

@@ -1,4 +1,4 @@
-"""Inputs that are changed between the data loader and the student are noticed, and others are left alone."""
+"""Inputs that change between the data loader and the student are refused, and all others are accepted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Images(Dataset[Any]):
 
 
 class Network(nn.Module):
-    """Takes images of any size, dtype and dimension, and what else it is given."""
+    """Takes images of any size, dtype and dimension, and any further arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Teache
 
 
 class Student(LightningModule):
-    """Calls its network as a function says."""
+    """Calls its network through a function."""
 
     def __init__(self, call: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
@@ -75,12 +75,12 @@ class Student(LightningModule):
 
 
 def fit(cache: TeacherCache, module: LightningModule, data: Any = None, **settings: Any) -> None:
-    given = DataLoader(Images(), batch_size=4) if data is None else data
+    data = DataLoader(Images(), batch_size=4) if data is None else data
     trainer = Trainer(**QUIET, callbacks=[DistillCallback(cache)], max_epochs=2, **settings)  # type: ignore[arg-type]
-    if isinstance(given, LightningDataModule):
-        trainer.fit(module, datamodule=given)
+    if isinstance(data, LightningDataModule):
+        trainer.fit(module, datamodule=data)
     else:
-        trainer.fit(module, given)
+        trainer.fit(module, data)
 
 
 STEPS_THAT_CHANGE: dict[str, Callable[[nn.Module, Any], Tensor]] = {
@@ -149,10 +149,10 @@ def test_a_precision_of_the_trainer_is_not_a_change(caches: Any, precision: str)
 
 
 def test_bytes_may_become_floats_but_not_fractions(caches: Any) -> None:
-    given = DataLoader(Images(torch.uint8), batch_size=4)
-    fit(caches[torch.uint8], Student(lambda model, batch: model(batch[0].float())), given)
+    data = DataLoader(Images(torch.uint8), batch_size=4)
+    fit(caches[torch.uint8], Student(lambda model, batch: model(batch[0].float())), data)
     with pytest.raises(CacheError, match=CHANGED):
-        fit(caches[torch.uint8], Student(lambda model, batch: model(batch[0].float() / 255)), given)
+        fit(caches[torch.uint8], Student(lambda model, batch: model(batch[0].float() / 255)), data)
 
 
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
@@ -171,12 +171,12 @@ def test_a_batch_transfer_hook_that_changes_the_batch_is_refused(
     module_type: Any = type("Hooked", (Student,), {hook: change} if owner == "module" else {})
     data_type: Any = type("HookedData", (Data,), {hook: change} if owner == "datamodule" else {})
     module = module_type(lambda model, batch: model(batch[0]))
-    given = data_type() if owner == "datamodule" else DataLoader(Images(), batch_size=4)
+    data = data_type() if owner == "datamodule" else DataLoader(Images(), batch_size=4)
     if not changes:
-        fit(caches[torch.float32], module, given)
+        fit(caches[torch.float32], module, data)
         return
     with pytest.raises(CacheError, match=CHANGED):
-        fit(caches[torch.float32], module, given)
+        fit(caches[torch.float32], module, data)
 
 
 def test_changed_inputs_can_be_allowed(tmp_path: Any) -> None:
@@ -229,11 +229,11 @@ def collate_with_draws(samples: Any) -> Any:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_collate_function_that_mixes_at_random_is_refused(caches: Any, tmp_path: Any, workers: int) -> None:
     module = Student(lambda model, batch: model(batch[0]))
-    given = DataLoader(Images(), batch_size=4, collate_fn=collate_mixed, num_workers=workers)
+    data = DataLoader(Images(), batch_size=4, collate_fn=collate_mixed, num_workers=workers)
     with pytest.raises(CacheError, match=r"collate function to keep the items as they are"):
-        fit(caches[torch.float32], module, given)
+        fit(caches[torch.float32], module, data)
     assert module.steps == 0
-    fit(built(Images(), tmp_path, allow=True), module, given)
+    fit(built(Images(), tmp_path, allow=True), module, data)
 
 
 def test_a_collate_function_that_the_teacher_had_too_is_accepted(tmp_path: Any) -> None:
@@ -247,10 +247,10 @@ def test_several_calls_of_the_student_on_several_tensors_of_the_batch_are_refuse
         x, y = default_collate(samples)
         return x, x + 1, y
 
-    given = DataLoader(Images(), batch_size=4, collate_fn=collate)
+    data = DataLoader(Images(), batch_size=4, collate_fn=collate)
     words = "every call of the student in a step to be given the same tensor"
     with pytest.raises(CacheError, match=words):
-        fit(caches[torch.float32], Student(lambda model, batch: model(batch[0]) + model(batch[1])), given)
+        fit(caches[torch.float32], Student(lambda model, batch: model(batch[0]) + model(batch[1])), data)
 
 
 @dataclass
@@ -301,7 +301,7 @@ def test_a_second_input_that_is_noised_is_noticed() -> None:
         remembered.check((image, text + 0.1), {})
 
 
-def test_missing_numbers_are_no_change() -> None:
+def test_nan_is_not_a_change() -> None:
     x = torch.tensor([[1.0, float("nan")]])
     remembered = BatchInputs(allow=False)
     remembered.remember([x])
@@ -314,10 +314,10 @@ def test_missing_numbers_are_no_change() -> None:
 
 
 class Device:
-    """Stands for the trainer of a GPU, and for events whose work is done when the test says so."""
+    """Replaces the trainer of a GPU, and events, which are finished when the test sets ``done``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, hooks: Any = LightningModule) -> None:
-        self.done, self.waited = False, 0
+        self.done = False
         self.trainer: Any = SimpleNamespace(
             strategy=SimpleNamespace(root_device=torch.device("cuda")),
             lightning_module=hooks(),
@@ -348,11 +348,11 @@ def test_copies_on_the_device_are_not_known_behind_a_hook_or_a_change_before_it(
             return batch
 
     x = torch.rand(3, 4)
-    for device, given in ((Device(monkeypatch, Hooked), x), (Device(monkeypatch), x.flip(0))):
+    for device, batch in ((Device(monkeypatch, Hooked), x), (Device(monkeypatch), x.flip(0))):
         remembered = BatchInputs(allow=False)
         remembered.remember([x])
         moved = [x.flip(0)]
-        remembered.follow([given], moved, device.trainer)
+        remembered.follow([batch], moved, device.trainer)
         with pytest.raises(CacheError, match=CHANGED):
             remembered.check((moved[0],), {})
 

@@ -67,30 +67,30 @@ KINDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loader_of_any_kind_trains_and_is_left_untouched_in_two_fits(cache: TeacherCache, kind: str) -> None:
-    given = KINDS[kind]()
-    before = dict(vars(given))
+    data = KINDS[kind]()
+    before = dict(vars(data))
 
     def look(trainer: Trainer) -> None:
         used = trainer.train_dataloader
         assert type(used) is DataLoader
-        assert used.dataset is given.dataset
+        assert used.dataset is data.dataset
         assert used.dataset.classes == ("even", "odd")
-        assert (used.collate_fn, used.sampler) == (given.collate_fn, given.sampler)
+        assert (used.collate_fn, used.sampler) == (data.collate_fn, data.sampler)
 
     for _ in range(2):
-        _, _, trainer = fitted(cache, given, None, At("on_train_start", look))
-        assert trainer.train_dataloader is given
-    assert vars(given).keys() == before.keys()
-    assert all(vars(given)[name] is value for name, value in before.items())
+        _, _, trainer = fitted(cache, data, None, At("on_train_start", look))
+        assert trainer.train_dataloader is data
+    assert vars(data).keys() == before.keys()
+    assert all(vars(data)[name] is value for name, value in before.items())
     if kind == "batched reads":
-        assert set(given.dataset.reads) == {4}
+        assert set(data.dataset.reads) == {4}
 
 
 def test_a_loader_with_persistent_workers_that_was_iterated_before_gets_its_own_answers(cache: TeacherCache) -> None:
-    given = loader(Numbers(), num_workers=1, persistent_workers=True, shuffle=True)
+    data = loader(Numbers(), num_workers=1, persistent_workers=True, shuffle=True)
     for _ in range(2):
-        list(given)  # image statistics, or a look at the data
-        fitted(cache, given)
+        list(data)  # image statistics, or a look at the data
+        fitted(cache, data)
 
 
 def test_a_reload_keeps_the_workers_and_the_end_lets_them_go(cache: TeacherCache) -> None:
@@ -101,11 +101,11 @@ def test_a_reload_keeps_the_workers_and_the_end_lets_them_go(cache: TeacherCache
         iterators.append(weakref.ref(iterator))
         workers.update(worker.pid for worker in iterator._workers)
 
-    given = loader(Numbers(), num_workers=1, persistent_workers=True)
-    fitted(cache, given, None, At("on_train_batch_end", look), epochs=3, reload_dataloaders_every_n_epochs=1)
+    data = loader(Numbers(), num_workers=1, persistent_workers=True)
+    fitted(cache, data, None, At("on_train_batch_end", look), epochs=3, reload_dataloaders_every_n_epochs=1)
     assert len(workers) == 1
     assert all(iterator() is None for iterator in iterators)
-    assert given._iterator is None
+    assert data._iterator is None
 
 
 @pytest.mark.parametrize("reload", [0, 1])
@@ -231,12 +231,12 @@ def test_finders_and_the_tuner(cache: TeacherCache, tmp_path: Path, name: str, h
 @pytest.mark.parametrize("reload", [0, 1])
 def test_of_several_loaders_the_one_that_fits(cache: TeacherCache, own: bool, reload: int) -> None:
     loaders = {"a": loader(Numbers(), shuffle=True), "b": [loader(Numbers(8))]}
-    given = CombinedLoader(loaders, "max_size_cycle") if own else loaders
+    data = CombinedLoader(loaders, "max_size_cycle") if own else loaders
     for _ in range(2):
-        fitted(cache, given, reload_dataloaders_every_n_epochs=reload)
+        fitted(cache, data, reload_dataloaders_every_n_epochs=reload)
     assert is_untouched(loaders["a"])  # type: ignore[arg-type]
     if own:
-        assert given.iterables["a"] is loaders["a"]  # type: ignore[union-attr]
+        assert data.iterables["a"] is loaders["a"]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
@@ -264,16 +264,18 @@ def test_several_steps_on_one_batch(cache: TeacherCache) -> None:
 
 def test_an_attribute_that_is_set_on_either_loader_counts(cache: TeacherCache) -> None:
     for on_the_trainers in (True, False):
-        given, batches = loader(Numbers()), []
+        data, batches = loader(Numbers()), []
 
         def collate(samples: Any, batches: list[int] = batches) -> Any:
             batches.append(len(samples))
             return torch.utils.data.default_collate(samples)
 
-        def change(trainer: Trainer, given: Any = given, mine: bool = on_the_trainers, collate: Any = collate) -> None:
-            (trainer.train_dataloader if mine else given).collate_fn = collate
+        def change(
+            trainer: Trainer, data: Any = data, trainers: bool = on_the_trainers, collate: Any = collate
+        ) -> None:
+            (trainer.train_dataloader if trainers else data).collate_fn = collate
 
-        fitted(cache, given, None, At("on_train_epoch_end", change))
+        fitted(cache, data, None, At("on_train_epoch_end", change))
         assert batches == [4] * (SAMPLES // 4)
 
 
@@ -281,8 +283,8 @@ def test_the_order_of_the_data_is_that_of_a_plain_run(cache: TeacherCache) -> No
     orders = []
     for callbacks in ([], [DistillCallback(cache, Noted())]):
         torch.manual_seed(1)
-        module, given = Student(), loader(Numbers(), shuffle=True, num_workers=1, persistent_workers=True)
-        Trainer(**QUIET, callbacks=callbacks, max_epochs=2).fit(module, given)  # type: ignore[arg-type]
+        module, data = Student(), loader(Numbers(), shuffle=True, num_workers=1, persistent_workers=True)
+        Trainer(**QUIET, callbacks=callbacks, max_epochs=2).fit(module, data)  # type: ignore[arg-type]
         orders.append(module.got)
     assert orders[0] == orders[1]
 
@@ -291,14 +293,14 @@ def test_an_exception_leaves_nothing_behind(cache: TeacherCache) -> None:
     def fail(trainer: Trainer) -> None:
         raise RuntimeError("stop")
 
-    given, callback = loader(Numbers()), DistillCallback(cache, Noted())
+    data, callback = loader(Numbers()), DistillCallback(cache, Noted())
     trainer = Trainer(**QUIET, callbacks=[callback, At("on_train_batch_end", fail)], max_epochs=1)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="stop"):
-        trainer.fit(Student(), given)
-    assert is_untouched(given)
+        trainer.fit(Student(), data)
+    assert is_untouched(data)
     for owner in (trainer.strategy, trainer.precision_plugin, trainer.fit_loop):
         assert not any(isinstance(value, MethodPatch) for value in vars(owner).values())
-    fitted(cache, given)
+    fitted(cache, data)
 
 
 # Which rows belong to which samples -----------------------------------------------------------------------------------
@@ -351,8 +353,8 @@ def test_views_follow_the_given_epoch(tmp_path: Path) -> None:
 
     for kind in ({"num_workers": 1, "persistent_workers": True, "shuffle": True}, {"batch_sampler": [[2, 3]]}):
         got.clear()
-        given = DataLoader(Noisy(), **{"batch_size": 4, **kind} if "num_workers" in kind else kind)  # type: ignore[arg-type]
-        fitted(cache, given, Looks(), epochs=3)
+        data = DataLoader(Noisy(), **{"batch_size": 4, **kind} if "num_workers" in kind else kind)  # type: ignore[arg-type]
+        fitted(cache, data, Looks(), epochs=3)
         attached = cache.attach(Noisy())
         size = len(got) // 3
         for step, x in enumerate(got):

@@ -31,7 +31,7 @@ BOTH = (LogitsDistillation, lambda: FeatureDistillation("1", "1", weight=0.5))
 
 
 def made(terms: Any) -> list[Any]:
-    return [one() for one in terms]
+    return [make() for make in terms]
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,10 @@ def test_c2_distill_module_takes_a_cache(cache: TeacherCache, teacher: nn.Module
             "enable_progress_bar": False,
             "enable_model_summary": False,
         }
-        one = Module(table())
-        Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(module, one.train_dataloader(), one.val_dataloader())
+        source = Module(table())
+        Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(
+            module, source.train_dataloader(), source.val_dataloader()
+        )
         return module.student
 
     assert difference(fitted(teacher), fitted(cache)) < 1e-6
@@ -104,10 +106,10 @@ def test_c2_a_loop_of_ones_own_names_the_rows(cache: TeacherCache, teacher: nn.M
         x = torch.stack([item.batch[0] for item in items])
         batch = IndexedBatch(x, torch.tensor([item.rows for item in items]))
         totals = []
-        for one in (distiller, live):
-            with one.record():
+        for each in (distiller, live):
+            with each.record():
                 student(x)
-            totals.append(one.total(torch.zeros(()), batch))
+            totals.append(each.total(torch.zeros(()), batch))
     # the teacher was run on other batches: products of other shapes round otherwise
     assert totals[0].item() == pytest.approx(totals[1].item(), rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Folders that somebody has falsified: each is refused with the name of the file, in Python and on the command line."""
+"""Falsified folders are refused with the name of the file, in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_falsified_manifest_is_refused_when_the_cache_is_opened(cache: Path, c
     falsify(cache / "manifest.json", MANIFESTS[case])
     with pytest.raises(CacheError):
         Reader(cache)
-    # a manifest that promises more, or other, than the files hold is noticed at the first file that differs
+    # a manifest that does not fit its files is refused at the first file that differs
     contradicts = case in {
         "shard_rows of 10**15",
         "a length of 10**15",
@@ -76,7 +76,7 @@ def test_a_falsified_list_of_a_shard_is_refused_when_the_cache_is_opened(
 
 
 def relisted(cache: Path, content: bytes, file: str = FIRST) -> None:
-    """Replace a file and note its new size and checksum, as somebody would who means harm."""
+    """Replace a file, and list its new size and checksum, as an attacker would."""
     (cache / file).write_bytes(content)
     listed = json.loads((cache / "shard-00000.json").read_text())
     listed[file] = {"bytes": len(content), "blake2b": cache_files.checksum(cache / file)}
@@ -113,10 +113,10 @@ ARRAYS: dict[str, Callable[[Path], bytes]] = {
 
 @pytest.mark.parametrize("case", ARRAYS)
 def test_verify_reads_every_shard_as_training_does(cache: Path, tmp_path: Path, capsys: Capture, case: str) -> None:
-    """The checksum fits: whoever alters a file can alter its checksum too."""
+    """The checksum is right, since an attacker can alter it too."""
     relisted(cache, ARRAYS[case](tmp_path))
     assert_refused(cache, FIRST, capsys, ("verify",))
-    if case not in ("NaN", "an infinity"):  # which are numbers, and wrong ones are all that a cache can do
+    if case not in ("NaN", "an infinity"):  # these are numbers; wrong numbers are the only harm that a cache can do
         with pytest.raises(CacheError, match=FIRST):
             Reader(cache).read([0])
 
@@ -133,7 +133,7 @@ def test_indices_of_classes_that_do_not_exist_are_refused(cache: Path, tmp_path:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 @pytest.mark.parametrize("kind", ["link out of the folder", "link to itself", "folder", "pipe"])
 @pytest.mark.parametrize("name", ["manifest.json", "shard-00000.json", FIRST])
-def test_what_is_not_a_plain_file_of_the_folder_is_refused(
+def test_a_name_that_is_not_a_plain_file_of_the_folder_is_refused(
     cache: Path, tmp_path: Path, capsys: Capture, name: str, kind: str
 ) -> None:
     file = cache / name
@@ -211,7 +211,7 @@ def test_a_manifest_of_something_else_is_not_overwritten(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_what_no_reader_accepts_is_not_begun(tmp_path: Path) -> None:
+def test_a_manifest_that_no_reader_accepts_is_not_begun(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="`views`"):
         begin(tmp_path / "cache", manifest(views=0), resume=True)
     assert not list((tmp_path / "cache").glob("*"))

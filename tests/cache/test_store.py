@@ -1,4 +1,4 @@
-"""The folder: its format, what it remembers, and every way in which it can be broken."""
+"""The folder: its format, its metadata, and the ways in which it can be broken."""
 
 from __future__ import annotations
 
@@ -242,9 +242,9 @@ def _rank(rank: int, folder: str, port: int) -> None:
 def test_c1_two_processes_share_the_work(tmp_path: Path) -> None:
     """C1: the same bytes as one process."""
     built(tmp_path / "one")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "two"), port), nprocs=2)
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
@@ -260,7 +260,7 @@ def test_c10_the_size_is_said_beforehand(tmp_path: Path, capsys: pytest.CaptureF
 def test_c15_what_the_likeliest_classes_are_taken_from_is_held_one_batch_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C15: a shard of 64 MiB stands for gigabytes of logits, of which only a few bytes a row are kept."""
+    """C15: a shard of 64 MiB comes from gigabytes of logits, of which only a few bytes a row are kept."""
     seen: list[int] = []
     encode = TopKCodec.encode
     monkeypatch.setattr(TopKCodec, "encode", lambda self, rows: (seen.append(len(rows)), encode(self, rows))[1])
@@ -290,7 +290,7 @@ def test_c1_workers_give_the_same_bytes(tmp_path: Path, workers: int) -> None:
     ],
 )
 def test_c1_wrong_settings_raise_before_anything_is_written(tmp_path: Path, settings: Any, words: str) -> None:
-    """C1: and the teacher is given back."""
+    """C1: and the teacher is restored."""
     teacher = network(32).train()
     with pytest.raises(ValueError, match=words):
         built(tmp_path / "new", teacher, **settings)

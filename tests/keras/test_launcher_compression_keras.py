@@ -79,14 +79,14 @@ def test_a_loop_with_a_tape_equals_one_by_hand(softmax: bool) -> None:
 
 
 def test_the_hooks_need_no_beginning_and_take_the_teachers_output() -> None:
-    """As on_train_begin may be left out in the older API."""
+    """In the older API, too, on_train_begin may be left out."""
     inputs, _ = table()
-    given = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    teacher_logits = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
     criterion = KnowledgeDistillationLossConfig(2.0, ["CE", "KL"], [0.5, 0.5])
     manager = prepare_compression(mlp(), DistillationConfig(criterion=criterion))
     output = manager.model(inputs)
-    total = manager.callbacks.on_after_compute_loss(inputs, output, 2.0, given)
-    expected = 1.0 + 0.5 * divergence64("KL", 2.0, numpy_of(output), given)
+    total = manager.callbacks.on_after_compute_loss(inputs, output, 2.0, teacher_logits)
+    expected = 1.0 + 0.5 * divergence64("KL", 2.0, numpy_of(output), teacher_logits)
     np.testing.assert_allclose(float(numpy_of(total)), expected, rtol=2e-5)
     manager.close()
 
@@ -133,7 +133,7 @@ def test_the_best_student_is_kept_and_saved_as_any_keras_model(tmp_path: Path) -
         (lambda: DistillationConfig(optimizer={"SDG": {}}), ValueError, "`distillation.train.optimizer.SDG` to be"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused_in_words(make: Any, error: type[Exception], words: str) -> None:
+def test_wrong_arguments_are_refused_with_a_clear_error(make: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=f"Expected {words}"):
         make()
 

@@ -30,7 +30,7 @@ def as_dict(inputs: Any, labels: Any) -> dict[str, Any]:
 
 
 class Loader:
-    """A loader of the user's own, which does not know its length."""
+    """A user's own loader without a length."""
 
     def __iter__(self) -> Iterator[Any]:
         yield from batches()
@@ -66,7 +66,7 @@ FORMS = [pytest.param(form, marks=pytest.mark.tensorflow) if "tf" in form else f
 
 
 def net(width: int, name: str, form: str = "") -> keras.Model:
-    """The network of ``mlp``; it takes dicts where the data are such."""
+    """The network of ``mlp``; it takes dicts if the data are dicts."""
     inputs = keras.Input((6,), name="features")
     hidden = keras.layers.Dense(width, activation="relu")(inputs)
     return keras.Model({"features": inputs} if "dict" in form else inputs, keras.layers.Dense(3)(hidden), name=name)
@@ -93,11 +93,11 @@ def test_every_form_of_data_trains_alike_n10(form: str, cap: int | None) -> None
     """N10, N17-N24: an epoch has at most ``iteration`` batches, the same first ones in every form."""
     model, logs = trained(DATA[form](), form, **({} if cap is None else {"iteration": cap}))
     assert logs.batches == 2 * (cap or 4)
-    for mine, expected in zip(model.get_weights(), usual(cap or 4), strict=True):
-        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
+    for value, expected in zip(model.get_weights(), usual(cap or 4), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cap_above_the_number_of_batches_changes_nothing_n17() -> None:
+def test_an_iteration_limit_above_the_number_of_batches_changes_nothing_n17() -> None:
     """N17-N24."""
     assert trained(batches(), iteration=9)[1].batches == 8
 
@@ -188,7 +188,7 @@ def test_epochs_run_from_start_to_end_and_a_seed_repeats_them_n17() -> None:
 
 
 def test_the_best_student_is_given_back_n2() -> None:
-    """N2: by every second score, where lower is better; the first of several numbers is the judge."""
+    """N2: by every second score, if lower is better; the first of several numbers counts."""
     seen: list[Any] = []
 
     def score(model: keras.Model) -> Any:
@@ -202,8 +202,8 @@ def test_the_best_student_is_given_back_n2() -> None:
     assert distiller.fit() is student
     assert len(seen) == 4
     assert (distiller.scores.teacher_score, distiller.scores.first_score, distiller.best_score) == (7.0, 5.0, 1.0)
-    for mine, best, last in zip(student.get_weights(), seen[2], seen[3], strict=True):
-        np.testing.assert_array_equal(mine, best)
+    for value, best, last in zip(student.get_weights(), seen[2], seen[3], strict=True):
+        np.testing.assert_array_equal(value, best)
         assert (best != last).any()
 
 
@@ -251,7 +251,7 @@ def test_metrics_of_numbers_equal_numpy_n2(name: str) -> None:
 
 
 def test_pure_distillation_needs_no_labels_that_mean_anything_n3() -> None:
-    """N3: at w0 = 0 labels count for nothing; the student comes to agree with its teacher."""
+    """N3: at w0 = 0 labels do not count; the student learns to agree with its teacher."""
     inputs, _ = table(64)
     distiller = launched(
         {
@@ -263,5 +263,6 @@ def test_pure_distillation_needs_no_labels_that_mean_anything_n3() -> None:
     distiller.criterion = Knowledge(2.0, ["CE", "KL"], [0.0, 1.0])
     distiller.train_dataloader = inputs, np.full((64,), -1, "int32")
     student = distiller.fit()
-    mine, theirs = (log_softmax64(numpy_of(m(inputs))).argmax(-1) for m in (student, distiller.teacher_model))
-    assert (mine == theirs).mean() > 0.85
+    models = (student, distiller.teacher_model)
+    student_classes, teacher_classes = (log_softmax64(numpy_of(model(inputs))).argmax(-1) for model in models)
+    assert (student_classes == teacher_classes).mean() > 0.85

@@ -31,7 +31,7 @@ HALVES = {"temperature": 2.0, "loss_types": ["CE", "KL"], "loss_weights": [0.5, 
 
 
 def ready(criterion: Any = None, **attributes: Any) -> Distillation:
-    """A launcher for a loop: logits at temperature 2 unless told otherwise."""
+    """A launcher for a loop: by default for logits at temperature 2."""
     return launched(criterion=Knowledge(**HALVES) if criterion is None else criterion, **attributes)
 
 
@@ -85,7 +85,7 @@ def test_a_gradient_tape_loop_trains_as_the_built_in_training_does_n12(compiled:
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "function"])
 def test_adapters_train_along_in_a_loop_n6(compiled: bool) -> None:
-    """N6, N5: `adapter_variables` gives them to the optimizer, and the distance of the layers falls."""
+    """N6, N5: the optimizer updates `adapter_variables`, and the distance of the layers falls."""
     inputs, _ = table()
     distiller = ready(Intermediate([["hidden", "hidden"]], ["MSE"], add_origin_loss=True))
     values: list[float] = []
@@ -104,7 +104,7 @@ def test_adapters_train_along_in_a_loop_n6(compiled: bool) -> None:
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_total_equals_its_formula_for_models_of_every_kind_n1(structure: str) -> None:
-    """N1, N3, N12: no `fit` is needed; regularisers are the user's own affair; each model runs once."""
+    """N1, N3, N12: `fit` is not needed; the user adds regularisation losses; each model runs once."""
     inputs, labels = table()
     distiller = ready(student_model=structured(structure), teacher_model=structured(structure, 12, name="teacher"))
     distiller.on_train_begin()
@@ -118,7 +118,7 @@ def test_the_total_equals_its_formula_for_models_of_every_kind_n1(structure: str
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_layers_are_read_in_the_users_own_call_n5(structure: str) -> None:
-    """N5, N12: the tensors that gave the output, dropout's included; an older call does not count."""
+    """N5, N12: the features of the call that made the output, with its dropout; an older call does not count."""
     inputs, _ = table()
     student, teacher = structured(structure, dropout=0.5), structured(structure, name="teacher")
     names = ("backbone/norm", "backbone/drop") if structure == "nested" else ("norm", "drop")
@@ -220,7 +220,7 @@ def test_probabilities_of_both_models_are_compared_n12() -> None:
     logits = [log_softmax64(numpy_of(model.layers[0](inputs))) for model in models]
     np.testing.assert_allclose(float(numpy_of(total)), 1.0 + 0.5 * divergence64("KL", 2.0, *logits), rtol=2e-5)
     distiller.close()
-    distiller.criterion = Knowledge(**HALVES)  # without being asked, by the softmax at the end
+    distiller.criterion = Knowledge(**HALVES)  # detected by the softmax at the end
     distiller.on_train_begin()
     np.testing.assert_array_equal(
         numpy_of(distiller.on_after_compute_loss(inputs, models[0](inputs), 2.0)), numpy_of(total)
@@ -257,8 +257,8 @@ def test_the_best_student_of_a_loop_is_given_back_n2() -> None:
     student = distiller.student_model
     assert distiller.fit() is student
     assert (distiller.scores.teacher_score, distiller.scores.first_score, distiller.best_score) == (0.9, 0.1, 0.8)
-    for mine, best in zip(student.get_weights(), weights[3], strict=True):
-        np.testing.assert_array_equal(mine, best)
+    for value, best in zip(student.get_weights(), weights[3], strict=True):
+        np.testing.assert_array_equal(value, best)
 
 
 @pytest.mark.tensorflow
@@ -271,7 +271,7 @@ def test_a_loop_teaches_the_student_n12() -> None:
     assert accuracy(distiller.fit()) > 0.9
 
 
-# What is left behind --------------------------------------------------------------------------------------------------
+# Hooks that stay behind -----------------------------------------------------------------------------------------------
 
 
 def failing(distiller: Distillation) -> Callable[..., Any]:
@@ -310,7 +310,7 @@ def test_two_launchers_may_watch_one_student_n11() -> None:
     first.on_train_begin()
     second.on_train_begin()
     output = first.student_model(inputs)
-    values = [numpy_of(one.on_after_compute_loss(inputs, output, 0.0)) for one in (first, second)]
+    values = [numpy_of(launcher.on_after_compute_loss(inputs, output, 0.0)) for launcher in (first, second)]
     assert values[0] != values[1]
     second.close()
     first.close()

@@ -24,7 +24,7 @@ from keras_distill import KnowledgeDistillationLoss as Knowledge
 
 
 def test_a_yaml_file_says_how_the_student_is_trained_n12(tmp_path: Path) -> None:
-    """N12, N2: the file, an object made from it and a dict of its form are one."""
+    """N12, N2: the file, an object made from it and a dict of its form mean the same."""
     path = yaml_file(tmp_path)
     weights = []
     for conf in (str(path), path, DistillationConf(path), DistillationConf(path).model_dump(exclude_none=True)):
@@ -153,9 +153,17 @@ def test_knowledge_distillation_equals_its_formula_n3(kind: str, temperature: fl
     student, teacher = STUDENT, TEACHER
     if not from_logits:
         student, teacher = log_softmax64(STUDENT), log_softmax64(TEACHER)
-    given = [ops.convert_to_tensor(z if from_logits else np.exp(z), "float32") for z in (student, teacher)]
+    outputs = [ops.convert_to_tensor(z if from_logits else np.exp(z), "float32") for z in (student, teacher)]
     expected = 0.3 * 1.25 + 0.7 * divergence64(kind, temperature, student, teacher)
-    np.testing.assert_allclose(float(criterion(*given, 1.25)), expected, rtol=1e-5)
+    np.testing.assert_allclose(float(criterion(*outputs, 1.25)), expected, rtol=1e-5)
+
+
+def test_a_part_without_weight_is_left_out_of_a_direct_call_n3() -> None:
+    """N3: the student's own loss even where it is not finite, and the teacher's output where it is missing."""
+    student, teacher = (ops.convert_to_tensor(z, "float32") for z in (STUDENT, TEACHER))
+    only_teacher = float(Knowledge(2.0, ["CE", "KL"], [0.0, 1.0])(student, teacher, float("nan")))
+    np.testing.assert_allclose(only_teacher, divergence64("KL", 2.0, STUDENT, TEACHER), rtol=1e-5)
+    assert Knowledge(2.0, ["CE", "KL"], [1.0, 0.0])(student, None, 3.0) == 3.0
 
 
 def test_reference_reduction_divides_by_the_number_of_classes_n4() -> None:

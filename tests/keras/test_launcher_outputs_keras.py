@@ -1,4 +1,4 @@
-"""The launcher for Keras: whether models return logits or probabilities is seen from their last layer (N12)."""
+"""The launcher for Keras: the last layer tells whether a model returns logits or probabilities (N12)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_softmax_on_one_side_alone_is_refused(who: str) -> None:
         distiller.on_train_begin()
 
 
-def test_what_a_criterion_says_itself_is_not_looked_for() -> None:
+def test_a_criterion_with_from_logits_set_is_left_unchanged() -> None:
     student = sequential(layers.Dense(3, activation="softmax"))
     distiller = launched(criterion=Knowledge(from_logits=True), student_model=student)
     with pytest.raises(ValueError, match="student's output to be logits, since the loss has from_logits=True"):

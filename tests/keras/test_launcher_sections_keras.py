@@ -11,7 +11,7 @@ from keras_nets import table
 
 from keras_distill import DistillationConf
 
-# as it stands in the older API's example for TensorFlow
+# from the older API's example for TensorFlow
 FILE = """
 model: {name: mobilenet, framework: tensorflow, inputs: [input_1], outputs: [predictions]}
 distillation:

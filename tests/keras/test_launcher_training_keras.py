@@ -26,7 +26,7 @@ from keras_distill import KnowledgeDistillationLoss as Knowledge
 def test_built_in_training_minimises_the_formula_n12(kind: str, from_logits: bool, labels_are: str) -> None:
     """N12, N3: the first loss is that of the untrained models in float64, for every kind of labels and of outputs."""
     inputs, labels = table()
-    given = {"sparse": labels, "column": labels[:, None], "one_hot": np.eye(3, dtype="float32")[labels]}[labels_are]
+    coded = {"sparse": labels, "column": labels[:, None], "one_hot": np.eye(3, dtype="float32")[labels]}[labels_are]
     student, teacher = mlp(), mlp(12, name="teacher")
     z_s, z_t = (numpy_of(model(inputs)) for model in (student, teacher))
     if not from_logits:
@@ -35,7 +35,7 @@ def test_built_in_training_minimises_the_formula_n12(kind: str, from_logits: boo
     logs = Logs()
     distiller = launched(callbacks=[logs], student_model=student, teacher_model=teacher)
     distiller.criterion = Knowledge(2.0, ["CE", kind], [0.25, 0.75], from_logits=from_logits)
-    distiller.train_dataloader = [(inputs, given)]
+    distiller.train_dataloader = [(inputs, coded)]
     distiller.fit()
     expected = 0.25 * ce64(z_s, labels).mean() + 0.75 * divergence64(kind, 2.0, z_s, z_t)
     np.testing.assert_allclose(logs.epochs[0]["loss"], expected, rtol=2e-5)
@@ -46,7 +46,6 @@ def test_the_teacher_runs_in_inference_mode_and_is_never_trained_n12() -> None:
     teacher = structured("functional", 12, dropout=0.9, name="teacher")
     before = teacher.get_weights()
     inputs, labels = table()
-    expected = kl64(numpy_of(mlp()(inputs)), numpy_of(teacher(inputs, training=False)), 1.0).mean()
     keras.utils.set_random_seed(0)
     student, logs = mlp(), Logs()
     expected = kl64(numpy_of(student(inputs)), numpy_of(teacher(inputs, training=False)), 1.0).mean()
@@ -63,7 +62,7 @@ def test_the_teacher_runs_in_inference_mode_and_is_never_trained_n12() -> None:
 
 
 def test_a_teacher_without_weight_never_runs_n3() -> None:
-    """N3: the logs have the weighted task loss alone, and no teacher is needed."""
+    """N3: the logged loss is the weighted task loss, and a teacher is not needed."""
     teacher = structured("functional", 12, name="teacher")
     for given in (teacher, None):
         logs = Logs()

@@ -1,4 +1,4 @@
-"""What the launcher's tests share: small real data, and a distiller that is ready to run."""
+"""Fixtures of the launcher's tests: small real data, and a distiller that is ready to run."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ def distiller() -> Iterator[Callable[..., Distillation]]:
         return distiller
 
     yield make
-    for one in made:
-        one.close()
+    for distiller in made:
+        distiller.close()

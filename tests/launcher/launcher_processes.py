@@ -1,4 +1,4 @@
-"""What each of two gloo processes runs for test_built_in.py: ``fit`` of the launcher under DDP."""
+"""The two gloo processes of test_built_in.py: ``fit`` of the launcher under DDP."""
 
 from __future__ import annotations
 

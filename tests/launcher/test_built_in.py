@@ -54,8 +54,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Steps(Callback):
@@ -120,7 +120,7 @@ def test_n17_the_same_seed_gives_the_same_weights(distiller, digits):
     x, y, _, _ = digits
     ends = []
     for seed, noise in ((3, 0), (3, 1), (4, 0)):
-        torch.manual_seed(noise)  # what came before does not matter
+        torch.manual_seed(noise)  # the state before does not matter
         ready = Distillation({"tuning": {"random_seed": seed}, "distillation": {"train": {"iteration": 3}}})
         ready.conf.distillation.train.trainer.update(accelerator="cpu", enable_progress_bar=False)
         student = nn.Sequential(nn.Linear(64, 12), nn.Dropout(0.5), nn.Linear(12, 10))
@@ -188,7 +188,7 @@ def test_n21_accumulated_gradients_equal_larger_batches(distiller):
         torch.testing.assert_close(value, ends[1][name])
 
 
-# Optimizers and everything of one's own ------------------------------------------------------------------------------
+# The user's own optimizer, criterion and Trainer ---------------------------------------------------------------------
 
 OPTIMIZERS: list[tuple[dict[str, Any], Any]] = [
     ({"SGD": {"learning_rate": 0.2}}, lambda p: torch.optim.SGD(p, lr=0.2)),
@@ -271,8 +271,8 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.net = Mlp(5, seed=seed)
 
-    def forward(self, one: Tensor, two: Tensor) -> Tensor:
-        return self.net(one + two)
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.net(first + second)
 
 
 def test_n10_inputs_may_be_several(distiller):
@@ -281,8 +281,8 @@ def test_n10_inputs_may_be_several(distiller):
     for data, models in ((halves, (TwoInputs(0), TwoInputs(1))), (list(loader()), (Mlp(5), Mlp(5, seed=1)))):
         ready = distiller(*models, Intermediate([["", ""]]), train_dataloader=data)
         ends.append([value.detach() for value in ready.fit().parameters()])
-    for one, other in zip(*ends, strict=True):
-        torch.testing.assert_close(one, other)
+    for parameter, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(parameter, expected)
 
 
 def test_n10_data_come_from_the_yaml_where_none_are_set(distiller):
@@ -314,7 +314,7 @@ def test_n11_nothing_is_left_after_an_exception_in_built_in_training(distiller):
     )
 
 
-# What comes out ----------------------------------------------------------------------------------------------------
+# The trained student -----------------------------------------------------------------------------------------------
 
 
 def test_n23_student_is_saved_and_exported(distiller, tmp_path):

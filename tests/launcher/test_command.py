@@ -97,7 +97,7 @@ def test_n13_fit_trains_what_a_file_describes(tmp_path: Path, monkeypatch: pytes
     assert "max_epoch" in capsys.readouterr().err
 
 
-def test_n13_help_says_what_there_is(capsys: Capture) -> None:
+def test_n13_help_lists_the_commands(capsys: Capture) -> None:
     """N13"""
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out

@@ -83,7 +83,7 @@ class Output(dict[str, Any]):
 
 
 class Encoder(nn.Module):
-    """Called with a batch's entries; returns its loss where there are labels, and its logits."""
+    """Called with a batch's entries; returns its logits, and its loss if the batch has labels."""
 
     def __init__(self, width: int, seed: int) -> None:
         super().__init__()
@@ -116,17 +116,17 @@ def test_a_loop_over_dicts_equals_one_by_hand(stored):
     manager = prepare_compression(model, conf)
     optimizers = [torch.optim.AdamW(net.parameters(), lr=0.01) for net in (model, twin)]
     for step, batch in enumerate(batches):
-        given = batch["teacher_logits"] if stored else None
+        teacher_logits = batch["teacher_logits"] if stored else None
         inputs = {name: value for name, value in batch.items() if name != "teacher_logits"}
         manager.callbacks.on_step_begin(step)
         outputs = manager.model(**inputs)
-        loss = manager.callbacks.on_after_compute_loss(inputs, outputs, outputs.loss, given)
+        loss = manager.callbacks.on_after_compute_loss(inputs, outputs, outputs.loss, teacher_logits)
         optimizers[0].zero_grad()
         loss.backward()
         optimizers[0].step()
         manager.callbacks.on_step_end()
         outputs = twin(**inputs)
-        target = (given if stored else teacher(**inputs).logits.detach()) / 2
+        target = (teacher_logits if stored else teacher(**inputs).logits.detach()) / 2
         soft = -(target.softmax(-1) * (outputs.logits / 2).log_softmax(-1)).sum(-1).mean()
         optimizers[1].zero_grad()
         (0.5 * outputs.loss + 0.5 * 4 * soft).backward()
@@ -302,7 +302,7 @@ class PruningConfig:
         ),
     ],
 )
-def test_what_cannot_be_prepared_is_refused_in_words(make, error, words):
+def test_wrong_arguments_are_refused_with_a_clear_error(make, error, words):
     with pytest.raises(error, match=words):
         make()
 

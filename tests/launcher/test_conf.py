@@ -1,4 +1,4 @@
-"""The configuration: a YAML file, a dict or keywords, and what is refused (N1-N24's YAML schema)."""
+"""The configuration: a YAML file, a dict or keywords, and wrong values (N1-N24's YAML schema)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-# What is read ------------------------------------------------------------------------------------------------------
+# Reading -----------------------------------------------------------------------------------------------------------
 
 
 def test_n3_yaml_of_knowledge_distillation_is_read(tmp_path):
@@ -113,7 +113,7 @@ def test_n5_yaml_of_intermediate_layers_is_read_in_all_forms_of_mappings(tmp_pat
     distiller.on_train_begin()
     criterion = distiller.criterion
     distiller.close()
-    taps = [(one.layer, one.output) for pair in criterion.layer_mappings for one in pair]
+    taps = [(tap.layer, tap.output) for pair in criterion.layer_mappings for tap in pair]
     assert taps[:4] == [("body", None), ("body", None), ("act", None), ("act", None)]
     assert taps[4:] == [("head", 0), ("head", 1), ("head", None), ("head", None)]
     assert criterion.loss_types == ("MSE", "L1", "KL", "MSE")
@@ -190,7 +190,7 @@ def test_n1_no_key_without_effect_no_warning(tmp_path):
         DistillationConf(written(tmp_path, KNOWLEDGE))
 
 
-# What is refused ---------------------------------------------------------------------------------------------------
+# Wrong values ------------------------------------------------------------------------------------------------------
 
 CRITERION = "distillation.train.criterion"
 WRONG: list[tuple[str, Any, str]] = [
@@ -297,7 +297,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("sections", "path"), IMPOSSIBLE, ids=[f"{row[1]}-{i}" for i, row in enumerate(IMPOSSIBLE)])
 def test_n1_impossible_value_is_refused_with_its_path_before_the_training(sections, path):
-    """At the latest where the value is used, before any step."""
+    """The error comes before the first step, at the latest when the value is used."""
     with pytest.raises(ValueError, match=path.replace(".", r"\.")):
         run_from(sections)
 
@@ -326,7 +326,7 @@ def test_n1_two_optimizers_or_criteria_are_refused():
         DistillationConf(nested("distillation.train.optimizer", two))
 
 
-def test_n1_file_that_is_no_yaml_is_refused_in_one_line_with_its_name(tmp_path):
+def test_n1_file_that_is_not_yaml_is_refused_in_one_line_with_its_name(tmp_path):
     path = written(tmp_path, "model: {name: [unclosed\nother: 3\n")
     with pytest.raises(ValueError, match=r"distill\.yaml: Expected a YAML file") as error:
         DistillationConf(path)
@@ -363,7 +363,7 @@ def test_n1_a_section_of_which_only_the_name_stands_there_has_its_defaults(tmp_p
 
 
 @pytest.mark.parametrize("key", ["end_epoch", "iteration"])
-def test_n1_true_is_no_number(key):
+def test_n1_true_is_not_a_number(key):
     words = rf"^Expected `distillation\.train\.{key}` to be a number, but got True\.$"
     with pytest.raises(ValueError, match=words):
         DistillationConf({"distillation": {"train": {key: True}}})

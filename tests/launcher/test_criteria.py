@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_distill import IntermediateLayersKnowledgeDistillationLoss as Intermediate
 from lightning_distill import KnowledgeDistillationLoss as Knowledge
+from lightning_distill import SelfKnowledgeDistillationLoss as SelfKnowledge
 from lightning_distill.losses import FeatureDistance
 
 pytestmark = pytest.mark.filterwarnings("ignore:The loss weights .* do not sum to 1")
@@ -23,7 +24,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 class Giver(nn.Module):
-    """A model that gives what it holds, through layers that can be read."""
+    """A model that returns its stored values, through layers that can be read."""
 
     def __init__(self, *values: Tensor) -> None:
         super().__init__()
@@ -43,9 +44,9 @@ class Several(nn.Module):
         self.pack = Pack(kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        one = self.net(x)
-        self.pack(one)
-        return one
+        logits = self.net(x)
+        self.pack(logits)
+        return logits
 
 
 class Pack(nn.Module):
@@ -83,7 +84,7 @@ def pair(shape: tuple[int, ...] = (5, 7)) -> tuple[Tensor, Tensor]:
 
 
 def through_hooks(distiller, criterion, student: nn.Module, teacher: nn.Module, student_loss: Tensor, x=None) -> Tensor:
-    """The total in a loop of one's own."""
+    """The total in a loop with hooks."""
     ready = distiller(student, teacher, criterion)
     ready.on_train_begin()
     x = torch.zeros(1) if x is None else x
@@ -112,8 +113,8 @@ def test_n3_total_is_the_formula_directly_and_through_the_hooks(distiller, kind,
 
 def test_n4_kl_is_summed_over_classes_and_averaged_over_examples():
     student, teacher = pair((4, 3))
-    one = torch.tensor(0.0, dtype=torch.float64)
-    ours = Knowledge(2.0, ["CE", "KL"], [0.0, 1.0])(student, teacher, one)
+    student_loss = torch.tensor(0.0, dtype=torch.float64)
+    ours = Knowledge(2.0, ["CE", "KL"], [0.0, 1.0])(student, teacher, student_loss)
     per_row = [divergence("KL", s, t, 2.0) for s, t in zip(student.numpy(), teacher.numpy(), strict=True)]
     torch.testing.assert_close(ours.item(), 4 * float(np.mean(per_row)), **CLOSE)
 
@@ -221,7 +222,7 @@ def test_n5_total_is_the_weighted_sum_over_the_pairs(distiller, origin):
     values = [pair((6, 3)), pair((4, 5)), pair((3, 8))]
     kinds, weights = ["MSE", "L1", "KL"], [0.2, 0.5, 0.7]
     criterion = Intermediate([[f"layers.{i}", f"layers.{i}"] for i in range(3)], kinds, weights, origin)
-    student, teacher = (Giver(*(one[side] for one in values)) for side in (0, 1))
+    student, teacher = (Giver(*(logits[side] for logits in values)) for side in (0, 1))
     total = through_hooks(distiller, criterion, student, teacher, torch.tensor(1.3, dtype=torch.float64))
     parts = [w * layer_distance(k, s.numpy(), t.numpy()) for w, k, (s, t) in zip(weights, kinds, values, strict=True)]
     torch.testing.assert_close(total.item(), sum(parts) + 1.3 * origin, **CLOSE)
@@ -229,7 +230,7 @@ def test_n5_total_is_the_weighted_sum_over_the_pairs(distiller, origin):
 
 def test_n5_weights_share_one_equally_and_mse_is_the_default(distiller):
     values = [pair((6, 3)), pair((4, 5))]
-    student, teacher = (Giver(*(one[side] for one in values)) for side in (0, 1))
+    student, teacher = (Giver(*(logits[side] for logits in values)) for side in (0, 1))
     total = through_hooks(distiller, Intermediate(["layers.0", "layers.1"]), student, teacher, torch.tensor(9.0))
     wanted = np.mean([layer_distance("MSE", s.numpy(), t.numpy()) for s, t in values])
     torch.testing.assert_close(total.item(), float(wanted), **CLOSE)
@@ -260,7 +261,7 @@ def test_n5_reference_reduction_equals_the_old_code(distiller, case):
 @pytest.mark.parametrize("loose", [0.0, 0.004], ids=["exact", "rounded"])
 def test_n5_reference_kl_takes_probabilities_as_they_are(distiller, loose):
     """Rows that sum to one, perhaps up to half precision's rounding, are not softened again."""
-    p, q = (one.softmax(-1) * (1 + loose) for one in pair((4, 6)))
+    p, q = (logits.softmax(-1) * (1 + loose) for logits in pair((4, 6)))
     criterion = Intermediate([["layers.0", "layers.0"]], ["KL"], reference_reduction=True)
     total = through_hooks(distiller, criterion, Giver(p), Giver(q), torch.tensor(0.0))
     torch.testing.assert_close(total, (q * (q.log() - p.log())).mean(), rtol=1e-6, atol=1e-8)
@@ -317,8 +318,9 @@ def test_n7_one_layer_may_stand_in_two_pairs(distiller):
     student, teacher, x = Mlp(5).double(), Mlp(5, seed=1).double(), torch.randn(3, 4, dtype=torch.float64)
     criterion = Intermediate([["body", "body"], ["body", "act"]], ["MSE", "L1"], [0.5, 2.0])
     total = through_hooks(distiller, criterion, student, teacher, torch.tensor(0.0), x)
-    mine, theirs = student.body(x), teacher.body(x)
-    wanted = 0.5 * (mine - theirs).square().mean() + 2.0 * (mine - theirs.relu()).abs().mean()
+    student_body, teacher_body = student.body(x), teacher.body(x)
+    wanted = 0.5 * (student_body - teacher_body).square().mean()
+    wanted = wanted + 2.0 * (student_body - teacher_body.relu()).abs().mean()
     torch.testing.assert_close(total, wanted, **CLOSE)
     assert [term.name for term in criterion.terms()] == ["body", "body#2"]
 
@@ -356,6 +358,15 @@ def test_n5_a_layer_that_does_not_exist_raises_with_the_closest(distiller):
 def test_n5_wrong_setting_is_refused(settings, match):
     with pytest.raises(ValueError, match=match):
         Intermediate(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mappings"),
+    [(Knowledge, {}), (Intermediate, {"layer_mappings": ["a"]}), (SelfKnowledge, {"layer_mappings": [[["a", "b"]]]})],
+)
+def test_n4_a_reference_reduction_that_is_not_a_bool_is_refused(kind, mappings):
+    with pytest.raises(TypeError, match="`reference_reduction` to be True or False, but got reference_reduction='no'"):
+        kind(**mappings, reference_reduction="no")
 
 
 def test_n5_layers_of_other_sizes_get_an_adapter(distiller):

@@ -14,7 +14,7 @@ from tiny import Mlp
 from lightning_distill import Distillation, DistillationConf
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
-# the forms that stand in the older API's own files
+# the forms in the older API's own files
 SECTIONS: dict[str, dict[str, Any]] = {
     "folder": {
         "batch_size": 256,
@@ -134,7 +134,7 @@ def test_a_section_of_neither_form_is_refused(section: Any, words: str) -> None:
         ({"distillation": {"train": {"optimizer": {"SGD": {"learning_rate": float("inf")}}}}}, "a finite number"),
     ],
 )
-def test_values_that_are_no_configuration_are_refused_in_words(values: Any, words: str) -> None:
+def test_values_that_are_not_a_configuration_are_refused_with_a_clear_error(values: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         DistillationConf(values)
 

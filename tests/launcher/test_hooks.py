@@ -1,4 +1,4 @@
-"""A training function of one's own with the hooks in it (N1, N2, N6, N7, N8, N10, N11)."""
+"""Hooks in the user's own training function (N1, N2, N6, N7, N8, N10, N11)."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # The hooks ---------------------------------------------------------------------------------------------------------
@@ -146,12 +146,12 @@ def test_n1_hook_example_with_precomputed_teacher_output_never_calls_the_teacher
 def test_n1_teacher_is_shown_the_input_as_dict_tuple_or_as_the_student_was(distiller, how):
     student, teacher = Recurrent(4, 0), Recurrent(8, 1)
     _, *inputs, _ = texts()[0]
-    given = {"dict": dict(zip(("input_ids", "segment_ids", "input_mask"), inputs, strict=True)),
+    batch = {"dict": dict(zip(("input_ids", "segment_ids", "input_mask"), inputs, strict=True)),
              "tuple": tuple(inputs), "None": None}[how]  # fmt: skip
     ready = distiller(student, teacher, Knowledge(1.0, ["CE", "MSE"], [0.0, 1.0]))
     ready.on_train_begin()
     output = student(*inputs)
-    total = ready.on_after_compute_loss(given, output, torch.tensor(0.0))
+    total = ready.on_after_compute_loss(batch, output, torch.tensor(0.0))
     wanted = (output - teacher.eval()(*inputs)).square().mean()
     torch.testing.assert_close(total, wanted)
 
@@ -162,8 +162,8 @@ def test_n8_intermediate_losses_take_precomputed_features(distiller):
     feature = torch.randn(3, 5)
     ready = distiller(student, teacher, Intermediate(["body"]))
     ready.on_train_begin()
-    given = {"output": torch.randn(3, 3), "features": {"body": feature}}
-    total = ready.on_after_compute_loss(x, student(x), torch.tensor(0.0), given)
+    teacher_output = {"output": torch.randn(3, 3), "features": {"body": feature}}
+    total = ready.on_after_compute_loss(x, student(x), torch.tensor(0.0), teacher_output)
     torch.testing.assert_close(total, (student.body(x) - feature).square().mean())
 
 
@@ -254,7 +254,7 @@ def test_n7_bf16_autocast_gives_a_finite_float32_loss_near_the_exact_one(distill
     torch.testing.assert_close(got[0], exact[0], rtol=0.05, atol=0.01)
 
 
-# The teacher and what is left over ----------------------------------------------------------------------------------
+# The teacher, and hooks that stay behind ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -276,7 +276,7 @@ def test_n2_teacher_is_unchanged_and_its_training_flag_given_back(distiller, tra
     assert teacher.calls == 3
     assert same(before, weights(teacher)), "batch norm's buffers included"
     assert all(module.training == training for module in teacher.modules())
-    assert [name for name, one in teacher.named_parameters() if not one.requires_grad] == ["head.weight"]
+    assert [name for name, weight in teacher.named_parameters() if not weight.requires_grad] == ["head.weight"]
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -314,7 +314,7 @@ def test_n11_a_model_can_be_prepared_twice_and_by_two_distillers(distiller):
     first.on_train_begin()
     second.on_train_begin()
     output = student(x)
-    totals = [one.on_after_compute_loss(x, output, torch.tensor(0.0)) for one in (first, second)]
+    totals = [ready.on_after_compute_loss(x, output, torch.tensor(0.0)) for ready in (first, second)]
     assert torch.equal(*totals)
     first.on_train_end()
     second.on_train_end()

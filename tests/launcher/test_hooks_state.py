@@ -1,4 +1,4 @@
-"""What a loop with hooks keeps: the best student, adapters, and a state to resume from (N2, N6, N7, N11, N17-N24)."""
+"""The state of a loop with hooks: the best student, adapters, and resuming (N2, N6, N7, N11, N17-N24)."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_n6_parameters_before_the_first_loss_raise(distiller):
 
 
 def saved(*parts: Any) -> Any:
-    """What comes back from a file."""
+    """The parts, after they were saved to a file and loaded."""
     file = io.BytesIO()
     torch.save(parts, file)
     file.seek(0)
@@ -276,10 +276,10 @@ def test_n6_resumed_training_equals_the_uninterrupted_one(distiller):
         epoch(second, optimizer)
     assert second.best_score == whole.best_score
     assert second.scores.first_score == whole.scores.first_score
-    ends = [one.state_dict()["adapters"]["adapters"]["body"] for one in (whole, second)]
+    ends = [ready.state_dict()["adapters"]["adapters"]["body"] for ready in (whole, second)]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
-    mine, theirs = weights(whole.student_model), weights(second.student_model)
-    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    expected, resumed = weights(whole.student_model), weights(second.student_model)
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
 
 
 def test_n6_adapters_can_be_saved_after_the_training(distiller):
@@ -293,7 +293,7 @@ def test_n6_adapters_can_be_saved_after_the_training(distiller):
 
 
 def test_n6_a_loaded_state_serves_one_training_only(distiller):
-    """N11: a second preparation begins anew."""
+    """N11: a second training starts without the loaded state."""
     state = {"adapters": {}, "scores": {"epochs": 7, "weights": None, "scores": (0.9, 0.8, 123.0)}}
     ready = distiller(Mlp(5), Mlp(7, seed=1), Knowledge(), eval_func=lambda model: 0.5)
     ready.load_state_dict(state)

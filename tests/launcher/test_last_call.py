@@ -1,4 +1,4 @@
-"""Between two losses the hooks hold the student's last call alone (N11)."""
+"""Between two losses the hooks hold only the student's last call (N11)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_last_call_is_the_one_that_is_read(distiller):
 
 @pytest.mark.parametrize("criterion", [Knowledge(), Intermediate(["body"])])
 def test_an_output_of_an_earlier_call_is_refused_where_its_input_or_layers_are_read(distiller, criterion):
-    """The features of another batch would be compared without a word."""
+    """Otherwise the features of another batch would be compared silently."""
     student, x = Mlp(5), torch.randn(3, 4)
     ready = distiller(student, Mlp(5, seed=1), criterion)
     ready.on_train_begin()

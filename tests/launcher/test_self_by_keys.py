@@ -1,4 +1,4 @@
-"""Self-distillation of the dict that a loop hands over, with adaptation layers of the user's own between (N9)."""
+"""Self-distillation of a dict that the loop passes, through the user's own adaptation layers (N9)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Exits(nn.Module):
 
 
 def by_keys(model: Exits, adaptation: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The dict of a loop, and the sum of the exits, which stands for the student's own loss."""
+    """The dict of a loop, and a mean over the exits as the student's own loss."""
     exits, features = model(x)
     named = {
         "deep.feature": features[0],
@@ -85,7 +85,7 @@ def test_the_tensors_of_the_dict_are_compared_and_the_users_layers_learn(distill
 
 
 def test_the_dict_wins_where_its_names_are_layers_too(distiller):
-    """The loop's own adaptation layer stands between: the recorded layers must not be compared."""
+    """The loop applies its own adaptation layer, so the recorded layers must not be compared."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -108,7 +108,7 @@ def test_the_dict_wins_where_its_names_are_layers_too(distiller):
 
 
 def test_adaptation_layers_may_be_put_on_the_student_while_it_trains(distiller):
-    """As in the older API's example: the best weights are given back although they were taken before."""
+    """As in the older API's example: the best weights are restored although they were copied before."""
     model = Exits()
     ready = distiller(model, None, SelfKnowledge(GROUPS, 3.0, ["L2", "CE"], [0.03, 0.3]), eval_func=lambda model: 1.0)
     ready.on_train_begin()

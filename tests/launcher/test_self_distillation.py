@@ -1,4 +1,4 @@
-"""A network that learns from its own deep layers: the term everywhere it may stand, and the criterion (N9, N6)."""
+"""A network that learns from its own deep layers: the term in every place, and the criterion (N9, N6)."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ class Exits(nn.Module):
             self.exit1, self.exit2, self.exit3 = (nn.Linear(width, 3) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        one = self.block1(x)
-        two = self.block2(one.relu())
-        three = self.block3(two.relu())
-        self.exit1(one)
-        self.exit2(two)
-        return self.exit3(three)
+        first = self.block1(x)
+        second = self.block2(first.relu())
+        third = self.block3(second.relu())
+        self.exit1(first)
+        self.exit2(second)
+        return self.exit3(third)
 
     def places(self, x: Tensor) -> dict[str, Tensor]:
-        """What every layer gives, called by hand."""
-        one = self.block1(x)
-        two = self.block2(one.relu())
-        three = self.block3(two.relu())
-        exits = {"exit1": self.exit1(one), "exit2": self.exit2(two), "exit3": self.exit3(three)}
-        return {"block1": one, "block2": two, "block3": three, **exits}
+        """The output of every layer, called by hand."""
+        first = self.block1(x)
+        second = self.block2(first.relu())
+        third = self.block3(second.relu())
+        exits = {"exit1": self.exit1(first), "exit2": self.exit2(second), "exit3": self.exit3(third)}
+        return {"block1": first, "block2": second, "block3": third, **exits}
 
 
 def criterion_loss(kind: str, shallow: np.ndarray, deep: np.ndarray, temperature: float) -> float:
@@ -173,7 +173,7 @@ def test_n9_built_in_training_needs_no_teacher_and_teaches_the_shallow_exits(dis
     ready.optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     assert ready.fit() is model
 
-    for exit_ in ("exit1", "exit2", "exit3"):  # the first two see no labels: only the deepest tells them
+    for exit_ in ("exit1", "exit2", "exit3"):  # the first two see no labels and learn from the deepest only
         assert F.cross_entropy(model.places(x)[exit_], labels) < F.cross_entropy(before.places(x)[exit_], labels)
         assert (model.places(x)[exit_].argmax(-1) == labels).float().mean() > 0.85
 
@@ -246,8 +246,8 @@ def test_n6_adapters_are_saved_and_resumed_exactly(trainer, tmp_path):
     resumed, callback = parts()
     trainer(callbacks=callback, max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True))
-    one, other = (each.adapter_state()["adapters"]["block1"] for each in (whole, callback))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    expected, adapter = (each.adapter_state()["adapters"]["block1"] for each in (whole, callback))
+    assert all(torch.equal(value, adapter[name]) for name, value in expected.items())
 
 
 def test_n9_distill_module_trains_without_a_teacher(trainer):
@@ -274,8 +274,10 @@ def test_n9_term_stands_beside_terms_with_a_teacher(trainer):
             model(x)
         total = distiller.total(torch.tensor(0.0)).item()
         assert distiller.parts["exit1_loss"] > 0
-    z, theirs = {name: value.detach().numpy() for name, value in model.places(x).items()}, teacher(x).detach().numpy()
-    wanted = 0.5 * logits_loss("KL", z["exit3"], theirs, 2.0) + 0.25 * logits_loss("KL", z["exit1"], z["exit3"], 3.0)
+    z = {name: value.detach().numpy() for name, value in model.places(x).items()}
+    teacher_logits = teacher(x).detach().numpy()
+    wanted = 0.5 * logits_loss("KL", z["exit3"], teacher_logits, 2.0)
+    wanted += 0.25 * logits_loss("KL", z["exit1"], z["exit3"], 3.0)
     assert total == pytest.approx(wanted, rel=1e-5)
 
 
