@@ -55,7 +55,7 @@ format: $(STAMP) ## let ruff fix and format what it can
 
 # Keras takes one backend for a whole process: its tests run on torch first, and with all the others on TensorFlow.
 # pytest's closing line must be the last one printed: add nothing below it.
-test: lint ## lint, then every test, doctest, notebook and README block
+test: lint ## lint, then every test, doctest, notebook and block of the documentation
 	$(RUN_ENV) KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras $(PYTEST_FLAGS)
 	$(RUN_ENV) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 

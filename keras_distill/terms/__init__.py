@@ -61,5 +61,5 @@ def _not_a_term(index: int, term: Any) -> str:
     kind, received = type(term), f"a {type(term).__name__}"
     if kind.__module__.startswith("keras.src.distillation"):
         received = f"a keras.distillation.{kind.__name__}"
-        remedy = f"Use keras_distill.{kind.__name__}, whose settings differ: see the README."
+        remedy = f"Use keras_distill.{kind.__name__}, whose settings differ: see docs/losses.md."
     return checks.message(f"`terms[{index}]` to be a term", received, remedy)

@@ -1,4 +1,4 @@
-"""Run the rows of the README's table about keras.distillation, with it and with keras_distill."""
+"""Run the rows of the table in docs/comparison.md about keras.distillation, with it and with keras_distill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation,
 if not hasattr(keras, "distillation"):
     pytest.skip(f"Keras {keras.__version__} has no keras.distillation", allow_module_level=True)
 if not keras.__version__.startswith("3.15."):
-    reason = f"the README's table is about Keras 3.15, and this is {keras.__version__}"
+    reason = f"the table in docs/comparison.md is about Keras 3.15, and this is {keras.__version__}"
     pytest.skip(reason, allow_module_level=True)
 
 RNG = np.random.default_rng(0)

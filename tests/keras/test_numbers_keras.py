@@ -45,7 +45,7 @@ def test_a_mask_and_a_reduction_work_as_in_keras(reduction: str) -> None:
 
 @pytest.mark.parametrize("ignored", [-1, -100])
 def test_ignored_labels_do_not_count_and_leave_the_weights_finite(ignored: int) -> None:
-    """As in the README: images without a label have -1 and `ignore_class=-1`."""
+    """As in docs/keras.md: images without a label have -1 and `ignore_class=-1`."""
     student, teacher = mlp(), mlp(6, name="teacher")
     model = DistillModel(student, teacher, LogitsDistillation(DecoupledKDLoss()))
     task = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=ignored)
