@@ -40,9 +40,17 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 install: $(STAMP) ## install the library and all tools into .venv
 
+# Both halves at the same time, one core each. Keras' report waits in a file until Lightning's is done, and what it
+# wrote to the standard error stream (TensorFlow's greeting) is shown only if it fails.
 demo: $(STAMP) ## distil a small network on a small data set, with Lightning and with Keras, and show what it gains
-	$(RUN_ENV) $(BIN)/lightning-distill demo
-	$(RUN_ENV) $(BIN)/keras-distill demo
+	@echo "Both halves train at the same time: first the report of lightning-distill, then that of keras-distill."
+	@reports=$$(mktemp -d); \
+	trap 'test -z "$$keras" || kill "$$keras" 2>/dev/null; rm -rf "$$reports"' EXIT; trap 'exit 130' INT TERM HUP; \
+	$(RUN_ENV) $(BIN)/keras-distill demo >"$$reports/out" 2>"$$reports/errors" & keras=$$!; \
+	lightning_code=0; $(RUN_ENV) $(BIN)/lightning-distill demo || lightning_code=$$?; \
+	keras_code=0; wait "$$keras" || keras_code=$$?; keras=; echo; cat "$$reports/out"; \
+	if [ "$$keras_code" -ne 0 ]; then cat "$$reports/errors" >&2; exit "$$keras_code"; fi; \
+	exit "$$lightning_code"
 
 lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
