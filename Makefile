@@ -17,7 +17,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest lint format bench notebooks clean
+.PHONY: help install demo test test-oldest lint format bench notebooks notebooks-write clean
 
 # One thread: two cores are shared by the processes of the distributed tests. No downloads: every model and data set is
 # made on the spot. Figures need no display.
@@ -26,7 +26,7 @@ RUN_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFF
 BENCH_ENV := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 # PyTorch first and alone, so that a CPU build is taken where pip is set up to offer one; the rest then keeps it.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -40,9 +40,18 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 install: $(STAMP) ## install the library and all tools into .venv
 
+# Both halves at the same time, one core each. Keras' report waits in a file until Lightning's is done, and what it
+# wrote to the standard error stream (TensorFlow's greeting) is shown only if it fails.
 demo: $(STAMP) ## distil a small network on a small data set, with Lightning and with Keras, and show what it gains
-	$(RUN_ENV) $(BIN)/lightning-distill demo
-	$(RUN_ENV) $(BIN)/keras-distill demo
+	@echo "Both halves train at the same time: first the report of lightning-distill, then that of keras-distill."
+	@reports=$$(mktemp -d); keras=; \
+	trap 'if [ -n "$$keras" ]; then kill "$$keras" 2>/dev/null || true; fi; rm -rf "$$reports"' EXIT; \
+	trap 'exit 130' INT TERM HUP; \
+	$(RUN_ENV) $(BIN)/keras-distill demo >"$$reports/out" 2>"$$reports/errors" & keras=$$!; \
+	lightning_code=0; $(RUN_ENV) $(BIN)/lightning-distill demo || lightning_code=$$?; \
+	keras_code=0; wait "$$keras" || keras_code=$$?; keras=; echo; cat "$$reports/out"; \
+	if [ "$$keras_code" -ne 0 ]; then cat "$$reports/errors" >&2; exit "$$keras_code"; fi; \
+	exit "$$lightning_code"
 
 lint: $(STAMP) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -76,8 +85,11 @@ test-oldest: $(OLDEST_STAMP) ## the tests of both halves with the oldest version
 bench: $(STAMP) ## the side-by-side benchmarks
 	$(RUN_ENV) $(BENCH_ENV) $(BIN)/python -m benchmarks
 
-notebooks: $(STAMP) ## execute the notebooks, only those
+notebooks: $(STAMP) ## execute the notebooks and compare with their stored outputs
 	$(RUN_ENV) $(BIN)/python -m pytest tests/test_notebooks.py
+
+notebooks-write: $(STAMP) ## execute the notebooks and store their outputs in their files
+	$(RUN_ENV) $(BIN)/python tests/notebook_outputs.py
 
 clean: ## remove .venv and everything that tools and builds left
 	rm -rf $(VENV) $(OLDEST) build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache lightning_logs

@@ -16,6 +16,7 @@ SCARCE, FULL = "10 %", "100 %"
 METHODS = ("alone", "+ logits", "+ logits + features")
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and line styles for printing in grey
 _LOOKS = dict(zip(METHODS, (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-.")), strict=True))
+_NAMES = dict(zip(METHODS, ("student alone", "with the teacher's logits", "with its logits and features"), strict=True))
 
 
 @dataclass
@@ -196,32 +197,45 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         runs: The teacher's run, then the students'.
         path: PNG file to write.
     """
+    from matplotlib import style
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    groups, teacher = grouped(runs), 100 * runs[0].validation_accuracy[-1]
-    settings = list(dict.fromkeys(labels for labels, _ in groups))
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    with style.context("default"):  # the same picture on every machine, on white, whatever the user's settings are
+        figure = Figure(figsize=(11, 5), layout="constrained")
+        _draw(figure, runs)
+        figure.savefig(path, dpi=110)
+
+
+def _draw(figure: Any, runs: Sequence[Run]) -> None:
+    groups, teacher = grouped(runs), runs[0]
+    settings, seeds = list(dict.fromkeys(labels for labels, _ in groups)), 1 + max(run.seed for run in runs)
     panels = figure.subplots(1, len(settings), sharey=True)
+    reached = 100 * teacher.validation_accuracy[-1]
     for panel, labels in zip(panels, settings, strict=True):
-        panel.axhline(teacher, color="0.35", linestyle=":", linewidth=1.5, label=f"teacher ({teacher:.1f} %)")
-        for method, (color, style) in _LOOKS.items():
+        name = f"teacher, {teacher.parameters:,} parameters: {reached:.1f} %"
+        panel.axhline(reached, color="0.35", linestyle=":", linewidth=2, label=name)
+        for method, (color, line) in _LOOKS.items():
             curves = 100 * np.array([run.validation_accuracy for run in groups[labels, method]])
             epochs, mean = range(1, curves.shape[1] + 1), curves.mean(0)
             deviation = curves.std(0, ddof=1) if len(curves) > 1 else np.zeros_like(mean)
-            name = "student alone" if method == "alone" else f"student {method}"
-            panel.plot(epochs, mean, style, color=color, linewidth=2, label=f"{name} ({mean[-1]:.1f} %)")
+            name = f"{_NAMES[method]}: {mean[-1]:.1f} %"
+            panel.plot(epochs, mean, line, color=color, linewidth=2.5, label=name)
             panel.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
-        panel.set(xlabel="epoch", title=f"{labels} of the labels", xlim=(1, max(2, len(epochs))))
+        panel.set_title(f"Labels for {labels} of the training images", fontsize=13)
+        panel.set_xlabel("epoch", fontsize=12)
+        panel.set_xlim(1, max(2, len(epochs)))
         panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.tick_params(labelsize=11)
         panel.grid(alpha=0.3)
-        panel.legend(loc="lower right", title="accuracy after the last epoch", alignment="left")
+        panel.legend(loc="lower right", title="After the last epoch", alignment="left", fontsize=11, title_fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
     lowest = 100 * min(run.validation_accuracy[-1] for run in runs)  # the first epochs may lie below the panel
-    panels[0].set(ylabel="validation accuracy, %", ylim=(max(0, lowest - 20), 101))
-    figure.suptitle(
-        "Handwritten digits: the same small student, alone and distilled; mean ± standard deviation over the seeds"
-    )
-    figure.savefig(path, dpi=130)
+    panels[0].set_ylim(max(0, lowest - 25), 101)
+    panels[0].set_ylabel("validation accuracy (%)", fontsize=12)
+    size = groups[settings[0], METHODS[0]][0].parameters
+    means = f"mean of {seeds} seeds, band: ± standard deviation" if seeds > 1 else "one seed"
+    title = f"Handwritten digits: a student of {size:,} parameters, alone and with a teacher"
+    figure.suptitle(f"{title}\n({means})", fontsize=13)
 
 
 def _spread(shares: Sequence[float]) -> str:

@@ -71,7 +71,7 @@ def add_demo(commands: Any, output: str, writes: str, seconds: str, work: str) -
         description="Train a convolutional teacher on scikit-learn's handwritten digits, then a small student alone,"
         " with the teacher's logits, and with its logits and features: once with a label on 10 % of the images, once"
         f" on all. Print a table, and write the figures, a plot and {writes} into a folder.",
-        epilog=f"Needs no download; takes about {seconds} on two cores.",
+        epilog=f"Needs no download; takes about {seconds} on one core.",
     )
     demo.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="output folder (%(default)s)")
     demo.add_argument("--seeds", type=count, metavar="N", help="number of seeds for each student, 1 or more (3)")

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands,
         output="demo_output/keras",
         writes="the student as a .keras file",
-        seconds="a minute",
+        seconds="40 seconds",
         work="keras_distill.cli:demo",
     )
     add_validate(commands, "keras_distill.Distillation", work="keras_distill.cli:validate_config")

@@ -38,7 +38,7 @@ def _parser() -> Parser:
         commands,
         output="demo_output",
         writes="the student's state_dict",
-        seconds="a minute and a half",
+        seconds="40 seconds",
         work="lightning_distill.cli:demo",
     )
     commands.add_parser(

@@ -5,9 +5,7 @@ differ only in the terms of their :class:`DistillModel`. If labels are scarce, t
 which the compiled cross entropy ignores (``ignore_class=-1``); distillation adds the teacher's outputs on them.
 A ``sample_weight`` of 0 would take an image out of the terms too, unless they have ``use_sample_weight=False``.
 
-Data, highest learning rates, temperature and weights are those of the Lightning half's demonstration, where they were
-chosen on the validation images; batches are larger and epochs fewer, to keep it short. The test images are used
-after the last epoch only.
+Data and settings are those of the Lightning half's demonstration. The test images are used once, after the last epoch.
 """
 
 from __future__ import annotations

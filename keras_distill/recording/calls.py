@@ -89,11 +89,10 @@ class Call:
         """A copy of the call without gradients; masks are kept, precomputed features and facts are not."""
         everything = (self.output, list(self.runs.values()))
         stopped = keras.tree.map_structure(ops.stop_gradient, everything)
-        masks = {
-            id(new): mask
-            for new, old in zip(keras.tree.flatten(stopped), keras.tree.flatten(everything), strict=True)
-            if (mask := compat.get_keras_mask(old)) is not None
-        }
+        pairs = zip(keras.tree.flatten(stopped), keras.tree.flatten(everything), strict=True)
+        # without `:=`, which AutoGraph cannot read: inside `tf.data.Dataset.map` it would warn
+        known = {id(new): compat.get_keras_mask(old) for new, old in pairs}
+        masks = {key: mask for key, mask in known.items() if mask is not None}
         output, runs = stopped
         return Call(
             output,

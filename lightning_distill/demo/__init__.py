@@ -2,8 +2,8 @@
 
 Every student of a seed starts from the same weights and gets the same batches for the same number of steps; they
 differ only in the terms of their :class:`DistillCallback`. If labels are scarce, the other images have the label -100,
-which the cross entropy ignores; distillation adds the teacher's outputs on them. Settings were chosen on
-the validation images. The test images are used once, after the last epoch.
+which the cross entropy ignores; distillation adds the teacher's outputs on them. Learning rates, temperature and
+weights were chosen on the validation images. The test images are used once, after the last epoch.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from lightning_distill.terms import DistillationTerm, FeatureDistillation, Logit
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of the demonstration, chosen on the validation images.
+    """Numbers of the demonstration.
 
     Args:
         seeds: Number of students for each method and setting.
@@ -40,9 +40,9 @@ class Settings:
     """
 
     seeds: int = 3
-    epochs: int = 20
-    teacher_epochs: int = 20
-    batch_size: int = 50
+    epochs: int = 15
+    teacher_epochs: int = 12
+    batch_size: int = 100
     student_lr: float = 1e-2
     teacher_lr: float = 3e-3
     temperature: float = 4.0
