@@ -50,7 +50,7 @@ def block(x: Any, width: int, stride: int, name: str) -> Any:
 class KerasWorkload:
     """A teacher, students like it, and batches for them.
 
-    Student and teacher have equally many channels in ``stage2``, since keras.distillation has no adapters; in
+    Student and teacher have the same number of channels in ``stage2``, since keras.distillation has no adapters; in
     ``stage1`` the student has fewer.
     """
 

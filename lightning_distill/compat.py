@@ -110,12 +110,12 @@ def overflow_flags(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[t
 
     The scaler has no public way to make two optimizers skip a step together; ``step`` asks each for its own flags.
     """
-    found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return dict(found)
+    flags: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return dict(flags)
 
 
 def plain_step(optimizer: Optimizer) -> Callable[..., Any]:
-    """The step of an optimizer that nobody can have hooked, without the profiler's record; it shows in short steps."""
+    """The step of an optimizer without hooks, past the profiler's record, whose cost is visible in short steps."""
     step = type(optimizer).step
     return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
 

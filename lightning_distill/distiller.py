@@ -1,4 +1,4 @@
-"""The distiller: distillation in a training loop of one's own."""
+"""The distiller: distillation in your own training loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_distill.losses import DistillationLoss
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
-from lightning_distill.step import DistillStep, Given, Labels
+from lightning_distill.step import DistillStep, Labels, StepCalls
 from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.source import as_source, shared_parameter
 from lightning_distill.terms import DistillationTerm, LogitsDistillation, as_terms
@@ -27,7 +27,7 @@ Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | Distil
 
 
 class Distiller:
-    r"""Distillation in a training loop of one's own: it turns the student's calls in a step into the total loss.
+    r"""Distillation in your own training loop: it turns the student's calls in a step into the total loss.
 
     .. math:: \text{total} = w_{task} \, L_{task} + \sum_i w_i \, D_i(A_i(F^{student}_i), F^{teacher}_i)
 
@@ -93,8 +93,8 @@ class Distiller:
         shared = shared_parameter(student, self._step.source)
         if shared is not None:
             raise ValueError(
-                f"Expected `teacher` to share no parameter with the student, but got {shared!r} in both, and trained."
-                " Pass a copy, copy.deepcopy(teacher), or freeze what both have."
+                f"Expected `teacher` to share no parameter with the student, but both train {shared!r}. Pass"
+                " copy.deepcopy(teacher), or freeze the shared parameters."
             )
 
     def _new_step(self) -> DistillStep:
@@ -117,7 +117,7 @@ class Distiller:
 
         Args:
             call: The student's call; ``call.args`` and ``call.kwargs`` are in the teacher's precision, ``call.batch``
-                is the batch that :meth:`total` was given.
+                is the batch that was passed to :meth:`total`.
 
         Returns:
             The output, or with several teachers the list of their outputs.
@@ -177,13 +177,13 @@ class Distiller:
             self._step.parts = {"task_loss": task_loss.detach()}
             return torch.mul(task_loss, self.task_weight)
         batch, stored = self._step.source.unpack(batch)
-        return self._total(task_loss, batch, Given(stored=stored))
+        return self._total(task_loss, batch, StepCalls(stored=stored))
 
-    def _total(self, task_loss: Tensor, batch: Any, given: Given) -> Tensor:
+    def _total(self, task_loss: Tensor, batch: Any, step_calls: StepCalls) -> Tensor:
         if self._counts and self._step.scheduler:
             self._step.scheduler.advance(Progress(self._count))
             self._count += 1
-        return self._step.total(task_loss, batch, given)
+        return self._step.total(task_loss, batch, step_calls)
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set what schedules determine, before a step; not needed for schedules over the calls of :meth:`total`.
@@ -218,7 +218,7 @@ class Distiller:
             ValueError: As :meth:`total`.
         """
         batch, stored = self._step.source.unpack(batch)
-        return self._step.loss(batch, Given(calls, stored=stored))
+        return self._step.loss(batch, StepCalls(calls, stored=stored))
 
     def agree(self, batch: Any = None) -> list[tuple[Tensor, Tensor]]:
         """The logits of both sides for each call recorded since the last loss.
@@ -237,7 +237,7 @@ class Distiller:
         """The adapters' parameters, for an optimizer of the user's own; they exist after the first total.
 
         Raises:
-            ValueError: If a term reads layers and no batch has shown their shapes yet.
+            ValueError: If a term reads layers whose shapes are unknown before the first batch.
         """
         return self._learned.hand_over()
 
@@ -249,12 +249,12 @@ class Distiller:
             scaler: The gradient scaler of a hand-written loop.
 
         Raises:
-            ValueError: If the optimizer cannot be cloned; then give :meth:`parameters` to one of your own.
+            ValueError: If the optimizer cannot be cloned. Pass :meth:`parameters` to an optimizer of your own instead.
         """
         self._learned.follow(optimizer, scaler)
 
     def state_dict(self) -> dict[str, Any]:
-        """The adapters, their optimizer's state and the steps counted; empty where there are none of them.
+        """The adapters, their optimizer's state and the number of steps; empty without adapters and schedules.
 
         It never holds the teacher.
         """
@@ -262,7 +262,7 @@ class Distiller:
         return {**self._learned.state_dict(), **count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; the adapters are made when the next batch has shown their shapes.
+        """Load a saved state. The adapters are made with the next batch, which has their shapes.
 
         Args:
             state: A state that :meth:`state_dict` has returned; an empty one starts with fresh adapters.

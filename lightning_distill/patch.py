@@ -51,7 +51,7 @@ class MethodPatch:
 
 
 def put_attribute(owner: Any, name: str, value: Any) -> None:
-    """Set an instance attribute past ``__setattr__``, or remove it where the value says that there was none."""
+    """Set an instance attribute past ``__setattr__``, or remove it if the value is ``MISSING``."""
     if value is MISSING:
         owner.__dict__.pop(name, None)
     else:

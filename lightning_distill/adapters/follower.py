@@ -36,7 +36,7 @@ class Follower:
 
     Attributes:
         leader: The student's optimizer, without its wrapper.
-        optimizer: The adapters' optimizer; ``None`` while there are no adapters.
+        optimizer: The adapters' optimizer; ``None`` until the first adapter is built.
     """
 
     def __init__(

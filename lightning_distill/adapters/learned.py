@@ -24,7 +24,7 @@ class LearnedParts:
     the student's next optimizer step, where those that lack a part make it from the shapes alone.
 
     Args:
-        terms: The terms, owned by whoever trains these parts.
+        terms: The terms, owned by the callback, module or distiller that trains these parts.
         factory: Makes their optimizer; ``None`` clones the student's.
 
     Attributes:
@@ -81,8 +81,8 @@ class LearnedParts:
         self._unmade.discard(term.name)
         if not self.allowed and (trained := trained_by(term)):
             raise ValueError(
-                "Expected the terms to need no adapters under DeepSpeed, whose engine steps only the parameters it was"
-                f" given, but got {len(trained)} adapter parameters. Distil logits only, or use DDP or FSDP2."
+                "Expected terms without adapters under DeepSpeed, whose engine only trains the module's own parameters,"
+                f" but got {len(trained)} adapter parameters. Distil logits only, or use DDP or FSDP2."
             )
         saved = self._saved.get("adapters", {})
         known = (self._saved.get("optimizer") or {}).get("terms", saved)
@@ -166,21 +166,21 @@ class LearnedParts:
             return
         if self._trained():
             raise ValueError(
-                "Expected an optimizer for the adapters, but none has been given. In a loop of your own call"
-                " distiller.follow(optimizer), or give distiller.parameters() to the student's optimizer; under a"
-                " Trainer let an optimizer hold the student's parameters."
+                "Expected an optimizer for the adapters, but got none. In a loop of your own call"
+                " distiller.follow(optimizer), or pass distiller.parameters() to the student's optimizer. Under a"
+                " Trainer one of its optimizers must hold the student's parameters."
             )
 
     def hand_over(self) -> list[nn.Parameter]:
         """The parameters, for an optimizer of the user's own.
 
         Raises:
-            ValueError: If a term reads layers and no batch has shown their shapes yet.
+            ValueError: If a term reads layers whose shapes are unknown before the first batch.
         """
         if any(term.student_taps for term in self.terms if term.name in self._unmade):
             raise ValueError(
-                "Expected a first call of `total` before `parameters`, since adapters take their shapes from the first"
-                " batch, but got none. Call it first, or use distiller.follow(optimizer), which needs no batch."
+                "Expected `total` to be called before `parameters`, since adapters take their shapes from the first"
+                " batch, but it was not. Call it first, or use distiller.follow(optimizer), which needs no batch."
             )
         self._handed_over = True
         return self._trained()

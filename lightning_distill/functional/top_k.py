@@ -54,7 +54,7 @@ def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> 
     if student_logits.shape != (*rows, teacher.classes):
         raise ValueError(
             f"Expected `student_logits` to have the teacher's shape {(*rows, teacher.classes)}, but got"
-            f" {tuple(student_logits.shape)}. The cache is of another teacher, or of other data."
+            f" {tuple(student_logits.shape)}. The cache comes from another teacher or other data."
         )
     logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
     # over the others themselves: 1 minus the sum of the k would lose all digits where the student is sure

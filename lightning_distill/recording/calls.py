@@ -26,7 +26,7 @@ class Tap:
             dataclass, a tuple of these for nested outputs, or a callable that picks a tensor. ``None`` takes the
             obvious tensor and refuses to guess.
         call: Which call of the layer, from 0, where one forward pass runs it several times.
-        where: ``"output"`` reads what the layer returns, ``"input"`` what it is called with.
+        where: ``"output"`` reads the layer's output, ``"input"`` its input.
 
     Raises:
         TypeError: If ``layer`` is not a string.
@@ -100,7 +100,7 @@ class Call:
         who: ``"student"`` or ``"teacher"``, for messages.
         teacher: Which of several teachers answered, from 0.
         trains: Whether gradients must flow back into the call, so that reading a tensor without them is an error.
-        read_logits: From the output to the logits.
+        read_logits: Picks the logits from the output.
         batch: The batch of the step, as the training or validation step received it; ``None`` where it is not known.
         top_k: The likeliest classes, where a cached teacher holds only those.
     """
@@ -119,7 +119,7 @@ class Call:
     runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def given(
+    def from_outputs(
         cls,
         output: Any = None,
         features: Mapping[tuple[str, str], Any] | None = None,
@@ -127,7 +127,7 @@ class Call:
         who: str = "teacher",
         **attributes: Any,
     ) -> Call:
-        """A call that was not recorded, made from outputs that are known.
+        """Make a call from known outputs, without recording it.
 
         Args:
             output: The network's output.
@@ -136,7 +136,7 @@ class Call:
             **attributes: Further attributes of the call.
 
         Example:
-            >>> Call.given(features={("body", "output"): torch.ones(2, 3)}).feature(Tap("body")).shape
+            >>> Call.from_outputs(features={("body", "output"): torch.ones(2, 3)}).feature(Tap("body")).shape
             torch.Size([2, 3])
         """
         runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = {
@@ -223,16 +223,16 @@ class Call:
         return self._with_gradient(picked, tap.layer)
 
     def check_input(self) -> None:
-        """Raise if the network's input was changed in place since, so that the teacher would see another one.
+        """Raise if the network's input was changed in place after the call, so that the teacher would get other values.
 
         Raises:
-            ValueError: If it was.
+            ValueError: If the input was changed.
         """
         if changed(self.input_versions):
             raise ValueError(
                 f"Expected the {self.who}'s input to stay as it was, but it was changed in place, so the teacher would"
-                " not see what the student saw. Build the first layer with inplace=False, and make a new tensor where"
-                " the training step changes it."
+                " get another input than the student. Build the first layer with inplace=False, and make a new tensor"
+                " where the training step changes it."
             )
 
 

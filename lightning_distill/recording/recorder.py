@@ -180,7 +180,7 @@ class Recorder:
             features: Whether to keep the features at the tapped layers, beside the input and the output.
 
         Returns:
-            The hooks, for whoever takes them out again.
+            The hooks; the caller removes them.
         """
         if self._hooks is None:
             self._hooks = self._feature_hooks()

@@ -83,7 +83,7 @@ class Hold:
             state = self._held.get(module)
             if state is not None and state.dtype != dtype:
                 raise ValueError(
-                    f"Expected `teacher_dtype` to be the same for all that use one teacher, but got {dtype} and"
+                    f"Expected `teacher_dtype` to be the same for all users of one teacher, but got {dtype} and"
                     f" {state.dtype}. Pass one value, or a copy of the teacher: copy.deepcopy(teacher)."
                 )
         for module in modules:
@@ -110,8 +110,8 @@ class Hold:
         if _is_dispatched(self.module):  # its parts stand on devices of their own, and its hooks move the inputs
             if dtype is not None:
                 raise ValueError(
-                    "Expected a teacher that stands on one device where `teacher_dtype` or a true precision is given,"
-                    " but got one that was dispatched or offloaded. Load it in that precision."
+                    "Expected the teacher to be on one device with `teacher_dtype` or a true precision, but it was"
+                    " dispatched to several devices or offloaded. Load it in that precision."
                 )
             return
         # `to` puts new data into the parameters; the data noted before is what `release` gives back, unrounded

@@ -123,7 +123,7 @@ def _state_dict(content: Any, checkpoint: Any) -> dict[str, Any]:
     """The state_dict in the content of a file.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the file holds no state_dict.
     """
     expected = f"Expected `checkpoint` to hold a state_dict, but {checkpoint} holds"
     while isinstance(content, Mapping):
@@ -145,7 +145,7 @@ def _prefix(saved: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """The prefix under which the file holds every name.
 
     Returns:
-        If there is none, the prefix with the most names, the shortest of equals.
+        If no prefix has every name, the prefix with the most names, the shortest of equals.
 
     Raises:
         ValueError: If there are several.

@@ -64,7 +64,7 @@ class TeacherSource(Protocol):
 
 
 class TeacherEnsemble(nn.ModuleList):
-    """Several teachers that are shown the same input; their answers come in a list."""
+    """Several teachers that are called with the same input; it returns their outputs in a list."""
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The output of every teacher."""
@@ -202,7 +202,7 @@ class NoTeacher:
         if reader is not None:
             raise ValueError(
                 f"Expected `teacher` to be a module, since term {reader!r} reads it, but got teacher=None. Pass the"
-                " teacher, or terms of SelfDistillation alone."
+                " teacher, or only terms of SelfDistillation."
             )
 
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:

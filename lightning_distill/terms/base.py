@@ -19,7 +19,7 @@ _MISSING = object()
 
 
 class DistillationTerm(nn.Module):
-    """A loss at a place, with a weight: the base class of the terms, and of a user's own.
+    """Base class of the terms, and of your own terms: a loss at a place, with a weight.
 
     A subclass implements :meth:`forward`. It names the layers that it reads in ``student_taps`` and ``teacher_taps``,
     and makes parts that depend on the features' shapes in :meth:`build`. Its parameters are trained along with the
@@ -156,8 +156,8 @@ class DistillationTerm(nn.Module):
             built = [entry for entry in entries if not _is_empty(entry)]
         if len(built) > 1:
             raise ValueError(
-                f"Expected one owner of term {self.name!r} to ask for its {name!r}, but got {len(built)}. Read it from"
-                " the owner's own terms, such as callback.terms[0]."
+                f"Expected term {self.name!r} to have one owner when {name!r} is read from it, but it has {len(built)}."
+                f" Read it from the owner's own terms, such as callback.terms[0].{name}."
             )
         if not built and value is _MISSING:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

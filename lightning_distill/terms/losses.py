@@ -42,7 +42,7 @@ def check_takes_mask(loss: Any) -> None:
         takes_mask = False
     if not takes_mask:
         raise ValueError(
-            f"Expected `loss` to take a mask where the term has one, but got {loss!r}. Pass a loss whose"
+            f"Expected `loss` to take a mask, since the term has one, but got {loss!r}. Pass a loss whose"
             " forward has a parameter `mask`."
         )
 
@@ -66,7 +66,7 @@ def find_mask(call: Call, mask: Mask | None, ignore_index: int | None, labels: T
     if mask is not None:
         if call.batch is None:
             raise ValueError(
-                f"Expected the batch to be known where a term has mask={mask!r}, but got none. Call"
+                f"Expected a batch for the term with mask={mask!r}, but got none. Call"
                 " distiller.total(task_loss, batch)."
             )
         try:

@@ -248,7 +248,7 @@ def test_several_calls_of_the_student_on_several_tensors_of_the_batch_are_refuse
         return x, x + 1, y
 
     data = DataLoader(Images(), batch_size=4, collate_fn=collate)
-    words = "every call of the student in a step to be given the same tensor"
+    words = "every call of the student in a step to get the same tensor"
     with pytest.raises(CacheError, match=words):
         fit(caches[torch.float32], Student(lambda model, batch: model(batch[0]) + model(batch[1])), data)
 

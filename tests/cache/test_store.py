@@ -216,8 +216,8 @@ def test_c12_c13_a_killed_build_is_completed_and_its_lock_is_free(tmp_path: Path
         built(tmp_path / "killed")
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    there = len(list((tmp_path / "killed").glob("shard-*.json")))
-    assert 0 < there < 10
+    num_shards = len(list((tmp_path / "killed").glob("shard-*.json")))
+    assert 0 < num_shards < 10
     built(tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
@@ -257,9 +257,7 @@ def test_c10_the_size_is_said_beforehand(tmp_path: Path, capsys: pytest.CaptureF
     assert "40/40" in printed
 
 
-def test_c15_what_the_likeliest_classes_are_taken_from_is_held_one_batch_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_c15_all_logits_are_held_for_one_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C15: a shard of 64 MiB comes from gigabytes of logits, of which only a few bytes a row are kept."""
     seen: list[int] = []
     encode = TopKCodec.encode

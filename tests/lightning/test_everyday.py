@@ -1,4 +1,4 @@
-"""What users write first: a loss in the place of terms, students in parts, batches of every form, their own modules."""
+"""First attempts of users: a loss in the place of terms, students in parts, batches of every form, own modules."""
 
 from __future__ import annotations
 
