@@ -89,7 +89,7 @@ def test_the_student_learns_from_a_learned_loss() -> None:
 def test_k22_a_loaded_model_continues_exactly(tmp_path: Path) -> None:
     """K22: two epochs equal one epoch, save, load, another epoch; the masks go on where they were, too."""
     straight, first = distilled(), distilled()
-    expected = fitted(straight, 2)
+    straight_logs = fitted(straight, 2)
     fitted(first)
     first.save(tmp_path / "model.keras")
     second = keras.models.load_model(tmp_path / "model.keras")
@@ -102,7 +102,7 @@ def test_k22_a_loaded_model_continues_exactly(tmp_path: Path) -> None:
     logs = fitted(second, 2, initial_epoch=1)
 
     assert_same_weights(second, straight, 1e-6)
-    assert_same_logs(logs, {key: values[1:] for key, values in expected.items()}, 1e-5)
+    assert_same_logs(logs, {key: values[1:] for key, values in straight_logs.items()}, 1e-5)
 
 
 def test_k22_the_weights_of_a_file_fit_a_new_model(tmp_path: Path) -> None:

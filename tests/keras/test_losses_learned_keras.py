@@ -264,5 +264,5 @@ def test_variances_that_do_not_fit_the_channels_raise() -> None:
 def test_a_learned_loss_on_logits_is_refused_with_a_remedy() -> None:
     with pytest.raises(TypeError, match=r"`loss` to have no parameters of its own\. Use it in a FeatureDistillation"):
         LogitsDistillation(VariationalInformationLoss())
-    with pytest.raises(ValueError, match=r"Expected `loss` not to be built yet\. Pass a new one"):
+    with pytest.raises(ValueError, match=r"Expected `loss` not to be built yet\. Pass a new loss: the term"):
         FeatureDistillation("a", "b", built(VariationalInformationLoss(), (None, 3)))

@@ -71,7 +71,7 @@ def loaded(path: Path | str) -> Any:
 def test_k22_a_loaded_model_continues_exactly(tmp_path: Path, adapter: bool) -> None:
     """K22: two epochs equal one epoch, save, load, another epoch; weights, optimizer and logs."""
     straight, first = distilled(adapter), distilled(adapter)
-    expected = fitted(straight, 2)
+    straight_logs = fitted(straight, 2)
     fitted(first)
     first.save(tmp_path / "model.keras")
     second = loaded(tmp_path / "model.keras")
@@ -84,7 +84,7 @@ def test_k22_a_loaded_model_continues_exactly(tmp_path: Path, adapter: bool) -> 
     second.teacher = teacher_of(12 if adapter else 8)
     logs = fitted(second, 2, initial_epoch=1)
     assert_same_weights(second, straight, 1e-6)
-    assert_same_logs(logs, {key: values[1:] for key, values in expected.items()}, 1e-5)
+    assert_same_logs(logs, {key: values[1:] for key, values in straight_logs.items()}, 1e-5)
 
 
 def test_k22_adapters_come_back_without_a_teacher(tmp_path: Path) -> None:
@@ -167,14 +167,14 @@ def test_k22_a_student_that_was_built_by_its_data_continues_too(tmp_path: Path, 
         return made
 
     straight = model()
-    expected = fitted(straight, 2)
+    straight_logs = fitted(straight, 2)
     first = model()
     fitted(first)
     first.save(tmp_path / "model.keras")
     second = loaded(tmp_path / "model.keras")
     second.teacher = teacher_of()
     logs = fitted(second, 2, initial_epoch=1)
-    assert_same_logs(logs, {key: values[1:] for key, values in expected.items()}, 1e-5)
+    assert_same_logs(logs, {key: values[1:] for key, values in straight_logs.items()}, 1e-5)
     assert_same_weights(second, straight, 1e-6)
 
 
@@ -275,7 +275,7 @@ def test_k23_save_teacher_keeps_the_teacher(tmp_path: Path, start: str) -> None:
     if start == "set later":
         first = distilled()
         first.save_teacher = True
-    expected = fitted(straight, 2)
+    straight_logs = fitted(straight, 2)
     fitted(first)
     first.save(tmp_path / "model.keras")
     second = loaded(tmp_path / "model.keras")
@@ -283,7 +283,7 @@ def test_k23_save_teacher_keeps_the_teacher(tmp_path: Path, start: str) -> None:
     assert second.save_teacher
     assert len(second.trainable_variables) == len(first.trainable_variables)
     logs = fitted(second, 2, initial_epoch=1)
-    assert_same_logs(logs, {key: values[1:] for key, values in expected.items()}, 1e-5)
+    assert_same_logs(logs, {key: values[1:] for key, values in straight_logs.items()}, 1e-5)
     assert_same_weights(second, straight, 1e-6)
     second.save(tmp_path / "again.keras")
     assert_same_weights(loaded(tmp_path / "again.keras").teacher, first.teacher, 0.0)
