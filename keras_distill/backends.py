@@ -38,7 +38,7 @@ def check_batch(student: Any, teacher: Any) -> None:
 
     Args:
         student: The student's tensor.
-        teacher: The teacher's tensor, of which a single row would be broadcast over the batch.
+        teacher: The teacher's tensor; a single row of it would be broadcast over the batch.
     """
     if keras.backend.backend() == "tensorflow" and None in (student.shape[0], teacher.shape[0]):
         import tensorflow as tf

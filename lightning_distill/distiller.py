@@ -37,11 +37,12 @@ class Distiller:
         student: The network that is called in the step.
         teacher: The network to match, or several, held in eval mode without gradients until :meth:`close`; ``None``
             where no term needs one.
-        terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits stands for a term with it.
+        terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a LogitsDistillation.
         task_weight: Factor of the task loss, 0 or greater, or a schedule.
         labels: Where a batch keeps its labels: a key, an index, or a function of the batch; ``None`` looks in the usual
             places. Read only for losses that need labels.
-        teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever surrounds it.
+        teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; ``None`` takes that of the
+            surrounding code.
 
     Attributes:
         parts: After a step the detached parts of the total: ``task_loss``, ``distillation_loss`` (the weighted sum) and
@@ -186,7 +187,7 @@ class Distiller:
         return self._step.total(task_loss, batch, step_calls)
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
-        """Set what schedules determine, before a step; not needed for schedules over the calls of :meth:`total`.
+        """Set the scheduled values before a step. Schedules over steps count the calls of :meth:`total` instead.
 
         Args:
             step: Optimizer steps made so far.
@@ -234,7 +235,7 @@ class Distiller:
     # Adapters --------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """The adapters' parameters, for an optimizer of the user's own; they exist after the first total.
+        """The adapters' parameters, for an optimizer of your own; they exist after the first total.
 
         Raises:
             ValueError: If a term reads layers whose shapes are unknown before the first batch.
@@ -271,18 +272,18 @@ class Distiller:
         self._count = state.get("step", 0)
 
     def release(self) -> None:
-        """Let go of everything captured from the last step."""
+        """Release everything captured in the last step."""
         self._step.release()
 
     def close(self) -> None:
-        """Give the teacher back as it was. The adapters stay; recording again starts over."""
+        """Restore the teacher. The adapters stay, and a later recording holds the teacher again."""
         self._learned.unfollow()
         self._step.source.release()
         if self._guards is not None:
             self._guards.undo()
         self._guards, self._looked = None, False
         parts = self._step.parts
-        self._step = self._new_step()  # a student that has changed meanwhile is looked at afresh
+        self._step = self._new_step()  # the student may have changed meanwhile
         self._step.parts = parts
 
     def __enter__(self) -> Distiller:

@@ -16,9 +16,9 @@ _NAMES = ("student_logits", "teacher_logits")
 
 
 class _OverRows(Metric):
-    """A mean over all rows of logits seen, whatever the sizes of the batches and however many processes.
+    """A mean over all rows of logits, for any sizes of batches and any number of processes.
 
-    The states are of types that every device has: MPS has no float64.
+    The states have types that every device supports: MPS has no float64.
 
     Args:
         class_dim: Dimension of the classes, or None.

@@ -230,7 +230,7 @@ class Run:
         return self.step.loss(self._batch, self._step_calls(calls))
 
     def _advance(self) -> None:
-        """Set what schedules determine at this point of the training."""
+        """Set the scheduled values at this point of the training."""
         if not self.step.scheduler:
             return
         trainer = self.trainer
@@ -284,7 +284,7 @@ class Run:
     # Validation ------------------------------------------------------------------------------------------------------
 
     def validation_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's validation step; the terms' losses and the agreement with the teacher are measured beside it."""
+        """The module's validation step, followed by measurements of the terms' losses and the agreement."""
         if not self._measures or self.trainer.sanity_checking:
             return step(*args, **kwargs)
         batch = _kept(args[0] if args else kwargs.get("batch"))
@@ -376,5 +376,5 @@ class Run:
 
 
 def _kept(batch: Any) -> Any:
-    """The batch; of a dict a shallow copy, since steps take the labels out of it: ``batch.pop("labels")``."""
+    """The batch, or a shallow copy of a dict, since a step may remove its labels: ``batch.pop("labels")``."""
     return dict(batch) if type(batch) is dict else batch

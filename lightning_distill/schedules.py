@@ -76,7 +76,7 @@ class Scheduler:
 
 
 class _Known:
-    """The modules of a term that can have schedules, while its parts stay the same: walking them shows in a step."""
+    """The modules of a term that can have schedules, kept until its parts change, because a search takes time."""
 
     def __init__(self) -> None:
         self.children: list[nn.Module | None] | None = None

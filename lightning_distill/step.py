@@ -28,8 +28,8 @@ class StepCalls:
     """The calls of a step to distill, and the teachers' answers if they exist already.
 
     Args:
-        calls: Which of the recorded calls count, or calls in place of them; ``None`` is all of the recorded ones, of
-            which the mean is taken.
+        calls: The recorded calls that count, by index or slice, or a list of other calls; ``None`` is the mean over all
+            recorded calls.
         answers: The teachers' answers to every call; ``None`` asks the teacher.
         stored: The answers of a cache, which came with the batch.
     """
@@ -93,7 +93,7 @@ class DistillStep:
         return all(term.weight == 0 for term in self.terms)
 
     def check(self) -> None:
-        """Raise if a tapped layer does not exist, or the teacher lacks what the terms read.
+        """Raise if a tapped layer does not exist, or the teacher lacks an output or a layer that the terms read.
 
         Raises:
             ValueError: With the closest layer names.
@@ -131,13 +131,13 @@ class DistillStep:
         distillation = self.loss(batch, step_calls)
         self.parts["task_loss"] = task_loss.detach()
         weight = self.settings.task_weight
-        # where all weights are 0 the task loss stays even so: a total without any graph could not be differentiated
+        # if all weights are 0 the task loss stays, because a total without a graph could not be differentiated
         if weight == 0 and distillation.requires_grad:
             return distillation
         return _weighted(weight, task_loss) + distillation
 
     def rest(self, task_loss: Any) -> None:
-        """Note the parts of a step in which every term rests and the task loss is the total.
+        """Store the parts of a step in which every term has weight 0 and the task loss is the total.
 
         Args:
             task_loss: The student's own loss; anything else is left to the Trainer.
@@ -207,7 +207,7 @@ class DistillStep:
         return values
 
     def _check_scores(self, active: Sequence[DistillationTerm], call: Call, answers: Sequence[Call]) -> None:
-        """Look once at the outputs that each term on logits compares."""
+        """Check the outputs that each term on logits compares, once."""
         for term in active:
             if isinstance(term, LogitsDistillation) and term.name in self._unchecked:
                 self._unchecked.discard(term.name)
@@ -259,8 +259,8 @@ class DistillStep:
             losses: Whether the terms' losses are measured, beside the logits.
 
         Returns:
-            The loss of each term whose parts exist, and for each call the logits of both sides with the mask of the
-            positions that count, where a term compares class scores; of several teachers the log of their mean
+            The loss of each term whose parts exist. If a term compares class scores, also for each call the logits of
+            both sides and the mask of the positions that count; for several teachers the log of their mean
             probabilities.
 
         Raises:

@@ -127,7 +127,7 @@ def skew_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from
         Ko et al. 2024 (DistiLLM), equation 4, arXiv:2402.03898; deviation: the whole divergence, where the authors'
         code leaves out the teacher's entropy, which has no gradient.
     """
-    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, from_logits)
     return kl_from_logs(log_teacher, _log_mixture(log_teacher, log_student, skew))
@@ -161,7 +161,7 @@ def skew_reverse_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0
     References:
         Ko et al. 2024 (DistiLLM), section 3.1, arXiv:2402.03898.
     """
-    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, from_logits)
     return kl_from_logs(log_student, _log_mixture(log_student, log_teacher, skew))

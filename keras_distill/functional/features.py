@@ -176,7 +176,7 @@ def feature_kl(student: Any, teacher: Any, *, per_position: bool = False) -> Any
     """
     student, teacher = prepare_equal(student, teacher)
     if student.shape[-1] == 1:
-        # The softmax over one channel is always 1: the loss would be zero whatever the student does.
+        # The softmax over one channel is always 1: the loss would be zero for any student.
         raise ValueError(checks.message("`student` to have at least 2 channels", f"shape {tuple(student.shape)}"))
     values = softmax_divergence(student, teacher)
     return values if per_position else per_example(values)

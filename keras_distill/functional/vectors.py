@@ -12,7 +12,7 @@ from keras import ops
 from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare
 
-# Numbers of a chunk's largest tensor: fewer gain no memory worth speaking of.
+# Numbers in a chunk's largest tensor; smaller chunks would hardly save memory.
 _CHUNK = 2**20
 
 
@@ -157,7 +157,7 @@ def centred(values: Any, axis: int | tuple[int, ...]) -> Any:
         Same shape.
     """
     mean, fixed = ops.mean(values, axis=axis, keepdims=True), ops.stop_gradient(values)
-    # Told from the extremes, without copies of all values.
+    # Determined from the extremes, without copies of all values.
     low, high = ops.min(fixed, axis=axis, keepdims=True), ops.max(fixed, axis=axis, keepdims=True)
     middle = ops.stop_gradient(mean)
     rounding = 4 * epsilon_of(values) * ops.maximum(ops.abs(low), ops.abs(high))

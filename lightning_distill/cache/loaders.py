@@ -277,7 +277,7 @@ def with_answers(
         if manifest.views > 1:
             name = "sampler" if values["batch_sampler"] is None else "batch_sampler"
             values[name] = ViewSampler(values[name], len(dataset), manifest.views, epoch)
-        view.__dict__.update(values)  # past __setattr__, which refuses `dataset`
+        view.__dict__.update(values)  # without __setattr__, which refuses `dataset`
         return compat.make_iterator(view)
 
     twin.__dict__.update({compat.KEPT_ITERATOR: None, compat.ITERATOR_METHOD: get_iterator, _TWIN: loader})

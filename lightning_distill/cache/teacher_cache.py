@@ -156,9 +156,9 @@ class TeacherCache:
             teacher: The teacher that it must come from; None does not check.
             dataset: The data that it must come from, or a part of them; None does not check.
             allow_changed_inputs: Accept that the training step, a batch-transfer hook or the collate function changes
-                the items before the student gets them (mixup, augmentation on the GPU, ``images / 255``). The teacher's
-                outputs stay those for the items of the data set, so this is right only if the change should not alter
-                the teacher's outputs, or if the teacher got the changed items in :meth:`build`.
+                the items before the student gets them (mixup, augmentation on the GPU, ``images / 255``). The cached
+                outputs belong to the unchanged items. Accept changes only if they should not alter the teacher's
+                outputs, or if the teacher got the changed items in :meth:`build`.
 
         Returns:
             The cache.

@@ -205,7 +205,7 @@ def _scores(
     if mask is None:
         return student, teacher, None, None
     queries = rows_mask(mask, (student.shape[0], student.shape[-2]))[:, None, :, None]
-    # Self-attention: what does not count as a query is padding as a key too.
+    # Self-attention: a position that does not count as a query is padding as a key too.
     keys = queries.mT if mask.ndim == 2 and student.shape[-2] == student.shape[-1] else None
     pairs = queries if keys is None else queries & keys
     student, teacher = (torch.where(pairs, scores, 0.0) for scores in (student, teacher))

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Numbers in a chunk's largest tensor; smaller chunks would hardly save memory.
 _SMALLEST_CHUNK = 2**20
-_MOST_CHUNKS = 8  # where each is kept for the backward pass, more of them would save little
+_MOST_CHUNKS = 8  # each is kept for the backward pass, so more chunks would save little
 
 
 def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size: int, inputs: int) -> Tensor:

@@ -159,7 +159,7 @@ def skew_kl(
         Ko et al. 2024 (DistiLLM), equation 4, arXiv:2402.03898; deviation: the whole divergence, where the authors'
         code leaves out the teacher's entropy, which has no gradient.
     """
-    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
     log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, 1.0, class_dim, mask)
     mixture = _log_mixture(log_teacher, log_student, skew)
@@ -206,7 +206,7 @@ def skew_reverse_kl(
     References:
         Ko et al. 2024 (DistiLLM), section 3.1, arXiv:2402.03898.
     """
-    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
     log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, 1.0, class_dim, mask)
     mixture = _log_mixture(log_student, log_teacher, skew)

@@ -215,7 +215,7 @@ def feature_kl(
     student, teacher, positions = prepare_equal(student, teacher, mask, channel_dim)
     dim = channels_at(student, channel_dim)
     if student.shape[dim] < 2:
-        # The softmax over one channel is always 1: the loss would be zero whatever the student does.
+        # The softmax over one channel is always 1: the loss would be zero for any student.
         expected = f"`student` to have at least 2 channels at dimension {dim}"
         raise ValueError(checks.message(expected, f"shape {tuple(student.shape)}", "Pass another channel_dim."))
     return over_positions(softmax_divergence(student, teacher, dim), positions, reduction)
@@ -329,7 +329,7 @@ def _distance(
 
 
 def _attention_map(feature: Tensor, p: float) -> Tensor:
-    # The normalised map does not change with the size of what it is made of: dividing by the largest number keeps the
+    # The normalised map does not change with the size of the feature: dividing by the largest number keeps the
     # power of the feature, and the square of the map, within float32.
     dim = channels_at(feature)
     if p == 2:

@@ -181,5 +181,5 @@ def _standardized(logits: Tensor, dim: int, counts: Tensor | None) -> Tensor:
     standardized = centred / (deviation + _STANDARDIZE_EPS)
     if torch.compiler.is_compiling():
         return standardized.masked_fill(impossible, LEAST_SCORE)
-    with torch.no_grad():  # as in softened: neither a copy nor a backward pass
+    with torch.no_grad():  # as in softened, to save a copy and a backward pass
         return standardized.masked_fill_(impossible, LEAST_SCORE)

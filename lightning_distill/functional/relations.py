@@ -291,7 +291,7 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor, *, mask: Tensor 
         expected = "`student` and `teacher` to have the same numbers of examples and channels, and to have positions"
         got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(checks.message(expected, got, "Map the student's channels with an adapter."))
-    if mask is not None:  # zeros add nothing to the products, and an example of zeros has no difference
+    if mask is not None:  # zeros change no product, and examples of zeros do not differ
         student, teacher = (without(feature, positions_mask(mask, feature)) for feature in (student, teacher))
     maps = [channel_maps(feature) for feature in (student, teacher)]
     count, channels = maps[0].shape[:2]

@@ -225,7 +225,7 @@ def weighted_soft_labels(
     student, teacher, target, counts, factor = prepare_labelled(
         student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
     )
-    # An impossible label costs much, and nothing where no class is possible; logits that are NaN stay so below.
+    # An impossible label gets a large loss, or 0 if no class is possible; NaN in the logits stays NaN below.
     own_student, own_teacher = (
         torch.nan_to_num(-F.log_softmax(logits, dim=-1).gather(-1, target).squeeze(-1), nan=0.0, posinf=-LEAST_SCORE)
         for logits in (student.detach(), teacher)

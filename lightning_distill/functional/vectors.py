@@ -123,7 +123,7 @@ def positions_mask(mask: Tensor | None, feature: Tensor, channel_dim: int | None
 
 
 def without(feature: Tensor, positions: Tensor | None, channel_dim: int | None = None) -> Tensor:
-    """A feature with zeros at the positions that do not count, whatever was there.
+    """A feature with zeros at the positions that do not count.
 
     Args:
         feature: Shape ``(N,)``, ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
@@ -230,7 +230,7 @@ def channels_at(feature: Tensor, channel_dim: int | None = None) -> int:
 
     Args:
         feature: Shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
-        channel_dim: The user's own choice, which wins.
+        channel_dim: The user's own choice, which takes precedence.
 
     Returns:
         The dimension.

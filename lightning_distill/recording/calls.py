@@ -61,13 +61,13 @@ def snapshot(value: Any, copy: bool) -> tuple[Any, Versions]:
 
     Args:
         value: The arguments or the output of a network.
-        copy: Whether to copy the tensors, because their versions say nothing.
+        copy: Whether to copy the tensors, because their versions do not show changes.
     """
-    # A compiled graph turns in-place changes into new tensors, so versions say nothing there: take a copy, which the
-    # compiler fuses. Inference tensors keep no versions either.
+    # A compiled graph turns in-place changes into new tensors, so versions do not show them: take a copy, which the
+    # compiler fuses. Inference tensors have no versions either.
     if copy or torch.compiler.is_compiling():
         return map_tensors(value, torch.clone), []
-    if isinstance(value, Tensor) and not value.is_inference():  # by far the commonest
+    if isinstance(value, Tensor) and not value.is_inference():  # the most common case
         return value, [(value, version_of(value))]
     return value, [(tensor, version_of(tensor)) for tensor in tensors_in(value) if not tensor.is_inference()]
 
@@ -200,7 +200,7 @@ class Call:
             whole = self.output if tap.where == "output" else inputs_of(self.args, self.kwargs)
             runs = [(whole, self.input_versions if tap.where == "input" else self.output_versions)]
         if len(runs) == 1 and not tap.call and tap.output is None and isinstance(runs[0][0], Tensor):
-            value, versions = runs[0]  # by far the commonest
+            value, versions = runs[0]  # the most common case
             if not changed(versions):
                 return self._with_gradient(value, tap.layer)
         place = f"{self.who} layer {tap.layer!r}"

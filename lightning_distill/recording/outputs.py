@@ -136,7 +136,7 @@ def first_tensor(*values: Any) -> Tensor:
     """
     for value in values:
         if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-            return value[0]  # by far the commonest
+            return value[0]  # the most common case
         for tensor in tensors_in(value):
             return tensor
     raise ValueError("Expected the student to be called with a tensor or to return one, but got none.")

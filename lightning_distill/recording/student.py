@@ -69,7 +69,7 @@ class StudentFinder:
 
     @property
     def root(self) -> nn.Module:
-        """The student, where it is named or found; before that the whole module."""
+        """The student if it is named or found already, else the whole module."""
         if self._student_recorder is None and self._student is not None:
             return self._named().root
         return self._module if self._student_recorder is None else self._student_recorder.root
@@ -105,12 +105,12 @@ class StudentFinder:
             for recorder in called.values():
                 for other in (self._recorders or {}).values():
                     if other is not recorder:
-                        other.clear()  # it has recorded calls inside the student's, or of it
+                        other.clear()  # it has recorded the student's calls, or calls inside them
                 self._student_recorder, self._recorders = recorder, None
         return [] if self._student_recorder is None else self._student_recorder.calls
 
     def keep(self, calls: list[Call]) -> None:
-        """Let the calls of a named student be kept in this list, which may drop some; to be called after recording."""
+        """Keep the calls of a named student in this list, which may drop some. Call it after recording."""
         if self._student_recorder is not None:
             self._student_recorder.calls = calls
 

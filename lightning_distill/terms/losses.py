@@ -90,7 +90,7 @@ def value_of(
     labels: Tensor | None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A loss in float32 or better, whatever precision surrounds it, averaged if it is not a scalar.
+    """A loss computed in float32 or better, averaged if it is not a scalar.
 
     Raises:
         TypeError: If the loss does not return a tensor.
@@ -111,7 +111,7 @@ def value_of(
 
 
 def widened(value: Tensor) -> Tensor:
-    """A tensor in float32 where it is in half precision."""
+    """The tensor, in float32 if it is in half precision."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
