@@ -77,7 +77,7 @@ def test_c5_another_teacher_or_other_data_are_refused(tmp_path: Path) -> None:
         TeacherCache.open(tmp_path, dataset=table(seed=2))
 
 
-def test_c1_the_teacher_is_given_back_as_it_was(tmp_path: Path) -> None:
+def test_c1_the_teacher_is_restored(tmp_path: Path) -> None:
     """C1: trained with batch statistics, it still answers in eval mode; buffers, flags and hooks stay."""
     teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 10)).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -157,7 +157,7 @@ def test_c11_a_folder_without_a_cache_says_so(tmp_path: Path) -> None:
         TeacherCache.open(tmp_path)
 
 
-def test_c12_a_full_disk_leaves_what_resuming_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c12_a_build_that_filled_the_disk_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C12: the same bytes as of a build in one go."""
     built(tmp_path / "whole")
     write, written = cache_files.write, []
@@ -249,7 +249,7 @@ def test_c1_two_processes_share_the_work(tmp_path: Path) -> None:
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-def test_c10_the_size_is_said_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_c10_the_size_is_printed_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """C1, C10: and one progress bar."""
     built(tmp_path, progress=True)
     printed = capsys.readouterr().out

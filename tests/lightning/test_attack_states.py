@@ -97,7 +97,7 @@ def test_a_module_list_is_several_teachers():
     assert totals[0] == totals[1]
 
 
-def test_a_refused_hold_notes_nothing(trainer):
+def test_a_refused_hold_changes_nothing(trainer):
     network = teacher()
     first = Hold(network.head, torch.bfloat16)
     first.take()

@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_file_that_is_not_the_teachers_is_refused_in_words(tmp_path: Path, case: str) -> None:
+def test_a_file_that_is_not_the_teachers_is_refused_with_a_clear_error(tmp_path: Path, case: str) -> None:
     content, words = REFUSED[case]
     (tmp_path / "teacher.pt").write_bytes(content())
     model = teacher(6)

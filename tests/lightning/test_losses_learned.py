@@ -80,7 +80,7 @@ def test_masked_generation_equals_the_published_implementation(entry: dict[str, 
 
 
 @pytest.mark.parametrize("variance", [1e-4, 0.5, 5.0, 1e4])
-def test_variance_is_at_first_what_was_asked_for(variance: float) -> None:
+def test_variance_starts_at_the_requested_value(variance: float) -> None:
     loss = built(VariationalInformationLoss(initial_variance=variance), (2, 3), (2, 4))
 
     torch.testing.assert_close(loss.variance, torch.full((4,), variance, dtype=torch.float64), rtol=1e-6, atol=0)

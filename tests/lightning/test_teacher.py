@@ -129,7 +129,7 @@ def test_a_second_callback_of_the_trainers_works_beside_the_modules_own(trainer:
         trainer(callbacks=[DistillCallback(teacher(4), student="student")]).fit(module, loader())
 
 
-def test_the_teacher_sees_another_input_where_teacher_forward_is_overridden(trainer: MakeTrainer) -> None:
+def test_the_teacher_gets_another_input_if_teacher_forward_is_overridden(trainer: MakeTrainer) -> None:
     class Upscaled(DistillCallback):
         def teacher_forward(self, call: Any) -> Any:
             return self.teacher(nn.functional.interpolate(call.args[0], scale_factor=2))

@@ -149,7 +149,7 @@ def test_several_layers_are_averaged_pair_by_pair_each_with_its_adapter() -> Non
     assert got > 0
 
 
-def test_a_loss_over_several_layers_is_given_lists() -> None:
+def test_a_loss_over_several_layers_gets_lists() -> None:
     class Flow(DistillationLoss):
         several_layers = True
 
@@ -163,7 +163,7 @@ def test_a_loss_over_several_layers_is_given_lists() -> None:
     torch.testing.assert_close(got, (flow[0] - flow[1]).detach() ** 2)
 
 
-def test_a_loss_that_needs_labels_is_given_them() -> None:
+def test_a_loss_that_needs_labels_gets_them() -> None:
     """L27: through the term, for logits and for features."""
 
     class TargetGap(DistillationLoss):

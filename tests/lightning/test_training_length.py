@@ -250,7 +250,7 @@ def test_a_finder_leaves_no_trace_on_the_adapters(trainer) -> None:
     assert all(torch.equal(value, ended[1][key]) for key, value in ended[0].items())
 
 
-def test_without_a_schedule_no_limit_is_asked_for(trainer) -> None:
+def test_without_a_schedule_the_training_needs_no_limit(trainer) -> None:
     class Ends(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.should_stop = True
