@@ -15,15 +15,17 @@ SUFFIXES = {".py", ".md", ".ipynb", ".cfg", ".toml"}
 
 # Each phrase and better wording. A space stands for any white space; an underscore of a name counts as a space.
 PHRASES = {
-    r"\b(?:is|are|was|were|be) no\b(?! (?:longer|more|less)\b)": "write 'is not a ...' or '... has no ...'",
+    r"\b(?:is|are|was|were|be) no\b(?! (?:longer|more|less|clear)\b)": "write 'is not a ...' or '... has no ...'",
     r"\bthere (?:is|are|was|were) none\b": "say what happens: 'empty if ...', 'None before ...'",
     r"\bwhere there (?:is|are|was|were)\b": "say when: 'if the module has a validation_step'",
     r"(?<!##\s)\b(?-i:What) (?=\w)(?![^.?!\n]*\?)": "begin with a noun phrase: 'The teacher's outputs ...'",
     r"\btest (?:[ckln]\d+ )?what\b": "begin the name with a noun: 'test_values_outside_the_mask_...'",
-    r"\bwhat (?:an?|the|its|their|each|every|it|they)(?: [\w']+){0,2} (?:gives?|gave|says?|said|tells?|told)\b": (
+    r"\bwhat (?:an?|the|its|each|every|it|they)(?: [\w']+){0,2} (?:gives?|gave|says?|said|tells?|told|was shown)\b": (
         "name the thing: 'the output of the layer', 'the teacher's prediction'"
     ),
-    r"\b(?:is|are|was|were|be|been) (?:shown|told)\b(?! apart)": "write 'receives', 'is called with', 'is displayed'",
+    r"\b(?:is|are|was|were|be|been) (?:told\b(?! apart)|shown (?:an?|the|what|each|another|its|to)\b)": (
+        "write 'receives', 'is called with', 'is recognized'"
+    ),
     r"\banew\b": "write 'again'",
     r"\baffair\b": "say what happens: '`task_weight` is then ignored'",
     r"\bthe very\b": "write 'the same ...' or 'exactly the ...'",
@@ -118,7 +120,9 @@ def test_file_is_written_in_plain_english(path: Path) -> None:
         ("# What a teacher gave for each sample.", "# The teacher's outputs. What does it cost?\n## What is in it"),
         ("def test_l3_what_is_masked_is_ignored(): ...", "def test_l3_masked_values_are_ignored(): ..."),
         ("It keeps what the layer gives.", "It keeps the output of the layer, and says what a file holds."),
-        ("The module is shown each view.", "The module gets each view. Maps and tokens are told apart by the layers."),
+        ("The module is shown each view.", "The module gets each view, which is shown in the figure."),
+        ("It stores what the teacher was shown.", "It stores the teacher's inputs."),
+        ("Layers are told by their names.", "Layers are recognized by their names. Maps and tokens are told apart."),
         ("It is made anew.", "It is made again."),
         ("This is the user's affair.", "This is left to the user."),
         ("It reads the very tensor.", "It reads the same tensor, the first of every batch."),
