@@ -230,7 +230,7 @@ def collate_with_draws(samples: Any) -> Any:
 def test_a_collate_function_that_mixes_at_random_is_refused(caches: Any, tmp_path: Any, workers: int) -> None:
     module = Student(lambda model, batch: model(batch[0]))
     data = DataLoader(Images(), batch_size=4, collate_fn=collate_mixed, num_workers=workers)
-    with pytest.raises(CacheError, match=r"collate function to keep the items as they are"):
+    with pytest.raises(CacheError, match=r"collate function to keep the items unchanged"):
         fit(caches[torch.float32], module, data)
     assert module.steps == 0
     fit(built(Images(), tmp_path, allow=True), module, data)

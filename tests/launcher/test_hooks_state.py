@@ -228,7 +228,7 @@ def test_n6_an_optimizer_of_another_model_is_not_followed(distiller):
 def test_n6_parameters_before_the_first_loss_raise(distiller):
     ready = distiller(Mlp(5), Mlp(7, seed=1), Intermediate(["body"]))
     ready.on_train_begin()
-    with pytest.raises(ValueError, match="a first call of `total` before `parameters`"):
+    with pytest.raises(ValueError, match="Expected `total` to be called before `parameters`"):
         ready.parameters()
 
 

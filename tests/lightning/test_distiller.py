@@ -114,7 +114,7 @@ def test_adapters_that_no_optimizer_trains_raise_on_the_second_step() -> None:
 def test_parameters_can_go_into_the_users_own_optimizer() -> None:
     net, data = student(), batches()
     distiller = Distiller(net, teacher(), FeatureDistillation("layer1", "layer1"))
-    with pytest.raises(ValueError, match="first call of `total` before `parameters`"):
+    with pytest.raises(ValueError, match="Expected `total` to be called before `parameters`"):
         distiller.parameters()
     with distiller.record():
         loss = F.cross_entropy(net(data[0][0]), data[0][1])
@@ -310,7 +310,7 @@ def test_a_student_that_was_not_called_as_a_module_raises() -> None:
 def test_a_call_can_be_read_by_hand() -> None:
     call = Call((torch.ones(2, 3),), {}, output=(torch.zeros(2), torch.ones(2, 4)))
     with pytest.raises(
-        ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*there is 0: tensor of shape \(2,\), 1:"
+        ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*tensors are: 0: tensor of shape \(2,\), 1:"
     ):
         _ = call.logits
     assert torch.equal(call.output_at(0), torch.zeros(2))

@@ -141,7 +141,7 @@ def test_of_several_outputs_one_is_named(trainer: MakeTrainer, form: str, output
     """L23: the same for both networks, or a pair where they differ; without a name nothing is guessed."""
     make, read = FIRST[form]
     nets.close(run(trainer, make, read, lambda spy: LogitsDistillation(spy, output=output)), expected(1), 1e-6)
-    with pytest.raises(ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*there is 0: tensor .*, 1: tensor"):
+    with pytest.raises(ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*tensors are: 0: tensor .*, 1: tensor"):
         run(trainer, make, read, LogitsDistillation)
 
 

@@ -159,7 +159,7 @@ class ChangesInput(nets.MLP):
 
 
 def test_an_input_changed_in_place_by_the_student_raises(trainer: MakeTrainer) -> None:
-    """L10: the teacher would not see what the student saw."""
+    """L10: the teacher would get another input than the student."""
     match = r"Expected the student's input to stay as it was, but it was changed in place.*inplace=False"
     rejects(trainer, nets.InnerModule(nets.make(ChangesInput, 1)), DistillCallback(nets.teacher()), match)
 
