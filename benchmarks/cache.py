@@ -1,4 +1,4 @@
-"""What a step costs when the teacher's answers come from disk: ``python -m benchmarks.cache``.
+"""The cost of a step with the teacher's outputs read from disk: ``python -m benchmarks.cache``.
 
 Every arm is a real ``Trainer.fit`` with a shuffled DataLoader. The same student is trained alone, with the teacher
 live, and from a cache of that teacher. Then the top-k codec by itself: bytes, fidelity, and time to decode.
@@ -33,7 +33,7 @@ from lightning_distill import DistillCallback, TeacherCache
 
 QUICK, FULL = Plan(2, 5, 1, 2), Plan(2, 10, 2, 2)
 TIMES = (4, 10)  # how many times the student's arithmetic the teacher's is
-# What DistillKit's documentation says of its own codec: classes kept, bytes a token
+# From DistillKit's documentation of its codec: classes kept, bytes a token
 DISTILLKIT = {"budget": (50, 114), "recommended": (128, 300)}
 
 
@@ -46,7 +46,7 @@ class Case:
         batch_size: Items in a batch.
         top_k: How the cache keeps outputs.
         dtype: The same.
-        gate: What the cached step over the student's own has to stay under.
+        gate: Upper limit of the cached step's time over that of the student alone.
     """
 
     network: Callable[[int], nn.Module]
@@ -126,18 +126,18 @@ def step_questions(name: str, case: Case, times: tuple[int, ...], plan: Plan) ->
     student = case.network(1)
     arms = {"plain": fit(case, student, None)}
     with tempfile.TemporaryDirectory() as folder:
-        for one in times:
-            teacher = case.network(one).eval()
+        for factor in times:
+            teacher = case.network(factor).eval()
             cache = TeacherCache.build(
-                teacher, case.data, Path(folder, str(one)), top_k=case.top_k, dtype=case.dtype, progress=False
+                teacher, case.data, Path(folder, str(factor)), top_k=case.top_k, dtype=case.dtype, progress=False
             )
-            arms[f"live {one}"], arms[f"cached {one}"] = fit(case, student, teacher), fit(case, student, cache)
+            arms[f"live {factor}"], arms[f"cached {factor}"] = fit(case, student, teacher), fit(case, student, cache)
         runs = interleave(arms, plan, name)
     rows = [absolute(f"{name}: plain step", runs, "plain", "student alone, for scale")]
-    for one in times:
-        what = f"{name}, teacher {one}x"
-        rows.append(compare(f"{what}: live / plain", runs, f"live {one}", "plain"))
-        rows.append(compare(f"{what}: cached / plain", runs, f"cached {one}", "plain", gate=case.gate))
+    for factor in times:
+        label = f"{name}, teacher {factor}x"
+        rows.append(compare(f"{label}: live / plain", runs, f"live {factor}", "plain"))
+        rows.append(compare(f"{label}: cached / plain", runs, f"cached {factor}", "plain", gate=case.gate))
     return rows
 
 
@@ -155,33 +155,35 @@ def codec_questions(plan: Plan) -> list[Row]:
     for classes, dtype, gate in ((128_000, "uint8", 165), (128_000, "float16", 210), (1000, "uint8", 120)):
         codec, logits = TopKCodec((classes,), 50, dtype), language_like(256, classes)
         stored = codec.encode(logits)
-        what = f"{classes} classes, k=50, {dtype}"
-        rows.append(Row(f"{what}: bytes a token", codec.bytes_per_row, "bytes", gate=gate))
+        label = f"{classes} classes, k=50, {dtype}"
+        rows.append(Row(f"{label}: bytes a token", codec.bytes_per_row, "bytes", gate=gate))
         divergence, apart = fidelity(codec, logits, stored)
-        rows.append(Row(f"{what}: mean KL over k + 1 outcomes", divergence, "nats", gate=1e-3))
-        rows.append(Row(f"{what}: mean |delta log p|", apart, "nats", gate=0.03))
-        many = {name: np.concatenate([one] * 16) for name, one in stored.items()}
+        rows.append(Row(f"{label}: mean KL over k + 1 outcomes", divergence, "nats", gate=1e-3))
+        rows.append(Row(f"{label}: mean |delta log p|", apart, "nats", gate=0.03))
+        many = {name: np.concatenate([part] * 16) for name, part in stored.items()}
         number = len(many["tail"])
-        timings = interleave({"decode": repeat(lambda index, c=codec, m=many: c.decode(m))}, plan, what)["decode"]
+        timings = interleave({"decode": repeat(lambda index, c=codec, m=many: c.decode(m))}, plan, label)["decode"]
         micro = sorted(1e6 * timing.cpu / number for timing in timings)[len(timings) // 2]
-        rows.append(Row(f"{what}: decoding a token", micro, "us", gate=1.0, note=f"{1 / micro:.1f} million a second"))
+        rows.append(Row(f"{label}: decoding a token", micro, "us", gate=1.0, note=f"{1 / micro:.1f} million a second"))
     for pick, (k, size) in DISTILLKIT.items():
-        ours = TopKCodec((128_000,), k, "uint8").bytes_per_row
-        note = f"{pick} setting, k={k}: about {size} bytes by its documentation; ours {ours}. Not installed here."
-        rows.append(Row("peer DistillKit: ours / its bytes a token", ours / size, "x", note=note))
+        codec_bytes = TopKCodec((128_000,), k, "uint8").bytes_per_row
+        note = f"{pick} setting, k={k}: about {size} bytes by its documentation, {codec_bytes} here. Not installed."
+        rows.append(Row("peer DistillKit: bytes a token here / there", codec_bytes / size, "x", note=note))
     return rows
 
 
 def fidelity(codec: TopKCodec, logits: np.ndarray, stored: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Mean divergence of what is decoded from the teacher, both over k + 1 outcomes, and mean error of log p."""
+    """Mean divergence of the decoded outputs from the teacher's, over k + 1 outcomes, and mean error of log p."""
     indices, logs, tail = codec.decode(stored)
     exact = logits.astype("float64")
     exact -= np.log(np.exp(exact - exact.max(-1, keepdims=True)).sum(-1, keepdims=True)) + exact.max(-1, keepdims=True)
     kept = np.take_along_axis(exact, indices, -1)
     others = np.log(-np.expm1(np.log(np.exp(kept).sum(-1, keepdims=True))))
-    theirs, mine = np.concatenate([kept, others], -1), np.concatenate([logs, tail], -1).astype("float64")
-    mine -= np.log(np.exp(mine).sum(-1, keepdims=True))
-    return float((np.exp(theirs) * (theirs - mine)).sum(-1).mean()), float(np.abs(kept - logs).mean())
+    teacher_logs, decoded_logs = np.concatenate([kept, others], -1), np.concatenate([logs, tail], -1).astype("float64")
+    decoded_logs -= np.log(np.exp(decoded_logs).sum(-1, keepdims=True))
+    return float((np.exp(teacher_logs) * (teacher_logs - decoded_logs)).sum(-1).mean()), float(
+        np.abs(kept - logs).mean()
+    )
 
 
 def main() -> None:
@@ -196,7 +198,7 @@ def main() -> None:
         *step_questions("language model", tokens(), TIMES[:1], plan),
         *codec_questions(plan),
     ]
-    report("What a cached teacher costs", rows, arguments.json, asdict(plan))
+    report("The cost of a cached teacher", rows, arguments.json, asdict(plan))
 
 
 if __name__ == "__main__":

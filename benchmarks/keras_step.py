@@ -1,4 +1,4 @@
-"""What distillation costs in Keras on TensorFlow: ``python -m benchmarks.keras_step``.
+"""The cost of distillation in Keras on TensorFlow: ``python -m benchmarks.keras_step``.
 
 Every arm is a real ``fit`` (or ``evaluate``) over the same batches, which lie in memory, against ``keras.distillation``
 with the same losses and against what has to be computed. Ratios are of processor time, one thread, the arms in turn.
@@ -139,7 +139,7 @@ def evaluation_questions(effort: Effort) -> list[Row]:
 
 
 def xla_questions(effort: Effort) -> list[Row]:
-    """What ``jit_compile=True`` changes, for ours and for keras.distillation."""
+    """The effect of ``jit_compile=True``, here and in keras.distillation."""
     work, steps = keras_workload(), effort.xla.block
 
     def arms() -> dict[str, KerasArm]:
@@ -156,11 +156,11 @@ def xla_questions(effort: Effort) -> list[Row]:
 
     runs = interleave_blocks(arms, effort.xla, "XLA")
     rows = []
-    for what, arm in (("logits", "logits"), ("logits + feature", "features")):
-        peer = against_peer(f"{NAME}, {what}: XLA / without", runs, f"peer {arm}, XLA", f"peer {arm}")
-        # no slower than without by more than keras.distillation is: where it gains, ours need not gain as much
+    for label, arm in (("logits", "logits"), ("logits + feature", "features")):
+        peer = against_peer(f"{NAME}, {label}: XLA / without", runs, f"peer {arm}, XLA", f"peer {arm}")
+        # XLA may slow the step no more than it slows keras.distillation; where that gains, this need not gain as much
         gate = max(1.0, peer[0].value or 1.0)
-        rows += [compare(f"{what}: XLA / without", runs, f"{arm}, XLA", arm, gate=gate), *peer]
+        rows += [compare(f"{label}: XLA / without", runs, f"{arm}, XLA", arm, gate=gate), *peer]
     return [
         *rows,
         compare("student alone: XLA / without", runs, "plain, XLA", "plain", note="for scale"),
@@ -181,7 +181,7 @@ def counting_questions() -> list[Row]:
     models: dict[str, Any] = {"logits + feature": distil_model(work, [FEATURE])}
     if PEER:
         models[f"{NAME}, logits + feature"] = keras_distiller(work, [FEATURE])
-    rows = [row for what, model in models.items() for row in counted(what, model, work.data(2), 1)]
+    rows = [row for label, model in models.items() for row in counted(label, model, work.data(2), 1)]
     model = distil_model(work, [FEATURE])
     data = work.data(2).map(lambda x, y: (x, model.teacher_targets(x, y)))
     rows += counted("cached targets", model, in_memory(data), 0)
@@ -195,20 +195,20 @@ def file_rows(work: KerasWorkload) -> list[Row]:
         return network(64, 64, 2, "student")
 
     plain = file_size(compiled(student()), work)
-    ours = file_size(compiled(distil_model(work, [FEATURE], student())), work)
-    note = f"{ours - plain} bytes beyond the plain student's {plain}"
-    rows = [Row("logits + feature: model file / student's", ours / plain, "x", gate=1.01, note=note)]
+    model_bytes = file_size(compiled(distil_model(work, [FEATURE], student())), work)
+    note = f"{model_bytes - plain} bytes beyond the plain student's {plain}"
+    rows = [Row("logits + feature: model file / student's", model_bytes / plain, "x", gate=1.01, note=note)]
     if PEER:
         peer = file_size(compiled(keras_distiller(work, [FEATURE], student())), work)
         rows.append(Row(f"{NAME}, logits + feature: model file / student's", peer / plain, "x"))
     return rows
 
 
-def counted(what: str, model: Any, data: tf.data.Dataset, teacher_gate: int) -> list[Row]:
+def counted(label: str, model: Any, data: tf.data.Dataset, teacher_gate: int) -> list[Row]:
     """How often a layer of each model runs in a step of eager training."""
     teacher, calls, undo = model.teacher, {"student": 0, "teacher": 0}, []
-    for who, one in (("student", model.student), ("teacher", teacher)):
-        layer = one.get_layer(FEATURE)
+    for who, counted_model in (("student", model.student), ("teacher", teacher)):
+        layer = counted_model.get_layer(FEATURE)
 
         def counting(*args: Any, who: str = who, call: Any = layer.call, **kwargs: Any) -> Any:
             calls[who] += not isinstance(args[0], keras.KerasTensor)
@@ -220,9 +220,9 @@ def counted(what: str, model: Any, data: tf.data.Dataset, teacher_gate: int) -> 
     model.fit(data, verbose=0, shuffle=False)
     for layer, call in undo:
         layer.call = call
-    gates = {"student": 1, "teacher": teacher_gate} if not what.startswith(NAME) else {}
+    gates = {"student": 1, "teacher": teacher_gate} if not label.startswith(NAME) else {}
     return [
-        Row(f"{what}: {who} forwards a step", number / len(data), "calls", gate=gates.get(who))
+        Row(f"{label}: {who} forwards a step", number / len(data), "calls", gate=gates.get(who))
         for who, number in calls.items()
     ]
 
@@ -251,7 +251,7 @@ def main() -> None:
         *counting_questions(),
     ]
     versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
-    report("What distillation costs in a step of Keras", rows, arguments.json, {**asdict(effort), **versions})
+    report("The cost of distillation in a step of Keras", rows, arguments.json, {**asdict(effort), **versions})
 
 
 if __name__ == "__main__":

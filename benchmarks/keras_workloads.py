@@ -38,7 +38,7 @@ def network(first: int, second: int, blocks: int, name: str) -> keras.Model:
 
 
 def block(x: Any, width: int, stride: int, name: str) -> Any:
-    """Two convolutions and what passes them by; the block's output bears the name."""
+    """Two convolutions with a skip connection; the block's output has the name."""
     past = layers.Conv2D(width, 1, stride, use_bias=False)(x)
     x = layers.Conv2D(width, 3, stride, padding="same", use_bias=False)(x)
     x = layers.ReLU()(layers.BatchNormalization()(x))
@@ -50,7 +50,7 @@ def block(x: Any, width: int, stride: int, name: str) -> Any:
 class KerasWorkload:
     """A teacher, students like it, and batches for them.
 
-    Student and teacher have equally many channels in ``stage2``, since keras.distillation has no adapters; in
+    Student and teacher have the same number of channels in ``stage2``, since keras.distillation has no adapters; in
     ``stage1`` the student has fewer.
     """
 
@@ -95,7 +95,7 @@ def compiled(model: keras.Model, **settings: Any) -> keras.Model:
 def distil_model(
     work: KerasWorkload, features: Iterable[str] = (), student: keras.Model | None = None, **settings: Any
 ) -> DistillModel:
-    """Ours, with the weights that keras.distillation gives its losses."""
+    """A DistillModel with the weights that keras.distillation gives its losses."""
     terms = [
         LogitsDistillation(SoftTargetLoss(TEMPERATURE), weight=1 - TASK),
         *(FeatureDistillation(layer, layer, "mse", weight=1 - TASK) for layer in features),
@@ -141,12 +141,14 @@ def inference(work: KerasWorkload, data: tf.data.Dataset) -> KerasArm:
 
 def adapter_arithmetic(work: KerasWorkload, feature: str, steps: int) -> KerasArm:
     """An arm: an adapter's forward pass, backward pass and optimizer step, its loss left out."""
-    mine, theirs = (model.get_layer(feature).output.shape[1:] for model in (work.student(), work.teacher))
-    adapter = layers.Conv2D(theirs[-1], 1)
-    adapter.build((32, *mine))
+    student_shape, teacher_shape = (
+        model.get_layer(feature).output.shape[1:] for model in (work.student(), work.teacher)
+    )
+    adapter = layers.Conv2D(teacher_shape[-1], 1)
+    adapter.build((32, *student_shape))
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
     optimizer.build(adapter.trainable_variables)
-    x, upstream = tf.random.normal((32, *mine)), tf.random.normal((32, *theirs))
+    x, upstream = tf.random.normal((32, *student_shape)), tf.random.normal((32, *teacher_shape))
 
     @tf.function
     def step() -> Any:
@@ -155,7 +157,7 @@ def adapter_arithmetic(work: KerasWorkload, feature: str, steps: int) -> KerasAr
             y = adapter(x)
         down, *gradients = tape.gradient(y, [x, *adapter.trainable_variables], output_gradients=upstream)
         optimizer.apply_gradients(zip(gradients, adapter.trainable_variables, strict=True))
-        return down  # what the student is given: not to be optimized away
+        return down  # the gradient for the student: returned so that it is not optimized away
 
     def arm() -> None:
         for _ in range(steps):
@@ -164,7 +166,7 @@ def adapter_arithmetic(work: KerasWorkload, feature: str, steps: int) -> KerasAr
     return arm
 
 
-def interleave_blocks(make: Callable[[], Mapping[str, KerasArm]], plan: Plan, what: str) -> Runs:
+def interleave_blocks(make: Callable[[], Mapping[str, KerasArm]], plan: Plan, label: str) -> Runs:
     """The timings of every arm, block by block in turn: A B A B ...
 
     Processor time is the whole process's: TensorFlow computes in threads of its own.
@@ -172,11 +174,11 @@ def interleave_blocks(make: Callable[[], Mapping[str, KerasArm]], plan: Plan, wh
     Args:
         make: Makes the arms afresh for each start; each does ``plan.block`` steps.
         plan: How long; ``warmup`` counts blocks.
-        what: Told to the user while it lasts.
+        label: Printed while the measurement runs.
     """
     runs: Runs = {}
     for start in range(plan.starts):
-        print(f"{what}: start {start + 1} of {plan.starts}", file=sys.stderr, flush=True)
+        print(f"{label}: start {start + 1} of {plan.starts}", file=sys.stderr, flush=True)
         arms = make()
         for turn in range(plan.warmup + plan.rounds):
             gc.collect()

@@ -19,8 +19,8 @@ class Case:
         loss: Class in either half's ``losses``.
         formula: Function in ``loss_formulas``.
         settings: Of the loss.
-        shape: What memory is measured with.
-        timed: What time is measured with, where the paper's formula would not fit into memory; None for ``shape``.
+        shape: Shape of the inputs when memory is measured.
+        timed: Shape when time is measured, smaller if the paper's formula does not fit into memory; None for ``shape``.
     """
 
     loss: str
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def gated(self) -> bool:
-        """Whether memory has a gate: it stands for features, of which logits are no more than a part."""
+        """Whether memory has a gate: only losses on features have one, since logits are small."""
         return self.shape != LOGITS
 
 

@@ -1,4 +1,4 @@
-"""The relation and kernel losses as plain formulas for PyTorch: what ours are to be timed against."""
+"""The relation and kernel losses as plain PyTorch formulas, to time the library's losses against."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from benchmarks.loss_cases import CASES, SMALL, Shape
 from benchmarks.timing import Row, report
 
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-Run = Callable[[Shape], Callable[[], object]]  # makes inputs of a shape; what it returns does the work
+Run = Callable[[Shape], Callable[[], object]]  # makes inputs of a shape and returns the function that does the work
 GATE = 3
 
 
@@ -67,17 +67,17 @@ def keras_runs(name: str) -> Run:
 HALVES = {"torch": torch_runs, "tensorflow": keras_runs}
 
 
-def resident(what: str) -> int:
+def resident(key: str) -> int:
     """Bytes of this process that are in memory now (``VmRSS``), or were at its peak (``VmHWM``)."""
-    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    return int(match[1]) * 1024 if match else 0
 
 
 def measure(half: str, name: str) -> int:
     """Bytes beyond the inputs, in a process that does nothing else."""
     case = CASES[name]
     prepared = HALVES[half](name)
-    prepared(SMALL[case.shape])()  # whatever is loaded and compiled once
+    prepared(SMALL[case.shape])()  # loads and compiles everything once
     work = prepared(case.shape)
     before = resident("VmRSS")
     work()

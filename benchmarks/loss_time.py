@@ -31,14 +31,14 @@ def arms(name: str) -> dict[str, Arm]:
     shape = case.timed or case.shape
     student, teacher = torch.randn(shape, requires_grad=True), torch.randn(shape)
     return {
-        "ours": repeat(lambda index: loss(student, teacher).backward()),
+        "library": repeat(lambda index: loss(student, teacher).backward()),
         "formula": repeat(lambda index: formula(student, teacher).backward()),
     }
 
 
 def measured(name: str, plan: Plan) -> Row:
     shape = "x".join(map(str, CASES[name].timed or CASES[name].shape))
-    return compare(name, interleave(arms(name), plan, name), "ours", "formula", gate=GATE, note=shape)
+    return compare(name, interleave(arms(name), plan, name), "library", "formula", gate=GATE, note=shape)
 
 
 def main() -> None:

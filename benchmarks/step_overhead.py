@@ -1,4 +1,4 @@
-"""What distillation costs beside the arithmetic that it needs: ``python -m benchmarks.step_overhead``.
+"""The cost of distillation beyond the arithmetic that it needs: ``python -m benchmarks.step_overhead``.
 
 Every arm is a real ``Trainer.fit`` on the same batches, made beforehand. Ratios are of processor time, one thread, the
 arms in turn. A teacher's inference and the adapters' arithmetic are timed in bare loops.
@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.timing import Plan, Row, Runs, absolute, compare, interleave, prepare, report, spread
 
 if __name__ == "__main__":
-    prepare("benchmarks.step_overhead")  # before torch is imported: it may start the program anew
+    prepare("benchmarks.step_overhead")  # before torch is imported: it may restart the program
 
 import torch
 from torch import nn
@@ -203,9 +203,9 @@ def fast_teacher_questions(effort: Effort) -> list[Row]:
     else:
         rows.append(Row("compiled teacher", None, "x", note="not measured with --quick"))
     runs: Runs = interleave(arms, effort.conv, "fast teachers")
-    for name, (what, how) in names.items():
-        rows.append(compare(f"{what} / float32 eager teacher", runs, f"{name} teacher", "teacher", note=how))
-        rows.append(compare(f"step with {what} / with float32 eager teacher", runs, f"{name} step", "step", note=how))
+    for name, (label, how) in names.items():
+        rows.append(compare(f"{label} / float32 eager teacher", runs, f"{name} teacher", "teacher", note=how))
+        rows.append(compare(f"step with {label} / with float32 eager teacher", runs, f"{name} step", "step", note=how))
     return rows
 
 
@@ -233,7 +233,7 @@ def counting_questions() -> list[Row]:
     """Forward passes a step, and the size of checkpoints."""
     work, steps = conv_workload(), 5
     rows = []
-    for what, with_features in (("logits", False), ("logits + 2 features", True)):
+    for label, with_features in (("logits", False), ("logits + 2 features", True)):
         student, teacher, distil = Calls(), Calls(), callback(work, with_features)
         teacher.of(distil.teacher)
 
@@ -243,8 +243,8 @@ def counting_questions() -> list[Row]:
             return made
 
         trainer_for([distil]).fit(module(), Premade(work.batches, steps))
-        rows.append(Row(f"{what}: student forwards a step", student.number / steps, "calls", gate=1))
-        rows.append(Row(f"{what}: teacher forwards a step", teacher.number / steps, "calls", gate=1))
+        rows.append(Row(f"{label}: student forwards a step", student.number / steps, "calls", gate=1))
+        rows.append(Row(f"{label}: teacher forwards a step", teacher.number / steps, "calls", gate=1))
     plain, _ = checkpoint_size(work, None)
     logits, _ = checkpoint_size(work, callback(work))
     features, learned = checkpoint_size(work, callback(work, True))
@@ -314,7 +314,7 @@ def main() -> None:
         import_question(effort),
         *peer_rows(),
     ]
-    report("What distillation costs in a step", rows, arguments.json, asdict(effort))
+    report("The cost of distillation in a step", rows, arguments.json, asdict(effort))
 
 
 def quiet_lightning() -> None:

@@ -29,7 +29,7 @@ ENVIRONMENT = {
 
 
 def prepare(module: str) -> None:
-    """One thread and a steady allocator; starts the program anew where its environment lacks them.
+    """Use one thread and a steady allocator; restart the program if its environment lacks the settings.
 
     Args:
         module: Name under which the program runs, as in ``python -m <module>``.
@@ -41,7 +41,7 @@ def prepare(module: str) -> None:
 
     torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # what the imports left need not be walked in the middle of a timing
+    gc.freeze()  # keeps the garbage collector from walking the imported modules during a timing
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Lane(threading.Thread):
     """A thread in which an arm works while it is its turn, and waits between two units when it is not."""
 
     def __init__(self, arm: Arm, plan: Plan) -> None:
-        super().__init__(daemon=True)  # after an error the others wait for ever
+        super().__init__(daemon=True)  # after an error the other lanes never finish
         self.arm, self.plan, self.count = arm, plan, 0
         self.timings: list[Timing] = []
         self.error: BaseException | None = None
@@ -123,20 +123,20 @@ class _Lane(threading.Thread):
         self._wall, self._cpu = time.perf_counter(), time.thread_time()
 
 
-def interleave(arms: Mapping[str, Arm], plan: Plan, what: str) -> Runs:
+def interleave(arms: Mapping[str, Arm], plan: Plan, label: str) -> Runs:
     """The timings of every arm, taken in turn: A B A B ...
 
-    Each arm runs in a thread of its own, of which only one is awake at a time, so that turns can be short and whatever
-    else the machine does meets all arms alike.
+    Each arm runs in a thread of its own, of which only one is awake at a time, so that turns can be short and other
+    work of the machine slows all arms alike.
 
     Args:
-        arms: What is compared, by name.
+        arms: The arms to compare, by name.
         plan: How long.
-        what: Told to the user while it lasts.
+        label: Printed while the measurement runs.
     """
     runs: Runs = {name: [] for name in arms}
     for start in range(plan.starts):
-        print(f"{what}: start {start + 1} of {plan.starts}", file=sys.stderr, flush=True)
+        print(f"{label}: start {start + 1} of {plan.starts}", file=sys.stderr, flush=True)
         lanes = {name: _Lane(arm, plan) for name, arm in arms.items()}
         for turn in range(plan.rounds + 2):  # the first turn warms up, the last one clears up
             gc.collect() if turn else None
@@ -179,18 +179,18 @@ def compare(
 
     Args:
         question: First column.
-        runs: What :func:`interleave` gave.
+        runs: The timings from :func:`interleave`.
         arm: The arm in question.
-        against: The arms whose times add up to what it is held against.
+        against: The arms to compare with; their times are added.
         unit: ``"x"`` for the ratio, ``"ms"`` for the difference.
-        gate: What processor time has to stay under.
+        gate: Upper limit of the processor time.
         note: Last column.
     """
 
     def each(clock: str) -> list[float]:
         base = [sum(getattr(timing, clock) for timing in timings) for timings in zip(*map(runs.get, against))]  # noqa: B905
-        mine = [getattr(timing, clock) for timing in runs[arm]]
-        pairs = zip(mine, base, strict=True)
+        seconds = [getattr(timing, clock) for timing in runs[arm]]
+        pairs = zip(seconds, base, strict=True)
         return [a / b if unit == "x" else (a - b) * 1000 for a, b in pairs]
 
     return spread(question, each("cpu"), unit, gate, note, wall=statistics.median(each("wall")))

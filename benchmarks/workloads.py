@@ -24,7 +24,7 @@ FEATURES = {"conv": ["stage1", "stage2"], "mlp": ["layer1", "layer2"]}
 
 
 class Block(nn.Module):
-    """Two convolutions and what passes them by."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -110,18 +110,18 @@ class Plain(LightningModule):
 
 
 class HandWritten(Plain):
-    """Distillation as one writes it by hand, and no more than it takes: no logging, no checks."""
+    """Distillation written by hand, without logging or checks."""
 
     def __init__(self, work: Workload, with_features: bool) -> None:
         super().__init__(work)
         teacher = copy.deepcopy(work.teacher).requires_grad_(False)
         self.outside = [teacher]  # in a list: no part of the checkpoint
         self.adapters = nn.ModuleList(adapters(work) if with_features else [])
-        self.mine: list[Tensor] = []
-        self.theirs: list[Tensor] = []
+        self.student_features: list[Tensor] = []
+        self.teacher_features: list[Tensor] = []
         if with_features:
             for layer in work.features:
-                for network, kept in ((self.network, self.mine), (teacher, self.theirs)):
+                for network, kept in ((self.network, self.student_features), (teacher, self.teacher_features)):
                     network.get_submodule(layer).register_forward_hook(lambda m, i, out, kept=kept: kept.append(out))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -133,34 +133,38 @@ class HandWritten(Plain):
         teacher_log = F.log_softmax(teacher_logits / TEMPERATURE, -1)
         soft = F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) * TEMPERATURE**2
         loss = F.cross_entropy(logits, y) + soft
-        for adapter, mine, theirs in zip(self.adapters, self.mine, self.theirs, strict=False):
-            loss = loss + F.mse_loss(adapter(mine), theirs)
-        self.mine.clear()
-        self.theirs.clear()
+        for adapter, student_feature, teacher_feature in zip(
+            self.adapters, self.student_features, self.teacher_features, strict=False
+        ):
+            loss = loss + F.mse_loss(adapter(student_feature), teacher_feature)
+        self.student_features.clear()
+        self.teacher_features.clear()
         return loss
 
 
 def shapes(work: Workload) -> list[tuple[torch.Size, torch.Size]]:
     """Shapes of the student's and the teacher's features."""
-    found: list[torch.Size] = []
+    collected: list[torch.Size] = []
     for network in (work.student, work.teacher):
         handles = [
-            network.get_submodule(layer).register_forward_hook(lambda m, i, out: found.append(out.shape))
+            network.get_submodule(layer).register_forward_hook(lambda m, i, out: collected.append(out.shape))
             for layer in work.features
         ]
         with torch.no_grad():
             network(work.batches[0][0])
         for handle in handles:
             handle.remove()
-    return list(zip(found[: len(work.features)], found[len(work.features) :], strict=True))
+    return list(zip(collected[: len(work.features)], collected[len(work.features) :], strict=True))
 
 
 def adapters(work: Workload) -> list[nn.Module]:
     """A 1x1 convolution or a linear map for every feature."""
     torch.manual_seed(1)
     return [
-        nn.Conv2d(mine[1], theirs[1], 1) if len(mine) == 4 else nn.Linear(mine[1], theirs[1])
-        for mine, theirs in shapes(work)
+        nn.Conv2d(student_shape[1], teacher_shape[1], 1)
+        if len(student_shape) == 4
+        else nn.Linear(student_shape[1], teacher_shape[1])
+        for student_shape, teacher_shape in shapes(work)
     ]
 
 
@@ -200,7 +204,7 @@ class Clock(Callback):
 
 def trainer_for(callbacks: Sequence[Callback], **settings: Any) -> Trainer:
     """A Trainer that does nothing but train."""
-    quiet = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    quiet = {f"enable_{feature}": False for feature in ("checkpointing", "progress_bar", "model_summary")}
     settings = {"log_every_n_steps": 10**9, **settings}
     return Trainer(accelerator="cpu", logger=False, callbacks=[*callbacks], max_epochs=1, **quiet, **settings)
 
@@ -245,12 +249,12 @@ def forward_arm(teacher: nn.Module, inputs: list[Tensor]) -> Arm:
 def adapters_arithmetic(work: Workload) -> Arm:
     """An arm: the adapters' forward pass, backward pass and optimizer step in a bare loop, their loss left out."""
     modules = adapters(work)
-    optimizer = torch.optim.SGD([p for one in modules for p in one.parameters()], lr=0.01, momentum=0.9)
-    features = [torch.randn(mine).requires_grad_() for mine, _ in shapes(work)]
-    gradients = [torch.randn(theirs) for _, theirs in shapes(work)]
+    optimizer = torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.01, momentum=0.9)
+    features = [torch.randn(student_shape).requires_grad_() for student_shape, _ in shapes(work)]
+    gradients = [torch.randn(teacher_shape) for _, teacher_shape in shapes(work)]
 
     def step(index: int) -> None:
-        torch.autograd.backward([one(x) for one, x in zip(modules, features, strict=True)], gradients)
+        torch.autograd.backward([module(x) for module, x in zip(modules, features, strict=True)], gradients)
         optimizer.step()
         optimizer.zero_grad()
         for feature in features:

@@ -301,7 +301,7 @@ def _fields(values: Mapping[str, Any], rules: Rules, prefix: str, file: Path, ot
         if others is None:
             raise CacheError(
                 f"Expected {file} to hold only {', '.join(rules)}, but got {short(prefix + name)}."
-                " It may be of a later version of this package."
+                " It may come from a later version of this package."
             )
         if words := others(values[name]):
             _refuse(f"{prefix}{name}", words, values[name], file)

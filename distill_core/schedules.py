@@ -44,7 +44,7 @@ class Progress:
         """
         position = {"steps": self.step, "epochs": self.epoch, "fraction": self.fraction}[over]
         if position is None:
-            remedy = "Give the training an end, or in a loop of your own call distiller.advance(step, epoch, fraction)."
+            remedy = "Limit the training, or call distiller.advance(step, epoch, fraction) in a loop of your own."
             raise ValueError(message(f"the position over {over!r} to be known", "none", remedy))
         return float(position)
 
@@ -206,7 +206,7 @@ class Step(Schedule):
             for index, entry in enumerate(entries):
                 _CHECKS.number(f"{name}[{index}]", entry)
         if len(values) != len(boundaries) + 1 or any(a >= b for a, b in itertools.pairwise(boundaries)):
-            expected = "`values` to be one more than `boundaries`, which rise"
+            expected = "`values` to have one entry more than the increasing `boundaries`"
             raise ValueError(message(expected, f"values={list(values)} and boundaries={list(boundaries)}"))
         self.values, self.boundaries = [float(value) for value in values], [float(boundary) for boundary in boundaries]
         super().__init__(self._value, over=over)

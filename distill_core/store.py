@@ -275,7 +275,7 @@ class Reader:
             return self._codecs[name].decode(stored)
         except ValueError as error:
             where = f"{name!r} in {self.folder}" if file is None else f"{self.folder / file}"
-            raise CacheError(f"Expected {where} to be as a build wrote it, but: {error}") from None
+            raise CacheError(f"Expected {where} to be unchanged since the build, but: {error}") from None
 
     def _gathered(
         self, name: str, column: str, places: Array, touched: Iterable[Any], shape: tuple[int, ...], dtype: str
@@ -297,7 +297,7 @@ class Reader:
         path = cache_files.inside(self.folder, file)
         if cache_files.checksum(path) != self._files(shard)[file]["blake2b"]:
             raise CacheError(
-                f"Expected {path} to be as it was written, but its checksum differs. Build the cache again."
+                f"Expected {path} to be unchanged since the build, but its checksum differs. Build the cache again."
             )
         name, column = file.split(".")[1:3]
         shape, dtype = self._codecs[name].columns[column]

@@ -42,7 +42,7 @@ def one_line(text: Any) -> str:
 
 
 def write_line(stream: TextIO, text: Any) -> None:
-    """Write text that may come from a file as one line, whatever the stream's encoding.
+    """Write text that may come from a file as one line, in any encoding of the stream.
 
     Args:
         stream: The stream to write to.

@@ -16,12 +16,12 @@ FILE = Path(__file__).with_suffix(".yaml")
 
 
 def training_data() -> Any:
-    """What the file names as its data."""
+    """The data that the file names."""
     return digits()[0]
 
 
 def test_data() -> Any:
-    """What the file names to score with."""
+    """The scores that the file names."""
     return digits()[1]
 
 

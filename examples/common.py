@@ -1,4 +1,4 @@
-"""Small real data that need no download, and what the recipes share."""
+"""Small real data sets that need no download, and functions that the recipes share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def digits(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 def lines(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Lines of Python's standard library: word numbers (N, 16), 0 where there is none; which module a line is from."""
+    """Lines of Python's standard library: word numbers (N, 16), padded with 0, and the module of each line."""
     texts = [(re.findall(r"[A-Za-z]+", line), label) for label, name in enumerate(MODULES) for line in _source(name)]
     texts = [(words, label) for words, label in texts if len(words) >= 3]
     common = Counter(word for words, _ in texts for word in words).most_common(WORDS - 2)
@@ -40,16 +40,16 @@ def lines(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 def questions(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Lines with one call in them, as numbers of tokens (N, 16); the answer is the span of its arguments (N, 2)."""
-    found = []
+    calls = []
     for name in MODULES:
         for line in _source(name):
             tokens = re.findall(r"\w+|[()]", line)[:LENGTH]
             if tokens.count("(") == tokens.count(")") == 1 and tokens.index(")") > tokens.index("(") + 1:
-                found.append((tokens, tokens.index("(") + 1, tokens.index(")") - 1))
-    common = Counter(token for tokens, _, _ in found for token in tokens).most_common(WORDS - 2)
+                calls.append((tokens, tokens.index("(") + 1, tokens.index(")") - 1))
+    common = Counter(token for tokens, _, _ in calls for token in tokens).most_common(WORDS - 2)
     numbers = {token: index + 2 for index, (token, _) in enumerate(common)}
-    rows = [[numbers.get(token, 1) for token in tokens] for tokens, _, _ in found]
-    return _split(_padded(rows), torch.tensor([(start, end) for _, start, end in found]), batch_size)
+    rows = [[numbers.get(token, 1) for token in tokens] for tokens, _, _ in calls]
+    return _split(_padded(rows), torch.tensor([(start, end) for _, start, end in calls]), batch_size)
 
 
 def train(
@@ -77,9 +77,9 @@ def accuracy(model: nn.Module, loader: Iterable[Any]) -> float:
 
 
 def logits(output: Any) -> Tensor:
-    """The logits in what a model of transformers, or any other, returns."""
-    found: Tensor = getattr(output, "logits", output)
-    return found
+    """The logits in the output of a model, with or without an attribute ``logits``."""
+    scores: Tensor = getattr(output, "logits", output)
+    return scores
 
 
 def show(title: str, results: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the recipes with pruning and quantisation share."""
+"""Functions that the recipes with pruning and quantisation share."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def pruning(network: nn.Module, amount: float, epochs: int) -> ModelPruning:
 def sparsity(network: nn.Module) -> float:
     """The share of weights that are 0."""
     weights = [module.weight for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    return float(sum((one == 0).sum() for one in weights) / sum(one.numel() for one in weights))
+    return float(sum((weight == 0).sum() for weight in weights) / sum(weight.numel() for weight in weights))
 
 
 def fake_quantized(network: nn.Module) -> nn.Module:
@@ -84,6 +84,6 @@ def _quantize(network: nn.Module, step: str) -> nn.Module:
 
     base = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchao announces what its next versions will call differently
+        warnings.simplefilter("ignore")  # torchao announces the names that its next versions will change
         quantize_(network, QATConfig(base, step=step))
     return network

@@ -64,7 +64,7 @@ class MultiExit(nn.Module):
         self.stage1 = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         self.stage2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         self.stage3 = nn.Sequential(nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.ReLU())
-        # what a shallow stage has to say is weighed by an attention map of its own
+        # each shallow stage is weighted by an attention map of its own
         self.attention1 = nn.Sequential(nn.Conv2d(width, 1, 3, padding=1), nn.Sigmoid())
         self.exit1 = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 10))
         self.exit2 = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))

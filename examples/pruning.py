@@ -9,7 +9,7 @@ from networks import cnn
 
 
 def main(epochs: int = 6) -> dict[str, float]:
-    """Half of the weights go, and the teacher helps what is left."""
+    """Remove half of the weights; the teacher helps the others."""
     training, test = digits()
     torch.manual_seed(0)
     teacher, network = train(cnn(24), training, epochs), student()

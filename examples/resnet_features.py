@@ -1,4 +1,4 @@
-"""Several pairs of layers of residual networks, hooks in a loop of one's own: `python examples/resnet_features.py`."""
+"""Several pairs of layers of residual networks, hooks in your own loop: `python examples/resnet_features.py`."""
 
 from __future__ import annotations
 

@@ -16,13 +16,13 @@ from lightning_distill import Distillation, SelfKnowledgeDistillationLoss
 def exits(model: nn.Module, loader: Any) -> list[float]:
     """The accuracy of each exit, the shallowest first."""
     model.eval()
-    right = [[(one.argmax(-1) == y).float() for one in model(x)] for x, y in loader]
+    right = [[(logits.argmax(-1) == y).float() for logits in model(x)] for x, y in loader]
     return [float(torch.cat([row[index] for row in right]).mean()) for index in (2, 1, 0)]
 
 
 def every_exit(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """The cross entropy of all exits."""
-    return torch.stack([nn.functional.cross_entropy(one, labels) for one in outputs]).sum()
+    return torch.stack([nn.functional.cross_entropy(logits, labels) for logits in outputs]).sum()
 
 
 def main(epochs: int = 8) -> dict[str, float]:

@@ -50,7 +50,9 @@ def make_adapter(
     maps = len(student) >= 4 if maps is None else maps
     if adapter == "auto":
         if len(student) != len(teacher) or len(student) < 2:
-            expected = f"the features of student layer {layer!r} and its teacher layer to have equally many dimensions"
+            expected = (
+                f"the features of student layer {layer!r} and its teacher layer to have the same number of dimensions"
+            )
             remedy = "Pass adapter=<a layer, or a factory of the two shapes>."
             raise ValueError(checks.message(f"{expected}, 2 or more", f"{student} and {teacher}", remedy))
         if student[-1] == teacher[-1]:
@@ -103,22 +105,22 @@ def resized(teacher: Any, student: Shape) -> Any:
         array([0.5, 2.5], dtype=float32)
     """
     for axis in (1, 2):
-        size, wanted = teacher.shape[axis], student[axis]
-        if size is not None and wanted is not None and size != wanted:
-            matrix = ops.cast(_resizing(size, wanted), teacher.dtype)
+        size, target_size = teacher.shape[axis], student[axis]
+        if size is not None and target_size is not None and size != target_size:
+            matrix = ops.cast(_resizing(size, target_size), teacher.dtype)
             teacher = ops.moveaxis(ops.tensordot(matrix, teacher, axes=[[1], [axis]]), 0, axis)
     return teacher
 
 
-def _resizing(size: int, wanted: int) -> np.ndarray[Any, Any]:
+def _resizing(size: int, target_size: int) -> np.ndarray[Any, Any]:
     """The matrix that resizes one dimension; height and width can be resized one after the other."""
-    matrix = np.zeros((wanted, size), "float32")
-    for row in range(wanted):
-        if wanted < size:  # the mean of all pixels that the new pixel overlaps
-            first, last = row * size // wanted, -(-(row + 1) * size // wanted)
+    matrix = np.zeros((target_size, size), "float32")
+    for row in range(target_size):
+        if target_size < size:  # the mean of all pixels that the new pixel overlaps
+            first, last = row * size // target_size, -(-(row + 1) * size // target_size)
             matrix[row, first:last] = 1 / (last - first)
         else:  # linear interpolation between the centres of the pixels, which lie at one half
-            centre = max((row + 0.5) * size / wanted - 0.5, 0.0)
+            centre = max((row + 0.5) * size / target_size - 0.5, 0.0)
             low = min(int(centre), size - 1)
             matrix[row, low] += 1 - (centre - low)
             matrix[row, min(low + 1, size - 1)] += centre - low

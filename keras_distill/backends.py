@@ -34,16 +34,16 @@ def executes_eagerly() -> bool:
 
 
 def check_batch(student: Any, teacher: Any) -> None:
-    """Check that both tensors have equally many examples, if only the running TensorFlow graph knows the sizes.
+    """Check that both tensors have the same number of examples, if only the running TensorFlow graph knows the sizes.
 
     Args:
         student: The student's tensor.
-        teacher: The teacher's tensor, of which a single row would be broadcast over the batch.
+        teacher: The teacher's tensor; a single row of it would be broadcast over the batch.
     """
     if keras.backend.backend() == "tensorflow" and None in (student.shape[0], teacher.shape[0]):
         import tensorflow as tf
 
-        words = "Expected student and teacher to return equally many examples."
+        words = "Expected student and teacher to return the same number of examples."
         tf.debugging.assert_equal(tf.shape(student)[0], tf.shape(teacher)[0], words)
 
 

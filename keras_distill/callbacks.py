@@ -274,11 +274,11 @@ def fit_callbacks(model: Any, data: Any) -> list[keras.callbacks.Callback]:
 def with_callbacks(
     fit: Callable[..., Any], own: Sequence[keras.callbacks.Callback], arguments: Mapping[str, Any]
 ) -> Any:
-    """Call ``fit`` with our callbacks before the user's, which can then read the values that ours write into the logs.
+    """Call ``fit`` with the model's callbacks first, so that the user's callbacks can read the values they log.
 
     Args:
         fit: The method of Keras.
-        own: Our callbacks.
+        own: The model's callbacks.
         arguments: The arguments of ``fit``, by name.
 
     Returns:

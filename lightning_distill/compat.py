@@ -49,7 +49,7 @@ def always_called_hooks(module: nn.Module) -> dict[int, bool]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile was applied to this very module, as a wrapper or in place."""
+    """Whether torch.compile was applied to this module itself, as a wrapper or in place."""
     in_place = getattr(module, "_compiled_call_impl", None) is not None
     return in_place or hasattr(module, "_orig_mod") or getattr(module, "_compiler_ctx", None) is not None
 
@@ -70,7 +70,7 @@ KEPT_ITERATOR = "_iterator"  # a DataLoader's iterator with persistent workers, 
 
 
 class HookGuards:
-    """Makes torch.compile notice hooks that come and go, while it is held.
+    """While it is held, torch.compile notices hooks that are added or removed.
 
     By default dynamo does not guard on hooks: a graph that was traced without them is used with them, and the feature
     is missing without an error. With the guards there is one graph with hooks and one without, and no recompilation
@@ -110,12 +110,12 @@ def overflow_flags(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> dict[t
 
     The scaler has no public way to make two optimizers skip a step together; ``step`` asks each for its own flags.
     """
-    found: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-    return dict(found)
+    flags: dict[torch.device, Tensor] = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return dict(flags)
 
 
 def plain_step(optimizer: Optimizer) -> Callable[..., Any]:
-    """The step of an optimizer that nobody can have hooked, without the profiler's record; it shows in short steps."""
+    """The step of an optimizer without hooks, past the profiler's record, whose cost is visible in short steps."""
     step = type(optimizer).step
     return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
 
@@ -134,7 +134,7 @@ def spawns(trainer: Trainer) -> bool:
 
 
 def after_closure(trainer: Trainer) -> tuple[Any, str]:
-    """The method that every optimizer step passes once its gradients are there and unscaled: owner and name.
+    """Owner and name of the method that every optimizer step calls after its gradients are unscaled.
 
     The callbacks' own hook would not do: the finders put callbacks aside.
     """

@@ -1,4 +1,4 @@
-"""The distiller: distillation in a training loop of one's own."""
+"""The distiller: distillation in your own training loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_distill.losses import DistillationLoss
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
-from lightning_distill.step import DistillStep, Given, Labels
+from lightning_distill.step import DistillStep, Labels, StepCalls
 from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.source import as_source, shared_parameter
 from lightning_distill.terms import DistillationTerm, LogitsDistillation, as_terms
@@ -27,7 +27,7 @@ Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | Distil
 
 
 class Distiller:
-    r"""Distillation in a training loop of one's own: it turns the student's calls in a step into the total loss.
+    r"""Distillation in your own training loop: it turns the student's calls in a step into the total loss.
 
     .. math:: \text{total} = w_{task} \, L_{task} + \sum_i w_i \, D_i(A_i(F^{student}_i), F^{teacher}_i)
 
@@ -37,11 +37,12 @@ class Distiller:
         student: The network that is called in the step.
         teacher: The network to match, or several, held in eval mode without gradients until :meth:`close`; ``None``
             where no term needs one.
-        terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits stands for a term with it.
+        terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a LogitsDistillation.
         task_weight: Factor of the task loss, 0 or greater, or a schedule.
         labels: Where a batch keeps its labels: a key, an index, or a function of the batch; ``None`` looks in the usual
             places. Read only for losses that need labels.
-        teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever surrounds it.
+        teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; ``None`` takes that of the
+            surrounding code.
 
     Attributes:
         parts: After a step the detached parts of the total: ``task_loss``, ``distillation_loss`` (the weighted sum) and
@@ -93,8 +94,8 @@ class Distiller:
         shared = shared_parameter(student, self._step.source)
         if shared is not None:
             raise ValueError(
-                f"Expected `teacher` to share no parameter with the student, but got {shared!r} in both, and trained."
-                " Pass a copy, copy.deepcopy(teacher), or freeze what both have."
+                f"Expected `teacher` to share no parameter with the student, but both train {shared!r}. Pass"
+                " copy.deepcopy(teacher), or freeze the shared parameters."
             )
 
     def _new_step(self) -> DistillStep:
@@ -117,7 +118,7 @@ class Distiller:
 
         Args:
             call: The student's call; ``call.args`` and ``call.kwargs`` are in the teacher's precision, ``call.batch``
-                is the batch that :meth:`total` was given.
+                is the batch that was passed to :meth:`total`.
 
         Returns:
             The output, or with several teachers the list of their outputs.
@@ -177,16 +178,16 @@ class Distiller:
             self._step.parts = {"task_loss": task_loss.detach()}
             return torch.mul(task_loss, self.task_weight)
         batch, stored = self._step.source.unpack(batch)
-        return self._total(task_loss, batch, Given(stored=stored))
+        return self._total(task_loss, batch, StepCalls(stored=stored))
 
-    def _total(self, task_loss: Tensor, batch: Any, given: Given) -> Tensor:
+    def _total(self, task_loss: Tensor, batch: Any, step_calls: StepCalls) -> Tensor:
         if self._counts and self._step.scheduler:
             self._step.scheduler.advance(Progress(self._count))
             self._count += 1
-        return self._step.total(task_loss, batch, given)
+        return self._step.total(task_loss, batch, step_calls)
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
-        """Set what schedules determine, before a step; not needed for schedules over the calls of :meth:`total`.
+        """Set the scheduled values before a step. Schedules over steps count the calls of :meth:`total` instead.
 
         Args:
             step: Optimizer steps made so far.
@@ -218,7 +219,7 @@ class Distiller:
             ValueError: As :meth:`total`.
         """
         batch, stored = self._step.source.unpack(batch)
-        return self._step.loss(batch, Given(calls, stored=stored))
+        return self._step.loss(batch, StepCalls(calls, stored=stored))
 
     def agree(self, batch: Any = None) -> list[tuple[Tensor, Tensor]]:
         """The logits of both sides for each call recorded since the last loss.
@@ -234,10 +235,10 @@ class Distiller:
     # Adapters --------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """The adapters' parameters, for an optimizer of the user's own; they exist after the first total.
+        """The adapters' parameters, for an optimizer of your own; they exist after the first total.
 
         Raises:
-            ValueError: If a term reads layers and no batch has shown their shapes yet.
+            ValueError: If a term reads layers whose shapes are unknown before the first batch.
         """
         return self._learned.hand_over()
 
@@ -249,12 +250,12 @@ class Distiller:
             scaler: The gradient scaler of a hand-written loop.
 
         Raises:
-            ValueError: If the optimizer cannot be cloned; then give :meth:`parameters` to one of your own.
+            ValueError: If the optimizer cannot be cloned. Pass :meth:`parameters` to an optimizer of your own instead.
         """
         self._learned.follow(optimizer, scaler)
 
     def state_dict(self) -> dict[str, Any]:
-        """The adapters, their optimizer's state and the steps counted; empty where there are none of them.
+        """The adapters, their optimizer's state and the number of steps; empty without adapters and schedules.
 
         It never holds the teacher.
         """
@@ -262,7 +263,7 @@ class Distiller:
         return {**self._learned.state_dict(), **count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; the adapters are made when the next batch has shown their shapes.
+        """Load a saved state. The adapters are made with the next batch, which has their shapes.
 
         Args:
             state: A state that :meth:`state_dict` has returned; an empty one starts with fresh adapters.
@@ -271,18 +272,18 @@ class Distiller:
         self._count = state.get("step", 0)
 
     def release(self) -> None:
-        """Let go of everything captured from the last step."""
+        """Release everything captured in the last step."""
         self._step.release()
 
     def close(self) -> None:
-        """Give the teacher back as it was. The adapters stay; recording again starts over."""
+        """Restore the teacher. The adapters stay, and a later recording holds the teacher again."""
         self._learned.unfollow()
         self._step.source.release()
         if self._guards is not None:
             self._guards.undo()
         self._guards, self._looked = None, False
         parts = self._step.parts
-        self._step = self._new_step()  # a student that has changed meanwhile is looked at afresh
+        self._step = self._new_step()  # the student may have changed meanwhile
         self._step.parts = parts
 
     def __enter__(self) -> Distiller:

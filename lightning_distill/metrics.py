@@ -16,9 +16,9 @@ _NAMES = ("student_logits", "teacher_logits")
 
 
 class _OverRows(Metric):
-    """A mean over all rows of logits seen, whatever the sizes of the batches and however many processes.
+    """A mean over all rows of logits, for any sizes of batches and any number of processes.
 
-    The states are of types that every device has: MPS has no float64.
+    The states have types that every device supports: MPS has no float64.
 
     Args:
         class_dim: Dimension of the classes, or None.
@@ -56,8 +56,8 @@ class _OverRows(Metric):
 class TeacherAgreement(_OverRows):
     """Share of the rows of logits where student and teacher give the highest score to the same class.
 
-    It says how faithfully the student decides as its teacher does, right or wrong. With a single score per example,
-    ``(N, 1)`` or ``(N,)``, the two agree where both scores lie on the same side of zero, zero counting as negative.
+    It measures how often the student decides as its teacher does, right or wrong. With a single score per example,
+    ``(N, 1)`` or ``(N,)``, the two agree if both scores lie on the same side of zero; zero counts as negative.
 
     Args:
         class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.

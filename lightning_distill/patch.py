@@ -9,10 +9,10 @@ MISSING: Any = object()
 
 
 class MethodPatch:
-    """A wrapper around a method of an object that can be taken off again, in any order among several.
+    """A wrapper around a method of an object; several wrappers can be removed in any order.
 
-    For objects of the Trainer (strategy, precision plugin, fit loop) and optimizers, which no copy and no pickle of a
-    LightningModule contains; the class of the object is left alone.
+    It is for optimizers and for objects of the Trainer (strategy, precision plugin, fit loop), which copies and pickles
+    of a LightningModule do not contain. The class of the object does not change.
 
     Args:
         owner: The object.
@@ -43,7 +43,7 @@ class MethodPatch:
         return self._around(self._original, *args, **kwargs)
 
     def undo(self) -> None:
-        """Take the wrapper off. If others were put over it, it is silent now and leaves together with them."""
+        """Remove the wrapper. If others wrap it, it does nothing from now on and is removed together with them."""
         self._around = None
         attributes = self._owner.__dict__
         while isinstance(top := attributes.get(self._name), MethodPatch) and top._around is None:
@@ -51,7 +51,7 @@ class MethodPatch:
 
 
 def put_attribute(owner: Any, name: str, value: Any) -> None:
-    """Set an instance attribute past ``__setattr__``, or remove it where the value says that there was none."""
+    """Set an instance attribute past ``__setattr__``, or remove it if the value is ``MISSING``."""
     if value is MISSING:
         owner.__dict__.pop(name, None)
     else:
@@ -59,11 +59,11 @@ def put_attribute(owner: Any, name: str, value: Any) -> None:
 
 
 def patch_step(strategy: Any, name: str, around: Callable[..., Any]) -> MethodPatch:
-    """Call ``around(method, *args, **kwargs)`` in place of the module's step, in whatever way the strategy calls it.
+    """Call ``around(method, *args, **kwargs)`` in place of the module's step, however the strategy calls it.
 
-    The strategy looks the step up on the module: directly, or inside the forward of DDP or FSDP. So an attribute is put
-    on the module, from the strategy's call to the step's first line: no code of the user, no copy and no pickle ever
-    sees it, while autocast and DDP's forward are open around the step.
+    The strategy looks the step up on the module: directly, or inside the forward of DDP or FSDP. The patch is therefore
+    an attribute of the module, but only from the strategy's call to the step's first line. The user's code, copies and
+    pickles never see it, and autocast and DDP's forward still surround the step.
 
     Args:
         strategy: The Trainer's strategy.

@@ -26,7 +26,7 @@ from lightning_distill.progress import fraction_done
 from lightning_distill.recording import Call
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule
-from lightning_distill.step import DistillStep, Given, Labels
+from lightning_distill.step import DistillStep, Labels, StepCalls
 from lightning_distill.teachers.source import as_source, shared_parameter
 from lightning_distill.terms import DistillationTerm
 
@@ -120,9 +120,9 @@ class Run:
         name = shared_parameter(self.step.student.root, self.step.source)
         if name is not None:
             raise ValueError(
-                f"Expected `teacher` to share no parameter with the student, but got {name!r} in both, and trained."
-                " Pass a copy, copy.deepcopy(teacher), or freeze what both have; where the module keeps the teacher"
-                " beside the student, pass student=<path of the student>."
+                f"Expected `teacher` to share no parameter with the student, but both train {name!r}. Pass"
+                " copy.deepcopy(teacher), or freeze the shared parameters. If the module also holds the teacher, pass"
+                " student=<path of the student>."
             )
 
     def _begin(self, stage: str) -> None:
@@ -140,8 +140,8 @@ class Run:
                 self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
         if callback.validate and not self.step.source.live:
             rank_zero_warn(
-                "Expected a teacher that can answer the validation data where validate=True, but got a cache of the"
-                " training data: nothing is measured in validation. Pass validate=None."
+                "Expected a teacher network with validate=True, but got a cache, which has no outputs for the"
+                " validation data: nothing is measured in validation. Pass validate=None."
             )
         if (
             callback.validate is not False
@@ -203,14 +203,14 @@ class Run:
         if isinstance(output, Mapping):
             if not isinstance(output.get("loss"), Tensor):
                 return output  # Lightning says what is missing
-            return {**output, "loss": self.step.total(output["loss"], self._batch, self._given())}
+            return {**output, "loss": self.step.total(output["loss"], self._batch, self._step_calls())}
         if not isinstance(output, Tensor):
             return output  # Lightning says what a step may return
-        return self.step.total(output, self._batch, self._given())
+        return self.step.total(output, self._batch, self._step_calls())
 
-    def _given(self, calls: int | slice | None = None) -> Given:
+    def _step_calls(self, calls: int | slice | None = None) -> StepCalls:
         stored = None if self._cached is None else Stored(self._cached.answers, self._cached.check_unchanged)
-        return Given(calls, stored=stored)
+        return StepCalls(calls, stored=stored)
 
     def loss(self, calls: int | slice | None) -> Tensor:
         """The weighted distillation loss of the student's calls so far in this step.
@@ -223,14 +223,14 @@ class Run:
         """
         if not self._in_step:
             raise MisconfigurationException(
-                "Expected `loss` to be called inside `training_step`, but no step is under way. Call it there."
+                "Expected `loss` to be called inside `training_step`, but no step is running. Call it there."
             )
         self._explicit = self._ever_explicit = True
         self._follow_the_students()
-        return self.step.loss(self._batch, self._given(calls))
+        return self.step.loss(self._batch, self._step_calls(calls))
 
     def _advance(self) -> None:
-        """Set what schedules determine at this point of the training."""
+        """Set the scheduled values at this point of the training."""
         if not self.step.scheduler:
             return
         trainer = self.trainer
@@ -284,7 +284,7 @@ class Run:
     # Validation ------------------------------------------------------------------------------------------------------
 
     def validation_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's validation step; the terms' losses and the agreement with the teacher are measured beside it."""
+        """The module's validation step, followed by measurements of the terms' losses and the agreement."""
         if not self._measures or self.trainer.sanity_checking:
             return step(*args, **kwargs)
         batch = _kept(args[0] if args else kwargs.get("batch"))
@@ -376,5 +376,5 @@ class Run:
 
 
 def _kept(batch: Any) -> Any:
-    """The batch; of a dict a shallow copy, since steps take the labels out of it: ``batch.pop("labels")``."""
+    """The batch, or a shallow copy of a dict, since a step may remove its labels: ``batch.pop("labels")``."""
     return dict(batch) if type(batch) is dict else batch

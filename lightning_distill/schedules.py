@@ -26,15 +26,15 @@ __all__ = ["Cosine", "Linear", "Progress", "Schedule", "Scheduler", "Setting", "
 class Scheduler:
     """Sets every scheduled weight and temperature to its number at a point of the training.
 
-    Schedules are looked for in the terms and in every module inside them, whenever they are needed, so that one that is
-    assigned while training counts too.
+    Schedules are searched in the terms and in every module inside them at each use, so a schedule that is assigned
+    during training counts too.
 
     Args:
         terms: The terms.
         owner: The object with the task weight.
 
     Attributes:
-        values: The numbers set last, by the names that logs give them.
+        values: The numbers set last, by their names in the logs.
     """
 
     def __init__(self, terms: Sequence[nn.Module], owner: Any) -> None:
@@ -76,7 +76,7 @@ class Scheduler:
 
 
 class _Known:
-    """The modules of a term that can have schedules, while its parts stay the same: walking them shows in a step."""
+    """The modules of a term that can have schedules, kept until its parts change, because a search takes time."""
 
     def __init__(self) -> None:
         self.children: list[nn.Module | None] | None = None

@@ -24,12 +24,12 @@ Labels = str | int | Callable[[Any], Tensor] | None
 
 
 @dataclass
-class Given:
-    """Calls and answers of a step that are known already.
+class StepCalls:
+    """The calls of a step to distill, and the teachers' answers if they exist already.
 
     Args:
-        calls: Which of the recorded calls count, or calls in place of them; ``None`` is all of the recorded ones, of
-            which the mean is taken.
+        calls: The recorded calls that count, by index or slice, or a list of other calls; ``None`` is the mean over all
+            recorded calls.
         answers: The teachers' answers to every call; ``None`` asks the teacher.
         stored: The answers of a cache, which came with the batch.
     """
@@ -93,7 +93,7 @@ class DistillStep:
         return all(term.weight == 0 for term in self.terms)
 
     def check(self) -> None:
-        """Raise if a tapped layer does not exist, or the teacher lacks what the terms read.
+        """Raise if a tapped layer does not exist, or the teacher lacks an output or a layer that the terms read.
 
         Raises:
             ValueError: With the closest layer names.
@@ -120,24 +120,24 @@ class DistillStep:
         """
         return self.student.recording(needs_grad, features)
 
-    def total(self, task_loss: Tensor, batch: Any = None, given: Given | None = None) -> Tensor:
+    def total(self, task_loss: Tensor, batch: Any = None, step_calls: StepCalls | None = None) -> Tensor:
         """``task_weight * task_loss`` plus the weighted terms, a scalar.
 
         Args:
             task_loss: The student's own loss on its labels, a scalar.
             batch: The batch.
-            given: Calls or answers that are known already.
+            step_calls: The calls and answers to use; ``None`` takes the recorded calls and asks the teacher.
         """
-        distillation = self.loss(batch, given)
+        distillation = self.loss(batch, step_calls)
         self.parts["task_loss"] = task_loss.detach()
         weight = self.settings.task_weight
-        # where all weights are 0 the task loss stays even so: a total without any graph could not be differentiated
+        # if all weights are 0 the task loss stays, because a total without a graph could not be differentiated
         if weight == 0 and distillation.requires_grad:
             return distillation
         return _weighted(weight, task_loss) + distillation
 
     def rest(self, task_loss: Any) -> None:
-        """Note the parts of a step in which every term rests and the task loss is the total.
+        """Store the parts of a step in which every term has weight 0 and the task loss is the total.
 
         Args:
             task_loss: The student's own loss; anything else is left to the Trainer.
@@ -150,24 +150,24 @@ class DistillStep:
                 "task_loss": task_loss.detach(),
             }
 
-    def loss(self, batch: Any = None, given: Given | None = None) -> Tensor:
+    def loss(self, batch: Any = None, step_calls: StepCalls | None = None) -> Tensor:
         """The weighted sum of the terms over the calls recorded since the last one, a scalar.
 
         Args:
             batch: The batch.
-            given: Calls or answers that are known already.
+            step_calls: The calls and answers to use; ``None`` takes the recorded calls and asks the teacher.
 
         Raises:
             ValueError: If the student was not called, a layer did not run, a shape does not fit, labels are missing.
         """
         try:
-            return self._loss(batch, given or Given())
+            return self._loss(batch, step_calls or StepCalls())
         finally:
             self.release()
 
-    def _loss(self, batch: Any, given: Given) -> Tensor:
+    def _loss(self, batch: Any, step_calls: StepCalls) -> Tensor:
         active = [term for term in self.terms if term.weight != 0]
-        calls = given.of(self.student.find())
+        calls = step_calls.of(self.student.find())
         self.parts = {}
         rest = self._anchor(calls)
         if not active:
@@ -181,7 +181,7 @@ class DistillStep:
         if not calls:
             raise ValueError(self._never_called())
         self.learned.check_trained()
-        values = self._values(active, calls, batch, given)
+        values = self._values(active, calls, batch, step_calls)
         parts = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in values.items()}
         weighted = [_weighted(term.weight, parts[term.name]) for term in active]
         loss = sum(weighted[1:], weighted[0])
@@ -190,7 +190,7 @@ class DistillStep:
         return loss if isinstance(rest, float) else loss + rest
 
     def _values(
-        self, active: Sequence[DistillationTerm], calls: Sequence[Call], batch: Any, given: Given
+        self, active: Sequence[DistillationTerm], calls: Sequence[Call], batch: Any, step_calls: StepCalls
     ) -> dict[str, list[Tensor]]:
         """The value of each active term, for each call and each teacher."""
         labels = find_labels(batch, self._labels) if any(term.needs_labels for term in active) else None
@@ -198,7 +198,7 @@ class DistillStep:
         for call in calls:
             call.batch, call.read_logits = batch, self._read_logits
             asks = any(term.needs_teacher for term in active)
-            answers = given.answers or self.answers(call, given.stored, asks)
+            answers = step_calls.answers or self.answers(call, step_calls.stored, asks)
             self.learned.build(active, call, answers)
             if self._unchecked:
                 self._check_scores(active, call, answers)
@@ -207,7 +207,7 @@ class DistillStep:
         return values
 
     def _check_scores(self, active: Sequence[DistillationTerm], call: Call, answers: Sequence[Call]) -> None:
-        """Look once at the outputs that each term on logits compares."""
+        """Check the outputs that each term on logits compares, once."""
         for term in active:
             if isinstance(term, LogitsDistillation) and term.name in self._unchecked:
                 self._unchecked.discard(term.name)
@@ -259,8 +259,8 @@ class DistillStep:
             losses: Whether the terms' losses are measured, beside the logits.
 
         Returns:
-            The loss of each term whose parts exist, and for each call the logits of both sides with the mask of the
-            positions that count, where a term compares class scores; of several teachers the log of their mean
+            The loss of each term whose parts exist. If a term compares class scores, also for each call the logits of
+            both sides and the mask of the positions that count; for several teachers the log of their mean
             probabilities.
 
         Raises:

@@ -96,4 +96,4 @@ def trained(module: Module, teacher: Any, terms: Any, epochs: int = 2, **setting
 
 def difference(first: nn.Module, second: nn.Module) -> float:
     pairs = zip(first.parameters(), second.parameters(), strict=True)
-    return max(float((one - other).detach().abs().max()) for one, other in pairs)
+    return max(float((left - right).detach().abs().max()) for left, right in pairs)

@@ -57,7 +57,7 @@ class MakesBatches(Numbers):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, list):
-            return torch.utils.data.default_collate([super(MakesBatches, self).__getitem__(one) for one in index])
+            return torch.utils.data.default_collate([super(MakesBatches, self).__getitem__(item) for item in index])
         return super().__getitem__(index)
 
 
@@ -142,13 +142,13 @@ class Hooked(Student):
 
 
 def fitted(
-    cache: TeacherCache, given: Any, module: Student | None = None, *callbacks: Any, epochs: int = 2, **settings: Any
+    cache: TeacherCache, data: Any, module: Student | None = None, *callbacks: Any, epochs: int = 2, **settings: Any
 ) -> tuple[Student, Noted, Trainer]:
     """Fit, and check that every step got the teacher's answers for its own samples."""
     module, term = module or Student(), Noted()
     settings = {**QUIET, "max_epochs": epochs, **settings}
     trainer = Trainer(callbacks=[DistillCallback(cache, term), *callbacks], **settings)
-    trainer.fit(module, given)
+    trainer.fit(module, data)
     check(module, term)
     return module, term, trainer
 

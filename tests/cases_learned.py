@@ -18,9 +18,9 @@ def _drawn(shapes: dict[str, tuple[int, ...]], scale: float) -> dict[str, Array]
 def _variational(
     name: str, student: tuple[int, ...], teacher: tuple[int, ...], kernel: tuple[int, ...] = ()
 ) -> LossCase:
-    ours, wide = (shape[channel_axis(np.empty(shape))] for shape in (student, teacher))
-    shapes = {f"mean.{index}.weight": (wide, width, *kernel) for index, width in ((0, ours), (2, wide), (4, wide))}
-    # Variances above 1, so that the loss is positive and what the generic tests say about all losses holds.
+    narrow, wide = (shape[channel_axis(np.empty(shape))] for shape in (student, teacher))
+    shapes = {f"mean.{index}.weight": (wide, width, *kernel) for index, width in ((0, narrow), (2, wide), (4, wide))}
+    # Variances above 1, so that the loss is positive, as the generic tests expect of all losses.
     parameters = {**_drawn(shapes, 0.7), "rho": 2 + _drawn({"rho": (wide,)}, 0.3)["rho"]}
     settings = {"initial_variance": 2.0}
     return LossCase(

@@ -25,7 +25,7 @@ settings.load_profile("distill")
 # Helper modules are imported by the tests under their own names. Doctest must not import them a second time.
 collect_ignore = [str(path) for path in Path(__file__).parent.rglob("*.py") if not path.name.startswith("test_")]
 
-# What a cluster or an earlier launch may have left: Lightning would take the test for one of several processes.
+# Variables of a cluster or an earlier launch, which make Lightning take the test for one of several processes.
 LAUNCHER_VARIABLES = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"),
     *("MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS"),

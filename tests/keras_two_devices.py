@@ -33,7 +33,7 @@ def gap(student: Any, teacher: Any) -> Any:
 
 
 def trained(strategy: tf.distribute.Strategy | None, *, weighted: bool, task: Any) -> dict[str, Any]:
-    """Logs and weights after two epochs of two batches, on one device if there is no strategy."""
+    """Logs and weights after two epochs of two batches, on one device if ``strategy`` is None."""
     keras.utils.set_random_seed(3)
     with strategy.scope() if strategy else contextlib.nullcontext():
         terms = [

@@ -14,12 +14,12 @@ Parameters = dict[str, NDArray[np.float64]]
 def parameters_of(arrays: Mapping[str, NDArray[Any]], kind: str = "param") -> Parameters:
     """A reference's parameters, or with ``kind="gradp"`` their gradients, by our names."""
     named = {name.removeprefix(f"{kind}_"): array for name, array in arrays.items() if name.startswith(f"{kind}_")}
-    ours = {"log_scale": "rho", "regressor": "mean", "generation": "generator"}
+    product_names = {"log_scale": "rho", "regressor": "mean", "generation": "generator"}
     renamed = {}
     for name, array in named.items():
         first, *rest = name.split(".")
-        if first in ours:  # the reference's own alignment is an adapter of the term
-            renamed[".".join((ours[first], *rest))] = array.astype("float64")
+        if first in product_names:  # the reference's own alignment is an adapter of the term
+            renamed[".".join((product_names[first], *rest))] = array.astype("float64")
     return renamed
 
 

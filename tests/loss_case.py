@@ -1,4 +1,4 @@
-"""What one row of ``cases.py`` says about a loss, and how the generic tests use it."""
+"""A row of ``cases.py``, which describes a loss, and how the generic tests use it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Golden:
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda reference: {}
     cases: tuple[str, ...] | None = None  # None: all that the index has of this key
     value: str = "loss"  # array that holds the value
-    # From the reference's inputs to ours, where it does something of its own first.
+    # From the reference's inputs to the library's, if the reference changes its inputs first.
     arrange: Callable[[Tensor, Tensor, Arrays], tuple[Tensor, Tensor]] = lambda student, teacher, arrays: (
         student,
         teacher,
@@ -97,7 +97,7 @@ class LossCase:
     detached: bool = False  # whether the oracle's ``frozen`` is the student at which a factor without gradient is taken
 
     def __str__(self) -> str:
-        """What tests are called after."""
+        """The name, which the tests' ids use."""
         return self.name
 
     @property

@@ -163,5 +163,5 @@ def hooks(*modules: nn.Module) -> int:
 def close(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> None:
     """Assert that tensors agree pairwise."""
     assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    for left, right in zip(first, second, strict=True):
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)

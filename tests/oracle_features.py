@@ -49,8 +49,8 @@ def neuron_selectivity(student: Array, teacher: Array) -> float:
         return sum(dot(x, y) ** 2 for x in a for y in b) / len(a) / len(b)
 
     values = []
-    for one, other in zip(student, teacher, strict=True):
-        s, t = ([of_length_one(row) for row in channel_rows(example)] for example in (one, other))
+    for student_example, teacher_example in zip(student, teacher, strict=True):
+        s, t = ([of_length_one(row) for row in channel_rows(example)] for example in (student_example, teacher_example))
         values.append(mean_kernel(s, s) + mean_kernel(t, t) - 2 * mean_kernel(s, t))
     return sum(values) / len(values)
 
@@ -102,7 +102,7 @@ def unit_gram(vectors: Sequence[Array]) -> list[Array]:
 
 def mean_square(a: Sequence[Array], b: Sequence[Array]) -> float:
     return float(
-        np.mean([(x - y) ** 2 for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)])
+        np.mean([(x - y) ** 2 for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True)])
     )
 
 
@@ -152,7 +152,7 @@ def correlation_congruence(
     """Peng et al. 2019: Taylor series of the Gaussian kernel of unit vectors; or products of neighbouring errors."""
     if kernel == "neighbour":
         errors = [abs(s - t) for s, t in zip(flat(student), flat(teacher), strict=True)]
-        return sum(dot(one, following) for one, following in pairwise(errors)) / (len(errors) - 1)
+        return sum(dot(error, following) for error, following in pairwise(errors)) / (len(errors) - 1)
 
     def series(vectors: Sequence[Array]) -> list[Array]:
         powers = range(order + 1)

@@ -13,7 +13,7 @@ from typing import Any
 TESTS = Path(__file__).parent
 
 
-def run_processes(script: Path, what: str, count: int, folder: Path) -> list[dict[str, Any]]:
+def run_processes(script: Path, argument: str, count: int, folder: Path) -> list[dict[str, Any]]:
     """The JSON that each process wrote; a hang ends with the stacks of its threads in the error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -22,9 +22,9 @@ def run_processes(script: Path, what: str, count: int, folder: Path) -> list[dic
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
     processes, logs = [], []
     for rank in range(count):
-        log = (folder / f"{what}{rank}.log").open("w+")
+        log = (folder / f"{argument}{rank}.log").open("w+")
         ranked = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
-        command = [sys.executable, str(script), what, str(folder)]
+        command = [sys.executable, str(script), argument, str(folder)]
         processes.append(subprocess.Popen(command, env={**environment, **ranked}, stdout=log, stderr=log, cwd=folder))
         logs.append(log)
     try:
@@ -35,7 +35,7 @@ def run_processes(script: Path, what: str, count: int, folder: Path) -> list[dic
             process.kill()
             process.wait()
             log.close()
-    texts = [(folder / f"{what}{rank}.log").read_text()[-4000:] for rank in range(count)]
+    texts = [(folder / f"{argument}{rank}.log").read_text()[-4000:] for rank in range(count)]
     assert [process.returncode for process in processes] == [0] * count, "\n\n".join(texts)
-    names = [f"{what}{rank}.json" for rank in range(count)] if count > 1 else [f"{what}.json"]
+    names = [f"{argument}{rank}.json" for rank in range(count)] if count > 1 else [f"{argument}.json"]
     return [json.loads((folder / name).read_text()) for name in names]

@@ -18,7 +18,7 @@ PACKAGES = ("lightning_distill", "keras_distill")
 PRODUCT = sorted(path for package in ("distill_core", *PACKAGES) for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 OPTIONAL = ("jsonargparse", "matplotlib", "sklearn", "pytorch_lightning")
-# What each package must do without, the other package included.
+# Modules that each package must work without, the other package included.
 ABSENT = {
     "lightning_distill": ("keras", "tensorflow", "keras_distill"),
     "keras_distill": ("torch", "lightning", "pytorch_lightning", "torchmetrics", "lightning_distill"),
@@ -53,12 +53,12 @@ def read_setup() -> configparser.ConfigParser:
 @functools.cache
 def requirements_in(path: Path) -> frozenset[str]:
     """The requirements that the names and docstrings of a file's tests mention."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.lower().startswith("test"):
-            found |= {name.upper() for name in re.findall(r"_([cklnCKLN]\d+)(?=_|$)", node.name)}
-            found |= set(re.findall(r"\b[CKLN]\d+\b", ast.get_docstring(node) or ""))
-    return frozenset(found)
+            names |= {name.upper() for name in re.findall(r"_([cklnCKLN]\d+)(?=_|$)", node.name)}
+            names |= set(re.findall(r"\b[CKLN]\d+\b", ast.get_docstring(node) or ""))
+    return frozenset(names)
 
 
 @pytest.mark.parametrize("path", PRODUCT + TESTS, ids=relative)
@@ -110,7 +110,7 @@ def test_package_ships_its_type_information(name: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_package_works_where_what_the_other_stands_on_is_absent(package: str) -> None:
+def test_package_works_without_the_framework_of_the_other(package: str) -> None:
     use = {
         "lightning_distill": "import torch; print(p.SoftTargetLoss()(torch.ones(2, 3), torch.eye(2, 3)).item())",
         "keras_distill": "from keras import ops; print(float(p.SoftTargetLoss()(ops.eye(2, 3), ops.ones((2, 3)))))",
@@ -121,7 +121,7 @@ def test_package_works_where_what_the_other_stands_on_is_absent(package: str) ->
     assert float(result.stdout) > 0
 
 
-def test_what_both_share_needs_numpy_alone() -> None:
+def test_shared_package_needs_only_numpy() -> None:
     absent = (*ABSENT["lightning_distill"], *ABSENT["keras_distill"], "pydantic", "yaml")
     modules = [f"distill_core.{path.stem}" for path in (ROOT / "distill_core").glob("[a-z]*.py")]
     code = f"{BLOCK.format(absent)}\nimport {', '.join(modules)}"
@@ -169,8 +169,8 @@ def lower_bounds() -> dict[str, str]:
     lines = setup["options"]["install_requires"].splitlines()
     for extra in setup["options.extras_require"].values():
         lines += extra.splitlines()
-    found = (re.match(r"([\w-]+)(?:\[\w+\])?>=([\w.]+)", line) for line in lines)
-    return {match[1].lower(): match[2] for match in found if match}
+    matches = (re.match(r"([\w-]+)(?:\[\w+\])?>=([\w.]+)", line) for line in lines)
+    return {match[1].lower(): match[2] for match in matches if match}
 
 
 def test_the_oldest_allowed_releases_are_those_that_the_tests_run_with() -> None:

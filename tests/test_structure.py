@@ -58,18 +58,18 @@ def room_of(package: str, path: Path) -> str:
 
 def imports(path: Path) -> list[str]:
     """Modules that a file imports outside of functions, those for types alone included."""
-    found = []
+    modules = []
     waiting = list(ast.parse(path.read_text(encoding="utf-8")).body)
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             # `from package import room` imports the room
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
             waiting += [*node.body, *getattr(node, "orelse", [])]
-    return found
+    return modules
 
 
 def files(package: str) -> list[Path]:
@@ -130,7 +130,7 @@ def test_no_file_imports_itself_by_a_circle(package: str) -> None:
         visit(name, [])
 
 
-def test_what_works_in_any_loop_knows_no_trainer() -> None:
+def test_rooms_for_any_loop_do_not_import_a_trainer() -> None:
     package = "lightning_distill"
     wrong = [
         f"{path.relative_to(ROOT).as_posix()} imports {name}"

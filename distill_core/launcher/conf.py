@@ -100,7 +100,7 @@ class Optimizer(Section):
     AdamW: AdamSettings | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Optimizer:
+    def _check_exactly_one(self) -> Optimizer:
         return exactly_one(self)
 
 
@@ -150,7 +150,7 @@ class BuiltInMetric(Section):
     MAE: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> BuiltInMetric:
+    def _check_exactly_one(self) -> BuiltInMetric:
         return exactly_one(self)
 
 

@@ -116,7 +116,7 @@ class CriterionChecks:
         if isinstance(output, str):
             output = int(output) if output.isdigit() else output or None  # YAML files of the older API write "0"
         if not isinstance(layer, self._layers) or len(rest) > 1 or not (output is None or self._outputs(output)):
-            expected = f"each side of `{name}` to be a layer and perhaps one of its outputs"
+            expected = f"each side of `{name}` to be a layer, or a layer and one of its outputs"
             raise ValueError(self._checks.message(expected, f"{side!r}"))
         return Place(layer, output)
 

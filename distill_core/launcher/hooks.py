@@ -13,7 +13,7 @@ _Self = TypeVar("_Self", bound="Hooks")
 
 
 class Loop(Protocol):
-    """Interface of distillation in a training loop of the user's own."""
+    """Interface of distillation in a user's own training loop."""
 
     def open(self) -> None:
         """Begin to record the student."""

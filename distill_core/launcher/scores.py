@@ -15,8 +15,8 @@ class BestStudent:
     Each half of the project overrides the last two methods, and ``_evaluate`` if scoring a model needs preparation.
 
     Args:
-        score: Called with a model; returns a number, or several in a list or dict, of which the first counts. With
-            ``None`` no weights are kept.
+        score: Called with a model; returns a number, or several in a list or dict. The first one counts. With ``None``
+            no weights are kept.
         higher_is_better: Whether a larger number is better.
         frequency: Number of epochs between two scores, 1 or more.
 
@@ -104,7 +104,7 @@ def judge(score: Any, checks: Words) -> float:
     """The number by which models are compared.
 
     Args:
-        score: A number, or several in a list or dict, of which the first counts.
+        score: A number, or several in a list or dict. The first one counts.
         checks: The module ``checks`` of a half.
 
     Returns:

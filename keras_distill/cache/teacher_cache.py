@@ -114,9 +114,9 @@ class TeacherCache:
             The cache, opened.
 
         Raises:
-            CacheError: If the folder holds something else; if the teacher has several outputs, or returns probabilities
-                although ``top_k`` is set; if ``views``, ``transform`` and ``transform_seed`` contradict each other; or
-                if the transform returns different items for the same seed.
+            CacheError: If the folder holds something else. If the teacher has several outputs, or returns probabilities
+                although ``top_k`` is set. If ``views``, ``transform`` and ``transform_seed`` contradict each other, or
+                the transform returns different items for the same seed.
             TypeError: If ``transform`` cannot be called.
             ValueError: If ``top_k`` or ``dtype`` is out of range.
             OSError: If the disk is full; resuming completes the folder.

@@ -19,8 +19,8 @@ def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1
 
     .. math:: \sum_c p^s_c (\log p^s_c - \log p^t_c), \qquad p = \mathrm{softmax}(z / T)
 
-    A student too small to cover all that the teacher holds possible keeps to what the teacher finds most likely,
-    where the forward divergence makes it spread out.
+    A student that is too small to cover all of the teacher's likely classes concentrates on the most likely ones. The
+    forward divergence makes it spread out.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -61,8 +61,8 @@ def generalized_jsd(
     .. math:: \beta \, \mathrm{KL}(p^t \| m) + (1 - \beta) \, \mathrm{KL}(p^s \| m), \qquad
         m = \beta p^t + (1 - \beta) p^s, \qquad p = \mathrm{softmax}(z / T)
 
-    It is bounded, and :math:`\beta` moves between the forward divergence :math:`\mathrm{KL}(p^t \| p^s)`, which stands
-    for 0, and the reverse :math:`\mathrm{KL}(p^s \| p^t)`, which stands for 1.
+    It is bounded. A :math:`\beta` of 0 gives the forward divergence :math:`\mathrm{KL}(p^t \| p^s)`, 1 gives the
+    reverse :math:`\mathrm{KL}(p^s \| p^t)`, and values between them lie between the two.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -84,9 +84,9 @@ def generalized_jsd(
         0.0226
 
     References:
-        Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649. At 0 and 1 the formula itself is 0; as in
-        published code these stand for the two divergences that it tends to, divided by its weight, near the ends.
-        It has no factor :math:`T^2`.
+        Agarwal et al. 2023 (GKD), section 2 and equation 1, arXiv:2306.13649. At 0 and 1 the formula itself is 0. As in
+        published code, 0 and 1 give the two divergences instead, which are the limits of the formula divided by
+        :math:`\beta` or :math:`1 - \beta`. It has no factor :math:`T^2`.
     """
     checks.between("beta", beta, 0, 1)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
@@ -127,7 +127,7 @@ def skew_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from
         Ko et al. 2024 (DistiLLM), equation 4, arXiv:2402.03898; deviation: the whole divergence, where the authors'
         code leaves out the teacher's entropy, which has no gradient.
     """
-    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, from_logits)
     return kl_from_logs(log_teacher, _log_mixture(log_teacher, log_student, skew))
@@ -138,8 +138,8 @@ def skew_reverse_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0
 
     .. math:: \mathrm{KL}(p^s \, \| \, \alpha p^s + (1 - \alpha) p^t), \qquad p = \mathrm{softmax}(z)
 
-    The reverse divergence with a bound: a student that believes in what the teacher finds impossible is corrected
-    without the gradient growing with the teacher's certainty. The gradient passes through the mixture too.
+    It is the reverse divergence with a bound: if the student favours a class that the teacher finds impossible, the
+    gradient does not grow with the teacher's certainty. The gradient passes through the mixture too.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -161,7 +161,7 @@ def skew_reverse_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0
     References:
         Ko et al. 2024 (DistiLLM), section 3.1, arXiv:2402.03898.
     """
-    # At 1 the mixture would be the first distribution itself: the loss would be zero whatever the student does.
+    # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, 1.0, from_logits)
     return kl_from_logs(log_student, _log_mixture(log_student, log_teacher, skew))

@@ -153,7 +153,7 @@ def feature_kl(student: Any, teacher: Any, *, per_position: bool = False) -> Any
 
     .. math:: \sum_c q^t_c (\log q^t_c - \log q^s_c), \qquad q = \mathrm{softmax}(f)
 
-    Which channel is active is compared, not how strongly all of them are.
+    It compares which channel is active, not how strong all channels are together.
 
     Args:
         student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, H, W, C)``; C of 2 or more.
@@ -176,7 +176,7 @@ def feature_kl(student: Any, teacher: Any, *, per_position: bool = False) -> Any
     """
     student, teacher = prepare_equal(student, teacher)
     if student.shape[-1] == 1:
-        # The softmax over one channel is always 1: the loss would be zero whatever the student does.
+        # The softmax over one channel is always 1: the loss would be zero for any student.
         raise ValueError(checks.message("`student` to have at least 2 channels", f"shape {tuple(student.shape)}"))
     values = softmax_divergence(student, teacher)
     return values if per_position else per_example(values)
@@ -188,8 +188,8 @@ def attention_transfer(student: Any, teacher: Any, *, p: float = 2.0) -> Any:
     .. math:: \frac{1}{P} \sum_{i=1}^{P} \left( \frac{Q^s_i}{\|Q^s\|_2} - \frac{Q^t_i}{\|Q^t\|_2} \right)^2, \qquad
         Q_i = \frac{1}{C} \sum_c |f_{c,i}|^p
 
-    Where a model is active is compared, not in which channels: the two may differ in their number. The usual weight of
-    the term is 1000. A map of zeros stays zero.
+    It compares where a model is active, not in which channels, so the numbers of channels may differ. The usual weight
+    of the term is 1000. A map of zeros stays zero.
 
     Args:
         student: The student's feature, shape ``(N, H, W, C_s)`` or ``(N, L, C_s)``, with P > 1 positions.
@@ -224,7 +224,7 @@ def channel_wise_kl(student: Any, teacher: Any, *, temperature: Any = 4.0) -> An
     .. math:: \frac{T^2}{C} \sum_c \sum_i q^t_{c,i} (\log q^t_{c,i} - \log q^s_{c,i}), \qquad
         q_{c,i} = \frac{\exp(f_{c,i} / T)}{\sum_j \exp(f_{c,j} / T)}
 
-    Where each channel is active is compared: in dense prediction a channel, or the map of a class, marks a region.
+    It compares where each channel is active: in dense prediction a channel, or the map of a class, marks a region.
 
     Args:
         student: The student's feature or map of logits, shape ``(N, H, W, C)`` or ``(N, L, C)``, with more than one

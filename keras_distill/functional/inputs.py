@@ -76,7 +76,7 @@ def prepare_logits(
         expected = "`student_logits` to have a batch dimension and a class dimension"
         raise ValueError(checks.message(expected, f"shape {shape}", "Expand the last dimension of single scores."))
     if shape[-1] is not None and shape[-1] < at_least:
-        # The softmax over one class is always 1: the loss would be zero whatever the student does.
+        # The softmax over one class is always 1: the loss would be zero for any student.
         expected = f"`student_logits` to have at least {at_least} classes in the last dimension"
         remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
         raise ValueError(checks.message(expected, f"shape {shape}", remedy))

@@ -66,8 +66,8 @@ def intra_class_relation(
 
     .. math:: \frac{T^2}{C} \sum_c (1 - \rho(p^s_{:,c}, p^t_{:,c})), \qquad p = \mathrm{softmax}(z / T)
 
-    Which examples of the batch look most like a class is compared. A batch of one has no such relation: its value is
-    :math:`T^2` and its gradient 0.
+    It compares which examples of the batch look most like a class. A batch of one example has the value :math:`T^2` and
+    the gradient 0.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -102,8 +102,8 @@ def batch_correlation(
 
     .. math:: \frac{1}{N} \| P_s P_s^\top - P_t P_t^\top \|_F^2, \qquad P = \mathrm{softmax}(z / T)
 
-    Which examples the teacher finds alike is compared. Memory grows with the square of the rows: of a dense map each
-    pixel is one.
+    It compares which examples a model finds alike. Memory grows with the square of the number of rows; in a dense map
+    each pixel is a row.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -138,8 +138,8 @@ def class_correlation(
 
     .. math:: \frac{1}{C} \| P_s^\top P_s - P_t^\top P_t \|_F^2, \qquad P = \mathrm{softmax}(z / T)
 
-    Which classes the teacher finds possible together is compared. The products are summed over the batch, so that the
-    value grows with its size.
+    It compares which classes a model finds likely together. The products are summed over the batch, so the value grows
+    with its size.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -193,8 +193,8 @@ def multi_level_logits(
 
     Raises:
         TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
-        ValueError: If the shapes differ, there are fewer than two classes, there is no temperature or one is not
-            greater than 0.
+        ValueError: If the shapes differ, there are fewer than two classes, ``temperatures`` is empty or one of them is
+            not greater than 0.
 
     Example:
         >>> student = [[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]]
@@ -204,8 +204,8 @@ def multi_level_logits(
 
     References:
         Jin, Wang and Lin 2023, section 3, CVPR; deviations: the mean over the temperatures, where the paper has the
-        sum; :math:`T^2` and the mean over the examples in the divergence, as in the authors' code; but neither two
-        views of each image nor the masks of confidence of that code.
+        sum; :math:`T^2` and the mean over the examples in the divergence, as in the authors' code; but without that
+        code's two views of each image and its masks of confidence.
     """
     checks.positives("temperatures", temperatures)
     total = 0.0

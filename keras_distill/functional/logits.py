@@ -72,8 +72,8 @@ def soft_cross_entropy(
 
     .. math:: -T^2 \sum_c p^t_c \log p^s_c, \qquad p = \mathrm{softmax}(z / T)
 
-    It is :func:`soft_target_kl` plus :math:`T^2` times the teacher's entropy: the same gradient, and a smallest value
-    that is that entropy rather than 0.
+    It is :func:`soft_target_kl` plus :math:`T^2` times the teacher's entropy: the gradient is the same, and the
+    smallest value is that entropy instead of 0.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.

@@ -70,13 +70,13 @@ def similarity_preserving(student: Any, teacher: Any) -> Any:
 
 
 def relational_distance(student: Any, teacher: Any) -> Any:
-    r"""Mean Huber difference of the two models' distances between the examples, each model's in units of its mean.
+    r"""Mean Huber difference of the two models' distances between the examples, divided by each model's mean.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} h\left( \frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t} \right), \qquad
         d_{ij} = \|f_i - f_j\|_2, \quad h(x) = \tfrac{1}{2} x^2 \text{ if } |x| < 1 \text{ else } |x| - \tfrac{1}{2}
 
-    The mean is over the pairs that are apart. Shifts, rotations and one common factor of a model's features change
-    nothing. The usual weight is 25.
+    The mean distance is over the pairs with a distance above 0. Shifts, rotations and one common factor of a model's
+    features change nothing. The usual weight is 25.
 
     Args:
         student: The student's feature, shape ``(N, ...)``.
@@ -108,8 +108,8 @@ def relational_angle(student: Any, teacher: Any) -> Any:
         \cos_{ijk} = \frac{(f_j - f_i) \cdot (f_k - f_i)}{\|f_j - f_i\| \, \|f_k - f_i\|}, \quad
         h(x) = \tfrac{1}{2} x^2 \text{ if } |x| < 1 \text{ else } |x| - \tfrac{1}{2}
 
-    The angle that two examples make as seen from a third. Shifts, rotations and one common factor of a model's features
-    change nothing. Where two of the three coincide the cosine is 0. The usual weight is 50.
+    It compares the angle between two examples as seen from a third. Shifts, rotations and one common factor of a
+    model's features change nothing. Where two of the three coincide the cosine is 0. The usual weight is 50.
 
     Args:
         student: The student's feature, shape ``(N, ...)``.
@@ -155,7 +155,7 @@ def relational_distance_and_angle(student: Any, teacher: Any) -> tuple[Any, Any]
 
 
 def probabilistic_transfer(student: Any, teacher: Any) -> Any:
-    r"""Divergence of the student's from the teacher's probabilities that one example is picked as another's neighbour.
+    r"""Divergence of the two models' probabilities that one example is the neighbour of another.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \qquad
         p_{ij} = \frac{k_{ij}}{\sum_m k_{im}}, \quad k_{ij} = \tfrac{1}{2} (\cos(f_i, f_j) + 1)
@@ -200,9 +200,8 @@ def correlation_congruence(
         K_{ij} = e^{-2 \gamma} \sum_{p=0}^{P} \frac{(2 \gamma)^p}{p!} (\hat f_i \cdot \hat f_j)^p, \quad
         \hat f = f / \|f\|_2
 
-    K is the Taylor series of the Gaussian kernel :math:`e^{-\gamma \|\hat f_i - \hat f_j\|^2}`. The other form, that of
-    the published code, takes what neighbouring examples of the batch have in common in their errors; it depends on the
-    order of the batch:
+    K is the Taylor series of the Gaussian kernel :math:`e^{-\gamma \|\hat f_i - \hat f_j\|^2}`. The second form, from
+    the published code, multiplies the errors of neighbouring examples, so it depends on the order of the batch:
 
     .. math:: \frac{1}{N - 1} \sum_{n=1}^{N-1} \sum_d |f^s_{nd} - f^t_{nd}| \, |f^s_{n+1,d} - f^t_{n+1,d}|
 
@@ -257,8 +256,8 @@ def inter_channel_correlation(student: Any, teacher: Any) -> Any:
     .. math:: \frac{1}{C^2} \sum_{i,j} (\hat G^s_{ij} - \hat G^t_{ij})^2, \qquad G = F F^\top, \quad
         \hat G_i = G_i / \|G_i\|_2
 
-    F has one row per channel, the map of that channel: how diverse the channels are, and which go together. The
-    authors' weight of 2.5 is 2.5 C here. A row of zeros stays zero.
+    F has one row per channel, which holds the channel's map. It compares how diverse the channels are and which of them
+    are active together. The authors' weight of 2.5 is 2.5 C here. A row of zeros stays zero.
 
     Args:
         student: The student's feature, shape ``(N, H, W, C)`` or ``(N, L, C)``.
@@ -285,7 +284,7 @@ def inter_channel_correlation(student: Any, teacher: Any) -> Any:
     if min(len(student_shape), len(teacher_shape)) < 3 or checks.shapes_differ(
         (student_shape[0], student_shape[-1]), (teacher_shape[0], teacher_shape[-1])
     ):
-        expected = "`student` and `teacher` to have the same examples and channels, and positions"
+        expected = "`student` and `teacher` to have the same numbers of examples and channels, and to have positions"
         remedy = "Map the student's channels with an adapter."
         raise ValueError(checks.message(expected, f"{student_shape} and {teacher_shape}", remedy))
     maps = [flattened(feature, 1, -1) for feature in (student, teacher)]

@@ -41,8 +41,8 @@ def decoupled_kd(
     .. math:: T^2 \left( a \, \mathrm{KL}(b^t \| b^s) + b \, \mathrm{KL}(q^t \| q^s) \right), \qquad
         b = (p_y, 1 - p_y), \quad q_c = p_c / (1 - p_y), \quad p = \mathrm{softmax}(z / T)
 
-    The plain divergence weights the second part by :math:`1 - p^t_y`, which mutes it where the teacher is sure; here
-    its weight is free. With two classes the second part is 0.
+    The plain divergence weights the second part by :math:`1 - p^t_y`, which makes it small where the teacher is
+    certain. Here its weight is a setting. With two classes the second part is 0.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -71,8 +71,8 @@ def decoupled_kd(
     References:
         Zhao et al. 2022, equation 7, arXiv:2203.08679. The authors' code has a target weight of 1 and, by teacher,
         non-target weights of 2 to 8 for CIFAR-100 (temperature 4) and 0.5 to 2 for ImageNet (temperature 1).
-        Deviation: computed in log space without the target class, finite where that code, which subtracts 1000 from
-        its logit and takes logarithms of sums, is not.
+        Deviation: computed in log space without the target class, and always finite. The authors' code subtracts 1000
+        from the target's logit and takes logarithms of sums, which may be infinite.
     """
     student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
     target_weight = prepare_number("target_weight", target_weight, student, checks.non_negative)
@@ -103,13 +103,13 @@ def normalized_kd(
     ignore_index: int = IGNORE_INDEX,
     from_logits: bool = True,
 ) -> Any:
-    r"""Cross entropy on the target class under the teacher's probability of it, and one among the other classes.
+    r"""Cross entropy on the target class, weighted by the teacher, plus cross entropy among the other classes.
 
     .. math:: -p^t_y \log p^s_y - \gamma T^2 \sum_{c \ne y} q^t_c \log q^s_c, \qquad
         p = \mathrm{softmax}(z), \quad q = \mathrm{softmax}_{c \ne y}(z / T)
 
     The other classes' probabilities are normalised to add up to 1 in both models before they are compared, so that the
-    two cross entropies do not compete. Its smallest value is not 0; with two classes the second part is.
+    two cross entropies do not compete. Its smallest value is not 0. With two classes the second part is 0.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.

@@ -12,7 +12,7 @@ from keras import ops
 from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare
 
-# Numbers of a chunk's largest tensor: fewer gain no memory worth speaking of.
+# Numbers in a chunk's largest tensor; smaller chunks would hardly save memory.
 _CHUNK = 2**20
 
 
@@ -33,7 +33,7 @@ def prepare_examples(student: Any, teacher: Any) -> tuple[Any, Any]:
     student, teacher = prepare(student, teacher)
     student_shape, teacher_shape = tuple(student.shape), tuple(teacher.shape)
     if len(student_shape) < 2 or len(teacher_shape) < 2 or checks.shapes_differ(student_shape[:1], teacher_shape[:1]):
-        expected = "`student` and `teacher` to have equally many examples and one inner dimension or more"
+        expected = "`student` and `teacher` to have the same number of examples and one inner dimension or more"
         raise ValueError(checks.message(expected, f"{student_shape} and {teacher_shape}"))
     return flattened(student, 1), flattened(teacher, 1)
 
@@ -68,7 +68,7 @@ def per_example(values: Any) -> Any:
 
 
 def check_positions(student: Any, teacher: Any) -> None:
-    """Check that two features have the same examples and positions, whatever their channels.
+    """Check that two features have the same examples and positions; their channels may differ.
 
     Args:
         student: The student's feature, shape ``(N, H, W, C_s)`` or ``(N, L, C_s)``.
@@ -84,7 +84,7 @@ def check_positions(student: Any, teacher: Any) -> None:
         and any(size != 1 for size in student_shape[1:])
     ):
         return
-    expected = "`student` and `teacher` to have the same examples and positions, more than one, whatever their channels"
+    expected = "`student` and `teacher` to have the same examples and positions, with more than one position"
     received = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
     raise ValueError(checks.message(expected, received, "Resize the teacher's feature to the student's positions."))
 
@@ -157,7 +157,7 @@ def centred(values: Any, axis: int | tuple[int, ...]) -> Any:
         Same shape.
     """
     mean, fixed = ops.mean(values, axis=axis, keepdims=True), ops.stop_gradient(values)
-    # Told from the extremes, without copies of all values.
+    # Determined from the extremes, without copies of all values.
     low, high = ops.min(fixed, axis=axis, keepdims=True), ops.max(fixed, axis=axis, keepdims=True)
     middle = ops.stop_gradient(mean)
     rounding = 4 * epsilon_of(values) * ops.maximum(ops.abs(low), ops.abs(high))
@@ -201,7 +201,7 @@ def by_rows(function: Callable[..., Any], rows: Sequence[Any], shared: Sequence[
 
     Args:
         function: Called with the shared tensors and a chunk of each of the others; returns one value for each row.
-        rows: Tensors with equally many rows.
+        rows: Tensors with the same number of rows.
         shared: Tensors that are handed over whole. A tensor that ``function`` took from elsewhere would get no
             gradient on TensorFlow.
         row_size: How many numbers the largest tensor that ``function`` makes has for each row: an int, or an integer

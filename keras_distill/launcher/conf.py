@@ -21,7 +21,7 @@ class ModelSection(Section):
 
     @field_validator("framework")
     @classmethod
-    def _ours(cls, framework: str) -> str:
+    def _check_framework(cls, framework: str) -> str:
         if framework != "tensorflow":
             raise ValueError("Input should be 'tensorflow' (lightning_distill is for PyTorch)")
         return framework
@@ -52,7 +52,7 @@ class Criterion(Section):
         raise ValueError("Input should be replaced by another criterion (lightning_distill has this one)")
 
     @model_validator(mode="after")
-    def _one(self) -> Criterion:
+    def _check_exactly_one(self) -> Criterion:
         return conf.exactly_one(self)
 
 

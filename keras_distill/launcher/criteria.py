@@ -122,7 +122,7 @@ class IntermediateLayersKnowledgeDistillationLoss:
             output]]``, ``[student, output, teacher, output]``, or the name alone where both models have it. An output
             is an index or a key that picks a tensor; ``""`` is the whole model.
         loss_types: ``"MSE"``, ``"L1"`` or ``"KL"`` for each pair; ``None`` is MSE for all.
-        loss_weights: Factor of each pair, 0 or greater; ``None`` shares 1 equally.
+        loss_weights: Factor of each pair, 0 or greater; ``None`` gives all the same share of 1.
         add_origin_loss: Whether the student's own loss is added, at full weight.
         from_logits: Whether the student returns logits, for its own loss in built-in training. ``None`` looks at the
             student: probabilities if it ends in a softmax, logits otherwise.

@@ -1,4 +1,4 @@
-"""The launcher's main class: built-in training, or the hooks in a loop of the user's own."""
+"""The launcher's main class: built-in training, or the hooks in a user's own loop."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Distillation(Hooks):
             criterion's loss, which is usually cross entropy.
         optimizer: An optimizer in any form that ``compile`` accepts; None takes the configured one, or AdamW.
         train_func: A training function of your own, called with the student.
-        eval_func: Scores a model: returns a number, or several in a list or dict, of which the first counts.
+        eval_func: Scores a model: returns a number, or several in a list or dict. The first one counts.
         train_dataloader: Data for built-in training: arrays ``(inputs, labels)``, a list of batches, a data set or
             loader, whose batches are ``(inputs, labels)`` or dicts; None takes the configured ones.
         eval_dataloader: Data of the same forms for the configured metric, if ``eval_func`` is not set.
@@ -72,7 +72,7 @@ class Distillation(Hooks):
         super().__init__(conf if isinstance(conf, DistillationConf) else DistillationConf(conf))
         self.callbacks: Sequence[keras.callbacks.Callback] = ()
 
-    # For a loop of the user's own ------------------------------------------------------------------------------------
+    # For a loop of your own -------------------------------------------------------------------------------------------
 
     @property
     def adapter_variables(self) -> list[keras.Variable]:

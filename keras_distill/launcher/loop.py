@@ -19,7 +19,7 @@ from keras_distill.terms import DistillationTerm, TermState
 
 
 class Loop:
-    """The total loss in a loop of the user's own, which calls the student itself.
+    """The total loss in a user's own loop, which calls the student itself.
 
     From :meth:`open` to :meth:`close` the student's calls are recorded, on every thread: ``tf.distribute`` runs each
     replica on a thread of its own.

@@ -31,7 +31,7 @@ class DistillationLoss(keras.losses.Loss):
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
     - ``gives``: ``"positions"`` if ``call`` returns one value for each position (the shape of the student's tensor
       without its last dimension), ``"examples"`` if it returns one value for each example, ``"batch"`` if it compares
-      the examples of a batch and returns a scalar, to which neither sample weights nor masks apply.
+      the examples of a batch and returns a scalar, without sample weights and masks.
 
     Args:
         name: Name of the loss.

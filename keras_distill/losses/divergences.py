@@ -213,7 +213,7 @@ class TotalVariationLoss(LogitsLoss):
         0.271
 
     References:
-        Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190. No weight is given.
+        Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190. The paper gives no weight.
     """
 
     merges_classes: ClassVar[bool] = True

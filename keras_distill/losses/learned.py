@@ -210,7 +210,7 @@ def _wide_layer(rank: int, channels: int | None, activation: str | None, dtype: 
 
 def _check_ranks(student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
     if len(student) != len(teacher) or not 2 <= len(student) <= 5:
-        expected = "`student` and `teacher` to have equally many dimensions, 2 to 5"
+        expected = "`student` and `teacher` to have the same number of dimensions, 2 to 5"
         received = f"{tuple(student)} and {tuple(teacher)}"
         raise ValueError(checks.message(expected, received, "Pass adapter=<a layer>."))
 

@@ -28,11 +28,11 @@ class DISTLoss(LogitsLoss):
     .. math:: \frac{T^2 \beta}{N} \sum_n (1 - \rho(p^s_n, p^t_n))
         + \frac{T^2 \gamma}{C} \sum_c (1 - \rho(p^s_{:,c}, p^t_{:,c})), \qquad p = \mathrm{softmax}(z / T)
 
-    Relations are kept rather than exact values, which helps where the teacher is much stronger than the student. See
+    It keeps relations rather than exact values, which helps if the teacher is much stronger than the student. See
     :func:`keras_distill.functional.inter_class_relation` and :func:`keras_distill.functional.intra_class_relation`.
 
-    The factor :math:`T^2` keeps the gradient's size when the temperature changes. A class that scores of minus infinity
-    make impossible stays a class, of probability 0.
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. A class with scores of minus infinity
+    still counts as a class, with probability 0.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.

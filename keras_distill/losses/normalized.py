@@ -26,8 +26,8 @@ class PearsonFeatureLoss(FormulaLoss):
     .. math:: \frac{1}{2 M} \sum_{n,i,c} (\hat f^s_{nic} - \hat f^t_{nic})^2, \qquad
         \hat f_{nic} = \frac{f_{nic} - \mu_c}{\sigma_c + 10^{-6}}
 
-    The student copies where a channel is strong, not its mean and size: fit for a teacher of another architecture.
-    See :func:`keras_distill.functional.pearson_feature`.
+    The student copies where a channel is strong, but not its mean and size. This suits a teacher of another
+    architecture. See :func:`keras_distill.functional.pearson_feature`.
 
     Args:
         reduction: As for every Keras loss, but without effect: the loss is one number for the whole batch.
@@ -122,8 +122,8 @@ class CKALoss(FormulaLoss):
         0.9343
 
     References:
-        Kornblith et al. 2019, equation 4, arXiv:1905.00414; with the biased estimate of HSIC. A measure there and
-        no loss: no weight is given.
+        Kornblith et al. 2019, equation 4, arXiv:1905.00414; with the biased estimate of HSIC. There it is a measure and
+        not a loss, so the paper gives no weight.
     """
 
     channels_must_match: ClassVar[bool] = False
@@ -214,7 +214,7 @@ class FeatureMapTransferLoss(FormulaLoss):
     References:
         Sun et al. 2020 (MobileBERT), section 3.5 and equation 2, arXiv:2004.02984: the discrepancy of the normalised
         feature maps, not that of their statistics; deviation: a vector that is constant up to rounding becomes zero.
-        No weight is given.
+        The paper gives no weight.
     """
 
     _formula = staticmethod(feature_map_transfer)

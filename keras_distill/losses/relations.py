@@ -248,8 +248,8 @@ class InterChannelCorrelationLoss(FormulaLoss):
 
     .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2
 
-    The channels must be equally many, the positions need not. The authors' weight of 2.5 is 2.5 C here. See
-    :func:`keras_distill.functional.inter_channel_correlation`.
+    Both features need the same number of channels; the positions may differ. The authors' weight of 2.5 is 2.5 C here.
+    See :func:`keras_distill.functional.inter_channel_correlation`.
 
     Args:
         reduction: How the values are averaged, as for every Keras loss.

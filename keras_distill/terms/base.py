@@ -17,7 +17,7 @@ from keras_distill.terms.state import Settings, TermState, layer_copy
 class DistillationTerm:
     """A loss at a place in the two models, with a weight: the base class of all terms, also of custom ones.
 
-    A term holds settings. A model makes its own copy of each term, in ``model.terms``, which shares the settings: a
+    A term holds settings. A model makes its own copy of each term, in ``model.terms``. The copies share the settings: a
     weight that is assigned to the term or to a copy changes in every model that uses the term, from the next step on.
     Adapters and other weights belong to the model's copy: they are trained along with the student's weights and saved
     with the distillation model, but not with the student alone.

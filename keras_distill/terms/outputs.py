@@ -54,7 +54,7 @@ def paired_outputs(
         raise ValueError(checks.message("both models to name their outputs, or neither", received))
     if len(students) != len(teachers):
         received = f"{len(students)} and {len(teachers)}"
-        raise ValueError(checks.message("both models to have equally many outputs", received, "Pass output=..."))
+        raise ValueError(checks.message("both models to have the same number of outputs", received, "Pass output=..."))
     nested = isinstance(sample_weight, (dict, list, tuple))
     weights = keras.tree.flatten(sample_weight) if nested else [sample_weight] * len(students)
     return list(zip(students, teachers, weights, strict=True))

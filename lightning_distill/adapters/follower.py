@@ -20,7 +20,7 @@ _UNCLONEABLE = ("LBFGS", "SparseAdam", "Muon")  # a closure, sparse gradients or
 
 
 class Follower:
-    """Trains the learned parts with an optimizer that mirrors the student's and steps whenever that one steps.
+    """Trains the learned parts with an optimizer that mirrors the student's and steps together with it.
 
     Adding the adapters to the student's optimizer instead would change its checkpoint and break learning-rate
     schedulers that count groups. In a distributed training the processes communicate at the leader's step, which all of
@@ -36,7 +36,7 @@ class Follower:
 
     Attributes:
         leader: The student's optimizer, without its wrapper.
-        optimizer: The adapters' optimizer; ``None`` while there are no adapters.
+        optimizer: The adapters' optimizer; ``None`` until the first adapter is built.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ def _clone(leader: Optimizer, parameters: list[nn.Parameter]) -> Optimizer:
     if not isinstance(leader, (LBFGS, SparseAdam)) and kind.__name__ not in _UNCLONEABLE:
         try:
             return kind(parameters, **settings)
-        except Exception as error:  # a user's optimizer may need what only the user knows
+        except Exception as error:  # a custom optimizer may need arguments that only the user knows
             reason = f" ({error})"
     raise ValueError(
         "Expected the student's optimizer to be one that can be cloned for the adapters, but got"

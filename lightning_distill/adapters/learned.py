@@ -17,14 +17,15 @@ from lightning_distill.recording import Call
 
 
 class LearnedParts:
-    """The parts of the terms that are trained: made from a first call, agreed on by all processes, trained, saved.
+    """The trained parts of the terms, from the first call to the checkpoint, the same in all processes.
 
     Making them is local: the shapes are equal in all processes and so is the seed. A part is made when its term first
-    has work to do. Processes may differ in that (a weight of 0 on one of them, a batch without targets): they agree at
-    the student's next optimizer step, where those that lack a part make it from the shapes alone.
+    has work to do. This may happen at different steps in different processes, because of a weight of 0 or a batch
+    without targets. The processes agree at the student's next optimizer step: a process that lacks a part makes it from
+    the shapes.
 
     Args:
-        terms: The terms, owned by whoever trains these parts.
+        terms: The terms, owned by the callback, module or distiller that trains these parts.
         factory: Makes their optimizer; ``None`` clones the student's.
 
     Attributes:
@@ -81,8 +82,8 @@ class LearnedParts:
         self._unmade.discard(term.name)
         if not self.allowed and (trained := trained_by(term)):
             raise ValueError(
-                "Expected the terms to need no adapters under DeepSpeed, whose engine steps only the parameters it was"
-                f" given, but got {len(trained)} adapter parameters. Distil logits only, or use DDP or FSDP2."
+                "Expected terms without adapters under DeepSpeed, whose engine only trains the module's own parameters,"
+                f" but got {len(trained)} adapter parameters. Distil logits only, or use DDP or FSDP2."
             )
         saved = self._saved.get("adapters", {})
         known = (self._saved.get("optimizer") or {}).get("terms", saved)
@@ -122,17 +123,17 @@ class LearnedParts:
                     self._make(term, *calls_of(term, self._shapes[term.name], device))
         if not fresh:
             return
-        for term in fresh:  # values that a factory drew elsewhere may differ
+        for term in fresh:  # a factory may draw values from another generator in each process
             for tensor in term.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
         self._open -= {term.name for term in fresh}
         self._train()
 
     def _marks(self, term: Learner) -> tuple[int, int, int, int]:
-        """Whether a term's parts are made, whether not, and their shapes as a number and its negative.
+        """Four numbers that compare a term's parts over all processes: made, not made, and a digest of shapes twice.
 
-        The greatest marks of all processes tell whether some have them, whether some lack them, and whether the shapes
-        are equal.
+        The maxima over all processes show whether any process has the parts, whether any lacks them, and whether the
+        shapes are equal: the maxima of a digest and of its negative then add up to 0.
         """
         if not self.made(term):
             return 0, 1, -(2**32), -(2**32)
@@ -153,11 +154,11 @@ class LearnedParts:
 
     @property
     def leaderless(self) -> bool:
-        """Whether neither an optimizer to follow nor one of the user's own is known."""
+        """Whether no optimizer trains the parts: neither a followed one nor the user's."""
         return self._leader is None and not self._handed_over
 
     def check_trained(self) -> None:
-        """Raise if the parts made in an earlier step have been given to no optimizer.
+        """Raise if no optimizer trains the parts that were made in an earlier step.
 
         Raises:
             ValueError: If so; they would keep their first values.
@@ -166,21 +167,21 @@ class LearnedParts:
             return
         if self._trained():
             raise ValueError(
-                "Expected an optimizer for the adapters, but none has been given. In a loop of your own call"
-                " distiller.follow(optimizer), or give distiller.parameters() to the student's optimizer; under a"
-                " Trainer let an optimizer hold the student's parameters."
+                "Expected an optimizer for the adapters, but got none. In a loop of your own call"
+                " distiller.follow(optimizer), or pass distiller.parameters() to the student's optimizer. Under a"
+                " Trainer one of its optimizers must hold the student's parameters."
             )
 
     def hand_over(self) -> list[nn.Parameter]:
-        """The parameters, for an optimizer of the user's own.
+        """The parameters, for a user's own optimizer.
 
         Raises:
-            ValueError: If a term reads layers and no batch has shown their shapes yet.
+            ValueError: If a term reads layers whose shapes are unknown before the first batch.
         """
         if any(term.student_taps for term in self.terms if term.name in self._unmade):
             raise ValueError(
-                "Expected a first call of `total` before `parameters`, since adapters take their shapes from the first"
-                " batch, but got none. Call it first, or use distiller.follow(optimizer), which needs no batch."
+                "Expected `total` to be called before `parameters`, since adapters take their shapes from the first"
+                " batch, but it was not. Call it first, or use distiller.follow(optimizer), which needs no batch."
             )
         self._handed_over = True
         return self._trained()
@@ -244,7 +245,7 @@ class LearnedParts:
         return states
 
     def state_dict(self) -> dict[str, Any]:
-        """The values by term and their optimizer's state; empty where nothing is learned.
+        """The values by term and their optimizer's state; empty if nothing is learned.
 
         ``optimizer`` has the form of ``torch.optim.Optimizer.state_dict``, and the number of parameters of each term.
         """

@@ -59,7 +59,9 @@ def make_adapter(
             )
         return _CONVOLUTIONS[len(student)](student[1], teacher[1], kernel_size=1)
     if isinstance(adapter, nn.Module):
-        return copy.deepcopy(adapter)  # a second training run starts from what was passed, not from what was learned
+        return copy.deepcopy(
+            adapter
+        )  # a second training starts from the module that was passed, not from learned weights
     if callable(adapter):
         made = adapter(student, teacher)
         if isinstance(made, nn.Module):

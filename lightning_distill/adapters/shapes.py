@@ -41,11 +41,11 @@ class Learner(Protocol):
         """The values of the parts."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
-        """Take over values."""
+        """Load values."""
 
 
 class _ShapedCall(Call):
-    """A call of which only shapes are known: its features are zeros."""
+    """A call with known shapes only: its features are zeros."""
 
     features: dict[Tap, Tensor]
 

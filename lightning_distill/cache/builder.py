@@ -114,18 +114,18 @@ class Builder:
         self.frozen.release()
 
     def shards(
-        self, wanted: Sequence[int], progress: Progress | None = None
+        self, numbers: Sequence[int], progress: Progress | None = None
     ) -> Iterator[tuple[int, Iterator[dict[str, Array]]]]:
         """Run the teacher for some shards, one after the other.
 
         Args:
-            wanted: Numbers of the shards.
+            numbers: Numbers of the shards.
             progress: Progress bar, or None.
 
         Yields:
             The number and the batches of each shard; the batches must be consumed before the next shard.
         """
-        batches = [batch for shard in wanted for batch in self._batches(shard)]
+        batches = [batch for shard in numbers for batch in self._batches(shard)]
         task = None if progress is None else progress.add_task("teacher", total=sum(map(len, batches)))
         loaded = iter(self._loader(batches, self._num_workers))
 
@@ -135,7 +135,7 @@ class Builder:
                 if progress is not None and task is not None:
                     progress.advance(task, len(batch))
 
-        for shard in wanted:
+        for shard in numbers:
             yield shard, rows(shard)
 
     def _batches(self, shard: int) -> list[list[int]]:
@@ -194,7 +194,7 @@ class Builder:
             if tensor.ndim == 0 or len(tensor) != len(indexed.rows):
                 raise CacheError(
                     f"Expected {name!r} to have one entry for each of the {len(indexed.rows)} items of a batch, but got"
-                    f" shape {tuple(tensor.shape)}. Pass forward=... to call the teacher otherwise."
+                    f" shape {tuple(tensor.shape)}. Pass forward=... to call the teacher in another way."
                 )
         return {name: tensor.detach().float().cpu().numpy() for name, tensor in kept.items()}
 

@@ -240,8 +240,8 @@ def _is_cached(dataset: Any, manifest: Manifest) -> bool:
         return bool(data_fingerprint(dataset, seed, stale) == manifest.data["fingerprint"])
     if manifest.data["transform_seed"] is not None:
         raise CacheError(
-            "Expected a cache of plain items or one that was built in PyTorch, but Keras has augmented what the"
-            " teacher was shown. Build it in PyTorch."
+            "Expected a cache of plain items, or a cache built in PyTorch, but Keras augmented the teacher's inputs."
+            " Build the cache in PyTorch."
         )
     return True  # a cache from Keras has a digest of arrays, which cannot be compared with samples
 

@@ -130,9 +130,9 @@ class BatchInputs:
         slot = next((name for name, value in entries if value is tensors[0]), None)
         if place is not None and self._slots.setdefault(slot, place) != place:
             raise CacheError(
-                "Expected every call of the student in a step to be given the same tensor of the batch where the"
-                " teacher is a cache, since it holds one output for each item, but got several. Call the student on"
-                " one of them, or run the other calls under torch.no_grad()."
+                "Expected every call of the student in a step to get the same tensor of the batch, since the cache"
+                " holds one output for each item, but got several tensors. Call the student on one of them, or run"
+                " the other calls under torch.no_grad()."
             )
         for name, value in entries:
             if name in self._named and isinstance(value, Tensor) and value is not tensors[0]:
@@ -230,7 +230,7 @@ def _changed(shape: torch.Size, how: str = "changed") -> CacheError:
         f" teacher's outputs for that, but got a tensor of shape {tuple(shape)} that is {how}: by `training_step`, by a"
         " callback, or by a batch-transfer hook. Move the augmentation into the dataset, where TeacherCache.build(...,"
         " transform_seed=0) makes it repeatable; or use the live teacher; or pass TeacherCache.open(path,"
-        " allow_changed_inputs=True) if the teacher's outputs are right even so."
+        " allow_changed_inputs=True) if the teacher's outputs fit the changed inputs too."
     )
 
 

@@ -129,7 +129,7 @@ class NumberedDataset:
             number = operator.index(code)
         except TypeError:
             raise CacheError(
-                f"Expected the data loader's sampler to give indices where the teacher is a cache, but got {code!r}."
+                f"Expected the data loader's sampler to return indices with a cached teacher, but got {code!r}."
                 " Use a sampler of integers."
             ) from None
         if views == 1:
@@ -177,9 +177,9 @@ class AnswerCollate:
         batch = self.collate(fetched.samples)
         if before is not None and before != _random_state() and not _holds(batch, fetched.samples):
             raise CacheError(
-                "Expected the data loader's collate function to keep the items as they are where the teacher is a"
-                " cache, but it changes them at random (mixup?), and the teacher has seen them unchanged. Pass"
-                " TeacherCache.open(path, allow_changed_inputs=True) if the teacher's outputs are right even so."
+                "Expected the data loader's collate function to keep the items unchanged, since the cache holds the"
+                " teacher's outputs for these, but it changes them at random (mixup?). Pass TeacherCache.open(path,"
+                " allow_changed_inputs=True) if the teacher's outputs fit the changed items too."
             )
         return CachedBatch(batch, read_answers(self.reader, fetched.rows))
 
@@ -277,7 +277,7 @@ def with_answers(
         if manifest.views > 1:
             name = "sampler" if values["batch_sampler"] is None else "batch_sampler"
             values[name] = ViewSampler(values[name], len(dataset), manifest.views, epoch)
-        view.__dict__.update(values)  # past __setattr__, which refuses `dataset`
+        view.__dict__.update(values)  # without __setattr__, which refuses `dataset`
         return compat.make_iterator(view)
 
     twin.__dict__.update({compat.KEPT_ITERATOR: None, compat.ITERATOR_METHOD: get_iterator, _TWIN: loader})

@@ -98,9 +98,9 @@ class CachedTeacher:
         first = first_tensor(call.args, call.kwargs, call.output)
         if stored is None or stored.answers is None:
             raise CacheError(
-                "Expected the batch to carry the teacher's outputs, but it came from elsewhere: from a data loader that"
-                " keeps an iterator of its own or overrides __iter__, or not from the Trainer's training loader. Use a"
-                " plain DataLoader; in a loop of your own pass the batch of `cache.attach(dataset)` to `total`."
+                "Expected the batch to carry the teacher's outputs, but it does not: it comes from another loader than"
+                " the Trainer's training loader, or from one that keeps an iterator or overrides __iter__. Use a plain"
+                " DataLoader. In a loop of your own pass the batch of `cache.attach(dataset)` to `total`."
             )
         answers = stored.answers
         size, number = len(first) if first.ndim else 1, len(answers["rows"])
@@ -125,4 +125,4 @@ class CachedTeacher:
             for place, name in self.layers.items()
         }
         output = None if output is None else output.float()
-        return [Call.given(output, features, read_logits=call.read_logits, top_k=top_k)]
+        return [Call.from_outputs(output, features, read_logits=call.read_logits, top_k=top_k)]

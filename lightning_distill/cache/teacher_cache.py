@@ -25,13 +25,13 @@ class TeacherCache:
     items, and the outputs are removed again before any hook of the module gets the batch. The folder holds a JSON
     manifest and NumPy files (see :mod:`distill_core.store`); ``keras_distill.TeacherCache`` reads the same folder.
 
-    The training data are a map-style DataLoader over the data that the cache was built from, or over a part of it:
-    Subsets, ``random_split`` and ConcatDatasets of parts, with any sampler and collate function; of several loaders
-    the one that fits. The student must get these items unchanged, since the cache cannot answer for others: mixup,
-    augmentation or normalization in ``training_step``, in a batch-transfer hook or at random in the collate function
-    is an error unless ``allow_changed_inputs=True``. Views, fixed slices, and copies in another dtype, layout or shape
-    are not changes. A batch without tensors, such as one of strings, cannot be checked; nor can randomness of the
-    collate function that does not come from the global generators of torch, NumPy or Python.
+    The training data must be a map-style DataLoader over the data that the cache was built from, or over a part of it:
+    a Subset, a ``random_split``, or a ConcatDataset of parts. Any sampler and collate function will do. If the Trainer
+    has several loaders, the cache serves the one that fits. The student must get these items unchanged, since the cache
+    has no outputs for others. Mixup, augmentation or normalization in ``training_step``, in a batch-transfer hook or at
+    random in the collate function is an error unless ``allow_changed_inputs=True``. Views, fixed slices, and copies in
+    another dtype, layout or shape are not changes. A batch without tensors, such as one of strings, cannot be checked.
+    Randomness of the collate function is only noticed if it comes from the global generators of torch, NumPy or Python.
 
     Args:
         reader: Reads the folder.
@@ -156,9 +156,9 @@ class TeacherCache:
             teacher: The teacher that it must come from; None does not check.
             dataset: The data that it must come from, or a part of them; None does not check.
             allow_changed_inputs: Accept that the training step, a batch-transfer hook or the collate function changes
-                the items before the student gets them (mixup, augmentation on the GPU, ``images / 255``). The teacher's
-                outputs stay those for the items of the data set, so this is right only where the change should not
-                alter the teacher's answer, or where the teacher was called with it in :meth:`build`.
+                the items before the student gets them (mixup, augmentation on the GPU, ``images / 255``). The cached
+                outputs belong to the unchanged items. Accept changes only if they should not alter the teacher's
+                outputs, or if the teacher got the changed items in :meth:`build`.
 
         Returns:
             The cache.
@@ -181,7 +181,7 @@ class TeacherCache:
         return CachedTeacher(self)
 
     def attach(self, dataset: Any) -> AttachedDataset:
-        """The data with the row of each item, for a loop of your own; the callback does this by itself.
+        """The data with the row of each item, for a loop of your own. The callback does this by itself.
 
         In the loop, pass the whole batch of a DataLoader over it to ``total``, which finds the rows in it::
 

@@ -47,7 +47,7 @@ class CachedLoaders:
         module: Any = trainer.lightning_module
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:
             raise MisconfigurationException(
-                "Expected `training_step` to take a batch where the teacher is a cache, but it takes `dataloader_iter`."
+                "Expected `training_step` to take a batch with a cached teacher, but it takes `dataloader_iter`."
                 " Take the batch."
             )
         self.answers: dict[str, Tensor] | None = None

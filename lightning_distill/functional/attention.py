@@ -78,8 +78,8 @@ def attention_kl(
 
     .. math:: \frac{1}{A L} \sum_{a,i} \sum_j p^t_{aij} (\log p^t_{aij} - \log p^s_{aij})
 
-    Where each query looks is compared. Scores of minus infinity are allowed. Below a probability of 1e-6 the logarithm
-    goes on as its tangent, so that a probability of 0 has a gradient.
+    It compares where each query looks. Scores of minus infinity are allowed. Below a probability of 1e-6 the logarithm
+    is replaced by its tangent, so that a probability of 0 has a gradient.
 
     Args:
         student: The student's scores before the softmax, or probabilities, shape ``(N, A, L, L)``, keys last.
@@ -123,8 +123,8 @@ def attention_relation(
     .. math:: \frac{1}{A L} \sum_{a,i} \mathrm{KL}(R^t_{ai} \,\|\, R^s_{ai}), \qquad
         R_a = \mathrm{softmax}(X_a X_a^\top / \sqrt{d})
 
-    X are the queries, the keys or the values, their H numbers split again into A relation heads of size d = H / A: the
-    models need neither equal widths nor equally many heads.
+    X are the queries, the keys or the values, whose H numbers are split again into A relation heads of size d = H / A.
+    The models' widths and numbers of heads may differ.
 
     Args:
         student: The student's vectors, shape ``(N, L, H_s)``.
@@ -205,7 +205,7 @@ def _scores(
     if mask is None:
         return student, teacher, None, None
     queries = rows_mask(mask, (student.shape[0], student.shape[-2]))[:, None, :, None]
-    # Self-attention: what does not count as a query is padding as a key too.
+    # Self-attention: a position that does not count as a query is padding as a key too.
     keys = queries.mT if mask.ndim == 2 and student.shape[-2] == student.shape[-1] else None
     pairs = queries if keys is None else queries & keys
     student, teacher = (torch.where(pairs, scores, 0.0) for scores in (student, teacher))

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Numbers in a chunk's largest tensor; smaller chunks would hardly save memory.
 _SMALLEST_CHUNK = 2**20
-_MOST_CHUNKS = 8  # where each is kept for the backward pass, more of them would save little
+_MOST_CHUNKS = 8  # each is kept for the backward pass, so more chunks would save little
 
 
 def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size: int, inputs: int) -> Tensor:
@@ -20,7 +20,7 @@ def summed(function: Callable[..., Tensor], rows: Sequence[Tensor], *, row_size:
 
     Args:
         function: Called with a chunk of each tensor; returns a scalar that is a sum over the rows.
-        rows: Tensors with equally many rows.
+        rows: Tensors with the same number of rows.
         row_size: How many numbers the largest tensor that ``function`` makes has for each row.
         inputs: Numbers in one model's feature.
 
@@ -41,7 +41,7 @@ def by_examples(function: Callable[..., Tensor], examples: Sequence[Tensor], *, 
 
     Args:
         function: Called with a chunk of each tensor; returns one value for each example.
-        examples: Tensors with equally many examples.
+        examples: Tensors with the same number of examples.
         example_size: How many numbers the largest tensor that ``function`` makes has for each example.
 
     Returns:

@@ -188,7 +188,7 @@ def feature_kl(
 
     .. math:: \sum_c q^t_c (\log q^t_c - \log q^s_c), \qquad q = \mathrm{softmax}(f)
 
-    Which channel is active is compared, not how strongly all of them are.
+    It compares which channel is active, not how strong all channels are together.
 
     Args:
         student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``; C of 2 or more.
@@ -215,7 +215,7 @@ def feature_kl(
     student, teacher, positions = prepare_equal(student, teacher, mask, channel_dim)
     dim = channels_at(student, channel_dim)
     if student.shape[dim] < 2:
-        # The softmax over one channel is always 1: the loss would be zero whatever the student does.
+        # The softmax over one channel is always 1: the loss would be zero for any student.
         expected = f"`student` to have at least 2 channels at dimension {dim}"
         raise ValueError(checks.message(expected, f"shape {tuple(student.shape)}", "Pass another channel_dim."))
     return over_positions(softmax_divergence(student, teacher, dim), positions, reduction)
@@ -229,8 +229,8 @@ def attention_transfer(
     .. math:: \frac{1}{P} \sum_{i=1}^{P} \left( \frac{Q^s_i}{\|Q^s\|_2} - \frac{Q^t_i}{\|Q^t\|_2} \right)^2, \qquad
         Q_i = \frac{1}{C} \sum_c |f_{c,i}|^p
 
-    Where a model is active is compared, not in which channels: the two may differ in their number. The usual weight of
-    the term is 1000. A map of zeros stays zero.
+    It compares where a model is active, not in which channels, so the numbers of channels may differ. The usual weight
+    of the term is 1000. A map of zeros stays zero.
 
     Args:
         student: The student's feature, shape ``(N, C_s, H, W)`` or ``(N, L, C_s)``, with P > 1 positions.
@@ -279,7 +279,7 @@ def channel_wise_kl(
     .. math:: \frac{T^2}{C} \sum_c \sum_i q^t_{c,i} (\log q^t_{c,i} - \log q^s_{c,i}), \qquad
         q_{c,i} = \frac{\exp(f_{c,i} / T)}{\sum_j \exp(f_{c,j} / T)}
 
-    Where each channel is active is compared: in dense prediction a channel, or the map of a class, marks a region.
+    It compares where each channel is active: in dense prediction a channel, or the map of a class, marks a region.
 
     Args:
         student: The student's feature or map of logits, shape ``(N, C, H, W)`` or ``(N, L, C)``, with more than one
@@ -329,7 +329,7 @@ def _distance(
 
 
 def _attention_map(feature: Tensor, p: float) -> Tensor:
-    # The normalised map does not change with the size of what it is made of: dividing by the largest number keeps the
+    # The normalised map does not change with the size of the feature: dividing by the largest number keeps the
     # power of the feature, and the square of the map, within float32.
     dim = channels_at(feature)
     if p == 2:

@@ -69,7 +69,7 @@ def prepare(student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student
     """
     checks.floating(names[0], student)
     checks.floating(names[1], teacher)
-    if student.dtype == teacher.dtype == torch.float32:  # by far the commonest: nothing to convert
+    if student.dtype == teacher.dtype == torch.float32:  # the most common case: nothing to convert
         return student, teacher.detach() if teacher.requires_grad else teacher
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
@@ -83,7 +83,7 @@ def resolve_class_dim(logits: Tensor, class_dim: int | None = None, labels: Tens
 
     Args:
         logits: Class scores, shape ``(N, ..., C)`` or ``(N, C, H, W)``.
-        class_dim: The user's own choice, which wins.
+        class_dim: The user's own choice, which takes precedence.
         labels: Class index of each row, where the loss has them.
 
     Returns:
@@ -148,7 +148,7 @@ def prepare_logits(
         raise ValueError(checks.message(expected, f"shape {shape}", "Use unsqueeze(-1) for one score per example."))
     dim = resolve_class_dim(student, class_dim)
     if student.shape[dim] < at_least:
-        # The softmax over one class is always 1: the loss would be zero whatever the student does.
+        # The softmax over one class is always 1: the loss would be zero for any student.
         expected = f"`student_logits` to have at least {at_least} classes at class_dim={dim}"
         remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
         raise ValueError(checks.message(expected, f"shape {shape}", remedy))

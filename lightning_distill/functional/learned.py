@@ -14,7 +14,7 @@ from lightning_distill.functional.vectors import channels_at, over_numbers, posi
 
 __all__ = ["masked_generative", "variational_information"]
 
-_REMEDY = "The learned part must give the teacher's channels at the teacher's positions."
+_REMEDY = "The learned part must return the teacher's channels at the teacher's positions."
 
 
 def variational_information(
@@ -81,8 +81,8 @@ def masked_generative(
 
     .. math:: \sum_d \left( G(m \odot f^s)_d - f^t_d \right)^2
 
-    The student has to carry enough in each part of its feature for the rest to be guessed. The sum makes values large:
-    the paper's weights are 7e-5 and smaller.
+    Each part of the student's feature must hold enough information to predict the rest. The sum makes values large: the
+    paper's weights are 7e-5 and smaller.
 
     Args:
         student: The student's feature, shape ``(N, ..., C)`` or ``(N, C, H, W)``.

@@ -89,8 +89,8 @@ def soft_cross_entropy(
 
     .. math:: -T^2 \sum_c p^t_c \log p^s_c, \qquad p = \mathrm{softmax}(z / T)
 
-    It is :func:`soft_target_kl` plus :math:`T^2` times the teacher's entropy: the same gradient, and a smallest value
-    that is that entropy rather than 0.
+    It is :func:`soft_target_kl` plus :math:`T^2` times the teacher's entropy: the gradient is the same, and the
+    smallest value is that entropy instead of 0.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
@@ -181,5 +181,5 @@ def _standardized(logits: Tensor, dim: int, counts: Tensor | None) -> Tensor:
     standardized = centred / (deviation + _STANDARDIZE_EPS)
     if torch.compiler.is_compiling():
         return standardized.masked_fill(impossible, LEAST_SCORE)
-    with torch.no_grad():  # as in softened: neither a copy nor a backward pass
+    with torch.no_grad():  # as in softened, to save a copy and a backward pass
         return standardized.masked_fill_(impossible, LEAST_SCORE)

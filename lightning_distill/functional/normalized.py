@@ -44,8 +44,8 @@ def pearson_feature(student: Tensor, teacher: Tensor, *, mask: Tensor | None = N
         \hat f_{nci} = \frac{f_{nci} - \mu_c}{\sigma_c + 10^{-6}}
 
     M is the number of elements. Up to the factor (M_c - 1) / M_c, with M_c numbers a channel, it is one minus Pearson's
-    correlation: the student need copy neither the mean nor the size of a channel. A channel that is constant over the
-    batch counts as zero and gets no gradient.
+    correlation: the student need not copy the mean or the size of a channel. A channel that is constant over the batch
+    counts as zero and gets no gradient.
 
     Args:
         student: The student's feature, shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
@@ -86,7 +86,7 @@ def neuron_selectivity(
         - \frac{2}{C_s C_t} \sum_{i,j} k(s_i, t_j), \qquad k(a, b) = \left(\frac{a \cdot b}{\|a\| \|b\|}\right)^2
 
     s_i and t_j are the maps of single channels: where in the image each neuron is active. The two sets of maps are
-    compared as distributions, so that neither number nor order of the channels matters. The usual weight is 50.
+    compared as distributions, so the number and the order of the channels do not matter. The usual weight is 50.
 
     Args:
         student: The student's feature, shape ``(N, C_s, H, W)`` or ``(N, L, C_s)``, with P > 1 positions.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Two scores of minus infinity have no difference; the softmax of these is 0 as well.
+# Replaces minus infinity: the difference of two infinite scores is NaN. Its softmax is 0 too.
 LEAST_SCORE = -1e30
 
 
@@ -79,7 +79,7 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
-    """Kullback-Leibler divergence of the student's softmax from the teacher's, of which no gradient flows back.
+    """Kullback-Leibler divergence of the student's softmax from the teacher's, without a gradient for the teacher.
 
     Args:
         student: Scores of any shape; minus infinity is a probability of 0.
@@ -97,7 +97,7 @@ def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
 
 
 def bounded(scores: Tensor) -> Tensor:
-    """Scores of which none is minus infinity: the softmax of the least finite score is 0 as well.
+    """The scores, with minus infinity replaced by the least finite score, whose softmax is 0 too.
 
     Args:
         scores: Any shape.
@@ -109,7 +109,7 @@ def bounded(scores: Tensor) -> Tensor:
 
 
 def softened(logits: Tensor, temperature: float, counts: Tensor | None = None, dim: int = -1) -> Tensor:
-    """Logits divided by a temperature: finite, and zeros in the rows that do not count, whatever was there.
+    """Logits divided by a temperature, all of them finite; rows that do not count become zeros.
 
     Args:
         logits: Any shape; minus infinity becomes the least finite score.
@@ -118,15 +118,15 @@ def softened(logits: Tensor, temperature: float, counts: Tensor | None = None, d
         dim: Dimension of the classes.
 
     Returns:
-        Same shape. The gradient passes as if nothing had been changed: a caller drops the values of such rows.
+        Same shape. The gradient passes as if no value had been replaced; the caller drops the values of such rows.
     """
     scores = logits / temperature
     hidden = None if counts is None else ~counts.unsqueeze(dim)
     if torch.compiler.is_compiling():
         scores = bounded(scores)
         return scores if hidden is None else scores.masked_fill(hidden, 0.0)
-    # In place and out of autograd's sight: no copy, and nothing to do in the backward pass. The softmax of what is
-    # changed has a gradient of 0 by itself.
+    # In place and without autograd, to save a copy and a backward pass. The softmax of the changed scores has a
+    # gradient of 0 anyway.
     with torch.no_grad():
         scores.clamp_min_(LEAST_SCORE)  # unlike clamp_, with a batching rule for torch.func.vmap
         if hidden is not None:

@@ -74,13 +74,13 @@ def similarity_preserving(student: Tensor, teacher: Tensor, *, mask: Tensor | No
 
 
 def relational_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    r"""Mean Huber difference of the two models' distances between the examples, each model's in units of its mean.
+    r"""Mean Huber difference of the two models' distances between the examples, divided by each model's mean.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} h\left( \frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t} \right), \qquad
         d_{ij} = \|f_i - f_j\|_2, \quad h(x) = \tfrac{1}{2} x^2 \text{ if } |x| < 1 \text{ else } |x| - \tfrac{1}{2}
 
-    The mean is over the pairs that are apart. Shifts, rotations and one common factor of a model's features change
-    nothing. The usual weight is 25.
+    The mean distance is over the pairs with a distance above 0. Shifts, rotations and one common factor of a model's
+    features change nothing. The usual weight is 25.
 
     Args:
         student: The student's feature, shape ``(N, ...)``.
@@ -113,8 +113,8 @@ def relational_angle(student: Tensor, teacher: Tensor, *, mask: Tensor | None = 
         \cos_{ijk} = \frac{(f_j - f_i) \cdot (f_k - f_i)}{\|f_j - f_i\| \, \|f_k - f_i\|}, \quad
         h(x) = \tfrac{1}{2} x^2 \text{ if } |x| < 1 \text{ else } |x| - \tfrac{1}{2}
 
-    The angle that two examples make as seen from a third. Shifts, rotations and one common factor of a model's features
-    change nothing. Where two of the three coincide the cosine is 0. The usual weight is 50.
+    It compares the angle between two examples as seen from a third. Shifts, rotations and one common factor of a
+    model's features change nothing. Where two of the three coincide the cosine is 0. The usual weight is 50.
 
     Args:
         student: The student's feature, shape ``(N, ...)``.
@@ -166,7 +166,7 @@ def relational_distance_and_angle(
 
 
 def probabilistic_transfer(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    r"""Divergence of the student's from the teacher's probabilities that one example is picked as another's neighbour.
+    r"""Divergence of the two models' probabilities that one example is the neighbour of another.
 
     .. math:: \frac{1}{N^2} \sum_{i,j} p^t_{ij} \log \frac{p^t_{ij} + \epsilon}{p^s_{ij} + \epsilon}, \qquad
         p_{ij} = \frac{k_{ij}}{\sum_m k_{im}}, \quad k_{ij} = \tfrac{1}{2} (\cos(f_i, f_j) + 1)
@@ -213,9 +213,8 @@ def correlation_congruence(
         K_{ij} = e^{-2 \gamma} \sum_{p=0}^{P} \frac{(2 \gamma)^p}{p!} (\hat f_i \cdot \hat f_j)^p, \quad
         \hat f = f / \|f\|_2
 
-    K is the Taylor series of the Gaussian kernel :math:`e^{-\gamma \|\hat f_i - \hat f_j\|^2}`. The other form, that of
-    the published code, takes what neighbouring examples of the batch have in common in their errors; it depends on the
-    order of the batch:
+    K is the Taylor series of the Gaussian kernel :math:`e^{-\gamma \|\hat f_i - \hat f_j\|^2}`. The second form, from
+    the published code, multiplies the errors of neighbouring examples, so it depends on the order of the batch:
 
     .. math:: \frac{1}{N - 1} \sum_{n=1}^{N-1} \sum_d |f^s_{nd} - f^t_{nd}| \, |f^s_{n+1,d} - f^t_{n+1,d}|
 
@@ -262,8 +261,8 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor, *, mask: Tensor 
     .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2, \qquad G_n = F_n F_n^\top, \quad
         \hat G_{ni} = G_{ni} / \|G_{ni}\|_2
 
-    F has one row per channel, the map of that channel: how diverse the channels are, and which go together. The
-    authors' weight of 2.5 is 2.5 C here. A row of zeros stays zero.
+    F has one row per channel, which holds the channel's map. It compares how diverse the channels are and which of them
+    are active together. The authors' weight of 2.5 is 2.5 C here. A row of zeros stays zero.
 
     Args:
         student: The student's feature, shape ``(N, C, H, W)`` or ``(N, L, C)``.
@@ -289,10 +288,10 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor, *, mask: Tensor 
     """
     student, teacher = prepare(student, teacher)
     if student.ndim < 3 or teacher.ndim < 3 or channel_maps(student).shape[:2] != channel_maps(teacher).shape[:2]:
-        expected = "`student` and `teacher` to have the same examples and channels, and positions"
+        expected = "`student` and `teacher` to have the same numbers of examples and channels, and to have positions"
         got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         raise ValueError(checks.message(expected, got, "Map the student's channels with an adapter."))
-    if mask is not None:  # zeros add nothing to the products, and an example of zeros has no difference
+    if mask is not None:  # zeros change no product, and examples of zeros do not differ
         student, teacher = (without(feature, positions_mask(mask, feature)) for feature in (student, teacher))
     maps = [channel_maps(feature) for feature in (student, teacher)]
     count, channels = maps[0].shape[:2]

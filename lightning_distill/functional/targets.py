@@ -40,8 +40,8 @@ def decoupled_kd(
     .. math:: T^2 \left( a \, \mathrm{KL}(b^t \| b^s) + b \, \mathrm{KL}(q^t \| q^s) \right), \qquad
         b = (p_y, 1 - p_y), \quad q_c = p_c / (1 - p_y), \quad p = \mathrm{softmax}(z / T)
 
-    The plain divergence weights the second part by :math:`1 - p^t_y`, which mutes it where the teacher is sure; here
-    its weight is free. With two classes the second part is 0.
+    The plain divergence weights the second part by :math:`1 - p^t_y`, which makes it small where the teacher is
+    certain. Here its weight is a setting. With two classes the second part is 0.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
@@ -76,8 +76,8 @@ def decoupled_kd(
     References:
         Zhao et al. 2022, equation 7, arXiv:2203.08679. The authors' code has a target weight of 1 and, by teacher,
         non-target weights of 2 to 8 for CIFAR-100 (temperature 4) and 0.5 to 2 for ImageNet (temperature 1).
-        Deviation: computed in log space without the target class, finite where that code, which subtracts 1000 from
-        its logit and takes logarithms of sums, is not.
+        Deviation: computed in log space without the target class, and always finite. The authors' code subtracts 1000
+        from the target's logit and takes logarithms of sums, which may be infinite.
     """
     checks.non_negative("target_weight", target_weight)
     checks.non_negative("nontarget_weight", nontarget_weight)
@@ -114,13 +114,13 @@ def normalized_kd(
     mask: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
-    r"""Cross entropy on the target class under the teacher's probability of it, and one among the other classes.
+    r"""Cross entropy on the target class, weighted by the teacher, plus cross entropy among the other classes.
 
     .. math:: -p^t_y \log p^s_y - \gamma T^2 \sum_{c \ne y} q^t_c \log q^s_c, \qquad
         p = \mathrm{softmax}(z), \quad q = \mathrm{softmax}_{c \ne y}(z / T)
 
     The other classes' probabilities are normalised to add up to 1 in both models before they are compared, so that the
-    two cross entropies do not compete. Its smallest value is not 0; with two classes the second part is.
+    two cross entropies do not compete. Its smallest value is not 0. With two classes the second part is 0.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
@@ -225,7 +225,7 @@ def weighted_soft_labels(
     student, teacher, target, counts, factor = prepare_labelled(
         student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
     )
-    # An impossible label costs much, and nothing where no class is possible; logits that are NaN stay so below.
+    # An impossible label gets a large loss, or 0 if no class is possible; NaN in the logits stays NaN below.
     own_student, own_teacher = (
         torch.nan_to_num(-F.log_softmax(logits, dim=-1).gather(-1, target).squeeze(-1), nan=0.0, posinf=-LEAST_SCORE)
         for logits in (student.detach(), teacher)

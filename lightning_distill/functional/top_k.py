@@ -1,4 +1,4 @@
-"""Distributions of which only the likeliest classes are known."""
+"""Distributions with only their likeliest classes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> 
 
     .. math:: z_i, \quad i \le k; \qquad z_{k+1} = T \log \sum_{i > k} \exp(z_i / T)
 
-    Any divergence of the two results at that temperature is the one between the merged distributions. Of the teacher's
-    other classes only the sum is known: softened, each is taken to be equally likely.
+    Any divergence of the two results at that temperature is the one between the merged distributions. Only the sum of
+    the teacher's other classes is known; to soften it, they are assumed to be equally likely.
 
     Args:
         student_logits: Logits of the student, shape ``(..., C)``.
@@ -54,7 +54,7 @@ def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> 
     if student_logits.shape != (*rows, teacher.classes):
         raise ValueError(
             f"Expected `student_logits` to have the teacher's shape {(*rows, teacher.classes)}, but got"
-            f" {tuple(student_logits.shape)}. The cache is of another teacher, or of other data."
+            f" {tuple(student_logits.shape)}. The cache comes from another teacher or other data."
         )
     logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
     # over the others themselves: 1 minus the sum of the k would lose all digits where the student is sure

@@ -58,7 +58,7 @@ def prepare_examples(student: Tensor, teacher: Tensor, mask: Tensor | None = Non
     """
     student, teacher = prepare(student, teacher)
     if student.ndim < 2 or teacher.ndim < 2 or len(student) != len(teacher):
-        expected = "`student` and `teacher` to have equally many examples and one inner dimension or more"
+        expected = "`student` and `teacher` to have the same number of examples and one inner dimension or more"
         raise ValueError(checks.message(expected, f"{tuple(student.shape)} and {tuple(teacher.shape)}"))
     if mask is None:
         return student.flatten(1), teacher.flatten(1)
@@ -86,7 +86,7 @@ def prepare_vectors(student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Ten
 
 
 def of_counted(formula: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor) -> Tensor:
-    """A formula of rows; 0 with a gradient of zeros where there are none, because nothing counts.
+    """A formula of rows; 0 with a gradient of zeros if no row is left, because nothing counts.
 
     Args:
         formula: Called with the rows of both models; returns a scalar.
@@ -123,7 +123,7 @@ def positions_mask(mask: Tensor | None, feature: Tensor, channel_dim: int | None
 
 
 def without(feature: Tensor, positions: Tensor | None, channel_dim: int | None = None) -> Tensor:
-    """A feature with zeros at the positions that do not count, whatever was there.
+    """A feature with zeros at the positions that do not count.
 
     Args:
         feature: Shape ``(N,)``, ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
@@ -230,7 +230,7 @@ def channels_at(feature: Tensor, channel_dim: int | None = None) -> int:
 
     Args:
         feature: Shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
-        channel_dim: The user's own choice, which wins.
+        channel_dim: The user's own choice, which takes precedence.
 
     Returns:
         The dimension.
@@ -245,7 +245,7 @@ def channels_at(feature: Tensor, channel_dim: int | None = None) -> int:
 
 
 def check_positions(student: Tensor, teacher: Tensor) -> None:
-    """Check that two features have the same examples and positions, whatever their channels.
+    """Check that two features have the same examples and positions; their channels may differ.
 
     Args:
         student: The student's feature, shape ``(N, C_s, H, W)`` or ``(N, L, C_s)``.
@@ -259,7 +259,7 @@ def check_positions(student: Tensor, teacher: Tensor) -> None:
         positions = [tuple(size for i, size in enumerate(f.shape) if i != dim % f.ndim) for f in (student, teacher)]
         if positions[0] == positions[1] and student[0:1].select(dim, 0).numel() > 1:
             return
-    expected = "`student` and `teacher` to have the same examples and positions, more than one, whatever their channels"
+    expected = "`student` and `teacher` to have the same examples and positions, with more than one position"
     got = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
     raise ValueError(checks.message(expected, got, "Resize the teacher's feature to the student's positions."))
 

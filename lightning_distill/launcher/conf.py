@@ -46,7 +46,7 @@ class Criterion(Section):
     SelfKnowledgeDistillationLoss: SelfKnowledge | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> Criterion:
+    def _check_exactly_one(self) -> Criterion:
         return conf.exactly_one(self)
 
 

@@ -102,7 +102,7 @@ class IntermediateLayersKnowledgeDistillationLoss:
             output]]``, ``[student, output, teacher, output]``, or the name alone where both models have it. An output
             is an index, a key or a function that picks a tensor; ``""`` is the whole model.
         loss_types: ``"MSE"``, ``"L1"`` or ``"KL"`` for each pair; ``None`` is MSE for all.
-        loss_weights: Factor of each pair, 0 or greater; ``None`` shares 1 equally.
+        loss_weights: Factor of each pair, 0 or greater; ``None`` gives all the same share of 1.
         add_origin_loss: Whether the student's own loss is added, at full weight.
         reference_reduction: Whether KL is computed as in the older API: over the last dimension, softened only if it
             does not sum to one yet, the mean over all elements.
@@ -164,7 +164,7 @@ class SelfKnowledgeDistillationLoss:
         loss_types: ``"L2"`` (the Frobenius norm of the difference), ``"KL"`` (in nats, summed over the classes, mean
             over the examples) or ``"CE"`` (the same with cross entropy) for each group; ``None`` is CE for all. Like
             the older API's, this criterion has no factor T² for KL and CE: multiply ``loss_weights`` by it to have it.
-        loss_weights: Factor of each group, 0 or greater; ``None`` shares 1 equally.
+        loss_weights: Factor of each group, 0 or greater; ``None`` gives all the same share of 1.
         add_origin_loss: Whether the student's own loss is added, at full weight.
         reference_reduction: Whether KL is divided by the number of classes too, as it was in the older API.
 

@@ -1,4 +1,4 @@
-"""The launcher's main class: built-in training, or the hooks in a loop of the user's own."""
+"""The launcher's main class: built-in training, or the hooks in a user's own loop."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Distillation(Hooks):
             criterion's loss, which is usually cross entropy.
         optimizer: An optimizer, or a function that makes one from parameters; None takes the configured one, or AdamW.
         train_func: A training function of your own, called with the student.
-        eval_func: Scores a model: returns a number, or several in a list or dict, of which the first counts.
+        eval_func: Scores a model: returns a number, or several in a list or dict. The first one counts.
         train_dataloader: Batches for built-in training, ``(inputs, labels)`` or dicts; None takes the configured ones.
         eval_dataloader: Batches for the configured metric, if ``eval_func`` is not set.
         trainer: A Trainer for built-in training; None makes one with the configured settings.
@@ -81,7 +81,7 @@ class Distillation(Hooks):
         self._loaded: dict[str, Any] = {}  # for the next training
         self._last: dict[str, Any] = {}  # of the last one
 
-    # For a loop of the user's own ------------------------------------------------------------------------------------
+    # For a loop of your own -------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters, for an optimizer of your own; they exist after the first loss.

@@ -17,7 +17,7 @@ from lightning_distill.launcher.last_call import LastCall
 from lightning_distill.launcher.training import CriterionTerm
 from lightning_distill.recording import Call, find_layer
 from lightning_distill.recording.batches import as_arguments
-from lightning_distill.step import Given
+from lightning_distill.step import StepCalls
 
 
 class LoopDistiller(Distiller):
@@ -70,7 +70,7 @@ class LoopDistiller(Distiller):
             term.student_loss = student_loss
         try:
             call.output, call.output_versions = output, []  # the loop may have made it from the student's own
-            return self._total(student_loss, None, Given([call], self._teacher_calls(teacher_output)))
+            return self._total(student_loss, None, StepCalls([call], self._teacher_calls(teacher_output)))
         finally:
             self._input = None
             for term in criteria:
@@ -82,8 +82,8 @@ class LoopDistiller(Distiller):
             return None
         if isinstance(output, dict) and output.keys() == {"output", "features"}:
             features = {(layer, "output"): feature for layer, feature in output["features"].items()}
-            return [Call.given(output["output"], features, read_logits=self.logits)]
-        return [Call.given(output, read_logits=self.logits)]
+            return [Call.from_outputs(output["output"], features, read_logits=self.logits)]
+        return [Call.from_outputs(output, read_logits=self.logits)]
 
     def teacher_forward(self, call: Call) -> Any:
         """The teacher's output for the input of :meth:`step`, or for the student's own."""

@@ -176,7 +176,7 @@ def _channels(shape: torch.Size) -> int:
 
 def _check_ranks(student: torch.Size, teacher: torch.Size) -> None:
     if len(student) != len(teacher) or len(student) not in _LAYERS:
-        expected = "`student` and `teacher` to have equally many dimensions, 2 to 5"
+        expected = "`student` and `teacher` to have the same number of dimensions, 2 to 5"
         raise ValueError(checks.message(expected, f"{tuple(student)} and {tuple(teacher)}", "Pass adapter=<a module>."))
 
 

@@ -22,12 +22,12 @@ class DISTLoss(LogitsLoss):
         {:,c}, p^t_{:,c})),
         \qquad p = \mathrm{softmax}(z / T)
 
-    Relations are kept rather than exact values, which helps where the teacher is much stronger than the student. See
+    It keeps relations rather than exact values, which helps if the teacher is much stronger than the student. See
     :func:`lightning_distill.functional.inter_class_relation` and
     :func:`lightning_distill.functional.intra_class_relation`.
 
-    The factor :math:`T^2` keeps the gradient's size when the temperature changes. A class that scores of minus infinity
-    make impossible stays a class, of probability 0.
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. A class with scores of minus infinity
+    still counts as a class, with probability 0.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.

@@ -188,8 +188,8 @@ class InterChannelCorrelationLoss(FormulaLoss):
 
     .. math:: \frac{1}{N C^2} \sum_n \sum_{i,j} (\hat G^s_{nij} - \hat G^t_{nij})^2
 
-    The channels must be equally many, the positions need not. The authors' weight of 2.5 is 2.5 C here. See
-    :func:`lightning_distill.functional.inter_channel_correlation`.
+    Both features need the same number of channels; the positions may differ. The authors' weight of 2.5 is 2.5 C here.
+    See :func:`lightning_distill.functional.inter_channel_correlation`.
 
     Returns:
         A scalar when called with feature maps ``(N, C, H, W)`` of the student, then the teacher.

@@ -173,8 +173,8 @@ class BinarySoftTargetLoss(LogitsLoss):
     For models with several labels per example, or a single score. See
     :func:`lightning_distill.functional.binary_soft_target`.
 
-    The factor :math:`T^2` keeps the gradient's size when the temperature changes. The scores are those of classes, each
-    against its absence: ``class_scores`` is True.
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes. Each score decides whether its class
+    is present, so ``class_scores`` is True.
 
     Args:
         temperature: Softening of both models' answers, greater than 0; a number or a schedule.
@@ -194,7 +194,7 @@ class BinarySoftTargetLoss(LogitsLoss):
 
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531; deviation: a sigmoid for each class instead of one
-        softmax over the classes, for which no weight is given.
+        softmax over the classes. The paper gives no weight for it.
     """
 
     class_scores: ClassVar[bool] = True

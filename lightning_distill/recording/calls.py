@@ -26,7 +26,7 @@ class Tap:
             dataclass, a tuple of these for nested outputs, or a callable that picks a tensor. ``None`` takes the
             obvious tensor and refuses to guess.
         call: Which call of the layer, from 0, where one forward pass runs it several times.
-        where: ``"output"`` reads what the layer returns, ``"input"`` what it is called with.
+        where: ``"output"`` reads the layer's output, ``"input"`` its input.
 
     Raises:
         TypeError: If ``layer`` is not a string.
@@ -61,13 +61,13 @@ def snapshot(value: Any, copy: bool) -> tuple[Any, Versions]:
 
     Args:
         value: The arguments or the output of a network.
-        copy: Whether to copy the tensors, because their versions say nothing.
+        copy: Whether to copy the tensors, because their versions do not show changes.
     """
-    # A compiled graph turns in-place changes into new tensors, so versions say nothing there: take a copy, which the
-    # compiler fuses. Inference tensors keep no versions either.
+    # A compiled graph turns in-place changes into new tensors, so versions do not show them: take a copy, which the
+    # compiler fuses. Inference tensors have no versions either.
     if copy or torch.compiler.is_compiling():
         return map_tensors(value, torch.clone), []
-    if isinstance(value, Tensor) and not value.is_inference():  # by far the commonest
+    if isinstance(value, Tensor) and not value.is_inference():  # the most common case
         return value, [(value, version_of(value))]
     return value, [(tensor, version_of(tensor)) for tensor in tensors_in(value) if not tensor.is_inference()]
 
@@ -100,7 +100,7 @@ class Call:
         who: ``"student"`` or ``"teacher"``, for messages.
         teacher: Which of several teachers answered, from 0.
         trains: Whether gradients must flow back into the call, so that reading a tensor without them is an error.
-        read_logits: From the output to the logits.
+        read_logits: Picks the logits from the output.
         batch: The batch of the step, as the training or validation step received it; ``None`` where it is not known.
         top_k: The likeliest classes, where a cached teacher holds only those.
     """
@@ -119,7 +119,7 @@ class Call:
     runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def given(
+    def from_outputs(
         cls,
         output: Any = None,
         features: Mapping[tuple[str, str], Any] | None = None,
@@ -127,7 +127,7 @@ class Call:
         who: str = "teacher",
         **attributes: Any,
     ) -> Call:
-        """A call that was not recorded, made from outputs that are known.
+        """Make a call from known outputs, without recording it.
 
         Args:
             output: The network's output.
@@ -136,7 +136,7 @@ class Call:
             **attributes: Further attributes of the call.
 
         Example:
-            >>> Call.given(features={("body", "output"): torch.ones(2, 3)}).feature(Tap("body")).shape
+            >>> Call.from_outputs(features={("body", "output"): torch.ones(2, 3)}).feature(Tap("body")).shape
             torch.Size([2, 3])
         """
         runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = {
@@ -200,7 +200,7 @@ class Call:
             whole = self.output if tap.where == "output" else inputs_of(self.args, self.kwargs)
             runs = [(whole, self.input_versions if tap.where == "input" else self.output_versions)]
         if len(runs) == 1 and not tap.call and tap.output is None and isinstance(runs[0][0], Tensor):
-            value, versions = runs[0]  # by far the commonest
+            value, versions = runs[0]  # the most common case
             if not changed(versions):
                 return self._with_gradient(value, tap.layer)
         place = f"{self.who} layer {tap.layer!r}"
@@ -223,16 +223,16 @@ class Call:
         return self._with_gradient(picked, tap.layer)
 
     def check_input(self) -> None:
-        """Raise if the network's input was changed in place since, so that the teacher would see another one.
+        """Raise if the network's input was changed in place after the call, so that the teacher would get other values.
 
         Raises:
-            ValueError: If it was.
+            ValueError: If the input was changed.
         """
         if changed(self.input_versions):
             raise ValueError(
                 f"Expected the {self.who}'s input to stay as it was, but it was changed in place, so the teacher would"
-                " not see what the student saw. Build the first layer with inplace=False, and make a new tensor where"
-                " the training step changes it."
+                " get another input than the student. Build the first layer with inplace=False, and make a new tensor"
+                " where the training step changes it."
             )
 
 

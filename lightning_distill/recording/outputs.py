@@ -12,17 +12,17 @@ from torch import Tensor
 Output = int | str | tuple[int | str, ...] | Callable[[Any], Tensor] | None
 
 
-def select(value: Any, output: Output, what: str, *, first: bool = False) -> Tensor:
-    """The tensor that ``output`` picks from ``value``, or the obvious one where ``output`` is ``None``.
+def select(value: Any, output: Output, value_name: str, *, first: bool = False) -> Tensor:
+    """The tensor that ``output`` picks from ``value``, or the obvious one if ``output`` is ``None``.
 
-    Obvious are, in this order: the tensor itself; the entry named ``"logits"`` of a dict, model output, named tuple or
-    dataclass; its only tensor with at least one dimension. Where there are several, nothing is obvious, but for an
-    inner layer the first of a tuple: layers return their feature first, and caches or attention weights after it.
+    The obvious tensor is, in this order: the value itself; the entry named ``"logits"`` of a dict, model output, named
+    tuple or dataclass; its only tensor with at least one dimension. Several tensors are an error. Only of an inner
+    layer's tuple the first is taken: layers return their feature first, then caches or attention weights.
 
     Args:
         value: The output of a network or a layer.
         output: An index, a key or field name, a tuple of these for nested outputs, a callable, or ``None``.
-        what: Name of the value in error messages.
+        value_name: Name of the value in error messages.
         first: Whether the first entry of a tuple or list is the obvious one.
 
     Returns:
@@ -43,7 +43,7 @@ def select(value: Any, output: Output, what: str, *, first: bool = False) -> Ten
     if callable(output):
         picked = output(value)
     elif isinstance(value, Tensor):
-        raise ValueError(f"Expected `output` to be None where {what} is a tensor, but got output={output!r}.")
+        raise ValueError(f"Expected `output` to be None where {value_name} is a tensor, but got output={output!r}.")
     elif output is not None:
         picked = value
         for key in output if isinstance(output, tuple) else (output,):
@@ -53,7 +53,7 @@ def select(value: Any, output: Output, what: str, *, first: bool = False) -> Ten
         if "logits" in entries:
             picked = entries["logits"]
         elif isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-            # a scalar before it is a loss; what is nested stands for several tensors
+            # a scalar before it is a loss; a nested entry stands for several tensors
             leading = next((entry for entry in value if not (isinstance(entry, Tensor) and entry.ndim == 0)), None)
             picked = leading if first or len(tensors) == 1 else None
         elif len(tensors) == 1:
@@ -62,8 +62,8 @@ def select(value: Any, output: Output, what: str, *, first: bool = False) -> Ten
         present = ", ".join(f"{key!r}: {_describe(entry)}" for key, entry in entries.items()) or _describe(value)
         remedy = "Pass Tap(layer, output=...), or for the network's output LogitsDistillation(output=...)"
         raise ValueError(
-            f"Expected `output` to pick one tensor of {what}, but got output={output!r}. {remedy}, or override"
-            f" `logits`; there is {present}."
+            f"Expected `output` to pick one tensor of {value_name}, but got output={output!r}. {remedy}, or override"
+            f" `logits`. The tensors are: {present}."
         )
     return picked
 
@@ -136,7 +136,7 @@ def first_tensor(*values: Any) -> Tensor:
     """
     for value in values:
         if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-            return value[0]  # by far the commonest
+            return value[0]  # the most common case
         for tensor in tensors_in(value):
             return tensor
     raise ValueError("Expected the student to be called with a tensor or to return one, but got none.")

@@ -39,11 +39,11 @@ class _Hook:
         self.module, self.recorder, self.layer, self.key = module, recorder, layer, next(_KEYS)
 
     def put(self) -> None:
-        """Enter the hook into the module's table."""
+        """Add the hook to the module's table."""
         compat.forward_hooks(self.module)[self.key] = self
 
     def take(self) -> None:
-        """Take the hook out of the module's table."""
+        """Remove the hook from the module's table."""
         compat.forward_hooks(self.module).pop(self.key, None)
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -137,7 +137,7 @@ class Recorder:
         self._ends: list[_Hook] = []
 
     def find(self, layer: str) -> nn.Module | None:
-        """The module that a layer name means, or ``None``."""
+        """The module that a layer name refers to, or ``None``."""
         module = find_layer(self.root, layer)
         if module is None and self.prefix:
             if layer == self.prefix.rstrip("."):
@@ -180,7 +180,7 @@ class Recorder:
             features: Whether to keep the features at the tapped layers, beside the input and the output.
 
         Returns:
-            The hooks, for whoever takes them out again.
+            The hooks; the caller removes them.
         """
         if self._hooks is None:
             self._hooks = self._feature_hooks()

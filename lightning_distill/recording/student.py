@@ -28,7 +28,7 @@ class StudentFinder:
     def __init__(self, module: nn.Module, taps: Sequence[Tap], student: str | Sequence[str] | None = None) -> None:
         self._module, self._taps, self._student = module, taps, student
         self._recorders: dict[str, Recorder] | None = None
-        self._found: Recorder | None = None
+        self._student_recorder: Recorder | None = None
 
     def _named(self) -> Recorder:
         paths = [self._student] if isinstance(self._student, str) else list(self._student or [])
@@ -69,17 +69,17 @@ class StudentFinder:
 
     @property
     def root(self) -> nn.Module:
-        """The student, where it is named or found; before that the whole module."""
-        if self._found is None and self._student is not None:
+        """The student if it is named or found already, else the whole module."""
+        if self._student_recorder is None and self._student is not None:
             return self._named().root
-        return self._module if self._found is None else self._found.root
+        return self._module if self._student_recorder is None else self._student_recorder.root
 
     def recording(self, needs_grad: bool, features: bool) -> Recording:
         """A context that records the student, or every candidate until a step has shown which one it is."""
-        if self._found is None and self._student is not None:
-            self._found = self._named()  # made in the first step: hooks of the module may build it later than ours run
-        if self._found is not None:
-            return Recording([self._found], needs_grad, features)
+        if self._student_recorder is None and self._student is not None:
+            self._student_recorder = self._named()  # not earlier: a hook of the module may build the student
+        if self._student_recorder is not None:
+            return Recording([self._student_recorder], needs_grad, features)
         if self._recorders is None:
             self._recorders = {
                 name: recorder for name, recorder in self._candidates().items() if not recorder.unknown()
@@ -92,7 +92,7 @@ class StudentFinder:
         Raises:
             ValueError: If several children were called.
         """
-        if self._found is None:
+        if self._student_recorder is None:
             called = {name: recorder for name, recorder in (self._recorders or {}).items() if recorder.calls}
             if "" in called:
                 called = {"": called[""]}
@@ -105,14 +105,14 @@ class StudentFinder:
             for recorder in called.values():
                 for other in (self._recorders or {}).values():
                     if other is not recorder:
-                        other.clear()  # it has recorded calls inside the student's, or of it
-                self._found, self._recorders = recorder, None
-        return [] if self._found is None else self._found.calls
+                        other.clear()  # it has recorded the student's calls, or calls inside them
+                self._student_recorder, self._recorders = recorder, None
+        return [] if self._student_recorder is None else self._student_recorder.calls
 
     def keep(self, calls: list[Call]) -> None:
-        """Let the calls of a named student be kept in this list, which may drop some; to be called after recording."""
-        if self._found is not None:
-            self._found.calls = calls
+        """Keep the calls of a named student in this list, which may drop some. Call it after recording."""
+        if self._student_recorder is not None:
+            self._student_recorder.calls = calls
 
     def never_called(self) -> str:
         """The error message where no call was recorded."""
@@ -128,7 +128,7 @@ class StudentFinder:
 
     def clear(self) -> None:
         """Release what was recorded."""
-        for recorder in [self._found] if self._found else (self._recorders or {}).values():
+        for recorder in [self._student_recorder] if self._student_recorder else (self._recorders or {}).values():
             recorder.clear()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class _State:
-    """How a module was before it was held: its own mode, its tensors by name, who holds it and in which precision."""
+    """The state of a module before it was held: its mode and its tensors by name; and its holders and precision."""
 
     def __init__(self, module: nn.Module) -> None:
         self.training: bool | None = getattr(module, "training", None)  # a frozen TorchScript program has none
@@ -23,7 +23,7 @@ class _State:
         self.dtype: torch.dtype | None = None
 
     def restore(self, module: nn.Module) -> None:
-        """Give the module its mode, flags, device and precision back."""
+        """Restore the module's mode, flags, device and precision."""
         if self.training is not None:
             module.training = self.training
         for name, parameter in module.named_parameters(recurse=False):
@@ -41,14 +41,15 @@ class _State:
 
 
 class Hold:
-    """Holds a teacher still: in eval mode, without gradients, on a device, in a precision.
+    """Keeps a teacher in eval mode, without gradients, on a device and in a precision.
 
-    Several may hold one network, or networks that share parts; each module is restored when its last hold is released.
-    Values that the user writes into the teacher meanwhile, such as a moving average of the student, stays in it.
+    Several objects may hold one network, or networks that share parts; each module is restored when its last hold is
+    released. Values that the user writes into the teacher meanwhile, such as a moving average of the student, stay in
+    it.
 
     Args:
         module: The teacher, or several in a container.
-        dtype: The precision it runs in, whatever precision surrounds it; ``None`` leaves that to the surroundings.
+        dtype: The precision that the teacher computes in; ``None`` takes that of the surrounding code.
     """
 
     # by module and not by teacher: two callbacks may share one network, alone in one and among several in the other
@@ -79,11 +80,11 @@ class Hold:
             return
         dtype = self.dtype or dtype
         modules = list(self.module.modules())
-        for module in modules:  # before anything is noted: after a refusal nothing may be left
+        for module in modules:  # before anything is stored, so that an error leaves nothing behind
             state = self._held.get(module)
             if state is not None and state.dtype != dtype:
                 raise ValueError(
-                    f"Expected `teacher_dtype` to be the same for all that use one teacher, but got {dtype} and"
+                    f"Expected `teacher_dtype` to be the same for all users of one teacher, but got {dtype} and"
                     f" {state.dtype}. Pass one value, or a copy of the teacher: copy.deepcopy(teacher)."
                 )
         for module in modules:
@@ -107,11 +108,11 @@ class Hold:
             raise
 
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        if _is_dispatched(self.module):  # its parts stand on devices of their own, and its hooks move the inputs
+        if _is_dispatched(self.module):  # its parts are on several devices, and its hooks move the inputs
             if dtype is not None:
                 raise ValueError(
-                    "Expected a teacher that stands on one device where `teacher_dtype` or a true precision is given,"
-                    " but got one that was dispatched or offloaded. Load it in that precision."
+                    "Expected the teacher to be on one device with `teacher_dtype` or a true precision, but it was"
+                    " dispatched to several devices or offloaded. Load it in that precision."
                 )
             return
         # `to` puts new data into the parameters; the data noted before is what `release` gives back, unrounded
@@ -119,13 +120,13 @@ class Hold:
             self.module.to(device=device, dtype=dtype)
 
     def release(self) -> None:
-        """Let go; the last holder gives the teacher its modes, flags, device and precision back."""
+        """Release the teacher; the last holder restores its modes, flags, device and precision."""
         if self._end is not None:
             self._end()
         self._modules, self._end, self._taken = [], None, False
 
     def still(self) -> None:
-        """Put the teacher back in eval mode and without gradients, should somebody have changed that."""
+        """Set eval mode and disable gradients again, in case other code has changed them."""
         for module in self._modules:
             if module.training:  # a `train()` on something that holds the teacher reaches it too
                 module.training = False
@@ -134,7 +135,7 @@ class Hold:
                     parameter.requires_grad_(False)
 
     def _freeze_scripts(self, modules: Sequence[nn.Module]) -> None:
-        """The same, once, for TorchScript programs, which have neither a table of parameters nor always a mode."""
+        """The same, once, for TorchScript programs, which have no table of parameters and may have no mode."""
         for module in modules:
             if getattr(module, "training", False):
                 module.training = False
@@ -160,12 +161,12 @@ def _same_storage(before: Tensor, now: Tensor) -> bool:
         return False
     try:
         return before.data_ptr() == now.data_ptr()
-    except RuntimeError:  # a quantized tensor that stands for several others
+    except RuntimeError:  # a quantized tensor that consists of several others
         return True
 
 
 def _keep_changes(before: Tensor, now: Tensor) -> None:
-    """Write into the old tensor what was written into the converted one."""
+    """Copy changes of the converted tensor into the old one."""
     if before.is_inference() or before.shape != now.shape or before.is_meta or now.is_meta:
         return
     converted = before.to(device=now.device, dtype=now.dtype)
@@ -174,5 +175,5 @@ def _keep_changes(before: Tensor, now: Tensor) -> None:
 
 
 def _is_dispatched(module: nn.Module) -> bool:
-    """Whether accelerate has put parts of the network on devices of their own."""
+    """Whether accelerate has put parts of the network on several devices."""
     return any(hasattr(part, "_hf_hook") or hasattr(part, "hf_device_map") for part in module.modules())

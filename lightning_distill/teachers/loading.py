@@ -123,7 +123,7 @@ def _state_dict(content: Any, checkpoint: Any) -> dict[str, Any]:
     """The state_dict in the content of a file.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the file holds no state_dict.
     """
     expected = f"Expected `checkpoint` to hold a state_dict, but {checkpoint} holds"
     while isinstance(content, Mapping):
@@ -145,7 +145,7 @@ def _prefix(saved: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """The prefix under which the file holds every name.
 
     Returns:
-        If there is none, the prefix with the most names, the shortest of equals.
+        If no prefix has every name, the prefix with the most names, the shortest of equals.
 
     Raises:
         ValueError: If there are several.
@@ -169,7 +169,7 @@ def _check_values(state: Mapping[str, Any], model: nn.Module) -> None:
     """Raise if a value does not fit its parameter, before any is loaded."""
     parameters, current = dict(model.named_parameters()), model.state_dict()
     for name, value in state.items():
-        if name.endswith("_extra_state"):  # whatever the module's own `get_extra_state` returned
+        if name.endswith("_extra_state"):  # any object that the module's `get_extra_state` returned
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"Expected {name!r} in `checkpoint` to be a tensor, but got a {type(value).__name__}.")
@@ -180,7 +180,7 @@ def _check_values(state: Mapping[str, Any], model: nn.Module) -> None:
             )
         if not (value.is_floating_point() or value.is_complex()):
             continue
-        numbers = value.float() if value.element_size() == 1 else value  # 8-bit floats have no such tests
+        numbers = value.float() if value.element_size() == 1 else value  # torch has no such tests for 8-bit floats
         # a buffer may hold infinities, such as a mask of attention scores
         if numbers.isnan().any() or (name in parameters and not numbers.isfinite().all()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The protocol by which a distiller asks a teacher, and the teachers that are networks."""
+"""The interface of all teachers, and the teachers that are networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_distill.teachers.hold import Hold
 
 
 class TeacherSource(Protocol):
-    """Where the teacher's answers come from.
+    """Interface of a source of the teacher's outputs.
 
     Attributes:
         live: Whether it can answer any input, so that validation can be measured.
@@ -28,7 +28,7 @@ class TeacherSource(Protocol):
     stored: bool
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
-        """Raise if it lacks what the terms read.
+        """Raise if it lacks an output or a layer that the terms read.
 
         Args:
             taps: Pairs of the argument that named a layer of the teacher, and the tap.
@@ -60,11 +60,11 @@ class TeacherSource(Protocol):
         """Release everything recorded."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """The networks; none where the answers are stored."""
+        """The networks; empty if the outputs are stored."""
 
 
 class TeacherEnsemble(nn.ModuleList):
-    """Several teachers that are shown the same input; their answers come in a list."""
+    """Several teachers that are called with the same input; it returns their outputs in a list."""
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The output of every teacher."""
@@ -78,7 +78,7 @@ class LiveTeachers:
         module: The network, or an ensemble of several.
         taps: The layers that terms read.
         forward: The teacher's output for a call of the student; a list of outputs for an ensemble.
-        dtype: The precision of the teachers, whatever surrounds them.
+        dtype: The precision that the teachers compute in.
 
     Attributes:
         held: The hold on the networks.
@@ -116,7 +116,7 @@ class LiveTeachers:
         self.held.take(device, dtype)
         dtypes = {tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()}
         own = next(iter(dtypes)) if len(dtypes) == 1 else None
-        # a teacher that is kept in half or double precision works in it, beside whatever student
+        # a teacher that is kept in half or double precision computes in it, beside any student
         self._own_dtype = own if own in (torch.float16, torch.bfloat16, torch.float64) else None
 
     def release(self) -> None:
@@ -152,7 +152,7 @@ class LiveTeachers:
         self.clear()
         shown = call
         surroundings: AbstractContextManager[None] = nullcontext()
-        # its own precision, whatever surrounds it; autocast leaves double precision alone, and would mix it with half
+        # its own precision, without autocast, which would mix double precision with half
         fixed = self.held.dtype is not None or self._own_dtype == torch.float64
         if fixed:
             surroundings = torch.autocast(device.type, enabled=False)
@@ -202,21 +202,21 @@ class NoTeacher:
         if reader is not None:
             raise ValueError(
                 f"Expected `teacher` to be a module, since term {reader!r} reads it, but got teacher=None. Pass the"
-                " teacher, or terms of SelfDistillation alone."
+                " teacher, or only terms of SelfDistillation."
             )
 
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """Nothing to hold."""
+        """No-op: no network."""
 
     def release(self) -> None:
-        """Nothing to give back."""
+        """No-op: no network."""
 
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """An empty answer."""
         return [Call((), {}, who="teacher", read_logits=call.read_logits)]
 
     def cast(self, value: Any) -> Any:
-        """The value as it is."""
+        """The unchanged value."""
         return value
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
@@ -224,7 +224,7 @@ class NoTeacher:
         return batch, None
 
     def clear(self) -> None:
-        """Nothing to release."""
+        """No-op: no network."""
 
     def modules(self) -> Iterator[nn.Module]:
         """No network."""
@@ -232,7 +232,7 @@ class NoTeacher:
 
 
 def as_teacher(teacher: Any) -> Any:
-    """The teacher as given, several as one ensemble; a cache and ``None`` stay what they are.
+    """The teacher as one object: several networks become an ensemble; anything else is returned unchanged.
 
     Raises:
         TypeError: If something in it is not a module.

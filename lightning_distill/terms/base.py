@@ -19,7 +19,7 @@ _MISSING = object()
 
 
 class DistillationTerm(nn.Module):
-    """A loss at a place, with a weight: the base class of the terms, and of a user's own.
+    """Base class of the terms, and of your own terms: a loss at a place, with a weight.
 
     A subclass implements :meth:`forward`. It names the layers that it reads in ``student_taps`` and ``teacher_taps``,
     and makes parts that depend on the features' shapes in :meth:`build`. Its parameters are trained along with the
@@ -72,7 +72,7 @@ class DistillationTerm(nn.Module):
         self.name = name
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
-        """Make what depends on the features' shapes, once for each owner, before the first use.
+        """Make the parts that depend on the features' shapes, once for each owner, before the first use.
 
         Args:
             student: A recorded call of the student.
@@ -80,7 +80,7 @@ class DistillationTerm(nn.Module):
         """
 
     def reset(self) -> None:
-        """Drop what :meth:`build` made."""
+        """Drop the parts that :meth:`build` made."""
 
     @property
     def makes_parts(self) -> bool:
@@ -113,7 +113,7 @@ class DistillationTerm(nn.Module):
         for kind in ("_parameters", "_buffers"):
             copied.__dict__[kind] = copy.deepcopy(state[kind], memo)
         copied.__dict__["_modules"] = {
-            # a loss that learns nothing is settings, and shared; containers are filled by `build`
+            # a loss without learned parameters is shared like a setting; `build` fills containers
             name: module if _is_settings(module) else copy.deepcopy(module, memo)
             for name, module in self._modules.items()
         }
@@ -144,7 +144,7 @@ class DistillationTerm(nn.Module):
             term.__dict__[name] = value
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the term; what only one owner's copy has is read from that copy."""
+        """An attribute of the term, or of the one owner's copy that has it."""
         try:
             value: Any = super().__getattr__(name)
         except AttributeError:
@@ -156,8 +156,8 @@ class DistillationTerm(nn.Module):
             built = [entry for entry in entries if not _is_empty(entry)]
         if len(built) > 1:
             raise ValueError(
-                f"Expected one owner of term {self.name!r} to ask for its {name!r}, but got {len(built)}. Read it from"
-                " the owner's own terms, such as callback.terms[0]."
+                f"Expected term {self.name!r} to have one owner when {name!r} is read from it, but it has {len(built)}."
+                f" Read it from the owner's own terms, such as callback.terms[0].{name}."
             )
         if not built and value is _MISSING:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -23,15 +23,15 @@ class FeatureDistillation(DistillationTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
     A teacher map (N, C, H, W) of another height or width than the student's is resized to it: averaged down,
-    interpolated up. The adapters take their shapes from the first batch, and so does a loss with parameters of its own,
-    of which every pair of layers has a copy.
+    interpolated up. The adapters take their shapes from the first batch. A loss with parameters of its own does too,
+    and every pair of layers has a copy of it.
 
     Args:
         student_layer: Name of a layer of the student, such as ``"layer3.0"``, or a :class:`Tap`, or a list of them.
         teacher_layer: The same for the teacher; as many as for the student.
         loss: ``"mse"``, ``"l1"``, ``"smooth_l1"``, ``"cosine"``, ``"kl"``, or a loss on ``(student, teacher)``. A loss
-            with ``several_layers = True`` is given lists of features; any other is averaged over the pairs of layers.
-            A loss with ``learned = True`` is trained along with the adapters.
+            with ``several_layers = True`` gets lists of features; any other is averaged over the pairs of layers. A
+            loss with ``learned = True`` is trained along with the adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
             vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a module, which is copied, or a factory
@@ -74,7 +74,7 @@ class FeatureDistillation(DistillationTerm):
         super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in student_taps) or "features")
         if len(student_taps) != len(teacher_taps) or not student_taps:
             raise ValueError(
-                "Expected `student_layer` and `teacher_layer` to name equally many layers, at least one, but got"
+                "Expected `student_layer` and `teacher_layer` to name the same number of layers, at least one, but got"
                 f" {len(student_taps)} and {len(teacher_taps)}. Pair them."
             )
         if isinstance(adapter, str):
@@ -169,15 +169,15 @@ class FeatureDistillation(DistillationTerm):
 
 
 class SelfDistillation(FeatureDistillation):
-    """A loss between shallow layers of the student and a deep one, from which they learn: a network with several exits.
+    """A loss between shallow layers of the student and a deep layer of the student, for a network with several exits.
 
-    The deep layer's feature is the target and gets no gradient. No teacher is needed: pass ``teacher=None`` where there
-    are no other terms.
+    The shallow layers learn from the deep layer, whose feature has no gradient. It needs no teacher: pass
+    ``teacher=None`` if it is the only term.
 
     Args:
         student_layer: The shallow layer, or several.
-        teacher_layer: The deep layer of the same network; one for all, or as many.
-        loss: As for :class:`FeatureDistillation`; between exits that give logits a loss on logits.
+        teacher_layer: The deep layer of the same network, one for all shallow layers or one for each.
+        loss: As for :class:`FeatureDistillation`. For exits that return logits use a loss on logits.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: As for :class:`FeatureDistillation`.
         name: Name in logs and checkpoints; ``None`` takes the shallow layer's.

@@ -21,12 +21,12 @@ from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss,
 class LogitsDistillation(DistillationTerm):
     """A loss between the logits of the two networks.
 
-    A network whose output has several tensors and none named ``"logits"`` is refused until ``output`` names one; for
-    several outputs give a term for each, with names of their own.
+    If a network's output has several tensors and none of them is named ``"logits"``, ``output`` must name one. For
+    several outputs use one term each, with distinct names.
 
     Args:
-        loss: A loss on ``(student_logits, teacher_logits)``; ``None`` is :class:`SoftTargetLoss` at temperature 4.
-            Given ``needs_labels = True`` it is called with the labels too.
+        loss: A loss on ``(student_logits, teacher_logits)``; ``None`` is :class:`SoftTargetLoss` at temperature 4. A
+            loss with ``needs_labels = True`` is called with the labels too.
         weight: Factor of the term in the total loss, a number or a schedule.
         name: Name in logs and checkpoints.
         output: Which tensor of the networks' outputs: an index, a key or field name, or a function of the output; a
@@ -84,7 +84,7 @@ class LogitsDistillation(DistillationTerm):
         """The logits of the two calls.
 
         Raises:
-            ValueError: If one of them has none at that place.
+            ValueError: If an output has no logits at the place that ``output`` names.
         """
         return student.output_at(self._output(0)), teacher.output_at(self._output(1))
 
@@ -93,13 +93,13 @@ class LogitsDistillation(DistillationTerm):
         return find_mask(student, self.mask, self.ignore_index, labels)
 
     def check_scores(self, student: Call, teacher: Call) -> None:
-        """Raise if one of the two outputs is probabilities, which a loss on logits would soften once more.
+        """Raise if an output holds probabilities, which a loss on logits would soften once more.
 
-        Rows of logits that are all positive and sum to 1 do not occur by chance. Asks the device for the answer: to be
-        called once.
+        Rows of logits that are all positive and sum to 1 do not occur by chance. The check waits for the device, so it
+        is called only once.
 
         Raises:
-            ValueError: If so.
+            ValueError: If one of them does.
         """
         if not self.compares_class_scores or teacher.top_k is not None:
             return

@@ -42,7 +42,7 @@ def check_takes_mask(loss: Any) -> None:
         takes_mask = False
     if not takes_mask:
         raise ValueError(
-            f"Expected `loss` to take a mask where the term has one, but got {loss!r}. Pass a loss whose"
+            f"Expected `loss` to take a mask, since the term has one, but got {loss!r}. Pass a loss whose"
             " forward has a parameter `mask`."
         )
 
@@ -66,7 +66,7 @@ def find_mask(call: Call, mask: Mask | None, ignore_index: int | None, labels: T
     if mask is not None:
         if call.batch is None:
             raise ValueError(
-                f"Expected the batch to be known where a term has mask={mask!r}, but got none. Call"
+                f"Expected a batch for the term with mask={mask!r}, but got none. Call"
                 " distiller.total(task_loss, batch)."
             )
         try:
@@ -90,7 +90,7 @@ def value_of(
     labels: Tensor | None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A loss in float32 or better, whatever precision surrounds it, averaged if it is not a scalar.
+    """A loss computed in float32 or better, averaged if it is not a scalar.
 
     Raises:
         TypeError: If the loss does not return a tensor.
@@ -111,7 +111,7 @@ def value_of(
 
 
 def widened(value: Tensor) -> Tensor:
-    """A tensor in float32 where it is in half precision."""
+    """The tensor, in float32 if it is in half precision."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 

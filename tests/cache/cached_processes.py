@@ -40,7 +40,7 @@ class Numbered(Dataset[Any]):
 
 
 class Labelled(Module):
-    """The same classes as ever, from the places."""
+    """The labels of the samples, from the places."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.sampler = type(self.trainer.train_dataloader.sampler).__name__

@@ -53,11 +53,11 @@ def test_a_build_is_refused_while_another_process_holds_the_lock(tmp_path: Path,
 
 @pytest.mark.parametrize("build", [build_lightning, build_keras])
 def test_a_build_into_a_folder_of_other_things_leaves_it_alone(tmp_path: Path, build: Callable[[Path], None]) -> None:
-    (tmp_path / "thesis.tmp").write_text("mine")
+    (tmp_path / "thesis.tmp").write_text("my thesis")
     with pytest.raises(CacheError, match=r"to be empty or to hold a cache, but it holds 'thesis\.tmp'"):
         build(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tmp"]
-    assert (tmp_path / "thesis.tmp").read_text() == "mine"
+    assert (tmp_path / "thesis.tmp").read_text() == "my thesis"
 
 
 def test_the_keras_half_needs_filelock_only_to_build() -> None:
@@ -151,7 +151,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 @pytest.mark.distributed
 def test_an_error_in_one_rank_ends_the_build_in_every_rank(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tmp").write_text("mine")
+    (tmp_path / "other" / "thesis.tmp").write_text("my thesis")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

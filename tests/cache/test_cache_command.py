@@ -70,7 +70,7 @@ def test_c16_a_wrong_file_exits_2(tmp_path: Path, capsys: Capture, text: str, co
 
 
 @pytest.mark.parametrize("action", ["info", "verify", "build"])
-def test_c16_what_is_not_there_exits_1(tmp_path: Path, capsys: Capture, action: str) -> None:
+def test_c16_a_missing_folder_exits_1(tmp_path: Path, capsys: Capture, action: str) -> None:
     """C16"""
     assert main(["cache", action, str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err

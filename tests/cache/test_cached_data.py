@@ -93,7 +93,7 @@ def test_other_data_are_read_once_however_deep_they_are_nested(tmp_path: Path) -
     assert len(reads) == len(set(reads)) == 8
 
 
-def test_a_loop_of_ones_own_finds_the_rows_in_the_batch(tmp_path: Path) -> None:
+def test_a_plain_loop_finds_the_rows_in_the_batch(tmp_path: Path) -> None:
     data, student = Numbers(12), nn.Linear(2, 2)
     cache = answers_for(data, tmp_path)
     term = LogitsDistillation(LogitMSELoss())

@@ -18,7 +18,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
 
 
 BAD: dict[str, Any] = {
-    "stream": (lambda: loader(Stream()), r"^Expected a map-style data set with a length, but got Stream: a stream"),
+    "stream": (lambda: loader(Stream()), r"^Expected a map-style data set with a length, but got Stream: the items"),
     "other length": (lambda: loader(Numbers(SAMPLES + 1)), rf"the {SAMPLES} items .*, but got {SAMPLES + 1}\."),
     "other part": (lambda: loader(Subset(Numbers(9), [1, 2])), r"but got 2, a part of 9\."),
     "other samples": (lambda: loader(Numbers(first=5)), r"but some items differ"),
@@ -32,7 +32,7 @@ BAD: dict[str, Any] = {
         r"but got Numbers \(3 items\), Stream \(a stream\)\.",
     ),
     "single samples": (lambda: loader(Numbers(), batch_size=None), r"^Expected a data loader that makes batches"),
-    "keys": (lambda: DataLoader(Numbers(), batch_sampler=[["a", "b"]]), r"sampler to give indices .*, but got 'a'"),
+    "keys": (lambda: DataLoader(Numbers(), batch_sampler=[["a", "b"]]), r"sampler to return indices .*, but got 'a'"),
 }
 
 
@@ -56,7 +56,7 @@ def test_a_loader_that_keeps_its_iterator_is_noticed(cache: TeacherCache) -> Non
         def __iter__(self) -> Any:
             return self.kept
 
-    with pytest.raises(CacheError, match=r"^Expected the batch to carry the teacher's outputs, but it came from else"):
+    with pytest.raises(CacheError, match=r"^Expected the batch to carry the teacher's outputs, but it does not: "):
         fitted(cache, Keeps(Numbers(), batch_size=4))
 
 
@@ -66,7 +66,7 @@ def test_a_step_that_takes_an_iterator_is_refused(cache: TeacherCache) -> None:
         def training_step(self, dataloader_iter: Any) -> Any:
             raise AssertionError
 
-    with pytest.raises(Exception, match="Expected `training_step` to take a batch where the teacher is a cache"):
+    with pytest.raises(Exception, match="Expected `training_step` to take a batch with a cached teacher"):
         fitted(cache, loader(Numbers()), Iterates())
 
 

@@ -230,7 +230,7 @@ def collate_with_draws(samples: Any) -> Any:
 def test_a_collate_function_that_mixes_at_random_is_refused(caches: Any, tmp_path: Any, workers: int) -> None:
     module = Student(lambda model, batch: model(batch[0]))
     data = DataLoader(Images(), batch_size=4, collate_fn=collate_mixed, num_workers=workers)
-    with pytest.raises(CacheError, match=r"collate function to keep the items as they are"):
+    with pytest.raises(CacheError, match=r"collate function to keep the items unchanged"):
         fit(caches[torch.float32], module, data)
     assert module.steps == 0
     fit(built(Images(), tmp_path, allow=True), module, data)
@@ -248,7 +248,7 @@ def test_several_calls_of_the_student_on_several_tensors_of_the_batch_are_refuse
         return x, x + 1, y
 
     data = DataLoader(Images(), batch_size=4, collate_fn=collate)
-    words = "every call of the student in a step to be given the same tensor"
+    words = "every call of the student in a step to get the same tensor"
     with pytest.raises(CacheError, match=words):
         fit(caches[torch.float32], Student(lambda model, batch: model(batch[0]) + model(batch[1])), data)
 

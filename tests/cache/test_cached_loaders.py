@@ -229,7 +229,7 @@ def test_finders_and_the_tuner(cache: TeacherCache, tmp_path: Path, name: str, h
 
 @pytest.mark.parametrize("own", [False, True], ids=["dict", "CombinedLoader"])
 @pytest.mark.parametrize("reload", [0, 1])
-def test_of_several_loaders_the_one_that_fits(cache: TeacherCache, own: bool, reload: int) -> None:
+def test_the_one_of_several_loaders_that_fits_is_used(cache: TeacherCache, own: bool, reload: int) -> None:
     loaders = {"a": loader(Numbers(), shuffle=True), "b": [loader(Numbers(8))]}
     data = CombinedLoader(loaders, "max_size_cycle") if own else loaders
     for _ in range(2):

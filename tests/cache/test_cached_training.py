@@ -97,7 +97,7 @@ def test_c2_distill_module_takes_a_cache(cache: TeacherCache, teacher: nn.Module
     assert difference(fitted(teacher), fitted(cache)) < 1e-6
 
 
-def test_c2_a_loop_of_ones_own_names_the_rows(cache: TeacherCache, teacher: nn.Module) -> None:
+def test_c2_a_plain_loop_passes_the_rows(cache: TeacherCache, teacher: nn.Module) -> None:
     """C2: through `attach` and a Distiller."""
     attached = cache.attach(table())
     student = network(8, seed=3)
@@ -150,7 +150,7 @@ def test_c7_a_loss_that_needs_all_classes_is_refused(teacher: nn.Module, tmp_pat
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("views", [1, 2])
-def test_c9_the_student_is_shown_what_the_teacher_was(
+def test_c9_the_student_gets_the_samples_that_the_teacher_got(
     teacher: nn.Module, tmp_path: Path, views: int, workers: int
 ) -> None:
     """C9: random transforms of torch, NumPy and random; epochs cycle through the views."""

@@ -184,17 +184,17 @@ def test_a_file_is_compared_with_its_checksum_once_in_a_process(cache: Path, mon
 def test_a_build_removes_only_its_own_unfinished_files(tmp_path: Path) -> None:
     begin(tmp_path, manifest(), resume=True)
     kept = ["thesis.tmp", "shard-00000.json.tmp", ".thesis.distill-partial", ".shard-1.json.distill-partial"]
-    gone = [f".{FIRST}.distill-partial", ".building.json.distill-partial"]
-    for name in kept + gone:
+    removed = [f".{FIRST}.distill-partial", ".building.json.distill-partial"]
+    for name in kept + removed:
         (tmp_path / name).write_text("x")
     write_cache(tmp_path)
     assert [name for name in kept if not (tmp_path / name).exists()] == []
-    assert [name for name in gone if (tmp_path / name).exists()] == []
+    assert [name for name in removed if (tmp_path / name).exists()] == []
 
 
 @pytest.mark.parametrize("name", ["thesis.tmp", "shard-00000.json", "data"])
 def test_a_folder_that_holds_other_things_is_refused_and_left_as_it_is(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("mine")
+    (tmp_path / name).write_text("my thesis")
     (tmp_path / ".gitignore").write_text("*")
     with pytest.raises(CacheError, match=rf"to be empty or to hold a cache, but it holds '{name}'\. Choose a new"):
         begin(tmp_path, manifest(), resume=True)

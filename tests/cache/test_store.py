@@ -77,7 +77,7 @@ def test_c5_another_teacher_or_other_data_are_refused(tmp_path: Path) -> None:
         TeacherCache.open(tmp_path, dataset=table(seed=2))
 
 
-def test_c1_the_teacher_is_given_back_as_it_was(tmp_path: Path) -> None:
+def test_c1_the_teacher_is_restored(tmp_path: Path) -> None:
     """C1: trained with batch statistics, it still answers in eval mode; buffers, flags and hooks stay."""
     teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 10)).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -157,7 +157,7 @@ def test_c11_a_folder_without_a_cache_says_so(tmp_path: Path) -> None:
         TeacherCache.open(tmp_path)
 
 
-def test_c12_a_full_disk_leaves_what_resuming_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c12_a_build_that_filled_the_disk_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C12: the same bytes as of a build in one go."""
     built(tmp_path / "whole")
     write, written = cache_files.write, []
@@ -216,8 +216,8 @@ def test_c12_c13_a_killed_build_is_completed_and_its_lock_is_free(tmp_path: Path
         built(tmp_path / "killed")
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    there = len(list((tmp_path / "killed").glob("shard-*.json")))
-    assert 0 < there < 10
+    num_shards = len(list((tmp_path / "killed").glob("shard-*.json")))
+    assert 0 < num_shards < 10
     built(tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
@@ -249,7 +249,7 @@ def test_c1_two_processes_share_the_work(tmp_path: Path) -> None:
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-def test_c10_the_size_is_said_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_c10_the_size_is_printed_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """C1, C10: and one progress bar."""
     built(tmp_path, progress=True)
     printed = capsys.readouterr().out
@@ -257,9 +257,7 @@ def test_c10_the_size_is_said_beforehand(tmp_path: Path, capsys: pytest.CaptureF
     assert "40/40" in printed
 
 
-def test_c15_what_the_likeliest_classes_are_taken_from_is_held_one_batch_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_c15_all_logits_are_held_for_one_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C15: a shard of 64 MiB comes from gigabytes of logits, of which only a few bytes a row are kept."""
     seen: list[int] = []
     encode = TopKCodec.encode

@@ -31,7 +31,7 @@ def network(name: str, width: int = 5, regularizer: keras.regularizers.Regulariz
     return keras.Model(inputs, layers.Dense(3, name="head")(normal), name=name)
 
 
-def theirs(student: keras.Model, teacher: keras.Model, *features: str, weight: float = 0.5) -> keras.Model:
+def peer_model(student: keras.Model, teacher: keras.Model, *features: str, weight: float = 0.5) -> keras.Model:
     """keras.distillation with the divergence of softmaxes, and some features."""
     losses = [
         keras.distillation.LogitsDistillation(4.0, keras.losses.KLDivergence()),
@@ -40,7 +40,7 @@ def theirs(student: keras.Model, teacher: keras.Model, *features: str, weight: f
     return compiled(keras.distillation.Distiller(teacher, student, losses, student_loss_weight=weight))
 
 
-def ours(student: keras.Model, teacher: keras.Model, *features: str) -> DistillModel:
+def distill_model(student: keras.Model, teacher: keras.Model, *features: str) -> DistillModel:
     """keras_distill with the same."""
     terms = [LogitsDistillation(weight=0.5), *(FeatureDistillation(name, name, weight=0.5) for name in features)]
     return compiled(DistillModel(student, teacher, terms, task_weight=0.5))
@@ -52,7 +52,7 @@ def compiled(model: keras.Model, optimizer: str = "sgd") -> keras.Model:
     return model
 
 
-BOTH = pytest.mark.parametrize("make", [theirs, ours], ids=["keras.distillation", "keras_distill"])
+BOTH = pytest.mark.parametrize("make", [peer_model, distill_model], ids=["keras.distillation", "keras_distill"])
 
 
 def step(make, **fit):
@@ -90,7 +90,7 @@ class TestLogits:
         student, teacher = softmax(self.student / temperature), softmax(self.teacher / temperature)
         return temperature**2 * float((teacher * (np.log(teacher) - np.log(student))).sum(-1).mean())
 
-    def test_the_default_there_is_no_divergence_of_softmaxes(self):
+    def test_the_default_there_is_not_a_divergence_of_softmaxes(self):
         default = keras.distillation.LogitsDistillation(temperature=4.0)
         value = float(default.compute_loss(self.teacher, self.student))
         student, teacher = (np.clip(logits / 4.0, 1e-7, 1.0) for logits in (self.student, self.teacher))
@@ -113,13 +113,13 @@ class TestLogits:
         shifted = float(SoftTargetLoss()(self.teacher + 20.0, self.student + 20.0))
         assert shifted == pytest.approx(self.kl(4.0), rel=1e-4)
 
-    @pytest.mark.parametrize("here", [False, True], ids=["keras.distillation", "keras_distill"])
-    def test_learning_from_a_teacher_alone_with_the_defaults(self, here):
+    @pytest.mark.parametrize("library", [False, True], ids=["keras.distillation", "keras_distill"])
+    def test_learning_from_a_teacher_alone_with_the_defaults(self, library):
         """K4: far from the teacher with the default there, close to it with the default here."""
         inputs = RNG.normal(size=(512, 8)).astype("float32")
         student, teacher = (keras.Sequential([keras.Input((8,)), layers.Dense(10)]) for _ in range(2))
         teacher.set_weights([RNG.normal(size=(8, 10)), np.zeros(10)])
-        if here:
+        if library:
             model = DistillModel(student, teacher, task_weight=0.0)
             model.compile(keras.optimizers.Adam(0.02))
             model.fit(inputs, batch_size=64, epochs=20, verbose=0)
@@ -130,7 +130,7 @@ class TestLogits:
             model.fit(inputs, np.zeros((512, 10)), batch_size=64, epochs=20, verbose=0)
         chosen = [ops.convert_to_numpy(network(inputs)).argmax(-1) for network in (student, teacher)]
         agreement = float((chosen[0] == chosen[1]).mean())
-        assert agreement > 0.95 if here else agreement < 0.75, agreement
+        assert agreement > 0.95 if library else agreement < 0.75, agreement
 
 
 # The forward passes --------------------------------------------------------------------------------------------------
@@ -152,8 +152,8 @@ class Counted(layers.Layer):
     ("make", "expected"),
     [
         # on JAX it warns of the structure of its inputs
-        pytest.param(theirs, 2, marks=pytest.mark.not_jax, id="keras.distillation"),
-        pytest.param(ours, 1, id="keras_distill"),
+        pytest.param(peer_model, 2, marks=pytest.mark.not_jax, id="keras.distillation"),
+        pytest.param(distill_model, 1, id="keras_distill"),
     ],
 )
 def test_forward_passes_of_the_student_with_a_feature(make, expected):
@@ -171,7 +171,7 @@ def test_forward_passes_of_the_student_with_a_feature(make, expected):
 
 
 @pytest.mark.parametrize(
-    ("make", "moves"), [(theirs, True), (ours, False)], ids=["keras.distillation", "keras_distill"]
+    ("make", "moves"), [(peer_model, True), (distill_model, False)], ids=["keras.distillation", "keras_distill"]
 )
 def test_statistics_of_batch_normalisation_in_evaluate(make, moves):
     """K6."""
@@ -183,7 +183,7 @@ def test_statistics_of_batch_normalisation_in_evaluate(make, moves):
 
 
 @pytest.mark.parametrize(
-    ("make", "frozen"), [(theirs, True), (ours, False)], ids=["keras.distillation", "keras_distill"]
+    ("make", "frozen"), [(peer_model, True), (distill_model, False)], ids=["keras.distillation", "keras_distill"]
 )
 def test_the_teachers_trainable_flag(make, frozen):
     """K8."""
@@ -200,7 +200,7 @@ WEIGHTS = {"sample_weight": np.arange(8.0)}, {"class_weight": {0: 1.0, 1: 5.0, 2
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=["sample_weight", "class_weight"])
 def test_weights_of_the_examples_change_nothing_there(weights):
-    (plain_logs, plain), (weighted_logs, weighted) = plain_step(theirs), step(theirs, **weights)
+    (plain_logs, plain), (weighted_logs, weighted) = plain_step(peer_model), step(peer_model, **weights)
     assert plain_logs == weighted_logs
     assert same(plain, weighted)
 
@@ -208,14 +208,14 @@ def test_weights_of_the_examples_change_nothing_there(weights):
 @pytest.mark.parametrize("weights", WEIGHTS, ids=["sample_weight", "class_weight"])
 def test_weights_of_the_examples_count_here(weights):
     """K11, in the task loss and in the distillation."""
-    (plain_logs, plain), (weighted_logs, weighted) = plain_step(ours), step(ours, **weights)
+    (plain_logs, plain), (weighted_logs, weighted) = plain_step(distill_model), step(distill_model, **weights)
     for key in ("task_loss", "logits_loss"):
         assert abs(plain_logs[key][0] - weighted_logs[key][0]) > 1e-3
     assert not same(plain, weighted)
 
 
 @pytest.mark.parametrize(
-    ("make", "counts"), [(theirs, False), (ours, True)], ids=["keras.distillation", "keras_distill"]
+    ("make", "counts"), [(peer_model, False), (distill_model, True)], ids=["keras.distillation", "keras_distill"]
 )
 def test_the_students_regularizers(make, counts):
     """K2."""
@@ -257,7 +257,7 @@ def plain_network(width: int) -> keras.Model:
 
 
 def test_a_feature_of_one_channel_is_broadcast_there():
-    model = theirs(plain_network(5), plain_network(1), "hidden")
+    model = peer_model(plain_network(5), plain_network(1), "hidden")
     assert np.isfinite(model.fit(IMAGES, LABELS, verbose=0).history["distillation_loss"][0])
 
 
@@ -269,7 +269,7 @@ def test_a_feature_of_one_channel_is_an_error_here_without_an_adapter():
 
 
 def test_features_of_different_widths_cannot_be_compared_there():
-    model = theirs(plain_network(5), plain_network(7), "hidden")
+    model = peer_model(plain_network(5), plain_network(7), "hidden")
     with pytest.raises(Exception, match="5") as error:  # an error of the backend's, in the first step
         model.fit(IMAGES, LABELS, verbose=0)
     assert "7" in str(error.value)
@@ -277,7 +277,7 @@ def test_features_of_different_widths_cannot_be_compared_there():
 
 def test_features_of_different_widths_are_compared_through_an_adapter_here():
     """K14."""
-    model = ours(plain_network(5), plain_network(7), "hidden")
+    model = distill_model(plain_network(5), plain_network(7), "hidden")
     assert np.isfinite(model.fit(IMAGES, LABELS, verbose=0).history["hidden_loss"][0])
 
 
@@ -292,12 +292,12 @@ class Subclassed(keras.Model):
 
 def test_features_of_subclassed_models_are_refused_there():
     with pytest.raises(ValueError, match="requires Functional or Sequential models"):
-        theirs(Subclassed(), Subclassed(), "hidden")
+        peer_model(Subclassed(), Subclassed(), "hidden")
 
 
 def test_features_of_subclassed_models_are_read_here():
     """K5."""
-    logs = ours(Subclassed(), Subclassed(), "hidden").fit(IMAGES, LABELS, verbose=0).history
+    logs = distill_model(Subclassed(), Subclassed(), "hidden").fit(IMAGES, LABELS, verbose=0).history
     assert logs["hidden_loss"][0] > 0
 
 
@@ -325,7 +325,7 @@ def test_a_temperature_that_is_set_while_training_takes_effect_here():
 
 
 @pytest.mark.parametrize(
-    ("make", "holds"), [(theirs, True), (ours, False)], ids=["keras.distillation", "keras_distill"]
+    ("make", "holds"), [(peer_model, True), (distill_model, False)], ids=["keras.distillation", "keras_distill"]
 )
 def test_the_teachers_weights_in_the_saved_file(make, holds, tmp_path: Path):
     """K23: the teacher is much the larger of the two."""
@@ -338,7 +338,7 @@ def test_the_teachers_weights_in_the_saved_file(make, holds, tmp_path: Path):
 
 
 def test_training_does_not_continue_after_loading_there(tmp_path: Path):
-    model = theirs(network("student"), network("teacher"))
+    model = peer_model(network("student"), network("teacher"))
     model.fit(IMAGES, LABELS, verbose=0)
     model.save(tmp_path / "model.keras")
     with pytest.warns(UserWarning, match="was not called as part of model loading"):
@@ -350,7 +350,7 @@ def test_training_does_not_continue_after_loading_there(tmp_path: Path):
 
 def test_training_continues_after_loading_here(tmp_path: Path):
     """K22."""
-    model = ours(network("student"), network("teacher"))
+    model = distill_model(network("student"), network("teacher"))
     model.fit(IMAGES, LABELS, batch_size=8, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")

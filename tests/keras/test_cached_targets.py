@@ -296,7 +296,7 @@ def test_k26_a_missing_teacher_and_missing_targets_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["arrays", "PyDataset", pytest.param("tf.data", marks=pytest.mark.tensorflow)])
-def test_k26_class_weights_are_refused_in_words(kind: str) -> None:
+def test_k26_class_weights_are_refused_with_a_clear_error(kind: str) -> None:
     """K26: Keras would take the targets for those of two outputs."""
     inputs, targets = cached(LOGITS)
 

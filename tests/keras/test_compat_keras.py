@@ -19,13 +19,13 @@ PACKAGE = Path(keras_distill.__file__).parent
 
 
 def test_no_other_file_imports_private_names_of_keras_or_tensorflow() -> None:
-    found = []
+    imported = []
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             if module.startswith(("keras.src", "tensorflow.python")) and path.name != "compat.py":
-                found.append(f"{path.relative_to(PACKAGE)}: {module}")
-    assert found == []
+                imported.append(f"{path.relative_to(PACKAGE)}: {module}")
+    assert imported == []
 
 
 def test_masks_are_attached_to_tensors_and_read_again() -> None:

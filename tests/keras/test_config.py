@@ -65,20 +65,20 @@ def loaded(path: Path | str) -> Any:
 
 
 INSTANCES: list[Any] = [
-    SoftTargetLoss(temperature=0.7, standardize=True, from_logits=False, reduction="sum", name="mine"),
-    losses.SoftCrossEntropyLoss(temperature=0.7, from_logits=False, name="mine"),
-    LogitMSELoss(from_logits=False, reduction="sum", name="mine"),
-    AttentionTransferLoss(p=1.3, reduction="none", name="mine"),
-    losses.FeatureDistance("cosine", reduction="sum", name="mine"),
-    losses.FunctionLoss(keras.losses.mean_absolute_error, name="mine"),
-    metrics.TeacherAgreement(name="mine"),
-    TeacherDivergence(temperature=0.7, name="mine"),
+    SoftTargetLoss(temperature=0.7, standardize=True, from_logits=False, reduction="sum", name="custom"),
+    losses.SoftCrossEntropyLoss(temperature=0.7, from_logits=False, name="custom"),
+    LogitMSELoss(from_logits=False, reduction="sum", name="custom"),
+    AttentionTransferLoss(p=1.3, reduction="none", name="custom"),
+    losses.FeatureDistance("cosine", reduction="sum", name="custom"),
+    losses.FunctionLoss(keras.losses.mean_absolute_error, name="custom"),
+    metrics.TeacherAgreement(name="custom"),
+    TeacherDivergence(temperature=0.7, name="custom"),
 ]
 
 
 def serializable() -> set[type]:
     """The public Keras classes of every module of the package: not the abstract ones, nor what a model makes itself."""
-    found: set[type] = set()
+    classes: set[type] = set()
     for module in pkgutil.walk_packages(keras_distill.__path__, "keras_distill."):
         if "demo" in module.name or "__main__" in module.name:
             continue
@@ -86,10 +86,10 @@ def serializable() -> set[type]:
             kinds = (keras.layers.Layer, keras_distill.DistillationTerm, keras.losses.Loss, keras.metrics.Metric)
             own = isinstance(value, type) and value.__module__ == module.name and not value.__name__.startswith("_")
             if own and issubclass(value, kinds):
-                found.add(value)
+                classes.add(value)
     abstract = {keras_distill.DistillationTerm, LossTerm, keras_distill.DistillationLoss}
     abstract |= {FormulaLoss, LogitsLoss, LabelledLoss}
-    return found - abstract - {metrics.LossParts, TermState}
+    return classes - abstract - {metrics.LossParts, TermState}
 
 
 def test_k25_every_class_is_registered() -> None:
@@ -105,7 +105,7 @@ def test_k25_every_class_is_registered() -> None:
 def test_k25_losses_and_metrics_come_back_from_json(instance: Any) -> None:
     """K25: every setting is exact, by `from_config` and through Keras' own serialization."""
     config = instance.get_config()
-    assert config["name"] == "mine"
+    assert config["name"] == "custom"
     text = json.dumps(config)
     assert type(instance).from_config(json.loads(text)).get_config() == config
     whole = json.loads(json.dumps(keras.saving.serialize_keras_object(instance)))
@@ -165,20 +165,20 @@ def test_k25_numbers_that_changed_are_those_in_the_config(tmp_path: Path) -> Non
 
 def test_k25_no_setting_of_a_term_is_lost() -> None:
     """K25: every parameter of a constructor, at a value that is not its default."""
-    settings: dict[str, Any] = {"weight": 0.7, "use_sample_weight": False, "name": "mine"}
+    settings: dict[str, Any] = {"weight": 0.7, "use_sample_weight": False, "name": "custom"}
     logits = {**settings, "loss": LogitMSELoss(), "output": 1}
     feature = {**settings, "student_layer": "a", "teacher_layer": "b", "loss": "l1", "adapter": None}
-    for kind, given in ((LogitsDistillation, logits), (FeatureDistillation, feature)):
+    for kind, arguments in ((LogitsDistillation, logits), (FeatureDistillation, feature)):
         named = [
             name
             for name, parameter in inspect.signature(kind).parameters.items()
             if parameter.kind is not parameter.VAR_KEYWORD
         ]
-        assert set(named) == set(given)
-        config = kind(**given).get_config()
+        assert set(named) == set(arguments)
+        config = kind(**arguments).get_config()
         assert set(named) <= set(config)
         back = kind.from_config(json.loads(json.dumps(config)))
-        assert (float(back.weight), back.use_sample_weight, back.name) == (pytest.approx(0.7), False, "mine")
+        assert (float(back.weight), back.use_sample_weight, back.name) == (pytest.approx(0.7), False, "custom")
     assert LogitsDistillation.from_config(LogitsDistillation(output=1).get_config()).output_key == 1
 
 
@@ -195,7 +195,7 @@ TERMS = {
         name="x",
     ),
     "loss": lambda: FeatureDistillation("a", "b", AttentionTransferLoss(p=1.3), weight=0.7),
-    "layer": lambda: FeatureDistillation("a", "b", adapter=keras.layers.Dense(5, name="mine")),
+    "layer": lambda: FeatureDistillation("a", "b", adapter=keras.layers.Dense(5, name="custom")),
 }
 
 

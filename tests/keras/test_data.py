@@ -97,8 +97,8 @@ def test_k30_every_source_serves_for_validation(kind: str) -> None:
     model = distilled()
     expected = model.evaluate(INPUTS, LABELS, 8, verbose=0, return_dict=True)
     steps = 4 if kind == "generator" else None
-    found = model.evaluate(source(kind, INPUTS, LABELS), steps=steps, verbose=0, return_dict=True)
-    assert found == pytest.approx(expected, rel=1e-5)
+    logs = model.evaluate(source(kind, INPUTS, LABELS), steps=steps, verbose=0, return_dict=True)
+    assert logs == pytest.approx(expected, rel=1e-5)
 
 
 def test_k30_batches_of_different_sizes_count_by_their_examples() -> None:

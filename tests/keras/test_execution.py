@@ -109,11 +109,11 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("case", ["plain", "weighted", "string"])
 def test_k17_two_devices_equal_one(devices: dict[str, Any], case: str) -> None:
     """K17: weights, logs of training and validation, and `evaluate`; with an adapter, regularisers, sample weights."""
-    one, two = devices[case]["one"], devices[case]["two"]
-    assert {"logits_loss", "hidden_loss", "gap_loss", "val_teacher_agreement", "val_loss"} <= one["history"].keys()
-    assert_same_logs(two["history"], one["history"])
-    assert_same_logs(two["evaluated"], one["evaluated"])
-    for value, expected in zip(one["weights"], two["weights"], strict=True):
+    single, double = devices[case]["one"], devices[case]["two"]
+    assert {"logits_loss", "hidden_loss", "gap_loss", "val_teacher_agreement", "val_loss"} <= single["history"].keys()
+    assert_same_logs(double["history"], single["history"])
+    assert_same_logs(double["evaluated"], single["evaluated"])
+    for value, expected in zip(single["weights"], double["weights"], strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -179,7 +179,7 @@ def test_k19_distillation_is_computed_in_float32(half: keras.Model) -> None:
 
 @pytest.mark.parametrize("width", [8, 12])
 def test_k19_activations_of_ten_thousand_stay_finite(width: int) -> None:
-    """K19, with an adapter (width 8) and without: the square of 1e4 is no float16."""
+    """K19, with an adapter (width 8) and without: float16 cannot hold the square of 1e4."""
     keras.config.set_dtype_policy("mixed_float16")
     half = mlp(width)
     keras.config.set_dtype_policy("float32")
@@ -276,7 +276,7 @@ def test_k21_a_quantised_teacher_is_tapped() -> None:
 
 
 def test_k21_a_student_with_lora_trains_its_small_matrices_alone() -> None:
-    """K21, with a tap on the very layer."""
+    """K21, with a tap on the layer that has LoRA."""
     student = mlp(8)
     hidden = student.get_layer("hidden")
     hidden.enable_lora(2)

@@ -111,8 +111,8 @@ class TestK5:
         def two_inputs() -> keras.Model:
             inputs = {name: keras.Input((6,), name=name) for name in ("a", "b")}
             joined = keras.layers.Concatenate()([nets.Counter(name="counter")(inputs["a"]), 2.0 * inputs["b"]])
-            given = inputs if form == "dict" else list(inputs.values())
-            return keras.Model(given, keras.layers.Dense(3, name="head")(joined))
+            structure = inputs if form == "dict" else list(inputs.values())
+            return keras.Model(structure, keras.layers.Dense(3, name="head")(joined))
 
         x, y = nets.table(16)
         student, teacher = two_inputs(), two_inputs()
@@ -339,7 +339,7 @@ class TestK9:
     @pytest.mark.parametrize("own", [False, True])
     @pytest.mark.parametrize("who", ["teacher", "student"])
     def test_no_gradient_operation_of_the_teacher_is_in_the_graph(self, who, own):
-        """K9: a elu in the teacher leaves no EluGrad in the traced step, whoever wrote the loss; the student's does."""
+        """K9: an elu in the teacher leaves no EluGrad in the traced step, for any loss; the student's does."""
         import tensorflow as tf
 
         def net(activation: str, name: str) -> keras.Model:
@@ -349,16 +349,16 @@ class TestK9:
         student = net("elu" if who == "student" else "relu", "student")
         teacher = net("elu" if who == "teacher" else "relu", "teacher")
         # the losses of this package stop the teacher's gradient themselves, a user's own do not
-        given = [lambda a, b: ops.square(a - b)] if own else []
-        terms = [LogitsDistillation(*given), FeatureDistillation("hidden", "hidden", *given)]
+        loss = [lambda a, b: ops.square(a - b)] if own else []
+        terms = [LogitsDistillation(*loss), FeatureDistillation("hidden", "hidden", *loss)]
         model = DistillModel(student, teacher, terms)
         model.compile(keras.optimizers.SGD(0.1), nets.cross_entropy())
         x, y = nets.table(8)
         model.fit(x, y, **STEP)
         step = tf.function(model.train_step).get_concrete_function((tf.constant(x), tf.constant(y)))
-        found = operations(step.graph)
-        assert "Elu" in found
-        assert ("EluGrad" in found) == (who == "student")
+        names = operations(step.graph)
+        assert "Elu" in names
+        assert ("EluGrad" in names) == (who == "student")
 
     @pytest.mark.parametrize("run_eagerly", [False, True])
     def test_the_teachers_tensors_have_no_gradient(self, run_eagerly):

@@ -207,7 +207,7 @@ def test_the_best_student_is_given_back_n2() -> None:
         assert (best != last).any()
 
 
-def test_a_score_that_is_no_number_is_refused_n2() -> None:
+def test_a_score_that_is_not_a_number_is_refused_n2() -> None:
     with pytest.raises(TypeError, match=r"`eval_func` to return a number, or several. Received: \[\]"):
         launched(eval_func=lambda model: []).fit()
 
@@ -234,15 +234,15 @@ def test_metrics_of_classes_equal_numpy_n2(metric: str, labels_are: str) -> None
 @pytest.mark.parametrize("name", ["MSE", "RMSE", "MAE", "keras"])
 def test_metrics_of_numbers_equal_numpy_n2(name: str) -> None:
     inputs, _ = table()
-    wanted = np.tanh(inputs[:, 3:])
+    targets = np.tanh(inputs[:, 3:])
     settings = {"class_path": "keras.metrics.CosineSimilarity"} if name == "keras" else {}
-    distiller = launched({"evaluation": {"accuracy": {"metric": {name: settings}}}}, eval_dataloader=(inputs, wanted))
+    distiller = launched({"evaluation": {"accuracy": {"metric": {name: settings}}}}, eval_dataloader=(inputs, targets))
     output = numpy_of(distiller.student_model(inputs))
-    cosine = (output * wanted).sum(-1) / np.linalg.norm(output, axis=-1) / np.linalg.norm(wanted, axis=-1)
+    cosine = (output * targets).sum(-1) / np.linalg.norm(output, axis=-1) / np.linalg.norm(targets, axis=-1)
     expected = {
-        "MSE": ((output - wanted) ** 2).mean(),
-        "RMSE": ((output - wanted) ** 2).mean() ** 0.5,
-        "MAE": np.abs(output - wanted).mean(),
+        "MSE": ((output - targets) ** 2).mean(),
+        "RMSE": ((output - targets) ** 2).mean() ** 0.5,
+        "MAE": np.abs(output - targets).mean(),
         "keras": cosine.mean(),
     }[name]
     distiller.on_train_begin()

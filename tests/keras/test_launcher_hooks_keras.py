@@ -152,8 +152,8 @@ def test_a_given_teacher_output_spares_the_teacher_n8() -> None:
     inputs, _ = table()
     teacher = structured("functional", name="teacher")
     output, hidden = np.ones((16, 3), "float32"), np.full((16, 8), 3.0, "float32")
-    for given in (teacher, None):
-        distiller = ready(teacher_model=given)
+    for teacher_model in (teacher, None):
+        distiller = ready(teacher_model=teacher_model)
         distiller.on_train_begin()
         student = distiller.student_model(inputs)
         total = distiller.on_after_compute_loss(inputs, student, 2.0, output)
@@ -186,8 +186,8 @@ def test_nothing_of_the_teacher_changes_or_gets_a_gradient_n12() -> None:
     assert float(teacher.get_layer("counter").calls) == 1.0
     distiller.train_func = tape_loop(distiller, epochs=2)
     distiller.fit()
-    for one, two in zip(before[1:], teacher.get_weights()[1:], strict=True):
-        np.testing.assert_array_equal(one, two)
+    for initial, final in zip(before[1:], teacher.get_weights()[1:], strict=True):
+        np.testing.assert_array_equal(initial, final)
     assert all(layer.trainable for layer in teacher.layers)
     expected = divergence64("KL", 2.0, numpy_of(output), numpy_of(teacher(inputs, training=False)))
     np.testing.assert_allclose(float(numpy_of(total)), 0.5 * expected, rtol=2e-5)

@@ -34,8 +34,8 @@ def test_a_yaml_file_says_how_the_student_is_trained_n12(tmp_path: Path) -> None
         assert distiller.best_score > distiller.scores.first_score
         weights.append(distiller.student_model.get_weights())
     for other in weights[1:]:
-        for one, two in zip(weights[0], other, strict=True):
-            np.testing.assert_array_equal(one, two)
+        for expected, actual in zip(weights[0], other, strict=True):
+            np.testing.assert_array_equal(expected, actual)
 
 
 @pytest.mark.parametrize(

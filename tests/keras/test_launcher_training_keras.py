@@ -56,17 +56,17 @@ def test_the_teacher_runs_in_inference_mode_and_is_never_trained_n12() -> None:
     distiller.fit()
     np.testing.assert_allclose(logs.epochs[0]["loss"], expected, rtol=2e-5)
     assert float(teacher.get_layer("counter").calls) == 1.0
-    for one, two in zip(before[1:], teacher.get_weights()[1:], strict=True):
-        np.testing.assert_array_equal(one, two)
+    for initial, final in zip(before[1:], teacher.get_weights()[1:], strict=True):
+        np.testing.assert_array_equal(initial, final)
     assert all(layer.trainable for layer in teacher.layers)
 
 
 def test_a_teacher_without_weight_never_runs_n3() -> None:
     """N3: the logged loss is the weighted task loss, and a teacher is not needed."""
     teacher = structured("functional", 12, name="teacher")
-    for given in (teacher, None):
+    for teacher_model in (teacher, None):
         logs = Logs()
-        distiller = launched(teacher_model=given, callbacks=[logs])
+        distiller = launched(teacher_model=teacher_model, callbacks=[logs])
         expected = ce64(numpy_of(distiller.student_model(table()[0])), table()[1]).mean()
         distiller.train_dataloader = [table()]
         distiller.criterion = Knowledge(1.0, ["CE", "KL"], [1.0, 0.0])

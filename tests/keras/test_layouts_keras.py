@@ -171,7 +171,7 @@ class Looped(keras.layers.Layer):
 
 
 @pytest.mark.tensorflow
-def test_a_layer_in_a_loop_or_a_function_of_its_own_is_refused_in_words() -> None:
+def test_a_layer_in_a_loop_or_a_function_of_its_own_is_refused_with_a_clear_error() -> None:
     def looped(name: str) -> keras.Model:
         inputs = keras.Input((8,))
         return keras.Model(inputs, layers.Dense(3)(Looped(name="loop")(inputs)), name=name)

@@ -45,10 +45,10 @@ def teacher() -> keras.Model:
     return network(5, "teacher")
 
 
-def distilled(given: Any = None, **settings: Any) -> DistillModel:
+def distilled(model_terms: Any = None, **settings: Any) -> DistillModel:
     model_teacher = teacher()
     keras.utils.set_random_seed(5)
-    model = DistillModel(network(3, "student"), model_teacher, given or terms(), **settings)
+    model = DistillModel(network(3, "student"), model_teacher, model_terms or terms(), **settings)
     model.compile(keras.optimizers.Adam(0.01), cross_entropy(), jit_compile=False)
     return model
 
@@ -128,8 +128,8 @@ def test_k24_the_saved_student_holds_no_parameter_of_a_loss(tmp_path: Path) -> N
         names: list[str] = []
         with h5py.File(tmp_path / name / "model.weights.h5") as file:
             file["layers"].visit(names.append)
-            found = [file["layers"][name] for name in names]
-            shapes = [item.shape for item in found if isinstance(item, h5py.Dataset)]
+            items = [file["layers"][name] for name in names]
+            shapes = [item.shape for item in items if isinstance(item, h5py.Dataset)]
         assert sorted(shapes) == sorted(tuple(weight.shape) for weight in model.student.weights)
         assert_same_weights(keras.models.load_model(tmp_path / f"{name}.keras"), model.student, 0.0)
 
@@ -212,7 +212,7 @@ def test_a_mask_of_positions_leaves_padding_out() -> None:
 @pytest.mark.parametrize(
     ("term", "words"),
     [
-        (FeatureDistillation("stem", "body", VariationalInformationLoss()), r"equally many dimensions, 2 to 5\."),
+        (FeatureDistillation("stem", "body", VariationalInformationLoss()), r"the same number of dimensions, 2 to 5\."),
         (FeatureDistillation("body", "body", MaskedGenerativeLoss()), r"positions for mask='spatial'\. Pass mask='ch"),
         (
             FeatureDistillation("stem", "stem", MaskedGenerativeLoss(), adapter=None),

@@ -60,11 +60,11 @@ def parameter_gradients(loss: Any, value: Callable[[], Any], names: Any) -> dict
     if keras.backend.backend() == "jax":
         import jax
 
-        def given(values: Any) -> Any:
+        def value_at(values: Any) -> Any:
             with keras.StatelessScope(zip(variables, values, strict=True)):
                 return value()
 
-        gradients = jax.grad(given)([variable.value for variable in variables])
+        gradients = jax.grad(value_at)([variable.value for variable in variables])
         return {name: as_array(gradient) for name, gradient in zip(names, gradients, strict=True)}
     import tensorflow as tf
 
@@ -97,10 +97,10 @@ def assert_published(entry: dict[str, Any], loss: Any, value: Callable[[Any, Any
         ops.convert_to_tensor(last(array), dtype=DTYPE) for array in (student_feature.detach(), arrays["teacher_feat"])
     ]
     for name, gradient in parameter_gradients(loss, lambda: value(*tensors), list(expected)).items():
-        wanted = expected[name]
+        published = expected[name]
         if name.endswith("weight"):
-            wanted = keras_kernel(wanted, gradient.ndim)
-        np.testing.assert_allclose(gradient[tuple(slice(size) for size in wanted.shape)], wanted, **tolerance)
+            published = keras_kernel(published, gradient.ndim)
+        np.testing.assert_allclose(gradient[tuple(slice(size) for size in published.shape)], published, **tolerance)
 
 
 @pytest.mark.parametrize("entry", golden_index("vid"), ids=lambda entry: entry["case"])
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_built_raises(loss: type[losses.DistillationLoss]) ->
 def test_features_of_unequal_dimensions_raise(loss: type[losses.DistillationLoss]) -> None:
     for shapes in (((None, 3, 4), (None, 3, 4, 4)), ((None,), (None,))):
         with pytest.raises(
-            ValueError, match=r"equally many dimensions, 2 to 5\. Pass adapter=<a layer>\. Received: \(N"
+            ValueError, match=r"the same number of dimensions, 2 to 5\. Pass adapter=<a layer>\. Received: \(N"
         ):
             built(loss(), *shapes)
 

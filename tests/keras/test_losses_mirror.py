@@ -45,7 +45,7 @@ GOLDEN_ROWS = [
     if golden.cases is None or entry["case"] in golden.cases
 ]
 
-# What one half has and the other has not, on purpose. PyTorch's functions on logits take `class_dim`, and all of them
+# Names that only one half has, on purpose. PyTorch's functions on logits take `class_dim`, and all of them
 # average on request (`reduction`), because a mean fused with the sum is faster there, and take a `mask`. In Keras masks
 # come down with the layers' outputs, and the averaging is the loss object's own; its functions on features give one
 # value per position on request instead (`per_position`), to which a mask applies.
@@ -100,7 +100,7 @@ def test_value_and_gradient_equal_the_published_implementation(case: LossCase, g
         dtype,
         labels=arrays["targets"].astype("int32") if case.loss.needs_labels else None,
     )
-    # What the reference does to the student's tensor first is done by torch, and differentiated by it.
+    # The reference's own first operations on the student's tensor run in torch, which differentiates them.
     student_tensor.backward(torch.from_numpy(to_torch(case, result.student, settings)))
 
     tolerance = entry["tolerance_suggested"][dtype]
@@ -198,7 +198,7 @@ def degenerate(array: Any, how: str) -> Any:
     return array
 
 
-@pytest.mark.parametrize("how", ["as it comes", "an example of zeros", "a channel of zeros", "equal examples"])
+@pytest.mark.parametrize("how", ["unchanged", "an example of zeros", "a channel of zeros", "equal examples"])
 @every_case
 def test_both_halves_compute_the_same_numbers_in_float32(case: LossCase, how: str) -> None:
     student, teacher = case.inputs(seed=3)
@@ -312,27 +312,30 @@ def shared_parameters(function: Callable[..., Any], without: set[str]) -> list[t
 
 @pytest.mark.parametrize("name", PYTORCH_LOSSES)
 def test_every_pytorch_loss_has_a_namesake_with_the_same_settings(name: str) -> None:
-    ours, theirs = getattr(keras_distill.losses, name), getattr(lightning_distill.losses, name)
+    keras_loss, torch_loss = getattr(keras_distill.losses, name), getattr(lightning_distill.losses, name)
     base = lightning_distill.losses.DistillationLoss
 
     assert name in keras_distill.losses.__all__
-    if theirs is not base:
-        assert getattr(keras_distill, name) is ours
+    if torch_loss is not base:
+        assert getattr(keras_distill, name) is keras_loss
         assert name in keras_distill.__all__
-        assert shared_parameters(ours, KERAS_ONLY) == shared_parameters(theirs, PYTORCH_ONLY)
+        assert shared_parameters(keras_loss, KERAS_ONLY) == shared_parameters(torch_loss, PYTORCH_ONLY)
     for attribute in base.__annotations__:
-        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+        assert getattr(keras_loss, attribute) == getattr(torch_loss, attribute), attribute
 
 
 @pytest.mark.parametrize("name", PYTORCH_FUNCTIONS)
 def test_every_pytorch_function_has_a_namesake_with_the_same_parameters(name: str) -> None:
-    ours, theirs = getattr(keras_distill.functional, name), getattr(lightning_distill.functional, name)
+    keras_function, torch_function = (
+        getattr(keras_distill.functional, name),
+        getattr(lightning_distill.functional, name),
+    )
 
     # Its own mask is part of the formula.
     without = PYTORCH_ONLY if name == "masked_generative" else {*PYTORCH_ONLY, "mask"}
 
     assert name in keras_distill.functional.__all__
-    assert shared_parameters(ours, KERAS_ONLY) == shared_parameters(theirs, without)
+    assert shared_parameters(keras_function, KERAS_ONLY) == shared_parameters(torch_function, without)
 
 
 def test_keras_has_no_loss_and_no_function_that_pytorch_lacks() -> None:

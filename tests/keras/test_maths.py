@@ -316,7 +316,7 @@ class TestK3:
         close(float(value), expected)
 
     def test_logits_are_accepted(self):
-        """K3: a softmax inside the model, or a linear activation at the end, is no offence."""
+        """K3: a softmax inside the model, or a linear activation at the end, is accepted."""
         inputs = keras.Input((6,))
         attention = keras.layers.Dense(6, activation="softmax")(inputs)
         outputs = keras.layers.Dense(3, activation="linear")(attention * inputs)

@@ -225,12 +225,12 @@ def test_k22_backup_and_restore_continues_after_an_exception(tmp_path: Path, ada
 
 def contents(path: Path) -> tuple[list[str], str]:
     """Every entry of a Keras file, those of its weights included, and its configuration."""
-    found: list[str] = []
+    entries: list[str] = []
     with zipfile.ZipFile(path) as archive:
-        found += archive.namelist()
+        entries += archive.namelist()
         with archive.open("model.weights.h5") as weights, h5py.File(weights) as file:
-            file.visit(found.append)
-        return found, archive.read("config.json").decode()
+            file.visit(entries.append)
+        return entries, archive.read("config.json").decode()
 
 
 def test_k23_no_file_holds_the_teacher(tmp_path: Path) -> None:
@@ -351,12 +351,12 @@ def test_k24_an_export_is_that_of_the_student(tmp_path: Path) -> None:
 
 # Every class of the package that Keras may meet in a file, with settings that are not the defaults.
 INSTANCES: list[Any] = [
-    SoftTargetLoss(temperature=0.7, standardize=True, from_logits=False, reduction="sum", name="mine"),
-    losses.SoftCrossEntropyLoss(temperature=0.7, from_logits=False, name="mine"),
-    LogitMSELoss(from_logits=False, reduction="sum", name="mine"),
-    AttentionTransferLoss(p=1.3, reduction="none", name="mine"),
-    losses.FeatureDistance("cosine", reduction="sum", name="mine"),
-    losses.FunctionLoss(keras.losses.mean_absolute_error, name="mine"),
-    metrics.TeacherAgreement(name="mine"),
-    TeacherDivergence(temperature=0.7, name="mine"),
+    SoftTargetLoss(temperature=0.7, standardize=True, from_logits=False, reduction="sum", name="custom"),
+    losses.SoftCrossEntropyLoss(temperature=0.7, from_logits=False, name="custom"),
+    LogitMSELoss(from_logits=False, reduction="sum", name="custom"),
+    AttentionTransferLoss(p=1.3, reduction="none", name="custom"),
+    losses.FeatureDistance("cosine", reduction="sum", name="custom"),
+    losses.FunctionLoss(keras.losses.mean_absolute_error, name="custom"),
+    metrics.TeacherAgreement(name="custom"),
+    TeacherDivergence(temperature=0.7, name="custom"),
 ]

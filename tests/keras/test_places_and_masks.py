@@ -163,9 +163,10 @@ def test_k29_siblings_with_the_same_name_are_distinguished() -> None:
     with pytest.raises(ValueError, match=words):
         DistillModel(student, teacher, FeatureDistillation("layers.0", "twin/twin"))
     ways = [student.first, "first", "layers.0"]
-    wanted = [teacher.second.first, "second.first", "layers.1/layers.0"]
+    teacher_layers = [teacher.second.first, "second.first", "layers.1/layers.0"]
     terms = [
-        FeatureDistillation(*pair, name=f"way{number}") for number, pair in enumerate(zip(ways, wanted, strict=True))
+        FeatureDistillation(*pair, name=f"way{number}")
+        for number, pair in enumerate(zip(ways, teacher_layers, strict=True))
     ]
     model = DistillModel(student, teacher, terms)
     assert [model.terms[0].get_config()[side][0]["layer"] for side in ("student_layer", "teacher_layer")] == [

@@ -33,7 +33,7 @@ def test_k19_a_loss_of_the_users_own_is_given_features_in_float32() -> None:
 
 
 def test_k19_the_inputs_reach_the_student_as_they_are() -> None:
-    """K19: its first layer may be float32, because its inputs are no float16 numbers."""
+    """K19: its first layer may be float32, because its inputs are not float16."""
     keras.config.set_dtype_policy("mixed_float16")
     inputs = keras.Input((6,))
     student = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Rescaling(1e-5, dtype="float32")(inputs)))

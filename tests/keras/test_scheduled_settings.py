@@ -219,11 +219,11 @@ def test_callbacks_of_the_user_see_the_numbers_in_the_logs(tmp_path: Path) -> No
 def test_a_callback_list_of_keras_is_restored_after_fit() -> None:
     model = made(LogitsDistillation(weight=OVER_STEPS))
     watch = Watch(lambda: (model.terms[0].weight,))
-    given = keras.callbacks.CallbackList([watch], add_history=True, model=model, epochs=1, steps=4)
-    model.fit(IMAGES, LABELS, batch_size=4, verbose=0, callbacks=given)
+    callbacks = keras.callbacks.CallbackList([watch], add_history=True, model=model, epochs=1, steps=4)
+    model.fit(IMAGES, LABELS, batch_size=4, verbose=0, callbacks=callbacks)
     assert [weight for (weight,) in watch.seen] == pytest.approx([1.0, 0.875, 0.75, 0.625])
-    assert watch in given.callbacks
-    assert len(given.callbacks) == 2
+    assert watch in callbacks.callbacks
+    assert len(callbacks.callbacks) == 2
 
 
 def test_a_schedule_that_leaves_the_allowed_numbers_raises() -> None:

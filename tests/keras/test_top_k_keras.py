@@ -257,7 +257,7 @@ def test_c5_c7_a_student_of_other_classes_is_refused(tmp_path: Path, built: bool
     """C5, C7: whose classes all exist in the teacher's, so that no index would be out of range."""
     teacher = keras.Sequential([keras.Input((6,)), keras.layers.Dense(CLASSES + 5)])
     cache = keras_distill.TeacherCache.build(teacher, X, tmp_path, top_k=4)
-    with pytest.raises(ValueError, match=r"to have the teacher's shape .*15\)\. The cache is of another teacher"):
+    with pytest.raises(ValueError, match=r"to have the teacher's shape .*15\)\. The cache comes from another teacher"):
         fitted(network(24, seed=2) if built else None, cache.attach((X, Y)))
 
 

@@ -54,7 +54,7 @@ def epoch_of(data: Any, epoch: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
-def test_c9_the_answers_are_those_to_the_very_inputs(tmp_path: Path, views: int) -> None:
+def test_c9_the_answers_belong_to_exactly_these_inputs(tmp_path: Path, views: int) -> None:
     """C9: the teacher, run again on the student's inputs, returns the cached outputs; views differ."""
     teacher = network(9, seed=2)
     data = built(tmp_path, views=views).attach((X, Y), transform=crop_and_flip, batch_size=7, shuffle=True)
@@ -92,8 +92,8 @@ def test_c9_a_resumed_training_gets_the_views_of_its_epochs(tmp_path: Path) -> N
     callback = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
     for epoch in range(3):
         data = cache.attach((X, Y), transform=crop_and_flip, shuffle=True)
-        given = [callback, [callback], keras.callbacks.CallbackList([callback], model=parts)][epoch]
-        parts.fit(x=data, epochs=epoch + 1, initial_epoch=epoch, shuffle=False, verbose=0, callbacks=given)
+        callbacks = [callback, [callback], keras.callbacks.CallbackList([callback], model=parts)][epoch]
+        parts.fit(x=data, epochs=epoch + 1, initial_epoch=epoch, shuffle=False, verbose=0, callbacks=callbacks)
     assert_same_weights(parts, whole, 1e-6)
     assert seen == [0, 1, 2]
 
@@ -216,7 +216,7 @@ def test_c3_c9_neither_half_takes_the_others_augmentation_for_its_own(tmp_path: 
     """C3, C9: PyTorch cannot repeat Keras' views, and Keras those of PyTorch only as arrays of a named view."""
     built(tmp_path / "keras")
     data = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y).long())
-    with pytest.raises(CacheError, match=r"but Keras has augmented what the teacher was shown\. Build it in PyTorch"):
+    with pytest.raises(CacheError, match=r"but Keras augmented the teacher's inputs\. Build the cache in PyTorch"):
         lightning_distill.TeacherCache.open(tmp_path / "keras").attach(data)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(128, 3))
     lightning_distill.TeacherCache.build(

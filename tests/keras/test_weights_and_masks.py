@@ -160,13 +160,13 @@ def test_k11_weights_of_tokens_count_within_the_mask() -> None:
     weights = np.linspace(0.5, 3.0, TOKENS.size, dtype="float32").reshape(TOKENS.shape)
     model, logs = tagged(weights=weights)
     divergence, distance = per_token(model)
-    there = TOKENS > 0
-    assert logs["logits_loss"] == pytest.approx((weights * divergence)[there].mean(), rel=1e-5)
-    assert logs["hidden_loss"] == pytest.approx((weights * distance)[there].mean(), rel=1e-5)
+    tokens = TOKENS > 0
+    assert logs["logits_loss"] == pytest.approx((weights * divergence)[tokens].mean(), rel=1e-5)
+    assert logs["hidden_loss"] == pytest.approx((weights * distance)[tokens].mean(), rel=1e-5)
 
 
 def test_k12_the_agreement_is_over_the_unmasked_tokens() -> None:
-    """K12: rows without a token are no choices."""
+    """K12: rows without a token are not counted."""
     model = DistillModel(tagger("student"), tagger("teacher"))
     words, *rest = model.student.get_weights()
     words[:2] *= -1  # of the token that is not there, and of the first one that is
@@ -236,7 +236,9 @@ def test_k13_several_outputs_with_loss_weights_and_metrics(form: str, output: st
     metrics = {name: ["sparse_categorical_accuracy"] for name in labels}
     weights = {"first": 0.25, "second": 2.0}
     if form == "list":
-        loss, metrics, weights = ([one[name] for name in ("first", "second")] for one in (loss, metrics, weights))  # type: ignore[assignment]
+        loss, metrics, weights = (
+            [setting[name] for name in ("first", "second")] for setting in (loss, metrics, weights)
+        )  # type: ignore[assignment]
     key = {None: None, "second": "second" if form == "dict" else 1}[output]
     model = DistillModel(several(form, "student"), several(form, "teacher", 12), LogitsDistillation(output=key))
     model.compile(keras.optimizers.SGD(0.0), loss, loss_weights=weights, metrics=metrics, jit_compile=False)
@@ -244,11 +246,11 @@ def test_k13_several_outputs_with_loss_weights_and_metrics(form: str, output: st
     student_value, teacher_value = model.student(INPUTS), model.teacher(INPUTS)
     pairs = [(student_value[k], teacher_value[k]) for k in (("first", "second") if form == "dict" else (0, 1))]
     divergences = [float(kl64(numpy_of(a), numpy_of(b)).mean()) for a, b in pairs]
-    wanted = divergences[1] if output else sum(divergences)
+    divergence = divergences[1] if output else sum(divergences)
     task = 0.25 * ce64(numpy_of(pairs[0][0]), LABELS).mean() + 2.0 * ce64(numpy_of(pairs[1][0]), LABELS + 1).mean()
-    assert logs["logits_loss"][0] == pytest.approx(wanted, rel=1e-5)
+    assert logs["logits_loss"][0] == pytest.approx(divergence, rel=1e-5)
     assert logs["task_loss"][0] == pytest.approx(task, rel=1e-5)
-    assert logs["loss"][0] == pytest.approx(task + wanted, rel=1e-5)
+    assert logs["loss"][0] == pytest.approx(task + divergence, rel=1e-5)
     right = (numpy_of(pairs[1][0]).argmax(-1) == LABELS + 1).mean()
     assert logs["second_sparse_categorical_accuracy"][0] == pytest.approx(right)
     assert all(bool(ops.all(ops.isfinite(weight))) for weight in model.weights)

@@ -104,8 +104,8 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
     "features of other ranks": (
         ValueError,
         lambda: DistillModel(student(), tokens(), FeatureDistillation("hidden", "hidden")),
-        "Expected the features of student layer 'hidden' and its teacher layer to have equally many dimensions, 2 or"
-        " more. Pass adapter=<a layer, or a factory of the two shapes>. Received: (None, 8) and (None, 2, 3)",
+        "Expected the features of student layer 'hidden' and its teacher layer to have the same number of dimensions,"
+        " 2 or more. Pass adapter=<a layer, or a factory of the two shapes>. Received: (None, 8) and (None, 2, 3)",
     ),
     "other classes": (
         ValueError,
@@ -159,7 +159,7 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
     "another structure": (
         ValueError,
         lambda: DistillModel(two_outputs("student"), teacher()),
-        "Expected both models to have equally many outputs. Pass output=... Received: 2 and 1",
+        "Expected both models to have the same number of outputs. Pass output=... Received: 2 and 1",
     ),
     "an unknown output": (
         ValueError,
@@ -236,8 +236,8 @@ SETTINGS: dict[str, tuple[type[Exception], Make, str]] = {
     "pairs": (
         ValueError,
         lambda: FeatureDistillation(["a", "b"], ["c"]),
-        "Expected `student_layer` and `teacher_layer` to name equally many layers, at least one. Pair them. Received: 2"
-        " and 1",
+        "Expected `student_layer` and `teacher_layer` to name the same number of layers, at least one. Pair them."
+        " Received: 2 and 1",
     ),
     "scheduled parameter": (
         ValueError,

@@ -225,7 +225,7 @@ def test_n22_optimizer_from_yaml_equals_a_loop_with_torchs(distiller, section, m
 
 
 @pytest.mark.parametrize("form", ["object", "function"])
-def test_n10_an_optimizer_of_ones_own_trains(distiller, form):
+def test_n10_a_custom_optimizer_trains(distiller, form):
     ends = []
     for own in (True, False):
         ready = ready_for(distiller, {} if own else {"optimizer": {"SGD": {"learning_rate": 0.2}}})
@@ -236,7 +236,7 @@ def test_n10_an_optimizer_of_ones_own_trains(distiller, form):
     assert same(*ends)
 
 
-def test_n10_a_criterion_and_a_task_loss_of_ones_own_are_used(distiller):
+def test_n10_a_custom_criterion_and_task_loss_are_used(distiller):
     seen = []
 
     def criterion(student_output: Tensor, teacher_output: Tensor, student_loss: Tensor) -> Tensor:
@@ -248,10 +248,10 @@ def test_n10_a_criterion_and_a_task_loss_of_ones_own_are_used(distiller):
     ready.task_loss = lambda output, y: F.mse_loss(output, F.one_hot(y, 3).float())
     ready.fit()
     assert len(seen) == 4
-    assert all(got == pytest.approx(wanted) for got, wanted in seen)
+    assert all(got == pytest.approx(expected) for got, expected in seen)
 
 
-def test_n10_a_trainer_of_ones_own_runs_and_keeps_no_scoring_of_ours(distiller, trainer):
+def test_n10_a_custom_trainer_runs_and_keeps_no_scoring_of_the_launcher(distiller, trainer):
     counter = Steps()
     own: Trainer = trainer(max_steps=3, callbacks=[counter])
     ready_for(distiller, trainer=own, eval_func=lambda model: 0.0).fit()

@@ -228,7 +228,7 @@ def test_the_defaults_are_those_of_the_criteria_and_an_empty_list_is_a_default()
     assert KnowledgeDistillationLossConfig(2.0, ["CE", "KL"], reference_reduction=True).criterion.reference_reduction
 
 
-def test_a_criterion_of_ones_own_and_a_criterion_object_are_taken():
+def test_a_custom_criterion_and_a_criterion_object_are_taken():
     teacher, x = Mlp(7, seed=1), BATCHES[0][0]
     for criterion in (
         IntermediateLayersKnowledgeDistillationLoss([["head"]]),

@@ -103,31 +103,31 @@ def test_n3_total_is_the_formula_directly_and_through_the_hooks(distiller, kind,
     student, teacher = pair()
     task = torch.tensor(1.7, dtype=torch.float64)
     soft = divergence(kind, student.numpy(), teacher.numpy(), temperature)
-    wanted = weights[0] * 1.7 + weights[1] * temperature**2 * soft
+    expected = weights[0] * 1.7 + weights[1] * temperature**2 * soft
     criterion = Knowledge(temperature, ["CE", kind], weights)
 
-    torch.testing.assert_close(criterion(student, teacher, task).item(), wanted, **CLOSE)
+    torch.testing.assert_close(criterion(student, teacher, task).item(), expected, **CLOSE)
     total = through_hooks(distiller, criterion, Giver(student), Giver(teacher), task)
-    torch.testing.assert_close(total.item(), wanted, **CLOSE)
+    torch.testing.assert_close(total.item(), expected, **CLOSE)
 
 
 def test_n4_kl_is_summed_over_classes_and_averaged_over_examples():
     student, teacher = pair((4, 3))
     student_loss = torch.tensor(0.0, dtype=torch.float64)
-    ours = Knowledge(2.0, ["CE", "KL"], [0.0, 1.0])(student, teacher, student_loss)
+    total = Knowledge(2.0, ["CE", "KL"], [0.0, 1.0])(student, teacher, student_loss)
     per_row = [divergence("KL", s, t, 2.0) for s, t in zip(student.numpy(), teacher.numpy(), strict=True)]
-    torch.testing.assert_close(ours.item(), 4 * float(np.mean(per_row)), **CLOSE)
+    torch.testing.assert_close(total.item(), 4 * float(np.mean(per_row)), **CLOSE)
 
 
 def test_n4_reference_reduction_divides_kl_by_the_classes_and_leaves_the_others_alone():
     student, teacher = pair((4, 10))
     nothing = torch.tensor(0.0, dtype=torch.float64)
     for kind, factor in (("KL", 10), ("CE", 1), ("MSE", 1)):
-        ours, old = (
+        mean, reference = (
             Knowledge(3.0, ["CE", kind], [0.0, 1.0], reference_reduction=flag)(student, teacher, nothing)
             for flag in (False, True)
         )
-        torch.testing.assert_close(ours, factor * old, **CLOSE)
+        torch.testing.assert_close(mean, factor * reference, **CLOSE)
 
 
 GOLDEN = [(entry, key) for key in ("inc_kl_mean", "inc_combined") for entry in golden_index(key)]
@@ -232,8 +232,8 @@ def test_n5_weights_share_one_equally_and_mse_is_the_default(distiller):
     values = [pair((6, 3)), pair((4, 5))]
     student, teacher = (Giver(*(logits[side] for logits in values)) for side in (0, 1))
     total = through_hooks(distiller, Intermediate(["layers.0", "layers.1"]), student, teacher, torch.tensor(9.0))
-    wanted = np.mean([layer_distance("MSE", s.numpy(), t.numpy()) for s, t in values])
-    torch.testing.assert_close(total.item(), float(wanted), **CLOSE)
+    expected = np.mean([layer_distance("MSE", s.numpy(), t.numpy()) for s, t in values])
+    torch.testing.assert_close(total.item(), float(expected), **CLOSE)
 
 
 @pytest.mark.parametrize("case", ["s1", "s2"])
@@ -271,8 +271,8 @@ def test_n5_reference_kl_is_finite_for_probabilities_of_zero(distiller):
     p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.75, 0.0]])
     criterion = Intermediate([["layers.0", "layers.0"]], ["KL"], reference_reduction=True)
     total = through_hooks(distiller, criterion, Giver(p), Giver(q), torch.tensor(0.0))
-    wanted = (0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)) / 3
-    assert total.item() == pytest.approx(wanted, rel=1e-5)
+    expected = (0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)) / 3
+    assert total.item() == pytest.approx(expected, rel=1e-5)
 
 
 MAPPINGS: list[tuple[str, Any, Any]] = [
@@ -291,8 +291,8 @@ def test_n5_every_form_of_mapping_means_the_same(distiller, mappings, layer):
     student, teacher, x = Mlp(6).double(), Mlp(6, seed=1).double(), torch.randn(3, 4, dtype=torch.float64)
     total = through_hooks(distiller, Intermediate(mappings), student, teacher, torch.tensor(0.0), x)
     read = (lambda model: model.body(x)) if layer else (lambda model: model(x))
-    wanted = (read(student) - read(teacher)).square().mean()
-    torch.testing.assert_close(total, wanted, **CLOSE)
+    expected = (read(student) - read(teacher)).square().mean()
+    torch.testing.assert_close(total, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -319,9 +319,9 @@ def test_n7_one_layer_may_stand_in_two_pairs(distiller):
     criterion = Intermediate([["body", "body"], ["body", "act"]], ["MSE", "L1"], [0.5, 2.0])
     total = through_hooks(distiller, criterion, student, teacher, torch.tensor(0.0), x)
     student_body, teacher_body = student.body(x), teacher.body(x)
-    wanted = 0.5 * (student_body - teacher_body).square().mean()
-    wanted = wanted + 2.0 * (student_body - teacher_body.relu()).abs().mean()
-    torch.testing.assert_close(total, wanted, **CLOSE)
+    expected = 0.5 * (student_body - teacher_body).square().mean()
+    expected = expected + 2.0 * (student_body - teacher_body.relu()).abs().mean()
+    torch.testing.assert_close(total, expected, **CLOSE)
     assert [term.name for term in criterion.terms()] == ["body", "body#2"]
 
 
@@ -376,8 +376,8 @@ def test_n5_layers_of_other_sizes_get_an_adapter(distiller):
     total = ready.on_after_compute_loss(x, student(x), torch.tensor(0.0))
     weight, bias = ready.parameters()
     assert weight.shape == (8, 3)
-    wanted = FeatureDistance("mse")(F.linear(student.body(x), weight, bias), teacher.body(x))
-    torch.testing.assert_close(total, wanted)
+    expected = FeatureDistance("mse")(F.linear(student.body(x), weight, bias), teacher.body(x))
+    torch.testing.assert_close(total, expected)
 
 
 def test_n10_a_criterion_can_be_copied():

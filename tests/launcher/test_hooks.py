@@ -143,7 +143,7 @@ def test_n1_hook_example_with_precomputed_teacher_output_never_calls_the_teacher
 
 
 @pytest.mark.parametrize("how", ["dict", "tuple", "None"])
-def test_n1_teacher_is_shown_the_input_as_dict_tuple_or_as_the_student_was(distiller, how):
+def test_n1_teacher_gets_the_input_as_dict_tuple_or_as_the_student_did(distiller, how):
     student, teacher = Recurrent(4, 0), Recurrent(8, 1)
     _, *inputs, _ = texts()[0]
     batch = {"dict": dict(zip(("input_ids", "segment_ids", "input_mask"), inputs, strict=True)),
@@ -152,8 +152,8 @@ def test_n1_teacher_is_shown_the_input_as_dict_tuple_or_as_the_student_was(disti
     ready.on_train_begin()
     output = student(*inputs)
     total = ready.on_after_compute_loss(batch, output, torch.tensor(0.0))
-    wanted = (output - teacher.eval()(*inputs)).square().mean()
-    torch.testing.assert_close(total, wanted)
+    expected = (output - teacher.eval()(*inputs)).square().mean()
+    torch.testing.assert_close(total, expected)
 
 
 def test_n8_intermediate_losses_take_precomputed_features(distiller):
@@ -175,7 +175,7 @@ def test_n8_precomputed_output_without_the_features_raises(distiller):
         ready.on_after_compute_loss(x, student(x), torch.tensor(0.0), torch.randn(3, 3))
 
 
-def test_n10_a_criterion_of_ones_own_is_given_both_outputs_and_the_loss(distiller):
+def test_n10_a_custom_criterion_gets_both_outputs_and_the_loss(distiller):
     student, teacher, x = Mlp(5), Mlp(7, seed=1), torch.randn(3, 4)
     seen: list[Any] = []
 
@@ -188,8 +188,8 @@ def test_n10_a_criterion_of_ones_own_is_given_both_outputs_and_the_loss(distille
     output = student(x)
     loss = output.square().mean()
     total = ready.on_after_compute_loss(x, output, loss)
-    wanted = 2 * loss + (output - teacher(x)).abs().sum()
-    torch.testing.assert_close(total, wanted)
+    expected = 2 * loss + (output - teacher(x)).abs().sum()
+    torch.testing.assert_close(total, expected)
     assert seen[0][0] is output
     assert seen[0][2] is loss
     assert not seen[0][1].requires_grad

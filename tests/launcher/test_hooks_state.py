@@ -78,7 +78,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("higher", "best"), [(True, 2), (False, 3)])
-def test_n2_best_student_is_given_back_and_the_first_metric_judges(distiller, form, higher, best):
+def test_n2_best_student_by_the_first_metric_is_returned(distiller, form, higher, best):
     values = [0.9, 0.5, 0.4, 0.8, 0.1, 0.7]  # teacher, start, four epochs
     ready, seen = scored(distiller, [FORMS[form](value) for value in values], higher_is_better=higher)
     for number in range(1, 5):
@@ -228,7 +228,7 @@ def test_n6_an_optimizer_of_another_model_is_not_followed(distiller):
 def test_n6_parameters_before_the_first_loss_raise(distiller):
     ready = distiller(Mlp(5), Mlp(7, seed=1), Intermediate(["body"]))
     ready.on_train_begin()
-    with pytest.raises(ValueError, match="a first call of `total` before `parameters`"):
+    with pytest.raises(ValueError, match="Expected `total` to be called before `parameters`"):
         ready.parameters()
 
 

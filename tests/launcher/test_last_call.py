@@ -59,7 +59,7 @@ def test_an_output_of_an_earlier_call_is_taken_where_the_input_is_given(distille
         torch.testing.assert_close(total, (output - teacher(view)).square().mean())
 
 
-def test_a_criterion_of_ones_own_keeps_no_loss(distiller):
+def test_a_custom_criterion_keeps_no_loss(distiller):
     student, x = Mlp(5), torch.randn(3, 4)
     ready = distiller(student, Mlp(5, seed=1), lambda student, teacher, loss: loss + student.sum())
     ready.on_train_begin()

@@ -93,8 +93,8 @@ def test_n9_value_equals_the_formula(distiller, kind, temperature):
     criterion = SelfKnowledge([[["exit1", "exit3"], ["exit2", "exit3"]]], temperature, [kind], [0.3])
     got = total_of(distiller, criterion, model, x)
     z = {name: value.detach().numpy() for name, value in model.places(x).items()}
-    wanted = 0.3 * sum(criterion_loss(kind, z[name], z["exit3"], temperature) for name in ("exit1", "exit2"))
-    torch.testing.assert_close(got.item(), float(wanted), **CLOSE)
+    expected = 0.3 * sum(criterion_loss(kind, z[name], z["exit3"], temperature) for name in ("exit1", "exit2"))
+    torch.testing.assert_close(got.item(), float(expected), **CLOSE)
 
 
 @pytest.mark.parametrize("origin", [False, True])
@@ -108,10 +108,10 @@ def test_n9_groups_are_summed_once_with_their_weights(distiller, origin):
     criterion = SelfKnowledge(groups, 3.0, ["L2", "KL", "CE"], [0.5, 0.05, 0.7], origin)
     got = total_of(distiller, criterion, model, x, 1.9)
     z = {name: value.detach().numpy() for name, value in model.places(x).items()}
-    wanted = 1.9 * origin
+    expected = 1.9 * origin
     for group, kind, weight in zip(groups, ("L2", "KL", "CE"), (0.5, 0.05, 0.7), strict=True):
-        wanted += weight * sum(criterion_loss(kind, z[shallow], z[deep], 3.0) for shallow, deep in group)
-    torch.testing.assert_close(got.item(), float(wanted), **CLOSE)
+        expected += weight * sum(criterion_loss(kind, z[shallow], z[deep], 3.0) for shallow, deep in group)
+    torch.testing.assert_close(got.item(), float(expected), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["L2", "KL", "CE"])
@@ -189,8 +189,8 @@ def test_n9_term_in_a_distiller_without_a_teacher_equals_the_formula():
             model(x)
         total = distiller.total(torch.tensor(0.25, dtype=torch.float64))
     z = {name: value.detach().numpy() for name, value in model.places(x).items()}
-    wanted = 0.25 + 0.5 * np.mean([logits_loss("KL", z[name], z["exit3"], 3.0) for name in ("exit1", "exit2")])
-    torch.testing.assert_close(total.item(), float(wanted), **CLOSE)
+    expected = 0.25 + 0.5 * np.mean([logits_loss("KL", z[name], z["exit3"], 3.0) for name in ("exit1", "exit2")])
+    torch.testing.assert_close(total.item(), float(expected), **CLOSE)
 
 
 def by_hand(model: Exits, adapter: nn.Linear, data, steps: int) -> None:
@@ -276,13 +276,13 @@ def test_n9_term_stands_beside_terms_with_a_teacher(trainer):
         assert distiller.parts["exit1_loss"] > 0
     z = {name: value.detach().numpy() for name, value in model.places(x).items()}
     teacher_logits = teacher(x).detach().numpy()
-    wanted = 0.5 * logits_loss("KL", z["exit3"], teacher_logits, 2.0)
-    wanted += 0.25 * logits_loss("KL", z["exit1"], z["exit3"], 3.0)
-    assert total == pytest.approx(wanted, rel=1e-5)
+    expected = 0.5 * logits_loss("KL", z["exit3"], teacher_logits, 2.0)
+    expected += 0.25 * logits_loss("KL", z["exit1"], z["exit3"], 3.0)
+    assert total == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("term", [LogitsDistillation(), FeatureDistillation("block1", "block3")])
-def test_n9_term_that_reads_a_teacher_raises_where_there_is_none(term):
+def test_n9_term_that_reads_a_teacher_raises_without_one(term):
     with pytest.raises(ValueError, match=rf"`teacher` to be a module, since term '{term.name}' reads it"):
         Distiller(Exits(), None, [SelfDistillation("exit1", "exit3"), term])
 

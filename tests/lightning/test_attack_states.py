@@ -1,4 +1,4 @@
-"""What one run, one owner or one process does that another must not notice."""
+"""One run, owner or process must not disturb another."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_callback_that_a_running_trainer_uses_is_refused_by_another(trainer):
     trainer(callbacks=[callback, inside, outputs], max_epochs=2).fit(InnerModule(student()), loader())
     alone = Outputs()
     trainer(callbacks=[callback, alone], max_epochs=2).fit(InnerModule(student()), loader())
-    losses = [[one["loss"].item() for one in each.outputs] for each in (outputs, alone)]
+    losses = [[output["loss"].item() for output in each.outputs] for each in (outputs, alone)]
     assert losses[0] == losses[1]
 
 
@@ -76,7 +76,7 @@ def test_another_teacher_is_taken_between_two_fits_and_refused_within_one(traine
     for distill in (callback, DistillCallback(teacher(seed=9))):
         outputs = Outputs()
         trainer(callbacks=[distill, outputs]).fit(InnerModule(student()), loader())
-        losses.append([one["loss"].item() for one in outputs.outputs])
+        losses.append([output["loss"].item() for output in outputs.outputs])
     assert losses[0] == losses[1]
     with pytest.raises(TypeError, match="`teacher`"):
         callback.teacher = "teacher.ckpt"
@@ -88,23 +88,23 @@ def test_a_module_list_is_several_teachers():
     several = [teacher(2), teacher(3)]
     x, y = next(iter(loader()))
     totals = []
-    for given in (several, nn.ModuleList(several)):
+    for teachers in (several, nn.ModuleList(several)):
         network = student()
-        with Distiller(network, given) as distiller:
+        with Distiller(network, teachers) as distiller:
             with distiller.record():
                 loss = F.cross_entropy(network(x), y)
             totals.append(distiller.total(loss).item())
     assert totals[0] == totals[1]
 
 
-def test_a_refused_hold_notes_nothing(trainer):
+def test_a_refused_hold_changes_nothing(trainer):
     network = teacher()
     first = Hold(network.head, torch.bfloat16)
     first.take()
     with pytest.raises(ValueError, match="teacher_dtype"):
         Hold(network).take()
     first.release()
-    network.eval().requires_grad_(False)  # what a later hold gives back
+    network.eval().requires_grad_(False)  # the state that a later hold restores
     later = Hold(network)
     later.take()
     later.release()
@@ -137,7 +137,7 @@ class Running(DistillationTerm):
         return value / self.mean
 
 
-def test_what_build_starts_and_forward_updates_belongs_to_one_owner():
+def test_buffers_that_forward_updates_belong_to_one_owner():
     x, y = next(iter(loader()))
 
     def train(term: DistillationTerm, beside: DistillationTerm | None) -> list[float]:
@@ -147,9 +147,9 @@ def test_what_build_starts_and_forward_updates_belongs_to_one_owner():
             distiller.follow(torch.optim.SGD(network.parameters(), 0.0))
             second.follow(torch.optim.SGD(other.parameters(), 0.0))
             for _ in range(3):
-                for one, owner in ((network, distiller), (other, second)):
+                for model, owner in ((network, distiller), (other, second)):
                     with owner.record():
-                        loss = F.cross_entropy(one(x), y)
+                        loss = F.cross_entropy(model(x), y)
                     total = owner.total(loss)
                     if owner is distiller:
                         losses.append(total.item())
@@ -195,7 +195,7 @@ def test_processes_add_up_as_often_whatever_each_has_measured(trainer, loaders):
     assert counts[0] == counts[1] > 0
 
 
-def test_keys_name_the_loader_where_there_are_several_also_if_one_alone_is_measured(trainer):
+def test_keys_name_the_loader_of_several_also_if_only_one_is_measured(trainer):
     run = trainer(callbacks=DistillCallback(teacher()))
     run.validate(Validated(student()), [loader(), loader()], verbose=False)
     keys = {key for key in run.callback_metrics if key.startswith("distill/val_")}

@@ -1,4 +1,4 @@
-"""What a training step may return, what its means are, and teachers in double precision."""
+"""Return values of a training step, means over steps, and teachers in double precision."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_means_of_an_epoch_weigh_the_last_batch_by_its_size(trainer):
     outputs = Outputs()
     run = trainer(callbacks=[DistillCallback(teacher()), outputs], max_epochs=1, max_steps=-1)
     run.fit(StepModule(student(), task_loss), loader(10, batch_size=8))
-    full, rest = (one["loss"].item() for one in outputs.outputs)
+    full, rest = (output["loss"].item() for output in outputs.outputs)
     assert run.callback_metrics["distill/loss"].item() == pytest.approx(0.8 * full + 0.2 * rest)
     assert abs(full - rest) > 1e-3
 
@@ -47,7 +47,7 @@ def test_a_step_that_adds_the_loss_itself_says_nothing_about_the_next_one(traine
     for function in (task_loss, step):
         callback, outputs = DistillCallback(teacher()), Outputs()
         trainer(callbacks=[callback, outputs]).fit(StepModule(student(), function), loader())
-        losses.append([one["loss"].item() for one in outputs.outputs])
+        losses.append([output["loss"].item() for output in outputs.outputs])
     assert losses[0] == pytest.approx(losses[1])
 
 
@@ -69,8 +69,8 @@ def test_the_agreement_with_several_teachers_is_that_with_their_mean_probabiliti
         with distiller.record():
             network(x)
         ((_, merged),) = distiller.agree()
-    wanted = torch.stack([one(x).softmax(1) for one in several]).mean(0)
-    torch.testing.assert_close(merged.exp(), wanted.detach())
+    probabilities = torch.stack([teacher(x).softmax(1) for teacher in several]).mean(0)
+    torch.testing.assert_close(merged.exp(), probabilities.detach())
 
 
 @pytest.mark.parametrize("returned", [1.0, "loss", [1], {"loss": None}, {}], ids=repr)
@@ -114,7 +114,7 @@ def test_weights_that_are_all_zero_leave_the_task_loss_to_be_differentiated(trai
     module = StepModule(student(), task_loss)
     before = [parameter.detach().clone() for parameter in module.parameters()]
     trainer(callbacks=[callback, outputs]).fit(module, loader())
-    assert [one["loss"].item() for one in outputs.outputs] == [0.0, 0.0]
+    assert [output["loss"].item() for output in outputs.outputs] == [0.0, 0.0]
     assert all(torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True))
 
 

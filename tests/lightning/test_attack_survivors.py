@@ -47,7 +47,7 @@ def test_adapters_of_equal_shapes_start_from_different_values(trainer):
     assert not torch.equal(first, second)
 
 
-def test_what_is_written_into_a_converted_teacher_stays_in_the_original(trainer):
+def test_weights_written_into_a_converted_teacher_stay_in_the_original(trainer):
     network = teacher()
     untouched, halved = network.layer1.weight.clone(), network.head.weight.clone() / 2
 

@@ -69,7 +69,7 @@ def learned(callback: DistillCallback) -> dict[str, Tensor]:
 
 
 def equal(left: Any, right: Any) -> bool:
-    left, right = (list(one.values() if isinstance(one, dict) else one) for one in (left, right))
+    left, right = (list(values.values() if isinstance(values, dict) else values) for values in (left, right))
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
@@ -80,7 +80,7 @@ class First(Callback):
         self.adapters = None
 
     def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        callback = next(one for one in trainer.callbacks if isinstance(one, DistillCallback))
+        callback = next(callback_ for callback_ in trainer.callbacks if isinstance(callback_, DistillCallback))
         if self.adapters is None and callback.adapter_state():
             self.adapters = {name: value.clone() for name, value in learned(callback).items()}
 
@@ -141,8 +141,8 @@ def test_l16_learning_rate_that_is_found_is_that_of_the_distilled_loss(trainer):
     rates = []
     for callback in (None, distill()):
         run = trainer(callbacks=callback, max_steps=3)
-        found = Tuner(run).lr_find(Tunable(), num_training=6, update_attr=False)
-        rates.append(found.results["loss"])
+        finder = Tuner(run).lr_find(Tunable(), num_training=6, update_attr=False)
+        rates.append(finder.results["loss"])
     assert rates[0] != rates[1]
 
 

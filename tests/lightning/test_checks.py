@@ -29,7 +29,7 @@ def test_names_unlike_any_are_answered_with_the_first_few_known() -> None:
     )
 
 
-def test_the_root_module_is_no_candidate() -> None:
+def test_the_root_module_is_not_a_candidate() -> None:
     assert checks.closest("xyz", [""]) == ""
 
 

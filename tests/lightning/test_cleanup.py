@@ -1,4 +1,4 @@
-"""L7, L21 and L25: however a run ends, nothing of ours stays on the module, and the teacher is back as it was."""
+"""L7, L21 and L25: however a run ends, the library leaves nothing on the module and restores the teacher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MakeTrainer = Callable[..., Trainer]
 
 @pytest.fixture(autouse=True)
 def quick_garbage_collection() -> Iterator[None]:
-    """What exists before a test, all of torch included, is no concern of the collections in it."""
+    """Exclude all objects from before the test, such as torch's, from the garbage collections in it."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -46,7 +46,7 @@ class Watched(nets.MLP):
     def alive(self, collect: bool = True) -> int:
         if collect:
             gc.collect()
-        return sum(one() is not None for one in self.seen)
+        return sum(reference() is not None for reference in self.seen)
 
 
 def teacher_in_disorder() -> Watched:
@@ -60,12 +60,20 @@ def teacher_in_disorder() -> Watched:
 
 
 def look(module: nn.Module) -> list[Any]:
-    """All there is to see of a module: modes, flags, dtypes, devices, bytes, the very parameter objects."""
+    """The visible state of a module: modes, flags, dtypes, devices, bytes, ids of the parameters."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     modes = [(name, inner.training) for name, inner in module.named_modules()]
     return modes + [
-        (name, id(one), one.requires_grad, one.dtype, one.device, one.grad is None, one.detach().numpy().tobytes())
-        for name, one in tensors
+        (
+            name,
+            id(tensor),
+            tensor.requires_grad,
+            tensor.dtype,
+            tensor.device,
+            tensor.grad is None,
+            tensor.detach().numpy().tobytes(),
+        )
+        for name, tensor in tensors
     ]
 
 
@@ -95,8 +103,8 @@ class Run:
 
 def optimizers_are_clean(trainer: Trainer) -> bool:
     return not any(
-        one._optimizer_step_post_hooks or one._optimizer_step_pre_hooks or "zero_grad" in vars(one)
-        for one in trainer.optimizers
+        optimizer._optimizer_step_post_hooks or optimizer._optimizer_step_pre_hooks or "zero_grad" in vars(optimizer)
+        for optimizer in trainer.optimizers
     )
 
 
@@ -154,7 +162,7 @@ HOOKS = [
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_nothing_stays_after_an_exception_in_any_hook(trainer: MakeTrainer, hook: str, first: bool) -> None:
-    """L7: wherever another callback fails, before ours or after it."""
+    """L7: wherever another callback fails, before the distilling one or after it."""
     run = Run()
     callbacks = [run.callback(), Fails(hook)]
     with pytest.raises(RuntimeError, match="no luck"):
@@ -224,7 +232,7 @@ def test_nothing_stays_after_an_error_of_our_own(trainer: MakeTrainer, layer: st
     run.assert_clean()
 
 
-def test_what_was_trained_before_an_exception_is_kept(trainer: MakeTrainer) -> None:
+def test_weights_trained_before_an_exception_are_kept(trainer: MakeTrainer) -> None:
     """L7: the adapters go on from there in the next fit."""
     run = failing_run("training", RuntimeError)
     callback = run.callback()
@@ -279,18 +287,18 @@ def test_two_callbacks_leave_nothing_after_an_exception(trainer: MakeTrainer, tu
 @pytest.mark.parametrize("turned", [False, True])
 def test_two_callbacks_train_like_one_with_both_terms(trainer: MakeTrainer, turned: bool) -> None:
     """L7, L21: each with its own log keys; the student is hooked twice."""
-    run, one = Run(), Run()
+    run, single = Run(), Run()
     callbacks = pair(run, False)
     runs = run.fit(trainer, *(reversed(callbacks) if turned else callbacks), log_every_n_steps=1)
-    terms = [callback.terms[0] for callback in pair(one, False)]
-    one.fit(trainer, one.callback(terms=terms))
-    nets.close(list(run.module.parameters()), list(one.module.parameters()), 1e-6)
+    terms = [callback.terms[0] for callback in pair(single, False)]
+    single.fit(trainer, single.callback(terms=terms))
+    nets.close(list(run.module.parameters()), list(single.module.parameters()), 1e-6)
     assert {"first/logits_loss", "second/model.layer2_loss", "first/val_teacher_agreement"} <= set(
         runs.callback_metrics
     )
 
 
-@pytest.mark.parametrize("kind", ["two callbacks", "a module of ours and a callback"])
+@pytest.mark.parametrize("kind", ["two callbacks", "a DistillModule and a callback"])
 def test_two_callbacks_of_one_name_raise(trainer: MakeTrainer, kind: str) -> None:
     """L21: before anything is touched."""
     run = Run()

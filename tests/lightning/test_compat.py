@@ -1,4 +1,4 @@
-"""Every private name of torch and Lightning that the package uses still exists and does what its docstring says.
+"""Every private name of torch and Lightning that the package uses still exists and works as its docstring says.
 
 A new release of either is checked by running this file.
 """
@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def called(module: nn.Module, *args: Any) -> list[Any]:
-    """What a hook put into the table of forward hooks was called with."""
+    """The arguments of each call of a hook in the table of forward hooks."""
     seen: list[Any] = []
-    compat.forward_hooks(module)[2**40] = lambda *given: seen.append(given)
+    compat.forward_hooks(module)[2**40] = lambda *arguments: seen.append(arguments)
     module(*args)
     del compat.forward_hooks(module)[2**40]
     module(*args)
@@ -58,7 +58,7 @@ def test_an_entry_in_the_table_of_pre_hooks_gets_keywords_where_it_is_named() ->
             return x * scale
 
     module, seen = Named(), []
-    compat.forward_pre_hooks(module)[7] = lambda *given: seen.append(given)
+    compat.forward_pre_hooks(module)[7] = lambda *arguments: seen.append(arguments)
     compat.pre_hooks_with_kwargs(module)[7] = True
     module(torch.ones(1), scale=2.0)
     ((owner, args, kwargs),) = seen
@@ -80,7 +80,7 @@ def test_a_forward_hook_that_is_always_called_runs_after_an_exception_too() -> N
     assert seen == [None]
 
 
-def test_compiled_modules_are_told_from_plain_ones() -> None:
+def test_compiled_modules_are_distinguished_from_plain_ones() -> None:
     in_place, module = Mlp(3), Classifier()
     in_place.compile(backend="eager")
     assert compat.is_compiled(in_place)
@@ -89,7 +89,7 @@ def test_compiled_modules_are_told_from_plain_ones() -> None:
     assert not compat.is_compiled(module)
 
 
-def test_a_module_that_lightning_has_compiled_is_told_from_a_plain_one(trainer) -> None:
+def test_a_module_that_lightning_has_compiled_is_distinguished_from_a_plain_one(trainer) -> None:
     seen = []
 
     class Look(Callback):
@@ -195,7 +195,7 @@ def test_log_steps_are_those_of_the_loggers(trainer) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "expected"), [("ddp_spawn", True), ("ddp", False), ("auto", False)])
-def test_a_trainer_that_spawns_is_told_from_one_that_does_not(trainer, strategy: str, expected: bool) -> None:
+def test_a_trainer_that_spawns_is_distinguished_from_one_that_does_not(trainer, strategy: str, expected: bool) -> None:
     devices = 1 if strategy == "auto" else 2
     assert compat.spawns(trainer(strategy=strategy, devices=devices)) is expected
 
@@ -255,7 +255,7 @@ def test_a_loader_keeps_the_iterator_of_persistent_workers_under_the_known_name(
 
 
 @pytest.mark.parametrize("base", [LightningModule, pytorch_lightning.LightningModule])
-def test_a_hook_of_the_users_own_is_told_from_lightnings_empty_one(base: type) -> None:
+def test_a_users_hook_is_distinguished_from_lightnings_empty_one(base: type) -> None:
     class Plain(base):  # type: ignore[misc, valid-type]
         pass
 
@@ -286,7 +286,7 @@ def test_a_hook_of_the_users_own_is_told_from_lightnings_empty_one(base: type) -
     assert compat.overrides(module, "validation_step")
 
 
-def test_a_strategy_is_told_by_the_names_of_its_classes(trainer) -> None:
+def test_a_strategy_is_recognized_by_the_names_of_its_classes(trainer) -> None:
     class Further(SingleDeviceStrategy):
         pass
 

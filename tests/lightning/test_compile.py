@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation
 
 BACKEND = "aot_eager"
-# The compiler hides this warning of its own where it would be shown; under "error" it is raised before that.
+# The compiler suppresses this warning of its own, but under "error" it is raised first.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 
@@ -93,11 +93,11 @@ def by_hand(start: Mlp, adapter: nn.Module, teacher: nn.Module, steps: int = 3) 
         feature = student.body(x)
         logits = student.head(F.relu(feature))
         with torch.no_grad():
-            wanted = teacher.body(x)
-            target = teacher.head(F.relu(wanted))
+            teacher_feature = teacher.body(x)
+            target = teacher.head(F.relu(teacher_feature))
         p, log_q = (target / 4).softmax(-1), (logits / 4).log_softmax(-1)
         soft = 16 * (p * (p.log() - log_q)).sum(-1).mean()
-        loss = F.cross_entropy(logits, y) + 0.5 * soft + 2.0 * (adapter(feature) - wanted).square().mean()
+        loss = F.cross_entropy(logits, y) + 0.5 * soft + 2.0 * (adapter(feature) - teacher_feature).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,13 +110,13 @@ class FirstAdapter(Callback):
 
     def on_before_backward(self, trainer, pl_module, loss):
         if self.adapter is None:
-            callback = next(one for one in trainer.callbacks if isinstance(one, DistillCallback))
+            callback = next(item for item in trainer.callbacks if isinstance(item, DistillCallback))
             self.adapter = copy.deepcopy(callback.terms[1].adapters[0])
 
 
 def close(left: list[Tensor], right: list[Tensor]) -> None:
-    for one, other in zip(left, right, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(left, right, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["", "fullgraph"])
@@ -180,10 +180,10 @@ def test_l15_teacher_that_already_ran_compiled_still_gives_its_features(trainer)
 
 def test_l15_second_fit_of_a_compiled_student_is_distilled_as_the_first(trainer):
     module, eager = in_place(Classifier()), Classifier()
-    for one in (module, eager):
+    for model in (module, eager):
         callback = DistillCallback(Mlp(7, seed=1), terms())
         for _ in range(2):
-            trainer(callbacks=callback, max_steps=2).fit(one, loader())
+            trainer(callbacks=callback, max_steps=2).fit(model, loader())
     close(list(module.parameters()), list(eager.parameters()))
 
 
@@ -277,13 +277,13 @@ def test_l10_relu_in_place_behind_a_tapped_convolution_is_never_silently_wrong(t
         trainer(callbacks=callback, max_steps=2).fit(module, loader())
         return parameters
 
-    wanted = run(False, "eager")
+    expected = run(False, "eager")
     try:
         got = run(True, way)
     except ValueError as error:
         assert "changed it in place" in str(error)  # noqa: PT017
     else:
-        close(got, wanted)
+        close(got, expected)
 
 
 def test_l10_eager_relu_in_place_raises_and_names_the_layer(trainer):

@@ -82,16 +82,16 @@ def test_the_folder_is_named_at_the_end(outcome: Outcome) -> None:
 
 def test_the_results_hold_a_run_for_the_teacher_and_for_each_setting_and_method(outcome: Outcome) -> None:
     assert list(outcome.results) == ["settings", "runs", "saved_student", "conclusion", "seconds"]
-    held = [(one["labels"], one["method"], one["seed"]) for one in outcome.results["runs"]]
+    held = [(result["labels"], result["method"], result["seed"]) for result in outcome.results["runs"]]
     assert held == [(FULL, "teacher", 0), *((labels, method, 0) for labels in (SCARCE, FULL) for method in METHODS)]
     epochs = outcome.results["settings"]["epochs"]
-    assert all(len(one["validation_accuracy"]) == epochs for one in outcome.results["runs"])
-    assert all(one["step_ms"] > 0 for one in outcome.results["runs"])
+    assert all(len(result["validation_accuracy"]) == epochs for result in outcome.results["runs"])
+    assert all(result["step_ms"] > 0 for result in outcome.results["runs"])
 
 
 def test_the_student_is_at_least_twenty_times_smaller_than_the_teacher(outcome: Outcome) -> None:
     teacher, *students = outcome.runs
-    assert all(20 * one.parameters < teacher.parameters for one in students)
+    assert all(20 * result.parameters < teacher.parameters for result in students)
 
 
 def test_the_saved_student_loads_strictly_into_the_bare_network_and_is_as_good_as_it_was(outcome: Outcome) -> None:
@@ -101,7 +101,9 @@ def test_the_saved_student_loads_strictly_into_the_bare_network_and_is_as_good_a
     with torch.no_grad():
         accuracy = float((bare(images).argmax(1) == classes).double().mean())
     saved = outcome.results["saved_student"]
-    trained = next(one for one in outcome.runs if (one.labels, one.method) == (saved["labels"], saved["method"]))
+    trained = next(
+        result for result in outcome.runs if (result.labels, result.method) == (saved["labels"], saved["method"])
+    )
     assert accuracy == saved["test_accuracy"] == trained.test_accuracy
 
 
@@ -128,7 +130,9 @@ def test_the_global_random_state_and_the_number_of_threads_are_left_alone(second
 
 
 def test_a_second_demonstration_finds_the_same_accuracies(outcome: Outcome, second: Second) -> None:
-    assert [replace(one, step_ms=0.0) for one in second.runs] == [replace(one, step_ms=0.0) for one in outcome.runs]
+    assert [replace(result, step_ms=0.0) for result in second.runs] == [
+        replace(result, step_ms=0.0) for result in outcome.runs
+    ]
 
 
 # Its parts -----------------------------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ def test_the_loss_is_the_mean_over_the_labelled_images_only() -> None:
         ([0.6, 0.8], "distilling logits made no clear difference: +10.0 points of accuracy (better for 1 of 2 seeds)"),
     ],
 )
-def test_the_closing_sentence_says_what_the_numbers_say(distilled: list[float], verdict: str) -> None:
+def test_the_closing_sentence_follows_from_the_numbers(distilled: list[float], verdict: str) -> None:
     alone = [0.6, 0.6]
     (sentence,) = closing(made_up({"alone": alone, "+ logits": distilled, "+ logits + features": alone}))
     assert sentence.startswith(f"With 100 % of the labels {verdict}; distilling logits and features made no clear")
@@ -185,7 +189,7 @@ def test_a_single_seed_is_called_little_proof() -> None:
 def test_the_student_that_is_saved_is_chosen_by_validation_and_not_by_test(tmp_path: Path) -> None:
     runs = made_up({method: [0.6] for method in METHODS})
     runs[2].validation_accuracy, runs[3].test_accuracy = [0.8], 1.0
-    students = {(one.labels, one.method, one.seed): Student().state_dict() for one in runs[1:]}
+    students = {(result.labels, result.method, result.seed): Student().state_dict() for result in runs[1:]}
     test = (torch.randn(4, 1, 8, 8), torch.arange(4))
     assert prove_plain(tmp_path / "student.pt", runs, students, test)["method"] == "+ logits"
 

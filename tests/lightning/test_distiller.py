@@ -50,8 +50,8 @@ def test_a_plain_loop_gives_the_gradients_of_the_written_out_formula() -> None:
     gradients = torch.autograd.grad(total, list(net.parameters()))
     expected = 0.3 * F.cross_entropy(net(x), y) + 0.7 * soft_targets(net(x), big(x).detach())
     torch.testing.assert_close(total, expected)
-    for mine, theirs in zip(gradients, torch.autograd.grad(expected, list(net.parameters())), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected, list(net.parameters())), strict=True):
+        torch.testing.assert_close(gradient, reference)
 
 
 def test_parts_hold_each_term_without_its_weight_and_no_graph() -> None:
@@ -83,15 +83,15 @@ def test_adapters_follow_an_optimizer_as_if_they_were_in_it() -> None:
         twin = copy.deepcopy(net)
         run(net, distiller, optimizer, data)
         learned = distiller.state_dict()["adapters"]["layer2"]
-    one = torch.optim.AdamW([*twin.parameters(), *adapter.parameters()], lr=1e-2)
+    optimizer_of_both = torch.optim.AdamW([*twin.parameters(), *adapter.parameters()], lr=1e-2)
     for x, y in data:
-        mine = twin.layer2(torch.tanh(twin.layer1(x.flatten(1))))
-        loss = F.cross_entropy(twin.head(torch.tanh(mine)), y)
+        student_feature = twin.layer2(torch.tanh(twin.layer1(x.flatten(1))))
+        loss = F.cross_entropy(twin.head(torch.tanh(student_feature)), y)
         with torch.no_grad():
-            theirs = big.layer2(torch.tanh(big.layer1(x.flatten(1))))
-        one.zero_grad()
-        (loss + F.mse_loss(adapter(mine), theirs)).backward()
-        one.step()
+            teacher_feature = big.layer2(torch.tanh(big.layer1(x.flatten(1))))
+        optimizer_of_both.zero_grad()
+        (loss + F.mse_loss(adapter(student_feature), teacher_feature)).backward()
+        optimizer_of_both.step()
     for name, value in net.state_dict().items():
         assert torch.equal(value, twin.state_dict()[name]), name
     assert torch.equal(learned["adapters.0.weight"], adapter.weight)
@@ -114,7 +114,7 @@ def test_adapters_that_no_optimizer_trains_raise_on_the_second_step() -> None:
 def test_parameters_can_go_into_the_users_own_optimizer() -> None:
     net, data = student(), batches()
     distiller = Distiller(net, teacher(), FeatureDistillation("layer1", "layer1"))
-    with pytest.raises(ValueError, match="first call of `total` before `parameters`"):
+    with pytest.raises(ValueError, match="Expected `total` to be called before `parameters`"):
         distiller.parameters()
     with distiller.record():
         loss = F.cross_entropy(net(data[0][0]), data[0][1])
@@ -154,8 +154,8 @@ def test_a_state_resumes_bit_for_bit_in_a_plain_loop() -> None:
     run(resumed, second, optimizer, data[3:])
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    mine, theirs = second.state_dict()["adapters"]["layer1"], distiller.state_dict()["adapters"]["layer1"]
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    resumed_state, expected = second.state_dict()["adapters"]["layer1"], distiller.state_dict()["adapters"]["layer1"]
+    assert all(torch.equal(resumed_state[name], expected[name]) for name in expected)
 
 
 def test_a_gradient_scaler_of_a_plain_loop_scales_the_adapters_too() -> None:
@@ -228,9 +228,9 @@ def test_terms_are_averaged_over_several_teachers_each_with_its_adapter() -> Non
     torch.testing.assert_close(distiller.parts["logits_loss"], expected.detach())
     with distiller.record(needs_grad=False, features=False):
         logits = net(x)
-    ((mine, theirs),) = distiller.agree()
-    assert torch.equal(mine, logits)
-    torch.testing.assert_close(theirs, ((first(x).softmax(-1) + second(x).softmax(-1)) / 2).log().detach())
+    ((student_scores, teacher_scores),) = distiller.agree()
+    assert torch.equal(student_scores, logits)
+    torch.testing.assert_close(teacher_scores, ((first(x).softmax(-1) + second(x).softmax(-1)) / 2).log().detach())
 
 
 def test_a_wrapped_student_is_read_by_the_names_of_the_network_inside() -> None:
@@ -310,7 +310,7 @@ def test_a_student_that_was_not_called_as_a_module_raises() -> None:
 def test_a_call_can_be_read_by_hand() -> None:
     call = Call((torch.ones(2, 3),), {}, output=(torch.zeros(2), torch.ones(2, 4)))
     with pytest.raises(
-        ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*there is 0: tensor of shape \(2,\), 1:"
+        ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*tensors are: 0: tensor of shape \(2,\), 1:"
     ):
         _ = call.logits
     assert torch.equal(call.output_at(0), torch.zeros(2))

@@ -47,7 +47,7 @@ def one_process(
     """Student and adapter after a plain loop over the global batches, and the last batch's losses."""
     student, teacher, adapter = Mlp(5), Mlp(7, seed=1), nn.Linear(5, 7)
     adapter.load_state_dict({key.removeprefix("body.adapters.0."): torch.tensor(value) for key, value in start.items()})
-    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9) for one in (student, adapter)]
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9) for module in (student, adapter)]
     inputs, labels = dataset(ROWS).tensors
     parts: dict[str, float] = {}
     batches = list(zip(inputs.split(GLOBAL_BATCH), labels.split(GLOBAL_BATCH), strict=True))
@@ -55,10 +55,10 @@ def one_process(
         feature = student.body(x)
         logits = student.head(F.relu(feature))
         with torch.no_grad():
-            wanted = teacher.body(x)
-            target = teacher.head(F.relu(wanted))
+            teacher_feature = teacher.body(x)
+            target = teacher.head(F.relu(teacher_feature))
         task, soft = F.cross_entropy(logits, y), soft_targets(logits, target)
-        distance = (adapter(feature) - wanted).square().mean()
+        distance = (adapter(feature) - teacher_feature).square().mean()
         soft_weight, feature_weight = weights(index)
         loss = task + (soft_weight * soft if soft_weight else 0) + (feature_weight * distance if feature_weight else 0)
         (loss / accumulate).backward()
@@ -73,8 +73,8 @@ def one_process(
     return {f"model.{key}": value for key, value in student.state_dict().items()}, adapters, parts
 
 
-def close(got: dict[str, Any], wanted: dict[str, Tensor]) -> None:
-    for name, value in wanted.items():
+def close(got: dict[str, Any], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
         torch.testing.assert_close(torch.tensor(got[name]), value, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -108,8 +108,8 @@ def test_l4_two_processes_equal_one_process_on_the_same_global_batches(pair, nam
 @distributed
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_l4_adapters_and_students_are_identical_on_all_processes(pair, name):
-    for what in ("start", "adapters", "student"):
-        assert pair[0][name][what] == pair[1][name][what]
+    for part in ("start", "adapters", "student"):
+        assert pair[0][name][part] == pair[1][name][part]
     assert pair[0][name]["start"].keys() == {"body.adapters.0.weight", "body.adapters.0.bias"}
 
 
@@ -148,11 +148,11 @@ def test_l19_callback_pickles_before_fit_and_the_copy_trains_as_the_original(tra
         Mlp(7, seed=1), [LogitsDistillation(weight=0.5), FeatureDistillation("body", "body", "cosine", weight=2.0)]
     )
     copied, ended = pickle.loads(pickle.dumps(callback)), []
-    for one in (callback, copied):
+    for each in (callback, copied):
         torch.manual_seed(3)
         module = Classifier()
-        trainer(callbacks=one, max_steps=3).fit(module, loader())
-        ended.append((list(module.parameters()), one.adapter_state()["adapters"]["body"]))
+        trainer(callbacks=each, max_steps=3).fit(module, loader())
+        ended.append((list(module.parameters()), each.adapter_state()["adapters"]["body"]))
     assert all(torch.equal(a, b) for a, b in zip(ended[0][0], ended[1][0], strict=True))
     assert all(torch.equal(value, ended[1][1][key]) for key, value in ended[0][1].items())
 
@@ -208,9 +208,9 @@ def test_l20_agreement_is_exact_on_two_processes_with_uneven_last_batches(pair):
     for rank in pair:
         student = Mlp(5)
         student.load_state_dict({key: torch.tensor(value) for key, value in rank["agreement"]["student"].items()})
-        wanted = counted(student, Mlp(7, seed=1), rows)
-        assert 0 < wanted < 1, "the count can tell a wrong average from a right one"
-        assert rank["agreement"]["logged"] == pytest.approx(wanted, abs=1e-7)
+        expected = counted(student, Mlp(7, seed=1), rows)
+        assert 0 < expected < 1, "the count can tell a wrong average from a right one"
+        assert rank["agreement"]["logged"] == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("rows", [1, 11, 13])
@@ -219,8 +219,8 @@ def test_l20_agreement_is_exact_on_an_uneven_last_batch(trainer, rows):
     validation = DataLoader(dataset(rows, seed=9), batch_size=5)
     run = trainer(callbacks=DistillCallback(teacher), max_epochs=2)
     run.fit(module, loader(), validation)
-    wanted = counted(module.model, teacher, dataset(rows, seed=9).tensors[0])
-    assert float(run.callback_metrics["distill/val_teacher_agreement"]) == pytest.approx(wanted, abs=1e-7)
+    expected = counted(module.model, teacher, dataset(rows, seed=9).tensors[0])
+    assert float(run.callback_metrics["distill/val_teacher_agreement"]) == pytest.approx(expected, abs=1e-7)
 
 
 def test_l20_agreement_is_measured_by_trainer_validate_as_well(trainer):
@@ -228,8 +228,8 @@ def test_l20_agreement_is_measured_by_trainer_validate_as_well(trainer):
     (logged,) = trainer(callbacks=DistillCallback(teacher)).validate(
         module, loader(rows=13, batch_size=5, seed=9), verbose=False
     )
-    wanted = counted(module.model, teacher, dataset(13, seed=9).tensors[0])
-    assert logged["distill/val_teacher_agreement"] == pytest.approx(wanted, abs=1e-7)
+    expected = counted(module.model, teacher, dataset(13, seed=9).tensors[0])
+    assert logged["distill/val_teacher_agreement"] == pytest.approx(expected, abs=1e-7)
 
 
 def test_l20_several_validation_loaders_are_counted_each_by_itself(trainer):
@@ -238,9 +238,9 @@ def test_l20_several_validation_loaders_are_counted_each_by_itself(trainer):
     run = trainer(callbacks=DistillCallback(teacher), max_epochs=1)
     run.fit(module, loader(), loaders)
     for index, each in enumerate(loaders):
-        wanted = counted(module.model, teacher, each.dataset.tensors[0])
+        expected = counted(module.model, teacher, each.dataset.tensors[0])
         key = f"distill/val_teacher_agreement/dataloader_idx_{index}"
-        assert float(run.callback_metrics[key]) == pytest.approx(wanted, abs=1e-7)
+        assert float(run.callback_metrics[key]) == pytest.approx(expected, abs=1e-7)
     assert teacher.rows == [4] * 4 + [5, 2, 5, 5, 3]
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation, losses
 
-# What every loss inherits, and what stands for a string.
+# The base class of every loss.
 BASES = {"DistillationLoss"}
 ONE_EACH = {case.loss.__name__: case for case in reversed(CASES)}
 
@@ -98,21 +98,23 @@ def test_a_resumed_run_ends_where_a_straight_one_does(case: LossCase, tmp_path: 
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     _, second, resumed = fit(case, 2, tmp_path / "last.ckpt")
 
-    for one, other, early in zip(straight.parameters(), second.parameters(), first.parameters(), strict=True):
-        assert torch.equal(one, other)
-        assert not torch.equal(one, early)
+    for value, resumed_value, first_value in zip(
+        straight.parameters(), second.parameters(), first.parameters(), strict=True
+    ):
+        assert torch.equal(value, resumed_value)
+        assert not torch.equal(value, first_value)
     assert set(first.state_dict()) == {"model.body.0.weight", "model.body.0.bias"}
-    expected, found = whole.adapter_state().get("adapters", {}), resumed.adapter_state().get("adapters", {})
+    expected, actual = whole.adapter_state().get("adapters", {}), resumed.adapter_state().get("adapters", {})
     begun = callback.adapter_state().get("adapters", {})
-    assert expected.keys() == found.keys()
+    assert expected.keys() == actual.keys()
     assert bool(expected) == (case.parameters is not None or needs_adapter(case))
     for name, tensors in expected.items():
         for key, tensor in tensors.items():
-            assert torch.equal(tensor, found[name][key]), key
+            assert torch.equal(tensor, actual[name][key]), key
             assert not torch.equal(tensor, begun[name][key]), key
-    for one, other in zip(whole.teacher.parameters(), Shaped(case.shapes[1], seed=2).parameters(), strict=True):
-        assert torch.equal(one, other)
-        assert one.requires_grad
+    for value, original in zip(whole.teacher.parameters(), Shaped(case.shapes[1], seed=2).parameters(), strict=True):
+        assert torch.equal(value, original)
+        assert value.requires_grad
 
 
 def needs_adapter(case: LossCase) -> bool:

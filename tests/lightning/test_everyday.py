@@ -1,4 +1,4 @@
-"""What users write first: a loss in the place of terms, students in parts, batches of every form, their own modules."""
+"""First attempts of users: a loss in the place of terms, students in parts, batches of every form, own modules."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_probabilities_in_the_place_of_logits_are_refused_in_the_first_step(trai
     trainer(max_steps=2, callbacks=[Logarithms(networks["teacher"])]).fit(module, nets.loader())
 
 
-def test_a_stream_of_data_cannot_be_cached_and_is_refused_in_words(tmp_path: Any) -> None:
+def test_a_stream_of_data_cannot_be_cached_and_is_refused_with_a_clear_error(tmp_path: Any) -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
             yield from nets.digits()[0]

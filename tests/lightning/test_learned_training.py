@@ -171,9 +171,9 @@ def test_a_stopped_run_resumes_bit_for_bit(trainer: MakeTrainer, tmp_path: Path,
     for term, names in NAMES.items():
         for name in names:
             assert torch.equal(distill.adapter_state()["adapters"][term][name], expected["adapters"][term][name])
-    mine, theirs = (state["optimizer"]["state"] for state in (distill.adapter_state(), expected))
-    assert len(mine) == sum(map(len, NAMES.values()))
-    assert all(torch.equal(mine[key]["exp_avg"], theirs[key]["exp_avg"]) for key in theirs)
+    actual_state, expected_state = (state["optimizer"]["state"] for state in (distill.adapter_state(), expected))
+    assert len(actual_state) == sum(map(len, NAMES.values()))
+    assert all(torch.equal(actual_state[key]["exp_avg"], expected_state[key]["exp_avg"]) for key in expected_state)
 
 
 def test_a_checkpoint_is_that_of_a_plain_run_with_one_entry_more(trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -199,11 +199,11 @@ def test_a_checkpoint_of_another_loss_raises_before_the_first_backward(trainer: 
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def distilled(*given: FeatureDistillation, dtype: torch.dtype = torch.float32, count: int = 1) -> Distiller:
+def distilled(*terms: FeatureDistillation, dtype: torch.dtype = torch.float32, count: int = 1) -> Distiller:
     """A distiller after its first step."""
     student = nets.make(nets.ConvNet, 3, 3).to(dtype)
     teachers = [nets.make(nets.ConvNet, 9, 5 + index).to(dtype) for index in range(count)]
-    distiller = Distiller(student, teachers if count > 1 else teachers[0], list(given))
+    distiller = Distiller(student, teachers if count > 1 else teachers[0], list(terms))
     distiller.follow(torch.optim.SGD(student.parameters(), lr=0.1))
     with distiller, distiller.record():
         x = nets.digits()[0].to(dtype)
@@ -214,13 +214,13 @@ def distilled(*given: FeatureDistillation, dtype: torch.dtype = torch.float32, c
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_parameters_have_the_precision_of_the_comparison(dtype: torch.dtype) -> None:
     """As wide as the features, and float32 at least: an adapter may be narrower."""
-    given = terms()
-    distilled(*given, dtype=dtype)
+    own_terms = terms()
+    distilled(*own_terms, dtype=dtype)
 
     wide = torch.promote_types(dtype, torch.float32)
-    assert {parameter.dtype for term in given for parameter in term.learned.parameters()} == {wide}
-    assert {parameter.dtype for parameter in given[1].adapters.parameters()} == {dtype}
-    assert all(parameter.grad.isfinite().all() for term in given for parameter in term.parameters())
+    assert {parameter.dtype for term in own_terms for parameter in term.learned.parameters()} == {wide}
+    assert {parameter.dtype for parameter in own_terms[1].adapters.parameters()} == {dtype}
+    assert all(parameter.grad.isfinite().all() for term in own_terms for parameter in term.parameters())
 
 
 def test_parameters_move_with_the_term() -> None:
@@ -237,14 +237,14 @@ def test_every_pair_of_layers_and_every_teacher_has_parameters_of_its_own() -> N
     term = FeatureDistillation(["stem", "body"], ["stem", "body"], loss)
     distilled(term, count=2)
 
-    widths = [len(one.rho) for one in term.learned]
+    widths = [len(loss_copy.rho) for loss_copy in term.learned]
     assert widths == [5, 10, 6, 12]  # teacher by teacher
-    assert all(one.rho.grad.abs().min() > 0 for one in term.learned)
+    assert all(loss_copy.rho.grad.abs().min() > 0 for loss_copy in term.learned)
     assert not loss.state_dict()  # what was passed stays as it was, and may serve another term
 
 
 def test_a_user_s_adapter_comes_before_a_learned_loss() -> None:
-    """The mean then maps what the adapter gives."""
+    """The mean then maps the adapter's output."""
     term = FeatureDistillation("body", "body", VariationalInformationLoss(), adapter=nn.Conv2d(6, 2, 1))
     distilled(term)
 
@@ -272,7 +272,7 @@ def test_a_frozen_parameter_of_a_loss_is_not_trained() -> None:
 @pytest.mark.parametrize(
     ("term", "words"),
     [
-        (FeatureDistillation("head", "body", VariationalInformationLoss()), r"equally many dimensions, 2 to 5, but"),
+        (FeatureDistillation("head", "body", VariationalInformationLoss()), r"same number of dimensions, 2 to 5, but"),
         (FeatureDistillation("head", "head", MaskedGenerativeLoss()), r"to have positions for mask='spatial', but got"),
         (
             FeatureDistillation(Tap("body", where="input"), "body", MaskedGenerativeLoss(), adapter=None),

@@ -1,4 +1,4 @@
-"""What load_teacher finds in files, and the files that it refuses."""
+"""Files that load_teacher reads, and files that it refuses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Hyper:
     """An object of the user's, as hyper-parameters may hold it."""
 
 
-# What stands in the file, and the words of the error.
+# The content of the file, and the words of the error.
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "an empty file": (lambda: b"", r"to be a file written by torch\.save, but .*teacher\.pt is empty"),
     "a page of HTML": (lambda: b"<!DOCTYPE html><html>", r"is not, or is damaged: it begins with b'<!DOCTYPE ht'"),
@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_file_that_is_not_the_teachers_is_refused_in_words(tmp_path: Path, case: str) -> None:
+def test_a_file_that_is_not_the_teachers_is_refused_with_a_clear_error(tmp_path: Path, case: str) -> None:
     content, words = REFUSED[case]
     (tmp_path / "teacher.pt").write_bytes(content())
     model = teacher(6)

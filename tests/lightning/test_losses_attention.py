@@ -1,4 +1,4 @@
-"""What is special to the losses on transformers' attention, and their published numbers over several layers."""
+"""Losses on transformers' attention: their own rules, and their published numbers over several layers."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def test_features_of_unequal_shapes_raise_instead_of_broadcasting(kind: str) -> 
     ids=str,
 )
 def test_attention_of_unequal_or_too_few_positions_raises(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    words = r"Expected .* the same examples and positions, more than one, .* but got \(2, 3.* Resize the teacher's"
+    words = r"Expected .* the same examples and positions, with more than one .* but got \(2, 3.* Resize the teacher's"
 
     with pytest.raises(ValueError, match=words):
         AttentionTransferLoss()(torch.ones(shapes[0]), torch.ones(shapes[1]))
@@ -337,6 +337,6 @@ def test_a_class_dimension_the_logits_lack_raises(shape: tuple[int, ...], class_
     ],
     ids=["integers", "tuple"],
 )
-def test_what_is_no_floating_point_tensor_raises(teacher: object, words: str) -> None:
+def test_a_value_that_is_not_a_floating_point_tensor_raises(teacher: object, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         SoftTargetLoss()(torch.ones(2, 3), teacher)

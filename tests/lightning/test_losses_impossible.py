@@ -76,7 +76,7 @@ def test_value_and_gradient_are_finite(case: LossCase, who: str, dtype: torch.dt
 
 @every_temperature
 @pytest.mark.parametrize("case", [c for c in SOFTMAX if c.loss.__name__ not in COUNTS_CLASSES], ids=str)
-def test_a_class_impossible_to_both_is_no_class(case: LossCase, temperature: float) -> None:
+def test_a_class_impossible_to_both_does_not_count(case: LossCase, temperature: float) -> None:
     student, teacher, dim = inputs(case)
     rest = [tensor.narrow(dim, 0, tensor.shape[dim] - 1) for tensor in (student, teacher)]
     labels = [labels_of(rest[1], dim)] if case.loss.needs_labels else []

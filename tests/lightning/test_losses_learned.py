@@ -38,8 +38,8 @@ def assert_published_gradients(loss: losses.DistillationLoss, factor: float, arr
     expected = parameters_of(arrays, "gradp")
     assert expected.keys() == dict(loss.named_parameters()).keys()
     for name, parameter in loss.named_parameters():
-        found = torch.from_numpy(narrowed(factor * parameter.grad.numpy(), expected[name]))
-        torch.testing.assert_close(found, torch.from_numpy(expected[name]), **tolerance)
+        gradient = torch.from_numpy(narrowed(factor * parameter.grad.numpy(), expected[name]))
+        torch.testing.assert_close(gradient, torch.from_numpy(expected[name]), **tolerance)
 
 
 @pytest.mark.parametrize("entry", golden_index("vid"), ids=lambda entry: entry["case"])
@@ -80,7 +80,7 @@ def test_masked_generation_equals_the_published_implementation(entry: dict[str, 
 
 
 @pytest.mark.parametrize("variance", [1e-4, 0.5, 5.0, 1e4])
-def test_variance_is_at_first_what_was_asked_for(variance: float) -> None:
+def test_variance_starts_at_the_requested_value(variance: float) -> None:
     loss = built(VariationalInformationLoss(initial_variance=variance), (2, 3), (2, 4))
 
     torch.testing.assert_close(loss.variance, torch.full((4,), variance, dtype=torch.float64), rtol=1e-6, atol=0)
@@ -200,7 +200,7 @@ def test_a_loss_that_was_not_built_says_so(loss: losses.DistillationLoss) -> Non
 def test_features_of_unequal_dimensions_raise(loss: type[losses.DistillationLoss]) -> None:
     for shapes in (((2, 3, 4), (2, 3, 4, 4)), ((2,), (2,))):
         with pytest.raises(
-            ValueError, match=r"Expected .* equally many dimensions, 2 to 5, but got \(2.* Pass adapter"
+            ValueError, match=r"Expected .* the same number of dimensions, 2 to 5, but got \(2.* Pass adapter"
         ):
             built(loss(), *shapes)
 

@@ -65,13 +65,13 @@ def sliced(case: LossCase, student: Tensor, teacher: Tensor, mask: Tensor) -> Te
         return torch.stack(parts).mean()
     dim = channels_at(case)
     student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
-    ones = [1] * (mask.ndim - 1)
+    singletons = [1] * (mask.ndim - 1)
     if case.over == "positions":  # every position that is left as an example with one position
-        pair = (tensor[mask].view(-1, *ones, tensor.shape[-1]) for tensor in (student, teacher))
+        pair = (tensor[mask].view(-1, *singletons, tensor.shape[-1]) for tensor in (student, teacher))
         return loss(*(tensor.movedim(-1, dim) for tensor in pair))
     parts = []
     for i in range(len(mask)):
-        pair = (tensor[i][mask[i]].view(1, -1, *ones[1:], tensor.shape[-1]) for tensor in (student, teacher))
+        pair = (tensor[i][mask[i]].view(1, -1, *singletons[1:], tensor.shape[-1]) for tensor in (student, teacher))
         parts.append(loss(*(tensor.movedim(-1, dim) for tensor in pair)))
     return torch.stack(parts).mean()
 
@@ -103,7 +103,7 @@ def test_a_mask_of_positions_is_the_same_as_cutting_them_out(case: LossCase) -> 
 
 @pytest.mark.parametrize("hidden", [float("nan"), float("inf"), float("-inf"), 1e30])
 @pytest.mark.parametrize(("case", "kind"), KINDS)
-def test_what_does_not_count_changes_nothing_and_gets_no_gradient(case: LossCase, kind: str, hidden: float) -> None:
+def test_masked_values_change_nothing_and_get_no_gradient(case: LossCase, kind: str, hidden: float) -> None:
     mask = mask_of(case, kind)
     results = []
     for value in (None, hidden):

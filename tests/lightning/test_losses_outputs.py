@@ -259,7 +259,7 @@ def test_labels_may_be_narrow_integers_and_stand_beside_dense_maps(name: str) ->
     ],
     ids=["mixed", "bools", "one-hot", "list"],
 )
-def test_labels_that_are_no_class_indices_raise(name: str, labels: object, error: type[Exception], words: str) -> None:
+def test_labels_that_are_not_class_indices_raise(name: str, labels: object, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         getattr(losses, name)()(torch.ones(2, 3), torch.zeros(2, 3), labels)
 

@@ -159,7 +159,7 @@ def test_shift_of_all_numbers_of_the_student_changes_no_score(loss: losses.Disti
 @every_relation
 def test_unequal_numbers_of_examples_raise(loss: losses.DistillationLoss) -> None:
     with pytest.raises(
-        ValueError, match=r"to have equally many examples and one inner .* but got \(2, 3\) and \(4, 3\)"
+        ValueError, match=r"to have the same number of examples and one inner .* but got \(2, 3\) and \(4, 3\)"
     ):
         loss(torch.ones(2, 3), torch.ones(4, 3))
 

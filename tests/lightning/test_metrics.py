@@ -22,7 +22,7 @@ def logits(examples: int = 37, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
 
 
 def reduced(metric: Metric, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """What the first of several processes computes, each of which saw one part, with torchmetrics' own reduction."""
+    """The value in the first of several processes, each of which saw one part, by torchmetrics' own reduction."""
     processes = [pickle.loads(pickle.dumps(metric)) for _ in parts]
     for process, part in zip(processes, parts, strict=True):
         process.reset()
@@ -31,7 +31,7 @@ def reduced(metric: Metric, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> t
 
     def gather(state: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
         gathered = [queue.pop(0) for _ in processes]
-        assert any(state is one for one in gathered)
+        assert any(state is tensor for tensor in gathered)
         return gathered
 
     first = processes[0]

@@ -26,8 +26,8 @@ def kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return 4 * (log_p_t.exp() * (log_p_t - log_p_s)).sum(-1).mean()
 
 
-def gap(mine: Tensor, theirs: Tensor) -> Tensor:
-    return ((mine - theirs) ** 2).mean()
+def gap(student: Tensor, teacher: Tensor) -> Tensor:
+    return ((student - teacher) ** 2).mean()
 
 
 def run_by_hand(
@@ -77,8 +77,8 @@ def run_callback(
 
 
 def assert_same(first: tuple[nn.Module, nn.Module], second: tuple[nn.Module, nn.Module]) -> None:
-    for mine, expected in zip(first, second, strict=True):
-        assert nets.same(nets.snapshot(mine), nets.snapshot(expected))
+    for actual, expected in zip(first, second, strict=True):
+        assert nets.same(nets.snapshot(actual), nets.snapshot(expected))
 
 
 O = torch.optim  # noqa: E741
@@ -128,7 +128,7 @@ def configuration(name: str) -> Callable[[list[nn.Parameter]], Any]:
 def test_student_and_adapters_equal_one_optimizer_bit_for_bit(trainer: MakeTrainer, name: str) -> None:
     """L3: with the adapter's parameters in the student's parameter group."""
     optimizer, schedule = OPTIMIZERS[name]
-    expected = run_by_hand(lambda mine, theirs: [optimizer([*mine, *theirs])], schedule)
+    expected = run_by_hand(lambda student, adapters: [optimizer([*student, *adapters])], schedule)
     assert_same(run_callback(trainer, configuration(name), callback()), expected)
     assert not nets.same(nets.snapshot(expected[1]), nets.snapshot(nets.make(nn.Linear, 5, 6, 10)))
 
@@ -136,7 +136,7 @@ def test_student_and_adapters_equal_one_optimizer_bit_for_bit(trainer: MakeTrain
 def test_accumulated_gradients_equal_one_optimizer_bit_for_bit(trainer: MakeTrainer) -> None:
     """L2, L3: the adapters step when the student does."""
     optimizer = OPTIMIZERS["SGD Nesterov"][0]
-    expected = run_by_hand(lambda mine, theirs: [optimizer([*mine, *theirs])], accumulate=2, steps=6)
+    expected = run_by_hand(lambda student, adapters: [optimizer([*student, *adapters])], accumulate=2, steps=6)
     actual = run_callback(trainer, configuration("SGD Nesterov"), callback(), accumulate_grad_batches=2)
     assert_same(actual, expected)
 
@@ -144,15 +144,18 @@ def test_accumulated_gradients_equal_one_optimizer_bit_for_bit(trainer: MakeTrai
 def test_clipping_treats_the_student_as_in_a_plain_run(trainer: MakeTrainer) -> None:
     """L3: its norm is its own, the adapters' are clipped by themselves."""
     optimizer = OPTIMIZERS["SGD Nesterov"][0]
-    expected = run_by_hand(lambda mine, theirs: [optimizer([*mine, *theirs])], clip=0.2)
+    expected = run_by_hand(lambda student, adapters: [optimizer([*student, *adapters])], clip=0.2)
     assert_same(run_callback(trainer, configuration("SGD Nesterov"), callback(), gradient_clip_val=0.2), expected)
 
 
 Groups = Callable[[list[nn.Parameter], list[nn.Parameter]], list[Any]]
 SLOW, FAST = {"lr": 0.01, "weight_decay": 0.3, "momentum": 0.5}, {"lr": 0.1, "weight_decay": 0.02, "momentum": 0.8}
 GROUPS: dict[str, Groups] = {
-    "the first": lambda mine, theirs: [{"params": mine[:2] + theirs, **FAST}, {"params": mine[2:], **SLOW}],
-    "the last": lambda mine, theirs: [{"params": mine[:2], **SLOW}, {"params": mine[2:] + theirs, **FAST}],
+    "the first": lambda student, adapters: [
+        {"params": student[:2] + adapters, **FAST},
+        {"params": student[2:], **SLOW},
+    ],
+    "the last": lambda student, adapters: [{"params": student[:2], **SLOW}, {"params": student[2:] + adapters, **FAST}],
 }
 
 
@@ -167,7 +170,7 @@ def test_of_several_groups_the_one_with_the_largest_rate_is_mirrored(
         "cosine": lambda o: schedulers.CosineAnnealingLR(o, STEPS),
         "warm-up from zero": lambda o: schedulers.LambdaLR(o, lambda step: min(1.0, step / 4)),
     }[schedule]
-    expected = run_by_hand(lambda mine, theirs: [O.SGD(GROUPS[leading](mine, theirs))], schedule_of)
+    expected = run_by_hand(lambda student, adapters: [O.SGD(GROUPS[leading](student, adapters))], schedule_of)
 
     def configure(parameters: list[nn.Parameter]) -> Any:
         optimizer = O.SGD(GROUPS[leading](parameters, []))
@@ -246,8 +249,8 @@ def test_an_optimizer_that_cannot_be_cloned_works_with_adapter_optimizer(trainer
     trainer(max_epochs=1, callbacks=[distill]).fit(module, nets.loader())
     after = nets.snapshot(module)
     assert all(not torch.equal(before[key], after[key]) and after[key].isfinite().all() for key in before)
-    for mine, start in zip(term.adapters[0].parameters(), adapter.parameters(), strict=True):
-        assert not torch.equal(mine, start)
+    for parameter, start in zip(term.adapters[0].parameters(), adapter.parameters(), strict=True):
+        assert not torch.equal(parameter, start)
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "Muon", "Needy"])
@@ -262,8 +265,8 @@ def test_logits_alone_need_no_clone(trainer: MakeTrainer, name: str) -> None:
 def test_adapter_optimizer_keeps_its_own_settings(trainer: MakeTrainer) -> None:
     """L3: a factory's optimizer is stepped with the student's, and does not take over its schedule."""
 
-    def make(mine: list[nn.Parameter], theirs: list[nn.Parameter]) -> list[Any]:
-        return [O.AdamW(mine, lr=0.03, weight_decay=0.1), O.RMSprop(theirs, lr=0.004)]
+    def make(student: list[nn.Parameter], adapters: list[nn.Parameter]) -> list[Any]:
+        return [O.AdamW(student, lr=0.03, weight_decay=0.1), O.RMSprop(adapters, lr=0.004)]
 
     expected = run_by_hand(make, OPTIMIZERS["AdamW with cosine"][1])
     distill = callback(adapter_optimizer=lambda parameters: O.RMSprop(parameters, lr=0.004))
@@ -279,14 +282,14 @@ class TwoOptimizers(nets.InnerModule):
         self.distill = distill
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        other, mine = self.optimizers()
-        other.zero_grad()
+        other_optimizer, optimizer = self.optimizers()
+        other_optimizer.zero_grad()
         self.manual_backward(self.other(batch[0].flatten(1)).square().mean())
-        other.step()
+        other_optimizer.step()
         loss = 0.5 * self.criterion(self.model(batch[0]), batch[1]) + self.distill.loss()
-        mine.zero_grad()
+        optimizer.zero_grad()
         self.manual_backward(loss)
-        mine.step()
+        optimizer.step()
 
     def configure_optimizers(self) -> Any:
         return O.Adam(self.other.parameters(), lr=0.5), O.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
@@ -294,7 +297,7 @@ class TwoOptimizers(nets.InnerModule):
 
 def test_among_several_optimizers_the_students_is_followed(trainer: MakeTrainer) -> None:
     """L3, L18: the one that has the student's parameters."""
-    expected = run_by_hand(lambda mine, theirs: [O.SGD([*mine, *theirs], lr=0.1, momentum=0.9)])
+    expected = run_by_hand(lambda student, adapters: [O.SGD([*student, *adapters], lr=0.1, momentum=0.9)])
     distill = callback()
     distill.student = "model"  # `other` is called as well
     module = TwoOptimizers(distill)

@@ -28,8 +28,8 @@ class Both:
 
 @dataclass
 class Unclear:
-    one: Tensor
-    two: Tensor
+    first: Tensor
+    second: Tensor
 
 
 Named = namedtuple("Named", ["feature", "logits"])
@@ -56,7 +56,7 @@ FIRST: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]
 }
 AMBIGUOUS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "dict": (lambda f, z: {"one": z, "two": f}, r"'one': tensor of shape \(8, 5\), 'two': tensor of shape \(8, 6\)"),
-    "dataclass": (Unclear, r"'one': tensor of shape \(8, 6\), 'two': tensor of shape \(8, 5\)"),
+    "dataclass": (Unclear, r"'first': tensor of shape \(8, 6\), 'second': tensor of shape \(8, 5\)"),
     "namedtuple": (UnclearTuple, r"'one': tensor of shape \(8, 6\), 'two': tensor of shape \(8, 5\)"),
     "nested tuple": (lambda f, z: ((z, f), f), r"0: tuple, 1: tensor of shape \(8, 6\)"),
 }
@@ -90,15 +90,15 @@ class Spy:
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, mine: Tensor, theirs: Tensor) -> Tensor:
-        self.pairs.append((mine.detach().clone(), theirs.clone()))
-        return ((mine - theirs) ** 2).mean()
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        self.pairs.append((student.detach().clone(), teacher.clone()))
+        return ((student - teacher) ** 2).mean()
 
 
 def run(
     trainer: MakeTrainer, form: Any, read: Callable[[Any], Tensor], make_term: Callable[[Any], Any], **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """What one step compares, where both networks give their outputs in a form."""
+    """The two tensors that one step compares if both networks return their outputs in a form."""
 
     def step(module: Any, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(read(module.model(batch[0])), batch[1])
@@ -128,7 +128,7 @@ def test_the_logits_of_every_form_of_output_are_found(trainer: MakeTrainer, form
 
 @pytest.mark.parametrize("form", [*OUTPUTS, *FIRST])
 def test_the_obvious_tensor_of_every_form_of_feature_is_found(trainer: MakeTrainer, form: str) -> None:
-    """L23: what a tapped layer gives is read like an output."""
+    """L23: the output of a tapped layer is read like a network's."""
     pair = run(
         trainer, *{**OUTPUTS, **FIRST}[form], lambda spy: FeatureDistillation("block", "block", spy, adapter=None)
     )
@@ -141,21 +141,23 @@ def test_of_several_outputs_one_is_named(trainer: MakeTrainer, form: str, output
     """L23: the same for both networks, or a pair where they differ; without a name nothing is guessed."""
     make, read = FIRST[form]
     nets.close(run(trainer, make, read, lambda spy: LogitsDistillation(spy, output=output)), expected(1), 1e-6)
-    with pytest.raises(ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*there is 0: tensor .*, 1: tensor"):
+    with pytest.raises(ValueError, match=r"LogitsDistillation\(output=\.\.\.\).*tensors are: 0: tensor .*, 1: tensor"):
         run(trainer, make, read, LogitsDistillation)
 
 
 @pytest.mark.parametrize("form", AMBIGUOUS)
 @pytest.mark.parametrize("place", ["output", "feature"])
-def test_what_is_ambiguous_raises_and_lists_what_there_is(trainer: MakeTrainer, form: str, place: str) -> None:
+def test_an_ambiguous_output_raises_and_lists_its_tensors(trainer: MakeTrainer, form: str, place: str) -> None:
     """L23: no guess; the message shows keys and shapes, and what to pass."""
     make, listed = AMBIGUOUS[form]
 
     def term(spy: Any) -> Any:
         return LogitsDistillation(spy) if place == "output" else FeatureDistillation("block", "block", spy)
 
-    what = "the model's output" if place == "output" else r"the output of student layer 'block'"
-    match = rf"Expected `output` to pick one tensor of {what}, .*Tap\(layer, output=\.\.\.\).*there is {listed}"
+    source = "the model's output" if place == "output" else r"the output of student layer 'block'"
+    match = (
+        rf"Expected `output` to pick one tensor of {source}, .*Tap\(layer, output=\.\.\.\).*The tensors are: {listed}"
+    )
     with pytest.raises(ValueError, match=match):
         run(trainer, make, lambda out: torch.zeros(8, nets.CLASSES, requires_grad=True), term)
 
@@ -298,7 +300,7 @@ def test_hugging_face_models_are_distilled_in_logits_and_hidden_states(trainer: 
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": torch.arange(8) % nets.CLASSES}
     student, teacher = bert(1, 8), bert(2, 8)
     with torch.no_grad():
-        theirs, mine = teacher.eval()(**batch), bert(1, 8).eval()(**batch)
+        teacher_output, student_output = teacher.eval()(**batch), bert(1, 8).eval()(**batch)
     logits, layer, state = Spy(), Spy(), Spy()
     hidden = Tap("", output=lambda output: output.hidden_states[1])
     terms = [
@@ -309,9 +311,9 @@ def test_hugging_face_models_are_distilled_in_logits_and_hidden_states(trainer: 
     callback = DistillCallback(teacher, terms, student="model")
     module = Classifies(student)
     trainer(max_steps=1, callbacks=[callback]).fit(module, nets.as_loader([batch]))
-    nets.close(logits.pairs[0], [mine.logits, theirs.logits], 1e-5)
-    nets.close(layer.pairs[0], [mine.hidden_states[2], theirs.hidden_states[2]], 1e-5)
-    nets.close(state.pairs[0], [mine.hidden_states[1], theirs.hidden_states[1]], 1e-5)
+    nets.close(logits.pairs[0], [student_output.logits, teacher_output.logits], 1e-5)
+    nets.close(layer.pairs[0], [student_output.hidden_states[2], teacher_output.hidden_states[2]], 1e-5)
+    nets.close(state.pairs[0], [student_output.hidden_states[1], teacher_output.hidden_states[1]], 1e-5)
 
 
 def test_hugging_face_models_of_unequal_width_get_a_linear_adapter(trainer: MakeTrainer) -> None:
@@ -322,7 +324,7 @@ def test_hugging_face_models_of_unequal_width_get_a_linear_adapter(trainer: Make
     callback = DistillCallback(bert(2, 12), [LogitsDistillation(), term])
     module = Classifies(bert(1, 8))
     trainer(max_steps=2, callbacks=[callback]).fit(module, nets.as_loader([batch, batch]))
-    assert [tuple(one.shape) for one in term.adapters[0].parameters()] == [(12, 8), (12,)]
+    assert [tuple(parameter.shape) for parameter in term.adapters[0].parameters()] == [(12, 8), (12,)]
 
 
 def test_a_hugging_face_output_without_logits_raises_and_lists_its_keys(trainer: MakeTrainer) -> None:

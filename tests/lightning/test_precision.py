@@ -60,8 +60,8 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> 
 
 
 def same(left: nn.Module, right: nn.Module) -> None:
-    for (name, mine), (_, theirs) in zip(left.named_parameters(), right.named_parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, actual), (_, expected) in zip(left.named_parameters(), right.named_parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # L13: the teacher ------------------------------------------------------------------------------------------------
@@ -167,7 +167,10 @@ def test_l13_teacher_dtype_works_under_a_float32_trainer_and_is_given_back_unrou
 def test_l14_gradients_equal_a_hand_written_step_in_every_precision(trainer, precision):
     student, teacher = Classifier(), Watched(5)
     dtype, mixed = DTYPES[precision], precision.endswith("mixed")
-    oracle, theirs = copy.deepcopy(student).to(dtype), copy.deepcopy(teacher).eval().requires_grad_(False).to(dtype)
+    oracle, oracle_teacher = (
+        copy.deepcopy(student).to(dtype),
+        copy.deepcopy(teacher).eval().requires_grad_(False).to(dtype),
+    )
     callback = DistillCallback(
         teacher, [LogitsDistillation(weight=0.5), FeatureDistillation("body", "body", weight=2.0, adapter=None)]
     )
@@ -180,13 +183,13 @@ def test_l14_gradients_equal_a_hand_written_step_in_every_precision(trainer, pre
             feature = oracle.model.body(x)
             logits = oracle.model.head(oracle.model.act(feature))
             task = F.cross_entropy(logits, y)
-            wanted = theirs.body(x)
-            target = theirs.head(theirs.inner(theirs.act(wanted)))
+            teacher_feature = oracle_teacher.body(x)
+            target = oracle_teacher.head(oracle_teacher.inner(oracle_teacher.act(teacher_feature)))
         wide = torch.float64 if precision == "64-true" else torch.float32
         loss = (
             task
             + 0.5 * soft_targets(logits.to(wide), target.to(wide))
-            + 2.0 * (feature.to(wide) - wanted.to(wide)).square().mean()
+            + 2.0 * (feature.to(wide) - teacher_feature.to(wide)).square().mean()
         )
         optimizer.zero_grad()
         loss.backward()
@@ -199,11 +202,11 @@ def test_l14_gradients_equal_a_hand_written_step_in_every_precision(trainer, pre
 def test_l14_losses_are_computed_in_float32_or_better_and_adapters_learn(trainer, precision):
     seen = []
 
-    def spy(student: Tensor, mine: Tensor) -> Tensor:
+    def spy(student: Tensor, teacher: Tensor) -> Tensor:
         seen.append(
-            (student.dtype, mine.dtype, torch.is_autocast_enabled("cpu"), (student - mine).square().mean().dtype)
+            (student.dtype, teacher.dtype, torch.is_autocast_enabled("cpu"), (student - teacher).square().mean().dtype)
         )
-        return (student - mine).square().mean()
+        return (student - teacher).square().mean()
 
     wide = torch.float64 if precision == "64-true" else torch.float32
     callback = DistillCallback(Watched(7), [LogitsDistillation(spy), FeatureDistillation("body", "body", spy)])
@@ -226,14 +229,14 @@ class Overflow(Callback):
         self.where, self.at, self.steps = where, at, []
 
     def on_after_backward(self, trainer, pl_module):
-        callback = next(one for one in trainer.callbacks if isinstance(one, DistillCallback))
+        callback = next(item for item in trainer.callbacks if isinstance(item, DistillCallback))
         adapters = [parameter for term in callback.terms for parameter in term.parameters()]
         if trainer.fit_loop.epoch_loop.batch_idx == self.at:
             target = pl_module.model.head.bias if self.where == "student" else adapters[0]
             target.grad.view(-1)[0] = float("inf")
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        callback = next(one for one in trainer.callbacks if isinstance(one, DistillCallback))
+        callback = next(item for item in trainer.callbacks if isinstance(item, DistillCallback))
         adapters = [parameter for term in callback.terms for parameter in term.parameters()]
         scale = trainer.precision_plugin.scaler.get_scale()
         self.steps.append(
@@ -264,7 +267,7 @@ def test_l14_on_overflow_student_and_adapters_skip_together_and_the_next_step_re
 @pytest.mark.parametrize("where", [None, "student", "adapter"])
 def test_l14_mixed_precision_equals_a_hand_written_loop_with_one_optimizer_for_both(trainer, where):
     teacher, student = Watched(7), Classifier()
-    oracle, theirs = copy.deepcopy(student), copy.deepcopy(teacher).eval().requires_grad_(False)
+    oracle, oracle_teacher = copy.deepcopy(student), copy.deepcopy(teacher).eval().requires_grad_(False)
     callback, overflow = DistillCallback(teacher, terms()), Overflow(where or "", at=1 if where else -1)
     first = {}
 
@@ -284,13 +287,13 @@ def test_l14_mixed_precision_equals_a_hand_written_loop_with_one_optimizer_for_b
             feature = oracle.model.body(x)
             logits = oracle.model.head(oracle.model.act(feature))
             task = F.cross_entropy(logits, y)
-            wanted = theirs.body(x)
-            target = theirs.head(theirs.inner(theirs.act(wanted)))
+            teacher_feature = oracle_teacher.body(x)
+            target = oracle_teacher.head(oracle_teacher.inner(oracle_teacher.act(teacher_feature)))
             mapped = adapter(feature)
         loss = (
             task
             + 0.5 * soft_targets(logits.float(), target.float())
-            + 2.0 * (mapped.float() - wanted.float()).square().mean()
+            + 2.0 * (mapped.float() - teacher_feature.float()).square().mean()
         )
         optimizer.zero_grad()
         scaler.scale(loss).backward()

@@ -51,18 +51,18 @@ def test_gradients_backward_forward_batched_and_second(name: str, values: Tensor
 @pytest.mark.parametrize("name", BY_HAND)
 def test_hessian_under_torch_func(name: str, values: Tensor) -> None:
     inputs = values.detach()
-    functions = (BY_HAND[name], lambda one: plain(name, one))
-    hessians = [torch.func.hessian(lambda one, f=f: f(one).sum())(inputs) for f in functions]
+    functions = (BY_HAND[name], lambda x: plain(name, x))
+    hessians = [torch.func.hessian(lambda x, f=f: f(x).sum())(inputs) for f in functions]
     torch.testing.assert_close(*hessians)
 
 
 def test_divergence_of_one_teacher_from_many_students_and_the_other_way_round(values: Tensor) -> None:
-    many, one = values.detach(), TEACHER[0]
-    for student, teacher, dims in ((many, one, (0, None)), (one, many, (None, 0))):
-        found = torch.func.vmap(lambda s, t: primitives.softmax_divergence(s, t, 0), in_dims=dims)(student, teacher)
-        pairs = zip(student if dims[0] == 0 else [one] * 3, teacher if dims[1] == 0 else [one] * 3, strict=True)
+    many, single = values.detach(), TEACHER[0]
+    for student, teacher, dims in ((many, single, (0, None)), (single, many, (None, 0))):
+        actual = torch.func.vmap(lambda s, t: primitives.softmax_divergence(s, t, 0), in_dims=dims)(student, teacher)
+        pairs = zip(student if dims[0] == 0 else [single] * 3, teacher if dims[1] == 0 else [single] * 3, strict=True)
         expected = [(t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum(dim=0) for s, t in pairs]
-        torch.testing.assert_close(found, torch.stack(expected))
+        torch.testing.assert_close(actual, torch.stack(expected))
 
 
 def test_scores_of_minus_infinity_have_no_probability_and_rows_of_them_no_divergence() -> None:
@@ -79,16 +79,16 @@ def test_scores_of_minus_infinity_have_no_probability_and_rows_of_them_no_diverg
 def test_divergence_loses_no_digits_where_one_model_has_large_scores(values: Tensor) -> None:
     student, teacher = values.detach().float(), TEACHER.float() + 1e4
 
-    found = primitives.softmax_divergence(student, teacher, 1)
+    divergence = primitives.softmax_divergence(student, teacher, 1)
 
-    torch.testing.assert_close(found, primitives.softmax_divergence(student.double(), teacher.double(), 1).float())
+    torch.testing.assert_close(divergence, primitives.softmax_divergence(student.double(), teacher.double(), 1).float())
 
 
 # torch has no batching rule for its own divergence: vmap takes the rows one by one.
 @pytest.mark.filterwarnings("ignore:There is a performance drop .* aten..kl_div:UserWarning")
 @pytest.mark.parametrize("name", ON_LOGITS)
 def test_functions_on_logits_take_part_in_torch_func(name: str) -> None:
-    """What is masked in place must not be seen by autograd, forward mode or vmap."""
+    """Autograd, forward mode and vmap must not see that values are masked in place."""
     function, parameters = getattr(functional, name), signature(getattr(functional, name)).parameters
     student, teacher = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = [torch.tensor([0, 1, 2, 3, 4, 0])] if "labels" in parameters else []

@@ -1,4 +1,4 @@
-"""L5 and L6: a checkpoint is that of a plain run, plus an entry of ours; training goes on as if it never stopped."""
+"""L5 and L6: a checkpoint is that of a plain run, plus one entry; training goes on as if it never stopped."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_resumed_and_saved_before_any_step_keeps_its_adapters(
 
 
 def test_a_distilled_checkpoint_resumes_without_the_callback(trainer: MakeTrainer, tmp_path: Path) -> None:
-    """L6: nobody is tied to us."""
+    """L6: the user may stop using the library."""
     _, runs = fit(trainer, callback(), max_epochs=2)
     runs.save_checkpoint(tmp_path / "two.ckpt")
     module, plain = fit(trainer, ckpt_path=tmp_path / "two.ckpt")
@@ -200,7 +200,7 @@ def test_a_plain_checkpoint_resumes_with_the_callback(trainer: MakeTrainer, tmp_
 def test_a_checkpoint_of_other_terms_raises_before_the_first_backward(
     trainer: MakeTrainer, tmp_path: Path, change: str
 ) -> None:
-    """L6: adapters that do not fit are no silent fresh start."""
+    """L6: adapters that do not fit do not start from new values silently."""
     _, runs = fit(trainer, callback(), max_epochs=1)
     runs.save_checkpoint(tmp_path / "one.ckpt")
     saved = torch.load(tmp_path / "one.ckpt")["state_dict"]
@@ -262,9 +262,9 @@ def test_a_checkpoint_is_a_plain_one_with_one_entry_more(trainer: MakeTrainer, t
     assert plain.keys() == distilled.keys()
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
         assert layout(plain[part]) == layout(distilled[part]), part
-    ours = set(distilled["callbacks"]) - set(plain["callbacks"])
-    assert ours == {callback().state_key}
-    assert set(distilled["callbacks"][ours.pop()]) == {"adapters", "optimizer"}
+    added = set(distilled["callbacks"]) - set(plain["callbacks"])
+    assert added == {callback().state_key}
+    assert set(distilled["callbacks"][added.pop()]) == {"adapters", "optimizer"}
 
 
 def test_a_checkpoint_loads_strictly_into_the_bare_network(trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -285,18 +285,22 @@ def test_the_teacher_is_in_no_checkpoint(trainer: MakeTrainer, tmp_path: Path) -
     distill = callback()
     _, runs = fit(trainer, distill, max_epochs=1)
     runs.save_checkpoint(tmp_path / "one.ckpt")
-    found: list[Tensor] = []
+    saved: list[Tensor] = []
 
     def walk(value: Any) -> None:
         if isinstance(value, Tensor):
-            found.append(value)
+            saved.append(value)
         for entry in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
             walk(entry)
 
     walk(torch.load(tmp_path / "one.ckpt", weights_only=True))
-    assert len(found) > 20
+    assert len(saved) > 20
     teacher = [parameter for parameter in distill.teacher.parameters() if parameter.ndim > 1]
-    assert not any(one.shape == other.shape and torch.equal(one, other) for one in teacher for other in found)
+    assert not any(
+        value.shape == saved_value.shape and torch.equal(value, saved_value)
+        for value in teacher
+        for saved_value in saved
+    )
 
 
 def test_logits_alone_add_no_entry(trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -317,7 +321,7 @@ def test_model_checkpoint_can_watch_the_agreement(trainer: MakeTrainer, tmp_path
 
 
 def test_a_distill_module_resumes_bit_for_bit(trainer: MakeTrainer, tmp_path: Path) -> None:
-    """L6: its own callback is no exception."""
+    """L6: also with its own callback."""
 
     def run(epochs: int, ckpt_path: Any = None) -> tuple[DistillModule, Trainer]:
         torch.manual_seed(5)

@@ -27,7 +27,7 @@ Make = Callable[..., Any]
 
 
 class Asked(Mlp):
-    """A teacher that counts its calls and keeps what it was shown."""
+    """A teacher that counts its calls and keeps their inputs."""
 
     def __init__(self) -> None:
         super().__init__(7, seed=1)
@@ -53,7 +53,7 @@ def distill(**settings: Any) -> DistillCallback:
 
 def hooks(module: nn.Module) -> list[Any]:
     tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
-    return [hook for one in module.modules() for table in tables for hook in getattr(one, table).items()]
+    return [hook for part in module.modules() for table in tables for hook in getattr(part, table).items()]
 
 
 # The way into the step -----------------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("name", AVERAGES)
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_an_averaged_module_trains_itself_and_is_not_recorded(trainer: Make, name: str, ours_first: bool) -> None:
+@pytest.mark.parametrize("distill_first", [True, False])
+def test_an_averaged_module_trains_itself_and_is_not_recorded(trainer: Make, name: str, distill_first: bool) -> None:
     callback, average, checked = distill(), AVERAGES[name](), []
 
     def look(trainer: Any, module: Any, *_: Any) -> None:
@@ -214,7 +214,7 @@ def test_an_averaged_module_trains_itself_and_is_not_recorded(trainer: Make, nam
         checked.append(all(parameter.grad is not None for parameter in inner.parameters()))
         checked.append(hooks(inner) == [] and "training_step" not in vars(inner))
 
-    ordered = [callback, average] if ours_first else [average, callback]
+    ordered = [callback, average] if distill_first else [average, callback]
     trainer(callbacks=[*ordered, At(on_train_batch_end=look)], max_epochs=2).fit(Classifier(), loader())
     assert checked == [True] * 16
     assert len(callback.teacher.shown) == 8
@@ -240,7 +240,7 @@ def test_a_copy_of_the_student_made_inside_a_step_is_never_recorded(trainer: Mak
     take = At(on_train_batch_end=lambda t, m, *_: kept.append(copy.deepcopy(m.model)))
     trainer(callbacks=[callback, take], max_steps=4).fit(module, loader())
     assert len(callback.teacher.shown) == 4
-    assert [hooks(one) for one in kept] == [[]] * 4, "between the steps a copy gets no hook"
+    assert [hooks(network_copy) for network_copy in kept] == [[]] * 4, "between the steps a copy gets no hook"
 
 
 def test_a_student_pickled_inside_a_step_loads_without_this_package(trainer: Make) -> None:

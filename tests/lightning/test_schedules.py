@@ -54,7 +54,7 @@ class Student(LightningModule):
 
 
 class Watch(Callback):
-    """What the schedules have set at the end of each batch."""
+    """Keeps the scheduled values at the end of each batch."""
 
     def __init__(self, distill: DistillCallback) -> None:
         self.distill, self.seen = distill, []
@@ -136,15 +136,15 @@ def test_a_weight_of_zero_asks_the_teacher_nothing(trainer: Callable[..., Traine
     assert len(calls) == 1
 
 
-def test_what_schedules_set_is_logged(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_scheduled_values_are_logged(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     distill = scheduled(Linear(1.0, 0.0, duration=4, over="steps"), Linear(4.0, 2.0, duration=4, over="steps"))
     logger = CSVLogger(tmp_path)
     trainer(callbacks=[distill], max_epochs=1, logger=logger, log_every_n_steps=2).fit(Student(), data())
     rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     columns = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
     columns = [column for column in columns if column["distill/logits_weight"]]  # the last row holds epoch means
-    assert [float(one["distill/logits_weight"]) for one in columns] == [0.75, 0.25]
-    assert [float(one["distill/logits_temperature"]) for one in columns] == [3.5, 2.5]
+    assert [float(column["distill/logits_weight"]) for column in columns] == [0.75, 0.25]
+    assert [float(column["distill/logits_temperature"]) for column in columns] == [3.5, 2.5]
     assert "distill/task_weight" not in rows[0]
 
 
@@ -166,20 +166,20 @@ def test_a_resumed_training_goes_on_where_the_schedule_was(trainer: Callable[...
     assert torch.equal(resumed, weights)
 
 
-def test_a_loop_of_ones_own_counts_its_steps_and_saves_the_count() -> None:
+def test_a_plain_loop_counts_its_steps_and_saves_the_count() -> None:
     student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
     images, labels = next(iter(data()))
 
     def distiller() -> Distiller:
         return Distiller(student, teacher, LogitsDistillation(weight=Linear(1.0, 0.0, duration=4, over="steps")))
 
-    def steps(one: Distiller, count: int) -> list[float]:
+    def steps(distiller: Distiller, count: int) -> list[float]:
         seen = []
         for _ in range(count):
-            with one.record():
+            with distiller.record():
                 loss = nn.functional.cross_entropy(student(images), labels)
-            one.total(loss)
-            seen.append(one.terms[0].weight)
+            distiller.total(loss)
+            seen.append(distiller.terms[0].weight)
         return seen
 
     with distiller() as first:
@@ -190,13 +190,13 @@ def test_a_loop_of_ones_own_counts_its_steps_and_saves_the_count() -> None:
         assert steps(second, 1) == [0.25]
 
 
-def test_a_loop_of_ones_own_tells_the_epoch_where_a_schedule_needs_it() -> None:
+def test_a_plain_loop_passes_the_epoch_if_a_schedule_needs_it() -> None:
     student, (images, labels) = nn.Linear(4, 3), next(iter(data()))
     term = LogitsDistillation(weight=Step([1.0, 0.5], boundaries=[1]))
     with Distiller(student, nn.Linear(4, 3), term, task_weight=Linear(1.0, 0.0)) as distiller:
         with distiller.record():
             loss = nn.functional.cross_entropy(student(images), labels)
-        with pytest.raises(ValueError, match=r"Expected the position over 'fraction' to be known, but got none\. Give"):
+        with pytest.raises(ValueError, match=r"Expected the position over 'fraction' to be known, but got none\."):
             distiller.total(loss)
         distiller.advance(10, epoch=1, fraction=0.75)
         assert (term.weight, distiller.task_weight) == (0.5, 0.25)
@@ -260,8 +260,11 @@ def test_a_schedule_over_the_fraction_needs_an_end(trainer: Callable[..., Traine
             lambda: Linear(1.0, 0.0, over="hours"),
             r"Expected `over` to be one of 'steps', 'epochs', 'fraction', but got",
         ),
-        (lambda: Step([1.0], boundaries=[1, 2]), r"Expected `values` to be one more than `boundaries`, which rise"),
-        (lambda: Step([1.0, 2.0, 3.0], boundaries=[2, 1]), r"Expected `values` to be one more than `boundaries`"),
+        (
+            lambda: Step([1.0], boundaries=[1, 2]),
+            r"Expected `values` to have one entry more than the increasing `bound",
+        ),
+        (lambda: Step([1.0, 2.0, 3.0], boundaries=[2, 1]), r"Expected `values` to have one entry more than the"),
         (
             lambda: LogitsDistillation(weight=Linear(-1.0, 1.0)),
             r"Expected `weight` to be at least 0, but got weight=-1\.0",

@@ -1,4 +1,4 @@
-"""What a step logs and waits for, weights set inside it, and what is left as it was (L24, L26, L30)."""
+"""Logs and syncs of a step, weights set inside it, and state that a run must not change (L24, L26, L30)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def learned(callback: DistillCallback) -> dict[str, Tensor]:
 
 
 def equal(left: Any, right: Any) -> bool:
-    left, right = (list(one.values() if isinstance(one, dict) else one) for one in (left, right))
+    left, right = (list(values.values() if isinstance(values, dict) else values) for values in (left, right))
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
@@ -56,7 +56,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 class Logs(Classifier):
-    """Keeps each call of self.log and self.log_dict, from whoever it comes."""
+    """Keeps each call of self.log and self.log_dict, from any caller."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,8 +213,8 @@ def test_l30_module_of_the_older_package_without_configure_model_is_checked_at_s
         run.fit(OldClassifier(), loader(), loader())
 
 
-@pytest.mark.parametrize("what", ["validate", "test", "predict"])
-def test_l30_validate_test_and_predict_leave_the_student_as_a_run_without_the_callback(trainer, what):
+@pytest.mark.parametrize("entry_point", ["validate", "test", "predict"])
+def test_l30_validate_test_and_predict_leave_the_student_as_a_run_without_the_callback(trainer, entry_point):
     class Noisy(ValidatedClassifier):
         """With batch normalisation and dropout, which a stray forward would change."""
 
@@ -226,26 +226,26 @@ def test_l30_validate_test_and_predict_leave_the_student_as_a_run_without_the_ca
         torch.manual_seed(5)
         module = Noisy()
         run = trainer(callbacks=callbacks)
-        settings = {} if what == "predict" else {"verbose": False}
-        given = getattr(run, what)(module, loader(), **settings)
+        settings = {} if entry_point == "predict" else {"verbose": False}
+        returned = getattr(run, entry_point)(module, loader(), **settings)
         state = [*module.state_dict().values(), torch.random.get_rng_state()]
         flags = [part.training for part in module.modules()] + [p.requires_grad for p in module.parameters()]
-        results.append((given, state, flags, [p.grad for p in module.parameters()], sorted(vars(module))))
+        results.append((returned, state, flags, [p.grad for p in module.parameters()], sorted(vars(module))))
     (plain, state, *rest), (distilled, other, *others) = results
     assert equal(state, other)
     assert rest == others
-    if what == "predict":
+    if entry_point == "predict":
         assert equal(plain, distilled)
     else:
         assert plain == [{k: v for k, v in distilled[0].items() if not k.startswith("distill/")}]
-        assert ("distill/val_teacher_agreement" in distilled[0]) == (what == "validate")
+        assert ("distill/val_teacher_agreement" in distilled[0]) == (entry_point == "validate")
 
 
-@pytest.mark.parametrize("what", ["test", "predict"])
-def test_l30_test_and_predict_never_run_the_teacher(trainer, what):
+@pytest.mark.parametrize("entry_point", ["test", "predict"])
+def test_l30_test_and_predict_never_run_the_teacher(trainer, entry_point):
     callback = DistillCallback(CountingTeacher())
-    settings = {} if what == "predict" else {"verbose": False}
-    getattr(trainer(callbacks=callback), what)(ValidatedClassifier(), loader(), **settings)
+    settings = {} if entry_point == "predict" else {"verbose": False}
+    getattr(trainer(callbacks=callback), entry_point)(ValidatedClassifier(), loader(), **settings)
     assert callback.teacher.rows == []
 
 
@@ -255,7 +255,7 @@ def test_l30_no_entry_point_puts_the_callback_into_every_trainer():
     points = dict(setup["options.entry_points"]) if setup.has_section("options.entry_points") else {}
     assert not [name for name in points if "callbacks_factory" in name]
     assert "callbacks_factory" not in (ROOT / "pyproject.toml").read_text()
-    assert not any(isinstance(one, DistillCallback) for one in Trainer(**QUIET).callbacks)
+    assert not any(isinstance(item, DistillCallback) for item in Trainer(**QUIET).callbacks)
 
 
 def test_l30_distill_module_runs_under_the_new_trainer_with_a_plain_student(trainer):

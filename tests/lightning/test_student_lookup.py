@@ -25,9 +25,9 @@ class Spy:
     def __init__(self) -> None:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, mine: Tensor, theirs: Tensor) -> Tensor:
-        self.pairs.append((mine.detach().clone(), theirs.clone()))
-        return ((mine - theirs) ** 2).mean()
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        self.pairs.append((student.detach().clone(), teacher.clone()))
+        return ((student - teacher) ** 2).mean()
 
 
 def expected(net: Any) -> list[Tensor]:
@@ -115,12 +115,12 @@ def test_layers_may_be_named_from_the_module_or_from_the_student(
     check(trainer, nets.InnerModule(nets.student()), layer, student=named)
 
 
-def test_criteria_and_metrics_beside_the_student_are_no_candidates(trainer: MakeTrainer) -> None:
+def test_criteria_and_metrics_beside_the_student_are_not_candidates(trainer: MakeTrainer) -> None:
     """L31: nor is a copy of the student that nobody calls."""
     check(trainer, Crowded())
 
 
-def test_a_criterion_with_parameters_is_no_candidate_where_layers_are_tapped(trainer: MakeTrainer) -> None:
+def test_a_criterion_with_parameters_is_not_a_candidate_if_layers_are_tapped(trainer: MakeTrainer) -> None:
     """L31: it does not hold them."""
     module = nets.InnerModule(nets.student())
     module.criterion = LearnedCriterion()
@@ -232,7 +232,7 @@ def test_the_student_may_change_between_two_fits(trainer: MakeTrainer) -> None:
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_student_called_in_some_steps_only_is_found_in_the_first_of_them(trainer: MakeTrainer) -> None:
-    """L31: a step that returns None before it calls anything is no mistake."""
+    """L31: a step that returns None before it calls anything is allowed."""
 
     def step(module: Any, batch: Any, batch_idx: int) -> Tensor | None:
         return None if batch_idx == 0 else F.cross_entropy(module.model(batch[0]), batch[1])

@@ -104,13 +104,13 @@ def test_a_plateau_scheduler_watches_the_validation_loss(trainer: MakeTrainer) -
 def test_a_subclass_that_saves_its_hyperparameters_saves_no_teacher(trainer: MakeTrainer, tmp_path: Path) -> None:
     """L5, L13: the teacher stays out of the checkpoint even where a subclass saves all that it was given."""
 
-    class Mine(DistillModule):
+    class Saving(DistillModule):
         def __init__(self, student: nn.Module, teacher: nn.Module, width: int = 7) -> None:
             super().__init__(student, teacher)
             self.save_hyperparameters()
 
     run = trainer()
-    run.fit(Mine(student(), teacher()), loader())
+    run.fit(Saving(student(), teacher()), loader())
     run.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["hyper_parameters"] == {"width": 7}
@@ -120,7 +120,7 @@ def test_a_subclass_that_saves_its_hyperparameters_saves_no_teacher(trainer: Mak
 
 
 def test_a_second_callback_of_the_trainers_works_beside_the_modules_own(trainer: MakeTrainer) -> None:
-    """L21: Lightning replaces a trainer's callbacks by a module's of the same kind; ours are kept, and checked."""
+    """L21: Lightning replaces a trainer's callbacks by a module's of the same kind; a DistillCallback is kept."""
     module = DistillModule(student(), teacher())
     run = trainer(callbacks=[DistillCallback(teacher(4), student="student", name="second")], log_every_n_steps=1)
     run.fit(module, loader())
@@ -129,7 +129,7 @@ def test_a_second_callback_of_the_trainers_works_beside_the_modules_own(trainer:
         trainer(callbacks=[DistillCallback(teacher(4), student="student")]).fit(module, loader())
 
 
-def test_the_teacher_sees_another_input_where_teacher_forward_is_overridden(trainer: MakeTrainer) -> None:
+def test_the_teacher_gets_another_input_if_teacher_forward_is_overridden(trainer: MakeTrainer) -> None:
     class Upscaled(DistillCallback):
         def teacher_forward(self, call: Any) -> Any:
             return self.teacher(nn.functional.interpolate(call.args[0], scale_factor=2))

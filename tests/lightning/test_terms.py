@@ -71,10 +71,10 @@ def test_an_adapter_takes_its_kind_and_shape_from_the_features(
 
 
 def test_a_module_is_copied_and_a_factory_is_called_with_both_shapes() -> None:
-    mine = nn.Conv2d(4, 9, 3, padding=1)
-    copied = make_adapter(mine, torch.Size((2, 4, 5, 5)), torch.Size((2, 9, 5, 5)), "layer")
-    assert copied is not mine
-    assert torch.equal(copied.weight, mine.weight)
+    adapter = nn.Conv2d(4, 9, 3, padding=1)
+    copied = make_adapter(adapter, torch.Size((2, 4, 5, 5)), torch.Size((2, 9, 5, 5)), "layer")
+    assert copied is not adapter
+    assert torch.equal(copied.weight, adapter.weight)
     seen: list[Any] = []
 
     def factory(*shapes: torch.Size) -> nn.Module:
@@ -104,11 +104,11 @@ def test_an_adapter_that_cannot_be_made_says_why(adapter: Any, error: type[Excep
 def test_a_teachers_map_of_another_size_is_averaged_down_and_interpolated_up(size: tuple[int, int]) -> None:
     student, teacher = Maps(4, (6, 5)), Maps(4, size)
     x = torch.randn(4, 1, 12, 12)
-    mine, theirs = student.pool(student.conv(x)), teacher.pool(teacher.conv(x))
-    theirs = F.adaptive_avg_pool2d(theirs, (min(6, size[0]), min(5, size[1])))
-    theirs = F.interpolate(theirs, (6, 5), mode="bilinear", align_corners=False)
+    student_map, teacher_map = student.pool(student.conv(x)), teacher.pool(teacher.conv(x))
+    teacher_map = F.adaptive_avg_pool2d(teacher_map, (min(6, size[0]), min(5, size[1])))
+    teacher_map = F.interpolate(teacher_map, (6, 5), mode="bilinear", align_corners=False)
     got = value(student, teacher, FeatureDistillation("pool", "pool"), x)
-    torch.testing.assert_close(got, F.mse_loss(mine, theirs).detach())
+    torch.testing.assert_close(got, F.mse_loss(student_map, teacher_map).detach())
 
 
 def test_unequal_shapes_without_an_adapter_raise_and_name_the_layers() -> None:
@@ -135,7 +135,7 @@ def test_attention_transfer_needs_no_adapter_for_other_channels() -> None:
 def test_a_function_of_two_features_is_a_loss_and_is_averaged() -> None:
     student, teacher = Maps(4), Maps(4)
     x = torch.randn(4, 1, 12, 12)
-    term = FeatureDistillation("pool", "pool", lambda mine, theirs: (mine - theirs).abs(), name="gap")
+    term = FeatureDistillation("pool", "pool", lambda student, teacher: (student - teacher).abs(), name="gap")
     expected = (student.pool(student.conv(x)) - teacher.pool(teacher.conv(x))).abs().mean().detach()
     torch.testing.assert_close(value(student, teacher, term, x), expected)
 
@@ -149,7 +149,7 @@ def test_several_layers_are_averaged_pair_by_pair_each_with_its_adapter() -> Non
     assert got > 0
 
 
-def test_a_loss_over_several_layers_is_given_lists() -> None:
+def test_a_loss_over_several_layers_gets_lists() -> None:
     class Flow(DistillationLoss):
         several_layers = True
 
@@ -163,7 +163,7 @@ def test_a_loss_over_several_layers_is_given_lists() -> None:
     torch.testing.assert_close(got, (flow[0] - flow[1]).detach() ** 2)
 
 
-def test_a_loss_that_needs_labels_is_given_them() -> None:
+def test_a_loss_that_needs_labels_gets_them() -> None:
     """L27: through the term, for logits and for features."""
 
     class TargetGap(DistillationLoss):
@@ -221,7 +221,7 @@ def test_a_terms_own_subclass_that_lacks_forward_says_so() -> None:
         (
             lambda: FeatureDistillation(["a", "b"], "c"),
             ValueError,
-            "equally many layers, at least one, but got 2 and 1",
+            "the same number of layers, at least one, but got 2 and 1",
         ),
         (lambda: FeatureDistillation([], []), ValueError, "at least one, but got 0 and 0"),
         (lambda: Tap(3), TypeError, "`layer` to be a string, but got layer=3"),

@@ -99,12 +99,12 @@ def test_a_reload_that_doubles_the_batches_does_not_move_the_past(trainer) -> No
     assert made == even(20, steps=10) + [(10 + index, round(0.5 + index / 40, 6)) for index in range(20)]
 
 
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_the_share_stands_still_while_the_learning_rate_is_found(trainer, ours_first: bool) -> None:
+@pytest.mark.parametrize("distill_first", [True, False])
+def test_the_share_stands_still_while_the_learning_rate_is_found(trainer, distill_first: bool) -> None:
     module, distill = Classifier(), Fractions()
     notes = Notes(module, distill)
     finder = LearningRateFinder(num_training_steps=5, min_lr=1e-4, update_attr=False)
-    callbacks = [distill, finder] if ours_first else [finder, distill]
+    callbacks = [distill, finder] if distill_first else [finder, distill]
     trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=True).fit(module, data())
     assert notes.steps == [(step, 0.0) for step in range(5)] + even(20)
 
@@ -250,7 +250,7 @@ def test_a_finder_leaves_no_trace_on_the_adapters(trainer) -> None:
     assert all(torch.equal(value, ended[1][key]) for key, value in ended[0].items())
 
 
-def test_without_a_schedule_no_limit_is_asked_for(trainer) -> None:
+def test_without_a_schedule_the_training_needs_no_limit(trainer) -> None:
     class Ends(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.should_stop = True

@@ -1,4 +1,4 @@
-"""What happens in one training step: L1, L2, L8, L18, L26 and L28, against loops written by hand in plain PyTorch."""
+"""One training step: L1, L2, L8, L18, L26 and L28, against loops written by hand in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def terms(adapter: nn.Module | None = None) -> list[Any]:
 
 @dataclass
 class ByHand:
-    """A distillation loop in plain PyTorch, in float64, without anything of ours."""
+    """A distillation loop in plain PyTorch, in float64, without the library."""
 
     batches: list[tuple[Tensor, Tensor]]
     accumulate: int = 1
@@ -271,7 +271,8 @@ class Styled(Dataset[Any]):
 
 
 def collate_examples(examples: list[Example]) -> Example:
-    return Example(torch.stack([one.image for one in examples]), torch.stack([one.target for one in examples]))
+    images, targets = zip(*((example.image, example.target) for example in examples), strict=True)
+    return Example(torch.stack(images), torch.stack(targets))
 
 
 BATCHES: dict[str, tuple[Any, Callable[[Any], tuple[Tensor, Tensor]]]] = {
@@ -329,7 +330,8 @@ def test_every_loss_still_backpropagates_after_validation(
 ) -> None:
     """L8: the teacher runs under no_grad in training, whatever inference mode validation uses in between."""
     teacher = nets.make(Watching, 2, 10)
-    product = None if loss == "kl" else (lambda mine, theirs: (mine * theirs).mean())  # saves the teacher's tensor
+    # autograd saves the teacher's tensor for the product
+    product = None if loss == "kl" else (lambda student, teacher: (student * teacher).mean())
     feature = FeatureDistillation("layer2", "layer2", "mse")
     callback = DistillCallback(teacher, [LogitsDistillation(product), feature])
     module = nets.ForwardModule(nets.student())

@@ -18,8 +18,8 @@ from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistil
 MakeTrainer = Callable[..., Trainer]
 
 
-def gap(mine: Tensor, theirs: Tensor) -> Tensor:
-    return ((mine - theirs) ** 2).mean()
+def gap(student: Tensor, teacher: Tensor) -> Tensor:
+    return ((student - teacher) ** 2).mean()
 
 
 class Counting(nets.MLP):
@@ -38,9 +38,9 @@ class Counted:
     def __init__(self) -> None:
         self.count = 0
 
-    def __call__(self, mine: Tensor, theirs: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         self.count += 1
-        return gap(mine, theirs)
+        return gap(student, teacher)
 
 
 class Schedule(Callback):
@@ -101,8 +101,8 @@ def test_a_scheduled_weight_takes_effect_in_the_next_step(trainer: MakeTrainer) 
         loss = F.cross_entropy(net.head(torch.tanh(feature)), y)
         if weight:
             with torch.no_grad():
-                theirs = teacher.layer2(torch.tanh(teacher.layer1(x.flatten(1))))
-            loss = loss + weight * gap(adapter(feature), theirs)
+                teacher_feature = teacher.layer2(torch.tanh(teacher.layer1(x.flatten(1))))
+            loss = loss + weight * gap(adapter(feature), teacher_feature)
         loss.backward()
         optimizer.step()
     nets.close(list(module.model.parameters()), list(net.parameters()), 1e-6)
@@ -120,7 +120,7 @@ def test_a_scheduled_task_weight_takes_effect_in_the_next_step(trainer: MakeTrai
         weight * F.cross_entropy(net(x), y) + gap(net(x), teacher(x))
         for weight, (x, y) in zip([0.0, 1.0, 3.0], nets.batches(), strict=True)
     ]
-    nets.close([output["loss"] for output in outputs.outputs], [one.detach() for one in expected], 1e-6)
+    nets.close([output["loss"] for output in outputs.outputs], [loss.detach() for loss in expected], 1e-6)
 
 
 def test_a_task_weight_of_zero_leaves_the_distillation_alone(trainer: MakeTrainer) -> None:
@@ -142,7 +142,7 @@ def views(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_every_view_with_gradients_is_distilled_and_averaged(trainer: MakeTrainer) -> None:
-    """L28: each view is shown to the teacher; the one under no_grad is not."""
+    """L28: the teacher is called with each view, except the one under no_grad."""
 
     def step(module: Any, batch: Any, batch_idx: int) -> Tensor:
         first, second, third = views(batch[0])
@@ -169,9 +169,9 @@ def test_every_view_with_gradients_is_distilled_and_averaged(trainer: MakeTraine
             feature = net.layer2(torch.tanh(net.layer1(view.flatten(1))))
             logits.append(net.head(torch.tanh(feature)))
             with torch.no_grad():
-                theirs = teacher.layer2(torch.tanh(teacher.layer1(view.flatten(1))))
-                answer = teacher.head(torch.tanh(theirs))
-            losses.append(gap(logits[-1], answer) + 2.0 * gap(by_hand(feature), theirs))
+                teacher_feature = teacher.layer2(torch.tanh(teacher.layer1(view.flatten(1))))
+                answer = teacher.head(torch.tanh(teacher_feature))
+            losses.append(gap(logits[-1], answer) + 2.0 * gap(by_hand(feature), teacher_feature))
         with torch.no_grad():
             target = net(third).argmax(-1)
         task = F.cross_entropy(logits[0], y) + F.cross_entropy(logits[1], target)
@@ -181,7 +181,7 @@ def test_every_view_with_gradients_is_distilled_and_averaged(trainer: MakeTraine
     nets.close(list(callback.terms[1].adapters.parameters()), list(by_hand.parameters()), 1e-6)
 
 
-def test_views_under_no_grad_alone_are_no_call_of_the_student(trainer: MakeTrainer) -> None:
+def test_views_under_no_grad_alone_do_not_count_as_calls_of_the_student(trainer: MakeTrainer) -> None:
     """L28: only a call with gradients can be distilled."""
 
     def step(module: Any, batch: Any, batch_idx: int) -> Tensor:
@@ -201,9 +201,9 @@ def test_the_labels_of_several_views_are_the_batch_s_own(trainer: MakeTrainer) -
     class WithLabels(Counted):
         needs_labels = True
 
-        def __call__(self, mine: Tensor, theirs: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
             seen.append(labels)
-            return gap(mine, theirs)
+            return gap(student, teacher)
 
     def step(module: Any, batch: Any, batch_idx: int) -> Tensor:
         return sum(F.cross_entropy(module.model(view), batch[1]) for view in views(batch[0])[:2])
@@ -228,19 +228,19 @@ def test_one_run_of_a_layer_inside_a_view_can_be_tapped_by_its_index(trainer: Ma
 
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    def keep(mine: Tensor, theirs: Tensor) -> Tensor:
-        pairs.append((mine.detach(), theirs))
-        return gap(mine, theirs)
+    def keep(student: Tensor, teacher: Tensor) -> Tensor:
+        pairs.append((student.detach(), teacher))
+        return gap(student, teacher)
 
     teacher, net = nets.make(Recurrent, 2, 6), nets.make(Recurrent, 1, 6)
     start = copy.deepcopy(net)
     term = FeatureDistillation(Tap("layer2", call=2), Tap("layer2", call=0), keep, adapter=None)
     module = nets.StepModule(net, step)
     trainer(max_steps=1, callbacks=[DistillCallback(teacher, term)]).fit(module, nets.loader())
-    for (mine, theirs), view in zip(pairs, views(nets.batches()[0][0])[:2], strict=True):
+    for (student_feature, teacher_feature), view in zip(pairs, views(nets.batches()[0][0])[:2], strict=True):
         with torch.no_grad():
             x = torch.tanh(start.layer1(view.flatten(1)))
             for _ in range(2):
                 x = torch.tanh(start.layer2(x))
             expected = start.layer2(x), teacher.layer2(torch.tanh(teacher.layer1(view.flatten(1))))
-        nets.close([mine, theirs], list(expected), 1e-6)
+        nets.close([student_feature, teacher_feature], list(expected), 1e-6)

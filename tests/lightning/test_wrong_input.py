@@ -22,7 +22,7 @@ def rejects(trainer: MakeTrainer, module: Any, callback: DistillCallback, match:
     """Assert that a fit raises before the first backward, leaves everything clean, and a fresh fit then works."""
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     attributes = set(vars(module)) | {"_hparams"}
-    flags = [(one.requires_grad, one.grad) for one in callback.teacher.parameters()]
+    flags = [(parameter.requires_grad, parameter.grad) for parameter in callback.teacher.parameters()]
     with pytest.raises(ValueError, match=match):
         trainer(callbacks=[callback]).fit(module, nets.loader() if data is None else data)
     for name, parameter in module.named_parameters():
@@ -30,7 +30,7 @@ def rejects(trainer: MakeTrainer, module: Any, callback: DistillCallback, match:
         assert torch.equal(before[name], parameter), name
     assert set(vars(module)) <= attributes
     assert nets.hooks(module, callback.teacher) == 0
-    assert [(one.requires_grad, one.grad) for one in callback.teacher.parameters()] == flags
+    assert [(parameter.requires_grad, parameter.grad) for parameter in callback.teacher.parameters()] == flags
     again = nets.InnerModule(nets.student())
     fresh = trainer(callbacks=[DistillCallback(nets.teacher())])
     fresh.fit(again, nets.loader())
@@ -62,7 +62,7 @@ def test_a_frozen_feature_raises_though_its_adapter_could_learn(trainer: MakeTra
 
 
 def test_a_detached_output_raises(trainer: MakeTrainer) -> None:
-    """L9: logits without a gradient are no better."""
+    """L9: logits without a gradient raise too."""
 
     class Detached(nets.MLP):
         def forward(self, x: Tensor) -> Tensor:
@@ -131,9 +131,9 @@ def test_a_feature_changed_in_place_is_never_silently_wrong(trainer: MakeTrainer
     """L10: what ReLU(inplace=True) overwrites raises and names its layer; what it leaves alone works."""
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    def gap(mine: Tensor, theirs: Tensor) -> Tensor:
-        pairs.append((mine.detach().clone(), theirs.clone()))
-        return F.mse_loss(mine, theirs)
+    def gap(student: Tensor, teacher: Tensor) -> Tensor:
+        pairs.append((student.detach().clone(), teacher.clone()))
+        return F.mse_loss(student, teacher)
 
     nets_by_side = {"student": nets.make(InPlace, 1), "teacher": nets.make(InPlace, 2)}
     other = "conv"  # on the other side: a feature that nothing overwrites
@@ -159,7 +159,7 @@ class ChangesInput(nets.MLP):
 
 
 def test_an_input_changed_in_place_by_the_student_raises(trainer: MakeTrainer) -> None:
-    """L10: the teacher would not see what the student saw."""
+    """L10: the teacher would get another input than the student."""
     match = r"Expected the student's input to stay as it was, but it was changed in place.*inplace=False"
     rejects(trainer, nets.InnerModule(nets.make(ChangesInput, 1)), DistillCallback(nets.teacher()), match)
 
@@ -215,7 +215,7 @@ def test_a_call_index_beyond_the_last_call_raises(trainer: MakeTrainer) -> None:
 
 
 def test_a_layer_that_did_not_run_raises(trainer: MakeTrainer) -> None:
-    """L11: a term that never fires is no silent zero."""
+    """L11: a term that never fires raises instead of adding a silent zero."""
     module = nets.InnerModule(nets.student())
     module.model.idle = nn.Linear(6, 6)
     rejects(trainer, module, features("idle"), r"Expected student layer 'idle' to run in the student's forward pass")
@@ -285,7 +285,7 @@ def test_a_teacher_that_shares_parameters_with_the_student_raises(trainer: MakeT
     module, teacher = nets.InnerModule(nets.student()), nets.student(3)
     teacher.layer1 = module.model.layer1
     callback = DistillCallback(module.model if part == "all of it" else teacher)
-    match = r"Expected `teacher` to share no parameter with the student, but got 'layer1\.weight'.*copy"
+    match = r"Expected `teacher` to share no parameter with the student, but both train 'layer1\.weight'.*copy"
     rejects(trainer, module, callback, match, data=Untouchable())
     assert all(parameter.requires_grad for parameter in module.parameters())
 
@@ -317,12 +317,12 @@ class Labelled:
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def __call__(self, mine: Tensor, theirs: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         self.seen.append(labels)
-        return ((mine - theirs) ** 2).mean(-1)[labels >= 0].mean()
+        return ((student - teacher) ** 2).mean(-1)[labels >= 0].mean()
 
 
-FOUND: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any]] = {
+PLACES: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any]] = {
     "the second of a pair": (lambda x, y: (x, y), None),
     "the second of a list": (lambda x, y: [x, y], None),
     "a key": (lambda x, y: {"image": x, "truth": y}, "truth"),
@@ -336,10 +336,10 @@ def first_step(module: Any, batch: Any, batch_idx: int) -> Tensor:
     return module.model(next(iter(batch.values())) if isinstance(batch, dict) else batch[0]).square().mean()
 
 
-@pytest.mark.parametrize("where", FOUND)
+@pytest.mark.parametrize("where", PLACES)
 def test_labels_are_found_in_the_batch(trainer: MakeTrainer, where: str) -> None:
     """L27: in the usual places, or where `labels` says."""
-    make, labels = FOUND[where]
+    make, labels = PLACES[where]
     loss = Labelled()
     callback = DistillCallback(nets.teacher(), LogitsDistillation(loss), labels=labels)
     data = nets.as_loader([make(x, y) for x, y in nets.batches()])

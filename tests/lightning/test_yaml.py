@@ -80,8 +80,8 @@ def command_line(*arguments: str, run: bool = True) -> LightningCLI:
 
 
 def callback_of(cli: LightningCLI) -> DistillCallback:
-    (found,) = [one for one in cli.trainer.callbacks if isinstance(one, DistillCallback)]
-    return found
+    (callback,) = [item for item in cli.trainer.callbacks if isinstance(item, DistillCallback)]
+    return callback
 
 
 def in_python(tmp_path: Path, callback: DistillCallback) -> tuple[nn.Module, DistillCallback]:
@@ -101,12 +101,12 @@ def adapters(callback: DistillCallback) -> list[Tensor]:
 
 def same(cli: LightningCLI, by_hand: tuple[nn.Module, DistillCallback]) -> None:
     module, callback = by_hand
-    for mine, theirs in (
+    for actual, expected in (
         (list(cli.model.parameters()), list(module.parameters())),
         (adapters(callback_of(cli)), adapters(callback)),
     ):
-        assert len(mine) == len(theirs)
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert len(actual) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(module.parameters(), Classifier().parameters(), strict=True))
 
 
@@ -158,8 +158,8 @@ def test_l29_tap_inside_yaml(config, tmp_path, tap):
     }
     cli = command_line("--config", config(terms=term))
     assert list(callback_of(cli).terms[0].student_taps) == [Tap("head", where="input")]
-    wanted = FeatureDistillation(Tap("head", where="input"), "head", adapter="linear")
-    same(cli, in_python(tmp_path, DistillCallback(Mlp(7, seed=1), wanted)))
+    term_in_python = FeatureDistillation(Tap("head", where="input"), "head", adapter="linear")
+    same(cli, in_python(tmp_path, DistillCallback(Mlp(7, seed=1), term_in_python)))
 
 
 def test_l29_list_of_layers_and_a_loss_object_inside_yaml(config):
@@ -228,7 +228,7 @@ def test_l29_print_config_round_trips(config, capsys, tmp_path, settings):
         if key not in ("terms", "adapter_optimizer"):
             assert shown["init_args"][key] == value
     original, parsed = (
-        callback_of(command_line("--config", one, run=False)) for one in (config(**settings), str(path))
+        callback_of(command_line("--config", source, run=False)) for source in (config(**settings), str(path))
     )
     for key in ("student", "task_weight", "labels", "teacher_dtype", "validate", "name"):
         assert getattr(original, key) == getattr(parsed, key)
@@ -264,8 +264,8 @@ def test_l29_callback_and_its_terms_are_given_wholly_on_the_command_line(config,
 def test_l29_wrong_settings_on_the_command_line_end_with_our_words(config, capsys):
     with pytest.raises((ValueError, SystemExit)) as left:
         command_line("--config", config(), "--trainer.callbacks.init_args.task_weight=-1", run=False)
-    said = capsys.readouterr().err + str(left.value)
-    assert "Expected `task_weight` to be at least 0, but got task_weight=-1" in said
+    printed = capsys.readouterr().err + str(left.value)
+    assert "Expected `task_weight` to be at least 0, but got task_weight=-1" in printed
 
 
 # DistillModule -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What two processes do for test_distributed.py; run as a script, it writes what each scenario ended with as JSON.
+"""The script that two processes run for test_distributed.py; it writes the results of each scenario as JSON.
 
 ``python two_processes.py pair FOLDER``, started twice with LOCAL_RANK set, runs DDP and FSDP2.
 ``python two_processes.py spawn FOLDER``, started once, lets Lightning spawn the two processes.

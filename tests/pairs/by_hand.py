@@ -139,13 +139,13 @@ Formula = Callable[[dict[str, Tensor], Callable[..., dict[str, Tensor]], Batch, 
 
 @dataclass
 class Hand:
-    """A training in a loop of one's own, with the learned parts in the student's optimizer.
+    """A training in a plain loop, with the learned parts in the student's optimizer.
 
     Args:
         formula: The weighted distillation loss.
         student: The student; it is trained.
         learned: The first values of the learned parts.
-        views: What the student is called with, from the batch's input.
+        views: Makes the student's inputs from the batch's input.
         task_weight: The task loss's weight at a place.
         optimizer: Makes the optimizer.
         dtype: The precision in which the teacher has answered, whatever the student's.
@@ -197,7 +197,7 @@ class Hand:
             steps: For every optimizer step the batches that are accumulated, with their places.
             distils: Whether the batch of that number, from 0, is distilled.
             weighs_task: Whether the task weight counts.
-            divide_by: What the gradients of a batch are divided by.
+            divide_by: Divisor of the gradients of a batch.
             clip: The largest norm of the gradients, of the student and of the learned parts each by itself.
             autocast: Whether the forward passes run in bfloat16.
             rates: The learning rate of every step.
@@ -221,7 +221,7 @@ class Hand:
                 number += 1
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
-                if any(one.grad is not None for one in learned):
+                if any(parameter.grad is not None for parameter in learned):
                     torch.nn.utils.clip_grad_norm_(learned, clip)
             optimizer.step()
             self.after.append({name: value.detach().clone() for name, value in self.student.named_parameters()})

@@ -124,8 +124,8 @@ class Cell:
         """A run of two epochs of four batches, unless the settings say otherwise."""
         self.watch = watch = Watch(distill)
         ordered = [distill, *callbacks] if first else [*callbacks, distill]
-        given = {"max_epochs": 2, "default_root_dir": self.folder, **QUIET, **settings}
-        trainer = Trainer(callbacks=[*ordered, watch], **given)
+        trainer_settings = {"max_epochs": 2, "default_root_dir": self.folder, **QUIET, **settings}
+        trainer = Trainer(callbacks=[*ordered, watch], **trainer_settings)
         before(trainer)
         torch.manual_seed(7)
         trainer.fit(module, ckpt_path=ckpt_path)
@@ -185,8 +185,8 @@ class Cell:
     def clean(self, trainer: Trainer, module: LightningModule) -> None:
         """Assert that nothing is left on the module or the Trainer's objects."""
         for owner in (module, trainer.strategy, trainer.precision_plugin, trainer.fit_loop):
-            ours = [name for name, value in vars(owner).items() if type(value).__module__.startswith("lightning_dis")]
-            assert not ours, f"{type(owner).__name__}: {ours}"
+            kept = [name for name, value in vars(owner).items() if type(value).__module__.startswith("lightning_dis")]
+            assert not kept, f"{type(owner).__name__}: {kept}"
         assert hooks(module) == 0
 
 

@@ -88,8 +88,8 @@ def _copies_are_plain(cell: Cell, copies: dict[str, Any], values: dict[str, Tens
         whole = cell.feature.rows().batch(0, ROWS)
         with torch.no_grad():
             logits = outputs(model, whole["x"])["logits"]
-            wanted = torch.nn.functional.cross_entropy(logits.flatten(0, -2), whole["labels"].flatten())
-        close([measured["val_loss"]], [wanted.item()])
+            expected = torch.nn.functional.cross_entropy(logits.flatten(0, -2), whole["labels"].flatten())
+        close([measured["val_loss"]], [expected.item()])
         trainer.fit(twin)
         hand = cell.hand(Watch(cell.callback()), fresh=False, model=model)
         hand.train(cell.steps((BATCH,)), distils=lambda number: False, weighs_task=False)

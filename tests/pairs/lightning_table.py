@@ -99,7 +99,7 @@ class Feature:
         teacher: Makes the teacher.
         settings: Further settings of the callback.
         cache: Settings with which a cache of the first teacher is built and takes its place.
-        views: What the student is called with in a step.
+        views: Makes the student's inputs of a step.
         task_weight: The weight of the task loss, by hand.
         length: Length of sequences, for data that are sequences.
         draws: Whether it draws random numbers in a step.

@@ -1,4 +1,4 @@
-"""What two processes do for test_pairs_distributed.py: many cases in one pair, each written out as JSON.
+"""The script that two processes run for test_pairs_distributed.py: many cases in one pair, each written out as JSON.
 
 ``python lightning_two_processes.py pair FOLDER``, started twice with LOCAL_RANK set.
 """
@@ -137,8 +137,8 @@ class Runs:
     ) -> dict[str, Any]:
         watch = Watch(distill)
         ckpt_path = settings.pop("ckpt_path", None)
-        given = {"max_epochs": 2, "use_distributed_sampler": False, **QUIET, "devices": 2, **settings}
-        trainer = Trainer(callbacks=[distill, *callbacks, watch], strategy=strategy, **given)
+        trainer_settings = {"max_epochs": 2, "use_distributed_sampler": False, **QUIET, "devices": 2, **settings}
+        trainer = Trainer(callbacks=[distill, *callbacks, watch], strategy=strategy, **trainer_settings)
         trainer.fit(module, ckpt_path=ckpt_path)
         return {
             "losses": watch.losses,

@@ -347,19 +347,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=200, help="how many combinations")
     parser.add_argument("--start", type=int, default=0, help="the first seed")
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(given.start, given.start + given.seeds):
+        for seed in range(options.start, options.start + options.seeds):
             try:
                 check(seed, Path(folder))
             except Exception:
                 wrong += 1
                 print(f"seed {seed}: {draw(seed)}")
                 traceback.print_exc(limit=-3)
-    print(f"{given.seeds} combinations, {wrong} differ")
+    print(f"{options.seeds} combinations, {wrong} differ")
     return 1 if wrong else 0
 
 

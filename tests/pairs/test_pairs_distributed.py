@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.distributed]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What both processes ended with, for all cases: they are started once."""
+    """The results of both processes for all cases: the processes are started once."""
     return run_processes(SCRIPT, "pair", 2, tmp_path_factory.mktemp("pair"))
 
 

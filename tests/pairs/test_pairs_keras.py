@@ -189,7 +189,7 @@ def fresh() -> Any:
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_in_a_situation_equals_the_loop_by_hand_or_is_refused_in_words(
+def test_a_feature_in_a_situation_equals_the_loop_by_hand_or_is_refused_with_a_clear_error(
     name: str, situation: str, tmp_path: Path
 ) -> None:
     act, differs, tolerance = SITUATIONS[situation]

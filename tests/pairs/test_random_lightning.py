@@ -23,6 +23,6 @@ def test_a_random_combination_equals_the_loop_by_hand(seed: int, folder: Path) -
 
 def test_the_seeds_meet_every_kind_of_teacher_situation_and_optimization() -> None:
     drawn = [draw(seed) for seed in SEEDS]
-    assert {one.teacher for one in drawn} == {"live", "cache", "several"}
-    assert {one.manual for one in drawn} == {True, False}
-    assert {one.situation for one in drawn} == {"", "finder", "reload", "copy", "second", "resume"}
+    assert {case.teacher for case in drawn} == {"live", "cache", "several"}
+    assert {case.manual for case in drawn} == {True, False}
+    assert {case.situation for case in drawn} == {"", "finder", "reload", "copy", "second", "resume"}
