@@ -112,7 +112,7 @@ def test_a_plain_loop_finds_the_rows_in_the_batch(tmp_path: Path) -> None:
             assert totals[0] == pytest.approx(totals[1])
         with distiller.record():
             student(indexed.batch[0])
-        with pytest.raises(CacheError, match=r"in a loop of your own pass the batch of `cache.attach\(dataset\)`"):
+        with pytest.raises(CacheError, match=r"In a loop of your own pass the batch of `cache.attach\(dataset\)`"):
             distiller.total(torch.zeros(()), indexed.batch)  # no state of the batch before is kept
 
 
