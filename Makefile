@@ -34,7 +34,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,plots,cli,keras]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip check
 	touch $@
 
@@ -65,7 +65,7 @@ $(OLDEST_STAMP): setup.cfg pyproject.toml constraints-oldest.txt
 	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -qq --upgrade pip
 	$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt "$$(grep '^torch==' constraints-oldest.txt)"
-	$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt -e '.[plots,cli,keras]' \
+	$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt -e '.[all]' \
 		pytorch-lightning hypothesis pytest pytest-xdist tensorboard transformers
 	touch $@
 
