@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Final
 
 from packaging.requirements import Requirement
@@ -44,15 +45,10 @@ def unusable(user: str, *modules: str) -> ImportError | None:
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name == name:
-                command = _command(*((name, _BACKENDS[0]) if name == "keras" else (name,)))
-            elif name == "keras" and error.name in _BACKENDS:
-                command = _command(error.name)
-            else:
+            if error.name != name and (name != "keras" or error.name not in _BACKENDS):
                 raise
-            return ModuleNotFoundError(
-                f"{user} needs {error.name}, which is not installed. Install it with: {command}", name=error.name
-            )
+            absent = [other for other in modules if other == error.name or find_spec(other) is None]
+            return _missing(user, absent or [error.name])
         bound = _lower_bound(name)
         version = str(module.__version__)
         # A pre-release counts as its release: builds of vendors are often named like one.
@@ -63,6 +59,14 @@ def unusable(user: str, *modules: str) -> ImportError | None:
                 name=name,
             )
     return None
+
+
+def _missing(user: str, modules: list[str]) -> ModuleNotFoundError:
+    command = _command(*modules, *(_BACKENDS[:1] if modules == ["keras"] else ()))
+    are, them = ("is", "it") if len(modules) == 1 else ("are", "them")
+    return ModuleNotFoundError(
+        f"{user} needs {', '.join(modules)}, which {are} not installed. Install {them} with: {command}", name=modules[0]
+    )
 
 
 def _command(*modules: str) -> str:
