@@ -181,7 +181,7 @@ HINTS = {
     "keras": 'pip install "keras>=3.12" "tensorflow>=2.18"',
     "tensorflow": 'pip install "tensorflow>=2.18"',
     "jax": 'pip install "jax>=0.4.34"',
-    "jsonargparse": 'pip install "jsonargparse[signatures]>=4.35"',
+    "jsonargparse": 'pip install "jsonargparse[signatures]>=4.39"',
     "matplotlib": 'pip install "matplotlib>=3.8"',
     "sklearn": 'pip install "scikit-learn>=1.4"',
     "pydantic": 'pip install "pydantic>=2.7"',

@@ -18,7 +18,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
 
 
 BAD: dict[str, Any] = {
-    "stream": (lambda: loader(Stream()), r"^Expected a map-style data set with a length, but got Stream: a stream"),
+    "stream": (
+        lambda: loader(Stream()),
+        r"^Expected a map-style data set with a length, but got Stream: the items of a stream",
+    ),
     "other length": (lambda: loader(Numbers(SAMPLES + 1)), rf"the {SAMPLES} items .*, but got {SAMPLES + 1}\."),
     "other part": (lambda: loader(Subset(Numbers(9), [1, 2])), r"but got 2, a part of 9\."),
     "other samples": (lambda: loader(Numbers(first=5)), r"but some items differ"),
