@@ -5,19 +5,23 @@ PYTHON ?= python3
 PYTEST_FLAGS ?= -n 2
 # The oldest Python that setup.cfg allows; `make test-oldest OLDEST_PYTHON=...` names one by its path.
 OLDEST_PYTHON ?= python3.10
+# Which PyTorch `make test-newest` tries first: `make test-newest NEWEST_TORCH=torch==...` takes another one.
+NEWEST_TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
+NEWEST := .venv-newest
+NEWEST_STAMP := $(NEWEST)/.installed
 # Tests of single tools (formatters, notebooks, the project's rules) say nothing about the versions of the frameworks.
-OLDEST_TESTS ?= tests/lightning tests/cache tests/launcher tests/keras
+VERSION_TESTS ?= tests/lightning tests/cache tests/launcher tests/keras
 
 SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest lint format bench notebooks notebooks-write clean
+.PHONY: help install demo test test-oldest test-newest build lint format bench notebooks notebooks-write clean
 
 # One thread: two cores are shared by the processes of the distributed tests. No downloads: every model and data set is
 # made on the spot. Figures need no display.
@@ -34,7 +38,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,plots,cli,keras]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip check
 	touch $@
 
@@ -69,18 +73,40 @@ test: lint ## lint, then every test, doctest, notebook and block of the document
 	$(RUN_ENV) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # Tools that only `make lint`, the notebooks and the demos need are left out.
+VERSION_TOOLS := pytorch-lightning hypothesis pytest pytest-xdist tensorboard transformers
+
 $(OLDEST_STAMP): setup.cfg pyproject.toml constraints-oldest.txt
 	$(OLDEST_PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed")'
 	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -qq --upgrade pip
 	$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt "$$(grep '^torch==' constraints-oldest.txt)"
-	$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt -e '.[plots,cli,keras]' \
-		pytorch-lightning hypothesis pytest pytest-xdist tensorboard transformers
+	$(OLDEST)/bin/python -m pip install -qq -c constraints-oldest.txt -e '.[all]' $(VERSION_TOOLS)
+	$(OLDEST)/bin/python -m pip check
 	touch $@
 
 # Old releases warn of what has changed since: their warnings are no errors here.
 test-oldest: $(OLDEST_STAMP) ## the tests of both halves with the oldest versions that setup.cfg allows
-	$(RUN_ENV) $(OLDEST)/bin/python -m pytest -W default $(OLDEST_TESTS) $(PYTEST_FLAGS)
+	$(RUN_ENV) $(OLDEST)/bin/python -m pytest -W default $(VERSION_TESTS) $(PYTEST_FLAGS)
+
+$(NEWEST_STAMP): setup.cfg pyproject.toml
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -qq --upgrade pip
+	$(NEWEST)/bin/python -m pip install -qq '$(NEWEST_TORCH)'
+	$(NEWEST)/bin/python -m pip install -qq -e '.[all]' $(VERSION_TOOLS)
+	$(NEWEST)/bin/python -m pip check
+	touch $@
+
+# Warnings are errors here: each announces what the next release will change.
+test-newest: $(NEWEST_STAMP) ## the tests of both halves with the newest versions that pip finds
+	$(RUN_ENV) $(NEWEST)/bin/python -m pip list
+	$(RUN_ENV) $(NEWEST)/bin/python -m pytest $(VERSION_TESTS) $(PYTEST_FLAGS)
+
+# Without an environment of its own, the build uses the pinned setuptools of .venv.
+build: $(STAMP) ## the source distribution and the wheel, checked, in dist
+	rm -rf build dist
+	$(BIN)/python -m pip install -qq -c constraints.txt build twine
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: $(STAMP) ## the side-by-side benchmarks
 	$(RUN_ENV) $(BENCH_ENV) $(BIN)/python -m benchmarks
@@ -92,5 +118,5 @@ notebooks-write: $(STAMP) ## execute the notebooks and store their outputs in th
 	$(RUN_ENV) $(BIN)/python tests/notebook_outputs.py
 
 clean: ## remove .venv and everything that tools and builds left
-	rm -rf $(VENV) $(OLDEST) build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache lightning_logs
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache lightning_logs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

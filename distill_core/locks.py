@@ -24,14 +24,9 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         CacheError: If another process holds the lock.
-        ModuleNotFoundError: If the package filelock is not installed.
     """
-    try:
-        import filelock  # imported late: reading a cache needs no lock
-    except ModuleNotFoundError as error:
-        if error.name != "filelock":
-            raise
-        raise ModuleNotFoundError("Building a cache needs filelock: pip install filelock", name="filelock") from None
+    import filelock  # imported late: reading a cache needs no lock
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / LOCK)
     try:

@@ -40,13 +40,19 @@ Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attent
 ===================================  ========================  ==================================================
 """
 
-import importlib.util
+import sys
+from importlib.util import find_spec
 from typing import Any
 
-if importlib.util.find_spec("keras") is None:
-    raise ModuleNotFoundError('keras_distill needs Keras: pip install "lightning-distill[keras]".', name="keras")
-
 from distill_core import __version__ as __version__
+from distill_core.installed import unusable
+
+if _problem := unusable("keras_distill", "keras"):
+    raise _problem
+# Keras has imported its backend.
+if _problem := unusable("keras_distill", sys.modules["keras"].config.backend()):
+    raise _problem
+
 from distill_core.store import CacheError
 from keras_distill import functional, losses, metrics, schedules
 from keras_distill.cache import TeacherCache
@@ -153,10 +159,15 @@ __all__ = [
     "schedules",
 ]
 
+# These names are imported on first use. Where the launcher's packages are not installed, a star import leaves them out.
+_LAUNCHER = frozenset(__all__) - frozenset(globals())
+if find_spec("pydantic") is None or find_spec("yaml") is None:
+    __all__ = [name for name in __all__ if name not in _LAUNCHER]
+
 
 def __getattr__(name: str) -> Any:
     """Import the launcher's names on first use, because only the launcher needs pydantic and PyYAML."""
-    if name not in __all__:
+    if name not in _LAUNCHER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from keras_distill import launcher
 

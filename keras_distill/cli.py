@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill_core.cli import fail, run_demo, validate
+from distill_core.cli import run_demo, validate
 
 _PROG = "keras-distill"
 
@@ -19,7 +19,7 @@ def demo(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    return run_demo(_PROG, "keras_distill.demo", arguments, 'pip install "lightning-distill[keras,plots]"')
+    return run_demo(_PROG, "keras_distill.demo", arguments)
 
 
 def validate_config(arguments: argparse.Namespace) -> int:
@@ -31,15 +31,8 @@ def validate_config(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    try:
-        import yaml  # noqa: F401
-
-        from keras_distill.launcher.conf import DistillationConf
-        from keras_distill.launcher.criteria import criterion_of
-    except ModuleNotFoundError as error:
-        if error.name not in ("pydantic", "yaml"):
-            raise
-        return fail(_PROG, "validate-config", f"it needs {error.name}. Install it with: pip install pydantic pyyaml")
+    from keras_distill.launcher.conf import DistillationConf
+    from keras_distill.launcher.criteria import criterion_of
 
     def check(file: Path) -> None:
         criterion_of(DistillationConf(file).distillation.train.criterion)

@@ -40,9 +40,15 @@ Wang 2021, arXiv:2012.15828          AttentionRelationLoss     functional.attent
 ===================================  ========================  ==================================================
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from distill_core import __version__ as __version__
+from distill_core.installed import unusable
+
+if _problem := unusable("lightning_distill", "torch", "lightning", "torchmetrics"):
+    raise _problem
+
 from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.cache import CacheError, TeacherCache
 from lightning_distill.callback import DistillCallback
@@ -102,10 +108,16 @@ __all__ = [
 ]
 __all__ += losses.__all__
 
+_LAUNCHER = frozenset(__all__) - frozenset(globals())
+if find_spec("pydantic") is None or find_spec("yaml") is None:
+    __all__ = [
+        name for name in __all__ if name not in _LAUNCHER
+    ]  # `from lightning_distill import *` works without them
+
 
 def __getattr__(name: str) -> Any:
     """The launcher's names, imported when they are first asked for: pydantic takes a while to import."""
-    if name not in __all__:
+    if name not in _LAUNCHER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lightning_distill import launcher
 

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from distill_core import PACKAGES
 from distill_core.cli import fail, run_demo, validate, working_directory
+from distill_core.installed import unusable
 from distill_core.terminal import write_line
 
 _PROG = "lightning-distill"
@@ -23,7 +24,7 @@ def demo(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    return run_demo(_PROG, "lightning_distill.demo", arguments, 'pip install "lightning-distill[plots]"')
+    return run_demo(_PROG, "lightning_distill.demo", arguments)
 
 
 def fit(words: list[str] | None) -> int:
@@ -35,12 +36,11 @@ def fit(words: list[str] | None) -> int:
     Returns:
         The exit code. Errors of user code in training keep their traceback.
     """
-    try:
-        from jsonargparse import ArgumentError
-        from lightning.pytorch.cli import LightningCLI
-    except ImportError:
-        return fail(_PROG, "fit", 'it needs jsonargparse. Install it with: pip install "lightning-distill[cli]"')
+    if problem := unusable("This command", "jsonargparse"):
+        raise problem
+    from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.cli import LightningCLI
 
     if missing := _missing_config(sys.argv[1:] if words is None else words):
         return fail(_PROG, "fit", f"cannot read {missing}: No such file")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from malformed import write_cache
-from test_project import BLOCK, ROOT, read_setup
+from test_project import ROOT, read_setup
 
 import distill_core.cli.keras
 import distill_core.cli.lightning
@@ -50,24 +50,6 @@ def test_the_console_scripts_are_those_quick_commands() -> None:
     scripts = read_setup()["options.entry_points"]["console_scripts"].split("\n")
     expected = {f"{half}-distill = distill_core.cli.{half}:main" for half in MAINS}
     assert {line.strip() for line in scripts if line} == expected
-
-
-@pytest.mark.parametrize(
-    ("half", "absent", "words", "hint"),
-    [
-        ("keras", ("keras",), ["validate-config", "x.yaml"], 'pip install "lightning-distill[keras]"'),
-        ("lightning", ("torch",), ["cache", "info", "x"], "pip install lightning-distill"),
-        ("lightning", ("lightning",), ["fit"], "pip install lightning-distill"),
-    ],
-)
-def test_a_command_without_its_framework_is_one_line(
-    half: str, absent: tuple[str, ...], words: list[str], hint: str
-) -> None:
-    result = python(f"{BLOCK.format(absent)}\nfrom distill_core.cli.{half} import main\nsys.exit(main({words}))")
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.stderr
-    assert result.stderr.startswith(f"{half}-distill {words[0]}")
-    assert absent[0] in result.stderr.lower()
-    assert hint in result.stderr
 
 
 @pytest.mark.parametrize("half", MAINS)

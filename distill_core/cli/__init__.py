@@ -11,16 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from distill_core import PACKAGES, __version__
+from distill_core import __version__
 from distill_core.terminal import one_line, write_line
 
 EXIT_CODES: Final = (
     "Exit code 0: done. 1: it could not be done, or a file could not be read or written. 2: wrong usage, or a wrong"
     " file. Errors are written to the standard error stream."
 )
-
-
-_DEMO_NEEDS: Final = ("matplotlib", "sklearn")
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,13 +102,12 @@ def count(word: str) -> int:
     return number
 
 
-def run(parser: Parser, argv: Sequence[str] | None, install: str) -> int:
+def run(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse the words of a command line and run the command.
 
     Args:
         parser: The parser; each command sets ``work``, the function that runs it, as ``module:function``.
         argv: The words; None takes them from the process.
-        install: The pip command that installs the framework.
 
     Returns:
         The exit code.
@@ -120,10 +116,10 @@ def run(parser: Parser, argv: Sequence[str] | None, install: str) -> int:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed its help, the version or an error
         return stop.code if isinstance(stop.code, int) else 0
-    return call(parser.prog, arguments.command, arguments.work, arguments, install)
+    return call(parser.prog, arguments.command, arguments.work, arguments)
 
 
-def call(prog: str, command: str, work: str, arguments: Any, install: str) -> int:
+def call(prog: str, command: str, work: str, arguments: Any) -> int:
     """Import the function that runs a command, and call it.
 
     Args:
@@ -131,47 +127,39 @@ def call(prog: str, command: str, work: str, arguments: Any, install: str) -> in
         command: Name of the command.
         work: The function, as ``module:function``.
         arguments: The argument of the function.
-        install: The pip command that installs the framework.
 
     Returns:
-        The exit code of the function; 1, after one line, if a package is not installed.
+        The exit code of the function; 1, after one line, if a package is not installed or too old.
     """
     module, _, function = work.partition(":")
     try:
         run_command: Callable[[Any], int] = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in PACKAGES:
-            raise
-        hint = "" if "pip install" in str(error) else f" Install it with: {install}"
-        return fail(prog, command, f"{str(error).removesuffix('.')}.{hint}")
-    try:
         return run_command(arguments)
-    except ModuleNotFoundError as error:
-        if "pip install" not in str(error):  # user code that the command ran
+    except ImportError as error:
+        if "pip install" not in str(error):  # a mistake here, or user code that the command ran
             raise
         return fail(prog, command, error)
 
 
-def run_demo(prog: str, module: str, arguments: Any, install: str) -> int:
+def run_demo(prog: str, module: str, arguments: Any) -> int:
     """Import a demonstration and run it: the command ``demo``.
 
     Args:
         prog: Name of the program.
         module: The module of the demonstration, which has the function ``run``.
         arguments: ``output``, ``seeds`` and ``quick``.
-        install: The pip command that installs the packages of the demonstration.
 
     Returns:
         The exit code.
+
+    Raises:
+        ImportError: If scikit-learn or Matplotlib is not installed or too old.
     """
-    try:
-        for package in _DEMO_NEEDS:
-            importlib.import_module(package)
-        demo = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name not in _DEMO_NEEDS:
-            raise
-        return fail(prog, "demo", f"the demo needs {error.name}. Install it with: {install}")
+    from distill_core.installed import unusable  # imported late: --help and --version need nothing
+
+    if problem := unusable("The demo", "matplotlib", "sklearn"):
+        raise problem
+    demo = importlib.import_module(module)
     try:
         demo.run(arguments.output, seeds=arguments.seeds, quick=arguments.quick)
     except OSError as error:

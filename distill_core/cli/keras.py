@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from distill_core.cli import add_demo, add_validate, new_parser, run
-
-_INSTALL: Final = 'pip install "lightning-distill[keras]"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example:
         >>> main(["--version"])
-        keras-distill 0.1.0
+        keras-distill ...
         0
     """
     parser, commands = new_parser("keras-distill", "Knowledge distillation for Keras.")
@@ -33,4 +30,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         work="keras_distill.cli:demo",
     )
     add_validate(commands, "keras_distill.Distillation", work="keras_distill.cli:validate_config")
-    return run(parser, argv, _INSTALL)
+    return run(parser, argv)

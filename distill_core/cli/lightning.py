@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from distill_core.cli import Parser, add_demo, add_validate, call, new_parser, run
-
-_INSTALL: Final = "pip install lightning-distill"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,13 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example:
         >>> main(["--version"])
-        lightning-distill 0.1.0
+        lightning-distill ...
         0
     """
     words = sys.argv[1:] if argv is None else [*argv]
     if words[:1] == ["fit"]:  # its options are those of Lightning's own command line
-        return call("lightning-distill", "fit", "lightning_distill.cli:fit", None if argv is None else words, _INSTALL)
-    return run(_parser(), words, _INSTALL)
+        return call("lightning-distill", "fit", "lightning_distill.cli:fit", None if argv is None else words)
+    return run(_parser(), words)
 
 
 def _parser() -> Parser:

@@ -116,10 +116,8 @@ def positions_mask(mask: Tensor | None, feature: Tensor, channel_dim: int | None
     """
     if mask is None:
         return None
-    shape = list(feature.shape)
-    if feature.ndim > 1:
-        del shape[channels_at(feature, channel_dim)]
-    return rows_mask(mask, tuple(shape))
+    channels = channels_at(feature, channel_dim) % feature.ndim if feature.ndim > 1 else None
+    return rows_mask(mask, tuple(size for dim, size in enumerate(feature.shape) if dim != channels))
 
 
 def without(feature: Tensor, positions: Tensor | None, channel_dim: int | None = None) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from cache_nets import network, table
-from test_project import BLOCK, ROOT
 
 from distill_core.locks import LOCK, locked
 from distill_core.store import CacheError
@@ -58,22 +55,6 @@ def test_a_build_into_a_folder_of_other_things_leaves_it_alone(tmp_path: Path, b
         build(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tmp"]
     assert (tmp_path / "thesis.tmp").read_text() == "my thesis"
-
-
-def test_the_keras_half_needs_filelock_only_to_build() -> None:
-    code = (
-        f"{BLOCK.format(('filelock', 'torch', 'lightning'))}\n"
-        "import keras, numpy, keras_distill\n"
-        "try:\n"
-        "    teacher = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])\n"
-        "    keras_distill.TeacherCache.build(teacher, numpy.ones((1, 1)), 'unused')\n"
-        "except ModuleNotFoundError as error:\n"
-        "    print(error)\n"
-    )
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert result.stdout == "Building a cache needs filelock: pip install filelock\n", result.stderr
 
 
 class Failing(torch.utils.data.TensorDataset):

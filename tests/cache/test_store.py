@@ -183,14 +183,17 @@ def test_c12_a_build_that_filled_the_disk_can_be_resumed(tmp_path: Path, monkeyp
 
 
 SLOW = """
-import sys, time
+import itertools, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from cache_nets import network, table
 from lightning_distill import TeacherCache
 
+batches = itertools.count(1)
+
 def forward(teacher, batch):
     print("batch", flush=True)
-    time.sleep(0.02)
+    if next(batches) == 5:
+        sys.stdin.read()  # until the process is killed
     return teacher(batch[0])
 
 settings = dict(layers=["1"], dtype="float32", batch_size=4, shard_bytes=1, forward=forward, progress=False)
@@ -201,7 +204,7 @@ TeacherCache.build(network(32), table(), sys.argv[1], **settings)
 def process(folder: Path) -> subprocess.Popen[str]:
     code = textwrap.dedent(SLOW.format(root=str(ROOT), tests=str(ROOT / "tests")))
     command = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")

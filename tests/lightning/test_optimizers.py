@@ -216,10 +216,11 @@ class Matrices(nn.Module):
 
 UNCLONEABLE: dict[str, tuple[Callable[[], nn.Module], Callable[[Iterable[nn.Parameter]], Any], Any]] = {
     "LBFGS": (nets.student, lambda p: O.LBFGS(p, lr=0.1, max_iter=3), "layer2"),
-    "Muon": (lambda: nets.make(Matrices, 1), lambda p: O.Muon(p, lr=0.02), "layer2"),
     "SparseAdam": (lambda: nets.make(Embeds, 1), lambda p: O.SparseAdam(list(p), lr=0.02), "table"),
     "Needy": (nets.student, lambda p: Needy(p, "of the user"), "layer2"),
 }
+if hasattr(O, "Muon"):  # torch 2.9 and newer
+    UNCLONEABLE["Muon"] = (lambda: nets.make(Matrices, 1), lambda p: O.Muon(p, lr=0.02), "layer2")
 
 
 @pytest.mark.parametrize("name", UNCLONEABLE)
@@ -253,7 +254,7 @@ def test_an_optimizer_that_cannot_be_cloned_works_with_adapter_optimizer(trainer
         assert not torch.equal(parameter, start)
 
 
-@pytest.mark.parametrize("name", ["LBFGS", "Muon", "Needy"])
+@pytest.mark.parametrize("name", sorted(UNCLONEABLE.keys() - {"SparseAdam"}))
 def test_logits_alone_need_no_clone(trainer: MakeTrainer, name: str) -> None:
     """L3: without adapters there is nothing to follow."""
     network, optimizer, _ = UNCLONEABLE[name]
