@@ -314,7 +314,7 @@ def test_k26_class_weights_are_refused_in_words(kind: str) -> None:
         import tensorflow as tf
 
         data = (tf.data.Dataset.from_tensors((inputs, targets)),)
-    words = r"^Expected `class_weight` to be None where .*`sample_weight`\. Received: class_weight=\{0: 2\.0\}$"
+    words = r"^Expected `class_weight` to be None if .*`sample_weight`\. Received: class_weight=\{0: 2\.0\}$"
     with pytest.raises(ValueError, match=words):
         distilled(LOGITS, None).fit(*data, class_weight={0: 2.0}, verbose=0)
 

@@ -203,7 +203,9 @@ def test_c9_data_that_do_not_fit_the_cache_are_refused_when_attaching(tmp_path: 
     with pytest.raises(CacheError, match=r"^Expected `view` to be below 2, but got view=2\.$"):
         cache.attach((X, Y), transform=crop_and_flip, view=2)
     once = TeacherCache.build(network(9, seed=2), plain, tmp_path / "plain")
-    with pytest.raises(CacheError, match=r"^Expected a cache that was built with a transform in Keras, but this one"):
+    with pytest.raises(
+        CacheError, match=r"^Expected a cache that was built with a transform in Keras, but this cache was not"
+    ):
         once.attach((plain, Y), transform=crop_and_flip)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
