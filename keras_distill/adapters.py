@@ -103,22 +103,22 @@ def resized(teacher: Any, student: Shape) -> Any:
         array([0.5, 2.5], dtype=float32)
     """
     for axis in (1, 2):
-        size, wanted = teacher.shape[axis], student[axis]
-        if size is not None and wanted is not None and size != wanted:
-            matrix = ops.cast(_resizing(size, wanted), teacher.dtype)
+        size, new_size = teacher.shape[axis], student[axis]
+        if size is not None and new_size is not None and size != new_size:
+            matrix = ops.cast(_resizing(size, new_size), teacher.dtype)
             teacher = ops.moveaxis(ops.tensordot(matrix, teacher, axes=[[1], [axis]]), 0, axis)
     return teacher
 
 
-def _resizing(size: int, wanted: int) -> np.ndarray[Any, Any]:
+def _resizing(size: int, new_size: int) -> np.ndarray[Any, Any]:
     """The matrix that resizes one dimension; height and width can be resized one after the other."""
-    matrix = np.zeros((wanted, size), "float32")
-    for row in range(wanted):
-        if wanted < size:  # the mean of all pixels that the new pixel overlaps
-            first, last = row * size // wanted, -(-(row + 1) * size // wanted)
+    matrix = np.zeros((new_size, size), "float32")
+    for row in range(new_size):
+        if new_size < size:  # the mean of all pixels that the new pixel overlaps
+            first, last = row * size // new_size, -(-(row + 1) * size // new_size)
             matrix[row, first:last] = 1 / (last - first)
         else:  # linear interpolation between the centres of the pixels, which lie at one half
-            centre = max((row + 0.5) * size / wanted - 0.5, 0.0)
+            centre = max((row + 0.5) * size / new_size - 0.5, 0.0)
             low = min(int(centre), size - 1)
             matrix[row, low] += 1 - (centre - low)
             matrix[row, min(low + 1, size - 1)] += centre - low

@@ -111,7 +111,8 @@ class TeacherDivergence(TeacherMetric):
 
     .. math:: \frac{1}{N} \sum_n \sum_c p^t_{nc} (\log p^t_{nc} - \log p^s_{nc}), \qquad p = \mathrm{softmax}(z / T)
 
-    Unlike SoftTargetLoss it has no factor :math:`T^2`: it is a divergence of two distributions at any temperature.
+    Unlike SoftTargetLoss it is not multiplied by :math:`T^2`, so it is a divergence of two distributions at any
+    temperature.
     A single score per example, ``(N, 1)`` or ``(N,)``, is read as the logit of one of two classes, as by the sigmoid.
 
     Args:

@@ -78,9 +78,9 @@ def check_classes(student_logits: Any, teacher: TopK) -> None:
     Raises:
         ValueError: If they do not.
     """
-    wanted = (*teacher.indices.shape[:-1], teacher.classes.shape[-1])
-    if checks.shapes_differ(student_logits.shape, wanted):
-        expected = f"`student_logits` to have the teacher's shape {wanted}"
+    shape = (*teacher.indices.shape[:-1], teacher.classes.shape[-1])
+    if checks.shapes_differ(student_logits.shape, shape):
+        expected = f"`student_logits` to have the teacher's shape {shape}"
         remedy = "The cache is of another teacher, or of other data."
         raise ValueError(checks.message(expected, f"{tuple(student_logits.shape)}", remedy))
 

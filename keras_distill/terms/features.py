@@ -131,11 +131,11 @@ class FeatureDistillation(LossTerm):
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the adapted features fit the teacher's, also if the teacher was replaced after the build."""
         for index, adapter in enumerate(self._adapters):
-            shape, wanted, *_ = self._described(index, student, teacher)
+            shape, expected, *_ = self._described(index, student, teacher)
             mapped = tuple(shape if adapter is None else adapter.compute_output_shape(tuple(shape)))
-            if self._resizes(index, mapped, wanted):
-                wanted = (wanted[0], *mapped[1:3], wanted[3])
-            self._check(mapped, wanted, index)
+            if self._resizes(index, mapped, expected):
+                expected = (expected[0], *mapped[1:3], expected[3])
+            self._check(mapped, expected, index)
 
     def _described(self, index: int, student: Call, teacher: Call) -> list[Any]:
         """The shapes of a pair of arranged features, then their layouts."""
@@ -196,11 +196,11 @@ class FeatureDistillation(LossTerm):
         shapes = [(tuple(student), tuple(teacher), KINDS.get(layout)) for student, teacher, layout, _ in pairs]
         self._adapters = []
         for (student, teacher, kind), (tap, _) in zip(shapes, self.pairs, strict=True):
-            wanted = self.adapter
-            if wanted == "auto" and (not self.requires.channels_must_match or kind == "scores"):
-                wanted = None
+            adapter = self.adapter
+            if adapter == "auto" and (not self.requires.channels_must_match or kind == "scores"):
+                adapter = None
             maps = len(student) >= 4 if kind is None else kind == "map"
-            self._adapters.append(make_adapter(wanted, student, teacher, tap.name, maps=maps))
+            self._adapters.append(make_adapter(adapter, student, teacher, tap.name, maps=maps))
         if self.requires.learned:
             self._learned = [copied(self.loss) for _ in shapes]
             for loss, adapter, (student, teacher, _) in zip(self._learned, self._adapters, shapes, strict=True):
@@ -251,8 +251,7 @@ class FeatureDistillation(LossTerm):
             expected = f"student feature {taps[0].name!r} and teacher feature {taps[1].name!r} to be of one kind"
             remedy = "If a layout is wrong, pass Tap(layout=...)."
             raise ValueError(checks.message(expected, f"{layouts[0]} and {layouts[1]}", remedy))
-        wanted = KINDS.get(declared)
-        if wanted == "scores" and any(kind not in (None, wanted) for kind in kinds):
+        if KINDS.get(declared) == "scores" and any(kind not in (None, "scores") for kind in kinds):
             expected = f"two attention maps for {type(self.loss).__name__}"
             raise ValueError(checks.message(expected, f"{layouts[0]} and {layouts[1]}", 'Tap("mha", output=1) is one.'))
         return layouts
@@ -279,10 +278,10 @@ class FeatureDistillation(LossTerm):
         self._check(tuple(feature.shape), tuple(target.shape), index)
         return feature, fitted_rows(feature, target), masks
 
-    def _resizes(self, index: int, mapped: Sequence[int | None], wanted: Sequence[int | None]) -> bool:
+    def _resizes(self, index: int, mapped: Sequence[int | None], shape: Sequence[int | None]) -> bool:
         kind = KINDS.get(self._built_for[index][2]) if self._built_for else None
         positions = self.requires.positions_must_match
-        maps = kind in (None, "map") and len(mapped) == len(wanted) == 4
+        maps = kind in (None, "map") and len(mapped) == len(shape) == 4
         return bool(positions and maps and self.adapter != "linear")
 
     def _paired_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> tuple[list[Tap], list[Tap]]:
@@ -293,15 +292,15 @@ class FeatureDistillation(LossTerm):
         """Set the taps that each model's recorder reads."""
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
 
-    def _check(self, mapped: Sequence[int | None], wanted: Sequence[int | None], index: int) -> None:
+    def _check(self, mapped: Sequence[int | None], shape: Sequence[int | None], index: int) -> None:
         all_axes = self.requires.channels_must_match and self.requires.positions_must_match
-        if all_axes and checks.shapes_differ(mapped, wanted):
+        if all_axes and checks.shapes_differ(mapped, shape):
             names = [tap.name for tap in self.pairs[index]]
             expected = f"student feature {names[0]!r} and teacher feature {names[1]!r} to have equal shapes"
             remedy = 'Pass adapter="auto".' if self.adapter is None else "Pass an adapter that makes them equal."
-            if self.adapter == "auto" and self._adapters and mapped[-1] != wanted[-1]:
+            if self.adapter == "auto" and self._adapters and mapped[-1] != shape[-1]:
                 remedy = "The adapter was made for another teacher: make a new DistillModel."
-            raise ValueError(checks.message(expected, f"{tuple(mapped)} and {tuple(wanted)}", remedy))
+            raise ValueError(checks.message(expected, f"{tuple(mapped)} and {tuple(shape)}", remedy))
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
