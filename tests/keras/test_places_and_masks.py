@@ -102,7 +102,7 @@ def test_k29_layers_are_named_by_name_path_attribute_or_themselves() -> None:
     student(np.zeros((1, 4), "float32"))
     DistillModel(student, Subclassed(), FeatureDistillation("blocks.0", "blocks.1"))
     with pytest.raises(
-        ValueError, match=r"Pass one of 'backbone/block', 'neck/block'\. Received: 'block', which several"
+        ValueError, match=r"Pass one of 'backbone/block', 'neck/block'\. Received: 'block', the name of several"
     ):
         DistillModel(nested(), model, FeatureDistillation("head", "block"))
     with pytest.raises(ValueError, match=r"Closest: 'head'\. Received: 'heat'$"):
