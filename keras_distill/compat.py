@@ -24,6 +24,7 @@ __all__ = [
     "MetricsList",
     "additional_loss",
     "compiled_loss",
+    "compiled_metrics",
     "computed_in",
     "discarded_changes",
     "first_batch",
@@ -81,6 +82,12 @@ def sublayers_of(layer: Any) -> list[Any]:
 def compiled_loss(model: keras.Model, labels: Any, output: Any, sample_weight: Any) -> Any:
     """The loss passed to ``compile``, without the regularisers that ``compute_loss`` adds."""
     return model._compile_loss(labels, output, sample_weight)
+
+
+def compiled_metrics(model: keras.Model) -> list[Any]:
+    """The metrics passed to ``compile``, also before Keras has built them, as one list."""
+    compiled = getattr(model, "_compile_metrics", None)
+    return keras.tree.flatten([compiled._user_metrics, compiled._user_weighted_metrics]) if compiled is not None else []
 
 
 def additional_loss(model: keras.Model, loss: Any) -> Any:

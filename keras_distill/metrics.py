@@ -1,8 +1,8 @@
-"""Metrics that compare the student with its teacher, for ``compile``, ``evaluate`` or a custom loop."""
+"""Metrics that compare the student with its teacher, for ``DistillModel``, or for a loop of your own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -11,12 +11,57 @@ from keras import ops
 from keras_distill import backends, checks, compat
 from keras_distill.functional.inputs import prepare
 from keras_distill.functional.logits import soft_target_kl
+from keras_distill.functional.top_k import TopK, best_scores
 
 _NAMES = ("student_logits", "teacher_logits")
 
 
+class TeacherMetric(keras.metrics.Mean):
+    """Base of the metrics on the two models' logits: the mean of one value for each row.
+
+    ``DistillModel(..., teacher_metrics=[...])`` updates them in ``fit`` and ``evaluate``. A subclass defines
+    :meth:`values`.
+
+    Args:
+        name: Name of the metric.
+        dtype: Precision of the state; ``None`` is ``keras.config.floatx()``.
+
+    Example:
+        >>> class LargestDifference(TeacherMetric):
+        ...     def values(self, student_logits, teacher_logits):
+        ...         return ops.max(ops.abs(student_logits - teacher_logits), axis=-1)
+        >>> metric = LargestDifference("largest_difference")
+        >>> metric.update_state(ops.array([[4.0, 1.0], [0.0, 0.5]]), ops.array([[2.0, 0.0], [0.0, 0.0]]))
+        >>> float(metric.result())
+        1.25
+    """
+
+    def values(self, student_logits: Any, teacher_logits: Any) -> Any:
+        """One value for each row.
+
+        Args:
+            student_logits: Shape ``(N, ..., C)``.
+            teacher_logits: Same shape; or a :class:`keras_distill.functional.top_k.TopK` if a cache holds only the
+                likeliest classes.
+
+        Returns:
+            Shape ``(N, ...)``.
+        """
+        raise NotImplementedError
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Values of the rows of one batch, added to the state.
+
+        Args:
+            y_true: The teacher's logits, shape ``(N, ..., C)``.
+            y_pred: The student's logits, same shape.
+            sample_weight: Weight of each row.
+        """
+        super().update_state(self.values(y_pred, y_true), sample_weight)
+
+
 @keras.saving.register_keras_serializable(package="keras_distill")
-class TeacherAgreement(keras.metrics.Mean):
+class TeacherAgreement(TeacherMetric):
     """Share of the rows of logits where student and teacher give the highest score to the same class.
 
     It measures how often the student decides as its teacher does, right or wrong. With a single score per example,
@@ -48,24 +93,26 @@ class TeacherAgreement(keras.metrics.Mean):
         super().__init__(name=name, dtype=dtype)
         compat.set_direction(self, "up")
 
-    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Agreeing rows of one batch, added to the state.
-
-        Args:
-            y_true: The teacher's logits, shape ``(N, ..., C)``.
-            y_pred: The student's logits, same shape.
-            sample_weight: Weight of each row.
-        """
-        super().update_state(_agrees(y_pred, y_true), sample_weight)
+    def values(self, student_logits: Any, teacher_logits: Any) -> Any:
+        """1 for each row where both models choose the same class, 0 for all others."""
+        if isinstance(teacher_logits, TopK):
+            teacher_logits = best_scores(teacher_logits)
+        student, teacher = _pair(student_logits, teacher_logits)
+        if student.shape[-1] == 1:
+            agrees = ops.equal(ops.squeeze(student, -1) > 0, ops.squeeze(teacher, -1) > 0)
+        else:
+            agrees = ops.equal(backends.likeliest(student), backends.likeliest(teacher))
+        return ops.cast(agrees, "float32")
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class TeacherDivergence(keras.metrics.Mean):
+class TeacherDivergence(TeacherMetric):
     r"""Mean Kullback-Leibler divergence of the student's probabilities from the teacher's, in nats.
 
     .. math:: \frac{1}{N} \sum_n \sum_c p^t_{nc} (\log p^t_{nc} - \log p^s_{nc}), \qquad p = \mathrm{softmax}(z / T)
 
-    Unlike SoftTargetLoss it has no factor :math:`T^2`: it is a divergence of two distributions at any temperature.
+    Unlike SoftTargetLoss it is not multiplied by :math:`T^2`, so it is a divergence of two distributions at any
+    temperature.
     A single score per example, ``(N, 1)`` or ``(N,)``, is read as the logit of one of two classes, as by the sigmoid.
 
     Args:
@@ -97,20 +144,17 @@ class TeacherDivergence(keras.metrics.Mean):
         self.temperature = float(temperature)
         compat.set_direction(self, "down")
 
-    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Divergences of the rows of one batch, added to the state.
-
-        Args:
-            y_true: The teacher's logits, shape ``(N, ..., C)``.
-            y_pred: The student's logits, same shape.
-            sample_weight: Weight of each row.
-        """
-        student, teacher = _pair(y_pred, y_true)
+    def values(self, student_logits: Any, teacher_logits: Any) -> Any:
+        """The divergence of each row, in nats."""
+        if isinstance(teacher_logits, TopK):
+            expected = f"a cache of full outputs for {type(self).__name__}"
+            received = f"the likeliest {teacher_logits.indices.shape[-1]} classes alone"
+            raise ValueError(checks.message(expected, received, "Build it without top_k."))
+        student, teacher = _pair(student_logits, teacher_logits)
         if student.shape[-1] == 1:
             # The sigmoid of z is the softmax of (0, z).
             student, teacher = (ops.concatenate([ops.zeros_like(z), z], axis=-1) for z in (student, teacher))
-        divergence = soft_target_kl(student, teacher, temperature=self.temperature) / self.temperature**2
-        super().update_state(divergence, sample_weight)
+        return soft_target_kl(student, teacher, temperature=self.temperature) / self.temperature**2
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
@@ -118,30 +162,32 @@ class TeacherDivergence(keras.metrics.Mean):
 
 
 class LossParts(compat.MetricsList):
-    """The parts of the loss and the agreement as means, in a list in which Keras' callbacks find their direction.
+    """The parts of the loss and the metrics of the teacher, in a list in which Keras' callbacks find their direction.
 
     ``result`` holds the metrics that were measured since the last reset; within a step, those of the step.
 
     Args:
         parts: Names of the parts.
-        agreement: Whether the agreement with the teacher is among the metrics.
+        teacher_metrics: Metrics of the two models' logits.
 
     Attributes:
+        teacher_metrics: These metrics.
         measured: Names measured since the last reset.
         now: Names measured in the step that is running or being traced, None outside of a step.
 
     Example:
-        >>> parts = LossParts(["task"], agreement=True)
+        >>> parts = LossParts(["task"])
         >>> parts.add("task_loss", 2.0, 4)
         >>> {name: float(value) for name, value in parts.result().items()}
         {'task_loss': 2.0}
     """
 
-    def __init__(self, parts: Iterable[str], *, agreement: bool) -> None:
+    def __init__(self, parts: Iterable[str], teacher_metrics: Sequence[TeacherMetric] = ()) -> None:
         means = [keras.metrics.Mean(name=f"{part}_loss") for part in parts]
         for mean in means:
             compat.set_direction(mean, "down")
-        super().__init__([*means, TeacherAgreement()] if agreement else means, name="loss_parts")
+        super().__init__([*means, *teacher_metrics], name="loss_parts")
+        self.teacher_metrics = list(teacher_metrics)
         self.measured: set[str] = set()
         self.now: set[str] | None = None
 
@@ -158,9 +204,21 @@ class LossParts(compat.MetricsList):
             value: A scalar.
             rows: Number of examples or rows that the value is the mean of.
         """
-        (self.measured if self.now is None else self.now).add(name)
+        self._note(name)
         metric = next(metric for metric in self.metrics if metric.name == name)
-        keras.metrics.Mean.update_state(metric, value, ops.cast(rows, "float32"))
+        metric.update_state(value, ops.cast(rows, "float32"))
+
+    def compare(self, student_logits: Any, teacher_logits: Any, weights: Any = None) -> None:
+        """Update the metrics of the teacher.
+
+        Args:
+            student_logits: Shape ``(N, ..., C)``.
+            teacher_logits: Same shape.
+            weights: Weight of each row, or None.
+        """
+        for metric in self.teacher_metrics:
+            self._note(metric.name)
+            metric.update_state(teacher_logits, student_logits, sample_weight=weights)
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
         """No-op: a custom ``train_step`` calls it with (y, y_pred), but ``compute_loss`` has updated the means."""
@@ -177,35 +235,11 @@ class LossParts(compat.MetricsList):
 
     def result_of(self, names: Iterable[str]) -> dict[str, Any]:
         """The values of some metrics, in the order of the list."""
-        wanted = set(names)
-        return {metric.name: metric.result() for metric in self.metrics if metric.name in wanted}
+        chosen = set(names)
+        return {metric.name: metric.result() for metric in self.metrics if metric.name in chosen}
 
-
-def agreement(student_logits: Any, teacher_logits: Any, mask: Any = None, *, threshold: float = 0.0) -> tuple[Any, Any]:
-    """Share of the rows where student and teacher choose the same class, and their number.
-
-    Args:
-        student_logits: Shape ``(N, ..., C)``.
-        teacher_logits: Same shape.
-        mask: True for rows that count, or None for all.
-        threshold: A single score above it means that the class is chosen; 0 for logits, 0.5 for probabilities.
-
-    Returns:
-        The share and the number, two scalars.
-    """
-    agrees = _agrees(student_logits, teacher_logits, threshold)
-    counts = ops.ones_like(agrees) if mask is None else ops.ones_like(agrees) * ops.cast(mask, agrees.dtype)
-    rows = ops.sum(counts)
-    return ops.sum(agrees * counts) / ops.maximum(rows, 1.0), rows
-
-
-def _agrees(student_logits: Any, teacher_logits: Any, threshold: float = 0.0) -> Any:
-    student, teacher = _pair(student_logits, teacher_logits)
-    if student.shape[-1] == 1:
-        agrees = ops.equal(ops.squeeze(student, -1) > threshold, ops.squeeze(teacher, -1) > threshold)
-    else:
-        agrees = ops.equal(backends.likeliest(student), backends.likeliest(teacher))
-    return ops.cast(agrees, "float32")
+    def _note(self, name: str) -> None:
+        (self.measured if self.now is None else self.now).add(name)
 
 
 def _pair(student_logits: Any, teacher_logits: Any) -> tuple[Any, Any]:

@@ -11,19 +11,18 @@ from keras import ops
 
 from keras_distill import backends, checks, compat
 from keras_distill.callbacks import fit_callbacks, with_callbacks
+from keras_distill.comparison import chosen_metrics, refuse_compiled
 from keras_distill.execution import StepFunction, leave_out_xla
-from keras_distill.metrics import LossParts
+from keras_distill.metrics import LossParts, TeacherMetric
 from keras_distill.recording import Call
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 from keras_distill.step import DistillStep
 from keras_distill.students import check_arguments, check_student, check_term_names, warn_of_augmentation
 from keras_distill.targets import (
-    DistillTargets,
     EpochData,
     check_class_weight,
     check_stored_logits,
     split_targets,
-    stored_targets,
     weights_of,
 )
 from keras_distill.terms import DistillationTerm
@@ -42,7 +41,7 @@ class DistillModel(ModelWithTeacher):
     or saved.
 
     The logs hold ``loss``, ``task_loss``, ``distillation_loss``, ``<term>_loss`` for each term without its weight,
-    ``teacher_agreement``, the compiled metrics, and their ``val_`` forms. As with every Keras model that has several
+    the ``teacher_metrics``, the compiled metrics, and their ``val_`` forms. As with every Keras model that has several
     metrics, ``evaluate`` returns a list of all of them: pass ``return_dict=True``, or write
     ``loss, *rest = model.evaluate(...)``.
 
@@ -57,8 +56,9 @@ class DistillModel(ModelWithTeacher):
             training.
         evaluate_distillation: Whether ``evaluate`` and validation run the teacher. If not, their loss is the task's,
             times ``task_weight`` unless that is 0.
-        track_agreement: Whether the logs hold the share of examples where student and teacher choose the same class,
-            if a term compares class scores.
+        teacher_metrics: Metrics that compare the student with the teacher, such as ``[TeacherDivergence()]``. They get
+            the outputs, masks and sample weights of the first term that compares class scores. None is
+            ``[TeacherAgreement()]`` if there is such a term; ``[]`` measures nothing.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
         save_teacher: Whether files of this model contain the teacher.
         name: Name of the model.
@@ -95,7 +95,7 @@ class DistillModel(ModelWithTeacher):
         *,
         task_weight: float | Schedule = 1.0,
         evaluate_distillation: bool = True,
-        track_agreement: bool = True,
+        teacher_metrics: TeacherMetric | Sequence[TeacherMetric] | None = None,
         teacher_dtype: Any = None,
         save_teacher: bool = False,
         name: str = "distill_model",
@@ -105,8 +105,7 @@ class DistillModel(ModelWithTeacher):
         check_student(student, teacher)
         schedules: dict[str, Schedule] = {}
         task_weight = first_value("task_weight", task_weight, checks.non_negative, schedules)
-        switches = {"evaluate_distillation": evaluate_distillation, "track_agreement": track_agreement}
-        for switch, value in {**switches, "save_teacher": save_teacher}.items():
+        for switch, value in {"evaluate_distillation": evaluate_distillation, "save_teacher": save_teacher}.items():
             checks.boolean(switch, value)
         kwargs.setdefault("dtype", student.dtype_policy)  # so that compile() scales the loss for mixed_float16
         kwargs.setdefault("autocast", False)  # the inputs reach both models as they are
@@ -118,15 +117,15 @@ class DistillModel(ModelWithTeacher):
         self.step = DistillStep(student, teacher, terms, teacher_dtype=teacher_dtype, teacher_inputs=hook)
         check_term_names(self.step.terms, student)
         self.terms, self.term_states, self.schedules = self.step.terms, self.step.states, schedules
-        self.evaluate_distillation, self.track_agreement = evaluate_distillation, track_agreement
-        self.save_teacher = save_teacher
+        self.evaluate_distillation, self.save_teacher = evaluate_distillation, save_teacher
         self._task_weight, self.fitting = float(task_weight), False
         self.task_weight_variable = self.add_weight(
             name="task_weight", shape=(), dtype="float32", trainable=False, autocast=False,
             initializer=keras.initializers.Constant(float(task_weight)),
         )  # fmt: skip
         names = ("task", "distillation", *(term.name for term in self.terms))
-        self.loss_parts = LossParts(names, agreement=track_agreement)
+        self.must_compare = bool(teacher_metrics)
+        self.loss_parts = LossParts(names, chosen_metrics(teacher_metrics, self.terms, names))
         self.built = self.step.built  # a file builds only a model that is not built yet
 
     @property
@@ -296,12 +295,15 @@ class DistillModel(ModelWithTeacher):
         if measures:
             losses = self.step.compare(
                 y_pred, x, labels, sample_weight,
-                teacher=stored, training=training, track_agreement=self.track_agreement,
+                teacher=stored, training=training, with_scores=bool(self.loss_parts.teacher_metrics),
             )  # fmt: skip
             total = total + losses.total
             parts |= {"distillation": losses.total, **losses.values}
-            if losses.rows is not None:
-                self.loss_parts.add("teacher_agreement", losses.agreement, losses.rows)
+            if losses.scores == [] and self.must_compare:
+                expected = "outputs that choose one class for `teacher_metrics`"
+                raise ValueError(checks.message(expected, "single scores, or a sigmoid for each of several classes"))
+            for scores in losses.scores or []:
+                self.loss_parts.compare(*scores)
             if training and task is None and not losses.values:
                 total = total + ops.cast(backends.zero_gradient(keras.tree.flatten(y_pred)), total.dtype)
         rows = ops.shape(keras.tree.flatten(y_pred)[0])[0]
@@ -311,6 +313,7 @@ class DistillModel(ModelWithTeacher):
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """The logs: the compiled metrics, if the batch has labels, and this model's own metrics."""
+        refuse_compiled(compat.compiled_metrics(self))
         labels, _ = split_targets(y)
         if labels is None:
             return self.get_metrics_result()
@@ -326,33 +329,11 @@ class DistillModel(ModelWithTeacher):
                 logs.update(result if isinstance(result, dict) else {metric.name: result})
         return logs
 
-    def teacher_targets(self, inputs: Any, labels: Any = None) -> DistillTargets:
-        """Targets with the teacher's outputs for a batch, so that the teacher runs once instead of in every epoch.
-
-        Use it on each batch of a data set: ``data.map(lambda x, y: (x, model.teacher_targets(x, y))).cache()``.
-
-        Args:
-            inputs: The teacher's inputs for the batch.
-            labels: The batch's labels, or None.
-
-        Returns:
-            Labels, and the teacher's output and features.
-
-        Raises:
-            ValueError: If the model does not have exactly one teacher.
-        """
-        if len(self.step.teachers) != 1:
-            received = f"{len(self.step.teachers)} teachers" if self.step.teachers else "teacher=None"
-            remedy = "Make the targets of each teacher separately." if self.step.teachers else "Set `model.teacher`."
-            raise ValueError(checks.message("one teacher", received, remedy))
-        taps = [tap for term in self.terms for tap in term.teacher_taps]
-        return stored_targets(labels, self.step.teachers[0].answer(inputs), taps)
-
     # Files --------------------------------------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON; they include the teacher only if ``save_teacher`` is True."""
-        serialize = keras.saving.serialize_keras_object
+        serialize, metrics = keras.saving.serialize_keras_object, self.loss_parts.teacher_metrics
         return {
             "name": self.name,
             "trainable": self.trainable,
@@ -362,7 +343,7 @@ class DistillModel(ModelWithTeacher):
             "terms": [serialize(term) for term in self.terms],
             "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,
-            "track_agreement": self.track_agreement,
+            "teacher_metrics": [serialize(metric) for metric in metrics] if self.must_compare or not metrics else None,
             "teacher_dtype": self.step.teacher_dtype,
             "save_teacher": self.save_teacher,
         }
@@ -373,7 +354,7 @@ class DistillModel(ModelWithTeacher):
         restored = {
             key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
             for key, value in config.items()
-            if key in ("student", "teacher", "terms") and value is not None
+            if key in ("student", "teacher", "terms", "teacher_metrics") and value is not None
         }
         return cls(**deserialized({key: value for key, value in config.items() if key not in restored}), **restored)
 

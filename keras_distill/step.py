@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,27 +10,26 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks, compat
-from keras_distill.agreement import agreement_of
+from keras_distill.comparison import compared_scores
 from keras_distill.recording import Call, Recorder, probed, symbolic
-from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs
+from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs, joint_inputs, with_call
 from keras_distill.terms import DistillationTerm, TermState, as_terms
+from keras_distill.terms.logits import Scores
 from keras_distill.terms.weighing import scalar
 
 
 class StepLosses(NamedTuple):
-    """Scalars of one step.
+    """Losses of one step.
 
     Attributes:
         total: The weighted sum of the values.
         values: The value of each computed term, without its weight, by the name of the term.
-        agreement: Share of the rows where student and teacher choose the same class, or None.
-        rows: Number of rows that the agreement was computed on, or None.
+        scores: The two models' class scores, or None if they were not asked for or the teacher did not run.
     """
 
     total: Any
     values: dict[str, Any]
-    agreement: Any = None
-    rows: Any = None
+    scores: list[Scores] | None = None
 
 
 class DistillStep:
@@ -192,7 +190,7 @@ class DistillStep:
         """Build at once if student and teachers know their inputs, so that errors are raised by the constructor."""
         inputs = compat.input_structure(self.student)
         if inputs is not None and all(compat.input_structure(live.model) is not None for live in self.teachers):
-            self.build(self._all_inputs(inputs))
+            self.build(joint_inputs(inputs, [live.model for live in self.teachers]))
 
     def build_from_config(self, configs: Mapping[str, Any]) -> None:
         """Make the adapters of a saved model.
@@ -262,9 +260,9 @@ class DistillStep:
         student: Call | None = None,
         teacher: Call | None = None,
         training: bool = True,
-        track_agreement: bool = False,
+        with_scores: bool = False,
     ) -> StepLosses:
-        """As :meth:`losses`, but also with the agreement of the two models.
+        """As :meth:`losses`, but also with the class scores of the two models.
 
         Args:
             output: The student's output.
@@ -274,10 +272,10 @@ class DistillStep:
             student: The student's call; None takes the one that is attached to the output.
             teacher: As for :meth:`losses`.
             training: As for :meth:`losses`.
-            track_agreement: Whether the agreement is computed.
+            with_scores: Whether the class scores are returned too.
 
         Returns:
-            The scalars.
+            The losses.
 
         Raises:
             ValueError: As for :meth:`losses`.
@@ -310,8 +308,8 @@ class DistillStep:
             values[term.name] = value
             # in evaluation, and in a graph that the user traces, the weight may be 0: 0 times infinity would be NaN
             total = total + ops.where(weight > 0, weight * value, zero)
-        share, rows = agreement_of(self.terms, student, calls) if track_agreement and calls else (None, None)
-        return StepLosses(total, values, share, rows)
+        scores = compared_scores(self.terms, student, calls, sample_weight) if with_scores and calls else None
+        return StepLosses(total, values, scores)
 
     def _working(self, training: bool) -> list[DistillationTerm]:
         """The terms to compute: in evaluation all of them, in training those whose weight is not 0.
@@ -337,7 +335,8 @@ class DistillStep:
         inputs = compat.input_structure(self.student)
         known = all(compat.input_structure(live.model) is not None for live in self.teachers)
         if built and inputs is not None and self.teachers and known and self.teacher_inputs is None:
-            student, teacher = probed(self.recorder, inputs), self._probed_teacher(self._all_inputs(inputs))
+            joint = joint_inputs(inputs, [live.model for live in self.teachers])
+            student, teacher = probed(self.recorder, inputs), self._probed_teacher(joint)
             for term in built:
                 term.check_calls(student, teacher)
 
@@ -364,26 +363,15 @@ class DistillStep:
             expected = "the inputs of the batch, for the teacher"
             raise ValueError(checks.message(expected, "x=None", "Pass `x`, or the student's output unchanged."))
         if self.teacher_inputs is not None:
-            x = _with_call(self.teacher_inputs, x, student)
+            x = with_call(self.teacher_inputs, x, student)
         return [live.answer(x) for live in self.teachers]
-
-    def _all_inputs(self, inputs: Any) -> Any:
-        """The student's inputs, together with named inputs that only a teacher has: a batch holds both."""
-        if not isinstance(inputs, (dict, keras.KerasTensor)):
-            return inputs
-        structures = [compat.input_structure(live.model) for live in self.teachers]
-        of_teachers = {
-            name: tensor for named in structures if isinstance(named, dict) for name, tensor in named.items()
-        }
-        of_student = inputs if isinstance(inputs, dict) else {inputs.name: inputs}
-        return {**of_teachers, **of_student} if of_teachers.keys() - of_student.keys() else inputs
 
     def _probed_teacher(self, inputs: Any) -> Call:
         hook, live = self.teacher_inputs, self.teachers[0]
         if hook is not None:
 
             def for_teacher(tensors: Any) -> Any:
-                return _with_call(hook, tensors, self.recorder.forward(tensors, training=False))
+                return with_call(hook, tensors, self.recorder.forward(tensors, training=False))
 
             inputs = compat.output_spec(for_teacher, symbolic(inputs))
         return probed(live.recorder, chosen_inputs(live.model, inputs))
@@ -405,11 +393,3 @@ class DistillStep:
         term.built = True
         if term.state is not None:
             term.state.adopt()
-
-
-def _with_call(hook: Callable[..., Any], inputs: Any, call: Call) -> Any:
-    """Call the user's function with the inputs and, if it takes a second argument, the student's call."""
-    kinds = [parameter.kind for parameter in inspect.signature(hook).parameters.values()]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    takes_call = inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in positional for kind in kinds) > 1
-    return hook(inputs, call) if takes_call else hook(inputs)

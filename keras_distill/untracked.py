@@ -6,7 +6,9 @@ from typing import Any
 
 import keras
 
+from keras_distill import checks
 from keras_distill.step import DistillStep
+from keras_distill.targets import DistillTargets, stored_targets
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -31,6 +33,28 @@ class ModelWithTeacher(keras.Model):
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         self.step.teacher = teacher
+
+    def teacher_targets(self, inputs: Any, labels: Any = None) -> DistillTargets:
+        """Targets with the teacher's outputs for a batch, so that the teacher runs once instead of in every epoch.
+
+        Use it on each batch of a data set: ``data.map(lambda x, y: (x, model.teacher_targets(x, y))).cache()``.
+
+        Args:
+            inputs: The teacher's inputs for the batch.
+            labels: The batch's labels, or None.
+
+        Returns:
+            Labels, and the teacher's output and features.
+
+        Raises:
+            ValueError: If the model does not have exactly one teacher.
+        """
+        if len(self.step.teachers) != 1:
+            received = f"{len(self.step.teachers)} teachers" if self.step.teachers else "teacher=None"
+            remedy = "Make the targets of each teacher separately." if self.step.teachers else "Set `model.teacher`."
+            raise ValueError(checks.message("one teacher", received, remedy))
+        taps = [tap for term in self.step.terms for tap in term.teacher_taps]
+        return stored_targets(labels, self.step.teachers[0].answer(inputs), taps)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in Keras, except that the teacher does not become a layer of this model."""

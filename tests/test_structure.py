@@ -33,7 +33,7 @@ ROOMS = {
         ("losses", "metrics", "recording"),
         ("adapters", "targets", "teachers"),
         ("terms",),
-        ("cache", "agreement"),
+        ("cache", "comparison"),
         ("step",),
         ("callbacks", "students", "untracked"),
         ("execution",),

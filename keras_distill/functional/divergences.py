@@ -41,8 +41,8 @@ def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1
 
     References:
         Gu et al. 2023 (MiniLLM), equation 1, arXiv:2306.08543; deviation: the divergence of the whole distribution at
-        each position, summed exactly, instead of an estimate from sampled sequences. It has no factor
-        :math:`T^2`.
+        each position, summed exactly, instead of an estimate from sampled sequences. The value is
+        not multiplied by :math:`T^2`.
     """
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
     return kl_from_logs(log_student, log_teacher)
@@ -104,7 +104,7 @@ def skew_kl(student_logits: Any, teacher_logits: Any, *, skew: float = 0.1, from
     .. math:: \mathrm{KL}(p^t \, \| \, \alpha p^t + (1 - \alpha) p^s), \qquad p = \mathrm{softmax}(z)
 
     The mixture is never far below the teacher: the value is at most :math:`-\log \alpha` and the gradient stays small
-    where the student finds impossible what the teacher does not.
+    for classes that the student considers impossible but the teacher does not.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -195,7 +195,8 @@ def total_variation(
 
     References:
         Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190, where the sum over the steps bounds the distance of
-        whole sequences; deviation: the distance at each position, summed exactly. It has no factor :math:`T^2`.
+        whole sequences; deviation: the distance at each position, summed exactly. The value is
+        not multiplied by :math:`T^2`.
     """
     log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
     return 0.5 * ops.sum(ops.abs(ops.exp(log_student) - ops.exp(log_teacher)), axis=-1)

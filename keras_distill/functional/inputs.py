@@ -81,7 +81,7 @@ def prepare_logits(
         remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
         raise ValueError(checks.message(expected, f"shape {shape}", remedy))
     if not from_logits:
-        return _logarithm(student), _logarithm(teacher)
+        return logarithm(student), logarithm(teacher)
     return (bounded(student), bounded(teacher)) if finite else (student, teacher)
 
 
@@ -192,7 +192,13 @@ def epsilon_of(tensor: Any) -> float:
     return float(np.finfo(keras.backend.standardize_dtype(tensor.dtype)).eps)
 
 
-def _logarithm(probabilities: Any) -> Any:
+def logarithm(probabilities: Any) -> Any:
+    """Logarithm of probabilities, finite also for a probability of 0."""
     # The smallest normal number, not keras.config.epsilon(): with 50,000 classes most probabilities lie below 1e-7.
     tiny = float(np.finfo(keras.backend.standardize_dtype(probabilities.dtype)).tiny)
     return ops.log(ops.maximum(probabilities, tiny))
+
+
+def log_odds(probabilities: Any) -> Any:
+    """The logits of which the sigmoid makes these probabilities, finite also for probabilities of 0 and 1."""
+    return logarithm(probabilities) - logarithm(1.0 - probabilities)

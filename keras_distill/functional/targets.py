@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
-import numpy as np
 from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import (
     IGNORE_INDEX,
     ignored,
+    log_odds,
     prepare_labels,
     prepare_logits,
     prepare_number,
@@ -241,7 +240,7 @@ def binary_soft_target(
     student, teacher = prepare_logits(student_logits, teacher_logits, at_least=1)
     temperature = prepare_temperature(temperature, student)
     if not from_logits:
-        student, teacher = _log_odds(student), _log_odds(teacher)
+        student, teacher = log_odds(student), log_odds(teacher)
     student, teacher = student / temperature, teacher / temperature
     yes = ops.sigmoid(teacher) * ops.log_sigmoid(student)
     no = ops.sigmoid(-teacher) * ops.log_sigmoid(-student)
@@ -273,8 +272,3 @@ def _target(values: Any, is_target: Any) -> Any:
 def _others(logits: Any, is_target: Any) -> Any:
     """The logits with the label's class made impossible."""
     return ops.where(is_target, ops.full_like(logits, LEAST_SCORE), logits)
-
-
-def _log_odds(probabilities: Any) -> Any:
-    tiny = float(np.finfo(keras.backend.standardize_dtype(probabilities.dtype)).tiny)
-    return ops.log(ops.maximum(probabilities, tiny)) - ops.log(ops.maximum(1.0 - probabilities, tiny))

@@ -98,7 +98,7 @@ class Distillation(Hooks):
         model: keras.Model
         if terms:
             model = DistillModel(
-                student, self.teacher_model, as_terms(terms), task_weight=task_weight, track_agreement=False
+                student, self.teacher_model, as_terms(terms), task_weight=task_weight, teacher_metrics=[]
             )
             model.compile(optimizer, task_loss if task_weight else None)
         else:

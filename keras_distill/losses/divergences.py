@@ -29,7 +29,7 @@ class ReverseKLLoss(LogitsLoss):
     The student keeps to the teacher's main modes instead of covering all of them. See
     :func:`keras_distill.functional.reverse_kl`.
 
-    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    The loss is not multiplied by :math:`T^2`: at a higher temperature its gradient is smaller.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
@@ -80,7 +80,7 @@ class GeneralizedJSDLoss(LogitsLoss):
     A bounded loss; ``beta`` 0 is the forward divergence, 1 the reverse. See
     :func:`keras_distill.functional.generalized_jsd`.
 
-    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    The loss is not multiplied by :math:`T^2`: at a higher temperature its gradient is smaller.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
@@ -132,7 +132,7 @@ class SkewKLLoss(LogitsLoss):
     .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p^t_n \, \| \, \alpha p^t_n + (1 - \alpha) p^s_n)
         \quad\text{or, reverse,}\quad \mathrm{KL}(p^s_n \, \| \, \alpha p^s_n + (1 - \alpha) p^t_n)
 
-    The gradient stays small where one model finds impossible what the other does not. See
+    The gradient stays small for classes that only one of the two models considers impossible. See
     :func:`keras_distill.functional.skew_kl` and :func:`keras_distill.functional.skew_reverse_kl`.
 
     It has no temperature.
@@ -192,7 +192,7 @@ class TotalVariationLoss(LogitsLoss):
 
     Symmetric and at most 1, however certain the models are. See :func:`keras_distill.functional.total_variation`.
 
-    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+    The loss is not multiplied by :math:`T^2`: at a higher temperature its gradient is smaller.
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.

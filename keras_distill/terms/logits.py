@@ -9,7 +9,8 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks
-from keras_distill.functional.top_k import TopK, best_scores, check_classes, merge_classes
+from keras_distill.functional.inputs import log_odds, logarithm, prepare
+from keras_distill.functional.top_k import TopK, check_classes, merge_classes
 from keras_distill.losses import (
     BinarySoftTargetLoss,
     FeatureDistance,
@@ -21,7 +22,7 @@ from keras_distill.recording import Call, select
 from keras_distill.schedules import Schedule
 from keras_distill.terms.loss_term import LossTerm
 from keras_distill.terms.outputs import paired_outputs
-from keras_distill.terms.weighing import weigh
+from keras_distill.terms.weighing import row_weights, weigh, zeroed
 
 LossLike: TypeAlias = keras.losses.Loss | Callable[..., Any]
 
@@ -40,19 +41,17 @@ _UNFIT_FUNCTIONS: Final = ("crossentropy", "kl_divergence", "poisson", "hinge", 
 
 
 class Scores(NamedTuple):
-    """Both models' scores of the same classes, for their agreement.
+    """Both models' logits of the same classes, for the metrics of the teacher.
 
     Attributes:
-        student: The student's scores.
-        teacher: The teacher's scores.
-        mask: True for the rows that count, or None for all.
-        threshold: A single score above this value means that the class is chosen.
+        student: The student's logits.
+        teacher: The teacher's logits, or a :class:`TopK`.
+        weights: Weight of each row, 0 for masked rows; None if all rows count alike.
     """
 
     student: Any
     teacher: Any
-    mask: Any
-    threshold: float
+    weights: Any
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -154,30 +153,45 @@ class LogitsDistillation(LossTerm):
             )
         return total
 
-    def scores(self, student: Call, teacher: Call) -> list[Scores]:
+    @property
+    def scores_classes(self) -> bool:
+        """Whether the loss compares class scores. The squared error may, if each row has several outputs."""
+        compares = self.requires.class_scores or self.requires.merges_classes
+        return compares or isinstance(self.loss, (BinarySoftTargetLoss, LogitMSELoss))
+
+    def scores(self, student: Call, teacher: Call, sample_weight: Any = None) -> list[Scores]:
         """The pairs of outputs for which both models choose a class.
 
         Args:
             student: The student's call.
             teacher: The teacher's call.
+            sample_weight: The batch's sample weights.
 
         Returns:
             A list, empty if the loss does not compare class scores.
         """
-        binary = isinstance(self.loss, BinarySoftTargetLoss)
-        # the squared error also fits a regression, but several outputs of one row are taken for class scores
-        squared_error = isinstance(self.loss, LogitMSELoss)
-        if not (self.requires.class_scores or self.requires.merges_classes or squared_error):
+        if not self.scores_classes:
             return []
+        binary, from_logits = isinstance(self.loss, BinarySoftTargetLoss), getattr(self.loss, "from_logits", True)
+        weights = sample_weight if self.use_sample_weight else None
         scores = []
-        for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
-            mask = _joined(student.mask_of(student_logits), teacher.mask_of(teacher_logits))
-            teacher_scores = best_scores(teacher_logits) if isinstance(teacher_logits, TopK) else teacher_logits
-            single = len(student_logits.shape) < 2 or student_logits.shape[-1] == 1
+        for own, other, weight in paired_outputs(student, teacher, self.output_key, weights):
+            shape = tuple(own.shape)
+            single = len(shape) < 2 or shape[-1] == 1
             # several sigmoids do not choose one class; a single score means a class only with the binary loss
-            if single == binary and not checks.shapes_differ(student_logits.shape, teacher_scores.shape):
-                threshold = 0.0 if getattr(self.loss, "from_logits", True) else 0.5
-                scores.append(Scores(student_logits, teacher_scores, mask, threshold if single else 0.0))
+            fits = isinstance(other, TopK) or not checks.shapes_differ(shape, tuple(other.shape))
+            if single != binary or not fits:
+                continue
+            rows = row_weights(own, [student.mask_of(own), teacher.mask_of(other)], weight)
+            if isinstance(other, TopK):
+                scores.append(Scores(own, other, rows))
+                continue
+            own, other = prepare(own, fitted_rows(own, other))
+            if rows is not None:  # so that a masked row that is not finite does not make the mean NaN
+                own, other = zeroed(own, rows > 0), zeroed(other, rows > 0)
+            if not from_logits:
+                own, other = (log_odds(own), log_odds(other)) if single else (logarithm(own), logarithm(other))
+            scores.append(Scores(own, other, rows))
         return scores
 
     def get_config(self) -> dict[str, Any]:
@@ -258,13 +272,6 @@ def fitted_rows(student: Any, teacher: Any) -> Any:
     if student.shape[0] == teacher.shape[0] is not None:
         return teacher
     return ops.reshape(teacher, (ops.shape(student)[0], *ops.shape(teacher)[1:]))
-
-
-def _joined(first: Any, second: Any) -> Any:
-    """The rows that count in both masks."""
-    if first is None or second is None:
-        return second if first is None else first
-    return ops.logical_and(ops.cast(first, "bool"), ops.cast(second, "bool"))
 
 
 def _is_of_keras(loss: keras.losses.Loss) -> bool:

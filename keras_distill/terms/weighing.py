@@ -52,7 +52,7 @@ def weigh(
             kept.append(classes)
     mask = functools.reduce(ops.logical_and, kept) if kept else None
     if mask is not None:
-        student, teacher = keras.tree.map_structure(lambda tensor: _zeroed(tensor, mask), (student, teacher))
+        student, teacher = keras.tree.map_structure(lambda tensor: zeroed(tensor, mask), (student, teacher))
     target = (teacher, labels) if needs_labels else teacher
     values_per = loss.gives if isinstance(loss, DistillationLoss) else "positions"
     missing = needs_labels and labels is None and isinstance(loss, DistillationLoss)
@@ -78,6 +78,29 @@ def weigh(
         ops.cast(values, dtype), sample_weight=weights, mask=mask, reduction=loss.reduction, dtype=dtype
     )
     return scalar(reduced)
+
+
+def row_weights(logits: Any, masks: Sequence[Any], sample_weight: Any) -> Any:
+    """The weight of each row of logits, 0 where a mask hides it.
+
+    Args:
+        logits: Shape ``(N, ..., C)``, or ``(N,)``.
+        masks: True where a row counts, shape ``(N, L)``; entries may be None.
+        sample_weight: Weight of each example, shape ``(N,)``, or of each row.
+
+    Returns:
+        A float32 tensor ``(N, ...)``, or None if all rows count alike.
+
+    Raises:
+        ValueError: If the weights fit neither the examples nor the rows.
+    """
+    rank = max(len(logits.shape) - 1, 1)
+    kept = [ops.cast(mask, "float32") for mask in masks if mask is not None and len(mask.shape) <= rank]
+    factors = [_expanded(mask, rank) for mask in kept]
+    if sample_weight is not None:
+        factors.append(_fitted(sample_weight, rank, tuple(logits.shape)[:rank]))
+    # Keras divides by the sum of the weights: one weight for several rows must stand there for each of them
+    return ops.broadcast_to(functools.reduce(ops.multiply, factors), ops.shape(logits)[:rank]) if factors else None
 
 
 def scalar(value: Any) -> Any:
@@ -120,7 +143,8 @@ def _expanded(tensor: Any, rank: int) -> Any:
     return tensor
 
 
-def _zeroed(tensor: Any, mask: Any) -> Any:
+def zeroed(tensor: Any, mask: Any) -> Any:
+    """The tensor with zeros at the positions that do not count."""
     if len(tensor.shape) < len(mask.shape):
         return tensor
     return ops.where(_expanded(mask, len(tensor.shape)), tensor, ops.zeros_like(tensor))

@@ -144,3 +144,10 @@ def test_sublayers_and_jit_support_are_known() -> None:
     assert compat.model_supports_jit(model)
     model.layers[0].supports_jit = False
     assert not compat.model_supports_jit(model)
+
+
+def test_compiled_metrics_are_known_before_keras_builds_them() -> None:
+    model, own, weighted = mlp(), keras.metrics.MeanSquaredError(), keras.metrics.MeanAbsoluteError()
+    assert compat.compiled_metrics(model) == []
+    model.compile("sgd", cross_entropy(), metrics=["accuracy", own], weighted_metrics=[weighted])
+    assert compat.compiled_metrics(model) == ["accuracy", own, weighted]

@@ -215,7 +215,7 @@ def test_k25_terms_come_back_from_json(kind: str) -> None:
 
 def test_k25_the_model_comes_back_from_json() -> None:
     """K25: with every setting of its constructor."""
-    settings = {"evaluate_distillation": False, "track_agreement": False, "save_teacher": True, "name": "pupil"}
+    settings = {"evaluate_distillation": False, "teacher_metrics": [], "save_teacher": True, "name": "pupil"}
     model = DistillModel(mlp(), teacher_of(), [LogitsDistillation(weight=0.7)], task_weight=0.1, **settings)
     config = json.loads(json.dumps(model.get_config()))
     assert settings.items() <= config.items()

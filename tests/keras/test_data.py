@@ -162,8 +162,8 @@ def test_k27_by_default_evaluation_runs_the_teacher(counted: tuple[keras.Model, 
 
 
 def test_k27_agreement_may_be_left_out() -> None:
-    """K27: with `track_agreement=False` no log has it."""
-    model = distilled(track_agreement=False)
+    """K27: with `teacher_metrics=[]` no log has it."""
+    model = distilled(teacher_metrics=[])
     history = model.fit(INPUTS, LABELS, 8, validation_data=(INPUTS, LABELS), verbose=0).history
     assert not [key for key in history if "agreement" in key]
 

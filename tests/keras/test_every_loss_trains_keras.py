@@ -44,7 +44,7 @@ def distilled(case: LossCase) -> DistillModel:
         if case.on_logits
         else FeatureDistillation("body", "body", loss, weight=0.1)
     )
-    model = DistillModel(student, teacher, term, track_agreement=False)
+    model = DistillModel(student, teacher, term, teacher_metrics=[])
     model.compile(keras.optimizers.Adam(0.01), None if not case.loss.needs_labels else no_task, jit_compile=False)
     return model
 

@@ -93,10 +93,10 @@ def test_k22_a_loaded_model_continues_exactly(tmp_path: Path) -> None:
     fitted(first)
     first.save(tmp_path / "model.keras")
     second = keras.models.load_model(tmp_path / "model.keras")
-    for value, expected in zip(learned_weights(second), learned_weights(first), strict=True):
-        np.testing.assert_array_equal(value, expected)
-    for value, expected in zip(second.optimizer.variables, first.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(value), ops.convert_to_numpy(expected))
+    for value, saved in zip(learned_weights(second), learned_weights(first), strict=True):
+        np.testing.assert_array_equal(value, saved)
+    for value, saved in zip(second.optimizer.variables, first.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(value), ops.convert_to_numpy(saved))
 
     second.teacher = teacher()
     logs = fitted(second, 2, initial_epoch=1)

@@ -79,8 +79,8 @@ def test_k22_a_loaded_model_continues_exactly(tmp_path: Path, adapter: bool) -> 
     assert int(second.optimizer.iterations) == 2
     restored, before = second.optimizer.variables, first.optimizer.variables
     assert len(restored) == len(before) > 2 * len(first.student.weights)
-    for value, expected in zip(restored, before, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(value), ops.convert_to_numpy(expected))
+    for value, saved in zip(restored, before, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(value), ops.convert_to_numpy(saved))
     second.teacher = teacher_of(12 if adapter else 8)
     logs = fitted(second, 2, initial_epoch=1)
     assert_same_weights(second, straight, 1e-6)

@@ -212,7 +212,7 @@ def test_k14_one_row_of_the_teacher_is_refused_also_if_sizes_are_unknown(carried
         return x, DistillTargets(y, {"output": output, "features": {"hidden": feature}})
 
     term = LogitsDistillation() if carried == "output" else FeatureDistillation("hidden", "hidden")
-    model = DistillModel(nets.mlp(), None, term, track_agreement=False)
+    model = DistillModel(nets.mlp(), None, term, teacher_metrics=[])
     model.compile(keras.optimizers.SGD(0.1), nets.cross_entropy())
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=r"\b8\b"):
         model.fit(data.map(packed), verbose=0, steps_per_epoch=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import keras
@@ -51,7 +52,11 @@ def test_self_distillation_needs_no_teacher_and_moves_the_shallow_layer_alone() 
     model = DistillModel(exits(), None, SelfDistillation("shallow", "deep", weight=0.5))
     model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
     shallow, deep = (numpy_of(model.student.get_layer(name).kernel).copy() for name in ("shallow", "deep"))
-    with pytest.warns(UserWarning, match="Gradients do not exist for variables .*deep/kernel"):
+    # on JAX a variable that the loss does not reach has a gradient of 0, and Keras has nothing to warn of
+    silent = keras.backend.backend() == "jax"
+    with (
+        contextlib.nullcontext() if silent else pytest.warns(UserWarning, match="Gradients do not exist .*deep/kernel")
+    ):
         logs = model.fit(X, epochs=2, validation_data=(X,), **FIT).history
     assert logs["val_shallow_loss"][1] < logs["val_shallow_loss"][0]
     assert "teacher_agreement" not in logs

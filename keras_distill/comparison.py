@@ -1,0 +1,100 @@
+"""The metrics of the teacher that a model measures, and the class scores that they compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from keras import ops
+
+from keras_distill import checks
+from keras_distill.metrics import TeacherAgreement, TeacherMetric
+from keras_distill.recording import Call
+from keras_distill.terms import DistillationTerm, LogitsDistillation
+from keras_distill.terms.logits import Scores
+
+
+def chosen_metrics(metrics: Any, terms: Sequence[DistillationTerm], parts: Iterable[str]) -> list[TeacherMetric]:
+    """The metrics that a model measures.
+
+    Args:
+        metrics: A metric, several, or None for the agreement if a term compares class scores.
+        terms: The terms.
+        parts: Names of the parts of the loss, which the logs hold with ``_loss``.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        TypeError: If one of them is not a :class:`TeacherMetric`.
+        ValueError: If no term compares class scores, or two parts of the logs share a name.
+    """
+    compares = any(isinstance(term, LogitsDistillation) and term.scores_classes for term in terms)
+    if metrics is None:
+        return [TeacherAgreement()] if compares else []
+    several = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+    names = {"loss", *(f"{part}_loss" for part in parts)}
+    for index, metric in enumerate(several):
+        place = f"`teacher_metrics[{index}]`"
+        if not isinstance(metric, TeacherMetric):
+            expected = f"{place} to be a TeacherMetric, such as TeacherDivergence()"
+            raise TypeError(checks.message(expected, f"{metric!r}", "Pass metrics of the labels to `compile`."))
+        if metric.name in names:
+            expected = f"{place} to have a name that the logs do not hold yet"
+            raise ValueError(checks.message(expected, f"name={metric.name!r}", "Pass name=... to it."))
+        names.add(metric.name)
+    if several and not compares:
+        expected = "a term that compares class scores, for `teacher_metrics`"
+        remedy = "Add LogitsDistillation(weight=0.0), which only measures."
+        raise ValueError(checks.message(expected, f"the terms {[term.name for term in terms]}", remedy))
+    return several
+
+
+def refuse_compiled(metrics: Iterable[Any]) -> None:
+    """Refuse metrics of the teacher in ``compile``, where Keras would call them with the labels.
+
+    Args:
+        metrics: The metrics passed to ``compile``.
+
+    Raises:
+        ValueError: If one of them is a :class:`TeacherMetric`.
+    """
+    for metric in metrics:
+        if isinstance(metric, TeacherMetric):
+            name = type(metric).__name__
+            expected = "`metrics` of `compile` to compare the student with the labels"
+            remedy = f"Pass it to the model: DistillModel(..., teacher_metrics=[{name}(...)])."
+            raise ValueError(checks.message(expected, f"{name}, which compares it with the teacher", remedy))
+
+
+def compared_scores(
+    terms: Sequence[DistillationTerm], student: Call, calls: Sequence[Call], sample_weight: Any = None
+) -> list[Scores]:
+    """Logits of student and teacher, from the first term on class scores.
+
+    Args:
+        terms: The terms.
+        student: The student's call.
+        calls: The teachers' calls, at least one.
+        sample_weight: The batch's sample weights.
+
+    Returns:
+        One entry for each output that the term compares; empty if no term compares class scores.
+    """
+    for term in terms:
+        if isinstance(term, LogitsDistillation):
+            pairs = list(zip(*(term.scores(student, call, sample_weight) for call in calls), strict=True))
+            if pairs:
+                return [pair[0]._replace(teacher=_mean_logits(pair)) for pair in pairs]
+    return []
+
+
+def _mean_logits(scores: Sequence[Scores]) -> Any:
+    """The teacher's logits; of several teachers the logits of their mean probabilities."""
+    if len(scores) == 1:
+        return scores[0].teacher
+    logits = ops.stack([score.teacher for score in scores])
+    if len(logits.shape) > 2 and logits.shape[-1] != 1:
+        return ops.logsumexp(ops.log_softmax(logits, axis=-1), axis=0) - math.log(len(scores))
+    return ops.logsumexp(ops.log_sigmoid(logits), axis=0) - ops.logsumexp(ops.log_sigmoid(-logits), axis=0)
