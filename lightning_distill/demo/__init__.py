@@ -42,7 +42,7 @@ def run(output: Path, *, seeds: int | None = None, quick: bool = False, console:
     """
     started, console = time.perf_counter(), console or Console()
     output.mkdir(parents=True, exist_ok=True)
-    settings = Settings(epochs=2, teacher_epochs=2, seeds=1) if quick else Settings()
+    settings = Settings(epochs=2, teacher_epochs=2, batch_size=25, seeds=1) if quick else Settings()
     settings = replace(settings, seeds=seeds or settings.seeds)
     digits = load_digits_data()
     with quiet(), torch.random.fork_rng(devices=[]), _one_thread():
