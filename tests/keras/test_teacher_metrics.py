@@ -243,7 +243,7 @@ def test_a_saved_model_measures_the_same(tmp_path: Path) -> None:
     assert "teacher_agreement" not in again
 
 
-@pytest.mark.parametrize("metrics", [None, [], [TeacherDivergence(0.7, name="mine")]])
+@pytest.mark.parametrize("metrics", [None, [], [TeacherDivergence(0.7, name="gap")]])
 def test_metrics_come_back_from_json(metrics: Any) -> None:
     model = DistillModel(mlp(), mlp(6, name="teacher"), teacher_metrics=metrics)
     config = json.loads(json.dumps(model.get_config()))
