@@ -17,7 +17,7 @@ ROOMS = {
         ("losses", "metrics", "recording"),
         ("adapters", "teachers"),
         ("terms", "measures"),
-        ("cache",),
+        ("cache", "hparams"),
         ("step",),
         ("distiller", "run"),
         ("callback",),

@@ -301,6 +301,23 @@ def test_the_key_of_the_saved_state_is_lightnings_own_for_the_name() -> None:
     assert key == f"DistillCallback{ {'name': 'other'}!r}"
 
 
+def test_logged_hyperparameters_are_those_that_the_trainer_logs_by_itself() -> None:
+    class Saving(Classifier):
+        def __init__(self, depth: int, logger: bool) -> None:
+            super().__init__()
+            self.save_hyperparameters("depth", logger=logger)
+
+    class Known:
+        datamodule = None
+
+        def __init__(self, module: LightningModule) -> None:
+            self.lightning_module = module
+
+    assert compat.logged_hyperparameters(Known(Saving(2, logger=True))) == {"depth": 2}
+    assert compat.logged_hyperparameters(Known(Saving(2, logger=False))) == {}
+    assert compat.logged_hyperparameters(Known(Classifier())) == {}
+
+
 # The file is complete -------------------------------------------------------------------------------------------------
 
 
