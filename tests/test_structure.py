@@ -23,7 +23,8 @@ ROOMS = {
         ("callback",),
         ("module",),
         ("launcher",),
-        ("demo",),
+        ("demo", "config_errors"),
+        ("fitting", "export"),
         ("cli",),
     ],
     "keras_distill": [
@@ -39,7 +40,7 @@ ROOMS = {
         ("execution",),
         ("model",),
         ("launcher",),
-        ("demo",),
+        ("demo", "export"),
         ("cli",),
     ],
 }
