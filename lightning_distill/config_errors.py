@@ -49,6 +49,30 @@ def explain(files: Sequence[Path], error: ArgumentError) -> str:
     return f"{message.removesuffix('.')}. {_HELP}"
 
 
+def cause(error: BaseException) -> str:
+    """The error of a constructor, out of what jsonargparse raises in its place, with every type that it has tried.
+
+    Args:
+        error: The error of jsonargparse.
+
+    Returns:
+        The message of a check of this project if there is one, otherwise of the first error of other code.
+    """
+    if checks := re.findall(r"- (Expected `[^`\n]+` to [^\n]*, but got [^\n]*)", str(error)):
+        return str(checks[-1])
+    while error.__cause__ is not None and raised_in(error) == "jsonargparse":
+        error = error.__cause__
+    return one_line(error)[:_LONGEST]
+
+
+def raised_in(error: BaseException) -> str:
+    """Name of the package whose code has raised an error."""
+    trace, name = error.__traceback__, ""
+    while trace is not None:
+        name, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+    return name.partition(".")[0]
+
+
 def _problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The place and description of everything that is wrong in a file."""
     for key in values:

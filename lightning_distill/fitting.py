@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import linecache
 import sys
+import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from jsonargparse import ArgumentError
@@ -18,7 +17,7 @@ from distill_core.cli import TRACEBACK_HINT, fail, file_error, working_directory
 from distill_core.terminal import write_line
 from distill_core.yaml_files import read_yaml
 from lightning_distill import compat
-from lightning_distill.config_errors import explain
+from lightning_distill.config_errors import cause, explain, raised_in
 
 _LIGHTNING: Final = ("lightning", "pytorch_lightning")
 
@@ -100,7 +99,9 @@ def run_fit(prog: str, words: list[str] | None) -> int:
         message = error if error.filename is None else f"{error.filename}: {error.strerror}"
         return fail(prog, "fit", f"{message} {TRACEBACK_HINT}")
     except (MisconfigurationException, TypeError, ValueError) as error:
-        if not (isinstance(error, MisconfigurationException) or _is_check(error.__traceback__)):
+        if raised_in(error) == "jsonargparse":
+            return fail(prog, "fit", f"{cause(error)} {TRACEBACK_HINT}", code=2)
+        if not (isinstance(error, MisconfigurationException) or _is_check(error)):
             raise
         return fail(prog, "fit", f"{error} {TRACEBACK_HINT}", code=2)
     return 0
@@ -122,12 +123,7 @@ def _shown_in_full(words: list[str]) -> list[str]:
     return ["--help" if word == "--help-all" else word for word in words]
 
 
-def _is_check(trace: TracebackType | None) -> bool:
+def _is_check(error: BaseException) -> bool:
     """Whether an error was raised on purpose, by a check of this project or of Lightning, rather than by a bug."""
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    name = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_globals)
-    return name in (*PACKAGES, *_LIGHTNING) and line.lstrip().startswith("raise")
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return raised_in(error) in (*PACKAGES, *_LIGHTNING) and (last.line or "").startswith("raise")
