@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import keras
 
@@ -93,10 +94,19 @@ def _write(student: keras.Model, file: Path, suffix: str) -> None:
         return
     form = _FORMATS[suffix]
     try:
-        student.export(str(file), format=form, verbose=False)
+        if getattr(student, "inputs", None):  # Keras exports a model to ONNX only after a call
+            inputs = student.inputs[0] if isinstance(student, keras.Sequential) else student.input
+            student(keras.tree.map_structure(_zeros, inputs), training=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the converters, about themselves
+            student.export(str(file), format=form, verbose=False)
     except OSError:
         raise
     except Exception as error:
         raise ExportError(
             f"Keras cannot export {student.name} to {form}: {type(error).__name__}: {one_line(error)[:300]}"
         ) from error
+
+
+def _zeros(tensor: keras.KerasTensor) -> Any:
+    return keras.ops.zeros([size or 1 for size in tensor.shape], tensor.dtype)
