@@ -338,7 +338,16 @@ def private(path: Path) -> tuple[set[str], set[str]]:
 
 
 # Tables that every extension of torch.nn.Module reads, what Lightning's own page on callbacks names, and Python's own.
-DOCUMENTED = {"_parameters", "_buffers", "_modules", "_generate_state_key", "_fields", "_getframe"}
+DOCUMENTED = {
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_generate_state_key",
+    "_fields",
+    "_getframe",
+    "_actions",
+    "_SubParsersAction",
+}
 
 
 def test_no_other_file_uses_a_private_name_of_torch_or_lightning() -> None:
