@@ -12,6 +12,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 from distill_core.checks import Checks
+from distill_core.terminal import one_line
 
 
 def check_class_path(path: str, init_args: Mapping[str, Any] | None = None) -> None:
@@ -62,6 +63,49 @@ def import_class_path(path: str) -> Callable[..., Any]:
     if not callable(target):
         raise ValueError(f"{path!r} is not a class or a function")
     return target
+
+
+def make_from_class_path(key: str, value: Any, where: str = "") -> Any:
+    """Call a class_path with its init_args, in which further ones may stand. This runs the code that is named.
+
+    Args:
+        key: Name of the value, for messages.
+        value: A mapping with ``class_path`` and perhaps ``init_args``.
+        where: Text before messages, such as the name of a file.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: If the value is not such a mapping, cannot be imported, or raises an error when it is called.
+
+    Example:
+        >>> make_from_class_path("limit", {"class_path": "datetime.timedelta", "init_args": {"hours": 1}})
+        datetime.timedelta(seconds=3600)
+    """
+    expected = f"{where}Expected `{key}` to be a class_path with init_args"
+    arguments = value.get("init_args", {}) if isinstance(value, dict) else None
+    if not isinstance(arguments, dict) or value.keys() - {"init_args"} != {"class_path"}:
+        raise ValueError(f"{expected}, but got {key}={value!r}.")
+    path = value["class_path"]
+    if not isinstance(path, str) or not all(isinstance(name, str) for name in arguments):
+        raise ValueError(f"{expected}, a text and a mapping by names, but got {key}={value!r}.")
+    try:
+        check_class_path(path, arguments)
+        target = import_class_path(path)
+    except ValueError as error:
+        raise ValueError(f"{expected}, but got {path!r}: {str(error).removesuffix('.')}.") from None
+    made = {
+        name: make_from_class_path(f"{key}.{name}", inner, where)
+        if isinstance(inner, dict) and "class_path" in inner
+        else inner
+        for name, inner in arguments.items()
+    }
+    try:
+        return target(**made)
+    except (TypeError, ValueError, OSError) as error:
+        raised = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{where}Expected `{key}` to be made by {path}, but that raised {raised}") from error
 
 
 def _check_loaded(module: Any, name: str, init_args: Mapping[str, Any] | None) -> None:

@@ -65,6 +65,8 @@ class Schedule:
     Example:
         >>> Schedule(lambda epoch: 0.9**epoch, over="epochs").at(Progress(epoch=2))
         0.81
+        >>> Linear(8.0, 1.0, duration=0.5)
+        Linear(start=8.0, end=1.0, duration=0.5, over='fraction')
     """
 
     def __init__(self, function: Callable[[float], float], *, over: Over = "steps") -> None:
@@ -97,6 +99,11 @@ class Schedule:
         value = float(self._value(progress.along(self.over)))
         _CHECKS.number(f"the value of {type(self).__name__}", value)
         return value
+
+    def __repr__(self) -> str:
+        config = self.get_config()  # a function is shown by its name: its address would differ between two runs
+        shown = {name: getattr(value, "__qualname__", repr(value)) for name, value in config.items()}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def _value(self, position: float) -> float:  # methods, not closures: a schedule travels to spawned processes
         return self.function(position)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill_core.cli import run_demo, validate
+from distill_core.cli import run_demo, run_export, validate
 
 _PROG = "keras-distill"
 
@@ -20,6 +20,22 @@ def demo(arguments: argparse.Namespace) -> int:
         The exit code.
     """
     return run_demo(_PROG, "keras_distill.demo", arguments)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """The command ``export``.
+
+    Args:
+        arguments: ``source``, ``output`` and ``modules``.
+
+    Returns:
+        The exit code.
+    """
+    from keras_distill.export import export_student
+
+    return run_export(
+        _PROG, arguments.output, lambda: export_student(arguments.source, arguments.output, arguments.modules)
+    )
 
 
 def validate_config(arguments: argparse.Namespace) -> int:

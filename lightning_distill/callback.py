@@ -16,6 +16,7 @@ from lightning_distill import checks, compat
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.cache import TeacherCache
 from lightning_distill.distiller import Terms
+from lightning_distill.hparams import log_hyperparameters, settings_of
 from lightning_distill.mailbox import Mailbox
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
@@ -40,7 +41,9 @@ class DistillCallback(Callback):
     ``<name>/val_loss`` and ``<name>/val_task_loss``, and ``<name>/val_teacher_agreement``, the share of examples on
     which both networks' top classes agree, where a term compares class scores. ``ModelCheckpoint`` and
     ``EarlyStopping`` can monitor all of them. A ``ModelCheckpoint`` with such a key in its ``filename`` needs
-    ``auto_insert_metric_name=False``, since the slash would make a folder.
+    ``auto_insert_metric_name=False``, since the slash would make a folder. At the start of a fit the loggers get the
+    settings as hyper-parameters: ``<name>/teacher``, ``<name>/task_weight``, ``<name>/<term>/weight``,
+    ``<name>/<term>/loss``, ``<name>/<term>/temperature`` and so on.
 
     Args:
         teacher: The network to match, called with what the student is called with; several, over which the terms are
@@ -60,7 +63,11 @@ class DistillCallback(Callback):
         validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
             the teacher there too. ``None`` does so where there is something to measure: with a ``validation_step`` and
             a teacher that is not a cache, until outputs turn out not to be comparable, which is a warning.
-        log: Whether the losses are logged. Without, nothing is measured in validation.
+        log: Whether the losses are logged, and the settings as hyper-parameters. If False, nothing is measured in
+            validation.
+        prog_bar: Logged values to show in the progress bar, by their names without the prefix, such as
+            ``["logits_loss", "val_teacher_agreement"]``. True shows ``distillation_loss`` and
+            ``val_teacher_agreement``.
         name: Prefix of the logged keys and key of the saved state, distinct for each callback of a Trainer.
 
     Attributes:
@@ -102,11 +109,17 @@ class DistillCallback(Callback):
         adapter_optimizer: OptimizerCallable | None = None,
         validate: bool | None = None,
         log: bool = True,
+        prog_bar: bool | Sequence[str] = False,
         name: str = "distill",
     ) -> None:
         self.task_weight = task_weight
         if not name:
             raise ValueError(f"Expected `name` to be a word, but got name={name!r}. It prefixes the logged keys.")
+        if prog_bar and not log:
+            raise ValueError(
+                f"Expected `log` to be True where values are shown in the progress bar, but got log=False and"
+                f" prog_bar={prog_bar!r}. Drop one of the two."
+            )
         self._run: Run | None = None
         self.teacher = teacher
         self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
@@ -114,6 +127,7 @@ class DistillCallback(Callback):
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
         self.validate, self.name = validate, name
         self.logs = log  # the Trainer puts the module's `log` on every callback
+        self.prog_bar = _names(prog_bar)
         self._state_key = self._generate_state_key(name=name)
         self._state: dict[str, Any] = {}  # the adapters of the last run or of a checkpoint
         self._last_module: Any = None  # a weak reference to the module of the last run
@@ -209,6 +223,8 @@ class DistillCallback(Callback):
         adapters = {"adapters": state["adapters"]} if state else {}  # a new fit starts with a fresh optimizer
         self._run = Run(self, trainer, pl_module, stage, adapters)
         self._last_module = ref(pl_module)
+        if stage == "fit" and self.logs:
+            log_hyperparameters(trainer, settings_of(self))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the start of an epoch: start its means."""
@@ -262,7 +278,10 @@ class DistillCallback(Callback):
     def _log(self, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         for key, value in values.items():
             # the means are over all processes already; equal values have themselves as mean
-            pl_module.log(f"{self.name}/{key}", value, sync_dist=True, batch_size=1, add_dataloader_idx=False)
+            shown = key.split("/")[0] in self.prog_bar  # a loader's index follows the slash
+            pl_module.log(
+                f"{self.name}/{key}", value, prog_bar=shown, sync_dist=True, batch_size=1, add_dataloader_idx=False
+            )
 
     def _check_names(self, trainer: Trainer) -> None:
         callbacks = [other for other in getattr(trainer, "callbacks", []) if isinstance(other, DistillCallback)]
@@ -307,3 +326,9 @@ class DistillCallback(Callback):
         for shared in ("_settings", "schedules"):
             other.__dict__[shared] = dict(self.__dict__[shared])
         return other
+
+
+def _names(prog_bar: bool | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(prog_bar, bool):
+        return ("distillation_loss", "val_teacher_agreement") if prog_bar else ()
+    return (prog_bar,) if isinstance(prog_bar, str) else tuple(prog_bar)

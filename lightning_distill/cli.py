@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from types import TracebackType
 
-from distill_core import PACKAGES
-from distill_core.cli import fail, run_demo, validate, working_directory
+from distill_core.cli import fail, file_error, run_demo, run_export, validate
 from distill_core.installed import unusable
 from distill_core.terminal import write_line
 
@@ -38,31 +36,34 @@ def fit(words: list[str] | None) -> int:
     """
     if problem := unusable("This command", "jsonargparse"):
         raise problem
-    from jsonargparse import ArgumentError
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.cli import LightningCLI
+    from lightning_distill.fitting import run_fit
 
-    if missing := _missing_config(sys.argv[1:] if words is None else words):
-        return fail(_PROG, "fit", f"cannot read {missing}: No such file")
-    settings = {"prog": _PROG, "exit_on_error": False}
-    try:
-        with working_directory(first=True):
-            LightningCLI(
-                parser_kwargs={**settings, "fit": settings},
-                save_config_kwargs={"overwrite": True},  # a second run in the same folder is allowed
-                args=words,
-            )
-    except FileNotFoundError as error:
-        return fail(_PROG, "fit", error)
-    except (ArgumentError, MisconfigurationException) as error:
-        return fail(_PROG, "fit", error, code=2)
-    except (TypeError, ValueError) as error:
-        if not _raised_here(error.__traceback__):
-            raise
-        return fail(_PROG, "fit", error, code=2)
-    except SystemExit as stop:  # the help has been printed
-        return stop.code if isinstance(stop.code, int) else 0
-    return 0
+    return run_fit(_PROG, words)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """The command ``export``.
+
+    Args:
+        arguments: ``source``, ``output``, ``model``, ``config``, ``input_shape`` and ``prefix``.
+
+    Returns:
+        The exit code.
+    """
+    from lightning_distill.export import export_student
+
+    return run_export(
+        _PROG,
+        arguments.output,
+        lambda: export_student(
+            arguments.source,
+            arguments.output,
+            model=arguments.model,
+            config=arguments.config,
+            shapes=arguments.input_shape,
+            prefix=arguments.prefix,
+        ),
+    )
 
 
 def validate_config(arguments: argparse.Namespace) -> int:
@@ -107,28 +108,7 @@ def cache(arguments: argparse.Namespace) -> int:
     except CacheError as error:
         return fail(_PROG, command, error)
     except OSError as error:
-        return fail(_PROG, command, f"{error.filename or path}: {error.strerror or error}")
+        return fail(_PROG, command, file_error(error, path, "write" if command == "cache build" else "read"))
     except ValueError as error:
         return fail(_PROG, command, error, code=2)
     return 0
-
-
-def _missing_config(words: list[str]) -> str | None:
-    """The first configuration file among the words that does not exist."""
-    for index, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option not in ("--config", "-c"):
-            continue
-        file = value if equals else "".join(words[index + 1 : index + 2])
-        if file and not file.lstrip().startswith("{") and "\n" not in file and not Path(file).exists():
-            return file
-    return None
-
-
-def _raised_here(trace: TracebackType | None) -> bool:
-    """Whether an error was raised by a check of this project rather than by user code."""
-    name = ""
-    while trace is not None:
-        name = trace.tb_frame.f_globals.get("__name__", "")
-        trace = trace.tb_next
-    return name.partition(".")[0] in PACKAGES

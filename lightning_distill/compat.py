@@ -146,6 +146,14 @@ def training_loaders(trainer: Trainer) -> Any:
     return trainer.fit_loop._combined_loader
 
 
+def logged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """The hyper-parameters that the Trainer logs by itself: those that module and data have saved for the loggers."""
+    owners = [trainer.lightning_module, getattr(trainer, "datamodule", None)]
+    saved = [owner.hparams_initial for owner in owners if owner is not None and owner._log_hyperparams]
+    # `_class_path` is for LightningCLI alone
+    return {name: value for values in saved for name, value in values.items() if name != "_class_path"}
+
+
 # where `lightning`, `pytorch_lightning` and torch define empty hooks and an empty forward
 _BASES = ("LightningModule", "ModelHooks", "DataHooks", "Module")
 _PACKAGES = ("lightning", "pytorch_lightning", "torch")

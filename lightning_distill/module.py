@@ -48,6 +48,7 @@ class DistillModule(LightningModule):
         adapter_optimizer: As in :class:`DistillCallback`.
         validate: As in :class:`DistillCallback`.
         log: As in :class:`DistillCallback`.
+        prog_bar: As in :class:`DistillCallback`.
         name: As in :class:`DistillCallback`.
 
     Raises:
@@ -75,6 +76,7 @@ class DistillModule(LightningModule):
         adapter_optimizer: OptimizerCallable | None = None,
         validate: bool | None = None,
         log: bool = True,
+        prog_bar: bool | Sequence[str] = False,
         name: str = "distill",
     ) -> None:
         super().__init__()
@@ -91,6 +93,7 @@ class DistillModule(LightningModule):
             adapter_optimizer=adapter_optimizer,
             validate=validate,
             log=log,
+            prog_bar=prog_bar,
             name=name,
         )
 

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_distill import compat
+from lightning_distill import checks, compat
 from lightning_distill.adapters.follower import OptimizerCallable, bare
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache import TeacherCache
@@ -45,6 +45,7 @@ class Settings(Protocol):
     adapter_optimizer: OptimizerCallable | None
     validate: bool | None
     logs: bool
+    prog_bar: tuple[str, ...]
     task_weight: Any
     schedules: dict[str, Schedule]
 
@@ -127,6 +128,7 @@ class Run:
 
     def _begin(self, stage: str) -> None:
         trainer, callback = self.trainer, self.callback
+        self._check_prog_bar()
         # not by the precision plugin, which replaces layers under some settings and could not be undone
         dtype = _TRUE_PRECISIONS.get(str(trainer.precision_plugin.precision))
         self.step.source.hold(trainer.strategy.root_device, dtype)
@@ -151,6 +153,11 @@ class Run:
         ):
             self._validates = self._measures = True
             self._patches.append(patch_step(trainer.strategy, "validation_step", self.validation_step))
+
+    def _check_prog_bar(self) -> None:
+        known = [*self._names, *(f"val_{name}" for name in self._names), "val_teacher_agreement"]
+        for name in self.callback.prog_bar:
+            checks.one_of("prog_bar", name, [*known, *self.step.scheduler.names])
 
     def close(self) -> None:
         """Undo every patch, and restore the teacher to its state before the run."""
@@ -353,10 +360,18 @@ class Run:
         if isinstance(loss, Tensor) and not self._explicit:
             parts["loss"] = loss.detach()
         self._train_means.add(parts, self.step.batch_size)
+        values: dict[str, Any] = {**parts, **self.step.scheduler.values}
+        shown = {key: values.pop(key) for key in callback.prog_bar if key in values}
+        self._log_step(shown, prog_bar=True)  # in every step: the loggers take the log steps alone
         if compat.is_log_step(self.trainer):
-            logged: dict[str, Any] = {**parts, **self.step.scheduler.values}
-            named = {f"{callback.name}/{key}": value for key, value in logged.items()}
-            self.module.log_dict(named, on_step=True, on_epoch=False, batch_size=self.step.batch_size)
+            self._log_step(values, prog_bar=False)
+
+    def _log_step(self, values: Mapping[str, Any], prog_bar: bool) -> None:
+        if values:
+            named = {f"{self.callback.name}/{key}": value for key, value in values.items()}
+            self.module.log_dict(
+                named, prog_bar=prog_bar, on_step=True, on_epoch=False, batch_size=self.step.batch_size
+            )
 
     def train_means(self) -> dict[str, Tensor]:
         """The means of the parts over the epoch so far, over all processes."""

@@ -45,6 +45,11 @@ class Scheduler:
     def __bool__(self) -> bool:
         return any(True for _ in self._scheduled())
 
+    @property
+    def names(self) -> list[str]:
+        """The names that logs give the scheduled settings."""
+        return [label for label, *_ in self._scheduled()]
+
     def _scheduled(self) -> Iterator[tuple[str, Any, str, Schedule]]:
         """Label in the logs, object, name and schedule of each scheduled setting."""
         for name, schedule in self._owner.schedules.items():

@@ -23,8 +23,11 @@ Main = Callable[[Sequence[str]], int]
 MAINS: dict[str, Main] = {"lightning": distill_core.cli.lightning.main, "keras": distill_core.cli.keras.main}
 HEAVY = ("torch", "lightning", "tensorflow", "keras", "numpy", "jax", "pydantic", "yaml", "rich")
 HELP = {
-    "lightning": [[], ["demo"], ["validate-config"], ["cache"], ["cache", "build"], ["cache", "info"]],
-    "keras": [[], ["demo"], ["validate-config"]],
+    "lightning": [
+        *([], ["demo"], ["fit"], ["export"], ["validate-config"], ["completion"]),
+        *(["cache"], ["cache", "build"], ["cache", "info"]),
+    ],
+    "keras": [[], ["demo"], ["export"], ["validate-config"], ["completion"]],
 }
 
 

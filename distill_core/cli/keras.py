@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from distill_core.cli import add_demo, add_validate, new_parser, run
+from distill_core.cli import Parser, add_completion, add_demo, add_export, add_validate, new_parser, run
+
+_PROG: Final = "keras-distill"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,13 +24,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         keras-distill ...
         0
     """
-    parser, commands = new_parser("keras-distill", "Knowledge distillation for Keras.")
+    return run(_parser(), argv)
+
+
+def _parser() -> Parser:
+    parser, commands = new_parser(
+        _PROG,
+        "Knowledge distillation for Keras.",
+        example=f"{_PROG} demo\n{_PROG} export distillation.keras student.tflite",
+    )
     add_demo(
         commands,
+        _PROG,
         output="demo_output/keras",
         writes="the student as a .keras file",
         seconds="40 seconds",
         work="keras_distill.cli:demo",
     )
-    add_validate(commands, "keras_distill.Distillation", work="keras_distill.cli:validate_config")
-    return run(parser, argv)
+    add_validate(commands, _PROG, "keras_distill.Distillation", work="keras_distill.cli:validate_config")
+    export = add_export(
+        commands,
+        _PROG,
+        source="a .keras file of a DistillModel, or of a plain model such as StudentCheckpoint saves",
+        outputs=".keras, .weights.h5, .onnx (needs tf2onnx), .tflite for LiteRT, or no suffix for a SavedModel folder",
+        example=f"{_PROG} export distillation.keras student.keras\n"
+        f"{_PROG} export distillation.keras student_folder\n"
+        f"{_PROG} export best.keras student.onnx --import my_layers",
+        work="keras_distill.cli:export",
+    )
+    export.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of yours to import first, with the classes that the file names; may be repeated",
+    )
+    add_completion(commands, _PROG)
+    return parser

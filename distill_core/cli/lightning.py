@@ -5,9 +5,72 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from distill_core.cli import Parser, add_demo, add_validate, call, new_parser, run
+from distill_core.cli import (
+    SHOW_TRACEBACK,
+    Parser,
+    add_completion,
+    add_demo,
+    add_export,
+    add_validate,
+    call,
+    new_parser,
+    run,
+)
+
+_PROG: Final = "lightning-distill"
+_FIT_EXAMPLE: Final = """\
+lightning-distill fit --config distill.yaml --trainer.max_epochs 20
+
+where distill.yaml holds:
+
+  model:
+    class_path: lightning_distill.DistillModule
+    init_args:
+      student: {class_path: my_project.Net, init_args: {width: 8}}
+      teacher:
+        class_path: lightning_distill.load_teacher
+        init_args:
+          checkpoint: teacher.ckpt
+          model: {class_path: my_project.Net, init_args: {width: 64}}
+      terms:
+        - class_path: lightning_distill.LogitsDistillation
+          init_args:
+            loss:
+              class_path: lightning_distill.SoftTargetLoss
+              init_args: {temperature: 2.0}
+      optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
+  data:
+    class_path: my_project.MyDataModule
+  trainer:
+    max_epochs: 10
+
+`model` may be a LightningModule of yours; then distil in a callback:
+
+  trainer:
+    callbacks:
+      - class_path: lightning_distill.DistillCallback
+        init_args: {teacher: ..., terms: [...]}
+
+A term is a LogitsDistillation, FeatureDistillation or SelfDistillation, or any
+loss on logits. To see the arguments of a class:
+
+  lightning-distill fit --model.help lightning_distill.DistillModule
+  lightning-distill fit --trainer.callbacks.help lightning_distill.DistillCallback"""
+
+_BUILD_EXAMPLE: Final = """\
+lightning-distill cache build cache.yaml
+
+where cache.yaml holds:
+
+  path: cache
+  teacher: {class_path: my_project.teacher}
+  dataset: {class_path: my_project.MyDataset, init_args: {folder: data}}
+  batch_size: 256
+  # and other arguments of TeacherCache.build: layers, outputs, top_k, dtype,
+  # views, transform_seed, num_workers, device, allow_stale_augmentation,
+  # shard_bytes"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,29 +88,89 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     words = sys.argv[1:] if argv is None else [*argv]
-    if words[:1] == ["fit"]:  # its options are those of Lightning's own command line
-        return call("lightning-distill", "fit", "lightning_distill.cli:fit", None if argv is None else words)
+    if words[:1] == ["fit"] and not {"-h", "--help"} & {*words}:  # it takes the options of Lightning's command line
+        return call(_PROG, "fit", "lightning_distill.cli:fit", None if argv is None else words)
     return run(_parser(), words)
 
 
 def _parser() -> Parser:
-    parser, commands = new_parser("lightning-distill", "Knowledge distillation for PyTorch Lightning.")
+    parser, commands = new_parser(
+        _PROG,
+        "Knowledge distillation for PyTorch Lightning.",
+        example=f"{_PROG} demo\n{_PROG} fit --config distill.yaml\n{_PROG} export last.ckpt student.pt",
+    )
     add_demo(
         commands,
+        _PROG,
         output="demo_output",
         writes="the student's state_dict",
         seconds="40 seconds",
         work="lightning_distill.cli:demo",
     )
-    commands.add_parser(
-        "fit",
-        help="train the model that a YAML file describes, with Lightning's command line",
-        description="Build model, data and Trainer from a YAML file and fit. The classes that the file names are"
-        " imported and called: use only files that you trust.",
-    )
-    add_validate(commands, "lightning_distill.Distillation", work="lightning_distill.cli:validate_config")
+    _add_fit(commands)
+    _add_export(commands)
+    add_validate(commands, _PROG, "lightning_distill.Distillation", work="lightning_distill.cli:validate_config")
     _add_cache(commands)
+    add_completion(commands, _PROG)
     return parser
+
+
+def _add_fit(commands: Any) -> None:
+    """Add ``fit`` for its help and for completion; Lightning's own command line parses its options."""
+    fit = commands.add_parser(
+        "fit",
+        usage=f"{_PROG} fit --config FILE [options]",
+        help="train the model that a YAML file describes, with Lightning's command line",
+        description="Build model, data and Trainer from a YAML file, fit, and print the final numbers. The classes that"
+        " the file names are imported and called: use only files that you trust.",
+        example=_FIT_EXAMPLE,
+        epilog=f"{SHOW_TRACEBACK}=1 in the environment shows where an error was raised.",
+    )
+    fit.add_argument("-c", "--config", type=Path, metavar="FILE", help="the YAML file; may be repeated")
+    fit.add_argument("--ckpt_path", type=Path, metavar="FILE", help="checkpoint of a training to resume")
+    fit.add_argument("--trainer.max_epochs", metavar="N", help="like this, any value of the file can be replaced")
+    fit.add_argument("--print_config", action="store_true", help="print the whole file, defaults included, and stop")
+    fit.add_argument("--help-all", action="store_true", help="show every option of Lightning's command line")
+
+
+def _add_export(commands: Any) -> None:
+    export = add_export(
+        commands,
+        _PROG,
+        source="a checkpoint of a DistillModule, or of a module that was trained with a DistillCallback",
+        outputs=".pt for the state_dict, .safetensors, .pt2 for torch.export, or .onnx (needs onnxscript); the last two"
+        " need the network and the shape of its input",
+        example=f"{_PROG} export last.ckpt student.pt\n"
+        f"{_PROG} export last.ckpt student.onnx --config distill.yaml --input-shape N,3,32,32\n"
+        f"{_PROG} export last.ckpt student.pt2 --model my_project.net --input-shape N,16:int64",
+        work="lightning_distill.cli:export",
+    )
+    network = export.add_mutually_exclusive_group()
+    network.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the YAML file of `fit`: the network is its `model.init_args.student`, else its `model`. Runs code",
+    )
+    network.add_argument(
+        "--model",
+        metavar="CLASS",
+        help="class or function that makes the network, such as my_project.Net, or in YAML with its arguments:"
+        " '{class_path: my_project.Net, init_args: {width: 8}}'. Runs code",
+    )
+    export.add_argument(
+        "--input-shape",
+        action="append",
+        default=[],
+        metavar="SHAPE",
+        help="shape of the network's input, such as 1,3,32,32; N as the first number allows any batch size; with"
+        " :int64 or another dtype at its end where it is not float32; repeat it for several inputs",
+    )
+    export.add_argument(
+        "--prefix",
+        metavar="TEXT",
+        help='text before the student\'s names in the checkpoint, such as "model."; found where there is one choice',
+    )
 
 
 def _add_cache(commands: Any) -> None:
@@ -56,7 +179,8 @@ def _add_cache(commands: Any) -> None:
         help="build, describe or check a cache of a teacher's outputs",
         description="A cache holds a teacher's outputs for every sample of a dataset, so that training does not need"
         " the teacher.",
-        epilog="See `lightning-distill cache ACTION --help`.",
+        example=f"{_PROG} cache build cache.yaml\n{_PROG} cache info cache",
+        epilog=f"See `{_PROG} cache ACTION --help`.",
     )
     actions = cache.add_subparsers(dest="action", metavar="action", required=True)
     build = actions.add_parser(
@@ -65,6 +189,7 @@ def _add_cache(commands: Any) -> None:
         description="Run a teacher over a dataset. The YAML file holds `path`, the folder to write; `teacher` and"
         " `dataset`, each with class_path and init_args; and the settings of TeacherCache.build. A build that was"
         " stopped is resumed.",
+        example=_BUILD_EXAMPLE,
         epilog="The file runs code: each class_path is imported and called with its init_args. Build only from files"
         " that you trust.",
     )
@@ -74,6 +199,11 @@ def _add_cache(commands: Any) -> None:
         ("info", "Print the arrays of a cache, and the teacher that they come from."),
         ("verify", "Compare every file of a cache with its checksum, and read it as training does."),
     ):
-        parser = actions.add_parser(action, help=description[0].lower() + description[1:-1], description=description)
+        parser = actions.add_parser(
+            action,
+            help=description[0].lower() + description[1:-1],
+            description=description,
+            example=f"{_PROG} cache {action} cache",
+        )
         parser.add_argument("path", type=Path, metavar="FOLDER", help="the cache's folder")
         parser.set_defaults(work="lightning_distill.cli:cache", command=f"cache {action}")

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from distill_core.class_paths import check_class_path, import_class_path
+from distill_core.class_paths import make_from_class_path
 from distill_core.cli import working_directory
 from distill_core.manifest import Rule, among, or_none, text, whole
-from distill_core.terminal import one_line, printable
+from distill_core.terminal import printable
 from distill_core.yaml_files import read_yaml
 from lightning_distill.cache import TeacherCache
 from lightning_distill.checks import closest
@@ -61,7 +61,7 @@ def build_from_file(file: Path) -> TeacherCache:
         if words := _SETTINGS[key](value):
             raise ValueError(f"{file}: Expected `{key}` to be {words}, but got {key}={value!r}.")
     with working_directory(first=True):
-        teacher, dataset = (_made(file, key, values[key]) for key in ("teacher", "dataset"))
+        teacher, dataset = (make_from_class_path(key, values[key], f"{file}: ") for key in ("teacher", "dataset"))
     if not isinstance(teacher, nn.Module):
         raise ValueError(
             f"{file}: Expected `teacher` to make a torch.nn.Module, but got a {type(teacher).__name__}. Name a class or"
@@ -77,28 +77,6 @@ def build_from_file(file: Path) -> TeacherCache:
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _made(file: Path, key: str, value: Any) -> Any:
-    """Call a class_path with its init_args. This runs the code that the file names."""
-    expected = f"{file}: Expected `{key}` to be a class_path with init_args"
-    arguments = value.get("init_args", {}) if isinstance(value, dict) else None
-    if not isinstance(arguments, dict) or value.keys() - {"init_args"} != {"class_path"}:
-        raise ValueError(f"{expected}, but got {key}={value!r}.")
-    if not isinstance(value["class_path"], str) or not all(isinstance(name, str) for name in arguments):
-        raise ValueError(f"{expected}, a text and a mapping by names, but got {key}={value!r}.")
-    try:
-        check_class_path(value["class_path"], arguments)
-        target = import_class_path(value["class_path"])
-    except ValueError as error:
-        raise ValueError(f"{expected}, but got {value['class_path']!r}: {error}.") from None
-    try:
-        return target(**arguments)
-    except (TypeError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{file}: Expected `{key}` to be made by {value['class_path']}, but that raised"
-            f" {type(error).__name__}: {one_line(error)}"
-        ) from error
 
 
 def describe(cache: TeacherCache) -> None:

@@ -45,7 +45,7 @@ def load_teacher(checkpoint: str | PathLike[str], model: nn.Module, prefix: str 
         Parameter containing:
         tensor([[3., 3.]], requires_grad=True)
     """
-    saved = {_plain(key): value for key, value in _state_dict(_read(checkpoint), checkpoint).items()}
+    saved = read_state_dict(checkpoint)
     names = {_plain(key): key for key in model.state_dict()}
     if prefix is None:
         prefix = _prefix(saved, names)
@@ -72,6 +72,24 @@ def load_teacher(checkpoint: str | PathLike[str], model: nn.Module, prefix: str 
             f"Expected `checkpoint` to fit {type(model).__name__}, but got {' '.join(str(error).split())}"
         ) from None
     return model.eval()
+
+
+def read_state_dict(checkpoint: str | PathLike[str]) -> dict[str, Any]:
+    """The state_dict in a file, with the names that its modules have outside of DDP and torch.compile.
+
+    The file is read with ``weights_only=True``: it cannot run code.
+
+    Args:
+        checkpoint: Path of the file, as for :func:`load_teacher`.
+
+    Returns:
+        The values by their names.
+
+    Raises:
+        ValueError: If the file does not hold a state_dict of tensors and plain values.
+        FileNotFoundError: If the file does not exist.
+    """
+    return {_plain(key): value for key, value in _state_dict(_read(checkpoint), checkpoint).items()}
 
 
 def _read(checkpoint: str | PathLike[str]) -> Any:

@@ -301,6 +301,23 @@ def test_the_key_of_the_saved_state_is_lightnings_own_for_the_name() -> None:
     assert key == f"DistillCallback{ {'name': 'other'}!r}"
 
 
+def test_logged_hyperparameters_are_those_that_the_trainer_logs_by_itself() -> None:
+    class Saving(Classifier):
+        def __init__(self, depth: int, logger: bool) -> None:
+            super().__init__()
+            self.save_hyperparameters("depth", logger=logger)
+
+    class Known:
+        datamodule = None
+
+        def __init__(self, module: LightningModule) -> None:
+            self.lightning_module = module
+
+    assert compat.logged_hyperparameters(Known(Saving(2, logger=True))) == {"depth": 2}
+    assert compat.logged_hyperparameters(Known(Saving(2, logger=False))) == {}
+    assert compat.logged_hyperparameters(Known(Classifier())) == {}
+
+
 # The file is complete -------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +338,16 @@ def private(path: Path) -> tuple[set[str], set[str]]:
 
 
 # Tables that every extension of torch.nn.Module reads, what Lightning's own page on callbacks names, and Python's own.
-DOCUMENTED = {"_parameters", "_buffers", "_modules", "_generate_state_key", "_fields", "_getframe"}
+DOCUMENTED = {
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_generate_state_key",
+    "_fields",
+    "_getframe",
+    "_actions",
+    "_SubParsersAction",
+}
 
 
 def test_no_other_file_uses_a_private_name_of_torch_or_lightning() -> None:

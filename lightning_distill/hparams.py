@@ -1,0 +1,73 @@
+"""The settings of a distillation as hyper-parameters of a run, for its loggers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_distill import compat
+from lightning_distill.teachers import TeacherEnsemble
+from lightning_distill.terms import DistillationTerm
+
+Plain = str | int | float | bool | None
+
+
+def log_hyperparameters(trainer: Trainer, values: dict[str, Plain]) -> None:
+    """Hand hyper-parameters to every logger, together with those that Lightning logs by itself.
+
+    They go together because TensorBoard shows only the first set that a run logs.
+
+    Args:
+        trainer: The Trainer, before it logs the hyper-parameters of the module and the data.
+        values: The hyper-parameters.
+    """
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**compat.logged_hyperparameters(trainer), **values})
+
+
+def settings_of(callback: Any) -> dict[str, Plain]:
+    """The settings of a callback and its terms, as numbers and text.
+
+    Args:
+        callback: The callback.
+
+    Returns:
+        ``<name>/teacher``, ``<name>/student``, ``<name>/task_weight``, and for each term ``<name>/<term>/term``, its
+        ``weight`` and ``loss``, and the settings of the loss, such as ``temperature``. A schedule is given in words.
+    """
+    dtype = callback.teacher_dtype
+    settings: dict[str, Any] = {
+        "teacher": _teacher(callback.teacher),
+        "teacher_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "student": callback.student,
+        "task_weight": callback.schedules.get("task_weight", callback.task_weight),
+    }
+    for term in callback.terms:
+        of_term = {"term": _one_line(term), "weight": term.schedules.get("weight", term.weight)}
+        if (loss := getattr(term, "loss", None)) is not None:
+            of_term |= {"loss": getattr(loss, "__qualname__", type(loss).__qualname__), **_settings_of_loss(loss)}
+        settings |= {f"{term.name}/{name}": value for name, value in of_term.items()}
+    return {f"{callback.name}/{name}": _plain(value) for name, value in settings.items()}
+
+
+def _settings_of_loss(loss: Any) -> dict[str, Any]:
+    schedules = getattr(loss, "schedules", {})
+    return {name: schedules.get(name, getattr(loss, name)) for name in getattr(loss, "_shown", ())}
+
+
+def _teacher(teacher: Any) -> Any:
+    networks = [*teacher] if isinstance(teacher, TeacherEnsemble) else [teacher]
+    names = [f"{type(network).__module__}.{type(network).__qualname__}" for network in networks]
+    return None if teacher is None else ", ".join(names)
+
+
+def _one_line(term: DistillationTerm) -> str:
+    return f"{type(term).__name__}({' '.join(term.extra_repr().split())})"
+
+
+def _plain(value: Any) -> Plain:
+    """A value that YAML can hold and read again; anything else is given in words."""
+    return value if value is None or type(value) in (str, int, float, bool) else str(value)
