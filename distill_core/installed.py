@@ -63,18 +63,19 @@ def unusable(user: str, *modules: str) -> ImportError | None:
 
 def _missing(user: str, modules: list[str]) -> ModuleNotFoundError:
     command = _command(*modules, *(_BACKENDS[:1] if modules == ["keras"] else ()))
-    are, them = ("is", "it") if len(modules) == 1 else ("are", "them")
+    verb, pronoun = ("is", "it") if len(modules) == 1 else ("are", "them")
     return ModuleNotFoundError(
-        f"{user} needs {', '.join(modules)}, which {are} not installed. Install {them} with: {command}", name=modules[0]
+        f"{user} needs {', '.join(modules)}, which {verb} not installed. Install {pronoun} with: {command}",
+        name=modules[0],
     )
 
 
 def _command(*modules: str) -> str:
     """The pip command that installs modules; it names other projects only, never this one."""
-    return " ".join(["pip install", *map(_wanted, modules)])
+    return " ".join(["pip install", *map(_requirement, modules)])
 
 
-def _wanted(module: str) -> str:
+def _requirement(module: str) -> str:
     name, bound = _distribution(module), _lower_bound(module)
     extras = sorted(_requirements()[name].extras) if bound else []
     full = f"{name}[{','.join(extras)}]" if extras else name

@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 from notebook_outputs import NOTEBOOKS, ROOT, execute, printed, tidied
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-# What tells something about a computer or a moment: paths, addresses in memory, durations, Lightning's banner.
+# Details of a computer or a moment: paths, addresses in memory, durations, Lightning's banner.
 MACHINE = {
     "a path": re.compile(r"(?:^|[\s'\"(=])(?:~|[A-Za-z]:\\|/\w+/)", re.MULTILINE),
     "an address": re.compile(r"0x[0-9a-f]{6,}"),
@@ -88,14 +88,14 @@ def test_stored_outputs_have_pictures_and_no_warnings(path: Path) -> None:
 
 @each_notebook
 def test_stored_outputs_tell_nothing_about_a_computer(path: Path) -> None:
-    found = [
-        f"{what}: {line}"
+    details = [
+        f"{kind}: {line}"
         for cell in code_cells(stored(path))
         for line in printed(cell).splitlines()
-        for what, pattern in MACHINE.items()
+        for kind, pattern in MACHINE.items()
         if pattern.search(line)
     ]
-    assert found == []
+    assert details == []
 
 
 @each_notebook
@@ -133,7 +133,7 @@ def test_numbers_may_differ_by_rounding_and_words_may_not(new: str, same: bool) 
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("line", "kind"),
     [
         ("saved in /home/somebody/student.pt", "a path"),
         (r"C:\Users\somebody", "a path"),
@@ -143,8 +143,8 @@ def test_numbers_may_differ_by_rounding_and_words_may_not(new: str, same: bool) 
         ("GPU available: False, used: False", "a banner or a warning"),
     ],
 )
-def test_details_of_a_computer_are_recognised(line: str, what: str) -> None:
-    assert MACHINE[what].search(line)
+def test_details_of_a_computer_are_recognised(line: str, kind: str) -> None:
+    assert MACHINE[kind].search(line)
 
 
 def test_tensorflows_greeting_is_removed_and_a_warning_is_not() -> None:

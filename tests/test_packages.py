@@ -83,7 +83,7 @@ def build(kind: str, source: Path, folder: Path) -> list[Path]:
 
 
 def run(built: Built, code: str, *, absent: Sequence[str] = (), before: Path | None = None) -> Any:
-    """Run code in a process that imports the unpacked wheel; what it says by ``say``, or the error that ends it."""
+    """Run code in a process that imports the unpacked wheel; return the value passed to ``say``, or the error."""
     path = os.pathsep.join(str(folder) for folder in (before, built.site) if folder is not None)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "KERAS_BACKEND": "tensorflow"}
     indented = "\n".join(f"    {line}" for line in code.splitlines())
@@ -190,9 +190,9 @@ HINTS = {
 
 
 def absence(user: str, *modules: str) -> str:
-    are, them = ("is", "it") if len(modules) == 1 else ("are", "them")
+    verb, pronoun = ("is", "it") if len(modules) == 1 else ("are", "them")
     command = " ".join(["pip install", *(HINTS[module].removeprefix("pip install ") for module in modules)])
-    return f"{user} needs {', '.join(modules)}, which {are} not installed. Install {them} with: {command}"
+    return f"{user} needs {', '.join(modules)}, which {verb} not installed. Install {pronoun} with: {command}"
 
 
 USES = {
