@@ -83,7 +83,7 @@ def build(kind: str, source: Path, folder: Path) -> list[Path]:
 
 
 def run(built: Built, code: str, *, absent: Sequence[str] = (), before: Path | None = None) -> Any:
-    """Run code in a process that imports the unpacked wheel; return the value passed to ``say``, or its error."""
+    """Run code in a process that imports the unpacked wheel; return the value passed to ``say``, or the error."""
     path = os.pathsep.join(str(folder) for folder in (before, built.site) if folder is not None)
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "KERAS_BACKEND": "tensorflow"}
     indented = "\n".join(f"    {line}" for line in code.splitlines())

@@ -15,12 +15,15 @@ SUFFIXES = {".py", ".md", ".ipynb", ".cfg", ".toml"}
 
 # Each phrase and better wording. A space stands for any white space; an underscore of a name counts as a space.
 PHRASES = {
-    r"\b(?:is|are|was|were|be) no\b(?! (?:longer|more|less|clear)\b)": "write 'is not a ...' or '... has no ...'",
+    r"(?<!there\s)\b(?:is|are|was|were|be) no\b(?! (?:longer|more|less)\b)": "write 'is not a ...' or '... has no ...'",
     r"\bthere (?:is|are|was|were) none\b": "say what happens: 'empty if ...', 'None before ...'",
+    r"\b(?:if|while|when|until|unless|because|since|which|that) there (?:is|are|was|were) no\b": (
+        "say what happens: 'without a strategy', 'until the first adapter is built'"
+    ),
     r"\bwhere there (?:is|are|was|were)\b": "say when: 'if the module has a validation_step'",
     r"(?<!##\s)\b(?-i:What) (?=\w)(?![^.?!\n]*\?)": "begin with a noun phrase: 'The teacher's outputs ...'",
     r"\btest (?:[ckln]\d+ )?what\b": "begin the name with a noun: 'test_values_outside_the_mask_...'",
-    r"\bwhat (?:an?|the|its|each|every|it|they)(?: [\w']+){0,2} (?:gives?|gave|says?|said|tells?|told|was shown)\b": (
+    r"(?<!##\s)\bwhat (?:an?|the|its|it|they)(?: [\w']+){0,2} (?:gives?|gave|says?|said|tells?|told|was shown)\b": (
         "name the thing: 'the output of the layer', 'the teacher's prediction'"
     ),
     r"\b(?:is|are|was|were|be|been) (?:told\b(?! apart)|shown (?:an?|the|what|each|another|its|to)\b)": (
@@ -50,14 +53,10 @@ PENDING = {
     "Makefile": {"are no"},
     "docs/index.md": {"what it tells"},
     "docs/keras.md": {"What"},
-    "docs/limits.md": {"are no"},
     "keras_distill/metrics.py": {"wanted"},
     "keras_distill/step.py": {"for ever"},
     "lightning_distill/callback.py": {"where there is"},
     "lightning_distill/module.py": {"of one's own", "given"},
-    "notebooks/keras_quickstart.ipynb": {"what the teacher says", "is no", "anew"},
-    "notebooks/lightning_quickstart.ipynb": {"what the teacher says", "What"},
-    "notebooks/teacher_cache.ipynb": {"the very"},
 }
 
 
@@ -103,7 +102,8 @@ def riddles(text: str, *, code: bool) -> list[tuple[int, str, str]]:
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_file_is_written_in_plain_english(path: Path) -> None:
     name = path.relative_to(ROOT).as_posix()
-    hits = riddles(path.read_text(encoding="utf-8"), code=path.suffix == ".py")
+    text = re.sub(r'"image/png": "[^"]*"', '""', path.read_text(encoding="utf-8"))  # pictures in notebooks
+    hits = riddles(text, code=path.suffix == ".py")
     listed = [
         f"{name}:{line}: {words!r}: {better}" for line, words, better in hits if words not in PENDING.get(name, ())
     ]
@@ -115,6 +115,7 @@ def test_file_is_written_in_plain_english(path: Path) -> None:
     [
         ("The teacher is no module.", "The teacher is not a module. It has no gradient, and is no longer needed."),
         ("The adapters; empty where there are none.", "The adapters; empty before the first step."),
+        ("One device if there is no strategy.", "One device without a strategy. There is no way to turn this off."),
         ("# It is used where there\n# is a mask.", "# It is used with a mask."),
         ("def test_a_mask_is_no_mistake(): ...", "def test_a_mask_is_not_an_error(): ..."),
         ("# What a teacher gave for each sample.", "# The teacher's outputs. What does it cost?\n## What is in it"),
