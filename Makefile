@@ -14,7 +14,7 @@ OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/.installed
-# What depends on the versions of the frameworks: private names, steps, compilation, processes, files, command lines. The
+# The tests that depend on the versions of the frameworks: private names, steps, compilation, processes, files, command lines. The
 # formulas are the same in every version; the golden values stand for them.
 VERSION_TESTS ?= $(addprefix tests/lightning/test_,callbacks_together.py cleanup.py cli.py compat.py compile.py \
 	distributed.py every_loss_trains.py losses_golden.py metrics.py optimizers.py outputs.py precision.py resume.py \
@@ -89,7 +89,7 @@ $(OLDEST_STAMP): setup.cfg pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip check
 	touch $@
 
-# Old releases warn of what has changed since: their warnings are no errors here.
+# Old releases warn of what has changed since: their warnings are not errors here.
 test-oldest: $(OLDEST_STAMP) ## the tests of both halves with the oldest versions that setup.cfg allows
 	$(RUN_ENV) $(OLDEST)/bin/python -m pytest -W default $(VERSION_TESTS) $(PYTEST_FLAGS)
 

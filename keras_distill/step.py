@@ -314,7 +314,7 @@ class DistillStep:
     def _working(self, training: bool) -> list[DistillationTerm]:
         """The terms to compute: in evaluation all of them, in training those whose weight is not 0.
 
-        A graph that a user traces keeps its set of terms for ever: it computes all of them, also those of weight 0.
+        A graph that a user traces keeps its set of terms forever: it computes all of them, also those of weight 0.
         """
         if not training:
             return self.terms

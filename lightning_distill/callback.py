@@ -61,8 +61,8 @@ class DistillCallback(Callback):
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever the trainer's.
         adapter_optimizer: Makes the adapters' optimizer from their parameters; ``None`` mirrors the student's.
         validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
-            the teacher there too. ``None`` does so where there is something to measure: with a ``validation_step`` and
-            a teacher that is not a cache, until outputs turn out not to be comparable, which is a warning.
+            the teacher there too. ``None`` does so if the module has a ``validation_step`` and the teacher is not a
+            cache. If the outputs cannot be compared, it then stops with a warning.
         log: Whether the losses are logged, and the settings as hyper-parameters. If False, nothing is measured in
             validation.
         prog_bar: Logged values to show in the progress bar, by their names without the prefix, such as

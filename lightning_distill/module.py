@@ -163,7 +163,7 @@ class DistillModule(LightningModule):
     def _task_loss(self, batch: Any, name: str) -> Tensor:
         inputs, labels = split_batch(batch, self.distill.labels)
         output = call_with(self, inputs)
-        # a task loss of one's own may want the whole output of a network without obvious logits
+        # your own task loss may need the whole output of a network without obvious logits
         logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else _obvious(output)
         loss = self.task_loss(logits, labels)
         self.log(name, loss, prog_bar=True, batch_size=len(labels))
@@ -181,8 +181,8 @@ def _with_distillation(configure: Callable[[Any], Any]) -> Callable[[Any], list[
     @functools.wraps(configure)
     def configure_callbacks(self: DistillModule) -> list[Callback]:
         callbacks = configure(self)
-        given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        added = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         own = DistillModule.configure_callbacks(self)
-        return [*(callback for callback in own if callback not in given), *given]
+        return [*(callback for callback in own if callback not in added), *added]
 
     return configure_callbacks

@@ -47,17 +47,6 @@ BETTER_NAME = "say what it is: `student_feature`, `expected`, `num_samples`"
 EXCEPTIONS = {
     "tests/test_words.py": "holds the phrases",
 }
-# Words of single files that are known; each entry is deleted together with its words.
-PENDING = {
-    "CHANGELOG.md": {"What", "where there is", "for ever"},
-    "Makefile": {"are no"},
-    "docs/index.md": {"what it tells"},
-    "docs/keras.md": {"What"},
-    "keras_distill/metrics.py": {"wanted"},
-    "keras_distill/step.py": {"for ever"},
-    "lightning_distill/callback.py": {"where there is"},
-    "lightning_distill/module.py": {"of one's own", "given"},
-}
 
 
 def files() -> list[Path]:
@@ -104,9 +93,7 @@ def test_file_is_written_in_plain_english(path: Path) -> None:
     name = path.relative_to(ROOT).as_posix()
     text = re.sub(r'"image/png": "[^"]*"', '""', path.read_text(encoding="utf-8"))  # pictures in notebooks
     hits = riddles(text, code=path.suffix == ".py")
-    listed = [
-        f"{name}:{line}: {words!r}: {better}" for line, words, better in hits if words not in PENDING.get(name, ())
-    ]
+    listed = [f"{name}:{line}: {words!r}: {better}" for line, words, better in hits]
     assert not listed, "\n" + "\n".join(listed)
 
 

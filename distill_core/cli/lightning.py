@@ -169,7 +169,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument(
         "--prefix",
         metavar="TEXT",
-        help='text before the student\'s names in the checkpoint, such as "model."; found where there is one choice',
+        help='text before the student\'s names in the checkpoint, such as "model."; found if only one fits',
     )
 
 

@@ -69,10 +69,10 @@ def litert(path: Path) -> np.ndarray:
     import tensorflow as tf
 
     interpreter = tf.lite.Interpreter(str(path))
-    given, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-    interpreter.resize_tensor_input(given["index"], ROWS.shape)
+    inputs, result = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+    interpreter.resize_tensor_input(inputs["index"], ROWS.shape)
     interpreter.allocate_tensors()
-    interpreter.set_tensor(given["index"], ROWS)
+    interpreter.set_tensor(inputs["index"], ROWS)
     interpreter.invoke()
     return interpreter.get_tensor(result["index"])
 
@@ -137,7 +137,7 @@ def test_a_saved_model_is_replaced_and_another_folder_is_not(folder: Path, capsy
 LAYERS = """
 import keras
 
-@keras.saving.register_keras_serializable(package="mine")
+@keras.saving.register_keras_serializable(package="doubled")
 class Twice(keras.layers.Layer):
     def call(self, x):
         return 2 * x
@@ -151,17 +151,17 @@ def test_layers_of_the_users_are_found_in_the_module_that_is_named(
     with monkeypatch.context() as patch:
         patch.syspath_prepend(folder)
         layer = importlib.import_module("my_export_layers").Twice
-        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), layer()], name="mine")
-        model.save("mine.keras")
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), layer()], name="doubled")
+        model.save("doubled.keras")
     del sys.modules["my_export_layers"]
-    keras.saving.get_custom_objects().pop("mine>Twice")
-    assert main(["export", "mine.keras", "student.weights.h5"]) == 2
-    assert "Expected mine.keras to be a .keras file of a whole model, but it cannot be" in capsys.readouterr().err
-    assert main(["export", "mine.keras", "student.weights.h5", "--import", "no_such_module"]) == 2
+    keras.saving.get_custom_objects().pop("doubled>Twice")
+    assert main(["export", "doubled.keras", "student.weights.h5"]) == 2
+    assert "Expected doubled.keras to be a .keras file of a whole model, but it cannot be" in capsys.readouterr().err
+    assert main(["export", "doubled.keras", "student.weights.h5", "--import", "no_such_module"]) == 2
     assert "Expected --import to name a module, but got 'no_such_module'" in capsys.readouterr().err
-    assert main(["export", "mine.keras", "student.weights.h5", "--import", "my_export_layers"]) == 0
-    assert capsys.readouterr().out == "student.weights.h5: mine, 6 parameters\n"
-    keras.saving.get_custom_objects().pop("mine>Twice")
+    assert main(["export", "doubled.keras", "student.weights.h5", "--import", "my_export_layers"]) == 0
+    assert capsys.readouterr().out == "student.weights.h5: doubled, 6 parameters\n"
+    keras.saving.get_custom_objects().pop("doubled>Twice")
 
 
 def test_a_form_that_needs_a_package_is_one_line_without_it(

@@ -99,15 +99,15 @@ def test_a_fixed_batch_size_and_several_inputs(folder: Path) -> None:
     torch.testing.assert_close(result, 2 * weight[[1, 2, 3, 4, 8]].sum(0)[None])
 
 
-@pytest.mark.parametrize("given", ["--model", "--config"])
-def test_an_onnx_file_gives_the_students_outputs(folder: Path, trainer: Any, given: str) -> None:
+@pytest.mark.parametrize("option", ["--model", "--config"])
+def test_an_onnx_file_gives_the_students_outputs(folder: Path, trainer: Any, option: str) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"an .onnx file needs {package}, which is not installed")
     import onnxruntime
 
     student = trained(trainer, "module")
-    network = [given, MODEL if given == "--model" else config(folder, yaml.safe_load(MODEL))]
+    network = [option, MODEL if option == "--model" else config(folder, yaml.safe_load(MODEL))]
     assert main(["export", "last.ckpt", "student.onnx", *network, "--input-shape", f"N,{INPUTS}"]) == 0
     session = onnxruntime.InferenceSession("student.onnx")
     (result,) = session.run(None, {session.get_inputs()[0].name: ROWS.numpy()})
@@ -150,7 +150,7 @@ def test_inner_networks_of_a_description_are_made_too(folder: Path) -> None:
     assert sorted(torch.load("student.pt", weights_only=True)) == ["model.bias", "model.weight"]
 
 
-# What is refused --------------------------------------------------------------------------------------------------
+# Refusals --------------------------------------------------------------------------------------------------------
 
 
 def saved(*names: str) -> None:
@@ -213,8 +213,10 @@ def test_an_onnx_file_without_onnx_is_one_line(
     folder: Path, trainer: Any, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(trainer, "module")
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name) or name)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name) or name
+    )
     capsys.readouterr()
     assert main(["export", "last.ckpt", "x.onnx", "--model", MODEL, "--input-shape", f"N,{INPUTS}"]) == 1
     expected = "lightning-distill export: an .onnx file needs onnxscript. Install it with: pip install onnxscript\n"

@@ -49,8 +49,8 @@ def callback(**settings: Any) -> DistillCallback:
         LogitsDistillation(SoftTargetLoss(temperature=Linear(8, 2)), weight=0.5),
         FeatureDistillation("body", "body", "cosine", adapter="linear", weight=Schedule(halved, over="epochs")),
     ]
-    given = {"student": "model", "task_weight": 0.25, "teacher_dtype": "bfloat16", **settings}
-    return DistillCallback(Mlp(7, seed=1), terms, **given)
+    defaults = {"student": "model", "task_weight": 0.25, "teacher_dtype": "bfloat16", **settings}
+    return DistillCallback(Mlp(7, seed=1), terms, **defaults)
 
 
 class WithHyperparameters(Classifier):
@@ -221,37 +221,37 @@ def shown(trainer, distilling: DistillCallback | None, module: LightningModule |
     return bar
 
 
-def ours(numbers: dict[str, float]) -> set[str]:
+def distill_keys(numbers: dict[str, float]) -> set[str]:
     return {key for key in numbers if key.startswith("distill/")}
 
 
-def test_the_progress_bar_shows_nothing_of_ours_by_default(trainer):
-    assert all(ours(numbers) == set() for numbers in shown(trainer, callback()).shown)
+def test_the_progress_bar_shows_no_value_of_the_callback_by_default(trainer):
+    assert all(distill_keys(numbers) == set() for numbers in shown(trainer, callback()).shown)
 
 
 def test_the_progress_bar_shows_the_distillation_loss_in_every_step_and_the_agreement_at_the_end(trainer):
     bar = shown(trainer, callback(prog_bar=True))
-    assert [ours(numbers) for numbers in bar.shown[:-1]] == [{"distill/distillation_loss"}] * 4
+    assert [distill_keys(numbers) for numbers in bar.shown[:-1]] == [{"distill/distillation_loss"}] * 4
     assert len({numbers["distill/distillation_loss"] for numbers in bar.shown[:-1]}) == 4
-    assert ours(bar.shown[-1]) == {"distill/distillation_loss", "distill/val_teacher_agreement"}
+    assert distill_keys(bar.shown[-1]) == {"distill/distillation_loss", "distill/val_teacher_agreement"}
 
 
 @pytest.mark.parametrize("prog_bar", ["logits_temperature", ["body_loss", "val_body_loss", "task_loss"]])
 def test_the_progress_bar_shows_the_values_that_are_named(trainer, prog_bar):
     bar = shown(trainer, callback(prog_bar=prog_bar))
     names = [prog_bar] if isinstance(prog_bar, str) else prog_bar
-    assert ours(bar.shown[-1]) == {f"distill/{name}" for name in names}
+    assert distill_keys(bar.shown[-1]) == {f"distill/{name}" for name in names}
 
 
 def test_the_progress_bar_shows_every_loader(trainer):
     bar = shown(trainer, callback(prog_bar=True), val_dataloaders=[loader(6), loader(8)])
     suffixes = {f"distill/val_teacher_agreement/dataloader_idx_{index}" for index in range(2)}
-    assert ours(bar.shown[-1]) == {"distill/distillation_loss", *suffixes}
+    assert distill_keys(bar.shown[-1]) == {"distill/distillation_loss", *suffixes}
 
 
 def test_distill_module_shows_values_in_the_progress_bar(trainer):
     bar = shown(trainer, None, DistillModule(Mlp(5), Mlp(7), prog_bar=["logits_loss"]))
-    assert ours(bar.shown[0]) == {"distill/logits_loss"}
+    assert distill_keys(bar.shown[0]) == {"distill/logits_loss"}
 
 
 def test_values_in_the_progress_bar_are_logged_as_often_as_the_others(trainer, tmp_path):
