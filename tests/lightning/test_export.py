@@ -213,10 +213,8 @@ def test_an_onnx_file_without_onnx_is_one_line(
     folder: Path, trainer: Any, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(trainer, "module")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name) or name
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name) or name)
     capsys.readouterr()
     assert main(["export", "last.ckpt", "x.onnx", "--model", MODEL, "--input-shape", f"N,{INPUTS}"]) == 1
     expected = "lightning-distill export: an .onnx file needs onnxscript. Install it with: pip install onnxscript\n"
