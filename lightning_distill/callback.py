@@ -26,39 +26,40 @@ from lightning_distill.terms import LogitsDistillation, as_terms
 
 
 class DistillCallback(Callback):
-    r"""Distillation added to any Trainer, with a new total in place of the loss that ``training_step`` returns.
+    r"""Distillation for any Trainer: the total below replaces the loss that ``training_step`` returns.
 
     .. math:: \text{total} = w_{task} \, L_{task} + \sum_i w_i \, D_i(A_i(F^{student}_i), F^{teacher}_i)
 
-    The LightningModule is left alone: nothing is registered on it or added to its optimizer, so its checkpoints are
-    those of a run without the callback. With automatic optimization there is nothing else to do; with manual
-    optimization add :meth:`loss` to the loss inside ``training_step``.
+    The LightningModule does not change: nothing is registered on it or added to its optimizer, so its checkpoints are
+    those of a run without the callback. With automatic optimization this is all; with manual optimization, add
+    :meth:`loss` to the loss inside ``training_step``.
 
     Logged on log steps: ``<name>/loss`` (the total), ``<name>/task_loss``, ``<name>/distillation_loss``,
     ``<name>/<term>_loss`` (each term without its weight) and the numbers that schedules set, such as
     ``<name>/<term>_weight``. At the end of an epoch the same names hold the means over the epoch. After validation
-    ``<name>/val_distillation_loss``, ``<name>/val_<term>_loss``, with a ``validation_step`` that returns its loss also
-    ``<name>/val_loss`` and ``<name>/val_task_loss``, and ``<name>/val_teacher_agreement``, the share of examples on
-    which both networks' top classes agree, where a term compares class scores. ``ModelCheckpoint`` and
-    ``EarlyStopping`` can monitor all of them. A ``ModelCheckpoint`` with such a key in its ``filename`` needs
-    ``auto_insert_metric_name=False``, since the slash would make a folder. At the start of a fit the loggers get the
-    settings as hyper-parameters: ``<name>/teacher``, ``<name>/task_weight``, ``<name>/<term>/weight``,
+    ``<name>/val_distillation_loss`` and ``<name>/val_<term>_loss``; if ``validation_step`` returns its loss, also
+    ``<name>/val_loss`` and ``<name>/val_task_loss``; if a term compares class scores, also
+    ``<name>/val_teacher_agreement``, the share of examples for which both networks choose the same class.
+    ``ModelCheckpoint`` and ``EarlyStopping`` can monitor all of them. A ``ModelCheckpoint`` with such a key in its
+    ``filename`` needs ``auto_insert_metric_name=False``, since the slash would make a folder. At the start of a fit the
+    loggers get the settings as hyper-parameters: ``<name>/teacher``, ``<name>/task_weight``, ``<name>/<term>/weight``,
     ``<name>/<term>/loss``, ``<name>/<term>/temperature`` and so on.
 
     Args:
-        teacher: The network to match, called with what the student is called with; several, over which the terms are
-            averaged; a :class:`TeacherCache` of its outputs; or ``None`` where no term needs one. A network is frozen
-            while the Trainer runs, then given back as it was.
-        terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits stands for a term with it.
-        student: Dotted path of the submodule that is the student. ``None`` is the module itself where its forward is
-            called in the step, else the one child that is called and has the tapped layers. Several paths are networks
-            that are called one after the other, as in ``self.head(self.backbone(x))``, and are the student together.
-        task_weight: Factor of the module's own loss, 0 or greater, or a schedule. At 0 the loss is left out altogether:
-            under DDP parameters that only it uses then need ``find_unused_parameters``.
-        labels: Where a batch keeps its labels: a key, an index, or a function of the batch. ``None`` is the second
+        teacher: The network to match, called with the student's inputs; a list of networks, over which each term is
+            averaged; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a teacher. A network is
+            frozen while the Trainer runs, then restored.
+        terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a
+            ``LogitsDistillation``.
+        student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
+            else the one child that the step calls and that has the tapped layers. A list of paths names networks that
+            are called one after the other, as in ``self.head(self.backbone(x))``, and together are the student.
+        task_weight: Factor of the module's own loss, 0 or greater, or a schedule. At 0 the loss is left out: under
+            DDP, parameters that only this loss uses then need ``find_unused_parameters``.
+        labels: The place of the labels in a batch: a key, an index, or a function of the batch. ``None`` is the second
             entry of a pair, or the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Read only for losses that
             need labels.
-        teacher_dtype: The teacher's precision, such as ``"bfloat16"``, whatever the trainer's.
+        teacher_dtype: The teacher's precision, such as ``"bfloat16"``, independent of the Trainer's.
         adapter_optimizer: Makes the adapters' optimizer from their parameters; ``None`` mirrors the student's.
         validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
             the teacher there too. ``None`` does so if the module has a ``validation_step`` and the teacher is not a
@@ -168,12 +169,12 @@ class DistillCallback(Callback):
         """
         if self._run is None:
             raise MisconfigurationException(
-                "Expected `loss` to be called inside `training_step`, but no training is under way. Call trainer.fit."
+                "Expected `loss` to be called inside `training_step`, but no training is running. Call trainer.fit."
             )
         return self._run.loss(calls)
 
     def teacher_forward(self, call: Call) -> Any:
-        """The teacher's output for a call of the student; override it to show the teacher another input.
+        """The teacher's output for a call of the student; override it to give the teacher another input.
 
         Args:
             call: The student's call, with ``call.args``, ``call.kwargs`` and ``call.batch``, the batch of the training

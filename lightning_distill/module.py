@@ -27,17 +27,17 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 
 class DistillModule(LightningModule):
-    """A LightningModule for a plain student network: use it as it is, or subclass it and override what differs.
+    """A LightningModule for a plain student network: use it directly, or subclass it and override methods.
 
-    It distils through a :class:`DistillCallback` of its own, ``self.distill``, and holds the teacher outside its
-    parameters: the state_dict has the student alone, under ``"student."``. A batch is ``(inputs, labels)``, where the
+    It distils through its own :class:`DistillCallback`, ``self.distill``. The teacher is not among its parameters: the
+    state_dict has the student alone, under ``"student."``. A batch is ``(inputs, labels)``, where the
     inputs may be a tensor, a tuple of arguments or a dict of keyword arguments, or one dict with the labels under
     ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Logs ``train_loss`` (the task loss), ``val_loss`` and
     ``test_loss``. A subclass may add callbacks in ``configure_callbacks``; the module's own is always among them.
 
     Args:
         student: The network to train.
-        teacher: The network to match, or several; ``None`` where no term needs one.
+        teacher: The network to match, or several; ``None`` if no term needs one.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         task_loss: The student's own loss, called with the logits in its output and the labels, a scalar.
         task_weight: Factor of the task loss, 0 or greater, or a schedule.
