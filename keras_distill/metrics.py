@@ -16,6 +16,7 @@ from keras_distill.functional.top_k import TopK, best_scores
 _NAMES = ("student_logits", "teacher_logits")
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class TeacherMetric(keras.metrics.Mean):
     """Base of the metrics on the two models' logits: the mean of one value for each row.
 

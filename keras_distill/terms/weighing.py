@@ -74,6 +74,8 @@ def weigh(
     if mask is not None:
         fits = len(mask.shape) <= rank
         mask = ops.broadcast_to(_expanded(mask, rank), ops.shape(values)) if fits else None
+        if weights is not None:  # on torch Keras multiplies them by the mask in place
+            weights = ops.copy(ops.broadcast_to(weights, ops.shape(values)))
     reduced = compat.reduce_weighted_values(
         ops.cast(values, dtype), sample_weight=weights, mask=mask, reduction=loss.reduction, dtype=dtype
     )
@@ -127,7 +129,7 @@ def _fitted(sample_weight: Any, rank: int, sizes: tuple[int | None, ...]) -> Any
     """The weights with as many dimensions as the values."""
     if sample_weight is None:
         return None
-    weights = ops.copy(ops.cast(sample_weight, "float32"))  # on torch Keras multiplies them by the mask in place
+    weights = ops.cast(sample_weight, "float32")
     shape = tuple(weights.shape)
     while len(shape) > 1 and shape[-1] == 1:
         weights, shape = ops.squeeze(weights, axis=-1), shape[:-1]
