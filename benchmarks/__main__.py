@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ["step_overhead", "keras_step", "loss_memory", "loss_time"]
+BENCHMARKS = ["step_overhead", "cache", "keras_step", "loss_memory", "loss_time"]
 
 if __name__ == "__main__":
     for name in BENCHMARKS:
