@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 from lightning.pytorch import Trainer
+from lightning_utilities.core.inheritance import get_all_subclasses
+from torch.utils.data import BatchSampler, DataLoader
 
 # Before anything imports Keras: the backend is chosen once in a process, and TensorFlow's C++ log is loud.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -48,6 +51,12 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """Freeze imported objects: many tests collect garbage, which would take over a second in each."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -71,6 +80,16 @@ def process_state() -> dict[str, Any]:
     }
 
 
+def restore_loaders() -> None:
+    """Undo Lightning's patches of loaders, which stay on the classes if a `train_dataloader` raises."""
+    for base in (DataLoader, BatchSampler):
+        for kind in get_all_subclasses(base) | {base}:
+            for name in ("__setattr__", "__delattr__", "__init__"):
+                if f"__old{name}" in vars(kind):
+                    setattr(kind, name, vars(kind)[f"__old{name}"])
+                    delattr(kind, f"__old{name}")
+
+
 @pytest.fixture(autouse=True)
 def isolation() -> Iterator[None]:
     """Seeded generators and a single-process environment before the test; no leaked setting after it."""
@@ -82,6 +101,7 @@ def isolation() -> Iterator[None]:
     torch.manual_seed(0)
     before = process_state()
     yield
+    restore_loaders()
     after = process_state()
     if after["process group"] and not before["process group"]:
         torch.distributed.destroy_process_group()  # blame one test, not all that follow

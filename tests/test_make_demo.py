@@ -67,7 +67,9 @@ def test_an_interrupt_ends_both_halves_and_leaves_no_files(tmp_path: Path) -> No
     words = prepared(tmp_path, lightning="sleep 60", keras=f"echo $$ >{tmp_path}/pid; exec sleep 60")
     environment = {**os.environ, "TMPDIR": str(tmp_path / "reports")}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **quiet) as process:
+    # a process in the background ignores interrupts, and its children cannot trap them
+    settings = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, **settings, **quiet) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text(encoding="utf-8").strip():
             assert time.monotonic() < deadline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 
@@ -15,12 +14,6 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Let tests read the value of a tensor with a graph: torch warns of it once in a process, in any test."""
     config.addinivalue_line("filterwarnings", "ignore:Converting a tensor with requires_grad=True to a scalar")
-
-
-def pytest_collection_finish() -> None:
-    """Freeze imported objects: clear_session() collects garbage, which would take over a second in each test."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
