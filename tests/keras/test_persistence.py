@@ -299,10 +299,10 @@ class Blocked:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 import warnings
-warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
 import numpy as np
 import keras
+warnings.simplefilter("error")  # not before: old packages that Keras imports warn of each other
+warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
 inputs = np.load("inputs.npy")
 np.save("outputs.npy", [keras.models.load_model(name).predict(inputs, verbose=0) for name in sys.argv[1:]])
 """
