@@ -19,7 +19,7 @@ from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation,
 
 
 def regularized(name: str, activity: str | None) -> keras.Model:
-    """A student with regularisers of its weights and perhaps of an activity; they count once on any number of devices."""
+    """A student with regularisers of its weights and perhaps of an activity; they count once on several devices."""
     inputs = keras.Input((6,))
     hidden = keras.layers.Dense(
         8, "relu", name="hidden", kernel_regularizer=keras.regularizers.L2(0.05), activity_regularizer=activity
