@@ -77,17 +77,14 @@ format: $(STAMP) ## let ruff fix and format what it can
 # pytest's closing line must be the last one printed: add nothing below it.
 TRACED_LAUNCHER := tests/pairs/test_pairs_keras.py tests/cache/test_cache_keras.py $(addprefix tests/keras/test_launcher_,\
 	data_keras.py keras.py hooks_keras.py outputs_keras.py training_keras.py)
-TRACED_STEPS := $(addprefix tests/keras/test_,cached_targets.py demo_keras.py every_loss_trains_keras.py execution.py \
-	export_keras.py forward.py)
-TRACED_MODELS := $(addprefix tests/keras/test_,layouts_keras.py learned_training_keras.py loss_chunks.py maths.py \
-	persistence.py top_k_keras.py)
+TRACED_MODELS := $(addprefix tests/keras/test_,cached_targets.py demo_keras.py every_loss_trains_keras.py execution.py \
+	export_keras.py forward.py layouts_keras.py learned_training_keras.py loss_chunks.py maths.py persistence.py \
+	top_k_keras.py)
 test: lint ## lint, then every test, doctest, notebook and block of the documentation
 	$(RUN_ENV) KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras $(PYTEST_FLAGS)
 	$(RUN_ENV) $(BIN)/python -m pytest $(TRACED_LAUNCHER) $(PYTEST_FLAGS)
-	$(RUN_ENV) $(BIN)/python -m pytest $(TRACED_STEPS) $(PYTEST_FLAGS)
 	$(RUN_ENV) $(BIN)/python -m pytest $(TRACED_MODELS) $(PYTEST_FLAGS)
-	$(RUN_ENV) $(BIN)/python -m pytest \
-		$(addprefix --ignore=,$(TRACED_LAUNCHER) $(TRACED_STEPS) $(TRACED_MODELS)) $(PYTEST_FLAGS)
+	$(RUN_ENV) $(BIN)/python -m pytest $(addprefix --ignore=,$(TRACED_LAUNCHER) $(TRACED_MODELS)) $(PYTEST_FLAGS)
 
 # Tools that only `make lint`, the notebooks and the demos need are left out.
 VERSION_TOOLS := pytorch-lightning hypothesis pytest pytest-xdist tensorboard transformers
