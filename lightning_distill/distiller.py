@@ -181,9 +181,9 @@ class Distiller:
         return self._total(task_loss, batch, StepCalls(stored=stored))
 
     def _total(self, task_loss: Tensor, batch: Any, step_calls: StepCalls) -> Tensor:
-        if self._counts and self._step.scheduler:
+        if self._counts:
             self._step.scheduler.advance(Progress(self._count))
-            self._count += 1
+            self._count += 1  # also without a schedule: one may be assigned later
         return self._step.total(task_loss, batch, step_calls)
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:

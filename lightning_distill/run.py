@@ -360,6 +360,8 @@ class Run:
         if isinstance(loss, Tensor) and not self._explicit:
             parts["loss"] = loss.detach()
         self._train_means.add(parts, self.step.batch_size)
+        if not callback.prog_bar and not compat.is_log_step(self.trainer):
+            return
         values: dict[str, Any] = {**parts, **self.step.scheduler.values}
         shown = {key: values.pop(key) for key in callback.prog_bar if key in values}
         self._log_step(shown, prog_bar=True)  # in every step: the loggers take the log steps alone

@@ -32,18 +32,18 @@ class Scheduler:
     Args:
         terms: The terms.
         owner: The object with the task weight.
-
-    Attributes:
-        values: The numbers set last, by their names in the logs.
     """
 
     def __init__(self, terms: Sequence[nn.Module], owner: Any) -> None:
         self._terms, self._owner = terms, owner
-        self._modules = [_Known() for _ in terms]
-        self.values: dict[str, float] = {}
 
     def __bool__(self) -> bool:
         return any(True for _ in self._scheduled())
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The current numbers of the scheduled settings, by their names in the logs."""
+        return {label: getattr(owner, name) for label, owner, name, _ in self._scheduled()}
 
     @property
     def names(self) -> list[str]:
@@ -54,13 +54,15 @@ class Scheduler:
         """Label in the logs, object, name and schedule of each scheduled setting."""
         for name, schedule in self._owner.schedules.items():
             yield name, self._owner, name, schedule
-        for term, known in zip(self._terms, self._modules, strict=True):
-            children = list(term._modules.values())
-            if children != known.children:  # parts were made or dropped, or a loss was replaced
-                known.children, known.modules = children, list(_settings_in(term))
-            for label, module in known.modules:
-                for name, schedule in module.__dict__["schedules"].items():
-                    yield f"{label}{name}", module, name, schedule
+        for term in self._terms:
+            for path, module in term.named_modules():
+                schedules = module.__dict__.get("schedules")
+                if not schedules:
+                    continue
+                # the loss is the term's own, and copies of a learned loss have its settings
+                inside = "" if not path or path.split(".")[0] in ("loss", "learned") else f"{path.replace('.', '_')}_"
+                for name, schedule in schedules.items():
+                    yield f"{term.name}_{inside}{name}", module, name, schedule
 
     def advance(self, progress: Progress) -> None:
         """Set the numbers.
@@ -71,27 +73,7 @@ class Scheduler:
         Raises:
             ValueError: If a position is not known, or the setting does not allow the number.
         """
-        values = {}
         for label, owner, name, schedule in list(self._scheduled()):
             value = schedule.at(progress)
             (checks.non_negative if name.endswith("weight") else checks.positive)(label, value)
             set_scheduled(owner, name, value)
-            values[label] = value
-        self.values = values
-
-
-class _Known:
-    """The modules of a term that can have schedules, kept until its parts change, because a search takes time."""
-
-    def __init__(self) -> None:
-        self.children: list[nn.Module | None] | None = None
-        self.modules: list[tuple[str, nn.Module]] = []
-
-
-def _settings_in(term: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Prefix in the logs and module of everything in a term that keeps schedules."""
-    for path, module in term.named_modules():
-        if "schedules" in module.__dict__:
-            # the loss is the term's own, and copies of a learned loss have its settings
-            inside = "" if not path or path.split(".")[0] in ("loss", "learned") else f"{path.replace('.', '_')}_"
-            yield f"{term.name}_{inside}", module

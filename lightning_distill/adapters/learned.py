@@ -47,7 +47,6 @@ class LearnedParts:
     def _start(self) -> None:
         self._unmade = {term.name for term in self.terms if term.makes_parts}  # not made in this process
         self._open = self._unmade | {term.name for term in self.terms if trained_by(term)}  # not agreed on by all
-        self._learns = bool(self._open)
         self._shapes: dict[str, Shapes] = {}
         self._saved: dict[str, Any] = {}  # waits for the calls that show device and shapes
 
@@ -163,9 +162,7 @@ class LearnedParts:
         Raises:
             ValueError: If so; they would keep their first values.
         """
-        if not self._learns or self._leader is not None or self._handed_over or self.awaits_leader:
-            return
-        if self._trained():
+        if self._leader is None and not self._handed_over and not self.awaits_leader and self._trained():
             raise ValueError(
                 "Expected an optimizer for the adapters, but got none. In a loop of your own call"
                 " distiller.follow(optimizer), or pass distiller.parameters() to the student's optimizer. Under a"

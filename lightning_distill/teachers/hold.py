@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, finalize
 
@@ -58,6 +57,7 @@ class Hold:
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module, self.dtype = module, dtype
         self._modules: list[nn.Module] = []
+        self._scripts: list[nn.Module] = []
         self._taken = False
         self._end: Any = None
 
@@ -92,15 +92,14 @@ class Hold:
             if state is None:
                 state = self._held[module] = _State(module)
             state.holders, state.dtype = state.holders + 1, dtype
-        scripts = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
-        self._modules = [module for module in modules if module not in scripts]
+        self._scripts = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+        self._modules = [module for module in modules if module not in self._scripts]
         self._taken = True
         # a hold that is dropped without a release restores the teacher too
         self._end = finalize(self, _release, modules)
         with contextlib.suppress(NotImplementedError):  # an exported program keeps the mode that it was traced in
             self.module.eval()
         self.still()
-        self._freeze_scripts(scripts)
         try:
             self._move(device, dtype)
         except BaseException:
@@ -123,7 +122,7 @@ class Hold:
         """Release the teacher; the last holder restores its modes, flags, device and precision."""
         if self._end is not None:
             self._end()
-        self._modules, self._end, self._taken = [], None, False
+        self._modules, self._scripts, self._end, self._taken = [], [], None, False
 
     def still(self) -> None:
         """Set eval mode and disable gradients again, in case other code has changed them."""
@@ -133,10 +132,7 @@ class Hold:
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad:
                     parameter.requires_grad_(False)
-
-    def _freeze_scripts(self, modules: Sequence[nn.Module]) -> None:
-        """The same, once, for TorchScript programs, which have no table of parameters and may have no mode."""
-        for module in modules:
+        for module in self._scripts:  # TorchScript programs have no table of parameters and may have no mode
             if getattr(module, "training", False):
                 module.training = False
             for parameter in module.parameters(recurse=False):

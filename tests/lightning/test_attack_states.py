@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from nets import InnerModule, Outputs, loader, student, teacher
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_distill import (
     Call,
@@ -201,3 +202,32 @@ def test_keys_name_the_loader_of_several_also_if_only_one_is_measured(trainer):
     keys = {key for key in run.callback_metrics if key.startswith("distill/val_")}
     assert "distill/val_loss/dataloader_idx_0" in keys
     assert all(key.endswith("/dataloader_idx_0") for key in keys)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_a_scripted_teacher_is_put_back_into_eval_mode_in_every_step(trainer):
+    torch.manual_seed(0)
+    teacher = torch.jit.script(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    modes = []
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.teacher = nn.Linear(4, 3), teacher
+
+        def training_step(self, batch, batch_idx):
+            self.train()  # reaches the teacher, which the module keeps
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model.parameters(), 0.1)
+
+    class Watched(DistillCallback):
+        def teacher_forward(self, call):
+            modes.append(teacher.training)
+            return super().teacher_forward(call)
+
+    data = DataLoader(TensorDataset(torch.randn(8, 4) + 2, torch.arange(8) % 3), 4)
+    trainer(callbacks=[Watched(teacher, student="model")]).fit(Module(), data)
+    assert modes == [False, False]
+    assert torch.equal(teacher.state_dict()["0.running_mean"], torch.zeros(4))

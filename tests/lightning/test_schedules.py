@@ -190,6 +190,30 @@ def test_a_plain_loop_counts_its_steps_and_saves_the_count() -> None:
         assert steps(second, 1) == [0.25]
 
 
+class Blend(nn.Module):
+    """A loss of the user's, around a loss that can be replaced while training."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return self.inner(student, teacher)
+
+
+def test_a_schedule_deep_inside_a_loss_counts_if_it_is_assigned_while_training() -> None:
+    student, (images, labels) = nn.Linear(4, 3), next(iter(data()))
+    blend = Blend(SoftTargetLoss(2.0))
+    with Distiller(student, nn.Linear(4, 3), LogitsDistillation(blend)) as distiller:
+        for step in range(4):
+            if step == 1:
+                distiller.terms[0].loss.inner = SoftTargetLoss(Linear(8.0, 4.0, duration=4, over="steps"))
+            with distiller.record():
+                loss = nn.functional.cross_entropy(student(images), labels)
+            distiller.total(loss)
+        assert distiller.terms[0].loss.inner.temperature == 5.0
+
+
 def test_a_plain_loop_passes_the_epoch_if_a_schedule_needs_it() -> None:
     student, (images, labels) = nn.Linear(4, 3), next(iter(data()))
     term = LogitsDistillation(weight=Step([1.0, 0.5], boundaries=[1]))
@@ -286,3 +310,17 @@ def test_a_schedule_that_leaves_the_allowed_numbers_raises(trainer: Callable[...
         trainer(callbacks=[distill], max_epochs=1).fit(Student(), data())
     with pytest.raises(TypeError, match=r"Expected `weight` to be an int or a float, but got weight=<function"):
         LogitsDistillation(weight=lambda step: 1.0)
+
+
+def test_a_number_that_replaces_a_schedule_ends_its_values() -> None:
+    student, (images, labels) = nn.Linear(4, 3), next(iter(data()))
+    term = LogitsDistillation(weight=Linear(1.0, 0.0, duration=4, over="steps"))
+    with Distiller(student, nn.Linear(4, 3), term) as distiller:
+        seen = []
+        for _ in range(2):
+            with distiller.record():
+                loss = nn.functional.cross_entropy(student(images), labels)
+            distiller.total(loss)
+            seen.append(distiller.scheduler.values)
+            distiller.terms[0].weight = 0.5
+    assert seen == [{"logits_weight": 1.0}, {}]
