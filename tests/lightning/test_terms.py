@@ -276,3 +276,24 @@ def test_patches_come_off_in_any_order(order: tuple[int, ...]) -> None:
         alive.remove(index)
         assert thing.speak() == "".join(str(n) for n in sorted(alive, reverse=True)) + "."
     assert "speak" not in vars(thing)
+
+
+class Lazy(DistillationTerm):
+    """A term of the user's that makes a parameter in its first step, which nothing trains."""
+
+    def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = nn.Parameter(torch.ones(()))
+        return (self.scale * student.output - teacher.output).square().mean()
+
+
+def test_a_parameter_that_a_term_makes_late_is_not_left_untrained_in_silence() -> None:
+    network, images = nn.Linear(4, 3), torch.randn(8, 4)
+    with Distiller(network, nn.Linear(4, 3), Lazy(name="lazy")) as distiller:
+        for step in range(2):
+            with distiller.record():
+                loss = network(images).square().mean()
+            if step == 0:
+                distiller.total(loss)
+        with pytest.raises(ValueError, match="Expected an optimizer for the adapters, but got none"):
+            distiller.total(loss)
