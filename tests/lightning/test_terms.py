@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_distill import (
     AttentionTransferLoss,
+    Call,
     DistillationLoss,
     DistillationTerm,
     Distiller,
