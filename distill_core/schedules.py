@@ -101,9 +101,9 @@ class Schedule:
         return value
 
     def __repr__(self) -> str:
-        config = self.get_config()  # a function is shown by its name: its address would differ between two runs
-        shown = {name: getattr(value, "__qualname__", repr(value)) for name, value in config.items()}
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+        # the name of a function and not its address, which differs between two runs
+        settings = {name: getattr(value, "__qualname__", repr(value)) for name, value in self.get_config().items()}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in settings.items())})"
 
     def _value(self, position: float) -> float:  # methods, not closures: a schedule travels to spawned processes
         return self.function(position)

@@ -20,17 +20,12 @@ from keras import ops
 from keras_nets import assert_same_logs, assert_same_weights, cross_entropy, mlp, table
 
 from keras_distill import (
-    AttentionTransferLoss,
     DistillationScheduler,
     DistillModel,
     FeatureDistillation,
-    LogitMSELoss,
     LogitsDistillation,
     SoftTargetLoss,
     StudentCheckpoint,
-    TeacherDivergence,
-    losses,
-    metrics,
 )
 
 BIG = 256
@@ -349,16 +344,3 @@ def test_k24_an_export_is_that_of_the_student(tmp_path: Path) -> None:
     inputs, _ = table(4)
     served = tf.saved_model.load(tmp_path / "served")
     np.testing.assert_allclose(served.serve(inputs), model.predict(inputs, verbose=0), rtol=1e-5, atol=1e-6)
-
-
-# Every class of the package that Keras may meet in a file, with settings that are not the defaults.
-INSTANCES: list[Any] = [
-    SoftTargetLoss(temperature=0.7, standardize=True, from_logits=False, reduction="sum", name="custom"),
-    losses.SoftCrossEntropyLoss(temperature=0.7, from_logits=False, name="custom"),
-    LogitMSELoss(from_logits=False, reduction="sum", name="custom"),
-    AttentionTransferLoss(p=1.3, reduction="none", name="custom"),
-    losses.FeatureDistance("cosine", reduction="sum", name="custom"),
-    losses.FunctionLoss(keras.losses.mean_absolute_error, name="custom"),
-    metrics.TeacherAgreement(name="custom"),
-    TeacherDivergence(temperature=0.7, name="custom"),
-]

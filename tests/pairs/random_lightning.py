@@ -355,7 +355,7 @@ def main() -> int:
         for seed in range(options.start, options.start + options.seeds):
             try:
                 check(seed, Path(folder))
-            except Exception:
+            except Exception:  # counted and printed; the other seeds still run
                 wrong += 1
                 print(f"seed {seed}: {draw(seed)}")
                 traceback.print_exc(limit=-3)
