@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Final
 import keras
 
 from distill_core.cli import ExportError, replaced, working_directory
+from distill_core.installed import unusable
 from distill_core.terminal import one_line
 from keras_distill.model import DistillModel
 
@@ -35,6 +35,7 @@ def export_student(source: Path, output: Path, modules: Sequence[str] = ()) -> s
         ValueError: If an argument or the file is wrong.
         OSError: If a file cannot be read or written.
         ExportError: If the student cannot be exported.
+        ImportError: If a package that the form needs is not installed or too old.
     """
     suffix = next((suffix for suffix in _SUFFIXES if output.name.endswith(suffix)), "")
     if output.suffix and not suffix:
@@ -47,8 +48,8 @@ def export_student(source: Path, output: Path, modules: Sequence[str] = ()) -> s
     if output.exists() and source.exists() and output.samefile(source):
         raise ValueError(f"Expected OUTPUT to be another file than SOURCE, but got {str(output)!r} for both.")
     needed = _NEEDS.get(suffix)
-    if needed and keras.backend.backend() == "tensorflow" and importlib.util.find_spec(needed) is None:
-        raise ExportError(f"this form needs {needed}. Install it with: pip install {needed}")
+    if needed and keras.backend.backend() == "tensorflow" and (problem := unusable("This form", needed)):
+        raise problem
     with working_directory(first=True):
         for module in modules:
             _import(module)

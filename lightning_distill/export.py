@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import warnings
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from distill_core.class_paths import make_from_class_path
 from distill_core.cli import ExportError, replaced, working_directory
+from distill_core.installed import unusable
 from distill_core.terminal import one_line
 from distill_core.yaml_files import read_yaml
 from lightning_distill.teachers.loading import load_teacher, read_state_dict
@@ -49,6 +49,7 @@ def export_student(
         ValueError: If an argument is wrong, or the checkpoint does not fit.
         OSError: If a file cannot be read or written.
         ExportError: If the network cannot be exported.
+        ImportError: If a package that the form needs is not installed or too old.
     """
     suffix = output.suffix.lower()
     if suffix not in (*_WEIGHTS, *_GRAPHS):
@@ -106,10 +107,10 @@ def _write_weights(state: dict[str, Any], file: Path) -> None:
     if file.suffix.lower() != ".safetensors":
         torch.save(dict(state), file)
         return
-    try:
-        from safetensors.torch import save
-    except ModuleNotFoundError:
-        raise ExportError("a .safetensors file needs safetensors. Install it with: pip install safetensors") from None
+    if problem := unusable("A .safetensors file", "safetensors"):
+        raise problem
+    from safetensors.torch import save
+
     if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"Expected tensors for a .safetensors file, but {wrong[0]!r} is not one. Write a .pt file.")
     # copies, since tied weights are refused; written here, since the library would make the file private
@@ -162,8 +163,8 @@ def _input(shape: str) -> tuple[Tensor, bool]:
 
 def _write_graph(network: nn.Module, inputs: Sequence[tuple[Tensor, bool]], file: Path) -> None:
     onnx = file.suffix.lower() == ".onnx"
-    if onnx and (missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]):
-        raise ExportError(f"an .onnx file needs {missing[0]}. Install it with: pip install onnxscript")
+    if onnx and (problem := unusable("An .onnx file", "onnx", "onnxscript")):
+        raise problem
     examples = tuple(example for example, _ in inputs)
     batch = torch.export.Dim("N")
     free = tuple({0: batch} if is_free else None for _, is_free in inputs) if any(each[1] for each in inputs) else None

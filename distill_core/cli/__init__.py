@@ -305,7 +305,7 @@ def file_error(error: OSError, file: Path, action: str = "read") -> str:
 
 
 class ExportError(Exception):
-    """A student cannot be exported, or a package for that is missing."""
+    """A student cannot be exported."""
 
 
 def run_export(prog: str, output: Path, write: Callable[[], str]) -> int:

@@ -169,10 +169,11 @@ def test_a_form_that_needs_a_package_is_one_line_without_it(
 ) -> None:
     if keras.backend.backend() != "tensorflow":
         pytest.skip("other packages are needed on other backends")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)  # as if it were not installed
     assert main(["export", "best.keras", "student.onnx"]) == 1
     out, error = capsys.readouterr()
-    assert (out, error) == ("", "keras-distill export: this form needs tf2onnx. Install it with: pip install tf2onnx\n")
+    expected = "This form needs tf2onnx, which is not installed. Install it with: pip install tf2onnx"
+    assert (out, error) == ("", f"keras-distill export: {expected}\n")
 
 
 def test_a_file_of_weights_alone_is_refused(folder: Path, capsys: Capture) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -213,12 +215,14 @@ def test_an_onnx_file_without_onnx_is_one_line(
     folder: Path, trainer: Any, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(trainer, "module")
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name) or name)
+    onnx = ModuleType("onnx")
+    onnx.__version__, onnx.__spec__ = "99.0", importlib.machinery.ModuleSpec("onnx", None)
+    monkeypatch.setitem(sys.modules, "onnx", onnx)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
     capsys.readouterr()
     assert main(["export", "last.ckpt", "x.onnx", "--model", MODEL, "--input-shape", f"N,{INPUTS}"]) == 1
-    expected = "lightning-distill export: an .onnx file needs onnxscript. Install it with: pip install onnxscript\n"
-    assert capsys.readouterr().err == expected
+    expected = "An .onnx file needs onnxscript, which is not installed. Install it with: pip install onnxscript"
+    assert capsys.readouterr().err == f"lightning-distill export: {expected}\n"
 
 
 def test_tied_weights_are_written(folder: Path) -> None:
