@@ -68,7 +68,7 @@ class DistillCallback(Callback):
             validation.
         prog_bar: Logged values to show in the progress bar, by their names without the prefix, such as
             ``["logits_loss", "val_teacher_agreement"]``. True shows ``distillation_loss`` and
-            ``val_teacher_agreement``.
+            ``val_teacher_agreement``. A value that a run does not measure is left out.
         name: Prefix of the logged keys and key of the saved state, distinct for each callback of a Trainer.
 
     Attributes:
