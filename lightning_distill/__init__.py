@@ -62,7 +62,13 @@ from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
 from lightning_distill.recording import Call, Tap
 from lightning_distill.teachers import load_teacher
-from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
+from lightning_distill.terms import (
+    DistillationTerm,
+    FeatureDistillation,
+    LogitsDistillation,
+    SelfDistillation,
+    SequenceDistillation,
+)
 
 if TYPE_CHECKING:
     from lightning_distill.launcher import (
@@ -99,6 +105,7 @@ __all__ = [
     "SelfDistillation",
     "SelfKnowledgeDistillationLoss",
     "SelfKnowledgeDistillationLossConfig",
+    "SequenceDistillation",
     "Tap",
     "TeacherAgreement",
     "TeacherCache",

@@ -22,6 +22,7 @@ from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
 from lightning_distill.teachers import as_dtype, as_teacher
+from lightning_distill.teachers.inputs import Place
 from lightning_distill.terms import LogitsDistillation, as_terms
 
 
@@ -59,6 +60,9 @@ class DistillCallback(Callback):
         labels: The place of the labels in a batch: a key, an index, or a function of the batch. ``None`` is the second
             entry of a pair, or the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Read only for losses that
             need labels.
+        teacher_inputs: The teacher's inputs, if they are not the student's: the key or index of them in the batch, or a
+            function from the student's inputs (its only argument, the tuple of its arguments, or the dict of its
+            keyword arguments) to the teacher's, in the same forms.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, independent of the Trainer's.
         adapter_optimizer: Makes the adapters' optimizer from their parameters; ``None`` mirrors the student's.
         validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
@@ -106,6 +110,7 @@ class DistillCallback(Callback):
         student: str | Sequence[str] | None = None,
         task_weight: float | Schedule = 1.0,
         labels: str | int | Callable[[Any], Tensor] | None = None,
+        teacher_inputs: Place = None,
         teacher_dtype: torch.dtype | str | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
         validate: bool | None = None,
@@ -124,7 +129,7 @@ class DistillCallback(Callback):
         self._run: Run | None = None
         self.teacher = teacher
         self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
-        self.student, self.labels = student, labels
+        self.student, self.labels, self.teacher_inputs = student, labels, teacher_inputs
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
         self.validate, self.name = validate, name
         self.logs = log  # the Trainer puts the module's `log` on every callback

@@ -5,6 +5,7 @@ A new release of torch or Lightning is checked by running that file.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,11 @@ def training_loaders(trainer: Trainer) -> Any:
     return trainer.fit_loop._combined_loader
 
 
+def data_fetcher(trainer: Trainer) -> Any:
+    """What the training loop takes its batches from; its ``iterator`` may be replaced, ``batches`` are read ahead."""
+    return trainer.fit_loop._data_fetcher
+
+
 def logged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
     """The hyper-parameters that the Trainer logs by itself: those that module and data have saved for the loggers."""
     owners = [trainer.lightning_module, getattr(trainer, "datamodule", None)]
@@ -157,6 +163,15 @@ def logged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
 # where `lightning`, `pytorch_lightning` and torch define empty hooks and an empty forward
 _BASES = ("LightningModule", "ModelHooks", "DataHooks", "Module")
 _PACKAGES = ("lightning", "pytorch_lightning", "torch")
+
+
+def parameter_names(kind: type) -> tuple[str, ...]:
+    """Names of the parameters of a module class's forward."""
+    forward = inspect.unwrap(getattr(kind, "forward", lambda: None))
+    if not inspect.isfunction(forward):
+        return ()
+    code = forward.__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def overrides(module: Any, name: str) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill import checks
+from lightning_distill.adapters.follower import world_size
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache import TeacherCache
 from lightning_distill.compat import HookGuards, is_compiled
@@ -20,8 +22,10 @@ from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
 from lightning_distill.step import DistillStep, Labels, StepCalls
 from lightning_distill.teachers import as_dtype, as_teacher
+from lightning_distill.teachers.inputs import Place, TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import DistillationTerm, LogitsDistillation, as_terms
+from lightning_distill.terms import DistillationTerm, LogitsDistillation, arguments_of, as_terms
+from lightning_distill.terms.counting import count_tokens, divisors, takes_decoder_inputs
 
 Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
 
@@ -41,6 +45,9 @@ class Distiller:
         task_weight: Factor of the task loss, 0 or greater, or a schedule.
         labels: Where a batch keeps its labels: a key, an index, or a function of the batch; ``None`` looks in the usual
             places. Read only for losses that need labels.
+        teacher_inputs: The teacher's inputs, if they are not the student's: the key or index of them in the batch, or a
+            function from the student's inputs (its only argument, the tuple of its arguments, or the dict of its
+            keyword arguments) to the teacher's, in the same forms.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; ``None`` takes that of the
             surrounding code.
 
@@ -79,12 +86,13 @@ class Distiller:
         *,
         task_weight: float | Schedule = 1.0,
         labels: Labels = None,
+        teacher_inputs: Place = None,
         teacher_dtype: torch.dtype | str | None = None,
     ) -> None:
         self.task_weight = task_weight
         self.student, self._teacher = student, as_teacher(teacher)
         self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
-        self._dtype, self._labels = as_dtype(teacher_dtype), labels
+        self._dtype, self._labels, self._inputs = as_dtype(teacher_dtype), labels, teacher_inputs
         self._learned = LearnedParts(self.terms)
         self._guards: HookGuards | None = None
         self._looked = False  # whether the networks were searched for compiled ones
@@ -104,7 +112,13 @@ class Distiller:
             self,
             self.terms,
             StudentFinder(self.student, [tap for term in self.terms for tap in term.student_taps], ""),
-            as_source(self.teacher, taps, lambda call: self.teacher_forward(call), self._dtype),
+            as_source(
+                self.teacher,
+                taps,
+                lambda call: self.teacher_forward(call),
+                self._dtype,
+                TeacherInputs(self._inputs, arguments_of(self.terms)),
+            ),
             self._learned,
             labels=self._labels,
             read_logits=lambda output: self.logits(output),
@@ -185,6 +199,47 @@ class Distiller:
             self._step.scheduler.advance(Progress(self._count))
             self._count += 1  # also without a schedule: one may be assigned later
         return self._step.total(task_loss, batch, step_calls)
+
+    @contextmanager
+    def window(self, batches: Sequence[Any]) -> Iterator[None]:
+        """A context for the micro-batches of one optimizer step.
+
+        In it, terms on tokens are the mean over the tokens of all these batches and all processes, if the gradients are
+        averaged: if each total is divided by ``len(batches)`` before its backward pass, and DDP averages over the
+        processes. Every process must enter it.
+
+        Args:
+            batches: The batches, as they are passed to :meth:`total`.
+
+        Raises:
+            ValueError: If the tokens of a batch cannot be counted before the student is called with it.
+
+        Example:
+            >>> from lightning_distill import SequenceDistillation
+            >>> student, teacher = nn.Embedding(5, 5), nn.Embedding(5, 5)
+            >>> batches = [torch.tensor([[1, 2, 3]]), torch.tensor([[4, 0]])]
+            >>> count = lambda tokens: torch.ones_like(tokens)
+            >>> distiller = Distiller(student, teacher, SequenceDistillation(mask=count), task_weight=0)
+            >>> with distiller.window(batches):
+            ...     for tokens in batches:
+            ...         with distiller.record():
+            ...             task_loss = student(tokens).mean()
+            ...         (distiller.total(task_loss, tokens) / len(batches)).backward()
+        """
+        if not batches:
+            raise ValueError("Expected `batches` to hold the micro-batches of an optimizer step, but got none.")
+        terms = [term for term in self.terms if term.counts_tokens]
+        if terms:
+            seq2seq, device = takes_decoder_inputs(self.student), next(self.student.parameters()).device
+            counted = [count_tokens(terms, batch, self._labels, seq2seq, device) for batch in batches]
+            numbers = torch.stack(counted).sum(0)
+            if world_size() > 1:
+                torch.distributed.all_reduce(numbers)
+            self._step.divisors = divisors(numbers, terms, len(batches), world_size())
+        try:
+            yield
+        finally:
+            self._step.divisors = {}
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set the scheduled values before a step. Schedules over steps count the calls of :meth:`total` instead.

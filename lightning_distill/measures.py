@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,3 +100,71 @@ class LoaderMeasures:
         if self.agreement is None:
             return torch.zeros(2, dtype=torch.int64, device=device)
         return torch.stack([self.agreement.total, self.agreement.count]).to(device)
+
+
+class Validation:
+    """The measurements of a validation epoch: the terms' losses and the agreement with the teacher, by loader.
+
+    Args:
+        step: The step, which measures a batch.
+        settings: The object with the task weight.
+        names: Names of the losses.
+    """
+
+    def __init__(self, step: Any, settings: Any, names: list[str]) -> None:
+        self._step, self._settings, self._names = step, settings, names
+        self._loaders: dict[int, LoaderMeasures] = {}
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self._loaders = {}
+
+    def add(self, batch: Any, loader: int, output: Any) -> None:
+        """Measure a batch, from the student's calls that were recorded.
+
+        Args:
+            batch: The batch.
+            loader: Index of its loader.
+            output: The result of the validation step.
+
+        Raises:
+            ValueError: If the outputs cannot be compared.
+        """
+        step = self._step
+        losses, pairs = step.measure(batch)
+        if not losses and not pairs:
+            return
+        measures = self._loaders.setdefault(loader, LoaderMeasures(self._names))
+        values = {f"{name}_loss": value.detach() for name, value in losses.items()}
+        if len(losses) == len(step.terms):
+            values["distillation_loss"] = sum(
+                (term.weight * values[f"{term.name}_loss"] for term in step.terms), torch.zeros(())
+            )
+            task_loss = output.get("loss") if isinstance(output, Mapping) else output
+            if isinstance(task_loss, Tensor) and task_loss.ndim == 0:
+                values["task_loss"] = task_loss.detach()
+                values["loss"] = self._settings.task_weight * values["task_loss"] + values["distillation_loss"]
+        measures.losses.add(values, step.batch_size)
+        scored = next((term for term in step.terms if term.compares_class_scores), None)
+        for student, teacher, mask in pairs:
+            measures.agree(student, teacher, mask, getattr(scored, "class_dim", None))
+
+    def results(self, loaders: int, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
+        """The measurements over all processes, by their names in the logs.
+
+        Args:
+            loaders: Number of validation loaders; all processes take part in the sums of each.
+            device: Device of the results.
+            reduce: The sum of a tensor over all processes.
+        """
+        results: dict[str, Tensor] = {}
+        for index in range(loaders):
+            suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
+            measures = self._loaders.get(index) or LoaderMeasures(self._names)
+            for name, value in measures.losses.compute(device, reduce).items():
+                results[f"val_{name}{suffix}"] = value
+            agreeing, rows = reduce(measures.agreement_counts(device))
+            if rows > 0:
+                results[f"val_teacher_agreement{suffix}"] = agreeing.float() / rows.float()
+        self.reset()
+        return results

@@ -22,6 +22,7 @@ from lightning_distill.distiller import Terms
 from lightning_distill.recording.batches import call_with, inputs_in, split_batch
 from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
+from lightning_distill.teachers.inputs import Place
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
@@ -44,6 +45,7 @@ class DistillModule(LightningModule):
         optimizer: Makes the optimizer from the student's parameters; ``None`` is ``torch.optim.AdamW``.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; it steps once an epoch.
         labels: As in :class:`DistillCallback`.
+        teacher_inputs: As in :class:`DistillCallback`.
         teacher_dtype: As in :class:`DistillCallback`.
         adapter_optimizer: As in :class:`DistillCallback`.
         validate: As in :class:`DistillCallback`.
@@ -72,6 +74,7 @@ class DistillModule(LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         labels: str | int | Callable[[Any], Tensor] | None = None,
+        teacher_inputs: Place = None,
         teacher_dtype: torch.dtype | str | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
         validate: bool | None = None,
@@ -89,6 +92,7 @@ class DistillModule(LightningModule):
             student="student",
             task_weight=task_weight,
             labels=labels,
+            teacher_inputs=teacher_inputs,
             teacher_dtype=teacher_dtype,
             adapter_optimizer=adapter_optimizer,
             validate=validate,

@@ -20,15 +20,17 @@ from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.teacher import Stored
 from lightning_distill.cache.training import CachedLoaders
-from lightning_distill.measures import LoaderMeasures, Means
+from lightning_distill.measures import Means, Validation
 from lightning_distill.patch import MethodPatch, patch_step
 from lightning_distill.progress import fraction_done
 from lightning_distill.recording import Call
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule
 from lightning_distill.step import DistillStep, Labels, StepCalls
+from lightning_distill.teachers.inputs import Place, TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import DistillationTerm
+from lightning_distill.terms import DistillationTerm, arguments_of
+from lightning_distill.windows import TokenWindow
 
 _TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -41,6 +43,7 @@ class Settings(Protocol):
     terms: list[DistillationTerm]
     student: str | Sequence[str] | None
     labels: Labels
+    teacher_inputs: Place
     teacher_dtype: torch.dtype | None
     adapter_optimizer: OptimizerCallable | None
     validate: bool | None
@@ -80,6 +83,7 @@ class Run:
         self.callback, self.trainer, self.module = callback, trainer, module
         self._patches: list[Any] = []
         self._cached: CachedLoaders | None = None
+        self._window: TokenWindow | None = None
         terms = callback.terms
         self.learned = LearnedParts(terms, callback.adapter_optimizer)
         self.learned.allowed = not compat.has_strategy(trainer, "DeepSpeedStrategy")
@@ -90,7 +94,13 @@ class Run:
             callback,
             terms,
             student,
-            as_source(callback.teacher, taps, callback.teacher_forward, callback.teacher_dtype),
+            as_source(
+                callback.teacher,
+                taps,
+                callback.teacher_forward,
+                callback.teacher_dtype,
+                TeacherInputs(callback.teacher_inputs, arguments_of(terms)),
+            ),
             self.learned,
             labels=callback.labels,
             read_logits=callback.logits,
@@ -98,7 +108,7 @@ class Run:
         )
         self._names = ["loss", "task_loss", "distillation_loss", *(f"{term.name}_loss" for term in terms)]
         self._train_means = Means(self._names)
-        self._loaders: dict[int, LoaderMeasures] = {}
+        self._validation = Validation(self.step, callback, self._names)
         self._validates = False  # whether validation is measured; the same in all processes
         self._measures = False  # whether this process still measures it
         self._position: float | None = 0.0
@@ -140,6 +150,8 @@ class Run:
             ]
             if self.step.source.stored:
                 self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
+            unpack = self._cached.separated if self._cached else lambda batch: (batch, None)
+            self._window = TokenWindow(trainer, callback.terms, lambda batch: unpack(batch)[0], callback.labels)
         if callback.validate and not self.step.source.live:
             rank_zero_warn(
                 "Expected a teacher network with validate=True, but got a cache, which has no outputs for the"
@@ -183,6 +195,7 @@ class Run:
         distill.parts = {}
         self._batch = None if self._takes_iterator else _kept(args[0] if args else kwargs.get("batch"))
         self._in_step, self._explicit = True, False
+        self._begin_window()
         try:
             with distill.record():
                 output = step(*args, **kwargs)
@@ -197,7 +210,14 @@ class Run:
             self._in_step, self._batch = False, None
         if distill.parts:
             self._log(output)
+        if self._window is not None:
+            self._window.compare(distill.counted)
         return output
+
+    def _begin_window(self) -> None:
+        if self._window is not None:
+            self._window.begin(self._batch)
+            self.step.divisors = self._window.divisors
 
     def _changes_loss(self) -> bool:
         idle = self.step.idle and self.callback.task_weight == 1
@@ -299,56 +319,27 @@ class Run:
             output = step(*args, **kwargs)
         loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
         try:
-            self._measure(batch, loader, output)
+            self._validation.add(batch, loader, output)
         except ValueError as error:
             if self.callback.validate:
                 raise
             # the features can be distilled even if the outputs are not logits
-            self._measures, self._loaders = False, {}
+            self._measures = False
+            self._validation.reset()
             rank_zero_warn(f"Validation does not measure distillation: {error} Pass validate=False.")
         finally:
             self.step.release()
         return output
 
-    def _measure(self, batch: Any, loader: int, output: Any) -> None:
-        losses, pairs = self.step.measure(batch)
-        if not losses and not pairs:
-            return
-        measures = self._loaders.setdefault(loader, LoaderMeasures(self._names))
-        values = {f"{name}_loss": value.detach() for name, value in losses.items()}
-        if len(losses) == len(self.step.terms):
-            values["distillation_loss"] = sum(
-                (term.weight * values[f"{term.name}_loss"] for term in self.step.terms), torch.zeros(())
-            )
-            task_loss = output.get("loss") if isinstance(output, Mapping) else output
-            if isinstance(task_loss, Tensor) and task_loss.ndim == 0:
-                values["task_loss"] = task_loss.detach()
-                values["loss"] = self.callback.task_weight * values["task_loss"] + values["distillation_loss"]
-        measures.losses.add(values, self.step.batch_size)
-        scored = next((term for term in self.step.terms if term.compares_class_scores), None)
-        for pair in pairs:
-            measures.agree(*pair, class_dim=getattr(scored, "class_dim", None))
-
     def start_validation(self) -> None:
         """Count from zero."""
-        self._loaders = {}
+        self._validation.reset()
 
     def end_validation(self) -> dict[str, Tensor]:
         """The measurements of a validation epoch, over all processes, by their names in the logs."""
-        results: dict[str, Tensor] = {}
         if not self._validates or self.trainer.sanity_checking:
-            return results
-        loaders = len(self.trainer.num_val_batches)
-        for index in range(loaders):  # all loaders, since all processes must take part in each sum
-            suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
-            measures = self._loaders.get(index) or LoaderMeasures(self._names)
-            for name, value in measures.losses.compute(self._device, self._sum).items():
-                results[f"val_{name}{suffix}"] = value
-            agreeing, rows = self._sum(measures.agreement_counts(self._device))
-            if rows > 0:
-                results[f"val_teacher_agreement{suffix}"] = agreeing.float() / rows.float()
-        self._loaders = {}
-        return results
+            return {}
+        return self._validation.results(len(self.trainer.num_val_batches), self._device, self._sum)
 
     # Logging ---------------------------------------------------------------------------------------------------------
 

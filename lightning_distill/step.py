@@ -65,6 +65,8 @@ class DistillStep:
     Attributes:
         parts: The detached parts of the last total.
         batch_size: Number of examples of the last call.
+        divisors: For terms on tokens, what each divides its sum by; see :class:`Call`.
+        counted: The numbers of tokens of the last call, by term.
         scheduler: Sets the scheduled settings.
     """
 
@@ -85,6 +87,8 @@ class DistillStep:
         self.scheduler = Scheduler(terms, settings)
         self.parts: dict[str, Tensor] = {}
         self.batch_size = 0
+        self.divisors: dict[str, Tensor] = {}
+        self.counted: dict[str, Tensor] = {}
         self._unchecked = {term.name for term in terms if isinstance(term, LogitsDistillation)}
 
     @property
@@ -168,7 +172,7 @@ class DistillStep:
     def _loss(self, batch: Any, step_calls: StepCalls) -> Tensor:
         active = [term for term in self.terms if term.weight != 0]
         calls = step_calls.of(self.student.find())
-        self.parts = {}
+        self.parts, self.counted = {}, {}
         rest = self._anchor(calls)
         if not active:
             if calls:
@@ -196,7 +200,8 @@ class DistillStep:
         labels = find_labels(batch, self._labels) if any(term.needs_labels for term in active) else None
         values: dict[str, list[Tensor]] = {term.name: [] for term in active}
         for call in calls:
-            call.batch, call.read_logits = batch, self._read_logits
+            self._prepare(call, batch)
+            call.divisors = self.divisors
             asks = any(term.needs_teacher for term in active)
             answers = step_calls.answers or self.answers(call, step_calls.stored, asks)
             self.learned.build(active, call, answers)
@@ -204,7 +209,11 @@ class DistillStep:
                 self._check_scores(active, call, answers)
             for term in active:
                 values[term.name] += [term(call, answer, labels) for answer in answers]
+            self.counted = call.counted
         return values
+
+    def _prepare(self, call: Call, batch: Any) -> None:
+        call.batch, call.read_logits, call.label_place = batch, self._read_logits, self._labels
 
     def _check_scores(self, active: Sequence[DistillationTerm], call: Call, answers: Sequence[Call]) -> None:
         """Check the outputs that each term on logits compares, once."""
@@ -272,7 +281,7 @@ class DistillStep:
             values: dict[str, list[Tensor]] = {}
             pairs: list[Pair] = []
             for call in calls:
-                call.batch, call.read_logits = batch, self._read_logits
+                self._prepare(call, batch)
                 answers = self.answers(call)
                 labels = self._labels_or_none(batch)
                 measured = self.terms if losses else []

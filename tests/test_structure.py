@@ -17,7 +17,7 @@ ROOMS = {
         ("losses", "metrics", "recording"),
         ("adapters", "teachers"),
         ("terms", "measures"),
-        ("cache", "hparams"),
+        ("cache", "hparams", "windows"),
         ("step",),
         ("distiller", "run"),
         ("callback",),

@@ -140,14 +140,14 @@ class CachedLoaders:
             return convert(batch)
         # here and not after a step: LBFGS takes several steps on one batch
         self._inputs.clear()
-        batch, self.answers = self._separated(batch)
+        batch, self.answers = self.separated(batch)
         converted = convert(batch)
         if self.answers is not None:
             self._inputs.remember(batch)
             self._inputs.remember(converted)
         return converted
 
-    def _separated(self, batch: Any) -> tuple[Any, dict[str, Tensor] | None]:
+    def separated(self, batch: Any) -> tuple[Any, dict[str, Tensor] | None]:
         """A batch as the user's code gets it, and the teacher's outputs for it."""
         if isinstance(batch, CachedBatch):
             return batch.batch, batch.answers

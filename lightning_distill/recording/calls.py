@@ -103,6 +103,10 @@ class Call:
         read_logits: Picks the logits from the output.
         batch: The batch of the step, as the training or validation step received it; ``None`` where it is not known.
         top_k: The likeliest classes, where a cached teacher holds only those.
+        label_place: Where the owner of the terms says that a batch keeps its labels.
+        divisors: For terms on tokens, by name, the number of tokens (or sequences) of the optimizer step for each
+            micro-batch and process; a term that is not in it divides by its own number.
+        counted: The own numbers, by term.
     """
 
     args: tuple[Any, ...]
@@ -114,6 +118,9 @@ class Call:
     read_logits: Callable[[Any], Tensor] | None = None
     batch: Any = field(default=None, repr=False)
     top_k: Any = None
+    label_place: Any = None
+    divisors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    counted: dict[str, Tensor] = field(default_factory=dict, repr=False)
     input_versions: Versions = field(default_factory=list, repr=False)
     output_versions: Versions = field(default_factory=list, repr=False)
     runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = field(default_factory=dict, repr=False)

@@ -14,6 +14,7 @@ from lightning_distill import compat
 from lightning_distill.recording import Call, Recorder, Recording, Tap, first_tensor, map_tensors
 from lightning_distill.recording.calls import changed
 from lightning_distill.teachers.hold import Hold
+from lightning_distill.teachers.inputs import TeacherInputs
 
 
 class TeacherSource(Protocol):
@@ -79,6 +80,7 @@ class LiveTeachers:
         taps: The layers that terms read.
         forward: The teacher's output for a call of the student; a list of outputs for an ensemble.
         dtype: The precision that the teachers compute in.
+        inputs: Makes the teachers' inputs from the student's call; ``None`` takes the student's.
 
     Attributes:
         held: The hold on the networks.
@@ -92,7 +94,9 @@ class LiveTeachers:
         taps: Sequence[Tap],
         forward: Callable[[Call], Any],
         dtype: torch.dtype | None = None,
+        inputs: TeacherInputs | None = None,
     ) -> None:
+        self._inputs = inputs or TeacherInputs(None, {})
         self._several = isinstance(module, TeacherEnsemble)
         networks = list(module.children()) if self._several else [module]
         self.module, self.held = module, Hold(module, dtype)
@@ -114,6 +118,7 @@ class LiveTeachers:
         if self.held.taken:
             return
         self.held.take(device, dtype)
+        self._inputs.look_at(self.modules())
         dtypes = {tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()}
         own = next(iter(dtypes)) if len(dtypes) == 1 else None
         # a teacher that is kept in half or double precision computes in it, beside any student
@@ -150,14 +155,14 @@ class LiveTeachers:
         self.hold(device)
         self.held.still()
         self.clear()
-        shown = call
+        shown = self._inputs.of(call)
         surroundings: AbstractContextManager[None] = nullcontext()
         # its own precision, without autocast, which would mix double precision with half
         fixed = self.held.dtype is not None or self._own_dtype == torch.float64
         if fixed:
             surroundings = torch.autocast(device.type, enabled=False)
         if fixed or (self._own_dtype and not torch.is_autocast_enabled(device.type)):
-            shown = replace(call, args=self.cast(call.args), kwargs=self.cast(call.kwargs))
+            shown = replace(shown, args=self.cast(shown.args), kwargs=self.cast(shown.kwargs))
         # not inference_mode: its tensors could not be saved for the backward
         with torch.no_grad(), surroundings, Recording(self._recorders):
             output = self._output(shown)
@@ -172,6 +177,7 @@ class LiveTeachers:
             # an override may answer without calling the teacher, and then has no features
             answer = recorded[-1] if recorded else Call((), {}, who="teacher")
             answer.output, answer.teacher, answer.read_logits = single, index, call.read_logits
+            answer.args, answer.kwargs = shown.args, shown.kwargs
             answers.append(answer)
         return answers
 
@@ -256,7 +262,11 @@ def as_teacher(teacher: Any) -> Any:
 
 
 def as_source(
-    teacher: Any, taps: Sequence[Tap], forward: Callable[[Call], Any], dtype: torch.dtype | None
+    teacher: Any,
+    taps: Sequence[Tap],
+    forward: Callable[[Call], Any],
+    dtype: torch.dtype | None,
+    inputs: TeacherInputs | None = None,
 ) -> TeacherSource:
     """The source of a teacher that :func:`as_teacher` has returned.
 
@@ -265,11 +275,20 @@ def as_source(
         taps: The layers of the teacher that terms read.
         forward: The teacher's output for a call of the student.
         dtype: The precision of networks.
+        inputs: Makes the teacher's inputs from the student's call; ``None`` takes the student's.
+
+    Raises:
+        ValueError: If other inputs are given for a cache, which holds the outputs already.
     """
     if teacher is None:
         return NoTeacher()
     if isinstance(teacher, nn.Module):
-        return LiveTeachers(teacher, taps, forward, dtype)
+        return LiveTeachers(teacher, taps, forward, dtype, inputs)
+    if inputs is not None and inputs.place is not None:
+        raise ValueError(
+            "Expected `teacher_inputs` to be None with a cache, which holds the teacher's outputs already, but got"
+            f" teacher_inputs={inputs.place!r}. Build the cache from the teacher's inputs."
+        )
     source: TeacherSource = teacher.as_source()
     return source
 

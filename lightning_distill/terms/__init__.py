@@ -1,7 +1,16 @@
 """Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
 
-from lightning_distill.terms.base import DistillationTerm, as_terms
+from lightning_distill.terms.base import DistillationTerm, arguments_of, as_terms
 from lightning_distill.terms.features import FeatureDistillation, SelfDistillation
 from lightning_distill.terms.logits import LogitsDistillation
+from lightning_distill.terms.tokens import SequenceDistillation
 
-__all__ = ["DistillationTerm", "FeatureDistillation", "LogitsDistillation", "SelfDistillation", "as_terms"]
+__all__ = [
+    "DistillationTerm",
+    "FeatureDistillation",
+    "LogitsDistillation",
+    "SelfDistillation",
+    "SequenceDistillation",
+    "arguments_of",
+    "as_terms",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
@@ -39,6 +40,8 @@ class DistillationTerm(nn.Module):
         teacher_taps: Layers of the teacher that the term reads.
         needs_labels: Whether :meth:`forward` is called with the batch's labels.
         needs_teacher: Whether the term reads the teacher at all, and not the student alone.
+        counts_tokens: Whether the term is a mean over the tokens of an optimizer step, which its ``counted`` counts.
+        teacher_arguments: Keyword arguments for each teacher whose forward has a parameter of that name.
         compares_class_scores: Whether the term compares class scores, so that the agreement of the two networks is
             measured in validation.
 
@@ -61,6 +64,8 @@ class DistillationTerm(nn.Module):
     needs_labels: bool = False
     needs_teacher: bool = True
     compares_class_scores: bool = False
+    counts_tokens: bool = False
+    teacher_arguments: Mapping[str, Any] = MappingProxyType({})
     weight = Setting(checks.non_negative)
 
     def __init__(self, *, weight: float | Schedule = 1.0, name: str) -> None:
@@ -70,6 +75,10 @@ class DistillationTerm(nn.Module):
         if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
             raise ValueError(f"Expected `name` to be neither empty, 'task' nor 'distillation', but got name={name!r}.")
         self.name = name
+
+    def counted(self, batch: Any, label_place: Any = None, seq2seq: bool = False) -> Tensor:
+        """How many tokens of a batch count, for a term with ``counts_tokens``; see :class:`SequenceDistillation`."""
+        raise NotImplementedError(f"Expected {type(self).__name__} to implement `counted`.")
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the parts that depend on the features' shapes, once for each owner, before the first use.
@@ -213,3 +222,8 @@ def as_terms(terms: Any, default: Callable[[DistillationLoss | None], Distillati
     if twice is not None:
         raise ValueError(f"Expected `terms` to have distinct names, but got {twice!r} twice. Pass name=... to one.")
     return checked
+
+
+def arguments_of(terms: Sequence[DistillationTerm]) -> dict[str, Any]:
+    """The keyword arguments that terms ask for in the teacher's call."""
+    return {name: value for term in terms for name, value in term.teacher_arguments.items()}

@@ -112,6 +112,10 @@ class LogitsDistillation(DistillationTerm):
                     " the last softmax, or override `logits` and return their logarithms: output.clamp(min=1e-8).log()."
                 )
 
+    def scores(self, student: Call, classes: int) -> Tensor:
+        """The student's logits for a cache of the likeliest of so many classes."""
+        return student.output_at(self._output(0))
+
     def extra_repr(self) -> str:
         """Settings."""
         return f"weight={self.weight}, output={self.output!r}, name={self.name!r}"
@@ -122,17 +126,24 @@ class LogitsDistillation(DistillationTerm):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
-        mask = self.positions(student, labels)
+        compared = self.compared(student, teacher)
+        return value_of(self.loss, self.requires, *compared, labels, self.positions(student, labels))
+
+    def compared(self, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
+        """The logits that the loss compares: those of :meth:`pair`, or of merged classes for a cache of the likeliest.
+
+        Raises:
+            ValueError: If the cache holds the likeliest classes alone, and the loss needs all.
+        """
         top_k: TopK | None = teacher.top_k
         if top_k is None:
-            return value_of(self.loss, self.requires, *self.pair(student, teacher), labels, mask)
-        logits = student.output_at(self._output(0))
+            return self.pair(student, teacher)
+        logits = self.scores(student, top_k.classes)
         plain = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
-        if not plain or resolve_class_dim(logits, self.class_dim, labels) not in (-1, logits.ndim - 1):
+        if not plain or resolve_class_dim(logits, self.class_dim) not in (-1, logits.ndim - 1):
             raise ValueError(
                 f"Expected a cache of full outputs for {self.loss}, but it holds the likeliest"
                 f" {top_k.indices.shape[-1]} classes alone. Build it without top_k, or use a divergence such as"
                 " SoftTargetLoss."
             )
-        merged = merge_classes(logits, top_k, getattr(self.loss, "temperature", 1.0))
-        return value_of(self.loss, self.requires, *merged, labels, mask)
+        return merge_classes(logits, top_k, getattr(self.loss, "temperature", 1.0))
