@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distill import compat
@@ -37,7 +36,11 @@ class _Ahead:
 
     def peek(self, number: int) -> list[Any]:
         """The next batches, fewer at the end."""
-        self._held.extend(islice(self._iterator, max(number - len(self._held), 0)))
+        while len(self._held) < number:
+            fetched = next(self._iterator, None)  # not a for loop: its `iter()` would start Lightning's loader again
+            if fetched is None:
+                break
+            self._held.append(fetched)
         return [fetched[0] for fetched in list(self._held)[:number]]
 
     def __getattr__(self, name: str) -> Any:
@@ -147,9 +150,10 @@ class TokenWindow:
 
     def _fail(self, reason: str) -> None:
         if not self._failed:
-            rank_zero_warn(
+            warnings.warn(  # in the process that cannot count, whichever it is
                 f"The loss on tokens is the mean over each micro-batch, and not over the tokens of the whole optimizer"
-                f" step, since {reason}. This differs where micro-batches have unequal numbers of tokens."
+                f" step, since {reason}. This differs where micro-batches have unequal numbers of tokens.",
+                stacklevel=2,
             )
         self._failed = True
         if self._trainer.world_size == 1 or not self._trainer.lightning_module.automatic_optimization:

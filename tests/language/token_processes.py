@@ -1,0 +1,135 @@
+"""The script that two processes run for test_token_windows.py: unequal numbers of tokens on each, DDP and FSDP2."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from token_nets import LENGTHS, QUIET, CausalModel, LanguageModule, Sequences
+from torch.utils.data import DataLoader, Subset
+
+from lightning_distill import DistillCallback, Distiller, SequenceDistillation
+
+SECONDS = 100
+
+
+class Sharded(LanguageModule):
+    """Shards the head, then everything else."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        fully_shard(self.model.lm_head, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+class Relabelled(LanguageModule):
+    """Names the labels after they were loaded, on the second process only, so that they cannot be counted there."""
+
+    def on_before_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
+        return {**batch, "answers": batch["labels"]}
+
+
+class Answers(Sequences):
+    """Sequences whose labels have another name."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        return {**row, "answers": row["labels"]}
+
+
+def full(module: torch.nn.Module) -> dict[str, Any]:
+    values = {}
+    for name, parameter in module.named_parameters():
+        values[name] = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().tolist()
+    return values
+
+
+def rows_of(rank: int, micro_batch: int, data: Sequences | None = None) -> Subset[Any]:
+    """The rows of a process: of every pair of micro-batches the first or the second."""
+    rows = list(range(len(LENGTHS)))
+    own = [row for row in rows if row // micro_batch % 2 == rank]
+    return Subset(data or Sequences(), own)
+
+
+def fit(
+    module: LanguageModule, strategy: Any, rank: int, accumulate: int, term: Any = None, data: Any = None
+) -> dict[str, Any]:
+    size = 8 // (2 * accumulate)
+    callback = DistillCallback(CausalModel(7, seed=1), term or SequenceDistillation(weight=2.0))
+    trainer = Trainer(
+        callbacks=callback,
+        strategy=strategy,
+        devices=2,
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        use_distributed_sampler=False,
+        **QUIET,
+    )
+    trainer.fit(module, DataLoader(rows_of(rank, size, data), batch_size=size))
+    return full(module.model)
+
+
+def ddp() -> DDPStrategy:
+    return DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=SECONDS // 2))
+
+
+def own_loop(rank: int) -> dict[str, Any]:
+    """A loop of the user's own with DDP: three optimizer steps of two micro-batches on each process."""
+    student = CausalModel()
+    wrapped = torch.nn.parallel.DistributedDataParallel(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9)
+    batches = list(DataLoader(rows_of(rank, 2), batch_size=2))
+    with Distiller(wrapped, CausalModel(7, seed=1), SequenceDistillation(weight=2.0)) as distiller:
+        for start in range(0, len(batches), 2):
+            window = batches[start : start + 2]
+            optimizer.zero_grad()
+            with distiller.window(window):
+                for batch in window:
+                    with distiller.record():
+                        logits = wrapped(batch["input_ids"], batch["attention_mask"])["logits"]
+                    task_loss = logits[:, 0].square().mean()
+                    (distiller.total(task_loss, batch) / len(window)).backward()
+            optimizer.step()
+    return full(student)
+
+
+def pair(folder: Path) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    results: dict[str, Any] = {
+        "ddp": fit(LanguageModule(), ddp(), rank, 1),
+        "ddp_accumulating": fit(LanguageModule(), ddp(), rank, 4),
+        "ddp_sequences": fit(LanguageModule(), ddp(), rank, 2, SequenceDistillation(weight=2.0, normalize="sequences")),
+        "own_loop": own_loop(rank),
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        relabelled = SequenceDistillation(weight=2.0, labels="answers")
+        results["relabelled"] = fit(Relabelled(), ddp(), rank, 2, relabelled, None if rank else Answers())
+    results["warnings"] = [str(warning.message) for warning in caught if "micro-batch" in str(warning.message)]
+    sharding = ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        process_group_backend="gloo",
+        timeout=timedelta(seconds=SECONDS // 2),
+    )
+    if hasattr(torch.cpu.Stream, "record_event"):  # FSDP2 of torch 2.6 does not run on the CPU
+        results["fsdp"] = fit(Sharded(), sharding, rank, 2)
+    (folder / f"pair{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    pair(Path(sys.argv[2]))
