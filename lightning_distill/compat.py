@@ -26,6 +26,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def transforms_active() -> bool:
+    """Whether a transform of ``torch.func`` is at work, such as ``grad`` or ``vmap``."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def forward_hooks(module: nn.Module) -> dict[int, Any]:
     """The table of a module's forward hooks.
 

@@ -6,6 +6,7 @@ from lightning_distill.functional import (
     attention,
     divergences,
     features,
+    fused_linear,
     learned,
     logit_relations,
     logits,
@@ -16,6 +17,7 @@ from lightning_distill.functional import (
 from lightning_distill.functional.attention import *
 from lightning_distill.functional.divergences import *
 from lightning_distill.functional.features import *
+from lightning_distill.functional.fused_linear import *
 from lightning_distill.functional.learned import *
 from lightning_distill.functional.logit_relations import *
 from lightning_distill.functional.logits import *
@@ -27,6 +29,7 @@ __all__: list[str] = []
 __all__ += attention.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
+__all__ += fused_linear.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__

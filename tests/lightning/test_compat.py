@@ -44,6 +44,20 @@ def test_the_version_of_a_tensor_counts_its_changes_in_place() -> None:
     assert compat.version_of(tensor) == before + 1
 
 
+def test_transforms_of_torch_func_are_seen() -> None:
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(compat.transforms_active())
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    torch.func.vmap(function)(torch.ones(2, 2))
+    function(torch.ones(2))
+
+    assert seen == [True, True, False]
+
+
 def test_an_entry_in_the_table_of_forward_hooks_is_called_with_the_output() -> None:
     layer, x = nn.Linear(2, 2), torch.ones(1, 2)
     ((module, args, output),) = called(layer, x)

@@ -184,9 +184,10 @@ def test_functions_on_features_give_one_value_per_example() -> None:
 def test_functions_take_the_settings_by_keyword_only() -> None:
     for name in functional.__all__:
         parameters = list(inspect.signature(getattr(functional, name)).parameters.values())
+        each = 2 if name == "fused_linear_divergence" else 1  # hidden states and weight of each model
         assert parameters[0].name.startswith("student")
-        assert parameters[1].name.startswith("teacher")
-        tensors = 3 if "labels" in inspect.signature(getattr(functional, name)).parameters else 2
+        assert parameters[each].name.startswith("teacher")
+        tensors = 2 * each + ("labels" in inspect.signature(getattr(functional, name)).parameters)
         assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[tensors:])
 
 

@@ -1,0 +1,284 @@
+"""Divergences and cross entropies of rows of logits, each row's gradient written over the student's logits.
+
+The reference for any faster kernel: :func:`rows_in_place` is the contract, and all formulas are in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_distill.functional.primitives import LEAST_SCORE
+
+DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta")
+
+# Numbers that are worked on at a time. On a CPU three such blocks stay in the cache of a core; elsewhere larger blocks
+# need fewer launches.
+_BLOCK_ON_CPU, _BLOCK = 2**17, 2**24
+_TINY = 1e-37  # replaces a probability of 0 before a division or a logarithm
+# Logarithms of probabilities and of their powers: a forbidden token's would overflow if the exponent is negative.
+_LEAST_LOG, _LARGEST_LOG = -1e15, math.log(1e15)
+_CLOSE_TO_ZERO = 1e-6  # exponents below it take the formula's limit, which is the more accurate there
+
+
+class RowSettings(NamedTuple):
+    """The loss of one row: ``weight * divergence + task_weight * cross entropy``.
+
+    Attributes:
+        divergence: One of ``DIVERGENCES``.
+        temperature: Softening of both distributions in the divergence.
+        beta: Share of the teacher in the mixture of ``"jsd"``; the student's exponent in ``"alpha_beta"``.
+        skew: Share of the first distribution in the mixture of ``"skew_kl"`` and ``"skew_reverse_kl"``.
+        alpha: The teacher's exponent in ``"alpha_beta"``.
+        weight: Factor of the divergence.
+        task_weight: Factor of the cross entropy with the labels.
+        scales: Factors of the student's and the teacher's logits, applied first.
+        soft_caps: Bounds of the student's and the teacher's scaled logits, or None.
+    """
+
+    divergence: str = "kl"
+    temperature: float = 1.0
+    beta: float = 0.5
+    skew: float = 0.1
+    alpha: float = 1.0
+    weight: float = 1.0
+    task_weight: float = 0.0
+    scales: tuple[float, float] = (1.0, 1.0)
+    soft_caps: tuple[float | None, float | None] = (None, None)
+
+
+def rows_in_place(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    settings: RowSettings,
+    *,
+    gradient_factor: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """Divergence and cross entropy of each row; the gradient of the row's loss overwrites the student's logits.
+
+    Args:
+        student_logits: Products of hidden states and head, before scale and soft cap, shape ``(N, V)``. Afterwards they
+            hold the derivative of ``weight * divergence + task_weight * cross entropy`` by themselves.
+        teacher_logits: The teacher's, same shape; their content is lost.
+        labels: Class index of each row, not negative, shape ``(N,)``; unused if ``task_weight`` is 0.
+        settings: The formula.
+        gradient_factor: Multiplies the gradient before it is rounded to the logits' precision. Half precision clips it
+            to the largest finite number.
+
+    Returns:
+        Divergence and cross entropy of each row in nats, without their weights, shape ``(N,)``, float32 or float64;
+        None in the place of the cross entropy if ``task_weight`` is 0. The cross entropy of a label that is too large
+        is NaN.
+    """
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    number = len(student_logits)
+    divergences = student_logits.new_empty(number, dtype=dtype)
+    cross_entropies = torch.empty_like(divergences) if settings.task_weight else None
+    numbers = _BLOCK_ON_CPU * torch.get_num_threads() if student_logits.device.type == "cpu" else _BLOCK
+    size = max(numbers // student_logits.shape[1], 1)
+    for start in range(0, number, size):
+        rows = slice(start, start + size)
+        logits = student_logits[rows]
+        student = logits.to(dtype)
+        targets = labels[rows] if labels is not None and settings.task_weight else None
+        divergence, cross_entropy = _block(student, teacher_logits[rows].to(dtype), targets, settings)
+        divergences[rows] = divergence
+        if cross_entropies is not None and cross_entropy is not None:
+            cross_entropies[rows] = cross_entropy
+        if gradient_factor != 1:
+            student.mul_(gradient_factor)
+        if student.dtype != logits.dtype:
+            largest = torch.finfo(logits.dtype).max
+            logits.copy_(student.clamp_(-largest, largest))
+    return divergences, cross_entropies
+
+
+def _block(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, settings: RowSettings
+) -> tuple[Tensor, Tensor | None]:
+    """The same for a few rows in the precision of the arithmetic."""
+    slope = _squash(student, settings.scales[0], settings.soft_caps[0])
+    _squash(teacher, settings.scales[1], settings.soft_caps[1])
+    temperature = settings.temperature
+    for scores in (student, teacher):
+        scores.clamp_min_(LEAST_SCORE * temperature)  # the difference of two infinite scores is NaN
+        scores.sub_(scores.amax(-1, keepdim=True))  # before the division: it keeps more digits
+    cross_entropy, task_gradient = (None, None) if labels is None else _cross_entropy(student, labels)
+    # Logits z, scores x = z / T: dD/dz = dD/dx / T.
+    factor = settings.weight / temperature
+    if temperature != 1:
+        student.div_(temperature)
+        teacher.div_(temperature)
+    divergence = _formula(settings)(student, teacher)
+    if settings.divergence == "kl":
+        divergence.mul_(temperature**2)
+        factor *= temperature**2
+    if factor != 1:
+        student.mul_(factor)
+    if task_gradient is not None:
+        student.add_(task_gradient, alpha=settings.task_weight)
+    if slope is not None:
+        student.mul_(slope)
+    if settings.scales[0] != 1:
+        student.mul_(settings.scales[0])
+    return divergence.squeeze(-1), cross_entropy
+
+
+def _squash(logits: Tensor, scale: float, cap: float | None) -> Tensor | None:
+    """Scale and cap logits in place; the derivative of the cap, or None without a cap."""
+    if scale != 1:
+        logits.mul_(scale)
+    if cap is None:
+        return None
+    tanh = logits.div_(cap).tanh_()
+    slope = tanh.square().neg_().add_(1)
+    logits.mul_(cap)
+    return slope
+
+
+def _cross_entropy(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy at temperature 1 of scores whose maximum is 0, and its derivative: softmax minus one-hot."""
+    classes = scores.shape[-1]
+    index = labels.clamp(max=classes - 1).unsqueeze(-1)
+    gradient = scores.exp()
+    total = gradient.sum(-1, keepdim=True)
+    values = (total.log() - scores.gather(-1, index)).squeeze(-1)
+    gradient.div_(total).scatter_add_(-1, index, torch.full_like(total, -1.0))
+    return values.masked_fill_(labels >= classes, math.nan), gradient
+
+
+# The formulas. Each takes the two models' scores x and y, whose row maxima are 0, overwrites x with the derivative of
+# the divergence D by x, and returns D with shape (N, 1). The content of y is lost.
+#
+# With q = softmax(x), p = softmax(y) and any D(p, q), the chain rule through the softmax is
+#     dD/dx_i = q_i (f_i - sum_j q_j f_j) = h_i - q_i sum_j h_j,   f_i = dD/dq_i,   h_i = q_i f_i,
+# and a constant may be added to all f_i, because the q_i sum to 1. Constants are chosen so that f = 0 if q = p.
+
+
+def _formula(settings: RowSettings) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of one divergence; mixtures without a share of one model are the plain divergences."""
+    beta, skew = settings.beta, settings.skew
+    if settings.divergence == "jsd" and 0 < beta < 1:
+        return functools.partial(_jsd, beta=beta)
+    if settings.divergence == "jsd":
+        return _reverse_kl if beta else _kl
+    if settings.divergence == "skew_kl":
+        return functools.partial(_skew_kl, skew=skew) if skew else _kl
+    if settings.divergence == "skew_reverse_kl":
+        return functools.partial(_skew_reverse_kl, skew=skew) if skew else _reverse_kl
+    if settings.divergence == "alpha_beta":
+        return functools.partial(_alpha_beta, alpha=settings.alpha, beta=beta)
+    return {"kl": _kl, "reverse_kl": _reverse_kl, "total_variation": _total_variation}[settings.divergence]
+
+
+def _kl(x: Tensor, y: Tensor) -> Tensor:
+    # D = sum p log(p / q). f = -p / q, h = -p: dD/dx = q - p.
+    p = y.exp()
+    apart = y.sub_(x).mul_(p)
+    q = x.exp_()
+    q_total, p_total = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
+    divergence = apart.sum(-1, keepdim=True) / p_total + (q_total / p_total).log_()
+    q.div_(q_total).sub_(p.div_(p_total))
+    return divergence
+
+
+def _reverse_kl(x: Tensor, y: Tensor) -> Tensor:
+    # D = sum q log(q / p). f = log(q / p) = x - y + constant: dD/dx = q (x - y - sum q (x - y)).
+    q = x.exp()
+    apart = x.sub_(y)
+    q_total, p_total = q.sum(-1, keepdim=True), y.exp_().sum(-1, keepdim=True)
+    q.div_(q_total)
+    mean = torch.mul(q, apart, out=y).sum(-1, keepdim=True)
+    apart.sub_(mean).mul_(q)
+    return mean + (p_total / q_total).log_()
+
+
+def _jsd(x: Tensor, y: Tensor, *, beta: float) -> Tensor:
+    # D = b sum p log(p / m) + (1 - b) sum q log(q / m), m = b p + (1 - b) q. f = (1 - b) log(q / m).
+    q, p = _softmax(x), _softmax(y)
+    mixture = torch.lerp(q, p, beta).clamp_min_(_TINY)
+    h = _times_log_ratio(q, mixture)
+    from_teacher = _times_log_ratio(p, mixture).sum(-1, keepdim=True)
+    from_student = _through_softmax(q, h.mul_(1 - beta))
+    return from_teacher.mul_(beta).add_(from_student)
+
+
+def _skew_kl(x: Tensor, y: Tensor, *, skew: float) -> Tensor:
+    # D = sum p log(p / m), m = a p + (1 - a) q. f = -(1 - a) p / m, to which 1 - a is added.
+    q, p = _softmax(x), _softmax(y)
+    mixture = torch.lerp(q, p, skew).clamp_min_(_TINY)
+    divergence = _times_log_ratio(p, mixture).sum(-1, keepdim=True)
+    _through_softmax(q, p.div_(mixture).sub_(1).mul_(skew - 1).mul_(q))
+    return divergence
+
+
+def _skew_reverse_kl(x: Tensor, y: Tensor, *, skew: float) -> Tensor:
+    # D = sum q log(q / m), m = a q + (1 - a) p. f = log(q / m) + 1 - a q / m, from which 1 - a is subtracted.
+    q, p = _softmax(x), _softmax(y)
+    mixture = p.lerp_(q, skew).clamp_min_(_TINY)
+    h = _times_log_ratio(q, mixture)
+    divergence = h.sum(-1, keepdim=True)
+    _through_softmax(q, torch.div(q, mixture, out=mixture).sub_(1).mul_(-skew).mul_(q).add_(h))
+    return divergence
+
+
+def _total_variation(x: Tensor, y: Tensor) -> Tensor:
+    # D = 1/2 sum |q - p|. f = 1/2 sign(q - p).
+    q, p = _softmax(x), _softmax(y)
+    apart = p.sub_(q)
+    divergence = apart.abs().sum(-1, keepdim=True).mul_(0.5)
+    _through_softmax(q, apart.sign_().mul_(-0.5).mul_(q))
+    return divergence
+
+
+def _alpha_beta(x: Tensor, y: Tensor, *, alpha: float, beta: float) -> Tensor:
+    # D = sum [a p^(a+b) + b q^(a+b) - (a + b) p^a q^b] / (a b (a + b)). h = (q^(a+b) - p^a q^b) / a.
+    # The divisor is 0 if a, b or a + b is: these cases are D's limits (Cichocki, Cruces and Amari 2011). h is the
+    # same, but for a = 0, where its limit is q^b log(q / p).
+    log_q, log_p = (scores.sub_(scores.exp().sum(-1, keepdim=True).log_()).clamp_min_(_LEAST_LOG) for scores in (x, y))
+    no_alpha, no_beta, no_total = (abs(exponent) < _CLOSE_TO_ZERO for exponent in (alpha, beta, alpha + beta))
+    apart = log_q - log_p
+    q_power, p_power, mixed = (
+        power.clamp_max_(_LARGEST_LOG).exp_()
+        for power in ((alpha + beta) * log_q, (alpha + beta) * log_p, alpha * log_p + beta * log_q)
+    )
+    if no_alpha and no_beta:
+        terms, h = apart.square().mul_(0.5), apart
+    elif no_alpha:  # [q^b log(q^b / p^b) - q^b + p^b] / b^2
+        h = q_power * apart
+        terms = (beta * h - q_power + p_power).div_(beta**2)
+    else:
+        h = (q_power - mixed).div_(alpha)
+        if no_beta:  # [p^a log(p^a / q^a) - p^a + q^a] / a^2
+            terms = (q_power - p_power - alpha * apart * p_power).div_(alpha**2)
+        elif no_total:  # [log(q^a / p^a) + (p / q)^a - 1] / a^2
+            terms = (alpha * apart + mixed - 1).div_(alpha**2)
+        else:
+            terms = (alpha * p_power + beta * q_power - (alpha + beta) * mixed).div_(alpha * beta * (alpha + beta))
+    divergence = terms.sum(-1, keepdim=True)
+    _through_softmax(log_q.exp_(), h)
+    return divergence
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax, in place, of scores whose row maxima are 0."""
+    exponentials = scores.exp_()
+    return exponentials.div_(exponentials.sum(-1, keepdim=True))
+
+
+def _times_log_ratio(p: Tensor, q: Tensor) -> Tensor:
+    """``p log(p / q)``, 0 where p is 0."""
+    return (p / q).clamp_min_(_TINY).log_().mul_(p)
+
+
+def _through_softmax(q: Tensor, h: Tensor) -> Tensor:
+    """Overwrite ``q`` with ``h - q * sum(h)``; return the sum."""
+    total = h.sum(-1, keepdim=True)
+    q.mul_(-total).add_(h)
+    return total
