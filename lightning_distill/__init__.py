@@ -65,6 +65,7 @@ from lightning_distill.teachers import load_teacher
 from lightning_distill.terms import (
     DistillationTerm,
     FeatureDistillation,
+    FusedLinearDistillation,
     LogitsDistillation,
     SelfDistillation,
     SequenceDistillation,
@@ -97,6 +98,7 @@ __all__ = [
     "DistillationTerm",
     "Distiller",
     "FeatureDistillation",
+    "FusedLinearDistillation",
     "IntermediateLayersKnowledgeDistillationLoss",
     "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",

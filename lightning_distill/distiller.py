@@ -160,19 +160,22 @@ class Distiller:
         """Whether every term's weight is 0."""
         return self._step.idle
 
-    def record(self, needs_grad: bool = True, features: bool = True) -> AbstractContextManager[None]:
+    def record(self, needs_grad: bool = True, features: bool = True, batch: Any = None) -> AbstractContextManager[None]:
         """A context in which the student's calls are recorded.
 
         Args:
             needs_grad: Whether to leave out calls made with gradients disabled.
             features: Whether to keep the features at the tapped layers.
+            batch: The batch, for a :class:`FusedLinearDistillation`, which makes its loss while the student is called.
         """
+        if self._counts and self._step.skips_heads:
+            self._step.scheduler.advance(Progress(self._count))  # the loss is made here, not in `total`
         if not self._looked:
             self._looked = True
             networks = [self.student, *self._step.source.modules()]
             if any(is_compiled(module) for network in networks for module in network.modules()):
                 self._guards = HookGuards()
-        return self._step.record(needs_grad, features)
+        return self._step.record(needs_grad, features, batch)
 
     def total(self, task_loss: Tensor, batch: Any = None) -> Tensor:
         """The total loss of the calls recorded since the last total.

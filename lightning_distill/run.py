@@ -106,7 +106,12 @@ class Run:
             read_logits=callback.logits,
             never_called=student.never_called,
         )
-        self._names = ["loss", "task_loss", "distillation_loss", *(f"{term.name}_loss" for term in terms)]
+        self._names = [
+            "loss",
+            "task_loss",
+            "distillation_loss",
+            *(name for term in terms for name in term.logged_names),
+        ]
         self._train_means = Means(self._names)
         self._validation = Validation(self.step, callback, self._names)
         self._validates = False  # whether validation is measured; the same in all processes
@@ -197,7 +202,7 @@ class Run:
         self._in_step, self._explicit = True, False
         self._begin_window()
         try:
-            with distill.record():
+            with distill.record(batch=self._batch):
                 output = step(*args, **kwargs)
             self._follow_the_students()
             # asked after the step, which may have set a weight
@@ -225,7 +230,11 @@ class Run:
 
     def _with_distillation(self, output: Any) -> Any:
         """The result of a training step, with the total in place of its loss."""
-        if output is None or not self.module.automatic_optimization:
+        if not self.module.automatic_optimization:
+            return output
+        if self.step.skips_heads and (output is None or (isinstance(output, Mapping) and output.get("loss") is None)):
+            return self.step.loss(self._batch, self._step_calls())  # the step has no logits to make a loss of its own
+        if output is None:
             return output  # Lightning skips such a batch; in manual optimization the step adds `callback.loss()`
         if isinstance(output, Mapping):
             if not isinstance(output.get("loss"), Tensor):

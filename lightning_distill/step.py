@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
-from lightning_distill.teachers.source import TeacherSource
+from lightning_distill.teachers.source import LiveTeachers, TeacherSource
 from lightning_distill.terms import DistillationTerm, LogitsDistillation
+from lightning_distill.terms.skipped_heads import SkippedHeads
 
 Pair = tuple[Tensor, Tensor, Tensor | None]
 Labels = str | int | Callable[[Any], Tensor] | None
@@ -89,12 +90,19 @@ class DistillStep:
         self.batch_size = 0
         self.divisors: dict[str, Tensor] = {}
         self.counted: dict[str, Tensor] = {}
+        self._heads: SkippedHeads | None = None
+        self._batch: Any = None
         self._unchecked = {term.name for term in terms if isinstance(term, LogitsDistillation)}
 
     @property
     def idle(self) -> bool:
         """Whether every term's weight is 0."""
-        return all(term.weight == 0 for term in self.terms)
+        return not any(term.active for term in self.terms)
+
+    @property
+    def skips_heads(self) -> bool:
+        """Whether the networks' heads make no logits in a training step."""
+        return any(term.skips_heads and term.active for term in self.terms)
 
     def check(self) -> None:
         """Raise if a tapped layer does not exist, or the teacher lacks an output or a layer that the terms read.
@@ -112,17 +120,57 @@ class DistillStep:
         readers = [term for term in self.terms if term.needs_teacher]
         reader = next((term.name for term in readers), None)
         output_reader = next((term.name for term in readers if not term.teacher_taps), None)
+        skipping = [term.name for term in self.terms if term.skips_heads]
+        if len(skipping) > 1:
+            raise ValueError(
+                f"Expected one term to skip the heads, but got {skipping}. Use one FusedLinearDistillation."
+            )
+        if skipping and not isinstance(self.source, LiveTeachers):
+            raise ValueError(
+                f"Expected `teacher` to be a network for term {skipping[0]!r}, which reads what goes into its head, but"
+                " it is not. Use SequenceDistillation with a cache."
+            )
         self.source.check(taps["teacher"], reader, output_reader)
         self.student.check(taps["student"])
 
-    def record(self, needs_grad: bool = True, features: bool = True) -> AbstractContextManager[None]:
+    def record(self, needs_grad: bool = True, features: bool = True, batch: Any = None) -> AbstractContextManager[None]:
         """A context in which the student's calls are recorded.
 
         Args:
             needs_grad: Whether to leave out calls made with gradients disabled.
             features: Whether to keep the features at the tapped layers.
+            batch: The batch, for a term that makes its loss while the student is called.
         """
-        return self.student.recording(needs_grad, features)
+        recording = self.student.recording(needs_grad, features)
+        term = next((term for term in self.terms if term.skips_heads and term.active), None)
+        return recording if term is None or not needs_grad else self._skipping(recording, term, batch)
+
+    @contextmanager
+    def _skipping(self, recording: AbstractContextManager[None], term: Any, batch: Any) -> Iterator[None]:
+        if self._heads is None:
+            self._heads = SkippedHeads(
+                term,
+                self.student.layer(term.student_head),
+                cast(LiveTeachers, self.source).layer(term.teacher_head),
+                open_call=self._open_call,
+                answer=self.answers,
+                rerun=self.student.rerun,
+                calls=self.student.find,
+            )
+        self._batch = batch
+        self.student.keep_random_state(not self._heads.known)
+        try:
+            with recording, self._heads:
+                yield
+        finally:
+            self._batch = None
+
+    def _open_call(self) -> Call | None:
+        """The call of the student that is under way."""
+        call = self.student.open_call()
+        if call is not None:
+            self._prepare(call, self._batch)
+        return call
 
     def total(self, task_loss: Tensor, batch: Any = None, step_calls: StepCalls | None = None) -> Tensor:
         """``task_weight * task_loss`` plus the weighted terms, a scalar.
@@ -138,7 +186,8 @@ class DistillStep:
         # if all weights are 0 the task loss stays, because a total without a graph could not be differentiated
         if weight == 0 and distillation.requires_grad:
             return distillation
-        return _weighted(weight, task_loss) + distillation
+        # a product is an operation forward and one backward
+        return (task_loss if weight == 1 else weight * task_loss) + distillation
 
     def rest(self, task_loss: Any) -> None:
         """Store the parts of a step in which every term has weight 0 and the task loss is the total.
@@ -170,7 +219,7 @@ class DistillStep:
             self.release()
 
     def _loss(self, batch: Any, step_calls: StepCalls) -> Tensor:
-        active = [term for term in self.terms if term.weight != 0]
+        active = [term for term in self.terms if term.active]
         calls = step_calls.of(self.student.find())
         self.parts, self.counted = {}, {}
         rest = self._anchor(calls)
@@ -187,9 +236,11 @@ class DistillStep:
         self.learned.check_trained()
         values = self._values(active, calls, batch, step_calls)
         parts = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in values.items()}
-        weighted = [_weighted(term.weight, parts[term.name]) for term in active]
+        weighted = [term.weighted(parts[term.name]) for term in active]
         loss = sum(weighted[1:], weighted[0])
         self.parts = {f"{name}_loss": part.detach() for name, part in parts.items()}
+        for name in calls[0].logged:
+            self.parts[name] = torch.stack([call.logged[name] for call in calls]).mean()
         self.parts["distillation_loss"] = loss.detach()
         return loss if isinstance(rest, float) else loss + rest
 
@@ -201,9 +252,9 @@ class DistillStep:
         values: dict[str, list[Tensor]] = {term.name: [] for term in active}
         for call in calls:
             self._prepare(call, batch)
-            call.divisors = self.divisors
             asks = any(term.needs_teacher for term in active)
-            answers = step_calls.answers or self.answers(call, step_calls.stored, asks)
+            asked = step_calls.answers or (call.skipped.answers if call.skipped else None)
+            answers = asked or self.answers(call, step_calls.stored, asks)
             self.learned.build(active, call, answers)
             if self._unchecked:
                 self._check_scores(active, call, answers)
@@ -214,6 +265,7 @@ class DistillStep:
 
     def _prepare(self, call: Call, batch: Any) -> None:
         call.batch, call.read_logits, call.label_place = batch, self._read_logits, self._labels
+        call.divisors = self.divisors if call.trains else {}
 
     def _check_scores(self, active: Sequence[DistillationTerm], call: Call, answers: Sequence[Call]) -> None:
         """Check the outputs that each term on logits compares, once."""
@@ -249,7 +301,7 @@ class DistillStep:
         """
         if world_size() == 1:
             return 0.0
-        resting = [term for term in self.terms if term.weight == 0]
+        resting = [term for term in self.terms if not term.active]
         rest: Tensor | float = 0.0
         for call in calls:
             places = [(tap.layer, tap.where) for term in resting for tap in term.student_taps]
@@ -313,7 +365,3 @@ class DistillStep:
         """Release everything recorded."""
         self.student.clear()
         self.source.clear()
-
-
-def _weighted(weight: float, value: Tensor) -> Tensor:
-    return value if weight == 1 else weight * value  # a product is an operation forward and one backward

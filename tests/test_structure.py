@@ -15,7 +15,7 @@ ROOMS = {
         ("functional",),
         ("schedules", "patch", "mailbox", "progress"),
         ("losses", "metrics", "recording"),
-        ("adapters", "teachers"),
+        ("adapters", "teachers", "heads"),
         ("terms", "measures"),
         ("cache", "hparams", "windows"),
         ("step",),

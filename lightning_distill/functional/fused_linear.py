@@ -115,7 +115,9 @@ def fused_linear_divergence(
         its value jumps there. The other divergences: see their functions.
     """
     # Left out of the graphs of torch.compile, which would unroll the chunks.
-    mean: Any = torch.compiler.disable(_mean) if torch.compiler.is_compiling() else _mean  # type: ignore[no-untyped-call]
+    losses: Any = fused_linear_losses
+    if torch.compiler.is_compiling():
+        losses = torch.compiler.disable(fused_linear_losses)  # type: ignore[no-untyped-call]
     student_scale, teacher_scale = (1.0 if factor is None else factor for factor in _pair("scale", scale))
     settings = RowSettings(
         divergence=divergence,
@@ -130,19 +132,45 @@ def fused_linear_divergence(
     )
     student = (student_hidden, student_weight, student_bias)
     teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    return cast(Tensor, mean(student, teacher, labels, mask, settings, ignore_index, chunk_size, normalizer))
+    return cast(Tensor, losses(student, teacher, labels, mask, settings, ignore_index, chunk_size, normalizer).total)
 
 
-def _mean(
+class FusedLosses(NamedTuple):
+    """The loss and its parts, scalars.
+
+    Attributes:
+        total: The weighted sum of the parts, with its graph.
+        divergence: Mean divergence, without its weight and detached; 0 if its weight is 0.
+        cross_entropy: Mean cross entropy, without its weight and detached; 0 if its weight is 0.
+    """
+
+    total: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+
+
+def fused_linear_losses(
     student: Side,
     teacher: Side,
     labels: Tensor | None,
     mask: Tensor | None,
     settings: RowSettings,
-    ignore_index: int,
-    chunk_size: int | None,
-    normalizer: float | Tensor | None,
-) -> Tensor:
+    ignore_index: int = IGNORE_INDEX,
+    chunk_size: int | None = None,
+    normalizer: float | Tensor | None = None,
+) -> FusedLosses:
+    """:func:`fused_linear_divergence` with its parts.
+
+    Args:
+        student: Hidden states, weight and bias of the student.
+        teacher: Those of the teacher.
+        labels: As there.
+        mask: As there.
+        settings: The divergence, its settings and the weights.
+        ignore_index: As there.
+        chunk_size: As there.
+        normalizer: As there.
+    """
     if compat.transforms_active():
         expected = "`fused_linear_divergence` to be called outside of the transforms of torch.func"
         remedy = "Use the divergences of logits there."
@@ -152,12 +180,14 @@ def _mean(
         checks.non_negative("normalizer", normalizer)
     inputs = prepare_heads(student, teacher, labels, mask, ignore_index=ignore_index, task=settings.task_weight > 0)
     size = chunk_size or (_TOKENS_ON_CPU if student[0].device.type == "cpu" else _TOKENS)
-    total, gradients = _sums(student, inputs, settings, size)
+    sums, gradients = _sums(student, inputs, settings, size)
+    total = settings.weight * sums[0] + settings.task_weight * sums[1]
     if gradients is not None:
         total = cast(Tensor, _applied(_ReadyGradients, *student, total, gradients))
     if isinstance(normalizer, Tensor):
-        return total / torch.where(normalizer == 0, 1, normalizer)
-    return total / ((inputs.size if normalizer is None else normalizer) or 1)
+        return FusedLosses(*(value / torch.where(normalizer == 0, 1, normalizer) for value in (total, *sums)))
+    number = (inputs.size if normalizer is None else normalizer) or 1
+    return FusedLosses(*(value / number for value in (total, *sums)))
 
 
 def _pair(name: str, value: Any) -> tuple[float | None, float | None]:
@@ -204,7 +234,7 @@ class _Gradients(NamedTuple):
 
 
 def _sums(student: Side, inputs: HeadInputs, settings: RowSettings, size: int) -> tuple[Tensor, _Gradients | None]:
-    """Sum of the loss over the tokens that count, and its gradients; None if nothing is trained."""
+    """Sums of the two parts over the tokens that count, and the gradients of the loss; None if nothing is trained."""
     trained = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in student]
     with torch.no_grad():
         gradients = _no_gradients(student, trained, inputs, settings, size) if any(trained) else None
@@ -212,12 +242,12 @@ def _sums(student: Side, inputs: HeadInputs, settings: RowSettings, size: int) -
 
 
 def _sum_of_chunks(inputs: HeadInputs, settings: RowSettings, size: int, gradients: _Gradients | None) -> Tensor:
-    """Sum of the loss over chunks of tokens; their gradients are added to the gradients."""
+    """Sums of the two parts over chunks of tokens, shape ``(2,)``; the gradients of the loss are added up."""
     student, teacher = inputs.student, inputs.teacher
     factor = 1.0 if gradients is None else gradients.factor
     # Two buffers for all chunks: the logits of the student, then their gradients; and the logits of the teacher.
     buffers = [head.weight.new_empty(min(size, inputs.size), len(head.weight)) for head in (student, teacher)]
-    total = torch.zeros((), dtype=_sum_dtype(inputs), device=student.hidden.device)
+    sums = torch.zeros(2, dtype=_sum_dtype(inputs), device=student.hidden.device)
     for start in range(0, inputs.size, size):
         rows = inputs.chunk(start, size)
         count = min(size, inputs.size - start)
@@ -226,12 +256,12 @@ def _sum_of_chunks(inputs: HeadInputs, settings: RowSettings, size: int, gradien
         teacher.write_logits(rows, teacher_logits)
         labels = None if inputs.labels is None else inputs.labels[rows]
         values = rows_in_place(student_logits, teacher_logits, labels, settings, gradient_factor=factor)
-        for value, weight in zip(values, (settings.weight, settings.task_weight), strict=True):
+        for place, value in enumerate(values):
             if value is not None:
-                total.add_(value.sum(), alpha=weight)
+                sums[place] += value.sum()
         if gradients is not None:
             _add_products(gradients, rows, student_logits, student)
-    return total
+    return sums
 
 
 def _sum_dtype(inputs: HeadInputs) -> torch.dtype:

@@ -107,6 +107,9 @@ class Call:
         divisors: For terms on tokens, by name, the number of tokens (or sequences) of the optimizer step for each
             micro-batch and process; a term that is not in it divides by its own number.
         counted: The own numbers, by term.
+        logged: Values to log beside the terms' losses, or in their place, by name.
+        skipped: The call's skipped head and the loss made there, if a term skips heads.
+        random_state: State of the generators before the call, if it may have to be made again.
     """
 
     args: tuple[Any, ...]
@@ -121,6 +124,9 @@ class Call:
     label_place: Any = None
     divisors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     counted: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    logged: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    skipped: Any = field(default=None, repr=False)
+    random_state: Any = field(default=None, repr=False)
     input_versions: Versions = field(default_factory=list, repr=False)
     output_versions: Versions = field(default_factory=list, repr=False)
     runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = field(default_factory=dict, repr=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,26 @@ def find_layer(root: nn.Module, layer: str) -> nn.Module | None:
     except AttributeError:
         inner = compat.unwrapped(root)
         return None if inner is None else find_layer(inner, layer)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's generators on the CPU and on the current accelerator."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+@contextlib.contextmanager
+def restored(state: dict[str, Any]) -> Iterator[None]:
+    """A context with the generators in an earlier state; afterwards they are as before it."""
+    before = random_state()
+    for target in (state, before):
+        torch.set_rng_state(target["cpu"])
+        if "cuda" in target:
+            torch.cuda.set_rng_state(target["cuda"])
+        if target is state:
+            yield
 
 
 class _Hook:
@@ -104,6 +124,7 @@ class Recorder:
     Attributes:
         calls: The calls recorded since it was last cleared.
         open: The calls under way: the network's, and inside it its calls of itself.
+        keeps_random_state: Whether calls keep the state of the generators, so that one can be made again.
         copies: Whether tensors are copied, because they keep no versions.
 
     Args:
@@ -131,7 +152,7 @@ class Recorder:
         self._whole = who == "student" or any(not tap.layer for tap in self.taps)
         self.calls: list[Call] = []
         self.open: list[Call] = []
-        self.copies = False
+        self.copies = self.keeps_random_state = False
         self._needs_grad = False
         self._hooks: list[_Hook] | None = None
         self._ends: list[_Hook] = []
@@ -213,18 +234,48 @@ class Recorder:
                 " last and the first of `student`, but the first was called twice. Call them in turn."
             )
         (args, kwargs), versions = snapshot((args, kwargs), self.copies)
-        self.open.append(Call(args, kwargs, who=self.who, trains=self._needs_grad, input_versions=versions))
+        state = random_state() if self.keeps_random_state else None
+        self.open.append(
+            Call(args, kwargs, who=self.who, trains=self._needs_grad, input_versions=versions, random_state=state)
+        )
 
     def leave(self, output: Any) -> None:
         """Close the call that was opened last."""
         if not self.open or (not torch.is_grad_enabled() and self._needs_grad):
             return
         call = self.open.pop()
+        if call.skipped is not None:
+            call.skipped.trace.open = False
         if output is None:  # the forward pass raised an error
             return
         call.output, call.output_versions = snapshot(output, self.copies)
         if not self.open:  # a network that calls itself is recorded once
             self.calls.append(call)
+
+    def rerun(self, call: Call) -> Call:
+        """Call the network once more as in a recorded call, with the same random numbers.
+
+        Args:
+            call: The recorded call, which must have kept its random state. The new call takes its place.
+
+        Returns:
+            The new call.
+
+        Raises:
+            ValueError: If the network consists of several that are called one after the other.
+        """
+        if self.first is not self.last:
+            raise ValueError(
+                "Expected a student that is one network where its logits are scaled or capped after the head, but got"
+                " several that are called one after the other. Use SequenceDistillation."
+            )
+        place = self.calls.index(call)
+        del self.calls[place]
+        with restored(call.random_state):
+            self.last(*call.args, **call.kwargs)
+        again = self.calls.pop()
+        self.calls.insert(place, again)
+        return again
 
 
 class Recording:

@@ -109,6 +109,34 @@ class StudentFinder:
                 self._student_recorder, self._recorders = recorder, None
         return [] if self._student_recorder is None else self._student_recorder.calls
 
+    def _recording(self) -> list[Recorder]:
+        return [self._student_recorder] if self._student_recorder else list((self._recorders or {}).values())
+
+    def layer(self, name: str) -> nn.Module:
+        """The module of that name below the student.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        recorders = self._recording() or list(self._candidates().values())
+        module = next((module for recorder in recorders if (module := recorder.find(name)) is not None), None)
+        if module is None:
+            raise ValueError(f"Expected the student to have a layer {name!r}, but it does not.")
+        return module
+
+    def open_call(self) -> Call | None:
+        """The call of the student that is under way, of the outermost network that may be the student."""
+        return next((recorder.open[0] for recorder in self._recording() if recorder.open), None)
+
+    def keep_random_state(self, keep: bool) -> None:
+        """Let calls keep the state of the generators, so that :meth:`rerun` can make them again."""
+        for recorder in self._recording():
+            recorder.keeps_random_state = keep
+
+    def rerun(self, call: Call) -> Call:
+        """Make a recorded call once more; see :meth:`Recorder.rerun`."""
+        return next(recorder for recorder in self._recording() if call in recorder.calls).rerun(call)
+
     def keep(self, calls: list[Call]) -> None:
         """Keep the calls of a named student in this list, which may drop some. Call it after recording."""
         if self._student_recorder is not None:
@@ -128,7 +156,7 @@ class StudentFinder:
 
     def clear(self) -> None:
         """Release what was recorded."""
-        for recorder in [self._student_recorder] if self._student_recorder else (self._recorders or {}).values():
+        for recorder in self._recording():
             recorder.clear()
 
 

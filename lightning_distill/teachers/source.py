@@ -113,6 +113,17 @@ class LiveTeachers:
         for recorder in self._recorders:
             recorder.check(taps)
 
+    def layer(self, name: str) -> nn.Module:
+        """The module of that name below the only teacher.
+
+        Raises:
+            ValueError: If there are several teachers, or it has no such module.
+        """
+        module = None if self._several or not self._recorders else self._recorders[0].find(name)
+        if module is None:
+            raise ValueError(f"Expected one teacher with a layer {name!r}, but there are several or it has none.")
+        return module
+
     def hold(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Freeze the networks on a device, in a precision if none was chosen; further calls do nothing."""
         if self.held.taken:

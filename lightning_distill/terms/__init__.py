@@ -2,12 +2,14 @@
 
 from lightning_distill.terms.base import DistillationTerm, arguments_of, as_terms
 from lightning_distill.terms.features import FeatureDistillation, SelfDistillation
+from lightning_distill.terms.fused_linear import FusedLinearDistillation
 from lightning_distill.terms.logits import LogitsDistillation
 from lightning_distill.terms.tokens import SequenceDistillation
 
 __all__ = [
     "DistillationTerm",
     "FeatureDistillation",
+    "FusedLinearDistillation",
     "LogitsDistillation",
     "SelfDistillation",
     "SequenceDistillation",

@@ -41,6 +41,7 @@ class DistillationTerm(nn.Module):
         needs_labels: Whether :meth:`forward` is called with the batch's labels.
         needs_teacher: Whether the term reads the teacher at all, and not the student alone.
         counts_tokens: Whether the term is a mean over the tokens of an optimizer step, which its ``counted`` counts.
+        skips_heads: Whether the two networks' heads make no logits in a training step.
         teacher_arguments: Keyword arguments for each teacher whose forward has a parameter of that name.
         compares_class_scores: Whether the term compares class scores, so that the agreement of the two networks is
             measured in validation.
@@ -65,6 +66,7 @@ class DistillationTerm(nn.Module):
     needs_teacher: bool = True
     compares_class_scores: bool = False
     counts_tokens: bool = False
+    skips_heads: bool = False
     teacher_arguments: Mapping[str, Any] = MappingProxyType({})
     weight = Setting(checks.non_negative)
 
@@ -75,6 +77,21 @@ class DistillationTerm(nn.Module):
         if not name or name in ("task", "distillation"):  # the log has a task_loss and a distillation_loss of its own
             raise ValueError(f"Expected `name` to be neither empty, 'task' nor 'distillation', but got name={name!r}.")
         self.name = name
+
+    @property
+    def logged_names(self) -> list[str]:
+        """Names of the values that the term logs."""
+        return [f"{self.name}_loss"]
+
+    @property
+    def active(self) -> bool:
+        """Whether the term has any work in a step."""
+        return bool(self.weight != 0)
+
+    def weighted(self, value: Tensor) -> Tensor:
+        """A value of :meth:`forward` times the weight."""
+        # a product is an operation forward and one backward
+        return value if self.weight == 1 else self.weight * value
 
     def counted(self, batch: Any, label_place: Any = None, seq2seq: bool = False) -> Tensor:
         """How many tokens of a batch count, for a term with ``counts_tokens``; see :class:`SequenceDistillation`."""

@@ -153,7 +153,19 @@ class SequenceDistillation(LogitsDistillation):
             ValueError: If so.
         """
         super().check_scores(student, teacher)
-        positions = self._positions(student)
+        self.check_tokens(student, teacher, self._positions(student))
+
+    def check_tokens(self, student: Call, teacher: Call, positions: Positions) -> None:
+        """Raise if labels or tokens can be seen to be in other places than expected.
+
+        Args:
+            student: The student's call.
+            teacher: The teacher's.
+            positions: The positions that count.
+
+        Raises:
+            ValueError: If so.
+        """
         check_alignment(student, self.shift, positions)
         if not self._has_own_prompt(student, teacher):
             check_same_tokens(student, teacher, positions)
@@ -252,12 +264,17 @@ class SequenceDistillation(LogitsDistillation):
         student.counted[self.name] = number
         if self.normalize == "tokens":
             mean = value_of(self.loss, self.requires, *compared, positions.labels, positions.counts)
-            return mean if self.name not in student.divisors else mean * (number / self._divisor(student, number))
+            return mean if self.name not in student.divisors else mean * (number / self.divisor(student, number))
         values = [self._of_sequence(index, compared, positions) for index in range(len(positions.counts))]
-        return torch.stack(values).sum() / self._divisor(student, number)
+        return torch.stack(values).sum() / self.divisor(student, number)
 
-    def _divisor(self, student: Call, number: Tensor) -> Tensor:
-        """The number of tokens or sequences to divide by: of the optimizer step if it is known, else of this call."""
+    def divisor(self, student: Call, number: Tensor) -> Tensor:
+        """The number of tokens or sequences to divide by: of the optimizer step if it is known, else of this call.
+
+        Args:
+            student: The student's call.
+            number: Number of tokens or sequences of this call that count.
+        """
         own = number.clamp(min=1)
         divisor = student.divisors.get(self.name)
         if divisor is None:
