@@ -18,7 +18,7 @@ from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
 from lightning_distill.teachers.source import LiveTeachers, TeacherSource
 from lightning_distill.terms import DistillationTerm, LogitsDistillation
-from lightning_distill.terms.skipped_heads import SkippedHeads
+from lightning_distill.terms.skipped_heads import SkippedHeads, check_not_compiled
 
 Pair = tuple[Tensor, Tensor, Tensor | None]
 Labels = str | int | Callable[[Any], Tensor] | None
@@ -148,6 +148,7 @@ class DistillStep:
     @contextmanager
     def _skipping(self, recording: AbstractContextManager[None], term: Any, batch: Any) -> Iterator[None]:
         if self._heads is None:
+            check_not_compiled(self.student.root, term.student_head)
             self._heads = SkippedHeads(
                 term,
                 self.student.layer(term.student_head),

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.compat import is_compiled
 from lightning_distill.functional.fused_linear import FusedLosses, fused_linear_losses
 from lightning_distill.functional.inputs import IGNORE_INDEX
 from lightning_distill.functional.rows import RowSettings
 from lightning_distill.heads import ForwardSwap, Matrix, Recipe, Trace, carrier_in, matrix_of, placeholder
-from lightning_distill.recording import Call
+from lightning_distill.recording import Call, find_layer
 from lightning_distill.terms.fused_linear import FusedLinearDistillation
 
 _REMEDY = "Use SequenceDistillation, which reads the logits."
@@ -235,3 +236,23 @@ def _scale_and_cap(recipe: Recipe) -> tuple[float, float | None]:
         f"Expected the model to scale its logits by a positive number or to cap them, c * tanh(logits / c), but got"
         f" {recipe} (factors and tanh). {_REMEDY}"
     )
+
+
+def check_not_compiled(root: nn.Module, layer: str) -> None:
+    """Raise if a head is inside a compiled module, whose graph would not skip it.
+
+    Args:
+        root: The student, or the module that contains it.
+        layer: Path of the head below it.
+
+    Raises:
+        ValueError: If so.
+    """
+    head = find_layer(root, layer)
+    above = [module for module in root.modules() if is_compiled(module) and head in set(module.modules())]
+    if head is not None and above:
+        raise ValueError(
+            "Expected the student's head not to be inside a compiled module, whose graph would make the logits, but"
+            f" {type(above[0]).__name__} is compiled. Compile what is below the head instead, such as"
+            " model.model.forward = torch.compile(model.model.forward)."
+        )
