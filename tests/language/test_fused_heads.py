@@ -523,7 +523,7 @@ def test_caches_several_teachers_and_two_such_terms_are_refused(tmp_path: Any) -
     with pytest.raises(ValueError, match="`teacher` to be a network for term 'tokens'"):
         Distiller(student, cache, fused_term())
     with pytest.raises(ValueError, match="one term to skip the heads"):
-        Distiller(student, teacher, [fused_term(name="first"), fused_term(name="second")])
+        Distiller(student, teacher, [FusedLinearDistillation(), FusedLinearDistillation(name="second")])
     distiller = Distiller(student, [teacher, language_model("llama", 24, 2)], fused_term(), task_weight=0)
     with pytest.raises(ValueError, match="Expected one teacher with a layer 'lm_head'"):
         step(distiller, *language_batch())
