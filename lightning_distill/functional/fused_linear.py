@@ -22,7 +22,7 @@ _FEW_CHUNKS = 8  # bfloat16 sums of so many parts lose less than the rounding of
 _COLUMNS = 2**13  # of the vocabulary that are converted to the precision of the sums at a time
 # Newer releases of torch sum products of half precision into float32 on CUDA without converting the factors.
 _MM_WIDENS = "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
-_FLOAT16_LARGEST = 2.0**12  # the largest usual gradient in float16, where numbers range from 2^-24 to 2^16
+_FLOAT16_LARGEST = 2.0**10  # for the usual gradients of logits in float16, where numbers range from 2^-24 to 2^16
 
 
 def fused_linear_divergence(
