@@ -26,9 +26,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-def transforms_active() -> bool:
-    """Whether a transform of ``torch.func`` is at work, such as ``grad`` or ``vmap``."""
-    return torch._C._are_functorch_transforms_active()
+def transforms_are_active(*tensors: Tensor) -> bool:
+    """Whether the caller is inside ``torch.func`` (vmap, grad, jvp), or tensors are batches of ``is_grads_batched``."""
+    return torch._C._are_functorch_transforms_active() or any(
+        torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors
+    )
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Any]:

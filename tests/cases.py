@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cases_features import FEATURE_CASES, larger_map_pooled
 from cases_learned import LEARNED_CASES
 from cases_outputs import OUTPUT_CASES
-from loss_case import Arrays, Golden, LossCase, softened
+from loss_case import Arrays, Golden, LossCase, softened, unmasked_tokens
 from torch import Tensor
 
 from lightning_distill import losses
@@ -39,6 +39,7 @@ CASES = [
         settings={"temperature": 3.0},
         golden=(
             Golden("kd_kl", settings=softened),
+            Golden("token_kl", settings=softened, arrange=unmasked_tokens),
             # The reference's mean is over all elements, classes included.
             Golden("inc_kl_mean", factor=lambda settings, shape: 1 / shape[-1], settings=softened),
         ),
@@ -70,6 +71,7 @@ CASES = [
         settings={"temperature": 2.0},
         golden=(
             Golden("soft_cross_entropy", settings=softened),
+            Golden("token_ce", arrange=unmasked_tokens),  # named forward_kl there, without the teacher's entropy
             # The reference takes the mean over all elements and has no T^2.
             Golden(
                 "tinybert_soft_ce",

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import oracle_outputs as oracle
-import torch
-from loss_case import Arrays, Golden, LossCase, softened
-from torch import Tensor
+from loss_case import Golden, LossCase, softened, unmasked_tokens
 
 from lightning_distill import losses
-
-
-def _unmasked_tokens(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
-    if "labels" in arrays:
-        chosen = torch.from_numpy(arrays["labels"] != -100)
-        return student[chosen], teacher[chosen]
-    return student, teacher
-
 
 DIVERGENCES = [
     LossCase(
@@ -24,7 +14,7 @@ DIVERGENCES = [
         oracle.reverse_kl,
         (4, 5),
         settings={"temperature": 2.0},
-        golden=(Golden("reverse_kl", arrange=_unmasked_tokens),),
+        golden=(Golden("reverse_kl", arrange=unmasked_tokens),),
         on_logits=True,
     ),
     LossCase(
@@ -38,7 +28,7 @@ DIVERGENCES = [
                 "generalized_jsd",
                 settings=lambda ref: {"beta": ref["beta"], "temperature": ref["temperature"]},
                 cases=("s1", "s2", "s3", "s5"),
-                arrange=_unmasked_tokens,
+                arrange=unmasked_tokens,
             ),
             # Without labels the reference divides by the examples and not by their tokens.
             Golden(
@@ -74,9 +64,7 @@ DIVERGENCES = [
         settings={"skew": 0.2},
         # The reference's own value is a cross entropy; the divergence is stored beside it.
         golden=(
-            Golden(
-                "skew_kl", settings=lambda ref: {"skew": ref["lam"]}, value="loss_true_kl", arrange=_unmasked_tokens
-            ),
+            Golden("skew_kl", settings=lambda ref: {"skew": ref["lam"]}, value="loss_true_kl", arrange=unmasked_tokens),
         ),
         on_logits=True,
     ),
@@ -91,7 +79,7 @@ DIVERGENCES = [
             Golden(
                 "skew_reverse_kl",
                 settings=lambda ref: {"skew": ref["lam"], "reverse": True},
-                arrange=_unmasked_tokens,
+                arrange=unmasked_tokens,
             ),
         ),
         on_logits=True,
@@ -107,7 +95,7 @@ DIVERGENCES = [
                 "tvd",
                 factor=lambda settings, shape: settings["temperature"] ** 2,
                 settings=softened,
-                arrange=_unmasked_tokens,
+                arrange=unmasked_tokens,
             ),
         ),
         on_logits=True,

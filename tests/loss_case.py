@@ -36,6 +36,14 @@ class Golden:
     )
 
 
+def unmasked_tokens(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    """The tokens that have a label, one row for each."""
+    if "labels" in arrays:
+        chosen = torch.from_numpy(arrays["labels"] != -100)
+        return student[chosen], teacher[chosen]
+    return student, teacher
+
+
 def labels_of(teacher: Tensor, class_dim: int | None) -> Tensor:
     """Labels that follow a row of logits wherever a test moves it: the teacher's first or second choice."""
     class_dim = (1 if teacher.ndim >= 4 else -1) if class_dim is None else class_dim

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-import torch.nn.functional as F
+import torch  # noqa: F401 - for the examples
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
-from lightning_distill.functional.primitives import softened
+from lightning_distill.functional.inputs import Reduction, check_logits, reduced
+from lightning_distill.functional.kernels import Divergence, Kind, divergence
 
 __all__ = ["generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
 
@@ -57,8 +54,8 @@ def reverse_kl(
         each position, summed exactly, instead of an estimate from sampled sequences. It has no factor
         :math:`T^2`.
     """
-    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
-    return reduced(kl_from_logs(log_student, log_teacher, dim), counts, reduction)
+    settings = Divergence("reverse_kl", temperature=temperature)
+    return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
 
 
 def generalized_jsd(
@@ -108,14 +105,9 @@ def generalized_jsd(
         :math:`\beta` or :math:`1 - \beta`. It has no factor :math:`T^2`.
     """
     checks.between("beta", beta, 0, 1)
-    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
-    if beta == 0:
-        return reduced(kl_from_logs(log_teacher, log_student, dim), counts, reduction)
-    if beta == 1:
-        return reduced(kl_from_logs(log_student, log_teacher, dim), counts, reduction)
-    log_mixture = _log_mixture(log_teacher, log_student, beta)
-    from_teacher, from_student = (kl_from_logs(log_p, log_mixture, dim) for log_p in (log_teacher, log_student))
-    return reduced(beta * from_teacher + (1 - beta) * from_student, counts, reduction)
+    limits: dict[float, Kind] = {0: "forward_kl", 1: "reverse_kl"}
+    settings = Divergence(limits.get(beta, "jensen_shannon"), beta, temperature)
+    return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
 
 
 def skew_kl(
@@ -161,9 +153,8 @@ def skew_kl(
     """
     # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
-    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, 1.0, class_dim, mask)
-    mixture = _log_mixture(log_teacher, log_student, skew)
-    return reduced(kl_from_logs(log_teacher, mixture, dim), counts, reduction)
+    settings = Divergence("skew_kl" if skew > 0 else "forward_kl", skew)
+    return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
 
 
 def skew_reverse_kl(
@@ -208,9 +199,8 @@ def skew_reverse_kl(
     """
     # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
-    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, 1.0, class_dim, mask)
-    mixture = _log_mixture(log_student, log_teacher, skew)
-    return reduced(kl_from_logs(log_student, mixture, dim), counts, reduction)
+    settings = Divergence("skew_reverse_kl" if skew > 0 else "reverse_kl", skew)
+    return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
 
 
 def total_variation(
@@ -253,37 +243,18 @@ def total_variation(
         Wen et al. 2023 (f-distill), theorem 1, arXiv:2307.15190, where the sum over the steps bounds the distance of
         whole sequences; deviation: the distance at each position, summed exactly. It has no factor :math:`T^2`.
     """
-    log_student, log_teacher, dim, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
-    return reduced(0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(dim=dim), counts, reduction)
+    settings = Divergence("total_variation", temperature=temperature)
+    return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
 
 
-def kl_from_logs(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
-    """Kullback-Leibler divergence of two distributions given by their log-probabilities.
-
-    Args:
-        log_p: Log-probabilities of the first distribution, finite.
-        log_q: Log-probabilities of the second, same shape.
-        dim: Dimension of the classes.
-
-    Returns:
-        Divergence in nats, the shape without ``dim``.
-    """
-    return (log_p.exp() * (log_p - log_q)).sum(dim=dim)
-
-
-def _logarithms(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, int, Tensor | None]:
-    checks.positive("temperature", temperature)
-    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
-    log_student, log_teacher = (
-        F.log_softmax(softened(logits, temperature, counts, dim), dim=dim) for logits in (student, teacher)
-    )
-    return log_student, log_teacher, dim, counts
-
-
-def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    # log(share p + (1 - share) q) without leaving log space, where p or q may be less than the smallest float.
-    if share == 0:
-        return log_q
-    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+def _divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    settings: Divergence,
+    class_dim: int | None,
+    mask: Tensor | None,
+    reduction: Reduction,
+) -> Tensor:
+    checks.positive("temperature", settings.temperature)
+    student, teacher, dim, counts = check_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    return reduced(divergence(student, teacher, settings, dim, counts), counts, reduction)

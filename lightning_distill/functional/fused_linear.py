@@ -171,7 +171,7 @@ def fused_linear_losses(
         chunk_size: As there.
         normalizer: As there.
     """
-    if compat.transforms_active():
+    if compat.transforms_are_active():
         expected = "`fused_linear_divergence` to be called outside of the transforms of torch.func"
         remedy = "Use the divergences of logits there."
         raise RuntimeError(checks.message(expected, "a call inside grad, vmap or another one", remedy))

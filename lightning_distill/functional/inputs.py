@@ -18,8 +18,8 @@ class Logits(NamedTuple):
     """Both models' logits, ready for a formula.
 
     Attributes:
-        student: The student's logits, float32 or float64.
-        teacher: The teacher's logits, in the same precision and without a gradient.
+        student: The student's logits.
+        teacher: The teacher's logits, without a gradient.
         class_dim: The dimension of the classes, resolved.
         mask: True where a row counts, the shape of the logits without ``class_dim``; None where all rows count.
     """
@@ -111,7 +111,7 @@ def resolve_class_dim(logits: Tensor, class_dim: int | None = None, labels: Tens
     return -1
 
 
-def prepare_logits(
+def check_logits(
     student_logits: Tensor,
     teacher_logits: Tensor,
     class_dim: int | None = None,
@@ -119,7 +119,7 @@ def prepare_logits(
     mask: Tensor | None = None,
     at_least: int = 2,
 ) -> Logits:
-    """Both models' logits as :func:`prepare` returns them, after a check of their shapes.
+    """Both models' logits as they are, after a check of their types and shapes; the teacher's without a gradient.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``).
@@ -136,25 +136,60 @@ def prepare_logits(
         ValueError: If the shapes differ, ``class_dim`` is not an inner dimension, or there are too few classes.
 
     Example:
-        >>> logits = prepare_logits(torch.ones(2, 3, dtype=torch.float16), torch.zeros(2, 3))
+        >>> logits = check_logits(torch.ones(2, 3, dtype=torch.float16), torch.zeros(2, 3))
         >>> logits.student.dtype, logits.teacher.shape, logits.class_dim
-        (torch.float32, torch.Size([2, 3]), -1)
+        (torch.float16, torch.Size([2, 3]), -1)
     """
-    student, teacher = prepare(student_logits, teacher_logits, _LOGITS)
-    checks.same_shape(student, teacher, names=_LOGITS, remedy="Both models must score the same classes.")
-    shape = tuple(student.shape)
-    if student.ndim < 2:
+    for name, logits in zip(_LOGITS, (student_logits, teacher_logits), strict=True):
+        checks.floating(name, logits)
+    checks.same_shape(student_logits, teacher_logits, names=_LOGITS, remedy="Both models must score the same classes.")
+    shape = tuple(student_logits.shape)
+    if len(shape) < 2:
         expected = "`student_logits` to have a batch dimension and a class dimension"
         raise ValueError(checks.message(expected, f"shape {shape}", "Use unsqueeze(-1) for one score per example."))
-    dim = resolve_class_dim(student, class_dim)
-    if student.shape[dim] < at_least:
+    dim = resolve_class_dim(student_logits, class_dim)
+    if shape[dim] < at_least:
         # The softmax over one class is always 1: the loss would be zero for any student.
         expected = f"`student_logits` to have at least {at_least} classes at class_dim={dim}"
         remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
         raise ValueError(checks.message(expected, f"shape {shape}", remedy))
     if mask is not None:
         mask = rows_mask(mask, shape[: dim % len(shape)] + shape[dim % len(shape) :][1:])
-    return Logits(student, teacher, dim, mask)
+    teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
+    return Logits(student_logits, teacher_logits, dim, mask)
+
+
+def prepare_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    class_dim: int | None = None,
+    *,
+    mask: Tensor | None = None,
+    at_least: int = 2,
+) -> Logits:
+    """Both models' logits in the precision of :func:`prepare`, after the checks of :func:`check_logits`.
+
+    Args:
+        student_logits: As in :func:`check_logits`.
+        teacher_logits: As in :func:`check_logits`.
+        class_dim: As in :func:`check_logits`.
+        mask: As in :func:`check_logits`.
+        at_least: As in :func:`check_logits`.
+
+    Returns:
+        The logits, the dimension of the classes and the mask of the rows.
+
+    Raises:
+        TypeError: As :func:`check_logits` does.
+        ValueError: As :func:`check_logits` does.
+
+    Example:
+        >>> logits = prepare_logits(torch.ones(2, 3, dtype=torch.float16), torch.zeros(2, 3))
+        >>> logits.student.dtype, logits.teacher.shape, logits.class_dim
+        (torch.float32, torch.Size([2, 3]), -1)
+    """
+    student, teacher, dim, mask = check_logits(student_logits, teacher_logits, class_dim, mask=mask, at_least=at_least)
+    return Logits(*prepare(student, teacher, _LOGITS), dim, mask)
 
 
 def prepare_labelled(

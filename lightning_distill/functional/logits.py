@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import Reduction, check_reduction, prepare_logits, reduced
-from lightning_distill.functional.primitives import LEAST_SCORE, softened
+from lightning_distill.functional.inputs import Reduction, check_logits, prepare, prepare_logits, reduced
+from lightning_distill.functional.kernels import Divergence, divergence
+from lightning_distill.functional.primitives import LEAST_SCORE
 
 __all__ = ["logit_mse", "soft_cross_entropy", "soft_target_kl"]
 
@@ -62,18 +62,11 @@ def soft_target_kl(
         dividing by 1e-7 would give gradients that overflow half precision.
     """
     checks.positive("temperature", temperature)
-    check_reduction(reduction)
-    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    student, teacher, dim, counts = check_logits(student_logits, teacher_logits, class_dim, mask=mask)
     if standardize:
-        student, teacher = (_standardized(logits, dim, counts) for logits in (student, teacher))
-    log_student, log_teacher = (
-        F.log_softmax(softened(logits, temperature, counts, dim), dim=dim) for logits in (student, teacher)
-    )
-    if reduction == "mean" and counts is None:  # in one kernel and one product
-        rows = student.numel() // student.shape[dim]
-        return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) * (temperature**2 / rows)
-    values = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=dim)
-    return reduced(values, counts, reduction) * temperature**2
+        student, teacher = (_standardized(logits, dim, counts) for logits in prepare(student, teacher))
+    settings = Divergence("forward_kl", temperature=temperature)
+    return reduced(divergence(student, teacher, settings, dim, counts), counts, reduction) * temperature**2
 
 
 def soft_cross_entropy(
@@ -117,10 +110,9 @@ def soft_cross_entropy(
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
     """
     checks.positive("temperature", temperature)
-    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
-    log_student = F.log_softmax(softened(student, temperature, counts, dim), dim=dim)
-    soft_targets = F.softmax(softened(teacher, temperature, counts, dim), dim=dim)
-    return reduced(-(soft_targets * log_student).sum(dim=dim), counts, reduction) * temperature**2
+    student, teacher, dim, counts = check_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    settings = Divergence("cross_entropy", temperature=temperature)
+    return reduced(divergence(student, teacher, settings, dim, counts), counts, reduction) * temperature**2
 
 
 def logit_mse(

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.divergences import kl_from_logs
 from lightning_distill.functional.inputs import (
     IGNORE_INDEX,
     Reduction,
@@ -15,6 +14,7 @@ from lightning_distill.functional.inputs import (
     prepare_logits,
     reduced,
 )
+from lightning_distill.functional.kernels.plain import kl_from_logs
 from lightning_distill.functional.primitives import LEAST_SCORE, softened
 
 __all__ = ["binary_soft_target", "decoupled_kd", "normalized_kd", "weighted_soft_labels"]

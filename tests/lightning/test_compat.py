@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import Classifier, Mlp, dataset, loader
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillCallback, compat
@@ -44,18 +44,25 @@ def test_the_version_of_a_tensor_counts_its_changes_in_place() -> None:
     assert compat.version_of(tensor) == before + 1
 
 
-def test_transforms_of_torch_func_are_seen() -> None:
-    seen = []
+def test_transforms_are_active_inside_torch_func_and_for_batched_gradients() -> None:
+    inside = []
 
-    def function(x: torch.Tensor) -> torch.Tensor:
-        seen.append(compat.transforms_active())
-        return x.sum()
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: Tensor) -> Tensor:
+            return 2 * values
 
-    torch.func.grad(function)(torch.ones(2))
-    torch.func.vmap(function)(torch.ones(2, 2))
-    function(torch.ones(2))
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            inside.append(compat.transforms_are_active(gradient))
+            return 2 * gradient
 
-    assert seen == [True, True, False]
+    values = torch.ones(2, requires_grad=True)
+    torch.func.vmap(lambda value: (inside.append(compat.transforms_are_active()), value)[1])(values)
+    torch.autograd.grad(Double.apply(values), values, torch.eye(2), is_grads_batched=True)
+    Double.apply(values).sum().backward()
+
+    assert inside == [True, True, False]
 
 
 def test_an_entry_in_the_table_of_forward_hooks_is_called_with_the_output() -> None:

@@ -138,13 +138,58 @@ def test_published_total_of_the_multi_level_loss_can_be_rebuilt_from_our_parts(e
         torch.testing.assert_close(student.grad, tensors[f"grad_student_logits_{view}"], **tolerance)
 
 
+@pytest.mark.parametrize("entry", golden_index("symmetric_kl"), ids=lambda entry: entry["case"])
+def test_published_symmetric_divergence_is_a_sum_of_two_functions(entry: dict) -> None:
+    """The forward half is a cross entropy there: only the value without the teacher's entropy is published."""
+    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    student, share = tensors["student_logits"].requires_grad_(), entry["hyperparameters"]["lam"]
+    pair, mask = (student, tensors["teacher_logits"]), tensors["labels"] != -100
+    forward, entropy_added, reverse = (
+        function(*pair, temperature=1.0, mask=mask, reduction="mean")
+        for function in (functional.soft_target_kl, functional.soft_cross_entropy, functional.reverse_kl)
+    )
+
+    value = (1 - share) * entropy_added + share * reverse
+    value.backward()
+
+    tolerance = entry["tolerance_suggested"]["float64"]
+    torch.testing.assert_close(value.detach(), tensors["loss"], **tolerance)
+    torch.testing.assert_close(student.grad, tensors["grad_student_logits"], **tolerance)
+    torch.testing.assert_close(((1 - share) * forward + share * reverse).detach(), tensors["loss_true_kl"], **tolerance)
+
+
+@pytest.mark.parametrize("entry", golden_index("gkd_jsd"), ids=lambda entry: entry["case"])
+def test_published_divergence_of_a_language_model_shifts_labels_and_divides_by_a_count_of_its_own(
+    entry: dict,
+) -> None:
+    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    student, reference = tensors["student_logits"].requires_grad_(), entry["hyperparameters"]
+    mask = tensors["labels"][:, 1:] != -100
+
+    values = functional.generalized_jsd(
+        student[:, :-1],
+        tensors["teacher_logits"][:, :-1],
+        beta=reference["beta"],
+        temperature=reference["temperature"],
+        mask=mask,
+    )
+    value = values.sum() / (reference["num_items_in_batch"] or mask.sum())
+    value.backward()
+
+    tolerance = entry["tolerance_suggested"]["float64"]
+    torch.testing.assert_close(value.detach(), tensors["loss"], **tolerance)
+    torch.testing.assert_close(student.grad, tensors["grad_student_logits"], **tolerance)
+
+
 def test_every_golden_case_kept_here_is_used() -> None:
     used = {golden.key for case in CASES for golden in case.golden} | {
+        "gkd_jsd",
         "inc_combined",  # in tests/launcher
         "inc_intermediate",
         "mlkd_batch",
         "mlkd_class",
         "mlkd_total",
+        "symmetric_kl",
         *SEVERAL_LAYERS,
         *LEARNED,
         *OF_TOKENS,

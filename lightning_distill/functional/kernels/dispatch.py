@@ -1,0 +1,161 @@
+"""Divergences of two softmaxes in the fastest of three ways that the tensors and their device allow.
+
+1. ``plain``: the formulas, for small logits and whatever PyTorch can do with a formula: ``torch.compile``, which fuses
+   it, ``torch.func``, forward mode, subclasses of tensors. A gradient that is differentiated again comes from it too.
+2. ``analytic``: gradients written out, in chunks of rows; nothing of the logits' size is kept for the backward pass.
+3. ``triton_rows``: the same in a kernel that reads the logits once or twice, for large logits on a GPU. The
+   environment variable ``DISTILL_KERNELS=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill import compat
+from lightning_distill.functional.kernels import analytic, plain
+from lightning_distill.functional.kernels.settings import Divergence
+
+# Logits of fewer numbers fit into a processor's cache, and take a GPU no longer than the launches of any way.
+_LARGE = 2**22
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, settings: Divergence, dim: int = -1, mask: Tensor | None = None
+) -> Tensor:
+    """Divergence of each row of logits, with a gradient for the student.
+
+    Args:
+        student: Logits of any shape; minus infinity is a probability of 0.
+        teacher: The teacher's logits, same shape, without a gradient. Half precision is read as it is; the
+            arithmetic is float32, or float64 if one of the two is.
+        settings: The divergence.
+        dim: Dimension of the classes.
+        mask: True where a row counts, the shape without ``dim``; None where all count.
+
+    Returns:
+        Divergence in nats, the shape without ``dim``; any finite number in rows that do not count, whose gradient is 0
+        if they get none.
+    """
+    way = _way(student, teacher, dim)
+    if way is plain:
+        return plain.divergence(student, teacher, settings, dim, mask)
+    values: Tensor = _applied(student.movedim(dim, -1), teacher.movedim(dim, -1), mask, None, settings, way)[0]
+    return values
+
+
+def divergence_and_cross_entropy(
+    student: Tensor, teacher: Tensor, labels: Tensor, settings: Divergence, dim: int = -1, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Divergence of each row and cross entropy of its label, from one pass over the student's logits.
+
+    Args:
+        student: As in :func:`divergence`.
+        teacher: As in :func:`divergence`.
+        labels: Class index of each row, int64, less than the number of classes; negative where a row has no label.
+        settings: The divergence.
+        dim: Dimension of the classes.
+        mask: True where the divergence counts; the cross entropy counts in every row with a label.
+
+    Returns:
+        Divergence of each row as in :func:`divergence`, and cross entropy at a temperature of 1 in nats, 0 in rows
+        without a label.
+    """
+    way = _way(student, teacher, dim)
+    if way is plain:
+        values = plain.divergence(student, teacher, settings, dim, mask)
+        return values, plain.cross_entropy(student, labels, dim)
+    pair: tuple[Tensor, Tensor] = _applied(
+        student.movedim(dim, -1), teacher.movedim(dim, -1), mask, labels, settings, way
+    )
+    return pair
+
+
+def rows_in_place_for(student: Tensor, teacher: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The kernel for a loss that owns its logits and needs nothing but their gradient.
+
+    Args:
+        student: Logits, shape ``(N, C)``.
+        teacher: The teacher's logits, same shape.
+
+    Returns:
+        :func:`.triton_rows.rows_in_place`, or None if it cannot be used for such logits on their device.
+    """
+    kernels = _triton_rows(student.device.type)
+    usable = kernels is not None and _is_ordinary(student, teacher) and kernels.accepts(student, teacher, -1)
+    return kernels.rows_in_place if kernels is not None and usable else None
+
+
+def _way(student: Tensor, teacher: Tensor, dim: int) -> ModuleType:
+    """The module that computes a divergence."""
+    if torch.compiler.is_compiling() or not _is_ordinary(student, teacher):
+        return plain
+    device = student.device.type
+    kernels = _triton_rows(device)
+    is_large = student.numel() >= _LARGE
+    if kernels is not None and (is_large or device == "cpu") and kernels.accepts(student, teacher, dim):
+        return kernels
+    return analytic if is_large and device != "meta" else plain
+
+
+def _is_ordinary(*tensors: Tensor) -> bool:
+    """Whether tensors hold numbers, and nothing but autograd's reverse mode follows them."""
+    if compat.transforms_are_active():
+        return False
+    dual: Any = torch.autograd.forward_ad.unpack_dual
+    return all(type(tensor) in (Tensor, nn.Parameter) and dual(tensor).tangent is None for tensor in tensors)
+
+
+@functools.cache
+def _triton_rows(device: str) -> ModuleType | None:
+    """The kernels, which run on a GPU, or in Triton's interpreter where the environment asks for it."""
+    usable = device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    if not usable or os.environ.get("DISTILL_KERNELS") == "0" or importlib.util.find_spec("triton") is None:
+        return None
+    from lightning_distill.functional.kernels import triton_rows
+
+    return triton_rows
+
+
+class _Divergence(torch.autograd.Function):
+    """Values of one way; the gradient is computed in the backward pass, as often as there is one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        settings: Divergence,
+        way: ModuleType,
+    ) -> tuple[Tensor, Tensor | None]:
+        values, task, numbers = way.statistics(student, teacher, settings, mask, labels)
+        ctx.save_for_backward(student, teacher, numbers, mask, labels)
+        ctx.settings, ctx.way = settings, way
+        return values, task
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, task_upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        student, teacher, numbers, mask, labels = ctx.saved_tensors
+        settings, again = ctx.settings, torch.is_grad_enabled()
+        if not again and not compat.transforms_are_active(upstream):
+            gradient = ctx.way.gradient(student, teacher, numbers, settings, mask, labels, upstream, task_upstream)
+            return gradient, *[None] * 5
+        with torch.enable_grad():  # to be differentiated again, or for many upstream gradients at once
+            values = [plain.divergence(student, teacher, settings, -1, mask)]
+            if labels is not None:
+                values.append(plain.cross_entropy(student, labels, -1))
+        upstreams = [upstream, task_upstream][: len(values)]
+        return *torch.autograd.grad(values, student, upstreams, create_graph=again), *[None] * 5
+
+
+def _applied(*inputs: Any) -> Any:
+    return _Divergence.apply(*inputs)  # type: ignore[no-untyped-call]

@@ -1,0 +1,54 @@
+"""Checks the Triton kernels in Triton's interpreter, which must be chosen before Triton is imported.
+
+It is a program of its own: it prints one line for every case that fails.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from kernel_cases import KINDS, KernelCase, check, check_in_place, small_cases
+
+from lightning_distill import functional
+from lightning_distill.functional.kernels import dispatch, rows_in_place_for, triton_rows
+
+
+def in_place_cases() -> list[KernelCase]:
+    cases = [KernelCase(kind, masked=True, labelled=True, temperature=2.0) for kind in KINDS]
+    return [*cases, KernelCase("forward_kl", dtype=torch.bfloat16, classes=64), KernelCase("forward_kl", labelled=True)]
+
+
+def check_public_function() -> None:
+    """The kernels are chosen, also for a small tensor, and not where they cannot be used."""
+    student, teacher = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)
+    assert dispatch._way(student, teacher, -1) is triton_rows
+    assert dispatch._way(student.double(), teacher, -1) is not triton_rows
+    assert dispatch._way(student, teacher, 1) is not triton_rows
+    assert rows_in_place_for(student, teacher) is triton_rows.rows_in_place
+    assert rows_in_place_for(student.double(), teacher) is None
+    functional.skew_kl(student, teacher, mask=torch.tensor([True, False]), reduction="mean").backward()
+    assert (student.grad[0] != 0).all()
+    assert (student.grad[1] == 0).all()
+    empty = functional.reverse_kl(torch.empty(0, 5, requires_grad=True), torch.empty(0, 5))
+    assert empty.shape == (0,)
+
+
+def main() -> None:
+    checks = [(str(case), lambda case=case: check(case, triton_rows)) for case in small_cases()]
+    checks += [
+        (f"in place: {case}", lambda case=case: check_in_place(case, triton_rows.rows_in_place))
+        for case in in_place_cases()
+    ]
+    for name, run in [*checks, ("public function", check_public_function)]:
+        try:
+            run()
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+    print(f"{len(checks) + 1} checks")
+
+
+if __name__ == "__main__":
+    main()
