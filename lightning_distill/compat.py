@@ -33,6 +33,19 @@ def transforms_are_active(*tensors: Tensor) -> bool:
     )
 
 
+def without_subclasses() -> Any:
+    """A context in which operations on tensors of subclasses do what they do on plain tensors."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def as_kind(tensor: Tensor, kind: type[Tensor]) -> Any:
+    """A detached tensor as one of a subclass of Tensor, with the same memory."""
+    return Tensor._make_subclass(kind, tensor)
+
+
+IS_VIEW: Any = Tensor._is_view  # asked by FSDP2 of a model's outputs
+
+
 def forward_hooks(module: nn.Module) -> dict[int, Any]:
     """The table of a module's forward hooks.
 

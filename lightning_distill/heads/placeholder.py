@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_distill import compat
+
 Recipe = tuple[float | str, ...]  # factors and "tanh", in order: (1 / 30, "tanh", 30.0) is a soft cap of 30
 
 
@@ -105,7 +107,7 @@ _FACTS: set[Any] = {
     )
 } | {
     *(_T.register_hook, _T.is_floating_point, torch.is_floating_point, _T.is_complex, torch.is_complex),
-    *(_T.element_size, _T.get_device, _T.__hash__, _T.as_subclass, _T.is_inference, torch.is_inference, _T._is_view),
+    *(_T.element_size, _T.get_device, _T.__hash__, _T.as_subclass, _T.is_inference, torch.is_inference, compat.IS_VIEW),
     *(_T.is_shared, _T.__dir__),
 }
 
@@ -123,7 +125,7 @@ class Placeholder(torch.Tensor):
         kwargs = kwargs or {}
         posed = next((argument for argument in args if type(argument) is Placeholder), None)
         if func in _FACTS:
-            with torch._C.DisableTorchFunctionSubclass():
+            with compat.without_subclasses():
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if posed is None or "_trace" not in posed.__dict__:
@@ -185,9 +187,8 @@ class _Pose(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, back: bool = False) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            kind = Tensor if back else Placeholder
-            posed: Tensor = Tensor._make_subclass(kind, value.detach().clone())
+        with compat.without_subclasses():
+            posed: Tensor = compat.as_kind(value.detach().clone(), Tensor if back else Placeholder)
             return posed
 
     @staticmethod
@@ -196,5 +197,5 @@ class _Pose(torch.autograd.Function):
 
 
 def _plain(value: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.without_subclasses():
         return value.as_subclass(Tensor)

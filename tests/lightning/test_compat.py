@@ -6,6 +6,7 @@ A new release of either is checked by running this file.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import subprocess
 import sys
@@ -35,6 +36,38 @@ def called(module: nn.Module, *args: Any) -> list[Any]:
     del compat.forward_hooks(module)[2**40]
     module(*args)
     return seen
+
+
+class Posing(Tensor):
+    """A tensor whose operations all fail, unless its class is put aside."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError
+
+
+def test_a_tensor_of_another_class_is_plain_where_subclasses_are_put_aside() -> None:
+    number = torch.tensor([3.0])
+    with compat.without_subclasses():
+        posing = compat.as_kind(number, Posing)
+        assert float(posing + 1) == 4
+        assert posing.data_ptr() == number.data_ptr()
+    assert type(posing) is Posing
+    with pytest.raises(NotImplementedError):
+        posing + 1
+    assert compat.IS_VIEW(number[:1])
+    assert not compat.IS_VIEW(number)
+
+
+def test_the_names_of_a_forwards_parameters_are_found_behind_decorators() -> None:
+    class Decorated(nn.Module):
+        @functools.wraps(lambda self, x, *, decoder_input_ids=None: x)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            inputs = args
+            return inputs[0]
+
+    assert compat.parameter_names(Decorated) == ("self", "x", "decoder_input_ids")
+    assert compat.parameter_names(nn.Linear) == ("self", "input")
 
 
 def test_the_version_of_a_tensor_counts_its_changes_in_place() -> None:
@@ -259,6 +292,28 @@ def test_the_training_loaders_are_those_of_the_fit_loop(trainer) -> None:
     assert compat.training_loaders(run) is None
     run.fit(Classifier(), data)
     assert compat.training_loaders(run).flattened == [data]
+
+
+def test_the_iterator_of_the_data_fetcher_may_be_replaced(trainer) -> None:
+    read = []
+
+    class Watched:
+        def __init__(self, iterator: Any) -> None:
+            self.iterator = iterator
+
+        def __next__(self) -> Any:
+            read.append(next(self.iterator))
+            return read[-1]
+
+    class Replace(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                fetcher = compat.data_fetcher(trainer)
+                fetcher.iterator = Watched(fetcher.iterator)
+
+    trainer(max_epochs=1, callbacks=Replace()).fit(Classifier(), loader(rows=8))
+    assert len(read) == 1  # of two batches the second
+    assert len(read[0]) == 3  # the batch, its index, the index of its loader
 
 
 def test_an_attribute_of_a_loader_takes_the_place_of_the_method_that_makes_its_iterators() -> None:
