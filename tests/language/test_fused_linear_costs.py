@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_distill.functional import fused_linear_divergence
+from lightning_distill.functional.heads import prepare_heads
 from lightning_distill.functional.rows import DIVERGENCES
 
 TOKENS, VOCABULARY, STUDENT, TEACHER, CHUNK = 96, 500, 12, 20, 16
@@ -89,6 +90,16 @@ def test_columns_of_one_model_alone_are_not_multiplied() -> None:
         fused_linear_divergence(hidden, weight, other, larger).backward()
 
     assert counts.products == TOKENS * 100 * (2 * STUDENT + TEACHER)
+
+
+def test_the_shared_part_of_a_larger_weight_is_not_copied() -> None:
+    hidden, weight, bias, smaller = torch.randn(4, 3), torch.randn(8, 3), torch.randn(8), torch.randn(6, 3)
+    settings = {"ignore_index": -100, "task": False}
+    student = prepare_heads((hidden, weight, bias), (hidden, smaller, None), None, None, **settings).student
+
+    assert student.weight.shape == (6, 3)
+    assert student.weight.data_ptr() == weight.data_ptr()
+    assert student.bias.data_ptr() == bias.data_ptr()
 
 
 def test_the_backward_pass_makes_no_products() -> None:

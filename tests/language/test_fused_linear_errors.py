@@ -30,9 +30,9 @@ def arguments() -> dict[str, Any]:
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
-        {"divergence": "k1"},
+        {"divergence": "revers_kl"},
         ValueError,
-        "Expected `divergence` to be one of 'kl', .*, but got divergence='k1'.",
+        "Expected `divergence` to be one of 'kl', .*. Closest: 'reverse_kl'",
     ),
     ({"divergence": None}, TypeError, "Expected `divergence` to be one of"),
     ({"temperature": 0.0}, ValueError, "Expected `temperature` to be greater than 0"),

@@ -64,6 +64,18 @@ def test_half_precision_is_as_close_as_its_logits(name: str, dtype: torch.dtype,
         assert error(gradient, exact_gradient) < HALF[dtype]
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_many_chunks_of_half_precision_are_summed_as_precisely_as_a_single_one(dtype: torch.dtype) -> None:
+    tensors = heads(dtype, tokens=256, vocabulary=50)
+    references = exact(tensors)[1:]
+    many, single = (
+        [error(*pair) for pair in zip(results(tensors, chunk_size=size)[1:], references, strict=True)]
+        for size in (2, 256)
+    )
+
+    assert all(some < 1.2 * alone for some, alone in zip(many, single, strict=True))
+
+
 def small_gradients() -> list[Tensor]:
     """Models so close that the gradients of the logits, about 1e-8, are less than the smallest number of float16."""
     hidden, weight, _, _, _, _ = heads(torch.float16, tokens=64, vocabulary=4000)
