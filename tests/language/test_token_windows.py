@@ -252,15 +252,27 @@ TWO = {
     "ddp_accumulating": {"micro_batches": 8},
     "ddp_sequences": {"micro_batches": 4, "normalize": "sequences"},
     "own_loop": {"micro_batches": 4},
+    "skipping": {"micro_batches": 2, "task_weight": 0.0},
+    "skipping_accumulating": {"micro_batches": 4, "task_weight": 0.0},
+    "own_loop_skipping": {"micro_batches": 2, "task_weight": 0.0},
+    "own_loop_skipping_unused": {"micro_batches": 2, "task_weight": 0.0},
     "fsdp": {"micro_batches": 4},
+    "skipping_fsdp": {"micro_batches": 4, "task_weight": 0.0},
 }
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", [pytest.param(name, marks=fsdp2 if name == "fsdp" else ()) for name in TWO])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=fsdp2 if "fsdp" in name else ()) for name in TWO])
 def test_two_processes_of_unequal_numbers_of_tokens_give_the_same_weights(pair: Any, name: str) -> None:
     for rank in pair:
         close(rank[name], by_hand(3, **TWO[name]))
+
+
+@pytest.mark.distributed
+@fsdp2
+def test_heads_that_are_sharded_and_capped_give_the_gradients_of_whole_logits(pair: Any) -> None:
+    for rank in pair:
+        assert rank["sharded_capped"] < 1e-9
 
 
 @pytest.mark.distributed

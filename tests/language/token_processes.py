@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import json
 import os
@@ -17,7 +18,13 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from token_nets import LENGTHS, QUIET, CausalModel, LanguageModule, Sequences
 from torch.utils.data import DataLoader, Subset
 
-from lightning_distill import DistillCallback, Distiller, SequenceDistillation
+from lightning_distill import (
+    DistillCallback,
+    Distiller,
+    FusedLinearDistillation,
+    SequenceDistillation,
+    SoftTargetLoss,
+)
 
 SECONDS = 100
 
@@ -80,8 +87,77 @@ def fit(
     return full(module.model)
 
 
+class Skipping(LanguageModule):
+    """Makes no loss of its own."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.model(batch["input_ids"], batch["attention_mask"])
+
+
+class SkippingSharded(Sharded):
+    """The same, sharded."""
+
+    training_step = Skipping.training_step
+
+
+def fused() -> FusedLinearDistillation:
+    return FusedLinearDistillation(weight=2.0)
+
+
+def own_loop_without_logits(rank: int, find_unused: bool) -> dict[str, Any]:
+    """A loop of the user's own with DDP around the student, whose head is skipped."""
+    student = CausalModel()
+    wrapped = torch.nn.parallel.DistributedDataParallel(student, find_unused_parameters=find_unused)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9)
+    term = FusedLinearDistillation("module.lm_head", weight=2.0)
+    with Distiller(wrapped, CausalModel(7, seed=1), term) as distiller:
+        for batch in DataLoader(rows_of(rank, 4), batch_size=4):
+            optimizer.zero_grad()
+            with distiller.window([batch]):
+                with distiller.record(batch=batch):
+                    wrapped(batch["input_ids"], batch["attention_mask"])
+                distiller.loss(batch).backward()
+            optimizer.step()
+    return full(student)
+
+
+def sharded_capped(rank: int) -> float:
+    """The largest difference from dense gradients of a sharded Gemma 2, whose logits are capped, and its teacher."""
+    from language_models import dense_loss, language_batch, language_model
+    from torch.distributed.fsdp import fully_shard
+
+    student, teacher = language_model("gemma2"), language_model("gemma2", 24, 1, cap=0.9, tied=False).eval()
+    reference = copy.deepcopy(student)
+    for number in range(2):
+        (dense_loss(reference, teacher, *language_batch(number=number)) / 2).backward()
+    for model in (student, teacher):
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model, reshard_after_forward=True)
+    loss = SoftTargetLoss(temperature=2.0)
+    term = FusedLinearDistillation(loss=loss, weight=0.7, task_weight=0.3)
+    distiller = Distiller(student, teacher, term)
+    inputs, labels = language_batch(number=rank)
+    for _ in range(2):
+        student.zero_grad()
+        with distiller.record(batch={"labels": labels}):
+            student(**inputs)
+        distiller.loss({"labels": labels}).backward()
+    pairs = zip(student.parameters(), reference.parameters(), strict=True)
+    return max(float((parameter.grad.full_tensor() - other.grad).abs().max()) for parameter, other in pairs)
+
+
 def ddp() -> DDPStrategy:
     return DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=SECONDS // 2))
+
+
+def fsdp() -> ModelParallelStrategy:
+    return ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        process_group_backend="gloo",
+        timeout=timedelta(seconds=SECONDS // 2),
+    )
 
 
 def own_loop(rank: int) -> dict[str, Any]:
@@ -112,19 +188,21 @@ def pair(folder: Path) -> None:
         "ddp_sequences": fit(LanguageModule(), ddp(), rank, 2, SequenceDistillation(weight=2.0, normalize="sequences")),
         "own_loop": own_loop(rank),
     }
+    results |= {
+        "skipping": fit(Skipping(), ddp(), rank, 1, fused()),
+        "skipping_accumulating": fit(Skipping(), ddp(), rank, 2, fused()),
+        "own_loop_skipping": own_loop_without_logits(rank, False),
+        "own_loop_skipping_unused": own_loop_without_logits(rank, True),
+    }
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         relabelled = SequenceDistillation(weight=2.0, labels="answers")
         results["relabelled"] = fit(Relabelled(), ddp(), rank, 2, relabelled, None if rank else Answers())
     results["warnings"] = [str(warning.message) for warning in caught if "micro-batch" in str(warning.message)]
-    sharding = ModelParallelStrategy(
-        data_parallel_size=2,
-        tensor_parallel_size=1,
-        process_group_backend="gloo",
-        timeout=timedelta(seconds=SECONDS // 2),
-    )
     if hasattr(torch.cpu.Stream, "record_event"):  # FSDP2 of torch 2.6 does not run on the CPU
-        results["fsdp"] = fit(Sharded(), sharding, rank, 2)
+        results["fsdp"] = fit(Sharded(), fsdp(), rank, 2)
+        results["skipping_fsdp"] = fit(SkippingSharded(), fsdp(), rank, 2, fused())
+        results["sharded_capped"] = sharded_capped(rank)
     (folder / f"pair{rank}.json").write_text(json.dumps(results))
 
 
