@@ -57,6 +57,7 @@ from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.cache import CacheError, TeacherCache
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
+from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CacheError",
     "Call",
+    "CausalLMDistillModule",
     "CompressionManager",
     "DistillCallback",
     "DistillModule",

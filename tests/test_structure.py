@@ -22,6 +22,7 @@ ROOMS = {
         ("distiller", "run"),
         ("callback",),
         ("module",),
+        ("language_module",),
         ("launcher",),
         ("demo", "config_errors"),
         ("fitting", "export"),
