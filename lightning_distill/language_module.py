@@ -17,6 +17,7 @@ from lightning_distill.functional.inputs import IGNORE_INDEX
 from lightning_distill.module import DistillModule, LRSchedulerCallable
 from lightning_distill.recording import find_labels, select
 from lightning_distill.terms import FusedLinearDistillation
+from lightning_distill.terms.losses import widened
 
 
 def token_labels(batch: Any) -> Tensor:
@@ -206,7 +207,7 @@ class CausalLMDistillModule(DistillModule):
         logits, labels = select(output, None, "the student's output"), token_labels(batch)
         logits, following = logits[:, :-1], labels[:, 1:]
         counts = following != IGNORE_INDEX
-        return F.cross_entropy(logits[counts].float(), following[counts], reduction="none")
+        return F.cross_entropy(widened(logits[counts]), following[counts], reduction="none")
 
 
 def _mean(values: Tensor) -> Tensor:
