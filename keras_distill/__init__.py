@@ -48,8 +48,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from distill_core import __version__ as __version__
+from distill_core.as_module import answer, is_run
 from distill_core.installed import unusable
 
+if is_run("keras_distill"):  # `python -m keras_distill --help` ends here
+    answer("distill_core.cli.keras")
 if _problem := unusable("keras_distill", "keras"):
     raise _problem
 # Keras has imported its backend.

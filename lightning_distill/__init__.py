@@ -48,8 +48,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from distill_core import __version__ as __version__
+from distill_core.as_module import answer, is_run
 from distill_core.installed import unusable
 
+if is_run("lightning_distill"):  # `python -m lightning_distill --help` ends here
+    answer("distill_core.cli.lightning")
 if _problem := unusable("lightning_distill", "torch", "lightning", "torchmetrics"):
     raise _problem
 

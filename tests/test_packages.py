@@ -282,11 +282,21 @@ def test_without_its_framework_a_half_is_one_error_with_the_command(
     assert (status, line) == (1, f"{half}-distill {name}: {message}\n")
 
 
-def test_a_backend_that_keras_cannot_import_is_named(built: Built, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("absent", "others"),
+    [
+        (("jax", "tensorflow", "torch"), ""),
+        (("jax", "tensorflow"), ". Or set the environment variable KERAS_BACKEND=torch"),
+        (("jax",), ". Or set the environment variable KERAS_BACKEND=tensorflow or KERAS_BACKEND=torch"),
+    ],
+)
+def test_a_backend_that_keras_cannot_import_is_named_with_those_that_are_installed(
+    built: Built, tmp_path: Path, absent: tuple[str, ...], others: str
+) -> None:
     write_modules(tmp_path, "keras")
     (tmp_path / "keras.py").write_text("import jax", encoding="utf-8")
-    error = run(built, "import keras_distill", absent=("jax",), before=tmp_path)
-    assert error == ["ModuleNotFoundError", "jax", absence("keras_distill", "jax")]
+    error = run(built, "import keras_distill", absent=absent, before=tmp_path)
+    assert error == ["ModuleNotFoundError", "jax", absence("keras_distill", "jax") + others]
 
 
 @pytest.mark.parametrize(

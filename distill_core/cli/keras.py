@@ -27,6 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(_parser(), argv)
 
 
+def parse(words: Sequence[str]) -> None:
+    """Parse the words of a command line.
+
+    Args:
+        words: The words after the command's name.
+
+    Raises:
+        SystemExit: After help, the version or an error of usage.
+    """
+    _parser().parse_args(words)
+
+
 def _parser() -> Parser:
     parser, commands = new_parser(
         _PROG,
