@@ -156,8 +156,8 @@ def _add_export(commands: Any) -> None:
         commands,
         _PROG,
         source="a checkpoint of a DistillModule, or of a module that was trained with a DistillCallback",
-        outputs=".pt for the state_dict, .safetensors, .pt2 for torch.export, or .onnx (needs onnxscript); the last two"
-        " need the network and the shape of its input",
+        outputs=".pt for the state_dict, .safetensors, .pt2 for torch.export, or .onnx (needs onnx and onnxscript);"
+        " the last two need the network and the shape of its input",
         example=f"{_PROG} export last.ckpt student.pt\n"
         f"{_PROG} export last.ckpt student.onnx --config distill.yaml --input-shape N,3,32,32\n"
         f"{_PROG} export last.ckpt student.pt2 --model my_project.net --input-shape N,16:int64",
