@@ -47,8 +47,18 @@ def project_files() -> list[str]:
         listed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.split("\n")
         return sorted({name for name in listed if name and (ROOT / name).is_file()})
     files = [path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file()]
-    skipped = (".venv", ".venv-oldest", ".venv-newest", "build", "dist", "__pycache__")
-    return sorted(path.as_posix() for path in files if not set(skipped) & set(path.parts) and path.suffix != ".pyc")
+    made = (
+        "build",
+        "dist",
+        "__pycache__",
+        "lightning_logs",
+        "demo_output",
+    )  # by tools and programs, as hidden folders are
+    return sorted(
+        path.as_posix()
+        for path in files
+        if not any(folder in made or (folder.startswith(".") and folder != ".ci") for folder in path.parts[:-1])
+    )
 
 
 @pytest.fixture(scope="module")
