@@ -1,7 +1,14 @@
 """Knowledge distillation for Keras: train a small student to match a large teacher with ``compile`` and ``fit``.
 
-Wrap the student in a :class:`DistillModel`, then ``compile`` and ``fit``. It takes terms: :class:`LogitsDistillation`
-compares outputs, :class:`FeatureDistillation` inner layers, and each term has one of these losses.
+Wrap the student in a :class:`DistillModel`, then ``compile`` and ``fit``::
+
+    model = DistillModel(student, teacher, LogitsDistillation(SoftTargetLoss(temperature=4.0)), task_weight=0.1)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    model.fit(x, y)
+    model.student.save("student.keras")
+
+In your own loop use a :class:`DistillStep`. Each takes terms: :class:`LogitsDistillation` compares outputs,
+:class:`FeatureDistillation` inner layers, and each term has one of these losses.
 
 ===================================  ===========================  ====================================================
 paper                                class                        function
