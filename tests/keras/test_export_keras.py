@@ -114,6 +114,8 @@ def test_every_form_gives_the_students_outputs(folder: Path, capsys: Capture, so
     read, needed = FORMS[form]
     if keras.backend.backend() not in needed:
         pytest.skip("this form is tested on the TensorFlow backend")
+    if form == "student.tflite" and keras.__version__.startswith("3.12."):
+        pytest.skip("Keras 3.12 does not write LiteRT")
     for package in needed[keras.backend.backend()]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"this form needs {package}, which is not installed")
