@@ -45,10 +45,11 @@ def unusable(user: str, *modules: str) -> ImportError | None:
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != name and (name != "keras" or error.name not in _BACKENDS):
+            if name == "keras" and error.name in _BACKENDS:
+                return _missing_backend(user, error.name)
+            if error.name != name:
                 raise
-            absent = [other for other in modules if other == error.name or find_spec(other) is None]
-            return _missing(user, absent or [error.name])
+            return _missing(user, [other for other in modules if other == error.name or find_spec(other) is None])
         bound = _lower_bound(name)
         version = str(module.__version__)
         # A pre-release counts as its release: builds of vendors are often named like one.
@@ -61,13 +62,20 @@ def unusable(user: str, *modules: str) -> ImportError | None:
     return None
 
 
-def _missing(user: str, modules: list[str]) -> ModuleNotFoundError:
+def _missing(user: str, modules: list[str], otherwise: str = "") -> ModuleNotFoundError:
     command = _command(*modules, *(_BACKENDS[:1] if modules == ["keras"] else ()))
     verb, pronoun = ("is", "it") if len(modules) == 1 else ("are", "them")
     return ModuleNotFoundError(
-        f"{user} needs {', '.join(modules)}, which {verb} not installed. Install {pronoun} with: {command}",
+        f"{user} needs {', '.join(modules)}, which {verb} not installed. Install {pronoun} with: {command}{otherwise}",
         name=modules[0],
     )
+
+
+def _missing_backend(user: str, backend: str) -> ModuleNotFoundError:
+    """The error for a backend that Keras could not import; it names the installed ones too."""
+    others = [f"KERAS_BACKEND={name}" for name in _BACKENDS if name != backend and find_spec(name) is not None]
+    otherwise = f". Or set the environment variable {' or '.join(others)}" if others else ""
+    return _missing(user, [backend], otherwise)
 
 
 def _command(*modules: str) -> str:

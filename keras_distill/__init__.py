@@ -1,7 +1,14 @@
 """Knowledge distillation for Keras: train a small student to match a large teacher with ``compile`` and ``fit``.
 
-Wrap the student in a :class:`DistillModel`, then ``compile`` and ``fit``. It takes terms: :class:`LogitsDistillation`
-compares outputs, :class:`FeatureDistillation` inner layers, and each term has one of these losses.
+Wrap the student in a :class:`DistillModel`, then ``compile`` and ``fit``::
+
+    model = DistillModel(student, teacher, LogitsDistillation(SoftTargetLoss(temperature=4.0)), task_weight=0.1)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    model.fit(x, y)
+    model.student.save("student.keras")
+
+In your own loop use a :class:`DistillStep`. Each takes terms: :class:`LogitsDistillation` compares outputs,
+:class:`FeatureDistillation` inner layers, and each term has one of these losses.
 
 ===================================  ===========================  ====================================================
 paper                                class                        function
@@ -48,8 +55,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from distill_core import __version__ as __version__
+from distill_core.as_module import answer, is_run
 from distill_core.installed import unusable
 
+if is_run("keras_distill"):  # `python -m keras_distill --help` ends here
+    answer("distill_core.cli.keras")
 if _problem := unusable("keras_distill", "keras"):
     raise _problem
 # Keras has imported its backend.

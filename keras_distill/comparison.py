@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -13,6 +13,20 @@ from keras_distill.metrics import TeacherAgreement, TeacherMetric
 from keras_distill.recording import Call
 from keras_distill.terms import DistillationTerm, LogitsDistillation
 from keras_distill.terms.logits import Scores
+
+
+class StepLosses(NamedTuple):
+    """Losses of one step.
+
+    Attributes:
+        total: The weighted sum of the values.
+        values: The value of each computed term, without its weight, by the name of the term.
+        scores: The two models' class scores, or None if they were not asked for or the teacher did not run.
+    """
+
+    total: Any
+    values: dict[str, Any]
+    scores: list[Scores] | None = None
 
 
 def chosen_metrics(metrics: Any, terms: Sequence[DistillationTerm], parts: Iterable[str]) -> list[TeacherMetric]:

@@ -16,7 +16,13 @@ from distill_core.terminal import one_line
 from keras_distill.model import DistillModel
 
 _SUFFIXES: Final = (".keras", ".weights.h5", ".onnx", ".tflite")
-_NEEDS: Final = {".onnx": "tf2onnx", ".tflite": "tensorflow", "": "tensorflow"}  # on the TensorFlow backend
+# By backend and suffix; Keras itself names the packages of the other pairs.
+_NEEDS: Final = {
+    ("tensorflow", ".onnx"): ["tf2onnx"],
+    ("torch", ".onnx"): ["onnx", "onnxscript"],
+    ("torch", ""): ["tensorflow"],
+    ("jax", ""): ["tensorflow"],
+}
 _FORMATS: Final = {".onnx": "onnx", ".tflite": "litert", "": "tf_saved_model"}
 
 
@@ -47,8 +53,7 @@ def export_student(source: Path, output: Path, modules: Sequence[str] = ()) -> s
         raise ValueError(f"Expected OUTPUT to be a new file or a SavedModel, but got the folder {str(output)!r}.")
     if output.exists() and source.exists() and output.samefile(source):
         raise ValueError(f"Expected OUTPUT to be another file than SOURCE, but got {str(output)!r} for both.")
-    needed = _NEEDS.get(suffix)
-    if needed and keras.backend.backend() == "tensorflow" and (problem := unusable("This form", needed)):
+    if problem := unusable("This form", *_NEEDS.get((keras.backend.backend(), suffix), [])):
         raise problem
     with working_directory(first=True):
         for module in modules:

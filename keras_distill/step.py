@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_distill import backends, checks, compat
-from keras_distill.comparison import compared_scores
+from keras_distill.comparison import StepLosses, compared_scores
 from keras_distill.recording import Call, Recorder, probed, symbolic
+from keras_distill.schedules import Progress
 from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs, joint_inputs, with_call
 from keras_distill.terms import DistillationTerm, TermState, as_terms
-from keras_distill.terms.logits import Scores
 from keras_distill.terms.weighing import scalar
-
-
-class StepLosses(NamedTuple):
-    """Losses of one step.
-
-    Attributes:
-        total: The weighted sum of the values.
-        values: The value of each computed term, without its weight, by the name of the term.
-        scores: The two models' class scores, or None if they were not asked for or the teacher did not run.
-    """
-
-    total: Any
-    values: dict[str, Any]
-    scores: list[Scores] | None = None
 
 
 class DistillStep:
@@ -91,6 +77,7 @@ class DistillStep:
         self.teacher_inputs = teacher_inputs
         self.working_names: tuple[str, ...] | None = None
         self.version = 0
+        self._advanced = False
         self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
         self.teachers: list[LiveTeacher] = []
         self.teacher = teacher
@@ -220,6 +207,22 @@ class DistillStep:
             remedy = "Unfreeze a layer, name one after the frozen ones, or pass a loss to `compile`."
             raise ValueError(checks.message(expected, f"terms on {names} alone, frozen with all layers before", remedy))
 
+    def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
+        """Set the scheduled weights and temperatures before a step of your own loop. ``fit`` sets them itself.
+
+        Args:
+            step: Optimizer steps made so far.
+            epoch: The epoch, from 0, for schedules over epochs.
+            fraction: Share of the whole training, from 0 to 1, for schedules over it.
+
+        Raises:
+            ValueError: If a schedule needs a position that is not passed.
+        """
+        for term in self.terms:
+            for name, schedule in term.schedules.items():
+                term.follow(name, schedule.at(Progress(step, epoch, fraction)))
+        self._advanced = True
+
     def losses(
         self,
         output: Any,
@@ -244,8 +247,11 @@ class DistillStep:
             ``"distillation_loss"``, the weighted sum, and ``"<term>_loss"`` for each computed term.
 
         Raises:
-            ValueError: If the teacher is missing, or ``output`` is not a recorded output of the student.
+            ValueError: If the teacher or a call of :meth:`advance` is missing, or ``output`` was not recorded.
         """
+        if training and not self._advanced and any(term.schedules for term in self.terms):
+            expected = "a call of `advance` before a training step, because a term has a schedule"
+            raise ValueError(checks.message(expected, "none", "Call step.advance(number_of_steps_so_far)."))
         compared = self.compare(output, x, labels, sample_weight, teacher=teacher, training=training)
         values = {f"{name}_loss": value for name, value in compared.values.items()}
         return {"distillation_loss": compared.total, **values}
@@ -332,11 +338,10 @@ class DistillStep:
             ValueError: If it does not.
         """
         built = [term for term in self.terms if term.built and term.needs_teacher]
-        inputs = compat.input_structure(self.student)
-        known = all(compat.input_structure(live.model) is not None for live in self.teachers)
+        inputs, models = compat.input_structure(self.student), [live.model for live in self.teachers]
+        known = all(compat.input_structure(model) is not None for model in models)
         if built and inputs is not None and self.teachers and known and self.teacher_inputs is None:
-            joint = joint_inputs(inputs, [live.model for live in self.teachers])
-            student, teacher = probed(self.recorder, inputs), self._probed_teacher(joint)
+            student, teacher = probed(self.recorder, inputs), self._probed_teacher(joint_inputs(inputs, models))
             for term in built:
                 term.check_calls(student, teacher)
 

@@ -75,6 +75,8 @@ def as_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
     for model in several:
         if not isinstance(model, keras.Model):
             remedy = "Wrap a layer or a function: keras.Sequential([layer])." if callable(model) else ""
+            if isinstance(model, str):
+                remedy = "Load a file with keras.models.load_model."
             expected = "`teacher` to be a keras.Model or None"
             raise TypeError(checks.message(expected, f"a {type(model).__name__}", remedy))
         if model is student:

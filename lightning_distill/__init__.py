@@ -1,8 +1,13 @@
 """Knowledge distillation for PyTorch Lightning: train a small student to match a large teacher.
 
-Add a :class:`DistillCallback` to a Trainer, subclass :class:`DistillModule`, or use a :class:`Distiller` in your own
-loop. Each takes terms: :class:`LogitsDistillation` compares outputs, :class:`FeatureDistillation` inner layers, and
-each term has one of these losses.
+Add a :class:`DistillCallback` to a Trainer::
+
+    distill = DistillCallback(teacher, LogitsDistillation(SoftTargetLoss(temperature=4.0)), task_weight=0.1)
+    Trainer(callbacks=[distill]).fit(module)
+
+Or subclass :class:`DistillModule`, or use a :class:`Distiller` in your own loop. Each takes terms:
+:class:`LogitsDistillation` compares outputs, :class:`FeatureDistillation` inner layers, and each term has one of these
+losses.
 
 ===================================  ===========================  ====================================================
 paper                                class                        function
@@ -48,8 +53,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from distill_core import __version__ as __version__
+from distill_core.as_module import answer, is_run
 from distill_core.installed import unusable
 
+if is_run("lightning_distill"):  # `python -m lightning_distill --help` ends here
+    answer("distill_core.cli.lightning")
 if _problem := unusable("lightning_distill", "torch", "lightning", "torchmetrics"):
     raise _problem
 

@@ -86,6 +86,8 @@ def export_student(
 
 def _student_state(saved: dict[str, Any], prefix: str | None, source: Path) -> dict[str, Any]:
     """The student's part of a state_dict, under its own names."""
+    if prefix is None and not any("." in name for name in saved):  # a single layer
+        prefix = ""
     if prefix is None:
         starts = [*dict.fromkeys(name.partition(".")[0] + "." for name in saved)]
         if len(starts) > 1:

@@ -56,9 +56,47 @@ def test_the_console_scripts_are_those_quick_commands() -> None:
 
 
 @pytest.mark.parametrize("half", MAINS)
-def test_the_package_runs_as_a_module(half: str) -> None:
-    result = python("", "-W", "ignore", "-m", f"{half}_distill", "--version")
-    assert (result.returncode, result.stdout) == (0, f"{half}-distill {distill_core.__version__}\n"), result.stderr
+@pytest.mark.parametrize(
+    ("words", "code", "begin"),
+    [
+        (["--version"], 0, "{prog} " + distill_core.__version__ + "\n"),
+        (["--help"], 0, "usage: {prog} "),
+        (["export", "--help"], 0, "usage: {prog} export "),
+        (["exprot"], 2, "{prog}: argument command: invalid choice: 'exprot'"),
+        (["demo"], 1, "Traceback"),
+        (["demo", "--output", "-m"], 2, "{prog} demo: argument --output: expected one argument"),
+    ],
+    ids=["version", "help", "help of a command", "a wrong command", "a command", "a wrong option"],
+)
+def test_as_a_module_the_package_answers_without_its_framework(
+    tmp_path: Path, half: str, words: list[str], code: int, begin: str
+) -> None:
+    """The modules in the folder replace the frameworks: an import of them fails."""
+    for name in ("torch", "lightning", "torchmetrics", "keras"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a framework was imported')\n")
+    result = python("", "-m", f"{half}_distill", *words, cwd=tmp_path)
+    output = result.stderr if code else result.stdout
+    assert (result.returncode, output[: len(begin.format(prog=f"{half}-distill"))]) == (
+        code,
+        begin.format(prog=f"{half}-distill"),
+    )
+    assert ("a framework was imported" in output) == (code == 1)
+
+
+@pytest.mark.parametrize("half", MAINS)
+def test_as_a_module_the_package_runs_its_commands(tmp_path: Path, half: str) -> None:
+    result = python("", "-W", "ignore", "-m", f"{half}_distill", "validate-config", "no.yaml", cwd=tmp_path)
+    expected = f"{half}-distill validate-config: cannot read no.yaml: No such file or directory"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (1, expected)
+
+
+@pytest.mark.parametrize("half", MAINS)
+def test_another_module_that_imports_the_package_keeps_its_own_help(tmp_path: Path, half: str) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text(f"import {half}_distill\n")
+    (tmp_path / "own" / "__main__.py").write_text("import sys\nprint('own help', sys.argv[1:])\n")
+    result = python("", "-W", "ignore", "-m", "own", "--help", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "own help ['--help']\n"), result.stderr
 
 
 @pytest.mark.parametrize("half", MAINS)

@@ -108,6 +108,23 @@ def test_links_of_page_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{names(page)}: {link} has no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=names)
+def test_page_ends_with_links_to_the_next_pages(page: Path) -> None:
+    _, heading, ending = page.read_text(encoding="utf-8").rpartition("\n## ")
+    assert heading
+    assert ending.startswith("Next\n")
+    links = re.findall(r"\]\(([\w./]+\.\w+)(?:#[\w-]+)?\)", ending)
+    assert links
+    assert page.name not in links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_cells_of_tables_are_short_enough_to_read(page: Path) -> None:
+    lines = FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+    cells = [cell for line in lines if line.startswith("|") for cell in re.split(r"(?<!\\)\|", line)]
+    assert [cell for cell in cells if len(cell.strip()) > 155] == []
+
+
 def test_the_index_lists_every_page() -> None:
     listed = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
     assert listed == {page.name for page in PAGES[1:]} - {"index.md"}

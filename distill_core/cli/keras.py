@@ -27,6 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(_parser(), argv)
 
 
+def parse(words: Sequence[str]) -> None:
+    """Parse the words of a command line.
+
+    Args:
+        words: The words after the command's name.
+
+    Raises:
+        SystemExit: After help, the version or an error of usage.
+    """
+    _parser().parse_args(words)
+
+
 def _parser() -> Parser:
     parser, commands = new_parser(
         _PROG,
@@ -46,7 +58,8 @@ def _parser() -> Parser:
         commands,
         _PROG,
         source="a .keras file of a DistillModel, or of a plain model such as StudentCheckpoint saves",
-        outputs=".keras, .weights.h5, .onnx (needs tf2onnx), .tflite for LiteRT, or no suffix for a SavedModel folder",
+        outputs=".keras, .weights.h5, .onnx (needs tf2onnx on TensorFlow, onnx and onnxscript on PyTorch), .tflite for"
+        " LiteRT, or no suffix for a SavedModel folder (needs TensorFlow)",
         example=f"{_PROG} export distillation.keras student.keras\n"
         f"{_PROG} export distillation.keras student_folder\n"
         f"{_PROG} export best.keras student.onnx --import my_layers",

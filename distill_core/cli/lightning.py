@@ -88,9 +88,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     words = sys.argv[1:] if argv is None else [*argv]
-    if words[:1] == ["fit"] and not {"-h", "--help"} & {*words}:  # it takes the options of Lightning's command line
+    if _is_fit(words):
         return call(_PROG, "fit", "lightning_distill.cli:fit", None if argv is None else words)
     return run(_parser(), words)
+
+
+def parse(words: Sequence[str]) -> None:
+    """Parse the words of a command line.
+
+    Args:
+        words: The words after the command's name.
+
+    Raises:
+        SystemExit: After help, the version or an error of usage.
+    """
+    if not _is_fit(words):
+        _parser().parse_args(words)
+
+
+def _is_fit(words: Sequence[str]) -> bool:
+    """Whether Lightning's command line reads the words: those of ``fit``, except for a request for help."""
+    return list(words[:1]) == ["fit"] and not {"-h", "--help"} & {*words}
 
 
 def _parser() -> Parser:
@@ -138,8 +156,8 @@ def _add_export(commands: Any) -> None:
         commands,
         _PROG,
         source="a checkpoint of a DistillModule, or of a module that was trained with a DistillCallback",
-        outputs=".pt for the state_dict, .safetensors, .pt2 for torch.export, or .onnx (needs onnxscript); the last two"
-        " need the network and the shape of its input",
+        outputs=".pt for the state_dict, .safetensors, .pt2 for torch.export, or .onnx (needs onnx and onnxscript);"
+        " the last two need the network and the shape of its input",
         example=f"{_PROG} export last.ckpt student.pt\n"
         f"{_PROG} export last.ckpt student.onnx --config distill.yaml --input-shape N,3,32,32\n"
         f"{_PROG} export last.ckpt student.pt2 --model my_project.net --input-shape N,16:int64",

@@ -24,7 +24,8 @@ def checked_loss(loss: Any) -> Any:
     """
     if isinstance(loss, type) or not callable(loss):
         got = f"the class {loss.__name__}" if isinstance(loss, type) else f"loss={loss!r}"
-        remedy = f"Pass an instance: {loss.__name__}(...)." if isinstance(loss, type) else "Pass a loss from losses."
+        example = f"{loss.__name__}(...)" if isinstance(loss, type) else "SoftTargetLoss(temperature=4.0)"
+        remedy = f"Pass an instance: {example}."
         raise TypeError(f"Expected `loss` to be a loss object or a function, but got {got}. {remedy}")
     return loss
 

@@ -98,6 +98,59 @@ def test_a_loop_by_hand_trains_as_fit_does() -> None:
     assert_same_weights(student, model.student, 1e-6)
 
 
+def scheduled_step() -> DistillStep:
+    loss = SoftTargetLoss(temperature=Linear(4.0, 1.0, over="epochs", duration=3))
+    student, teacher = models()
+    return DistillStep(student, teacher, LogitsDistillation(loss, weight=Linear(1.0, 0.0, over="steps", duration=4)))
+
+
+def test_a_loop_by_hand_advances_schedules() -> None:
+    step = scheduled_step()
+
+    def value() -> float:
+        with step.watching():
+            output = step.student(X, training=True)
+        return float(numpy_of(ops.stop_gradient(step.losses(output)["distillation_loss"])))
+
+    logits = numpy_of(step.student(X)), numpy_of(step.teacher(X))
+    for steps, epoch, weight, temperature in [(0, 0, 1.0, 4.0), (1, 1, 0.75, 3.0), (3, 2, 0.25, 2.0), (4, 3, 0.0, 1.0)]:
+        step.advance(steps, epoch)
+        expected = weight * kl64(*logits, temperature).mean()
+        assert value() == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.tensorflow
+def test_a_graph_traced_by_hand_follows_schedules() -> None:
+    import tensorflow as tf
+
+    step = scheduled_step()
+    step.advance(0, 0)
+
+    @tf.function
+    def weight_and_loss() -> Any:
+        with step.watching():
+            output = step.student(X, training=True)
+        losses = step.losses(output)
+        return losses["distillation_loss"] / losses["logits_loss"]
+
+    ratios = [float(weight_and_loss())]
+    for steps in (1, 3):
+        step.advance(steps, 0)
+        ratios.append(float(weight_and_loss()))
+    np.testing.assert_allclose(ratios, [1.0, 0.75, 0.25], rtol=1e-5)
+
+
+def test_schedules_that_a_loop_does_not_advance_are_refused() -> None:
+    step = scheduled_step()
+    with step.watching():
+        output = step.student(X)
+    with pytest.raises(ValueError, match=r"Expected a call of `advance` before a training step.*Call step\.advance"):
+        step.losses(output)
+    assert set(step.losses(output, training=False)) == {"distillation_loss", "logits_loss"}
+    with pytest.raises(ValueError, match="epoch"):
+        step.advance(2)
+
+
 def test_layers_of_another_output_are_refused_and_terms_on_outputs_go_on() -> None:
     student, teacher = models()
     step = DistillStep(student, teacher, both())

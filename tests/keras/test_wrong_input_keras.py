@@ -128,7 +128,7 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
     "a teacher that is not a model": (
         TypeError,
         lambda: DistillModel(student(), "teacher"),
-        "Expected `teacher` to be a keras.Model or None. Received: a str",
+        "Expected `teacher` to be a keras.Model or None. Load a file with keras.models.load_model. Received: a str",
     ),
     "a student that is not a model": (
         TypeError,

@@ -170,6 +170,12 @@ def test_several_networks_in_a_checkpoint_are_not_guessed(folder: Path, capsys: 
         assert sorted(torch.load("student.pt", weights_only=True)) == names
 
 
+def test_a_single_layer_is_exported_whole(folder: Path) -> None:
+    saved("weight", "bias")
+    assert main(["export", "last.ckpt", "student.pt"]) == 0
+    assert set(torch.load("student.pt", weights_only=True)) == {"weight", "bias"}
+
+
 def test_the_student_of_a_module_with_a_teacher_is_the_student(folder: Path) -> None:
     saved("teacher.weight", "student.weight", "criterion.weight")
     assert main(["export", "last.ckpt", "student.pt"]) == 0

@@ -215,7 +215,7 @@ def test_a_terms_own_subclass_that_lacks_forward_says_so() -> None:
         (lambda: LogitsDistillation(weight=-0.5), ValueError, "`weight` to be at least 0, but got weight=-0.5"),
         (lambda: LogitsDistillation(weight="1"), TypeError, "`weight` to be an int or a float, but got weight='1'"),
         (lambda: LogitsDistillation(name="task"), ValueError, "`name` to be neither empty, 'task' nor"),
-        (lambda: LogitsDistillation("mse"), TypeError, "`loss` to be a loss object or a function, but got loss='mse'"),
+        (lambda: LogitsDistillation("mse"), TypeError, "a function, but got loss='mse'. Pass an instance: Soft"),
         (lambda: LogitsDistillation(AttentionTransferLoss), TypeError, r"the class AttentionTransferLoss.*instance"),
         (lambda: FeatureDistillation("a", "b", "mes"), ValueError, "'mse'.* but got .*'mes'.*Closest: 'mse'"),
         (lambda: FeatureDistillation("a", "b", adapter="conv"), ValueError, "`adapter` to be one of 'auto', 'linear'"),
