@@ -10,19 +10,17 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, check_reduction, prepare
-from lightning_distill.functional.primitives import LEAST_SCORE, softmax_divergence, sum_of_squares
+from lightning_distill.functional.primitives import LEAST_SCORE, or_one, softmax_divergence, sum_of_squares, unit
 from lightning_distill.functional.vectors import (
     channel_maps,
     channels_at,
     check_positions,
     mean_of_counted,
-    or_one,
     over_examples,
     over_numbers,
     over_positions,
     positions_mask,
     prepare_equal,
-    unit,
     without,
 )
 
@@ -261,7 +259,7 @@ def attention_transfer(
     check_positions(student, teacher)
     positions = positions_mask(mask, student)
     maps = [unit(_attention_map(without(feature, positions), p), dim=1) for feature in (student, teacher)]
-    differences = (maps[0] - maps[1]).square()
+    differences = F.mse_loss(maps[0], maps[1], reduction="none")
     values = differences.mean(dim=1) if positions is None else mean_of_counted(differences, positions.flatten(1))
     return over_examples(values, positions, reduction)
 

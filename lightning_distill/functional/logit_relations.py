@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare_logits, reduced
-from lightning_distill.functional.logits import soft_target_kl
+from lightning_distill.functional.kernels.plain import kl_from_logs
 from lightning_distill.functional.primitives import gram, softened, sum_of_squares
 
 __all__ = [
@@ -272,14 +272,26 @@ def multi_level_logits(
     checks.positives("temperatures", temperatures)
     total: Tensor | float = 0.0
     for temperature in temperatures:
-        student, teacher, counts = _matrices(student_logits, teacher_logits, temperature, class_dim, mask)
-        divergence = soft_target_kl(
-            student_logits, teacher_logits, temperature=temperature, class_dim=class_dim, mask=mask, reduction="mean"
-        )
+        log_student, log_teacher, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
+        divergence = reduced(kl_from_logs(log_teacher, log_student, -1), counts, "mean") * temperature**2
+        student, teacher = log_student.exp(), log_teacher.exp()
         total = (
             total + divergence + _batch_products(student, teacher, counts) + _class_products(student, teacher, counts)
         )
     return cast(Tensor, total) / len(temperatures)
+
+
+def _logarithms(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One row of log-probabilities for each row of logits, and which of them count."""
+    checks.positive("temperature", temperature)
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    student, teacher = (
+        F.log_softmax(softened(logits.movedim(dim, -1), temperature, counts), dim=-1).flatten(0, -2)
+        for logits in (student, teacher)
+    )
+    return student, teacher, None if counts is None else counts.flatten()
 
 
 def _probabilities(
@@ -303,14 +315,12 @@ def _matrices(
 
 def _batch_products(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
     student, teacher = _only(student, counts), _only(teacher, counts)
-    difference = gram(student) - gram(teacher)
-    return difference.square().sum() / _number(student, counts)
+    return F.mse_loss(gram(student), gram(teacher), reduction="sum") / _number(student, counts)
 
 
 def _class_products(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
     student, teacher = _only(student, counts), _only(teacher, counts)
-    difference = gram(student.T) - gram(teacher.T)
-    return difference.square().sum() / len(difference)
+    return F.mse_loss(gram(student.T), gram(teacher.T), reduction="sum") / student.shape[1]
 
 
 def _between_rows(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare
-from lightning_distill.functional.primitives import gram, product
+from lightning_distill.functional.primitives import gram, product, unit
 from lightning_distill.functional.vectors import (
     centred,
     channel_maps,
@@ -22,7 +22,6 @@ from lightning_distill.functional.vectors import (
     prepare_vectors,
     relative_gram,
     spread_or_one,
-    unit,
     without,
 )
 
@@ -184,7 +183,7 @@ def normalized_mse(
     """
     student, teacher, positions = prepare_equal(student, teacher, mask)
     dim = channels_at(student)
-    return over_numbers((unit(student, dim) - unit(teacher, dim)).square(), dim, positions, reduction)
+    return over_numbers(F.mse_loss(unit(student, dim), unit(teacher, dim), reduction="none"), dim, positions, reduction)
 
 
 def feature_map_transfer(
@@ -228,7 +227,7 @@ def feature_map_transfer(
     for feature in (student, teacher):
         difference = centred(feature, dim)
         normalized.append(difference / spread_or_one(difference, dim, count=feature.shape[dim], eps=eps))
-    return over_numbers((normalized[0] - normalized[1]).square(), dim, positions, reduction)
+    return over_numbers(F.mse_loss(normalized[0], normalized[1], reduction="none"), dim, positions, reduction)
 
 
 def _pearson(student: Tensor, teacher: Tensor) -> Tensor:

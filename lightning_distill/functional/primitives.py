@@ -1,6 +1,6 @@
-"""Building blocks of the formulas: products in full precision, and three functions with hand-written gradients.
+"""Building blocks of the formulas: products in full precision, and four functions with hand-written gradients.
 
-Autograd's own gradients of those three make needless copies. They may be differentiated again, forward too, and take
+Autograd's own gradients of those four make needless copies. They may be differentiated again, forward too, and take
 part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes it fuses on its own.
 """
 
@@ -76,6 +76,33 @@ def gram(rows: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return product(rows, rows.mT)
     return cast(Tensor, _applied(_Gram, rows))
+
+
+def unit(vectors: Tensor, dim: int) -> Tensor:
+    """Vectors divided by their length; vectors of zeros stay zero.
+
+    Args:
+        vectors: Any shape.
+        dim: Dimension along which the vectors lie.
+
+    Returns:
+        Vectors of length 1, same shape; in float32 their lengths may be from 1e-18 to 1e18.
+    """
+    if torch.compiler.is_compiling():
+        return vectors * _inverse_length(vectors, dim)
+    return cast(Tensor, _applied(_Unit, vectors, dim)[0])
+
+
+def or_one(values: Tensor) -> Tensor:
+    """Values that are safe to divide by: 1 in the place of 0.
+
+    Args:
+        values: Any shape, at least 0.
+
+    Returns:
+        Same shape.
+    """
+    return values + (values == 0)
 
 
 def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
@@ -156,6 +183,47 @@ class _SumOfSquares(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         values: Tensor = ctx.saved_tensors[0]
         return 2 * (values * tangent).sum(dim=ctx.dim, keepdim=True)
+
+
+class _Unit(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(vectors: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        inverse = _inverse_length(vectors, dim)
+        return vectors * inverse, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        vectors, ctx.dim = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(vectors, *output)
+        ctx.save_for_forward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        vectors, units, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again, as a function of the vectors
+            inverse = _inverse_length(vectors, ctx.dim)
+        return _across(gradient, units, ctx.dim) * inverse, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
+        units, inverse = ctx.saved_tensors
+        return _across(tangent, units, ctx.dim) * inverse, None
+
+
+def _inverse_length(vectors: Tensor, dim: int) -> Tensor:
+    # A vector of zeros is divided by 1: dividing by a tiny constant instead would give it a gradient that overflows
+    # half precision.
+    if vectors.device.type == "cpu" and dim % vectors.ndim != vectors.ndim - 1:  # where torch's own norm is slow
+        return or_one(vectors.square().sum(dim=dim, keepdim=True)).rsqrt()
+    return or_one(torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)).reciprocal()
+
+
+def _across(change: Tensor, units: Tensor, dim: int) -> Tensor:
+    """The part of a change that turns vectors and does not stretch them."""
+    return change - units * (units * change).sum(dim=dim, keepdim=True)
 
 
 class _Gram(torch.autograd.Function):

@@ -13,18 +13,16 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.chunks import summed
 from lightning_distill.functional.inputs import prepare
-from lightning_distill.functional.primitives import gram
+from lightning_distill.functional.primitives import gram, or_one, unit
 from lightning_distill.functional.vectors import (
     centred,
     channel_maps,
     examples_of,
     of_counted,
-    or_one,
     positions_mask,
     prepare_equal,
     prepare_examples,
     relative_gram,
-    unit,
     without,
 )
 
@@ -301,7 +299,7 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor, *, mask: Tensor 
 
 def _similarity_differences(student: Tensor, teacher: Tensor) -> Tensor:
     rows = [unit(relative_gram(feature), dim=1) for feature in (student, teacher)]
-    return (rows[0] - rows[1]).square().mean()
+    return F.mse_loss(rows[0], rows[1])
 
 
 def _distance_part(student: Tensor, teacher: Tensor) -> Tensor:
@@ -334,7 +332,7 @@ def _kernel_differences(factors: Sequence[float], student: Tensor, teacher: Tens
         for factor in reversed(factors[:-1]):
             value = value * cosines + factor
         kernels.append(value)
-    return (kernels[0] - kernels[1]).square().mean()
+    return F.mse_loss(kernels[0], kernels[1])
 
 
 def _distances(feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -394,4 +392,4 @@ def _channel_products(maps: Tensor) -> Tensor:
     # which are fewer than the C^2 products.
     largest = or_one(maps.detach().square().sum(dim=2).amax(dim=1))
     products = gram(maps * largest.rsqrt()[:, None, None])
-    return products * (1 / or_one(torch.linalg.vector_norm(products, dim=2, keepdim=True)))
+    return unit(products, 2)

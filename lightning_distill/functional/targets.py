@@ -92,10 +92,10 @@ def decoupled_kd(
     margin_student, margin_teacher = (
         own - torch.logsumexp(rest, dim=-1) for own, rest in ((of_student, rest_student), (of_teacher, rest_teacher))
     )
-    target_part = torch.zeros_like(margin_student)
-    for sign in (1, -1):
-        log_student, log_teacher = F.logsigmoid(sign * margin_student), F.logsigmoid(sign * margin_teacher)
-        target_part = target_part + log_teacher.exp() * (log_teacher - log_student)
+    log_student, log_teacher = (
+        F.logsigmoid(torch.stack([margin, -margin], dim=-1)) for margin in (margin_student, margin_teacher)
+    )
+    target_part = kl_from_logs(log_teacher, log_student, -1)
     log_student, log_teacher = F.log_softmax(rest_student, dim=-1), F.log_softmax(rest_teacher, dim=-1)
     nontarget_part = kl_from_logs(log_teacher, log_student, -1)
     values = factor * (target_weight * target_part + nontarget_weight * nontarget_part)
@@ -288,7 +288,5 @@ def binary_soft_target(
 
 
 def _split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    # The other classes are gathered and not masked with minus infinity, which would make the gradient NaN.
-    others = torch.arange(logits.shape[-1] - 1, device=logits.device)
-    others = others + (others >= target)
-    return logits.gather(-1, target).squeeze(-1), logits.gather(-1, others)
+    """The target's logit, and all logits with a target of probability 0, less than even an impossible class has."""
+    return logits.gather(-1, target).squeeze(-1), logits.scatter(-1, target, 2 * LEAST_SCORE)

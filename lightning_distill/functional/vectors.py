@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare, reduced, rows_mask
-from lightning_distill.functional.primitives import gram, sum_of_squares
+from lightning_distill.functional.primitives import gram, or_one, sum_of_squares
 
 _REMEDY = "Map the student's feature to the teacher's shape with an adapter."
 
@@ -274,21 +274,6 @@ def channel_maps(feature: Tensor) -> Tensor:
     return feature.movedim(channels_at(feature), 1).flatten(2)
 
 
-def unit(vectors: Tensor, dim: int) -> Tensor:
-    """Vectors divided by their length; vectors of zeros stay zero.
-
-    Args:
-        vectors: Any shape.
-        dim: Dimension along which the vectors lie.
-
-    Returns:
-        Vectors of length 1, same shape; in float32 their lengths may be from 1e-18 to 1e18.
-    """
-    # A vector of zeros is divided by 1: dividing by a tiny constant instead would give it a gradient that overflows
-    # half precision. The product with the inverse has a cheaper gradient than the quotient.
-    return vectors * (1 / or_one(sum_of_squares(vectors, dim)).sqrt())
-
-
 def relative_gram(rows: Tensor) -> Tensor:
     """Products of all pairs of rows in units of the largest row's square: at most 1, so that they can be squared.
 
@@ -300,18 +285,6 @@ def relative_gram(rows: Tensor) -> Tensor:
     """
     products = gram(rows)
     return products / or_one(products.detach().diagonal(dim1=-2, dim2=-1).amax(dim=-1))[..., None, None]
-
-
-def or_one(values: Tensor) -> Tensor:
-    """Values that are safe to divide by: those greater than 0, and 1 for the others.
-
-    Args:
-        values: Any shape.
-
-    Returns:
-        Same shape.
-    """
-    return torch.where(values > 0, values, 1.0)
 
 
 def centred(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -327,7 +300,8 @@ def centred(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         Same shape.
     """
     mean = values.mean(dim=dim, keepdim=True)
-    return (values - mean) * _varies(values.detach(), mean.detach(), dim)
+    difference = values - mean
+    return difference * _varies(difference.detach(), mean.detach(), dim)
 
 
 def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int, eps: float = 0.0) -> Tensor:
@@ -344,11 +318,12 @@ def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int,
     """
     squares = sum_of_squares(difference, dim)
     # The root of a zero variance has no gradient, and the root of a tiny eps is a divisor out of reach of float16.
-    return torch.where(squares > 0, squares / count + eps, 1.0).sqrt()
+    variance = squares / count if eps == 0 else squares / count + eps
+    return (variance + (squares == 0)).sqrt()
 
 
-def _varies(values: Tensor, mean: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """1 where values differ from their mean by more than rounding, else 0; from their extremes, without copies."""
-    low, high = values.amin(dim=dim, keepdim=True), values.amax(dim=dim, keepdim=True)
-    rounding = 4 * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
-    return (torch.maximum(high - mean, mean - low) > rounding).to(values.dtype)
+def _varies(difference: Tensor, mean: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """True where values differ from their mean by more than rounding."""
+    rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
+    farthest = torch.maximum(difference.amax(dim=dim, keepdim=True), -difference.amin(dim=dim, keepdim=True))
+    return farthest > rounding

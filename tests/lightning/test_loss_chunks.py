@@ -51,3 +51,36 @@ def test_chunks_of_examples_change_neither_value_nor_gradient(numbers: int, monk
     monkeypatch.setattr(chunks, "_SMALLEST_CHUNK", numbers)
     torch.testing.assert_close(differentiated(loss, shape), whole, rtol=1e-12, atol=1e-12)
     assert len(calls) == {45: 7, 3 * 45: 2, 7 * 45: 1}[numbers]
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (RelationalLoss(), (256, 512)),
+        (InterChannelCorrelationLoss(), (256, 512, 8, 8)),
+        (AttentionRelationLoss(relation_heads=8), (256, 64, 512)),
+    ],
+    ids=["relational", "channels", "attention"],
+)
+def test_a_gpu_has_one_chunk_where_memory_allows(
+    loss: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many small chunks would cost more time to launch than to compute. "meta" stands for a device with 16 GB."""
+    calls: list[Any] = []
+    for module, name in ((chunks, "checkpoint"), (torch, "cat")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args))
+
+    loss(torch.empty(shape, device="meta", requires_grad=True), torch.empty(shape, device="meta")).backward()
+
+    assert calls == []
+
+
+def test_chunks_on_a_gpu_follow_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, free = torch.device("cuda"), 2**30
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**29)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**36))
+
+    assert chunks._fitting(device, 2**20, 4) == 2**20
+    assert chunks._fitting(device, 2**40, 4) == (free + 2**29) // (4 * 4 * 4)

@@ -18,6 +18,8 @@ BY_HAND: dict[str, Function] = {
     "gram": primitives.gram,
     "sum_of_squares": lambda values: primitives.sum_of_squares(values, (0, 2)),
     "softmax_divergence": lambda values: primitives.softmax_divergence(values, TEACHER, 1),
+    "unit": lambda values: primitives.unit(values, 1),
+    "unit_of_the_last": lambda values: primitives.unit(values, -1),
 }
 
 ON_LOGITS = [n for n in functional.__all__ if "student_logits" in signature(getattr(functional, n)).parameters]
@@ -28,6 +30,8 @@ def plain(name: str, values: Tensor) -> Tensor:
         return values @ values.mT
     if name == "sum_of_squares":
         return (values * values).sum(dim=(0, 2), keepdim=True)
+    if name.startswith("unit"):
+        return torch.nn.functional.normalize(values, dim=1 if name == "unit" else -1)
     return (TEACHER.softmax(1) * (TEACHER.log_softmax(1) - values.log_softmax(1))).sum(dim=1)
 
 
@@ -74,6 +78,18 @@ def test_scores_of_minus_infinity_have_no_probability_and_rows_of_them_no_diverg
     assert student.grad is not None
     assert student.grad.isfinite().all()
     assert student.grad[0, 2] == 0
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_vector_of_zeros_stays_zero_and_passes_its_gradient_on(dim: int) -> None:
+    values = torch.zeros(2, 2, requires_grad=True)
+    upstream = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+    units = primitives.unit(values, dim)
+    units.backward(upstream)
+
+    assert (units == 0).all()
+    torch.testing.assert_close(values.grad, upstream)
 
 
 def test_divergence_loses_no_digits_where_one_model_has_large_scores(values: Tensor) -> None:
