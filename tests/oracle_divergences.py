@@ -12,6 +12,8 @@ from torch import Tensor
 def divergence(kind: str, student: Tensor, teacher: Tensor, share: float = 0.0, temperature: float = 1.0) -> Tensor:
     """One value for each row, whose gradient autograd computes. Classes are last."""
     possible = ((student > -torch.inf) | (teacher > -torch.inf)).any(0)  # a class of probability 0 in both adds nothing
+    if kind == "reverse_kl":  # a class that the teacher forbids is left out
+        possible = (teacher > -torch.inf).any(0)
     student, teacher = student[:, possible], teacher[:, possible]
     log_q, log_p = (torch.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
     q, p = log_q.exp(), log_p.exp()

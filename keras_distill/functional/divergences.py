@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare_logits, prepare_temperature
-from keras_distill.functional.primitives import kl_from_logs
+from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
 
 __all__ = ["generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
 
@@ -20,7 +20,8 @@ def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1
     .. math:: \sum_c p^s_c (\log p^s_c - \log p^t_c), \qquad p = \mathrm{softmax}(z / T)
 
     A student that is too small to cover all of the teacher's likely classes concentrates on the most likely ones. The
-    forward divergence makes it spread out.
+    forward divergence makes it spread out. A class that the teacher forbids (minus infinity) is left out on both sides,
+    where the divergence would be infinite.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
@@ -44,8 +45,9 @@ def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1
         each position, summed exactly, instead of an estimate from sampled sequences. The value is
         not multiplied by :math:`T^2`.
     """
-    log_student, log_teacher = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
-    return kl_from_logs(log_student, log_teacher)
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    student = ops.where(teacher <= LEAST_SCORE, ops.full_like(student, LEAST_SCORE), student)
+    return kl_from_logs(*_softened(student, teacher, temperature))
 
 
 def generalized_jsd(
@@ -206,6 +208,10 @@ def _log_probabilities(
     student_logits: Any, teacher_logits: Any, temperature: Any, from_logits: bool
 ) -> tuple[Any, Any]:
     student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    return _softened(student, teacher, temperature)
+
+
+def _softened(student: Any, teacher: Any, temperature: Any) -> tuple[Any, Any]:
     temperature = prepare_temperature(temperature, student)
     return ops.log_softmax(student / temperature, axis=-1), ops.log_softmax(teacher / temperature, axis=-1)
 

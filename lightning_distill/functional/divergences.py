@@ -26,7 +26,8 @@ def reverse_kl(
     .. math:: \sum_c p^s_c (\log p^s_c - \log p^t_c), \qquad p = \mathrm{softmax}(z / T)
 
     A student that is too small to cover all of the teacher's likely classes concentrates on the most likely ones. The
-    forward divergence makes it spread out.
+    forward divergence makes it spread out. A class that the teacher forbids (minus infinity) is left out on both sides,
+    where the divergence would be infinite.
 
     Args:
         student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.

@@ -106,8 +106,11 @@ def _block(
     slope = _squash(student, settings.scales[0], settings.soft_caps[0])
     _squash(teacher, settings.scales[1], settings.soft_caps[1])
     temperature = settings.temperature
+    formula, least = _formula(settings), LEAST_SCORE * temperature
     for scores in (student, teacher):
-        scores.clamp_min_(LEAST_SCORE * temperature)  # the difference of two infinite scores is NaN
+        scores.clamp_min_(least)  # the difference of two infinite scores is NaN
+    forbidden = teacher <= least if formula is _reverse_kl else None
+    for scores in (student, teacher):
         scores.sub_(scores.amax(-1, keepdim=True))  # before the division: it keeps more digits
     cross_entropy, task_gradient = (None, None) if labels is None else _cross_entropy(student, labels)
     # Logits z, scores x = z / T: dD/dz = dD/dx / T.
@@ -115,7 +118,10 @@ def _block(
     if temperature != 1:
         student.div_(temperature)
         teacher.div_(temperature)
-    divergence = _formula(settings)(student, teacher)
+    if forbidden is not None:  # such a token is left out on both sides
+        student.masked_fill_(forbidden, LEAST_SCORE)
+        student.sub_(student.amax(-1, keepdim=True))
+    divergence = formula(student, teacher)
     if settings.divergence == "kl":
         divergence.mul_(temperature**2)
         factor *= temperature**2

@@ -204,6 +204,8 @@ def _counted(
         logits.clamp(min=settings.floor) if logits.dtype == dtype else logits.to(dtype).clamp_(min=settings.floor)
         for logits in (student[at], teacher[at])
     )
+    if settings.kind == "reverse_kl":
+        student.masked_fill_(teacher <= settings.floor, settings.floor)
     return at, student, teacher, None if labels is None else labels[at]
 
 

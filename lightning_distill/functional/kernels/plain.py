@@ -27,6 +27,8 @@ def divergence(student: Tensor, teacher: Tensor, settings: Divergence, dim: int,
         Divergence in nats, the shape without ``dim``; any finite number in rows that do not count.
     """
     student, teacher = prepare(student, teacher)
+    if settings.kind == "reverse_kl":
+        student = student.masked_fill(teacher <= settings.floor, -math.inf)
     log_student, log_teacher = (
         F.log_softmax(softened(logits, settings.temperature, mask, dim), dim=dim) for logits in (student, teacher)
     )

@@ -26,6 +26,9 @@ class Divergence(NamedTuple):
     total_variation     :math:`\frac{1}{2} \sum_c |q_c - p_c|`
     ==================  ======================================================================================
 
+    Where the teacher forbids a class, :math:`p_c = 0`, the reverse divergence would be infinite: such a class is left
+    out on both sides.
+
     Attributes:
         kind: One of the names above.
         share: The share :math:`a` in the mixture, greater than 0 and less than 1; not used by the others.

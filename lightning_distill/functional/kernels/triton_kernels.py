@@ -91,6 +91,8 @@ def _statistics(
     for start in range(0, classes, lanes * word):
         x = _scores(x_row, start + offsets, floor, classes, "evict_last")
         y = _scores(y_row, start + offsets, floor, classes, "evict_last")
+        if kind == REVERSE_KL:
+            x = tl.where(y <= floor, floor, x)
         new_x, new_y = tl.maximum(max_x, tl.max(x, 1)), tl.maximum(max_y, tl.max(y, 1))
         dx, dy = x - new_x[:, None], y - new_y[:, None]
         q, p = tl.exp2(dx * (scale * LOG2_E)), tl.exp2(dy * (scale * LOG2_E))
@@ -163,8 +165,11 @@ def _store_gradient(
     inverse_q, inverse_p = 1.0 / total_q, 1.0 / total_p
     for start in range(0, classes, lanes * word):
         at = start + offsets
-        dx = _scores(x_row, at, floor, classes, "evict_first") - largest_x
-        dy = _scores(y_row, at, floor, classes, "evict_first") - largest_y
+        x = _scores(x_row, at, floor, classes, "evict_first")
+        y = _scores(y_row, at, floor, classes, "evict_first")
+        if kind == REVERSE_KL:
+            x = tl.where(y <= floor, floor, x)
+        dx, dy = x - largest_x, y - largest_y
         q, p = tl.exp2(dx * (scale * LOG2_E)) * inverse_q, tl.exp2(dy * (scale * LOG2_E)) * inverse_p
         if kind == FORWARD_KL or kind == CROSS_ENTROPY:
             slope = (q - p) * factor
