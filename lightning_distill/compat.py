@@ -168,7 +168,7 @@ def training_loaders(trainer: Trainer) -> Any:
 
 
 def data_fetcher(trainer: Trainer) -> Any:
-    """What the training loop takes its batches from; its ``iterator`` may be replaced, ``batches`` are read ahead."""
+    """The source of the training loop's batches: its ``iterator`` may be replaced, its ``batches`` are read ahead."""
     return trainer.fit_loop._data_fetcher
 
 

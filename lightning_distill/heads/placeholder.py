@@ -27,7 +27,7 @@ class NoLogitsError(RuntimeError):
 
 
 class Trace:
-    """What a model does with one head's output until its forward returns.
+    """Records the operations of a model on its head's output until its forward returns.
 
     Attributes:
         recipe: The operations so far.
@@ -52,10 +52,10 @@ def placeholder(carrier: Tensor, shape: tuple[int, ...], trace: Trace) -> Tensor
 
 def carrier_in(output: Any) -> Tensor | None:
     """The loss that a model's output carries in the place of logits, or ``None``."""
-    found = next((leaf for leaf in tree_leaves(output) if type(leaf) is Placeholder), None)
-    if found is None or not found.requires_grad:
+    posed = next((leaf for leaf in tree_leaves(output) if type(leaf) is Placeholder), None)
+    if posed is None or not posed.requires_grad:
         return None
-    plain: Tensor = _Pose.apply(found, True)  # type: ignore[no-untyped-call]
+    plain: Tensor = _Pose.apply(posed, True)  # type: ignore[no-untyped-call]
     return plain
 
 

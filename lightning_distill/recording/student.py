@@ -116,7 +116,7 @@ class StudentFinder:
         """The module of that name below the student.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If it has no such layer.
         """
         recorders = self._recording() or list(self._candidates().values())
         module = next((module for recorder in recorders if (module := recorder.find(name)) is not None), None)

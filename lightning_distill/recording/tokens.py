@@ -258,8 +258,8 @@ def _borders(
     if _is_rows(documents) and documents.shape == shape:  # type: ignore[union-attr]
         yield documents[:, 1:] != documents[:, :-1]  # type: ignore[index]
     if attention is not None and attention.shape == shape:
-        here, following = attention[:, :-1], attention[:, 1:]
-        yield (here != following) & (here != 0) & (following != 0)
+        current, following = attention[:, :-1], attention[:, 1:]
+        yield (current != following) & (current != 0) & (following != 0)
 
 
 def _is_rows(value: Any) -> bool:

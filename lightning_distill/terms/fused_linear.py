@@ -35,7 +35,7 @@ class FusedLinearDistillation(SequenceDistillation):
     ``decoder_input_ids``. Soft caps and factors of the logits (Gemma 2, Cohere, Granite) are learned from what the
     models do after their heads; if there are any, the first call of the student is made twice. A bias of the head, tied
     embeddings, a frozen head and a LoRA of PEFT on the head are honoured; other heads are refused in words. Without
-    gradients, as in validation and generation, the heads make logits as ever.
+    gradients, as in validation and generation, the heads make logits as usual.
 
     The student's head must be called once in each call of the student, and the teacher must be a network.
 

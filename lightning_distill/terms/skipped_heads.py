@@ -29,7 +29,7 @@ class SkippedCall:
         length: Number of positions of a sequence.
 
     Attributes:
-        trace: What the student does after its head.
+        trace: The student's operations after its head.
         losses: The loss with its graph, the mean divergence and the mean cross entropy, once the teacher has answered.
         answers: The teacher's answers.
     """
@@ -132,7 +132,7 @@ class SkippedHeads:
 
     def _student(self, head: nn.Module, hidden: Tensor) -> Any:
         call = self._open_call() if torch.is_grad_enabled() else None
-        if call is None:  # generation for the log, metrics: logits as ever
+        if call is None:  # generation for the log, metrics: logits as usual
             return self._swaps[0].original(hidden)
         if call.skipped is not None:
             raise ValueError(

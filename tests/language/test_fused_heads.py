@@ -200,18 +200,18 @@ def test_a_teacher_in_another_precision_or_in_inference_mode() -> None:
     assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("what", ["frozen head", "untied", "frozen body"])
-def test_heads_that_are_frozen_or_tied(what: str) -> None:
-    student, teacher = language_model("llama", tied=what == "tied"), language_model("llama", 24, 1)
-    if what == "frozen head":
+@pytest.mark.parametrize("situation", ["frozen head", "tied", "untied", "frozen body"])
+def test_heads_that_are_frozen_or_tied(situation: str) -> None:
+    student, teacher = language_model("llama", tied=situation == "tied"), language_model("llama", 24, 1)
+    if situation == "frozen head":
         student.lm_head.weight.requires_grad_(False)
-    if what == "frozen body":
+    if situation == "frozen body":
         student.model.requires_grad_(False)
     reference, (inputs, labels) = copy.deepcopy(student), language_batch()
     step(distiller_of(student, teacher), inputs, labels)[0].backward()
     dense_loss(reference, teacher, inputs, labels).backward()
     assert worst_gradient(student, reference) < 1e-9
-    assert (student.lm_head.weight.grad is None) == (what == "frozen head")
+    assert (student.lm_head.weight.grad is None) == (situation == "frozen head")
 
 
 def test_weight_normalisation_of_the_head() -> None:
@@ -314,7 +314,7 @@ def test_quantised_heads_are_made_whole_or_refused() -> None:
         step(distiller_of(student, half), inputs, labels)
 
 
-# What stands in the place of the logits --------------------------------------------------------------------------
+# The placeholder of the logits ------------------------------------------------------------------------------------
 
 PASSES = {
     "float": lambda logits: logits.float(),
@@ -365,7 +365,7 @@ def placeholder_of_a_step() -> Tensor:
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_what_wrappers_do_to_logits_passes(placeholder_of_a_step: Tensor, name: str) -> None:
+def test_conversions_by_wrappers_pass(placeholder_of_a_step: Tensor, name: str) -> None:
     passed = PASSES[name](placeholder_of_a_step)
     assert type(passed) is Placeholder
     assert passed.shape[0] == 2
