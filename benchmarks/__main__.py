@@ -1,4 +1,4 @@
-"""Every benchmark in turn: ``python -m benchmarks``."""
+"""Every benchmark in turn: ``python -m benchmarks``; with ``--device``, the losses on that device."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ import sys
 BENCHMARKS = ["step_overhead", "cache", "keras_step", "loss_memory", "loss_time", "fused_linear"]
 
 if __name__ == "__main__":
-    for name in BENCHMARKS:
+    names = ["on_device"] if any(argument.startswith("--device") for argument in sys.argv) else BENCHMARKS
+    for name in names:
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)

@@ -6,7 +6,7 @@ import torch  # noqa: F401 - for the examples
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import Reduction, check_logits, reduced
+from lightning_distill.functional.inputs import Reduction, check_logits
 from lightning_distill.functional.kernels import Divergence, Kind, divergence
 
 __all__ = ["generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
@@ -258,4 +258,4 @@ def _divergence(
 ) -> Tensor:
     checks.positive("temperature", settings.temperature)
     student, teacher, dim, counts = check_logits(student_logits, teacher_logits, class_dim, mask=mask)
-    return reduced(divergence(student, teacher, settings, dim, counts), counts, reduction)
+    return divergence(student, teacher, settings, dim, counts, reduction)

@@ -66,7 +66,7 @@ def soft_target_kl(
     if standardize:
         student, teacher = (_standardized(logits, dim, counts) for logits in prepare(student, teacher))
     settings = Divergence("forward_kl", temperature=temperature)
-    return reduced(divergence(student, teacher, settings, dim, counts), counts, reduction) * temperature**2
+    return divergence(student, teacher, settings, dim, counts, reduction) * temperature**2
 
 
 def soft_cross_entropy(
@@ -112,7 +112,7 @@ def soft_cross_entropy(
     checks.positive("temperature", temperature)
     student, teacher, dim, counts = check_logits(student_logits, teacher_logits, class_dim, mask=mask)
     settings = Divergence("cross_entropy", temperature=temperature)
-    return reduced(divergence(student, teacher, settings, dim, counts), counts, reduction) * temperature**2
+    return divergence(student, teacher, settings, dim, counts, reduction) * temperature**2
 
 
 def logit_mse(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill import compat
+from lightning_distill.functional.inputs import Reduction, reduced
 from lightning_distill.functional.kernels import analytic, plain
 from lightning_distill.functional.kernels.settings import Divergence
 
@@ -28,9 +29,14 @@ _LARGE = 2**22
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, settings: Divergence, dim: int = -1, mask: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    settings: Divergence,
+    dim: int = -1,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
 ) -> Tensor:
-    """Divergence of each row of logits, with a gradient for the student.
+    """Divergence of each row of logits or their mean, with a gradient for the student.
 
     Args:
         student: Logits of any shape; minus infinity is a probability of 0.
@@ -39,16 +45,19 @@ def divergence(
         settings: The divergence.
         dim: Dimension of the classes.
         mask: True where a row counts, the shape without ``dim``; None where all count.
+        reduction: "none" or "mean".
 
     Returns:
-        Divergence in nats, the shape without ``dim``; any finite number in rows that do not count, whose gradient is 0
-        if they get none.
+        Divergence in nats, the shape without ``dim``, 0 in rows that do not count; or the mean over those that do.
+
+    Raises:
+        ValueError: If ``reduction`` is unknown.
     """
     way = _way(student, teacher, dim)
     if way is plain:
-        return plain.divergence(student, teacher, settings, dim, mask)
+        return plain.divergence(student, teacher, settings, dim, mask, reduction)
     values: Tensor = _applied(student.movedim(dim, -1), teacher.movedim(dim, -1), mask, None, settings, way)[0]
-    return values
+    return reduced(values, mask, reduction)
 
 
 def divergence_and_cross_entropy(
@@ -95,14 +104,14 @@ def rows_in_place_for(student: Tensor, teacher: Tensor) -> Callable[..., tuple[T
 
 def _way(student: Tensor, teacher: Tensor, dim: int) -> ModuleType:
     """The module that computes a divergence."""
-    if torch.compiler.is_compiling() or not _is_ordinary(student, teacher):
-        return plain
     device = student.device.type
-    kernels = _triton_rows(device)
     is_large = student.numel() >= _LARGE
-    if kernels is not None and (is_large or device == "cpu") and kernels.accepts(student, teacher, dim):
-        return kernels
-    return analytic if is_large and device != "meta" else plain
+    if torch.compiler.is_compiling() or not (is_large or _is_interpreted(device)) or device == "meta":
+        return plain
+    if not _is_ordinary(student, teacher):
+        return plain
+    kernels = _triton_rows(device)
+    return analytic if kernels is None or not kernels.accepts(student, teacher, dim) else kernels
 
 
 def _is_ordinary(*tensors: Tensor) -> bool:
@@ -113,10 +122,15 @@ def _is_ordinary(*tensors: Tensor) -> bool:
     return all(type(tensor) in (Tensor, nn.Parameter) and dual(tensor).tangent is None for tensor in tensors)
 
 
+def _is_interpreted(device: str) -> bool:
+    """Whether the environment asks for Triton's interpreter, which runs on the CPU."""
+    return device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
 def _triton_rows(device: str) -> ModuleType | None:
     """The kernels, which run on a GPU, or in Triton's interpreter where the environment asks for it."""
-    usable = device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    usable = device == "cuda" or _is_interpreted(device)
     if not usable or os.environ.get("DISTILL_KERNELS") == "0" or importlib.util.find_spec("triton") is None:
         return None
     from lightning_distill.functional.kernels import triton_rows

@@ -8,13 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_distill.functional.inputs import IGNORE_INDEX, prepare
+from lightning_distill.functional.inputs import IGNORE_INDEX, Reduction, prepare, reduced
 from lightning_distill.functional.kernels.settings import Divergence
 from lightning_distill.functional.primitives import softened
 
 
-def divergence(student: Tensor, teacher: Tensor, settings: Divergence, dim: int, mask: Tensor | None) -> Tensor:
-    """Divergence of each row, with autograd's own gradient.
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    settings: Divergence,
+    dim: int,
+    mask: Tensor | None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    """Divergence of each row or their mean, with autograd's own gradient.
 
     Args:
         student: Logits of any shape and floating point type.
@@ -22,9 +29,10 @@ def divergence(student: Tensor, teacher: Tensor, settings: Divergence, dim: int,
         settings: The divergence.
         dim: Dimension of the classes.
         mask: True where a row counts, the shape without ``dim``; None where all count.
+        reduction: "none" or "mean".
 
     Returns:
-        Divergence in nats, the shape without ``dim``; any finite number in rows that do not count.
+        Divergence in nats, the shape without ``dim``, 0 in rows that do not count; or a scalar.
     """
     student, teacher = prepare(student, teacher)
     if settings.kind == "reverse_kl":
@@ -32,22 +40,10 @@ def divergence(student: Tensor, teacher: Tensor, settings: Divergence, dim: int,
     log_student, log_teacher = (
         F.log_softmax(softened(logits, settings.temperature, mask, dim), dim=dim) for logits in (student, teacher)
     )
-    kind, share = settings.kind, settings.share
-    if kind == "forward_kl":
-        return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=dim)
-    if kind == "cross_entropy":
-        return -(log_teacher.exp() * log_student).sum(dim=dim)
-    if kind == "total_variation":
-        return 0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(dim=dim)
-    if kind == "reverse_kl":
-        return kl_from_logs(log_student, log_teacher, dim)
-    if kind == "skew_reverse_kl":
-        return kl_from_logs(log_student, _log_mixture(log_student, log_teacher, share), dim)
-    mixture = _log_mixture(log_teacher, log_student, share)
-    from_teacher = kl_from_logs(log_teacher, mixture, dim)
-    if kind == "skew_kl":
-        return from_teacher
-    return share * from_teacher + (1 - share) * kl_from_logs(log_student, mixture, dim)
+    if settings.kind == "forward_kl" and reduction == "mean" and mask is None:  # in one kernel and one quotient
+        rows = student.numel() // student.shape[dim]
+        return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) / rows
+    return reduced(_of_rows(log_student, log_teacher, settings, dim), mask, reduction)
 
 
 def cross_entropy(student: Tensor, labels: Tensor, dim: int) -> Tensor:
@@ -79,6 +75,25 @@ def kl_from_logs(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
         Divergence in nats, the shape without ``dim``.
     """
     return (log_p.exp() * (log_p - log_q)).sum(dim=dim)
+
+
+def _of_rows(log_student: Tensor, log_teacher: Tensor, settings: Divergence, dim: int) -> Tensor:
+    kind, share = settings.kind, settings.share
+    if kind == "forward_kl":
+        return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=dim)
+    if kind == "cross_entropy":
+        return -(log_teacher.exp() * log_student).sum(dim=dim)
+    if kind == "total_variation":
+        return 0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(dim=dim)
+    if kind == "reverse_kl":
+        return kl_from_logs(log_student, log_teacher, dim)
+    if kind == "skew_reverse_kl":
+        return kl_from_logs(log_student, _log_mixture(log_student, log_teacher, share), dim)
+    mixture = _log_mixture(log_teacher, log_student, share)
+    from_teacher = kl_from_logs(log_teacher, mixture, dim)
+    if kind == "skew_kl":
+        return from_teacher
+    return share * from_teacher + (1 - share) * kl_from_logs(log_student, mixture, dim)
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
