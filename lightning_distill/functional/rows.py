@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_distill.functional.kernels import Divergence, rows_in_place_for
+from lightning_distill.functional.kernels.settings import Kind
 from lightning_distill.functional.primitives import LEAST_SCORE
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta")
@@ -76,6 +78,8 @@ def rows_in_place(
         None in the place of the cross entropy if ``task_weight`` is 0. The cross entropy of a label that is too large
         is NaN.
     """
+    if gradient_factor == 1 and (values := _in_kernel(student_logits, teacher_logits, labels, settings)) is not None:
+        return values
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     number = len(student_logits)
     divergences = student_logits.new_empty(number, dtype=dtype)
@@ -97,6 +101,43 @@ def rows_in_place(
             largest = torch.finfo(logits.dtype).max
             logits.copy_(student.clamp_(-largest, largest))
     return divergences, cross_entropies
+
+
+def _in_kernel(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, settings: RowSettings
+) -> tuple[Tensor, Tensor | None] | None:
+    """The same in a kernel; None if there is none for this formula, the logits or their device."""
+    divergence = _kernel_settings(settings)
+    labels = labels if settings.task_weight else None
+    if divergence is None or (divergence.kind == "reverse_kl" and labels is not None):
+        return None  # the sums of that kernel leave out tokens that the cross entropy has
+    kernel = rows_in_place_for(student, teacher)
+    if kernel is None:
+        return None
+    factor = settings.temperature**2 if settings.divergence == "kl" else 1.0
+    weights = torch.full((len(student),), settings.weight * factor, device=student.device)
+    values, task = kernel(
+        student, teacher, divergence, weights=weights, labels=labels, task_weight=settings.task_weight
+    )
+    if task is not None and labels is not None:
+        task.masked_fill_(labels >= student.shape[1], math.nan)
+    return values.mul_(factor), task
+
+
+def _kernel_settings(settings: RowSettings) -> Divergence | None:
+    """The divergence as the kernels know it; None for a formula that they do not have."""
+    if settings.divergence == "alpha_beta" or settings.scales != (1.0, 1.0) or settings.soft_caps != (None, None):
+        return None
+    plain: dict[Callable[..., Tensor], Kind] = {_kl: "forward_kl", _reverse_kl: "reverse_kl"}
+    mixed: dict[str, tuple[Kind, float]] = {
+        "jsd": ("jensen_shannon", settings.beta),
+        "skew_kl": ("skew_kl", settings.skew),
+        "skew_reverse_kl": ("skew_reverse_kl", settings.skew),
+        "total_variation": ("total_variation", 0.0),
+    }
+    formula = _formula(settings)
+    kind, share = (plain[formula], 0.0) if formula in plain else mixed[settings.divergence]
+    return Divergence(kind, share, settings.temperature)
 
 
 def _block(
