@@ -1,7 +1,8 @@
 """Knowledge distillation for Keras: train a small student to match a large teacher with ``compile`` and ``fit``.
 
 Wrap the student in a :class:`DistillModel`, then ``compile`` and ``fit``. It takes terms: :class:`LogitsDistillation`
-compares outputs, :class:`FeatureDistillation` inner layers, and each term has one of these losses.
+compares outputs, :class:`SequenceDistillation` the token distributions of language models,
+:class:`FeatureDistillation` inner layers, and each term has one of these losses.
 
 ===================================  ===========================  ====================================================
 paper                                class                        function
@@ -98,7 +99,13 @@ from keras_distill.model import DistillModel
 from keras_distill.recording import Call, Tap
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
-from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
+from keras_distill.terms import (
+    DistillationTerm,
+    FeatureDistillation,
+    LogitsDistillation,
+    SelfDistillation,
+    SequenceDistillation,
+)
 
 __all__ = [
     "AttentionMapLoss",
@@ -143,6 +150,7 @@ __all__ = [
     "RelationalLoss",
     "ReverseKLLoss",
     "SelfDistillation",
+    "SequenceDistillation",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
