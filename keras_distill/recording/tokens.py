@@ -146,7 +146,7 @@ class TokenPositions:
 
 
 def token_numbers(inputs: Any) -> Any:
-    """The token numbers that a model reads, shape ``(B, T)``, or None if they cannot be told from other inputs.
+    """The token numbers that a model reads, shape ``(B, T)``, or None if the inputs do not name them.
 
     Args:
         inputs: The inputs of a batch.
