@@ -8,6 +8,7 @@ Wrap the student in a :class:`DistillModel`, then ``compile`` and ``fit``::
     model.student.save("student.keras")
 
 In your own loop use a :class:`DistillStep`. Each takes terms: :class:`LogitsDistillation` compares outputs,
+:class:`SequenceDistillation` the token distributions of language models,
 :class:`FeatureDistillation` inner layers, and each term has one of these losses.
 
 ===================================  ===========================  ====================================================
@@ -108,7 +109,13 @@ from keras_distill.model import DistillModel
 from keras_distill.recording import Call, Tap
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
-from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SelfDistillation
+from keras_distill.terms import (
+    DistillationTerm,
+    FeatureDistillation,
+    LogitsDistillation,
+    SelfDistillation,
+    SequenceDistillation,
+)
 
 __all__ = [
     "AttentionMapLoss",
@@ -153,6 +160,7 @@ __all__ = [
     "RelationalLoss",
     "ReverseKLLoss",
     "SelfDistillation",
+    "SequenceDistillation",
     "SimilarityPreservingLoss",
     "SkewKLLoss",
     "SoftCrossEntropyLoss",

@@ -33,6 +33,47 @@ def executes_eagerly() -> bool:
     return bool(keras.backend.backend() == "torch")
 
 
+def sum_over_replicas(value: Any) -> Any:
+    """The sum of a tensor over the replicas that train together; outside ``tf.distribute`` the tensor itself.
+
+    Args:
+        value: A scalar, without gradient.
+
+    Returns:
+        A scalar.
+    """
+    if replicas() == 1:
+        return value
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()  # None while a model is built, outside of the replicas
+    return value if context is None else context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def values_of(tensor: Any) -> np.ndarray[Any, Any] | None:
+    """The numbers of a tensor, or None while they are not known: in a graph that is being traced, for instance.
+
+    It waits for the device.
+
+    Args:
+        tensor: A tensor, an array, a list of numbers, or None.
+
+    Returns:
+        An array, or None.
+    """
+    if isinstance(tensor, keras.KerasTensor) or tensor is None:
+        return None
+    if not ops.is_tensor(tensor):
+        return np.asarray(tensor)
+    if keras.backend.backend() == "tensorflow":
+        return np.asarray(tensor) if hasattr(tensor, "numpy") else None
+    if keras.backend.backend() == "torch":
+        return None if tensor.device.type == "meta" else np.asarray(tensor.detach().cpu())
+    import jax
+
+    return None if isinstance(tensor, jax.core.Tracer) else np.asarray(tensor)
+
+
 def check_batch(student: Any, teacher: Any) -> None:
     """Check that both tensors have the same number of examples, if only the running TensorFlow graph knows the sizes.
 

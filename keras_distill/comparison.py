@@ -83,7 +83,11 @@ def refuse_compiled(metrics: Iterable[Any]) -> None:
 
 
 def compared_scores(
-    terms: Sequence[DistillationTerm], student: Call, calls: Sequence[Call], sample_weight: Any = None
+    terms: Sequence[DistillationTerm],
+    student: Call,
+    calls: Sequence[Call],
+    sample_weight: Any = None,
+    labels: Any = None,
 ) -> list[Scores]:
     """Logits of student and teacher, from the first term on class scores.
 
@@ -92,13 +96,14 @@ def compared_scores(
         student: The student's call.
         calls: The teachers' calls, at least one.
         sample_weight: The batch's sample weights.
+        labels: The batch's labels.
 
     Returns:
         One entry for each output that the term compares; empty if no term compares class scores.
     """
     for term in terms:
         if isinstance(term, LogitsDistillation):
-            pairs = list(zip(*(term.scores(student, call, sample_weight) for call in calls), strict=True))
+            pairs = list(zip(*(term.scores(student, call, sample_weight, labels) for call in calls), strict=True))
             if pairs:
                 return [pair[0]._replace(teacher=_mean_logits(pair)) for pair in pairs]
     return []

@@ -14,6 +14,7 @@ from keras import ops
 from keras_distill import checks, compat
 from keras_distill.callbacks import scheduled_settings
 from keras_distill.schedules import Progress
+from keras_distill.terms import SequenceDistillation
 
 
 class StepFunction:
@@ -140,6 +141,23 @@ def leave_out_xla(model: Any) -> None:
                 "The teacher does not support `jit_compile=True`. Proceeding with `jit_compile=False`.", stacklevel=3
             )
         model.jit_compile = False
+
+
+def warn_of_accumulation(model: Any) -> None:
+    """Warn of an optimizer that averages batches with unequal numbers of tokens as if they were equal.
+
+    Args:
+        model: The compiled DistillModel.
+    """
+    batches = getattr(model.optimizer, "inner_optimizer", model.optimizer).gradient_accumulation_steps or 1
+    names = [term.name for term in model.terms if isinstance(term, SequenceDistillation)]
+    if batches > 1 and names:
+        warnings.warn(
+            f"The optimizer averages the gradients of {batches} batches, each of which is a mean over its own tokens in"
+            f" term {names[0]!r}. With unequal numbers of tokens this is not the mean over all tokens: use larger"
+            " batches, or batches of equally many tokens.",
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager

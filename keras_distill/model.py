@@ -12,12 +12,18 @@ from keras import ops
 from keras_distill import backends, checks, compat
 from keras_distill.callbacks import fit_callbacks, with_callbacks
 from keras_distill.comparison import chosen_metrics, refuse_compiled
-from keras_distill.execution import StepFunction, leave_out_xla
+from keras_distill.execution import StepFunction, leave_out_xla, warn_of_accumulation
 from keras_distill.metrics import LossParts, TeacherMetric
 from keras_distill.recording import Call
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 from keras_distill.step import DistillStep
-from keras_distill.students import check_arguments, check_student, check_term_names, warn_of_augmentation
+from keras_distill.students import (
+    check_arguments,
+    check_student,
+    check_term_names,
+    check_token_labels,
+    warn_of_augmentation,
+)
 from keras_distill.targets import (
     EpochData,
     check_class_weight,
@@ -214,6 +220,7 @@ class DistillModel(ModelWithTeacher):
         data, targets = arguments.get("x"), arguments.get("y")
         check_class_weight(arguments.get("class_weight"), targets, data)
         check_stored_logits(self.terms, targets, data)
+        check_token_labels(self.terms, data, targets)
         before, self.fitting = self.fitting, True
         try:
             return with_callbacks(super().fit, fit_callbacks(self, data), arguments)
@@ -242,6 +249,7 @@ class DistillModel(ModelWithTeacher):
         """Make the function of a training step, with one graph for each set of computed terms."""
         if force or self.train_function is None:
             leave_out_xla(self)
+            warn_of_accumulation(self)
             if self.loss is None or (self.task_weight == 0 and "task_weight" not in self.schedules):
                 self.step.check_trained()
             function = StepFunction(self, super().make_train_function, "train_function", training=True)

@@ -314,7 +314,9 @@ class DistillStep:
             values[term.name] = value
             # in evaluation, and in a graph that the user traces, the weight may be 0: 0 times infinity would be NaN
             total = total + ops.where(weight > 0, weight * value, zero)
-        scores = compared_scores(self.terms, student, calls, sample_weight) if with_scores and calls else None
+        scores = None
+        if with_scores and calls:
+            scores = compared_scores(self.terms, student, calls, sample_weight, labels)
         return StepLosses(total, values, scores)
 
     def _working(self, training: bool) -> list[DistillationTerm]:
@@ -356,6 +358,7 @@ class DistillStep:
                 raise ValueError(checks.message(expected, "a tensor that no recorded call has returned", remedy))
             student = self.recorder.call_of(output, record)
             x = record.inputs if x is None and record is not None else x
+        student.inputs = x if x is not None else student.inputs
         student.training = training
         student.decided = self.working_names is not None or backends.executes_eagerly()
         return student, x

@@ -10,9 +10,11 @@ import keras
 
 from keras_distill import checks
 from keras_distill.recording import sublayers
-from keras_distill.terms import DistillationTerm
+from keras_distill.targets import split_targets
+from keras_distill.terms import DistillationTerm, SequenceDistillation
 
 _OWN_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+_FIRST_ROWS = 8
 _OF_KERAS_DISTILLATION = {
     "distillation_losses": "Pass `terms`, such as LogitsDistillation() and FeatureDistillation(layer, layer).",
     "distillation_loss": "Pass `terms`, such as LogitsDistillation() and FeatureDistillation(layer, layer).",
@@ -82,6 +84,38 @@ def check_term_names(terms: Sequence[DistillationTerm], student: keras.Model) ->
             expected = f"a name for the term {term.name!r} that is not an output of the student"
             received = f"outputs {outputs}, whose losses Keras logs as '<output>_loss'"
             raise ValueError(checks.message(expected, received, "Pass name=... to the term."))
+
+
+def check_token_labels(terms: Sequence[DistillationTerm], data: Any, targets: Any) -> None:
+    """Check the labels of language models in the first batch: a graph does not know their values.
+
+    Args:
+        terms: The terms.
+        data: The ``x`` argument of ``fit``; the first batch of a generator is left alone.
+        targets: The ``y`` argument of ``fit``.
+
+    Raises:
+        ValueError: If the labels can be seen to be shifted otherwise than a term expects.
+    """
+    waiting = [term for term in terms if isinstance(term, SequenceDistillation) and not term.aligned]
+    if not waiting:
+        return
+    if isinstance(data, keras.utils.PyDataset):
+        batch: Any = data[0]
+    elif hasattr(data, "element_spec") and hasattr(data, "take"):
+        batch = next(iter(data.take(1)), None)
+    else:
+        batch = (
+            keras.tree.map_structure(lambda part: part[:_FIRST_ROWS], (data, targets)) if targets is not None else ()
+        )
+    if isinstance(batch, tuple) and len(batch) > 1:
+        labels, _ = split_targets(batch[1])
+        for term in waiting:
+            term.check_labels(batch[0], labels)
+
+
+def _first_rows(part: Any) -> Any:
+    return part[:_FIRST_ROWS] if hasattr(part, "shape") else part
 
 
 def warn_of_augmentation(student: keras.Model) -> None:

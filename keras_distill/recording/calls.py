@@ -30,6 +30,7 @@ class Call:
         declared: Whether the model declares its outputs, as functional and sequential models do. Several declared
             outputs are compared one by one; a subclassed model may return anything.
         masks: Masks of tensors that no longer carry their own, by the id of the tensor.
+        inputs: The inputs of the batch, None if they are unknown.
 
     Example:
         >>> Call(output=[1.0, 2.0]).output
@@ -46,6 +47,7 @@ class Call:
     facts: dict[int, Facts] = field(default_factory=dict)
     declared: bool = True
     masks: dict[int, Any] = field(default_factory=dict)
+    inputs: Any = None
 
     def feature(self, tap: Tap) -> Any:
         """The tensor at a tap.

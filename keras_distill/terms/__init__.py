@@ -11,6 +11,7 @@ from keras_distill.terms.features import FeatureDistillation, SelfDistillation
 from keras_distill.terms.logits import LogitsDistillation
 from keras_distill.terms.loss_term import LossTerm
 from keras_distill.terms.state import TermState
+from keras_distill.terms.tokens import SequenceDistillation
 from keras_distill.terms.weighing import weigh
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "LogitsDistillation",
     "LossTerm",
     "SelfDistillation",
+    "SequenceDistillation",
     "TermState",
     "as_terms",
     "weigh",

@@ -114,19 +114,8 @@ class LogitsDistillation(LossTerm):
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
         for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
-            ends = {"student": student.facts_of(student_logits).end}
-            if isinstance(teacher_logits, TopK):
-                self._check_merging(teacher_logits)
-                check_classes(student_logits, teacher_logits)
-                self._check_kind(ends)
-                continue
-            self._check_kind({**ends, "teacher": teacher.facts_of(teacher_logits).end})
-            remedy = "Both models must score the same classes."
-            checks.same_shape(student_logits, teacher_logits, names=("student_logits", "teacher_logits"), remedy=remedy)
-            if tuple(student_logits.shape)[-1:] == (1,) and isinstance(self.loss, SoftTargetLoss):
-                expected = "outputs of at least 2 classes for SoftTargetLoss"
-                remedy = "For a single logit use BinarySoftTargetLoss(). To pick one of several outputs pass output=..."
-                raise ValueError(checks.message(expected, f"shape {tuple(student_logits.shape)}", remedy))
+            ends = {"student": student.facts_of(student_logits).end, "teacher": teacher.facts_of(teacher_logits).end}
+            self._check_pair(student_logits, teacher_logits, ends)
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
@@ -159,13 +148,14 @@ class LogitsDistillation(LossTerm):
         compares = self.requires.class_scores or self.requires.merges_classes
         return compares or isinstance(self.loss, (BinarySoftTargetLoss, LogitMSELoss))
 
-    def scores(self, student: Call, teacher: Call, sample_weight: Any = None) -> list[Scores]:
+    def scores(self, student: Call, teacher: Call, sample_weight: Any = None, labels: Any = None) -> list[Scores]:
         """The pairs of outputs for which both models choose a class.
 
         Args:
             student: The student's call.
             teacher: The teacher's call.
             sample_weight: The batch's sample weights.
+            labels: The batch's labels, which tell some terms which rows count.
 
         Returns:
             A list, empty if the loss does not compare class scores.
@@ -210,6 +200,25 @@ class LogitsDistillation(LossTerm):
             expected = f"labels for each of the {count} outputs, since {type(self.loss).__name__} needs them"
             raise ValueError(checks.message(expected, f"{len(several)}", "Pass output=<the output that has labels>."))
         return several
+
+    def _check_pair(self, student_logits: Any, teacher_logits: Any, ends: dict[str, str | None]) -> None:
+        """Check that two outputs, with these last activations, fit each other and the loss.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        if isinstance(teacher_logits, TopK):
+            self._check_merging(teacher_logits)
+            check_classes(student_logits, teacher_logits)
+            self._check_kind({"student": ends["student"]})
+            return
+        self._check_kind(ends)
+        remedy = "Both models must score the same classes."
+        checks.same_shape(student_logits, teacher_logits, names=("student_logits", "teacher_logits"), remedy=remedy)
+        if tuple(student_logits.shape)[-1:] == (1,) and isinstance(self.loss, SoftTargetLoss):
+            expected = "outputs of at least 2 classes for SoftTargetLoss"
+            remedy = "For a single logit use BinarySoftTargetLoss(). To pick one of several outputs pass output=..."
+            raise ValueError(checks.message(expected, f"shape {tuple(student_logits.shape)}", remedy))
 
     def _check_kind(self, ends: dict[str, str | None]) -> None:
         """Check that the loss fits outputs that are known to be logits or probabilities.

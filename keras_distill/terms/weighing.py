@@ -58,8 +58,7 @@ def weigh(
     missing = needs_labels and labels is None and isinstance(loss, DistillationLoss)
     if values_per == "batch" or missing:  # without labels the loss raises its own error
         return loss(target, student)
-    if not isinstance(loss, (DistillationLoss, FunctionLoss)):  # the losses of this library choose their own precision
-        target, student = keras.tree.map_structure(lambda tensor: _in_precision(tensor, loss), (target, student))
+    target, student = in_precision(loss, (target, student))
     values = loss.call(target, student)
     if not len(values.shape):
         return values / backends.replicas()  # the loss has taken the mean itself
@@ -80,6 +79,39 @@ def weigh(
         ops.cast(values, dtype), sample_weight=weights, mask=mask, reduction=loss.reduction, dtype=dtype
     )
     return scalar(reduced)
+
+
+def token_mean(
+    values: Any, counts: Any, weights: Any = None, *, by_sequence: bool = False, by_weight: bool = False
+) -> Any:
+    """The weighted mean of the tokens that count, over all replicas together.
+
+    Args:
+        values: One value for each token, shape ``(B, T)``.
+        counts: True where a token counts, same shape.
+        weights: Factor of each token, shape ``(B, T)`` or ``(B, 1)``, or None.
+        by_sequence: Whether each sequence is averaged first.
+        by_weight: Whether the divisor is the sum of the weights, not the number of tokens.
+
+    Returns:
+        A scalar, 0 if no token counts. Its sum over the replicas of ``tf.distribute`` is the mean over the tokens of
+        all of them, so that it must not be divided by their number.
+
+    Example:
+        >>> values, counts = ops.array([[1.0, 2.0, 3.0], [4.0, 9.0, 9.0]]), ops.array([[1, 1, 1], [1, 0, 0]])
+        >>> float(token_mean(values, counts)), float(token_mean(values, counts, by_sequence=True))
+        (2.5, 3.0)
+    """
+    counts, dtype = ops.cast(counts, "bool"), keras.backend.result_type(values.dtype, "float32")
+    values = ops.where(counts, ops.cast(values, dtype), 0.0)
+    shares = ops.cast(counts, dtype)
+    if weights is not None:
+        weights = ops.cast(weights, dtype)
+        values, shares = values * weights, shares * weights if by_weight else shares
+    if by_sequence:
+        divisors = ops.sum(shares, axis=1)
+        values, shares = ops.sum(values, axis=1) / _not_zero(divisors), ops.cast(divisors > 0, dtype)
+    return ops.sum(values) / _not_zero(backends.sum_over_replicas(ops.sum(shares)))
 
 
 def row_weights(logits: Any, masks: Sequence[Any], sample_weight: Any) -> Any:
@@ -109,6 +141,10 @@ def scalar(value: Any) -> Any:
     """The mean of values, under ``tf.distribute`` divided by the number of replicas; a scalar is returned unchanged."""
     value = ops.convert_to_tensor(value)
     return value if not len(value.shape) else ops.mean(value) / backends.replicas()
+
+
+def _not_zero(divisor: Any) -> Any:
+    return ops.where(divisor > 0, divisor, ops.ones_like(divisor))
 
 
 def _classes(labels: Any, student: Any, ignore_index: int | None) -> tuple[Any, Any]:
@@ -152,7 +188,21 @@ def zeroed(tensor: Any, mask: Any) -> Any:
     return ops.where(_expanded(mask, len(tensor.shape)), tensor, ops.zeros_like(tensor))
 
 
-def _in_precision(tensor: Any, loss: keras.losses.Loss) -> Any:
-    """Cast a floating-point tensor to the precision of a loss of Keras, as the loss's ``__call__`` does."""
-    is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
-    return ops.cast(tensor, loss.dtype) if is_float else tensor
+def in_precision(loss: keras.losses.Loss, tensors: Any) -> Any:
+    """Cast floating-point tensors to the precision of a loss of Keras, as the loss's ``__call__`` does.
+
+    Args:
+        loss: The loss; those of this library choose their own precision.
+        tensors: Tensors in any structure.
+
+    Returns:
+        The tensors in the same structure.
+    """
+    if isinstance(loss, (DistillationLoss, FunctionLoss)):
+        return tensors
+
+    def cast(tensor: Any) -> Any:
+        is_float = keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+        return ops.cast(tensor, loss.dtype) if is_float else tensor
+
+    return keras.tree.map_structure(cast, tensors)
