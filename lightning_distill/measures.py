@@ -23,27 +23,29 @@ class Means:
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
-        self._pending: list[tuple[Mapping[str, Tensor], int]] = []
+        self._pending: list[tuple[Mapping[str, Tensor], int, Mapping[str, Tensor]]] = []
         self._sums: Tensor | None = None  # a row of weighted sums and a row of weights
 
-    def add(self, values: Mapping[str, Tensor], size: int) -> None:
+    def add(self, values: Mapping[str, Tensor], size: int, sizes: Mapping[str, Tensor] | None = None) -> None:
         """Add the values of a batch.
 
         Args:
             values: Detached scalars by name; names may be missing.
             size: Number of examples.
+            sizes: By name, another number that a value is the mean of, such as tokens.
         """
-        self._pending.append((values, size))
+        self._pending.append((values, size, sizes or {}))
         if len(self._pending) >= _PENDING:
             self._flush()
 
     def _flush(self) -> None:
         for index, name in enumerate(self._names):
-            present = [(values[name], size) for values, size in self._pending if name in values]
+            present = [(values[name], sizes.get(name, size)) for values, size, sizes in self._pending if name in values]
             if not present:
                 continue
             values = torch.stack([value.float().reshape(()) for value, _ in present])  # a loss may have shape (1,)
-            sizes = torch.tensor([float(size) for _, size in present], device=values.device)
+            numbers = [torch.as_tensor(size, dtype=torch.float32, device=values.device) for _, size in present]
+            sizes = torch.stack(numbers)
             if self._sums is None:
                 self._sums = torch.zeros(2, len(self._names), device=values.device)
             self._sums[0, index] += (values * sizes).sum()
@@ -136,18 +138,24 @@ class Validation:
             return
         measures = self._loaders.setdefault(loader, LoaderMeasures(self._names))
         values = {f"{name}_loss": value.detach() for name, value in losses.items()}
-        if len(losses) == len(step.terms):
-            values["distillation_loss"] = sum(
-                (term.weight * values[f"{term.name}_loss"] for term in step.terms), torch.zeros(())
-            )
-            task_loss = output.get("loss") if isinstance(output, Mapping) else output
-            if isinstance(task_loss, Tensor) and task_loss.ndim == 0:
-                values["task_loss"] = task_loss.detach()
-                values["loss"] = self._settings.task_weight * values["task_loss"] + values["distillation_loss"]
-        measures.losses.add(values, step.batch_size)
+        task_loss = output.get("loss") if isinstance(output, Mapping) else output
+        if len(losses) == len(step.terms) and isinstance(task_loss, Tensor) and task_loss.ndim == 0:
+            values["task_loss"] = task_loss.detach()
+        measures.losses.add(values, step.batch_size, {f"{name}_loss": size for name, size in step.counted.items()})
         scored = next((term for term in step.terms if term.compares_class_scores), None)
         for student, teacher, mask in pairs:
             measures.agree(student, teacher, mask, getattr(scored, "class_dim", None))
+
+    def _with_totals(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The means with the weighted sums of the terms, which are means over examples or over tokens."""
+        terms = self._step.terms
+        if not terms or any(f"{term.name}_loss" not in means for term in terms):
+            return means
+        distillation = sum((term.weight * means[f"{term.name}_loss"] for term in terms), torch.zeros(()))
+        totals = {"distillation_loss": distillation}
+        if "task_loss" in means:
+            totals["loss"] = self._settings.task_weight * means["task_loss"] + distillation
+        return {**means, **totals}
 
     def results(self, loaders: int, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
         """The measurements over all processes, by their names in the logs.
@@ -161,7 +169,7 @@ class Validation:
         for index in range(loaders):
             suffix = f"/dataloader_idx_{index}" if loaders > 1 else ""
             measures = self._loaders.get(index) or LoaderMeasures(self._names)
-            for name, value in measures.losses.compute(device, reduce).items():
+            for name, value in self._with_totals(measures.losses.compute(device, reduce)).items():
                 results[f"val_{name}{suffix}"] = value
             agreeing, rows = reduce(measures.agreement_counts(device))
             if rows > 0:

@@ -333,6 +333,7 @@ class DistillStep:
             scored = next((term for term in self.terms if term.compares_class_scores), None)
             values: dict[str, list[Tensor]] = {}
             pairs: list[Pair] = []
+            self.counted = {}
             for call in calls:
                 self._prepare(call, batch)
                 answers = self.answers(call)
@@ -350,6 +351,7 @@ class DistillStep:
                         dim = resolve_class_dim(student_logits, scored.class_dim)
                         teacher_logits = each.softmax(dim if dim < 0 else dim + 1).mean(0).log()
                     pairs.append((student_logits.detach(), teacher_logits, scored.positions(call, labels)))
+                self.counted = call.counted
             return {name: torch.stack(each).mean() for name, each in values.items()}, pairs
         finally:
             self.release()

@@ -1,0 +1,180 @@
+"""Token terms together with other features: validation, caches, schedules, other terms, two callbacks, resuming."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from token_nets import (
+    LENGTHS,
+    QUIET,
+    CausalModel,
+    LanguageModule,
+    Sequences,
+    by_hand,
+    close,
+    divergence,
+    loader,
+    own_loss,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_distill import (
+    DistillCallback,
+    FeatureDistillation,
+    FusedLinearDistillation,
+    LogitsDistillation,
+    SequenceDistillation,
+    TeacherCache,
+    schedules,
+)
+
+ROWS = [Sequences()[index] for index in range(len(LENGTHS))]
+
+
+class Validated(LanguageModule):
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return own_loss(self.model(batch["input_ids"], batch["attention_mask"])["logits"])
+
+
+class Silent(LanguageModule):
+    """Its step makes no loss, since the heads are skipped."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.model(batch["input_ids"], batch["attention_mask"])
+
+
+def fitted(module: Any, terms: Any, data: Any, validation: Any = None, teacher: Any = None, **settings: Any) -> Trainer:
+    callback = DistillCallback(CausalModel(7, seed=1) if teacher is None else teacher, terms)
+    callbacks = [callback, *settings.pop("callbacks", [])]
+    trainer = Trainer(**{**QUIET, "max_epochs": 1, **settings}, callbacks=callbacks)
+    trainer.fit(module, data, validation)
+    return trainer
+
+
+def token_values(student: Any, teacher: Any) -> Tensor:
+    """The divergence of every token that counts."""
+    values = []
+    for row in ROWS:
+        with torch.no_grad():
+            logits = [
+                network(row["input_ids"][None], row["attention_mask"][None])["logits"] for network in (student, teacher)
+            ]
+        values.append(divergence(*logits)[0, :-1][row["labels"][1:] != -100])
+    return torch.cat(values)
+
+
+@pytest.mark.parametrize("term", [SequenceDistillation(weight=2.0), FusedLinearDistillation(weight=2.0)])
+def test_validation_is_the_mean_over_all_tokens(term: Any) -> None:
+    class Both(Validated, Silent):
+        pass
+
+    module = (Both if isinstance(term, FusedLinearDistillation) else Validated)()
+    trainer = fitted(module, term, loader(8), loader(2))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    expected = float(token_values(module.model, CausalModel(7, seed=1)).mean())
+    assert logged["distill/val_tokens_loss"] == pytest.approx(expected, rel=1e-6)
+    assert logged["distill/val_distillation_loss"] == pytest.approx(2 * expected, rel=1e-6)
+    assert logged["distill/val_loss"] == pytest.approx(2 * expected + logged["distill/val_task_loss"], rel=1e-6)
+
+
+def test_the_agreement_is_over_the_tokens_that_count() -> None:
+    module = Validated()
+    trainer = fitted(module, SequenceDistillation(), loader(8), loader(2))
+    agreeing = []
+    for row in ROWS:
+        with torch.no_grad():
+            chosen = [
+                network(row["input_ids"][None], row["attention_mask"][None])["logits"].argmax(-1)[0, :-1]
+                for network in (module.model, CausalModel(7, seed=1))
+            ]
+        agreeing.append((chosen[0] == chosen[1])[row["labels"][1:] != -100])
+    expected = float(torch.cat(agreeing).double().mean())
+    assert float(trainer.callback_metrics["distill/val_teacher_agreement"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_cache_of_the_likeliest_tokens_gives_the_divergence_over_merged_tokens(tmp_path: Path) -> None:
+    teacher = CausalModel(7, seed=1)
+    whole = TeacherCache.build(teacher, Sequences(), tmp_path / "whole", dtype="float32", progress=False)
+    likeliest = TeacherCache.build(teacher, Sequences(), tmp_path / "k", top_k=12, progress=False)
+    states = []
+    for cache in (whole, likeliest):  # of 13 tokens all but one: merging changes nothing
+        module = LanguageModule()
+        fitted(
+            module,
+            SequenceDistillation(weight=2.0),
+            DataLoader(Sequences(), 2),
+            teacher=cache,
+            accumulate_grad_batches=4,
+        )
+        states.append(module.model.state_dict())
+    close(*states, atol=1e-3)  # the likeliest are stored in float16
+    close(states[0], by_hand(3, micro_batches=4), atol=1e-6)
+
+
+class Weights(Callback):
+    """Notes the weight that each step used."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        parts = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.seen.append(parts["distill/distillation_loss"] / parts["distill/tokens_loss"])
+
+
+@pytest.mark.parametrize(("kind", "term"), [(LanguageModule, SequenceDistillation), (Silent, FusedLinearDistillation)])
+def test_a_scheduled_weight_counts_in_its_own_step(kind: Any, term: Any) -> None:
+    weights = Weights()
+    fitted(kind(), term(weight=schedules.Linear(1.0, 3.0, duration=2, over="steps")), loader(8), callbacks=[weights])
+    assert weights.seen == pytest.approx([1.0, 2.0, 3.0], rel=1e-5)
+
+
+def test_features_of_the_same_step_are_read_while_the_heads_are_skipped() -> None:
+    students, feature = [], FeatureDistillation("body", "body", "mse", weight=0.5, adapter=None)
+    for kind, term in ((LanguageModule, SequenceDistillation), (Silent, FusedLinearDistillation)):
+        module, teacher, calls = kind(CausalModel(7)), CausalModel(7, seed=1), []
+        teacher.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        callback = DistillCallback(teacher, [term(weight=2.0), feature], task_weight=0.0)
+        Trainer(callbacks=callback, max_epochs=1, **QUIET).fit(module, loader(8))
+        assert len(calls) == 3  # once in each step
+        students.append(module.model)
+    close(*[student.state_dict() for student in students])
+
+
+def test_two_callbacks_count_the_same_window() -> None:
+    module = LanguageModule()
+    second = DistillCallback(CausalModel(7, seed=1), SequenceDistillation(), name="second")
+    fitted(module, SequenceDistillation(), loader(2), callbacks=[second], accumulate_grad_batches=4)
+    close(module.model.state_dict(), by_hand(3, micro_batches=4))
+
+
+def test_terms_on_logits_and_on_tokens_stand_side_by_side() -> None:
+    module = LanguageModule()
+    terms = [SequenceDistillation(weight=2.0), LogitsDistillation(mask=lambda batch: batch["labels"] == -7, weight=1.0)]
+    fitted(module, terms, loader(2), accumulate_grad_batches=4)  # the second counts no position
+    close(module.model.state_dict(), by_hand(3, micro_batches=4))
+
+
+def test_copies_in_mid_fit_are_plain_and_resuming_is_exact(tmp_path: Path) -> None:
+    copies = []
+
+    class Copy(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            copies.append(copy.deepcopy(pl_module.model))
+
+    whole, halves = Silent(), Silent()
+    fitted(whole, FusedLinearDistillation(weight=2.0), loader(8), max_epochs=2, callbacks=[Copy()])
+    assert all("forward" not in copied.lm_head.__dict__ for copied in copies)
+    trainer = fitted(halves, FusedLinearDistillation(weight=2.0), loader(8))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Silent()
+    callback = DistillCallback(CausalModel(7, seed=1), FusedLinearDistillation(weight=2.0))
+    trainer = Trainer(callbacks=callback, max_epochs=2, **QUIET)
+    trainer.fit(resumed, loader(8), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    close(resumed.model.state_dict(), whole.model.state_dict(), atol=0)
