@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from token_batches import IGNORED, SEQUENCES, bert, by_sequence, distilled, llama, padded, t5
 from token_nets import CausalModel, divergence
 from torch import Tensor, nn
 
 from lightning_distill import (
     Call,
-    DecoupledKDLoss,
     Distiller,
     GeneralizedJSDLoss,
     ReverseKLLoss,
@@ -21,80 +19,6 @@ from lightning_distill import (
     SkewKLLoss,
     SoftTargetLoss,
 )
-
-PAD, IGNORED = 0, -100
-SEQUENCES = ([5, 3, 8, 2, 7], [4, 9], [6, 1, 1, 12])
-
-
-def llama(width: int = 16, seed: int = 0, vocabulary: int = 64) -> nn.Module:
-    torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    ).double()
-
-
-def t5(width: int = 16, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    config = transformers.T5Config(
-        vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    return transformers.T5ForConditionalGeneration(config).double()
-
-
-def bert(width: int = 16, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    return transformers.BertForMaskedLM(config).double()
-
-
-def padded(sequences: Any = SEQUENCES, side: str = "right", labels: bool = True) -> dict[str, Tensor]:
-    length = max(len(sequence) for sequence in sequences)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for sequence in sequences:
-        padding = length - len(sequence)
-        for name, tokens, filler in (
-            ("input_ids", list(sequence), PAD),
-            ("attention_mask", [1] * len(sequence), 0),
-            ("labels", list(sequence), IGNORED),
-        ):
-            filled = [filler] * padding
-            rows[name].append(tokens + filled if side == "right" else filled + tokens)
-    batch = {name: torch.tensor(values) for name, values in rows.items()}
-    return batch if labels else {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-def distilled(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], term: Any = None, **settings: Any):
-    """The term's value for a batch, and the student's gradients."""
-    student.zero_grad()
-    term = SequenceDistillation() if term is None else term
-    with Distiller(student, teacher, term, task_weight=0, **settings) as distiller:
-        with distiller.record():
-            student(**batch)
-        total = distiller.total(torch.zeros((), dtype=torch.float64), batch)
-        if total.requires_grad:
-            total.backward()
-    return float(total.detach()), {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-
-
-def by_sequence(student: nn.Module, teacher: nn.Module, sequences: Any = SEQUENCES) -> float:
-    """Each sequence by itself and without padding, token by token."""
-    values = []
-    for sequence in sequences:
-        tokens = torch.tensor([sequence])
-        with torch.no_grad():
-            outputs = [network.eval()(input_ids=tokens)["logits"] for network in (student, teacher)]
-        values += divergence(*outputs)[0, :-1].tolist()
-    return sum(values) / len(values)
-
 
 # Alignment ---------------------------------------------------------------------------------------------------------
 
@@ -297,149 +221,3 @@ def test_a_teacher_in_bfloat16_and_a_quantised_one_teach() -> None:
     quantize_(exact, Int8WeightOnlyConfig(version=2))
     value, _ = distilled(student, exact, padded())
     assert value == pytest.approx(expected, rel=0.05)
-
-
-# Vocabularies ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("student_size", "teacher_size"), [(13, 16), (16, 13)])
-def test_columns_that_only_one_side_has_are_left_out_on_both(student_size: int, teacher_size: int) -> None:
-    student, teacher = CausalModel(vocabulary=student_size), CausalModel(7, seed=1, vocabulary=teacher_size)
-    batch = padded()
-    value, gradients = distilled(student, teacher, batch)
-    with torch.no_grad():
-        logits = [network(**batch)["logits"][..., :13] for network in (student, teacher)]
-    counts = batch["labels"][:, 1:] != IGNORED
-    assert value == pytest.approx(float(divergence(*logits)[:, :-1][counts].mean()), abs=1e-12)
-    assert gradients["lm_head.weight"][13:].eq(0).all()
-    narrower = SequenceDistillation(vocabulary=10)
-    value, _ = distilled(student, teacher, {**batch, "input_ids": batch["input_ids"].clamp(max=9)}, narrower)
-    assert math.isfinite(value)
-
-
-def test_other_tokenizers_are_refused_with_both_sizes() -> None:
-    student, teacher = CausalModel(), CausalModel(7, seed=1, vocabulary=64)
-    with pytest.raises(ValueError, match=r"student's has 13 entries and the teacher's 64"):
-        distilled(student, teacher, padded())
-    with pytest.raises(ValueError, match="`vocabulary` to be at most 13"):
-        distilled(student, teacher, padded(), SequenceDistillation(vocabulary=14))
-    value, _ = distilled(student, teacher, padded(), SequenceDistillation(vocabulary=13))
-    assert math.isfinite(value)
-
-
-# Finite gradients --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("side", ["student", "teacher", "both"])
-@pytest.mark.parametrize(
-    "loss", [SoftTargetLoss(temperature=0.05), ReverseKLLoss(temperature=0.05), GeneralizedJSDLoss(temperature=0.05)]
-)
-def test_forbidden_tokens_leave_values_and_gradients_finite(loss: Any, side: str, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = [5 * torch.randn(2, 4, 9, generator=generator) for _ in range(2)]
-    for index, name in enumerate(("student", "teacher")):
-        if side in (name, "both"):
-            logits[index][..., 5:] = -math.inf
-    student = logits[0].to(dtype).requires_grad_()
-    call = Call((), {"labels": torch.ones(2, 4, dtype=torch.int64)}, output=student)
-    value = SequenceDistillation(loss)(call, Call((), {}, output=logits[1].to(dtype)))
-    value.backward()
-    assert torch.isfinite(value)
-    assert torch.isfinite(student.grad).all()
-
-
-# Errors ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_loss_with_labels_gets_the_token_that_each_position_predicts() -> None:
-    batch, student, teacher = padded(), CausalModel(), CausalModel(7, seed=1)
-    loss = DecoupledKDLoss()
-    value, _ = distilled(student, teacher, batch, SequenceDistillation(loss))
-    with torch.no_grad():
-        logits = [network(**batch)["logits"] for network in (student, teacher)]
-    counts = batch["labels"][:, 1:] != IGNORED
-    expected = loss(logits[0][:, :-1][counts], logits[1][:, :-1][counts], batch["labels"][:, 1:][counts])
-    assert value == pytest.approx(float(expected), abs=1e-12)
-
-
-def call_of(logits: Tensor, **kwargs: Any) -> Call:
-    return Call((), kwargs, output=logits)
-
-
-WRONG = {
-    "no labels and no mask": (
-        lambda: distilled(CausalModel(), CausalModel(), {"input_ids": padded()["input_ids"]}),
-        "Expected labels, an attention mask or `mask=` to say which tokens count",
-    ),
-    "labels of another length": (
-        lambda: SequenceDistillation()(
-            call_of(torch.zeros(2, 4, 9), labels=torch.ones(2, 5, dtype=torch.int64)), call_of(torch.zeros(2, 4, 9))
-        ),
-        r"position for each of the 5 tokens of the labels or the mask, but got 4 positions",
-    ),
-    "a teacher of another length": (
-        lambda: SequenceDistillation()(
-            call_of(torch.zeros(2, 4, 9), labels=torch.ones(2, 4, dtype=torch.int64)), call_of(torch.zeros(2, 6, 9))
-        ),
-        r"score the same tokens, but got logits of the shapes \(2, 4, 9\) and \(2, 6, 9\)",
-    ),
-    "flattened logits": (
-        lambda: SequenceDistillation()(
-            call_of(torch.zeros(8, 9), labels=torch.ones(2, 4, dtype=torch.int64)), call_of(torch.zeros(8, 9))
-        ),
-        r"student's logits to have the shape \(batch, tokens, vocabulary\), but got shape \(8, 9\)",
-    ),
-    "a mask that is not there": (
-        lambda: SequenceDistillation(mask="answer").counted(padded()),
-        "`mask` to say where a batch keeps its mask, but got mask='answer'",
-    ),
-    "a mask of another shape": (
-        lambda: SequenceDistillation(mask=lambda batch: torch.ones(3, 4)).counted(padded()),
-        r"`mask` to have the shape of the labels, \(3, 5\), but got shape \(3, 4\)",
-    ),
-    "labels of one dimension": (
-        lambda: SequenceDistillation(labels="labels").counted({"labels": torch.ones(3, dtype=torch.int64)}),
-        r"`labels` to have the shape \(batch, tokens\), but got shape \(3,\)",
-    ),
-    "a seq2seq model with a shift": (
-        lambda: distilled(t5(), t5(), padded()),
-        "`shift` to be False for a model that returns Seq2Seq",
-    ),
-    "a masked model with a shift": (
-        lambda: distilled(bert(), bert(), padded()),
-        "`shift` to be False for a model that returns Masked",
-    ),
-    "labels that are shifted already": (
-        lambda: distilled(CausalModel(), CausalModel(), {**padded(), "labels": padded()["labels"].roll(-1, 1)}),
-        "labels that are shifted already: the label at position t is token t",
-    ),
-    "labels that are not shifted yet": (
-        lambda: distilled(llama(), llama(), padded(), SequenceDistillation(shift=False)),
-        "labels that are shifted already with shift=False",
-    ),
-    "a loss without a mask": (lambda: SequenceDistillation(lambda s, t: (s - t).mean()), "`loss` to take a mask"),
-    "classes elsewhere": (lambda: SequenceDistillation(SoftTargetLoss(class_dim=1)), "`loss` to have the classes last"),
-    "an unknown normalisation": (lambda: SequenceDistillation(normalize="batch"), "`normalize` to be one of"),
-    "no columns": (lambda: SequenceDistillation(vocabulary=0), "`vocabulary` to be greater than 0"),
-    "a loss on labels without labels": (
-        lambda: distilled(CausalModel(), CausalModel(), padded(labels=False), SequenceDistillation(DecoupledKDLoss())),
-        "Expected a batch with labels for DecoupledKDLoss",
-    ),
-    "inputs that are not in the batch": (
-        lambda: distilled(CausalModel(), CausalModel(), padded(), teacher_inputs="prompt"),
-        "`teacher_inputs` to say where a batch keeps the teacher's inputs, but got teacher_inputs='prompt'",
-    ),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_input_is_refused_before_the_backward_pass_with_a_remedy(wrong: str) -> None:
-    make, words = WRONG[wrong]
-    with pytest.raises((ValueError, TypeError), match=words):
-        make()
-
-
-def test_teacher_inputs_of_a_wrong_type_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"`teacher_inputs` to be a function, a key or an index, but got.*=\[1\]"):
-        Distiller(CausalModel(), CausalModel(seed=1), teacher_inputs=[1])
