@@ -72,9 +72,12 @@ from lightning_distill.module import DistillModule
 from lightning_distill.recording import Call, Tap
 from lightning_distill.teachers import load_teacher
 from lightning_distill.terms import (
+    AttentionDistillation,
+    AttentionRelationDistillation,
     DistillationTerm,
     FeatureDistillation,
     FusedLinearDistillation,
+    HiddenStatesDistillation,
     LogitsDistillation,
     SelfDistillation,
     SequenceDistillation,
@@ -96,6 +99,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AttentionDistillation",
+    "AttentionRelationDistillation",
     "CacheError",
     "Call",
     "CausalLMDistillModule",
@@ -109,6 +114,7 @@ __all__ = [
     "Distiller",
     "FeatureDistillation",
     "FusedLinearDistillation",
+    "HiddenStatesDistillation",
     "IntermediateLayersKnowledgeDistillationLoss",
     "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",

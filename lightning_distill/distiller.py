@@ -168,8 +168,9 @@ class Distiller:
             features: Whether to keep the features at the tapped layers.
             batch: The batch, for a :class:`FusedLinearDistillation`, which makes its loss while the student is called.
         """
-        if self._counts and self._step.skips_heads:
-            self._step.scheduler.advance(Progress(self._count))  # the loss is made here, not in `total`
+        if self._counts and (self._step.skips_heads or self._step.adds_arguments):
+            # already here, not only in `total`: the weights decide how the student is called
+            self._step.scheduler.advance(Progress(self._count))
         if not self._looked:
             self._looked = True
             networks = [self.student, *self._step.source.modules()]
@@ -336,6 +337,7 @@ class Distiller:
     def close(self) -> None:
         """Restore the teacher. The adapters stay, and a later recording holds the teacher again."""
         self._learned.unfollow()
+        self._step.student.close()
         self._step.source.release()
         if self._guards is not None:
             self._guards.undo()

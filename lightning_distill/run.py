@@ -186,6 +186,7 @@ class Run:
             self._cached = None
         self.learned.unfollow()
         self.step.release()
+        self.step.student.close()
         self.step.source.release()
 
     # Training --------------------------------------------------------------------------------------------------------

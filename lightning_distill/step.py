@@ -104,6 +104,11 @@ class DistillStep:
         """Whether the networks' heads make no logits in a training step."""
         return any(term.skips_heads and term.active for term in self.terms)
 
+    @property
+    def adds_arguments(self) -> bool:
+        """Whether a term adds arguments to the student's calls."""
+        return any(term.student_arguments for term in self.terms)
+
     def check(self) -> None:
         """Raise if a tapped layer does not exist, or the teacher lacks an output or a layer that the terms read.
 
@@ -130,6 +135,12 @@ class DistillStep:
                 f"Expected `teacher` to be a network for term {skipping[0]!r}, which reads what goes into its head, but"
                 " it is not. Use SequenceDistillation with a cache."
             )
+        bound = next((term.name for term in self.terms if term.needs_network), None)
+        if bound is not None and self.source.stored:
+            raise ValueError(
+                f"Expected `teacher` to be a network for term {bound!r}, which reads what a cache does not hold, but"
+                " got a cache. Build it with layers=[<names of the layers>], and pass them to FeatureDistillation."
+            )
         self.source.check(taps["teacher"], reader, output_reader)
         self.student.check(taps["student"])
 
@@ -141,7 +152,9 @@ class DistillStep:
             features: Whether to keep the features at the tapped layers.
             batch: The batch, for a term that makes its loss while the student is called.
         """
-        recording = self.student.recording(needs_grad, features)
+        asking = [term for term in self.terms if term.active or not needs_grad]  # validation measures all terms
+        arguments = {name: value for term in asking for name, value in term.student_arguments.items()}
+        recording = self.student.recording(needs_grad, features, arguments)
         term = next((term for term in self.terms if term.skips_heads and term.active), None)
         return recording if term is None or not needs_grad else self._skipping(recording, term, batch)
 

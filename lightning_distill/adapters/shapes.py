@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.recording import Call, Tap
+from lightning_distill.recording.outputs import entries_of
 
 Shape = tuple[list[int], str]
-Shapes = dict[str, Any]  # "student" and "teachers": the shapes at the term's taps and of the logits
+Shapes = dict[str, Any]  # "student" and "teachers": the shapes at the term's taps and of the outputs
 
 
 class Learner(Protocol):
@@ -51,7 +52,7 @@ class _ShapedCall(Call):
 
     def feature(self, tap: Tap) -> Tensor:
         """Zeros in the shape of the feature."""
-        return self.features[tap]
+        return self.features[tap] if tap in self.features else super().feature(tap)
 
 
 def describe(term: Learner, student: Call, teachers: Sequence[Call]) -> Shapes:
@@ -84,8 +85,17 @@ def calls_of(term: Learner, shapes: Shapes, device: torch.device) -> tuple[Call,
 
 
 def _side(call: Call, taps: Sequence[Tap]) -> dict[str, Any]:
-    output = _shape(call.output) if isinstance(call.output, Tensor) else None
-    return {"taps": [_shape(call.feature(tap)) for tap in taps], "output": output}
+    return {"taps": [_shape(call.feature(tap)) for tap in taps], "output": _shapes_in(call.output)}
+
+
+def _shapes_in(value: Any) -> Any:
+    """The value with a shape in the place of each tensor, in lists and dicts."""
+    if isinstance(value, Tensor):
+        return _shape(value)
+    entries = entries_of(value)
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return [_shapes_in(entry) for entry in entries.values()]
+    return {key: _shapes_in(entry) for key, entry in entries.items()} or None
 
 
 def _shape(tensor: Tensor) -> Shape:
@@ -94,12 +104,17 @@ def _shape(tensor: Tensor) -> Shape:
     return list(tensor.shape), str(dtype).removeprefix("torch.")
 
 
-def _zeros(shape: Shape | None, device: torch.device) -> Tensor | None:
-    return None if shape is None else torch.zeros(shape[0], dtype=getattr(torch, shape[1]), device=device)
+def _zeros(shapes: Any, device: torch.device) -> Any:
+    """Zeros in the places of shapes."""
+    if isinstance(shapes, tuple):
+        return torch.zeros(shapes[0], dtype=getattr(torch, shapes[1]), device=device)
+    if isinstance(shapes, list):
+        return [_zeros(entry, device) for entry in shapes]
+    return None if shapes is None else {key: _zeros(entry, device) for key, entry in shapes.items()}
 
 
 def _shaped(side: dict[str, Any], taps: Sequence[Tap], device: torch.device, who: str, teacher: int) -> Call:
     call = _ShapedCall((), {}, output=_zeros(side["output"], device), who=who, teacher=teacher)
     features = [_zeros(shape, device) for shape in side["taps"]]
-    call.features = dict(zip(taps, features, strict=True))  # type: ignore[arg-type]
+    call.features = dict(zip(taps, features, strict=True))
     return call

@@ -127,8 +127,8 @@ def attention_relation(
     The models' widths and numbers of heads may differ.
 
     Args:
-        student: The student's vectors, shape ``(N, L, H_s)``.
-        teacher: The teacher's vectors, shape ``(N, L, H_t)``.
+        student: The student's vectors, shape ``(N, L, H_s)``, or ``(N, L, heads, d)`` with the heads side by side.
+        teacher: The teacher's vectors, shape ``(N, L, H_t)`` or ``(N, L, heads, d)``.
         relation_heads: Number A of relation heads, a divisor of both widths.
         mask: True where an example or a position counts, shape ``(N,)`` or with the positions; None where all count.
         reduction: ``"none"`` for one value per example, ``"mean"`` for the mean over the examples that count.
@@ -148,6 +148,9 @@ def attention_relation(
     References:
         Wang et al. 2021 (MiniLMv2), equations 5 to 8, arXiv:2012.15828.
     """
+    checks.floating("student", student)
+    checks.floating("teacher", teacher)
+    student, teacher = (vectors.flatten(2) if vectors.ndim == 4 else vectors for vectors in (student, teacher))
     _check_shapes_and_heads(student, teacher, relation_heads)
     student, teacher = prepare(student, teacher)
     positions = positions_mask(mask, student)
@@ -175,8 +178,6 @@ def check_heads(relation_heads: int) -> None:
 
 def _check_shapes_and_heads(student: Tensor, teacher: Tensor, relation_heads: int) -> None:
     check_heads(relation_heads)
-    checks.floating("student", student)
-    checks.floating("teacher", teacher)
     if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
         expected = "`student` and `teacher` to have the shapes (N, L, H_s) and (N, L, H_t)"
         raise ValueError(checks.message(expected, f"{tuple(student.shape)} and {tuple(teacher.shape)}"))

@@ -73,7 +73,7 @@ class AttentionRelationLoss(FormulaLoss):
         relation_heads: Number of relation heads, a divisor of both widths; the paper has 48 or 64.
 
     Returns:
-        A scalar when called with vectors ``(N, L, H)`` of the student, then the teacher.
+        A scalar when called with vectors ``(N, L, H)`` or ``(N, L, heads, d)`` of the student, then the teacher.
 
     Raises:
         TypeError: If ``relation_heads`` is not an int.
@@ -90,6 +90,7 @@ class AttentionRelationLoss(FormulaLoss):
     """
 
     channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False  # (N, L, heads, d) is not a map: a term must not resize it
     _formula = staticmethod(attention_relation)
 
     def __init__(self, *, relation_heads: int) -> None:

@@ -110,6 +110,7 @@ class Call:
         logged: Values to log beside the terms' losses, or in their place, by name.
         skipped: The call's skipped head and the loss made there, if a term skips heads.
         random_state: State of the generators before the call, if it may have to be made again.
+        parameters: Names of the network's parameters, in order.
     """
 
     args: tuple[Any, ...]
@@ -127,6 +128,7 @@ class Call:
     logged: dict[str, Tensor] = field(default_factory=dict, repr=False)
     skipped: Any = field(default=None, repr=False)
     random_state: Any = field(default=None, repr=False)
+    parameters: tuple[str, ...] = field(default=(), repr=False)
     input_versions: Versions = field(default_factory=list, repr=False)
     output_versions: Versions = field(default_factory=list, repr=False)
     runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = field(default_factory=dict, repr=False)
@@ -156,6 +158,12 @@ class Call:
             place: [(feature, [])] for place, feature in (features or {}).items()
         }
         return cls((), {}, output=output, who=who, runs=runs, **attributes)
+
+    def argument(self, name: str) -> Any:
+        """The argument of that name, passed by name or by position; ``None`` if it was not passed."""
+        if name in self.parameters[: len(self.args)]:
+            return self.args[self.parameters.index(name)]
+        return self.kwargs.get(name)
 
     @property
     def logits(self) -> Tensor:
@@ -233,7 +241,7 @@ class Call:
                 f"Expected {place} to keep the feature that was read from it, but a later layer changed it in place."
                 " Tap that later layer, or build it with inplace=False."
             )
-        return self._with_gradient(picked, tap.layer)
+        return self._with_gradient(picked, tap.layer or None)
 
     def check_input(self) -> None:
         """Raise if the network's input was changed in place after the call, so that the teacher would get other values.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,13 @@ from torch import nn
 
 from lightning_distill import compat
 from lightning_distill.checks import closest
+from lightning_distill.recording.arguments import (
+    drop_capturing_hooks,
+    has_capturing_hooks,
+    parameters_of,
+    takes,
+    with_arguments,
+)
 from lightning_distill.recording.calls import Call, Tap, inputs_of, snapshot
 
 _KEYS = itertools.count(2**40)  # beyond the numbers that torch gives its own hooks
@@ -99,9 +106,8 @@ class _InputHook(_PreHook):
 
 
 class _EnterHook(_PreHook):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module is self.module:
-            self.recorder.enter(args, kwargs)
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self.recorder.enter(args, kwargs) if module is self.module else None
 
 
 class _LeaveHook(_Hook):
@@ -154,6 +160,9 @@ class Recorder:
         self.open: list[Call] = []
         self.copies = self.keeps_random_state = False
         self._needs_grad = False
+        self._arguments: dict[str, Any] = {}
+        self._parameters: tuple[str, ...] = ()
+        self._was_capturing: bool | None = None  # None until arguments are added to a call
         self._hooks: list[_Hook] | None = None
         self._ends: list[_Hook] = []
 
@@ -193,12 +202,19 @@ class Recorder:
         self.calls.clear()
         self.open.clear()
 
-    def start(self, needs_grad: bool, features: bool) -> list[_Hook]:
+    def close(self) -> None:
+        """Remove the hooks that transformers has put on the layers because of added arguments."""
+        if self._was_capturing is False:
+            drop_capturing_hooks(self.root)
+        self._was_capturing = None
+
+    def start(self, needs_grad: bool, features: bool, arguments: Mapping[str, Any] | None = None) -> list[_Hook]:
         """Put the hooks into the modules' tables.
 
         Args:
             needs_grad: Whether to leave out calls made with gradients disabled.
             features: Whether to keep the features at the tapped layers, beside the input and the output.
+            arguments: Keyword arguments to add to each recorded call, if the network takes them.
 
         Returns:
             The hooks; the caller removes them.
@@ -207,7 +223,12 @@ class Recorder:
             self._hooks = self._feature_hooks()
             if self._whole:
                 self._ends = [_EnterHook(self.first, self), _LeaveHook(self.last, self)]
+            self._parameters = tuple(parameters_of(self.first))
         self._needs_grad, self.copies = needs_grad, torch.is_inference_mode_enabled()
+        whole = self.first is self.last  # of several networks none is called with all
+        self._arguments = {key: value for key, value in (arguments or {}).items() if whole and takes(self.root, key)}
+        if self._arguments and self._was_capturing is None:
+            self._was_capturing = has_capturing_hooks(self.root)
         if not self._whole:
             self.open = [Call((), {}, who=self.who)]
             self.calls.append(self.open[0])
@@ -224,10 +245,14 @@ class Recorder:
                 hooks.append((_OutputHook if where == "output" else _InputHook)(module, self, layer))
         return hooks
 
-    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Open a call."""
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Open a call.
+
+        Returns:
+            The arguments to call the network with, if they differ from the user's.
+        """
         if not torch.is_grad_enabled() and self._needs_grad:
-            return
+            return None
         if self.open and self.first is not self.last:
             raise ValueError(
                 f"Expected {type(self.last).__name__} to be called after each call of {type(self.first).__name__}, the"
@@ -236,8 +261,17 @@ class Recorder:
         (args, kwargs), versions = snapshot((args, kwargs), self.copies)
         state = random_state() if self.keeps_random_state else None
         self.open.append(
-            Call(args, kwargs, who=self.who, trains=self._needs_grad, input_versions=versions, random_state=state)
+            Call(
+                args,
+                kwargs,
+                who=self.who,
+                trains=self._needs_grad,
+                input_versions=versions,
+                random_state=state,
+                parameters=self._parameters,
+            )
         )
+        return with_arguments(self.root, args, kwargs, self._arguments) if self._arguments else None
 
     def leave(self, output: Any) -> None:
         """Close the call that was opened last."""
@@ -248,6 +282,11 @@ class Recorder:
             call.skipped.trace.open = False
         if output is None:  # the forward pass raised an error
             return
+        if self._arguments and isinstance(output, tuple) and not hasattr(output, "_fields"):
+            raise ValueError(
+                f"Expected the {self.who} to return its outputs by name where a term adds {', '.join(self._arguments)}"
+                " to its call, but got a tuple. Leave out return_dict=False, in the call and in the model's config."
+            )
         call.output, call.output_versions = snapshot(output, self.copies)
         if not self.open:  # a network that calls itself is recorded once
             self.calls.append(call)
@@ -285,15 +324,23 @@ class Recording:
         recorders: The recorders.
         needs_grad: Whether to leave out calls made with gradients disabled.
         features: Whether to keep the features at the tapped layers.
+        arguments: Keyword arguments to add to each recorded call.
     """
 
-    def __init__(self, recorders: Sequence[Recorder], needs_grad: bool = False, features: bool = True) -> None:
+    def __init__(
+        self,
+        recorders: Sequence[Recorder],
+        needs_grad: bool = False,
+        features: bool = True,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         self._recorders, self._needs_grad, self._features = recorders, needs_grad, features
+        self._arguments = arguments
         self._hooks: list[_Hook] = []
 
     def __enter__(self) -> None:
         for recorder in self._recorders:
-            self._hooks += recorder.start(self._needs_grad, self._features)
+            self._hooks += recorder.start(self._needs_grad, self._features, self._arguments)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for hook in self._hooks:

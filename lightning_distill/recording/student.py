@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -74,17 +75,23 @@ class StudentFinder:
             return self._named().root
         return self._module if self._student_recorder is None else self._student_recorder.root
 
-    def recording(self, needs_grad: bool, features: bool) -> Recording:
-        """A context that records the student, or every candidate until a step has shown which one it is."""
+    def recording(self, needs_grad: bool, features: bool, arguments: Mapping[str, Any] | None = None) -> Recording:
+        """A context that records the student, or every candidate until a step has shown which one it is.
+
+        Args:
+            needs_grad: Whether to leave out calls made with gradients disabled.
+            features: Whether to keep the features at the tapped layers.
+            arguments: Keyword arguments to add to each recorded call.
+        """
         if self._student_recorder is None and self._student is not None:
             self._student_recorder = self._named()  # not earlier: a hook of the module may build the student
         if self._student_recorder is not None:
-            return Recording([self._student_recorder], needs_grad, features)
+            return Recording([self._student_recorder], needs_grad, features, arguments)
         if self._recorders is None:
             self._recorders = {
                 name: recorder for name, recorder in self._candidates().items() if not recorder.unknown()
             }
-        return Recording(list(self._recorders.values()), needs_grad, features)
+        return Recording(list(self._recorders.values()), needs_grad, features, arguments)
 
     def find(self) -> list[Call]:
         """Find the student among the candidates that were called, and return its recorded calls.
@@ -105,6 +112,7 @@ class StudentFinder:
             for recorder in called.values():
                 for other in (self._recorders or {}).values():
                     if other is not recorder:
+                        other.close()
                         other.clear()  # it has recorded the student's calls, or calls inside them
                 self._student_recorder, self._recorders = recorder, None
         return [] if self._student_recorder is None else self._student_recorder.calls
@@ -153,6 +161,11 @@ class StudentFinder:
             " self.model(x) and not self.model.forward(x), or name the submodule that is called: student=<its path>."
             " Networks that are called one after the other are named together: student=['backbone', 'head']."
         )
+
+    def close(self) -> None:
+        """Leave nothing on the networks' layers."""
+        for recorder in self._recording():
+            recorder.close()
 
     def clear(self) -> None:
         """Release what was recorded."""

@@ -101,7 +101,7 @@ class TokenPositions:
     def _of(self, batch: Any, mask_batch: Any, kwargs: Mapping[str, Any], seq2seq: bool, label_place: Any) -> Positions:
         labels = self._labels(batch, kwargs, label_place)
         mask = None if self.mask is None else self._mask(mask_batch)
-        attention = _entry("decoder_attention_mask" if seq2seq else "attention_mask", batch, kwargs)
+        attention = find_entry("decoder_attention_mask" if seq2seq else "attention_mask", batch, kwargs)
         attention = attention if _is_rows(attention) else None
         reference = next((rows for rows in (labels, mask, attention) if rows is not None), None)
         if reference is None:
@@ -115,7 +115,7 @@ class TokenPositions:
                 f"Expected `mask` to have the shape of the labels, {tuple(reference.shape)}, but got shape"
                 f" {tuple(mask.shape)}."
             )
-        documents = [_entry(name, batch, kwargs) for name in ("position_ids", "seq_idx")]
+        documents = [find_entry(name, batch, kwargs) for name in ("position_ids", "seq_idx")]
         return self._combined(labels, mask, attention, *documents)
 
     def _mask(self, batch: Any) -> Tensor:
@@ -275,7 +275,7 @@ def _two_dimensions(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _entry(name: str, batch: Any, kwargs: Mapping[str, Any]) -> Any:
+def find_entry(name: str, batch: Any, kwargs: Mapping[str, Any]) -> Any:
     """An entry of the call's arguments, of the batch, or of a dict inside the batch."""
     places = [kwargs, batch, *(batch if isinstance(batch, (tuple, list)) else [])]
     for place in places:

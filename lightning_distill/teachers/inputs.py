@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_distill.recording import Call
+from lightning_distill.recording.arguments import takes, with_arguments
 from lightning_distill.recording.batches import as_arguments
 from lightning_distill.recording.calls import inputs_of
 
@@ -23,7 +23,7 @@ class TeacherInputs:
         place: ``None`` for the student's inputs; a function from the student's inputs (its only argument, the tuple of
             its arguments, or the dict of its keyword arguments) to the teacher's, in the same forms; or the key or
             index of the teacher's inputs in the batch.
-        arguments: Keyword arguments for every network whose forward has a parameter of that name.
+        arguments: Keyword arguments to add where every network takes them.
 
     Raises:
         TypeError: If ``place`` is neither a function, a key nor an index.
@@ -36,11 +36,16 @@ class TeacherInputs:
             )
         self.place, self._arguments = place, dict(arguments)
         self._accepted: dict[str, Any] = {}
+        self._networks: list[nn.Module] = []
 
     def look_at(self, networks: Iterable[nn.Module]) -> None:
         """Find the arguments that all networks take."""
-        names = [_parameters(network) for network in networks]
-        self._accepted = {key: value for key, value in self._arguments.items() if all(key in each for each in names)}
+        self._networks = list(networks)
+        self._accepted = {
+            key: value
+            for key, value in self._arguments.items()
+            if all(takes(network, key) for network in self._networks)
+        }
 
     def of(self, call: Call) -> Call:
         """The student's call, as the teacher gets it.
@@ -51,7 +56,10 @@ class TeacherInputs:
         if self.place is not None:
             args, kwargs = as_arguments(self._other(call))
             call = replace(call, args=args, kwargs=kwargs)
-        return replace(call, kwargs={**call.kwargs, **self._accepted}) if self._accepted else call
+        if not self._accepted:
+            return call
+        args, kwargs = with_arguments(self._networks[0], call.args, call.kwargs, self._accepted)
+        return replace(call, args=args, kwargs=kwargs)
 
     def _other(self, call: Call) -> Any:
         if callable(self.place):
@@ -66,10 +74,3 @@ class TeacherInputs:
                 f" teacher_inputs={place!r} and a batch of {type(batch).__name__}. Pass a key or an index that each"
                 " batch has, or a function of the student's inputs."
             ) from None
-
-
-def _parameters(network: nn.Module) -> set[str]:
-    try:
-        return set(inspect.signature(network.forward).parameters)
-    except (TypeError, ValueError):  # a TorchScript program
-        return set()

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_distill import compat
 from lightning_distill.recording import Call, Recorder, Recording, Tap, first_tensor, map_tensors
+from lightning_distill.recording.arguments import drop_capturing_hooks, has_capturing_hooks
 from lightning_distill.recording.calls import changed
 from lightning_distill.teachers.hold import Hold
 from lightning_distill.teachers.inputs import TeacherInputs
@@ -103,6 +104,7 @@ class LiveTeachers:
         self._forward = forward
         self._recorders = [Recorder(network, taps, "teacher") for network in networks] if taps else []
         self._own_dtype: torch.dtype | None = None
+        self._without_capturing: list[nn.Module] = []  # transformers adds hooks where terms read hidden states
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a teacher lacks a layer.
@@ -130,6 +132,7 @@ class LiveTeachers:
             return
         self.held.take(device, dtype)
         self._inputs.look_at(self.modules())
+        self._without_capturing = [network for network in self.modules() if not has_capturing_hooks(network)]
         dtypes = {tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()}
         own = next(iter(dtypes)) if len(dtypes) == 1 else None
         # a teacher that is kept in half or double precision computes in it, beside any student
@@ -138,6 +141,9 @@ class LiveTeachers:
     def release(self) -> None:
         """Restore the networks to their state before the run."""
         self.held.release()
+        for network in self._without_capturing:
+            drop_capturing_hooks(network)
+        self._without_capturing = []
         self.clear()
 
     def modules(self) -> Iterator[nn.Module]:

@@ -1,15 +1,23 @@
 """Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
 
 from lightning_distill.terms.base import DistillationTerm, arguments_of, as_terms
+from lightning_distill.terms.encoders import (
+    AttentionDistillation,
+    AttentionRelationDistillation,
+    HiddenStatesDistillation,
+)
 from lightning_distill.terms.features import FeatureDistillation, SelfDistillation
 from lightning_distill.terms.fused_linear import FusedLinearDistillation
 from lightning_distill.terms.logits import LogitsDistillation
 from lightning_distill.terms.tokens import SequenceDistillation
 
 __all__ = [
+    "AttentionDistillation",
+    "AttentionRelationDistillation",
     "DistillationTerm",
     "FeatureDistillation",
     "FusedLinearDistillation",
+    "HiddenStatesDistillation",
     "LogitsDistillation",
     "SelfDistillation",
     "SequenceDistillation",

@@ -42,7 +42,9 @@ class DistillationTerm(nn.Module):
         needs_teacher: Whether the term reads the teacher at all, and not the student alone.
         counts_tokens: Whether the term is a mean over the tokens of an optimizer step, which its ``counted`` counts.
         skips_heads: Whether the two networks' heads make no logits in a training step.
-        teacher_arguments: Keyword arguments for each teacher whose forward has a parameter of that name.
+        student_arguments: Keyword arguments to add to the student's calls in a step, if it takes them.
+        teacher_arguments: Keyword arguments to add to the teacher's calls, if it takes them.
+        needs_network: Whether the teacher must be a network, because a cache does not hold what the term reads.
         compares_class_scores: Whether the term compares class scores, so that the agreement of the two networks is
             measured in validation.
 
@@ -67,6 +69,8 @@ class DistillationTerm(nn.Module):
     compares_class_scores: bool = False
     counts_tokens: bool = False
     skips_heads: bool = False
+    needs_network: bool = False
+    student_arguments: Mapping[str, Any] = MappingProxyType({})
     teacher_arguments: Mapping[str, Any] = MappingProxyType({})
     weight = Setting(checks.non_negative)
 

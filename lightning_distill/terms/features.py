@@ -58,6 +58,9 @@ class FeatureDistillation(DistillationTerm):
         Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
     """
 
+    shares_adapter = False  # whether all pairs of layers have one adapter
+    reads_maps = True  # whether features of four dimensions are maps (N, C, H, W)
+
     def __init__(
         self,
         student_layer: str | Tap | Sequence[str | Tap],
@@ -99,21 +102,22 @@ class FeatureDistillation(DistillationTerm):
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the adapters from the features of a first call."""
-        adapters, learned = nn.ModuleList(), nn.ModuleList()
+        adapters, learned, fitted = nn.ModuleList(), nn.ModuleList(), []
         kind = self._adapter[0]
         if kind == "auto" and not self.requires.channels_must_match:
             kind = None
         for teacher in teachers:
-            for student_tap, teacher_tap in self._pairs:
-                feature, target = student.feature(student_tap), self._target(student, teacher, teacher_tap)
-                adapter = make_adapter(kind, feature.shape, target.shape, student_tap.layer)
-                # under autocast parameters stay in float32; without it they must have the feature's own precision
-                dtype = torch.float32 if torch.is_autocast_enabled(feature.device.type) else feature.dtype
-                adapter = adapter.to(device=feature.device, dtype=dtype)
+            for index, (student_tap, teacher_tap) in enumerate(self._pairs):
+                feature, target = self._feature(student, student_tap), self._target(student, teacher, teacher_tap)
+                if index == 0 or not self.shares_adapter:
+                    adapter = make_adapter(kind, feature.shape, target.shape, student_tap.layer)
+                    # under autocast parameters stay in float32; without it they must have the feature's own precision
+                    dtype = torch.float32 if torch.is_autocast_enabled(feature.device.type) else feature.dtype
+                    adapters.append(adapter.to(device=feature.device, dtype=dtype))
                 if self.requires.learned:
-                    learned.append(self._built_loss(adapter, feature, target))
-                adapters.append(adapter.train())
-        self.adapters, self.learned, self._fitted = adapters, learned, [*adapters]
+                    learned.append(self._built_loss(adapters[-1], feature, target))
+                fitted.append(adapters[-1].train())
+        self.adapters, self.learned, self._fitted = adapters, learned, fitted
 
     def reset(self) -> None:
         """Drop the adapters, and the parameters of the loss."""
@@ -121,7 +125,7 @@ class FeatureDistillation(DistillationTerm):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
-        mask = find_mask(student, self.mask, self.ignore_index, labels)
+        mask = self._mask(student, labels)
         pairs = [self._pair(index, student, teacher) for index in range(len(self._pairs))]
         if self.requires.several_layers:
             features, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -143,11 +147,12 @@ class FeatureDistillation(DistillationTerm):
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         student_tap, teacher_tap = self._pairs[index]
-        feature = student.feature(student_tap)
+        feature = self._feature(student, student_tap)
         target = self._target(student, teacher, teacher_tap)
         adapted = self._fitted[teacher.teacher * len(self._pairs) + index](feature)
         match = self.requires
-        if match.positions_must_match and adapted.ndim == target.ndim == 4 and self._adapter[0] != "linear":
+        maps = self.reads_maps and self._adapter[0] != "linear" and adapted.ndim == target.ndim == 4
+        if match.positions_must_match and maps:
             target = _resized(widened(target), adapted)
         if match.channels_must_match and match.positions_must_match and adapted.shape != target.shape:
             raise ValueError(
@@ -157,9 +162,17 @@ class FeatureDistillation(DistillationTerm):
             )
         return adapted, target
 
+    def _feature(self, student: Call, tap: Tap) -> Tensor:
+        """The student's feature."""
+        return student.feature(tap)
+
     def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
         """The feature that the student's is compared with."""
         return teacher.feature(tap)
+
+    def _mask(self, student: Call, labels: Tensor | None) -> Tensor | None:
+        """The positions that count; ``None`` if all do."""
+        return find_mask(student, self.mask, self.ignore_index, labels)
 
     def extra_repr(self) -> str:
         """Layers and settings."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from distill_core.requires import Requires
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.recording import Call, find_labels
+from lightning_distill.recording.tokens import find_entry
 
 Mask = str | int | Callable[[Any], Tensor]
 
@@ -30,18 +31,22 @@ def checked_loss(loss: Any) -> Any:
     return loss
 
 
+def takes_mask(loss: Any) -> bool:
+    """Whether a loss can be called with ``mask=``."""
+    function = loss.forward if isinstance(loss, torch.nn.Module) else loss
+    try:
+        return "mask" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+
+
 def check_takes_mask(loss: Any) -> None:
     """Raise if a loss cannot be called with ``mask=``.
 
     Raises:
         ValueError: If it cannot.
     """
-    function = loss.forward if isinstance(loss, torch.nn.Module) else loss
-    try:
-        takes_mask = "mask" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a builtin without a signature
-        takes_mask = False
-    if not takes_mask:
+    if not takes_mask(loss):
         raise ValueError(
             f"Expected `loss` to take a mask, since the term has one, but got {loss!r}. Pass a loss whose"
             " forward has a parameter `mask`."
@@ -81,6 +86,33 @@ def find_mask(call: Call, mask: Mask | None, ignore_index: int | None, labels: T
         kept = labels != ignore_index
         counted = kept if counted is None else counted & kept
     return counted
+
+
+def attention_mask(call: Call, name: str = "attention_mask") -> Tensor | None:
+    """The tokens that are not padding, by the attention mask of a call or, if it has none, of its batch.
+
+    Args:
+        call: The student's call, with the batch.
+        name: Name of the mask.
+
+    Returns:
+        A bool tensor ``(N, L)``, or ``None`` without an attention mask.
+
+    Raises:
+        ValueError: If the mask has another number of dimensions.
+    """
+    mask = call.argument(name)
+    if mask is None:
+        mask = find_entry(name, call.batch, call.kwargs)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"Expected `{name}` to have the shape (batch, tokens), but got {got}. Pass mask=<a function of the batch>"
+            " that returns a mask of that shape."
+        )
+    return mask.bool()
 
 
 def value_of(

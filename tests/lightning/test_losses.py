@@ -237,7 +237,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "VariationalInformationLoss",
         *of_examples,
     }
-    assert any_positions == {"InterChannelCorrelationLoss", *of_examples}
+    assert any_positions == {"AttentionRelationLoss", "InterChannelCorrelationLoss", *of_examples}
     assert losses.CorrelationCongruenceLoss(kernel="neighbour").channels_must_match
     assert not any(loss.several_layers for loss in public.values())
     assert {name for name, loss in public.items() if loss.learned} == {
