@@ -17,11 +17,13 @@ def demo(arguments: argparse.Namespace) -> int:
     """The command ``demo``.
 
     Args:
-        arguments: ``output``, ``seeds`` and ``quick``.
+        arguments: ``task``, ``output``, ``seeds`` and ``quick``.
 
     Returns:
         The exit code.
     """
+    if arguments.task == "language":
+        return run_demo(_PROG, "lightning_distill.demo.language", arguments, data="tokenizers")
     return run_demo(_PROG, "lightning_distill.demo", arguments)
 
 

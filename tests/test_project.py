@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lightning_distill", "keras_distill")
 PRODUCT = sorted(path for package in ("distill_core", *PACKAGES) for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-OPTIONAL = ("jsonargparse", "matplotlib", "sklearn", "pytorch_lightning")
+OPTIONAL = ("jsonargparse", "matplotlib", "sklearn", "pytorch_lightning", "tokenizers")
 # Modules that each package must work without, the other package included.
 ABSENT = {
     "lightning_distill": ("keras", "tensorflow", "keras_distill"),

@@ -73,7 +73,7 @@ def new_parser(prog: str, description: str, example: str) -> tuple[Parser, Any]:
     return parser, parser.add_subparsers(dest="command", metavar="command", required=True)
 
 
-def add_demo(commands: Any, prog: str, output: str, writes: str, seconds: str, work: str) -> None:
+def add_demo(commands: Any, prog: str, output: str, writes: str, seconds: str, work: str) -> Parser:
     """Add the command ``demo``.
 
     Args:
@@ -83,8 +83,11 @@ def add_demo(commands: Any, prog: str, output: str, writes: str, seconds: str, w
         writes: The file that is written besides the figures and a plot, in words.
         seconds: The duration, in words.
         work: The function that runs the command, as ``module:function``.
+
+    Returns:
+        The parser of the command, for further options.
     """
-    demo = commands.add_parser(
+    demo: Parser = commands.add_parser(
         "demo",
         help="distil a small network on handwritten digits and compare it with training alone",
         description="Train a convolutional teacher on scikit-learn's handwritten digits, then a small student alone,"
@@ -97,6 +100,7 @@ def add_demo(commands: Any, prog: str, output: str, writes: str, seconds: str, w
     demo.add_argument("--seeds", type=count, metavar="N", help="number of seeds for each student, 1 or more (3)")
     demo.add_argument("--quick", action="store_true", help="one seed and two epochs: shows that it runs, not more")
     demo.set_defaults(work=work)
+    return demo
 
 
 def add_validate(commands: Any, prog: str, configured: str, work: str) -> None:
@@ -215,23 +219,24 @@ def call(prog: str, command: str, work: str, arguments: Any) -> int:
         return fail(prog, command, error)
 
 
-def run_demo(prog: str, module: str, arguments: Any) -> int:
+def run_demo(prog: str, module: str, arguments: Any, data: str = "sklearn") -> int:
     """Import a demonstration and run it: the command ``demo``.
 
     Args:
         prog: Name of the program.
         module: The module of the demonstration, which has the function ``run``.
         arguments: ``output``, ``seeds`` and ``quick``.
+        data: The package that its data need, besides Matplotlib for the figure.
 
     Returns:
         The exit code.
 
     Raises:
-        ImportError: If scikit-learn or Matplotlib is not installed or too old.
+        ImportError: If one of the two packages is not installed or too old.
     """
     from distill_core.installed import unusable  # imported late: --help and --version need nothing
 
-    if problem := unusable("The demo", "matplotlib", "sklearn"):
+    if problem := unusable("The demo", "matplotlib", data):
         raise problem
     demo = importlib.import_module(module)
     try:

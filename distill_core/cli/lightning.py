@@ -117,7 +117,17 @@ def _parser() -> Parser:
         "Knowledge distillation for PyTorch Lightning.",
         example=f"{_PROG} demo\n{_PROG} fit --config distill.yaml\n{_PROG} export last.ckpt student.pt",
     )
-    add_demo(
+    _add_demo(commands)
+    _add_fit(commands)
+    _add_export(commands)
+    add_validate(commands, _PROG, "lightning_distill.Distillation", work="lightning_distill.cli:validate_config")
+    _add_cache(commands)
+    add_completion(commands, _PROG)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = add_demo(
         commands,
         _PROG,
         output="demo_output",
@@ -125,12 +135,13 @@ def _parser() -> Parser:
         seconds="40 seconds",
         work="lightning_distill.cli:demo",
     )
-    _add_fit(commands)
-    _add_export(commands)
-    add_validate(commands, _PROG, "lightning_distill.Distillation", work="lightning_distill.cli:validate_config")
-    _add_cache(commands)
-    add_completion(commands, _PROG)
-    return parser
+    demo.add_argument(
+        "--task",
+        choices=("digits", "language"),
+        default="digits",
+        help="digits, or a small language model of Python's own sources, which needs the extra `language` and takes up"
+        " to five minutes on two cores (%(default)s)",
+    )
 
 
 def _add_fit(commands: Any) -> None:
