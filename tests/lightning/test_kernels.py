@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -36,6 +37,13 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed, so that no kernel can run"
 )
+
+
+def find_version(package: str) -> tuple[int, ...]:
+    """Major and minor version of an installed package, (0, 0) if it is not installed."""
+    if importlib.util.find_spec(package) is None:
+        return 0, 0
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
 
 
 def program(name: str, **environment: str) -> list[str]:
@@ -74,6 +82,9 @@ def test_kernels_in_the_interpreter_pass_the_same_checks() -> None:
 
 
 @needs_triton
+@pytest.mark.skipif(
+    find_version("triton") < (3, 3), reason="Triton before 3.3 takes other arguments to compile ahead of time"
+)
 def test_kernels_compile_for_a_gpu_and_read_sixteen_bytes_at_once(tmp_path: Path) -> None:
     lines = program("kernels_ahead_of_time.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
