@@ -79,7 +79,7 @@ TRACED_LAUNCHER := tests/pairs/test_pairs_keras.py tests/cache/test_cache_keras.
 	data_keras.py keras.py hooks_keras.py outputs_keras.py training_keras.py)
 TRACED_MODELS := $(addprefix tests/keras/test_,cached_targets.py demo_keras.py every_loss_trains_keras.py execution.py \
 	export_keras.py forward.py layouts_keras.py learned_training_keras.py loss_chunks.py maths.py persistence.py \
-	top_k_keras.py)
+	sequence_keras.py sequence_keras_together.py top_k_keras.py)
 test: lint ## lint, then every test, doctest, notebook and block of the documentation
 	$(RUN_ENV) KERAS_BACKEND=torch $(BIN)/python -m pytest tests/keras $(PYTEST_FLAGS)
 	$(RUN_ENV) $(BIN)/python -m pytest $(TRACED_LAUNCHER) $(PYTEST_FLAGS)
