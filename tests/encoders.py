@@ -144,7 +144,7 @@ def distilled(student: nn.Module, teacher: Any, term: Any, inputs: dict[str, Ten
     student.zero_grad()
     distiller = Distiller(student, teacher, term, task_weight=0, **settings)
     with distiller:
-        with distiller.record():
+        with distiller.record(batch=inputs):
             student(**inputs)
         value = distiller.total(torch.zeros(()), inputs)
         value.backward()

@@ -18,6 +18,7 @@ from encoders import (
     distilled,
     encoder,
 )
+from language_models import language_batch, language_model
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,6 +30,7 @@ from lightning_distill import (
     DistillCallback,
     Distiller,
     DistillModule,
+    FusedLinearDistillation,
     HiddenStatesDistillation,
     Tap,
     TeacherCache,
@@ -262,3 +264,63 @@ def test_a_tap_may_stand_for_a_projection() -> None:
     taps = [Tap("attention", output=index) for index in range(3)]
     term = AttentionRelationDistillation(taps, SELF.format(1), relation_heads=2)
     assert list(term.student_taps) == taps
+
+
+# Wrapped and other models --------------------------------------------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    """Passes on all arguments, as DDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    torch.compiler.reset()
+    module: nn.Module = torch.compile(model, backend="eager")
+    return module
+
+
+def checkpointed(model: Any) -> nn.Module:
+    model.gradient_checkpointing_enable()
+    return model
+
+
+# graph breaks of transformers make dynamo look at gradients; its next version renames the checkpointing
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("wrap", [Wrapper, compiled, checkpointed])
+def test_wrapped_students_have_the_same_loss(wrap: Callable[[Any], nn.Module]) -> None:
+    teacher, both = encoder(layers=4, seed=1), [HiddenStatesDistillation(), AttentionDistillation()]
+    for term in both:
+        plain, _ = distilled(encoder(), teacher, term, batch())
+        wrapped, _ = distilled(wrap(encoder()), teacher, term, batch())
+        torch.testing.assert_close(wrapped, plain)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_encoder_and_decoder_are_compared_by_the_name_of_the_output(side: str) -> None:
+    student, teacher, (inputs, _) = language_model("t5"), language_model("t5", seed=1), language_batch("t5")
+
+    value, term = distilled(student, teacher, HiddenStatesDistillation("last", output=f"{side}_hidden_states"), inputs)
+
+    hidden = [model(**inputs, output_hidden_states=True)[f"{side}_hidden_states"][-1] for model in (student, teacher)]
+    torch.testing.assert_close(value, (hidden[0] - hidden[1]).square().mean().detach())
+    assert term.mask_name == ("attention_mask" if side == "encoder" else "decoder_attention_mask")
+
+
+def test_skipped_heads_and_hidden_states_work_in_one_step() -> None:
+    student, teacher, (inputs, _) = language_model("llama"), language_model("llama", 24, 1), language_batch()
+    both = [FusedLinearDistillation(), HiddenStatesDistillation()]
+    values = [distilled(student, teacher, term, inputs)[0] for term in both]
+    with Distiller(student, teacher, both, task_weight=0) as distiller:
+        with distiller.record(batch=inputs):
+            student(**inputs)
+        total = distiller.total(torch.zeros(()), inputs).detach()
+
+    assert distiller.parts["tokens_loss"] == pytest.approx(float(values[0]), rel=1e-6)
+    assert total > values[0]
