@@ -16,7 +16,7 @@ NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/.installed
 # The tests that depend on the versions of the frameworks: private names, steps, compilation, processes, files, command lines. The
 # formulas are the same in every version; the golden values stand for them.
-VERSION_TESTS ?= $(addprefix tests/lightning/test_,callbacks_together.py cleanup.py cli.py compat.py compile.py \
+VERSION_TESTS ?= $(addprefix tests/lightning/test_,callbacks_together.py cleanup.py cli.py compat.py compat_torch.py compile.py \
 	distributed.py every_loss_trains.py losses_golden.py metrics.py optimizers.py outputs.py precision.py resume.py \
 	schedules.py teacher.py training_step.py yaml.py) $(addprefix tests/cache/test_,cached_errors.py cached_training.py \
 	store.py) $(addprefix tests/launcher/test_,command.py hooks.py) $(addprefix tests/keras/test_,callbacks_keras.py \

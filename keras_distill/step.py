@@ -314,9 +314,7 @@ class DistillStep:
             values[term.name] = value
             # in evaluation, and in a graph that the user traces, the weight may be 0: 0 times infinity would be NaN
             total = total + ops.where(weight > 0, weight * value, zero)
-        scores = None
-        if with_scores and calls:
-            scores = compared_scores(self.terms, student, calls, sample_weight, labels)
+        scores = compared_scores(self.terms, student, calls, sample_weight, labels) if with_scores and calls else None
         return StepLosses(total, values, scores)
 
     def _working(self, training: bool) -> list[DistillationTerm]:
@@ -358,8 +356,7 @@ class DistillStep:
                 raise ValueError(checks.message(expected, "a tensor that no recorded call has returned", remedy))
             student = self.recorder.call_of(output, record)
             x = record.inputs if x is None and record is not None else x
-        student.inputs = x if x is not None else student.inputs
-        student.training = training
+        student.inputs, student.training = student.inputs if x is None else x, training
         student.decided = self.working_names is not None or backends.executes_eagerly()
         return student, x
 
@@ -368,8 +365,8 @@ class DistillStep:
             teacher.training = student.training
             return [teacher]
         if x is None:
-            expected = "the inputs of the batch, for the teacher"
-            raise ValueError(checks.message(expected, "x=None", "Pass `x`, or the student's output unchanged."))
+            remedy = "Pass `x`, or the student's output unchanged."
+            raise ValueError(checks.message("the inputs of the batch, for the teacher", "x=None", remedy))
         if self.teacher_inputs is not None:
             x = with_call(self.teacher_inputs, x, student)
         return [live.answer(x) for live in self.teachers]

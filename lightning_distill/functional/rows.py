@@ -106,7 +106,7 @@ def rows_in_place(
 def _in_kernel(
     student: Tensor, teacher: Tensor, labels: Tensor | None, settings: RowSettings
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The same in a kernel; None if there is none for this formula, the logits or their device."""
+    """The same in a kernel; None if no kernel has this formula or takes these logits."""
     divergence = _kernel_settings(settings)
     labels = labels if settings.task_weight else None
     if divergence is None or (divergence.kind == "reverse_kl" and labels is not None):
