@@ -52,6 +52,18 @@ def questions(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
     return _split(_padded(rows), torch.tensor([(start, end) for _, start, end in calls]), batch_size)
 
 
+def sources(length: int = 64, batch_size: int = 16) -> tuple[TensorDataset, DataLoader[Any], DataLoader[Any]]:
+    """Code as bytes: inputs (N, length) and the bytes that follow each; rows, their loader, and another module's."""
+    rows = []
+    for names in (MODULES[2:3], MODULES[3:]):
+        code = "\n".join(line for name in names for line in _source(name)).encode("ascii", "replace")
+        numbers = torch.tensor([*code])
+        count = (len(numbers) - 1) // length
+        rows.append(TensorDataset(*(numbers[start:][: count * length].view(count, length) for start in (0, 1))))
+    generator = torch.Generator().manual_seed(0)
+    return rows[0], DataLoader(rows[0], batch_size, shuffle=True, generator=generator), DataLoader(rows[1], 64)
+
+
 def train(
     model: nn.Module, loader: Iterable[Any], epochs: int, loss: Callable[..., Tensor] = nn.functional.cross_entropy
 ) -> nn.Module:

@@ -53,8 +53,9 @@ def differences(expected: str, actual: str) -> list[str]:
     return different
 
 
-def test_the_three_notebooks_exist() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["keras_quickstart", "lightning_quickstart", "teacher_cache"]
+def test_the_notebooks_exist() -> None:
+    names = ["keras_quickstart", "language_model", "lightning_quickstart", "teacher_cache"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 @pytest.mark.slow

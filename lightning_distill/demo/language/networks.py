@@ -109,7 +109,7 @@ def bits_per_byte(net: nn.Module, windows: tuple[Tensor, Tensor], token_bytes: T
         ...     def forward(self, tokens):
         ...         return torch.zeros(*tokens.shape, 4)
         >>> windows = torch.tensor([[0, 1]]), torch.tensor([[1, 2]])
-        >>> bits = bits_per_byte(Uniform(), windows, torch.tensor([0, 1, 3, 1]))  # 2 bits for a token, 2 bytes
+        >>> bits = bits_per_byte(Uniform(), windows, torch.tensor([0, 1, 3, 1]))  # 4 bits, 4 bytes
         >>> round(bits, 3)
         1.0
     """

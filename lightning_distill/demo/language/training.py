@@ -60,7 +60,7 @@ class Settings:
     files: int | None = None
     vocabulary: int = 1024
     length: int = 128
-    rows: int = 3600
+    rows: int = 3200
     batch_size: int = 16
     teacher_epochs: int = 3
     epochs: int = 2
@@ -69,8 +69,8 @@ class Settings:
     teacher_lr: float = 4e-3
     student_lr: float = 6e-3
     temperature: float = 1.0
-    weight: float = 0.5
-    task_weight: float = 0.5
+    weight: float = 1.0
+    task_weight: float = 0.0
     top_k: int = 32
     curve_points: int = 8
     curve_rows: int = 100
