@@ -103,6 +103,7 @@ class AttentionRelationLoss(FormulaLoss):
     """
 
     channels_must_match: ClassVar[bool] = False
+    positions_must_match: ClassVar[bool] = False  # a position is compared with others of its own sequence
     gives: ClassVar[str] = "examples"
     _formula = staticmethod(attention_relation)
 

@@ -50,7 +50,7 @@ class Settings:
         student_lr: Highest learning rate of a student.
         temperature: Softening of both networks' probabilities.
         weight: Factor of the divergence from the teacher.
-        task_weight: Factor of the cross entropy with the text, where there is a teacher.
+        task_weight: Factor of the cross entropy with the text, with a teacher.
         top_k: Number of the likeliest tokens in the cache.
         curve_points: Number of measurements on the validation text in a training.
         curve_rows: Number of rows of the validation text for these measurements.
