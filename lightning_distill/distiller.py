@@ -15,6 +15,7 @@ from lightning_distill import checks
 from lightning_distill.adapters.follower import world_size
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache import TeacherCache
+from lightning_distill.cache.data import IndexedBatch
 from lightning_distill.compat import HookGuards, is_compiled
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.recording import Call, select
@@ -235,7 +236,8 @@ class Distiller:
         terms = [term for term in self.terms if term.counts_tokens]
         if terms:
             seq2seq, device = takes_decoder_inputs(self.student), next(self.student.parameters()).device
-            counted = [count_tokens(terms, batch, self._labels, seq2seq, device) for batch in batches]
+            plain = [batch.batch if isinstance(batch, IndexedBatch) else batch for batch in batches]
+            counted = [count_tokens(terms, batch, self._labels, seq2seq, device) for batch in plain]
             numbers = torch.stack(counted).sum(0)
             if world_size() > 1:
                 torch.distributed.all_reduce(numbers)

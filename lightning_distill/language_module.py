@@ -16,6 +16,7 @@ from lightning_distill.distiller import Terms
 from lightning_distill.functional.inputs import IGNORE_INDEX
 from lightning_distill.module import DistillModule, LRSchedulerCallable
 from lightning_distill.recording import find_labels, select
+from lightning_distill.recording.tokens import TokenPositions
 from lightning_distill.terms import FusedLinearDistillation
 from lightning_distill.terms.losses import widened
 
@@ -32,6 +33,10 @@ def token_labels(batch: Any) -> Tensor:
         mask = batch.get("attention_mask")
         return tokens if mask is None else tokens.masked_fill(mask == 0, IGNORE_INDEX)
     return find_labels(batch, "labels")
+
+
+# those of the terms: no padding, and no borders of packed documents
+_POSITIONS = TokenPositions(shift=True, ignore_index=IGNORE_INDEX, labels=token_labels)
 
 
 class CausalLMDistillModule(DistillModule):
@@ -200,14 +205,14 @@ class CausalLMDistillModule(DistillModule):
                 f"Expected a batch to be a dict of the student's keyword arguments, but got a {type(batch).__name__}."
                 " Return dicts from the dataset, such as {'input_ids': ..., 'labels': ...}."
             )
-        return {name: value for name, value in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = self._of_student({name: batch[name] for name in batch if name != "labels"})
+        return inputs
 
     def _cross_entropies(self, output: Any, batch: Any) -> Tensor:
         """The cross entropy of each token that counts, shape ``(N,)``."""
-        logits, labels = select(output, None, "the student's output"), token_labels(batch)
-        logits, following = logits[:, :-1], labels[:, 1:]
-        counts = following != IGNORE_INDEX
-        return F.cross_entropy(widened(logits[counts]), following[counts], reduction="none")
+        logits, positions = select(output, None, "the student's output"), _POSITIONS.of_batch(batch)
+        labels: Any = positions.labels
+        return F.cross_entropy(widened(logits[positions.counts]), labels[positions.counts], reduction="none")
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.cache import TeacherCache
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Terms
+from lightning_distill.recording.arguments import takes
 from lightning_distill.recording.batches import call_with, inputs_in, split_batch
 from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
@@ -152,7 +153,7 @@ class DistillModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The student's output for a batch of inputs, or of inputs and labels."""
-        return call_with(self, inputs_in(batch, self.distill.labels))
+        return call_with(self, self._of_student(inputs_in(batch, self.distill.labels)))
 
     def configure_optimizers(self) -> Any:
         """The student's optimizer, and its scheduler if there is one."""
@@ -164,9 +165,16 @@ class DistillModule(LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def _of_student(self, inputs: Any) -> Any:
+        """The inputs without those of the teacher alone."""
+        place = self.distill.teacher_inputs
+        if isinstance(inputs, Mapping) and isinstance(place, str) and not takes(self.student, place):
+            return {name: value for name, value in inputs.items() if name != place}
+        return inputs
+
     def _task_loss(self, batch: Any, name: str) -> Tensor:
         inputs, labels = split_batch(batch, self.distill.labels)
-        output = call_with(self, inputs)
+        output = call_with(self, self._of_student(inputs))
         # your own task loss may need the whole output of a network without obvious logits
         logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else _obvious(output)
         loss = self.task_loss(logits, labels)

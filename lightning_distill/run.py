@@ -24,6 +24,7 @@ from lightning_distill.measures import Means, Validation
 from lightning_distill.patch import MethodPatch, patch_step
 from lightning_distill.progress import fraction_done
 from lightning_distill.recording import Call
+from lightning_distill.recording.batches import kept
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule
 from lightning_distill.step import DistillStep, Labels, StepCalls
@@ -199,7 +200,7 @@ class Run:
         self._advance()
         distill = self.step
         distill.parts = {}
-        self._batch = None if self._takes_iterator else _kept(args[0] if args else kwargs.get("batch"))
+        self._batch = None if self._takes_iterator else kept(args[0] if args else kwargs.get("batch"))
         self._in_step, self._explicit = True, False
         self._begin_window()
         try:
@@ -324,7 +325,7 @@ class Run:
         """The module's validation step, followed by measurements of the terms' losses and the agreement."""
         if not self._measures or self.trainer.sanity_checking:
             return step(*args, **kwargs)
-        batch = _kept(args[0] if args else kwargs.get("batch"))
+        batch = kept(args[0] if args else kwargs.get("batch"))
         with self.step.record(needs_grad=False):
             output = step(*args, **kwargs)
         loader = args[2] if len(args) > 2 else kwargs.get("dataloader_idx", 0)
@@ -391,8 +392,3 @@ class Run:
     def _sum(self, tensor: Tensor) -> Tensor:
         total: Tensor = self.trainer.strategy.reduce(tensor.to(self._device), reduce_op="sum")
         return total
-
-
-def _kept(batch: Any) -> Any:
-    """The batch, or a shallow copy of a dict, since a step may remove its labels: ``batch.pop("labels")``."""
-    return dict(batch) if type(batch) is dict else batch

@@ -265,6 +265,11 @@ class DistillStep:
         labels = find_labels(batch, self._labels) if any(term.needs_labels for term in active) else None
         values: dict[str, list[Tensor]] = {term.name: [] for term in active}
         for call in calls:
+            if call.skipped is not None and call.batch is None and batch is not None and "labels" not in call.kwargs:
+                raise ValueError(
+                    "Expected `record` to get the batch too, since FusedLinearDistillation makes its loss while the"
+                    " student is called, but only `total` got it. Pass record(batch=batch)."
+                )
             self._prepare(call, batch)
             asks = any(term.needs_teacher for term in active)
             asked = step_calls.answers or (call.skipped.answers if call.skipped else None)

@@ -16,6 +16,9 @@ from lightning_distill import compat
 from lightning_distill.terms import DistillationTerm
 from lightning_distill.terms.counting import count_tokens, divisors, takes_decoder_inputs
 
+# a function of the user may read what a hook of the module adds to the batch later
+_CANNOT_COUNT = (ValueError, LookupError, TypeError, AttributeError)
+
 
 class _Ahead:
     """The iterator of a training loader, which can look at batches before it returns them.
@@ -76,7 +79,8 @@ class TokenWindow:
         self._on = bool(self._terms)
         self._failed = False  # the tokens of a batch could not be counted in this process
         self._size = 0
-        self._expected: dict[str, Tensor] = {}
+        self._expected: dict[str, Tensor] = {}  # of this micro-batch
+        self._ahead: deque[Tensor] = deque()  # of the coming ones of the optimizer step
         self.divisors: dict[str, Tensor] = {}
         self._seq2seq = takes_decoder_inputs(trainer.lightning_module)
 
@@ -98,16 +102,21 @@ class TokenWindow:
         elif place % size == 0 or size != self._size or not self.divisors:
             self._size = size
             self._count(batch, self._coming(size - place % size - 1))
+        elif self._ahead:
+            self._expect(self._ahead.popleft())
 
     def _count(self, batch: Any, coming: list[Any]) -> None:
         device = self._trainer.strategy.root_device
+        self._ahead.clear()
         try:
             own = self._numbers(batch, device)
-            self._expected = {term.name: number for term, number in zip(self._terms, own.unbind(), strict=True)}
-            following = [self._numbers(self._unpack(batch), device) for batch in coming]
-            numbers = torch.stack([own, *following]).sum(0)
-        except ValueError as error:
-            self._fail(f"the tokens of a batch could not be counted before the training step ({error})")
+            self._expect(own)
+            self._ahead.extend(self._numbers(self._unpack(batch), device) for batch in coming)
+            numbers = torch.stack([own, *self._ahead]).sum(0)
+        except _CANNOT_COUNT as error:
+            self._ahead.clear()
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            self._fail(f"the tokens of a batch could not be counted before the training step ({reason})")
             if not self._on:
                 return
             numbers = torch.zeros(len(self._terms), dtype=torch.float64, device=device)
@@ -117,6 +126,9 @@ class TokenWindow:
             numbers, failed = totals[:-1], totals[-1:]
         numbers = torch.where(failed > 0, math.nan, numbers)
         self.divisors = divisors(numbers, self._terms, self._size, self._trainer.world_size)
+
+    def _expect(self, numbers: Tensor) -> None:
+        self._expected = {term.name: number for term, number in zip(self._terms, numbers.unbind(), strict=True)}
 
     def _numbers(self, batch: Any, device: torch.device) -> Tensor:
         return count_tokens(self._terms, batch, self._label_place, self._seq2seq, device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -50,3 +51,10 @@ def call_with(model: Any, inputs: Any) -> Any:
     """The output of a model for the inputs of a batch."""
     args, kwargs = as_arguments(inputs)
     return model(*args, **kwargs)
+
+
+def kept(batch: Any) -> Any:
+    """The batch with shallow copies of its mappings, since a step may remove its labels: ``batch.pop("labels")``."""
+    if type(batch) in (tuple, list):
+        return type(batch)(map(kept, batch))
+    return copy.copy(batch) if isinstance(batch, MutableMapping) else batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -135,12 +136,12 @@ class TokenPositions:
             return _two_dimensions("labels", find_labels(batch, place))
         labels = kwargs.get("labels")
         if labels is None:
-            try:
+            with suppress(ValueError):
                 labels = find_labels(batch, None)
-            except ValueError:
-                return None
-        whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.dtype == torch.bool)
-        return labels if whole and _is_rows(labels) else None  # else one label for each sequence: not for tokens
+        # a batch such as (dict, number of each example) has them in the dict; of two dicts it is not known which
+        inside = batch if isinstance(batch, (tuple, list)) else []
+        inner = [entry["labels"] for entry in inside if isinstance(entry, Mapping) and "labels" in entry]
+        return next(filter(_are_token_labels, [labels, *(inner if len(inner) == 1 else [])]), None)
 
     def _combined(
         self,
@@ -150,6 +151,7 @@ class TokenPositions:
         position_ids: Tensor | None,
         documents: Tensor | None,
     ) -> Positions:
+        labels = None if labels is None else labels.long()  # torch's cross entropy takes no int32
         predicted = [] if labels is None else [labels != self.ignore_index]
         predicted += [] if mask is None else [mask.bool()]
         if not predicted and attention is not None:
@@ -201,6 +203,27 @@ def check_alignment(call: Call, shift: bool, positions: Positions) -> None:
         raise ValueError(
             "Expected labels that are shifted already with shift=False, but got the student's own tokens: a causal"
             " model predicts the token that follows. Pass shift=True."
+        )
+
+
+def check_not_mask(call: Call, positions: Positions) -> None:
+    """Raise if the labels can be seen to be a mask, as in a batch ``(input_ids, attention_mask)``. It waits.
+
+    Args:
+        call: The student's call.
+        positions: The positions that count, where position t predicts token t + 1.
+
+    Raises:
+        ValueError: If the labels are 0 and 1 alone, and the tokens are not.
+    """
+    tokens, labels, counts = _tokens(call), positions.labels, positions.counts
+    if labels is None or tokens is None or tokens.shape != labels.shape:
+        return
+    if bool((labels <= 1)[counts].all()) and bool((_moved(tokens, 0) > 1)[counts & (labels == 1)].any()):
+        raise ValueError(
+            "Expected the labels to be tokens, but got 0 and 1 alone where the student reads others, as in a batch"
+            " (input_ids, attention_mask). Pass mask=<place of the mask> and labels=<function that returns the tokens>,"
+            " or return dicts from the dataset."
         )
 
 
@@ -264,6 +287,11 @@ def _borders(
 
 def _is_rows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2
+
+
+def _are_token_labels(value: Any) -> bool:
+    # else one label for each sequence, or a mask
+    return _is_rows(value) and not value.is_floating_point() and value.dtype != torch.bool
 
 
 def _two_dimensions(name: str, value: Tensor) -> Tensor:

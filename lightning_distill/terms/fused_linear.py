@@ -138,7 +138,7 @@ class FusedLinearDistillation(SequenceDistillation):
         """In training the weighted sum of divergence and cross entropy, a scalar; else the divergence of the logits.
 
         Raises:
-            ValueError: If the student's head was not called.
+            ValueError: If the student's head was not called, or the teacher reads another prompt.
         """
         if not student.trains:
             return super().forward(student, teacher, labels)
@@ -146,6 +146,12 @@ class FusedLinearDistillation(SequenceDistillation):
             raise ValueError(
                 f"Expected the student to call its head {self.student_head!r} with gradients, but it did not. Name the"
                 " head that it calls: FusedLinearDistillation(student_head=...)."
+            )
+        if self._has_own_prompt(student, teacher):
+            raise ValueError(
+                "Expected the teacher to read the student's tokens where the heads are skipped, but got teacher inputs"
+                " with labels of their own. Use SequenceDistillation, which matches the tokens of two prompts; for the"
+                " same tokens leave the labels out of the teacher's inputs."
             )
         losses = student.skipped.losses
         student.logged[f"{self.name}_loss"] = losses.divergence

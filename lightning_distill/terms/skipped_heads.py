@@ -88,11 +88,12 @@ class SkippedHeads:
         self._teacher_trace = Trace()
         self._student_autocast: tuple[bool, torch.dtype] = (False, torch.float32)
         self._call: Call = Call((), {})
+        self._shared = student_head is teacher_head  # frozen: both models have the same head
         self._swaps = [ForwardSwap(student_head, self._student), ForwardSwap(teacher_head, self._teacher)]
 
     def __enter__(self) -> None:
         try:
-            for swap in self._swaps:
+            for swap in self._swaps[:1] if self._shared else self._swaps:
                 swap.put()
         except TypeError:
             for swap in self._swaps:
@@ -131,6 +132,8 @@ class SkippedHeads:
     # The heads -------------------------------------------------------------------------------------------------------
 
     def _student(self, head: nn.Module, hidden: Tensor) -> Any:
+        if self._shared and self._asking is not None:
+            return self._teacher(head, hidden)
         call = self._open_call() if torch.is_grad_enabled() else None
         if call is None:  # generation for the log, metrics: logits as usual
             return self._swaps[0].original(hidden)

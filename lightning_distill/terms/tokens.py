@@ -13,7 +13,13 @@ from lightning_distill import checks
 from lightning_distill.losses import DistillationLoss, SoftTargetLoss
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
-from lightning_distill.recording.tokens import Positions, TokenPositions, check_alignment, check_same_tokens
+from lightning_distill.recording.tokens import (
+    Positions,
+    TokenPositions,
+    check_alignment,
+    check_not_mask,
+    check_same_tokens,
+)
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.logits import LogitsDistillation
@@ -167,6 +173,8 @@ class SequenceDistillation(LogitsDistillation):
             ValueError: If so.
         """
         check_alignment(student, self.shift, positions)
+        if self.shift and self.tokens.labels is None and student.label_place is None:
+            check_not_mask(student, positions)
         if not self._has_own_prompt(student, teacher):
             check_same_tokens(student, teacher, positions)
 
