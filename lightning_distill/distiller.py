@@ -26,7 +26,7 @@ from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place, TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
 from lightning_distill.terms import DistillationTerm, LogitsDistillation, arguments_of, as_terms
-from lightning_distill.terms.counting import count_tokens, divisors, takes_decoder_inputs
+from lightning_distill.terms.counting import TokenShare, count_tokens, divisors, takes_decoder_inputs
 
 Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
 
@@ -98,6 +98,8 @@ class Distiller:
         self._guards: HookGuards | None = None
         self._looked = False  # whether the networks were searched for compiled ones
         self._count, self._counts = 0, True  # steps so far, and whether they are counted here
+        self._divisors: dict[str, Tensor] = {}  # inside `window`
+        self._counted: dict[int, dict[str, Tensor]] = {}  # tokens of its batches, by their ids
         self._step = self._new_step()
         self._step.check()
         shared = shared_parameter(student, self._step.source)
@@ -197,7 +199,12 @@ class Distiller:
             self._step.parts = {"task_loss": task_loss.detach()}
             return torch.mul(task_loss, self.task_weight)
         batch, stored = self._step.source.unpack(batch)
+        self._take_share(batch)
         return self._total(task_loss, batch, StepCalls(stored=stored))
+
+    def _take_share(self, batch: Any) -> None:
+        counted = self._counted.get(id(batch), {})
+        self._step.share = TokenShare(self._divisors, counted)
 
     def _total(self, task_loss: Tensor, batch: Any, step_calls: StepCalls) -> Tensor:
         if self._counts:
@@ -241,11 +248,16 @@ class Distiller:
             numbers = torch.stack(counted).sum(0)
             if world_size() > 1:
                 torch.distributed.all_reduce(numbers)
-            self._step.divisors = divisors(numbers, terms, len(batches), world_size())
+            self._divisors = divisors(numbers, terms, len(batches), world_size())
+            names = [term.name for term in terms]
+            self._counted = {
+                id(batch): dict(zip(names, number.unbind(), strict=True))
+                for batch, number in zip(plain, counted, strict=True)
+            }
         try:
             yield
         finally:
-            self._step.divisors = {}
+            self._divisors, self._counted = {}, {}
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set the scheduled values before a step. Schedules over steps count the calls of :meth:`total` instead.
@@ -280,6 +292,7 @@ class Distiller:
             ValueError: As :meth:`total`.
         """
         batch, stored = self._step.source.unpack(batch)
+        self._take_share(batch)
         return self._step.loss(batch, StepCalls(calls, stored=stored))
 
     def agree(self, batch: Any = None) -> list[tuple[Tensor, Tensor]]:

@@ -31,6 +31,7 @@ from lightning_distill.step import DistillStep, Labels, StepCalls
 from lightning_distill.teachers.inputs import Place, TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
 from lightning_distill.terms import DistillationTerm, arguments_of
+from lightning_distill.terms.counting import token_sizes
 from lightning_distill.windows import TokenWindow
 
 _TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -224,7 +225,7 @@ class Run:
     def _begin_window(self) -> None:
         if self._window is not None:
             self._window.begin(self._batch)
-            self.step.divisors = self._window.divisors
+            self.step.share = self._window.share
 
     def _changes_loss(self) -> bool:
         idle = self.step.idle and self.callback.task_weight == 1
@@ -360,8 +361,8 @@ class Run:
             return
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and not self._explicit:
-            parts["loss"] = loss.detach()
-        self._train_means.add(parts, self.step.batch_size)
+            parts["loss"] = loss.detach() - self.step.unlogged
+        self._train_means.add(parts, self.step.batch_size, token_sizes(self.step.terms, self.step.counted))
         if not callback.prog_bar and not compat.is_log_step(self.trainer):
             return
         values: dict[str, Any] = {**parts, **self.step.scheduler.values}

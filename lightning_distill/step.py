@@ -18,6 +18,7 @@ from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
 from lightning_distill.teachers.source import LiveTeachers, TeacherSource
 from lightning_distill.terms import DistillationTerm, LogitsDistillation
+from lightning_distill.terms.counting import TokenShare, over_calls
 from lightning_distill.terms.skipped_heads import SkippedHeads, check_not_compiled
 
 Pair = tuple[Tensor, Tensor, Tensor | None]
@@ -66,7 +67,9 @@ class DistillStep:
     Attributes:
         parts: The detached parts of the last total.
         batch_size: Number of examples of the last call.
-        divisors: For terms on tokens, what each divides its sum by; see :class:`Call`.
+        share: The tokens of the optimizer step, for terms on tokens.
+        unlogged: The part of the last loss that comes from its share of the optimizer step's tokens, and is not in
+            ``parts``, which are means over the tokens of the micro-batch.
         counted: The numbers of tokens of the last call, by term.
         scheduler: Sets the scheduled settings.
     """
@@ -88,7 +91,8 @@ class DistillStep:
         self.scheduler = Scheduler(terms, settings)
         self.parts: dict[str, Tensor] = {}
         self.batch_size = 0
-        self.divisors: dict[str, Tensor] = {}
+        self.share = TokenShare()
+        self.unlogged: Tensor | float = 0.0
         self.counted: dict[str, Tensor] = {}
         self._heads: SkippedHeads | None = None
         self._batch: Any = None
@@ -235,7 +239,7 @@ class DistillStep:
     def _loss(self, batch: Any, step_calls: StepCalls) -> Tensor:
         active = [term for term in self.terms if term.active]
         calls = step_calls.of(self.student.find())
-        self.parts, self.counted = {}, {}
+        self.parts, self.counted, self.unlogged = {}, {}, 0.0
         rest = self._anchor(calls)
         if not active:
             if calls:
@@ -249,13 +253,21 @@ class DistillStep:
             raise ValueError(self._never_called())
         self.learned.check_trained()
         values = self._values(active, calls, batch, step_calls)
-        parts = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in values.items()}
-        weighted = [term.weighted(parts[term.name]) for term in active]
-        loss = sum(weighted[1:], weighted[0])
-        self.parts = {f"{name}_loss": part.detach() for name, part in parts.items()}
+        weighted, shared = [], []
+        for term in active:
+            each, factor = values[term.name], None
+            if term.counts_tokens:
+                part, self.counted[term.name], factor = over_calls(term.name, calls, each, self.share)
+            else:
+                part = each[0] if len(each) == 1 else torch.stack(each).mean()
+            self.parts[f"{term.name}_loss"] = part.detach()
+            weighted.append(term.weighted(part))
+            shared.append(weighted[-1] if factor is None else factor * weighted[-1])
         for name in calls[0].logged:
             self.parts[name] = torch.stack([call.logged[name] for call in calls]).mean()
-        self.parts["distillation_loss"] = loss.detach()
+        loss = sum(shared[1:], shared[0])
+        self.parts["distillation_loss"] = sum(weighted[1:], weighted[0]).detach()
+        self.unlogged = loss.detach() - self.parts["distillation_loss"]
         return loss if isinstance(rest, float) else loss + rest
 
     def _values(
@@ -279,12 +291,10 @@ class DistillStep:
                 self._check_scores(active, call, answers)
             for term in active:
                 values[term.name] += [term(call, answer, labels) for answer in answers]
-            self.counted = call.counted
         return values
 
     def _prepare(self, call: Call, batch: Any) -> None:
         call.batch, call.read_logits, call.label_place = batch, self._read_logits, self._labels
-        call.divisors = self.divisors if call.trains else {}
 
     def _check_scores(self, active: Sequence[DistillationTerm], call: Call, answers: Sequence[Call]) -> None:
         """Check the outputs that each term on logits compares, once."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_distill import compat
 from lightning_distill.terms import DistillationTerm
-from lightning_distill.terms.counting import count_tokens, divisors, takes_decoder_inputs
+from lightning_distill.terms.counting import TokenShare, count_tokens, divisors, takes_decoder_inputs
 
 # a function of the user may read what a hook of the module adds to the batch later
 _CANNOT_COUNT = (ValueError, LookupError, TypeError, AttributeError)
@@ -83,6 +83,11 @@ class TokenWindow:
         self._ahead: deque[Tensor] = deque()  # of the coming ones of the optimizer step
         self.divisors: dict[str, Tensor] = {}
         self._seq2seq = takes_decoder_inputs(trainer.lightning_module)
+
+    @property
+    def share(self) -> TokenShare:
+        """The tokens of the optimizer step, as this micro-batch sees them."""
+        return TokenShare(self.divisors, self._expected)
 
     def begin(self, batch: Any) -> None:
         """Count the tokens of an optimizer step, at its first micro-batch. Every process calls it in every step.

@@ -104,9 +104,7 @@ class Call:
         batch: The batch of the step, as the training or validation step received it; ``None`` where it is not known.
         top_k: The likeliest classes, where a cached teacher holds only those.
         label_place: Where the owner of the terms says that a batch keeps its labels.
-        divisors: For terms on tokens, by name, the number of tokens (or sequences) of the optimizer step for each
-            micro-batch and process; a term that is not in it divides by its own number.
-        counted: The own numbers, by term.
+        counted: For terms on tokens, by name, the number of tokens (or sequences) that count in the call.
         logged: Values to log beside the terms' losses, or in their place, by name.
         skipped: The call's skipped head and the loss made there, if a term skips heads.
         random_state: State of the generators before the call, if it may have to be made again.
@@ -123,7 +121,6 @@ class Call:
     batch: Any = field(default=None, repr=False)
     top_k: Any = None
     label_place: Any = None
-    divisors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     counted: dict[str, Tensor] = field(default_factory=dict, repr=False)
     logged: dict[str, Tensor] = field(default_factory=dict, repr=False)
     skipped: Any = field(default=None, repr=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill import compat
+from lightning_distill.recording import Call
 from lightning_distill.terms.base import DistillationTerm
 
 
@@ -46,6 +48,60 @@ def divisors(
     """
     each = numbers.clamp(min=1.0) / (micro_batches * processes)
     return {term.name: number for term, number in zip(terms, each.unbind(), strict=True)}
+
+
+class TokenShare(NamedTuple):
+    """The tokens of an optimizer step, as a micro-batch sees them, by the name of the term.
+
+    Attributes:
+        divisors: As :func:`divisors` returns them, NaN if a process could not count; empty if nothing is counted ahead.
+        counted: Number of tokens of the micro-batch, if it was counted ahead.
+    """
+
+    divisors: Mapping[str, Tensor] = MappingProxyType({})
+    counted: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def over_calls(
+    name: str, calls: Sequence[Call], values: Sequence[Tensor], share: TokenShare
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The mean over the tokens of all calls of a step, from the means over those of each call.
+
+    Args:
+        name: Name of the term.
+        calls: The student's calls: views of the same tokens, or parts of the batch.
+        values: The mean of each call, or of each teacher for each call.
+        share: The tokens of the optimizer step.
+
+    Returns:
+        The mean; the number of tokens; and the factor that makes it the micro-batch's part of the optimizer step's
+        mean, ``None`` if nothing is counted ahead.
+    """
+    own = [call.counted[name] for call in calls]
+    number, mean = own[0], values[0]
+    if len(values) > 1:
+        weights = torch.stack([number for number in own for _ in range(len(values) // len(calls))]).to(mean.dtype)
+        mean = (torch.stack(list(values)) * weights).sum() / weights.sum().clamp(min=1)
+    if len(calls) > 1:
+        number = share.counted.get(name, torch.stack(own).sum() / len(calls))
+    divisor = share.divisors.get(name)
+    if divisor is None:
+        return mean, number, None
+    return mean, number, torch.where(divisor.isnan(), 1.0, number / divisor).to(mean.dtype)
+
+
+def token_sizes(terms: Sequence[DistillationTerm], counted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The number of tokens that logged values of a step are means of, by their names.
+
+    Args:
+        terms: The terms.
+        counted: Number of tokens of the step, by term.
+    """
+    of_tokens = [term for term in terms if term.name in counted]
+    sizes = {name: counted[term.name] for term in of_tokens for name in term.logged_names}
+    if len(of_tokens) == len([term for term in terms if term.active]) == 1:
+        sizes["distillation_loss"] = counted[of_tokens[0].name]
+    return sizes
 
 
 def takes_decoder_inputs(module: nn.Module) -> bool:

@@ -186,8 +186,7 @@ class SkippedHeads:
         """The losses of a call, from both heads' inputs and matrices."""
         term, call = self.term, self._call
         positions = term.tokens.of_call(call, skipped.length)
-        number = positions.counts.sum()
-        call.counted[term.name] = number
+        call.counted[term.name] = positions.counts.sum()
         (student_scale, student_cap), (teacher_scale, teacher_cap) = (
             _scale_and_cap(recipe) for recipe in self._recipes
         )
@@ -211,7 +210,6 @@ class SkippedHeads:
             settings,
             IGNORE_INDEX if term.ignore_index is None else term.ignore_index,
             term.chunk_size,
-            term.divisor(call, number) if term.name in call.divisors else None,
         )
 
     def _autocast(self, device: str) -> Any:

@@ -271,23 +271,9 @@ class SequenceDistillation(LogitsDistillation):
         number = self._number(positions.counts)
         student.counted[self.name] = number
         if self.normalize == "tokens":
-            mean = value_of(self.loss, self.requires, *compared, positions.labels, positions.counts)
-            return mean if self.name not in student.divisors else mean * (number / self.divisor(student, number))
+            return value_of(self.loss, self.requires, *compared, positions.labels, positions.counts)
         values = [self._of_sequence(index, compared, positions) for index in range(len(positions.counts))]
-        return torch.stack(values).sum() / self.divisor(student, number)
-
-    def divisor(self, student: Call, number: Tensor) -> Tensor:
-        """The number of tokens or sequences to divide by: of the optimizer step if it is known, else of this call.
-
-        Args:
-            student: The student's call.
-            number: Number of tokens or sequences of this call that count.
-        """
-        own = number.clamp(min=1)
-        divisor = student.divisors.get(self.name)
-        if divisor is None:
-            return own
-        return torch.where(divisor.isnan(), own, divisor)  # NaN where a process could not count
+        return torch.stack(values).sum() / number.clamp(min=1)
 
     def _of_sequence(self, index: int, compared: tuple[Tensor, Tensor], positions: Positions) -> Tensor:
         rows = slice(index, index + 1)

@@ -178,3 +178,48 @@ def test_copies_in_mid_fit_are_plain_and_resuming_is_exact(tmp_path: Path) -> No
     trainer = Trainer(callbacks=callback, max_epochs=2, **QUIET)
     trainer.fit(resumed, loader(8), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     close(resumed.model.state_dict(), whole.model.state_dict(), atol=0)
+
+
+@pytest.mark.parametrize(("kind", "term"), [(LanguageModule, SequenceDistillation), (Silent, FusedLinearDistillation)])
+@pytest.mark.parametrize(("size", "accumulate"), [(24, 1), (2, 5), (2, 24), (5, 5)])
+def test_the_logged_mean_of_an_epoch_is_over_all_tokens_for_every_cut(
+    kind: Any, term: Any, size: int, accumulate: int
+) -> None:
+    module = kind(learning_rate=0.0)
+    trainer = fitted(module, term(weight=2.0), loader(size), accumulate_grad_batches=accumulate)
+    expected = float(token_values(module.model, CausalModel(7, seed=1)).mean())
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged["distill/tokens_loss"] == pytest.approx(expected, rel=1e-6)
+    assert logged["distill/distillation_loss"] == pytest.approx(2 * expected, rel=1e-6)
+
+
+class Halves(LanguageModule):
+    """Calls the student for each half of the batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = []
+        for part in (slice(None, 2), slice(2, None)):
+            inputs = {name: batch[name][part] for name in ("input_ids", "attention_mask", "labels")}
+            losses.append(own_loss(self.model(**inputs)["logits"]))
+        return torch.stack(losses).mean()
+
+
+class Twice(LanguageModule):
+    """Calls the student twice for the whole batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = [own_loss(self.model(batch["input_ids"], batch["attention_mask"])["logits"]) for _ in range(2)]
+        return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [Halves, Twice])
+def test_several_calls_of_a_step_give_the_mean_over_their_tokens(kind: Any, accumulate: int) -> None:
+    module = kind()
+    data = loader(4)
+    if accumulate == 1:
+        fitted(module, SequenceDistillation(weight=2.0), data)
+        close(module.model.state_dict(), by_hand(6, sequences=4))
+    else:
+        fitted(module, SequenceDistillation(weight=2.0), data, accumulate_grad_batches=2)
+        close(module.model.state_dict(), by_hand(3, micro_batches=2))
