@@ -133,11 +133,11 @@ class CausalLMDistillModule(DistillModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(token_labels(batch)))
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The mean cross entropy of a batch; its sum and its number of tokens are added up over the epoch."""
         return self._evaluate(batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the cross entropy of a batch and its number of tokens."""
         self._evaluate(batch)
 
@@ -167,7 +167,9 @@ class CausalLMDistillModule(DistillModule):
     def _log_sums(self, prefix: str) -> None:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device) if self._sums is None else self._sums
         total, count = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
-        loss = (total / count.clamp(min=1)).float()
+        if count == 0:  # in all processes: a loss of 0 would be the best of all
+            return
+        loss = (total / count).float()
         self.log_dict({f"{prefix}_loss": loss, f"{prefix}_perplexity": loss.exp()}, prog_bar=True)
 
     @torch.no_grad()

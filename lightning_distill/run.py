@@ -121,7 +121,7 @@ class Run:
         self._position: float | None = 0.0
         self._batch: Any = None
         self._takes_iterator = "dataloader_iter" in inspect.signature(module.training_step).parameters
-        self._in_step = self._explicit = self._ever_explicit = False
+        self._in_step = self._explicit = self._ever_explicit = self._distilled = False
         # with one of these hooks the layers may not exist yet: the first step checks
         self._checked = not (compat.overrides(module, "configure_model") or compat.overrides(module, "setup"))
         if self._checked:
@@ -217,6 +217,7 @@ class Run:
             distill.release()
             self._in_step, self._batch = False, None
         if distill.parts:
+            self._distilled = True
             self._log(output)
         if self._window is not None:
             self._window.compare(distill.counted)
@@ -236,6 +237,8 @@ class Run:
         if not self.module.automatic_optimization:
             return output
         if self.step.skips_heads and (output is None or (isinstance(output, Mapping) and output.get("loss") is None)):
+            if output is None and self._distilled and not self.step.student.find():
+                return output  # Lightning skips such a batch
             return self.step.loss(self._batch, self._step_calls())  # the step has no logits to make a loss of its own
         if output is None:
             return output  # Lightning skips such a batch; in manual optimization the step adds `callback.loss()`

@@ -111,6 +111,8 @@ class TokenPositions:
                 " Put `labels` or `attention_mask` into the batch or the student's call, or pass mask=<key, index, or a"
                 " function of the batch>; to count all: mask=lambda batch: torch.ones_like(batch['input_ids'])."
             )
+        if labels is None and mask is None and kwargs:
+            _check_unused(batch, reference, kwargs)
         if mask is not None and mask.shape != reference.shape:
             raise ValueError(
                 f"Expected `mask` to have the shape of the labels, {tuple(reference.shape)}, but got shape"
@@ -283,6 +285,17 @@ def _borders(
     if attention is not None and attention.shape == shape:
         current, following = attention[:, :-1], attention[:, 1:]
         yield (current != following) & (current != 0) & (following != 0)
+
+
+def _check_unused(batch: Any, attention: Tensor, kwargs: Mapping[str, Any]) -> None:
+    """Raise if a tuple holds whole numbers for each token that the student does not get: they may be labels."""
+    entries = batch if isinstance(batch, (tuple, list)) else []
+    rest = [entry for entry in entries if _are_token_labels(entry) and entry.shape == attention.shape]
+    if any(all(entry is not value for value in kwargs.values()) for entry in rest[1:]):
+        raise ValueError(
+            "Expected to know whether a batch has labels, but got a tuple with whole numbers for each token that are"
+            " not among the student's keyword arguments. Pass labels=<index>, or mask=<index> for the mask."
+        )
 
 
 def _is_rows(value: Any) -> bool:

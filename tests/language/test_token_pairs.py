@@ -223,3 +223,38 @@ def test_several_calls_of_a_step_give_the_mean_over_their_tokens(kind: Any, accu
     else:
         fitted(module, SequenceDistillation(weight=2.0), data, accumulate_grad_batches=2)
         close(module.model.state_dict(), by_hand(3, micro_batches=2))
+
+
+class Skips(Silent):
+    """Returns nothing for every second batch, without a call of the student."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2 == 0:
+            super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_call_skips_its_batch() -> None:
+    module, reference = Skips(), Silent()
+    fitted(module, FusedLinearDistillation(weight=2.0), loader(4))
+    rows = [row for start in range(0, 24, 8) for row in ROWS[start : start + 4]]
+    fitted(reference, FusedLinearDistillation(weight=2.0), DataLoader(rows, batch_size=4))
+    close(module.model.state_dict(), reference.model.state_dict())
+
+
+class Tuples(LanguageModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return own_loss(self.model(input_ids=batch[0], attention_mask=batch[1])["logits"])
+
+
+@pytest.mark.parametrize("labels", [None, 2])
+def test_numbers_in_a_tuple_that_may_be_labels_are_asked_for(labels: int | None) -> None:
+    rows = [(row["input_ids"], row["attention_mask"], row["labels"]) for row in ROWS]
+    module, data = Tuples(), DataLoader(rows, batch_size=8)
+    term = SequenceDistillation(weight=2.0, labels=labels)
+    if labels is None:
+        with pytest.raises(ValueError, match="know whether a batch has labels"):
+            fitted(module, term, data)
+    else:
+        fitted(module, term, data)
+        close(module.model.state_dict(), by_hand(3))
