@@ -139,8 +139,8 @@ def _add_demo(commands: Any) -> None:
         "--task",
         choices=("digits", "language"),
         default="digits",
-        help="digits, or a small language model of Python's own sources, which needs the extra `language` and takes up"
-        " to five minutes on two cores (%(default)s)",
+        help="digits, or a small language model of Python's own sources, which needs the extra `language` and takes"
+        " about five minutes on two cores (%(default)s)",
     )
 
 

@@ -27,9 +27,11 @@ QUICK = Settings(
     vocabulary=400,
     length=64,
     rows=160,
+    batch_size=16,
     teacher_epochs=2,
     teacher_size=(64, 2),
     student_size=(32, 1),
+    top_k=16,
     curve_points=2,
     curve_rows=20,
 )

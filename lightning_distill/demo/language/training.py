@@ -50,7 +50,7 @@ class Settings:
         student_lr: Highest learning rate of a student.
         temperature: Softening of both networks' probabilities.
         weight: Factor of the divergence from the teacher.
-        task_weight: Factor of the cross entropy with the text, with a teacher.
+        task_weight: Factor of the cross entropy with the text, for a student with a teacher.
         top_k: Number of the likeliest tokens in the cache.
         curve_points: Number of measurements on the validation text in a training.
         curve_rows: Number of rows of the validation text for these measurements.
@@ -60,18 +60,18 @@ class Settings:
     files: int | None = None
     vocabulary: int = 1024
     length: int = 128
-    rows: int = 3200
-    batch_size: int = 16
+    rows: int = 2800
+    batch_size: int = 8
     teacher_epochs: int = 3
     epochs: int = 2
     teacher_size: tuple[int, int] = (128, 4)
     student_size: tuple[int, int] = (64, 3)
-    teacher_lr: float = 4e-3
-    student_lr: float = 6e-3
+    teacher_lr: float = 3e-3
+    student_lr: float = 5e-3
     temperature: float = 1.0
-    weight: float = 1.0
-    task_weight: float = 0.0
-    top_k: int = 32
+    weight: float = 0.75
+    task_weight: float = 0.25
+    top_k: int = 64
     curve_points: int = 8
     curve_rows: int = 100
 
