@@ -155,7 +155,8 @@ class Validation:
         totals = {"distillation_loss": distillation}
         if "task_loss" in means:
             totals["loss"] = self._settings.task_weight * means["task_loss"] + distillation
-        return {**means, **totals}
+        everything = {**means, **totals}
+        return {name: everything[name] for name in self._names if name in everything}
 
     def results(self, loaders: int, device: torch.device, reduce: Reduce) -> dict[str, Tensor]:
         """The measurements over all processes, by their names in the logs.
