@@ -108,12 +108,8 @@ class Run:
             read_logits=callback.logits,
             never_called=student.never_called,
         )
-        self._names = [
-            "loss",
-            "task_loss",
-            "distillation_loss",
-            *(name for term in terms for name in term.logged_names),
-        ]
+        of_terms = [name for term in terms for name in term.logged_names]
+        self._names = ["loss", "task_loss", "distillation_loss", *of_terms]
         self._train_means = Means(self._names)
         self._validation = Validation(self.step, callback, self._names)
         self._validates = False  # whether validation is measured; the same in all processes
@@ -157,8 +153,8 @@ class Run:
             ]
             if self.step.source.stored:
                 self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
-            unpack = self._cached.separated if self._cached else lambda batch: (batch, None)
-            self._window = TokenWindow(trainer, callback.terms, lambda batch: unpack(batch)[0], callback.labels)
+            if any(term.counts_tokens for term in callback.terms):
+                self._window = TokenWindow(trainer, callback.terms, self._unpacked, callback.labels)
         if callback.validate and not self.step.source.live:
             rank_zero_warn(
                 "Expected a teacher network with validate=True, but got a cache, which has no outputs for the"
@@ -203,8 +199,8 @@ class Run:
         distill.parts = {}
         self._batch = None if self._takes_iterator else kept(args[0] if args else kwargs.get("batch"))
         self._in_step, self._explicit = True, False
-        self._begin_window()
         try:
+            self._begin_window()
             with distill.record(batch=self._batch):
                 output = step(*args, **kwargs)
             self._follow_the_students()
@@ -222,6 +218,10 @@ class Run:
         if self._window is not None:
             self._window.compare(distill.counted)
         return output
+
+    def _unpacked(self, batch: Any) -> Any:
+        """A loader's batch as the user's code gets it."""
+        return batch if self._cached is None else self._cached.separated(batch)[0]
 
     def _begin_window(self) -> None:
         if self._window is not None:
@@ -364,7 +364,8 @@ class Run:
             return
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor) and not self._explicit:
-            parts["loss"] = loss.detach() - self.step.unlogged
+            unlogged = self.step.unlogged
+            parts["loss"] = loss.detach() if unlogged is None else loss.detach() - unlogged
         self._train_means.add(parts, self.step.batch_size, token_sizes(self.step.terms, self.step.counted))
         if not callback.prog_bar and not compat.is_log_step(self.trainer):
             return

@@ -68,8 +68,8 @@ class DistillStep:
         parts: The detached parts of the last total.
         batch_size: Number of examples of the last call.
         share: The tokens of the optimizer step, for terms on tokens.
-        unlogged: The part of the last loss that comes from its share of the optimizer step's tokens, and is not in
-            ``parts``, which are means over the tokens of the micro-batch.
+        unlogged: The difference between the last loss, which has a share of the optimizer step's tokens, and its part
+            in ``parts``, a mean over the tokens of the micro-batch; ``None`` if the two are the same.
         counted: The numbers of tokens of the last call, by term.
         scheduler: Sets the scheduled settings.
     """
@@ -92,7 +92,7 @@ class DistillStep:
         self.parts: dict[str, Tensor] = {}
         self.batch_size = 0
         self.share = TokenShare()
-        self.unlogged: Tensor | float = 0.0
+        self.unlogged: Tensor | None = None
         self.counted: dict[str, Tensor] = {}
         self._heads: SkippedHeads | None = None
         self._batch: Any = None
@@ -239,7 +239,7 @@ class DistillStep:
     def _loss(self, batch: Any, step_calls: StepCalls) -> Tensor:
         active = [term for term in self.terms if term.active]
         calls = step_calls.of(self.student.find())
-        self.parts, self.counted, self.unlogged = {}, {}, 0.0
+        self.parts, self.counted, self.unlogged = {}, {}, None
         rest = self._anchor(calls)
         if not active:
             if calls:
@@ -266,8 +266,10 @@ class DistillStep:
         for name in calls[0].logged:
             self.parts[name] = torch.stack([call.logged[name] for call in calls]).mean()
         loss = sum(shared[1:], shared[0])
-        self.parts["distillation_loss"] = sum(weighted[1:], weighted[0]).detach()
-        self.unlogged = loss.detach() - self.parts["distillation_loss"]
+        self.parts["distillation_loss"] = loss.detach()
+        if self.share.divisors:
+            self.parts["distillation_loss"] = sum(weighted[1:], weighted[0]).detach()
+            self.unlogged = loss.detach() - self.parts["distillation_loss"]
         return loss if isinstance(rest, float) else loss + rest
 
     def _values(

@@ -58,7 +58,7 @@ class TokenWindow:
 
     Args:
         trainer: The Trainer, in a fit.
-        terms: The owner's terms.
+        terms: The owner's terms, at least one of which counts tokens.
         unpack: From a loader's batch to the batch as the user's code gets it.
         label_place: Where the owner says that a batch keeps its labels.
 
@@ -76,7 +76,7 @@ class TokenWindow:
     ) -> None:
         self._trainer, self._unpack, self._label_place = trainer, unpack, label_place
         self._terms = [term for term in terms if term.counts_tokens]
-        self._on = bool(self._terms)
+        self._on = True
         self._failed = False  # the tokens of a batch could not be counted in this process
         self._size = 0
         self._expected: dict[str, Tensor] = {}  # of this micro-batch
@@ -95,11 +95,11 @@ class TokenWindow:
         Args:
             batch: The micro-batch of this training step.
         """
-        trainer, place = self._trainer, self._trainer.fit_loop.batch_idx
-        size = trainer.accumulate_grad_batches
         self._expected = {}
         if not self._on:
             return
+        trainer, place = self._trainer, self._trainer.fit_loop.batch_idx
+        size = trainer.accumulate_grad_batches
         if not trainer.lightning_module.automatic_optimization:
             self._fail("optimization is manual, so the micro-batches of an optimizer step are not known")
         elif size == trainer.world_size == 1:

@@ -156,11 +156,10 @@ class Call:
         }
         return cls((), {}, output=output, who=who, runs=runs, **attributes)
 
-    def argument(self, name: str) -> Any:
-        """The argument of that name, passed by name or by position; ``None`` if it was not passed."""
-        if name in self.parameters[: len(self.args)]:
-            return self.args[self.parameters.index(name)]
-        return self.kwargs.get(name)
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name; positional ones too, if the names of the network's parameters are known."""
+        return {**dict(zip(self.parameters, self.args, strict=False)), **self.kwargs}
 
     @property
     def logits(self) -> Tensor:

@@ -32,10 +32,8 @@ def find_labels(batch: Any, where: str | int | Callable[[Any], Tensor] | None) -
     """
     labels: Any = None
     unnamed = isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields")
-    if callable(where):
-        labels = where(batch)
-    elif where is not None:
-        labels = _entry(batch, where)
+    if where is not None:
+        labels = _at(batch, where)
     elif unnamed:
         labels = batch[1] if len(batch) == 2 else None  # of three or more the second may well be an index or a weight
     else:
@@ -48,6 +46,29 @@ def find_labels(batch: Any, where: str | int | Callable[[Any], Tensor] | None) -
             f" a batch of {names}{size}. Pass labels=<key, index, or a function of the batch>."
         )
     return labels
+
+
+def find_mask(batch: Any, where: str | int | Callable[[Any], Tensor]) -> Tensor:
+    """The mask in a batch.
+
+    Args:
+        batch: The batch.
+        where: A key or field name, an index, or a function of the batch.
+
+    Raises:
+        ValueError: If the batch has no mask at that place.
+    """
+    mask = _at(batch, where)
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"Expected `mask` to say where a batch keeps its mask, but got mask={where!r} and a batch of"
+            f" {type(batch).__name__}. Pass a key, an index, or a function of the batch."
+        )
+    return mask
+
+
+def _at(batch: Any, where: str | int | Callable[[Any], Tensor]) -> Any:
+    return where(batch) if callable(where) else _entry(batch, where)
 
 
 def _entry(batch: Any, where: str | int) -> Any:

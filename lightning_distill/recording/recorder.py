@@ -45,12 +45,17 @@ def random_state() -> dict[str, Any]:
 def restored(state: dict[str, Any]) -> Iterator[None]:
     """A context with the generators in an earlier state; afterwards they are as before it."""
     before = random_state()
-    for target in (state, before):
-        torch.set_rng_state(target["cpu"])
-        if "cuda" in target:
-            torch.cuda.set_rng_state(target["cuda"])
-        if target is state:
-            yield
+    _set_random_state(state)
+    try:
+        yield
+    finally:
+        _set_random_state(before)
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 class _Hook:

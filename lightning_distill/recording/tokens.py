@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.recording.calls import Call
-from lightning_distill.recording.labels import find_labels
+from lightning_distill.recording.labels import find_labels, find_mask
 from lightning_distill.recording.outputs import entries_of
 
 _SEQ2SEQ = "encoder_last_hidden_state"  # a field of the outputs of models with an encoder and a decoder
@@ -60,7 +60,7 @@ class TokenPositions:
         Raises:
             ValueError: If neither labels nor a mask are found, or one has another length.
         """
-        positions = self._of(call.batch, call.batch, call.kwargs, is_seq2seq(call), call.label_place)
+        positions = self._of(call.batch, call.batch, call.arguments, is_seq2seq(call), call.label_place)
         return self._checked(positions, call, length)
 
     def of_teacher(self, call: Call, length: int) -> Positions:
@@ -75,7 +75,7 @@ class TokenPositions:
         Raises:
             ValueError: As :meth:`of_call`.
         """
-        return self._checked(self._of(None, call.batch, call.kwargs, is_seq2seq(call), None), call, length)
+        return self._checked(self._of(None, call.batch, call.arguments, is_seq2seq(call), None), call, length)
 
     def _checked(self, positions: Positions, call: Call, length: int) -> Positions:
         if positions.counts.shape[1] != length:
@@ -99,10 +99,12 @@ class TokenPositions:
         """
         return self._of(batch, batch, {}, seq2seq, label_place)
 
-    def _of(self, batch: Any, mask_batch: Any, kwargs: Mapping[str, Any], seq2seq: bool, label_place: Any) -> Positions:
-        labels = self._labels(batch, kwargs, label_place)
-        mask = None if self.mask is None else self._mask(mask_batch)
-        attention = find_entry("decoder_attention_mask" if seq2seq else "attention_mask", batch, kwargs)
+    def _of(
+        self, batch: Any, mask_batch: Any, arguments: Mapping[str, Any], seq2seq: bool, label_place: Any
+    ) -> Positions:
+        labels = self._labels(batch, arguments, label_place)
+        mask = None if self.mask is None else _two_dimensions("mask", find_mask(mask_batch, self.mask))
+        attention = find_entry("decoder_attention_mask" if seq2seq else "attention_mask", batch, arguments)
         attention = attention if _is_rows(attention) else None
         reference = next((rows for rows in (labels, mask, attention) if rows is not None), None)
         if reference is None:
@@ -111,32 +113,21 @@ class TokenPositions:
                 " Put `labels` or `attention_mask` into the batch or the student's call, or pass mask=<key, index, or a"
                 " function of the batch>; to count all: mask=lambda batch: torch.ones_like(batch['input_ids'])."
             )
-        if labels is None and mask is None and kwargs:
-            _check_unused(batch, reference, kwargs)
+        if labels is None and mask is None and arguments:
+            _check_unused(batch, reference, arguments)
         if mask is not None and mask.shape != reference.shape:
             raise ValueError(
                 f"Expected `mask` to have the shape of the labels, {tuple(reference.shape)}, but got shape"
                 f" {tuple(mask.shape)}."
             )
-        documents = [find_entry(name, batch, kwargs) for name in ("position_ids", "seq_idx")]
+        documents = [find_entry(name, batch, arguments) for name in ("position_ids", "seq_idx")]
         return self._combined(labels, mask, attention, *documents)
 
-    def _mask(self, batch: Any) -> Tensor:
-        try:
-            return _two_dimensions("mask", find_labels(batch, self.mask))
-        except ValueError as error:
-            if "`labels`" not in str(error):
-                raise
-            raise ValueError(
-                f"Expected `mask` to say where a batch keeps its mask, but got mask={self.mask!r} and a batch of"
-                f" {type(batch).__name__}. Pass a key, an index, or a function of the batch."
-            ) from None
-
-    def _labels(self, batch: Any, kwargs: Mapping[str, Any], label_place: Any) -> Tensor | None:
+    def _labels(self, batch: Any, arguments: Mapping[str, Any], label_place: Any) -> Tensor | None:
         place = label_place if self.labels is None else self.labels
         if place is not None:
             return _two_dimensions("labels", find_labels(batch, place))
-        labels = kwargs.get("labels")
+        labels = arguments.get("labels")
         if labels is None:
             with suppress(ValueError):
                 labels = find_labels(batch, None)
@@ -171,7 +162,7 @@ class TokenPositions:
 
 def is_seq2seq(call: Call) -> bool:
     """Whether a call was made of a model with an encoder and a decoder."""
-    return _DECODER_INPUTS in call.kwargs or _SEQ2SEQ in entries_of(call.output)
+    return _DECODER_INPUTS in call.arguments or _SEQ2SEQ in entries_of(call.output)
 
 
 def check_alignment(call: Call, shift: bool, positions: Positions) -> None:
@@ -255,7 +246,7 @@ def check_same_tokens(student: Call, teacher: Call, positions: Positions) -> Non
 
 def _tokens(call: Call) -> Tensor | None:
     """The token numbers that a model was called with, or ``None``."""
-    tokens = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+    tokens = call.arguments.get("input_ids", call.args[0] if call.args else None)
     return tokens if isinstance(tokens, Tensor) and not tokens.is_floating_point() and tokens.ndim == 2 else None
 
 
@@ -287,14 +278,14 @@ def _borders(
         yield (current != following) & (current != 0) & (following != 0)
 
 
-def _check_unused(batch: Any, attention: Tensor, kwargs: Mapping[str, Any]) -> None:
+def _check_unused(batch: Any, attention: Tensor, arguments: Mapping[str, Any]) -> None:
     """Raise if a tuple holds whole numbers for each token that the student does not get: they may be labels."""
     entries = batch if isinstance(batch, (tuple, list)) else []
     rest = [entry for entry in entries if _are_token_labels(entry) and entry.shape == attention.shape]
-    if any(all(entry is not value for value in kwargs.values()) for entry in rest[1:]):
+    if any(all(entry is not value for value in arguments.values()) for entry in rest[1:]):
         raise ValueError(
             "Expected to know whether a batch has labels, but got a tuple with whole numbers for each token that are"
-            " not among the student's keyword arguments. Pass labels=<index>, or mask=<index> for the mask."
+            " not among the student's arguments. Pass labels=<index>, or mask=<index> for the mask."
         )
 
 
@@ -316,9 +307,9 @@ def _two_dimensions(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def find_entry(name: str, batch: Any, kwargs: Mapping[str, Any]) -> Any:
+def find_entry(name: str, batch: Any, arguments: Mapping[str, Any]) -> Any:
     """An entry of the call's arguments, of the batch, or of a dict inside the batch."""
-    places = [kwargs, batch, *(batch if isinstance(batch, (tuple, list)) else [])]
+    places = [arguments, batch, *(batch if isinstance(batch, (tuple, list)) else [])]
     for place in places:
         if isinstance(place, Mapping) and place.get(name) is not None:
             return place[name]

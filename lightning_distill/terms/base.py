@@ -40,7 +40,9 @@ class DistillationTerm(nn.Module):
         teacher_taps: Layers of the teacher that the term reads.
         needs_labels: Whether :meth:`forward` is called with the batch's labels.
         needs_teacher: Whether the term reads the teacher at all, and not the student alone.
-        counts_tokens: Whether the term is a mean over the tokens of an optimizer step, which its ``counted`` counts.
+        counts_tokens: Whether the term is a mean over the tokens of an optimizer step. Then :meth:`forward` returns the
+            mean over the tokens of its call and stores their number in ``student.counted[self.name]``, and
+            :meth:`counted` counts them ahead.
         skips_heads: Whether the two networks' heads make no logits in a training step.
         student_arguments: Keyword arguments to add to the student's calls in a step, if it takes them.
         teacher_arguments: Keyword arguments to add to the teacher's calls, if it takes them.

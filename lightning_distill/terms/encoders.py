@@ -16,7 +16,7 @@ from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.layer_maps import LayerOutput, Layers, Pairs, checked_layers, layer_pairs
-from lightning_distill.terms.losses import Mask, attention_mask, find_mask, takes_mask
+from lightning_distill.terms.losses import Mask, attention_mask, counted_positions, takes_mask
 
 _ROUNDING = 0.02  # rows of probabilities in half precision add up to 1 within this
 
@@ -28,7 +28,7 @@ class _WithoutPadding(FeatureDistillation):
 
     def _mask(self, student: Call, labels: Tensor | None) -> Tensor | None:
         if self.mask is not None:
-            return find_mask(student, self.mask, None, None)
+            return counted_positions(student, self.mask, None, None)
         mask = attention_mask(student, self.mask_name)
         if mask is not None and not takes_mask(self.loss):
             raise ValueError(

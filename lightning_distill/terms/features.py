@@ -16,7 +16,7 @@ from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable
-from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, find_mask, value_of, widened
+from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, counted_positions, value_of, widened
 
 
 class FeatureDistillation(DistillationTerm):
@@ -172,7 +172,7 @@ class FeatureDistillation(DistillationTerm):
 
     def _mask(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count; ``None`` if all do."""
-        return find_mask(student, self.mask, self.ignore_index, labels)
+        return counted_positions(student, self.mask, self.ignore_index, labels)
 
     def extra_repr(self) -> str:
         """Layers and settings."""

@@ -15,7 +15,7 @@ from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable
-from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, find_mask, value_of
+from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, counted_positions, value_of
 
 
 class LogitsDistillation(DistillationTerm):
@@ -90,7 +90,7 @@ class LogitsDistillation(DistillationTerm):
 
     def positions(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count, a bool tensor, or ``None`` for all."""
-        return find_mask(student, self.mask, self.ignore_index, labels)
+        return counted_positions(student, self.mask, self.ignore_index, labels)
 
     def check_scores(self, student: Call, teacher: Call) -> None:
         """Raise if an output holds probabilities, which a loss on logits would soften once more.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distill_core.requires import Requires
 from lightning_distill.losses import DistillationLoss
-from lightning_distill.recording import Call, find_labels
+from lightning_distill.recording import Call
+from lightning_distill.recording.labels import find_mask
 from lightning_distill.recording.tokens import find_entry
 
 Mask = str | int | Callable[[Any], Tensor]
@@ -53,7 +54,7 @@ def check_takes_mask(loss: Any) -> None:
         )
 
 
-def find_mask(call: Call, mask: Mask | None, ignore_index: int | None, labels: Tensor | None) -> Tensor | None:
+def counted_positions(call: Call, mask: Mask | None, ignore_index: int | None, labels: Tensor | None) -> Tensor | None:
     """The positions that count.
 
     Args:
@@ -75,13 +76,7 @@ def find_mask(call: Call, mask: Mask | None, ignore_index: int | None, labels: T
                 f"Expected a batch for the term with mask={mask!r}, but got none. Call"
                 " distiller.total(task_loss, batch)."
             )
-        try:
-            counted = find_labels(call.batch, mask).bool()
-        except ValueError:
-            raise ValueError(
-                f"Expected `mask` to say where a batch keeps its mask, but got mask={mask!r} and a batch of"
-                f" {type(call.batch).__name__}. Pass a key, an index, or a function of the batch."
-            ) from None
+        counted = find_mask(call.batch, mask).bool()
     if ignore_index is not None and labels is not None:
         kept = labels != ignore_index
         counted = kept if counted is None else counted & kept
@@ -101,9 +96,7 @@ def attention_mask(call: Call, name: str = "attention_mask") -> Tensor | None:
     Raises:
         ValueError: If the mask has another number of dimensions.
     """
-    mask = call.argument(name)
-    if mask is None:
-        mask = find_entry(name, call.batch, call.kwargs)
+    mask = find_entry(name, call.batch, call.arguments)
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:

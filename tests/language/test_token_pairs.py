@@ -258,3 +258,25 @@ def test_numbers_in_a_tuple_that_may_be_labels_are_asked_for(labels: int | None)
     else:
         fitted(module, term, data)
         close(module.model.state_dict(), by_hand(3))
+
+
+class Positional(LanguageModule):
+    """Passes the attention mask by position, from a batch that does not name it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return own_loss(self.model(batch[0], batch[1])["logits"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_attention_mask_counts_by_position_too(side: str) -> None:
+    modules = []
+    for kind, names in ((Positional, None), (LanguageModule, ("input_ids", "attention_mask", "labels"))):
+        rows = [
+            [row[name] if side == "right" else row[name].flip(0) for name in ("input_ids", "attention_mask", "labels")]
+            for row in ROWS
+        ]
+        data = rows if names is None else [dict(zip(names, row, strict=True)) for row in rows]
+        modules.append(kind())
+        labels = 2 if names is None else None
+        fitted(modules[-1], SequenceDistillation(weight=2.0, labels=labels), DataLoader(data, batch_size=8))
+    close(modules[0].model.state_dict(), modules[1].model.state_dict(), atol=0)

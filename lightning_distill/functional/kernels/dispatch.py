@@ -79,8 +79,7 @@ def divergence_and_cross_entropy(
     """
     way = _way(student, teacher, dim)
     if way is plain or settings.kind == "reverse_kl":  # whose sums leave out classes that the cross entropy has
-        values = plain.divergence(student, teacher, settings, dim, mask)
-        return values, plain.cross_entropy(student, labels, dim)
+        return divergence(student, teacher, settings, dim, mask), plain.cross_entropy(student, labels, dim)
     pair: tuple[Tensor, Tensor] = _applied(
         student.movedim(dim, -1), teacher.movedim(dim, -1), mask, labels, settings, way
     )
