@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,12 +197,22 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         runs: The teacher's run, then the students'.
         path: PNG file to write.
     """
+    save_figure(lambda figure: _draw(figure, runs), path)
+
+
+def save_figure(draw: Callable[[Any], None], path: Path) -> None:
+    """Save a figure that looks the same on every machine.
+
+    Args:
+        draw: Draws on a figure of matplotlib.
+        path: PNG file to write.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    with style.context("default"):  # the same picture on every machine, on white, whatever the user's settings are
+    with style.context("default"):  # on white, whatever the user's settings are
         figure = Figure(figsize=(11, 5), layout="constrained")
-        _draw(figure, runs)
+        draw(figure)
         figure.savefig(path, dpi=110)
 
 

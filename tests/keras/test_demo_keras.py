@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import ast
 import io
-import json
 import random
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
+from quick_demo import Outcome, outcome_of
 from rich.console import Console
 
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn: install the extra `plots`")
@@ -38,22 +37,9 @@ from keras_distill.demo.training import Settings, _restart
 PACKAGES = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "lightning_distill")
 
 
-class Outcome(NamedTuple):
-    """A quick demonstration: its folder, what it printed, its runs, its results.json."""
-
-    folder: Path
-    printed: str
-    runs: list[Run]
-    results: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    folder = tmp_path_factory.mktemp("demo") / "made" / "for it"
-    console = Console(file=io.StringIO(), width=80)
-    runs = run(folder, quick=True, console=console)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return Outcome(folder, console.file.getvalue(), runs, results)
+    return outcome_of(run, tmp_path_factory.mktemp("demo"))
 
 
 def made_up(accuracies: dict[str, list[float]]) -> list[Run]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
+from quick_demo import Outcome, outcome_of
 from rich.console import Console
 
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn: install the extra `plots`")
@@ -22,22 +22,9 @@ from lightning_distill.demo.report import prove_plain
 from lightning_distill.demo.training import Settings, train_all
 
 
-class Outcome(NamedTuple):
-    """A quick demonstration: its folder, what it printed, its runs, its results.json."""
-
-    folder: Path
-    printed: str
-    runs: list[Run]
-    results: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    folder = tmp_path_factory.mktemp("demo") / "made" / "for it"
-    console = Console(file=io.StringIO(), width=80)
-    runs = run(folder, quick=True, console=console)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return Outcome(folder, console.file.getvalue(), runs, results)
+    return outcome_of(run, tmp_path_factory.mktemp("demo"))
 
 
 class Second(NamedTuple):

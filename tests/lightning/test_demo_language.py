@@ -7,11 +7,11 @@ import json
 import math
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
+from quick_demo import Outcome, outcome_of
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -37,22 +37,9 @@ from lightning_distill.demo.language.text import (
 from lightning_distill.demo.language.training import ALONE, LONGER, OFFLINE, ONLINE, STUDENTS, TEACHER, Run, step_flops
 
 
-class Outcome(NamedTuple):
-    """A quick demonstration: its folder, what it printed, its runs, its language.json."""
-
-    folder: Path
-    printed: str
-    runs: list[Run]
-    results: dict[str, Any]
-
-
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    folder = tmp_path_factory.mktemp("demo") / "made" / "for it"
-    console = Console(file=io.StringIO(), width=80)
-    runs = run(folder, quick=True, console=console)
-    results = json.loads((folder / "language.json").read_text(encoding="utf-8"))
-    return Outcome(folder, console.file.getvalue(), runs, results)
+    return outcome_of(run, tmp_path_factory.mktemp("demo"), "language.json")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from distill_core.demo_report import save_figure
 from lightning_distill.demo.language.networks import GPT, continued
 from lightning_distill.demo.language.text import Text
 from lightning_distill.demo.language.training import ALONE, LONGER, OFFLINE, ONLINE, STUDENTS, TEACHER, Run
@@ -133,13 +134,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         runs: The teacher's run, then the students'.
         path: PNG file to write.
     """
-    from matplotlib import style
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
-    with style.context("default"):  # the same picture on every machine, on white, whatever the user's settings are
-        figure = Figure(figsize=(11, 5), layout="constrained")
-        _draw(figure, grouped(runs))
-        figure.savefig(path, dpi=110)
+    save_figure(lambda figure: _draw(figure, grouped(runs)), path)
 
 
 def _draw(figure: Any, groups: Mapping[str, Sequence[Run]]) -> None:
