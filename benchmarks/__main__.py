@@ -1,4 +1,4 @@
-"""Every benchmark in turn: ``python -m benchmarks``; with ``--device``, the losses on that device."""
+"""Every benchmark in turn: ``python -m benchmarks``; with ``--device``, those on that device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 BENCHMARKS = ["step_overhead", "cache", "keras_step", "loss_memory", "loss_time", "fused_linear"]
 
 if __name__ == "__main__":
-    names = ["on_device"] if any(argument.startswith("--device") for argument in sys.argv) else BENCHMARKS
+    names = (
+        ["on_device", "device_steps"] if any(argument.startswith("--device") for argument in sys.argv) else BENCHMARKS
+    )
     for name in names:
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)

@@ -1,36 +1,31 @@
 """Time and memory of the losses on one device: ``python -m benchmarks --device cuda``.
 
-Forward and backward pass of the losses, of the papers' plain formulas, of the formulas under ``torch.compile``
-and of the peers that are installed, on the same tensors. Milliseconds are medians; extra memory is the peak beyond the
-inputs and the student's gradient. With ``--device cpu`` the inputs are tiny: it shows that everything runs.
+Forward and backward pass of the losses and of the papers' plain formulas, and at vocabulary size of the formulas under
+``torch.compile`` and of Liger's losses if liger-kernel is installed, on the same tensors. Milliseconds are medians;
+extra memory is the peak beyond the inputs and the student's gradient. With ``--device cpu`` the inputs are tiny: it
+shows that everything runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
-import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks import loss_formulas
+from benchmarks.device_timing import Measured, measured_step, report_steps
 from benchmarks.loss_cases import CASES, SMALL
 from lightning_distill import functional, losses
 from lightning_distill.functional.kernels import Divergence, divergence_and_cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-ROUNDS = {"cuda": 15, "cpu": 3}
 VOCABULARY = {"cuda": (8192, 50304), "cpu": (64, 1000)}
 
 
@@ -49,18 +44,6 @@ class Question:
     shape: tuple[int, ...]
     dtype: torch.dtype
     arms: dict[str, Loss]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Time, memory and value of one arm; the error's text if it failed."""
-
-    question: str
-    arm: str
-    milliseconds: float | None = None
-    extra_mib: float | None = None
-    value: float | None = None
-    error: str = ""
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -125,13 +108,13 @@ def questions(device: str) -> Iterator[Question]:
         shape = case.timed or case.shape
         shape = shape if device == "cuda" else SMALL.get(shape, (8, 16, *shape[2:]))
         formula = getattr(loss_formulas, case.formula)
-        arms = {"library": getattr(losses, case.loss)(**case.settings), "formula": formula}
-        yield Question(name, shape, torch.float32, arms | {"compiled formula": torch.compile(formula, dynamic=False)})
+        yield Question(
+            name, shape, torch.float32, {"library": getattr(losses, case.loss)(**case.settings), "formula": formula}
+        )
     few = torch.randint(1000, (256,))
     formula = partial(decoupled, labels=few)
     library = partial(losses.DecoupledKDLoss(), labels=few)
-    arms = {"library": library, "formula": formula, "compiled formula": torch.compile(formula, dynamic=False)}
-    yield Question("decoupled", (256, 1000), torch.float32, arms)
+    yield Question("decoupled", (256, 1000), torch.float32, {"library": library, "formula": formula})
 
 
 def liger_arms(name: str) -> dict[str, Loss]:
@@ -157,31 +140,7 @@ def measured(question: Question, arm: str, device: str) -> Measured:
         value.backward()
         return value.detach()
 
-    def synchronize() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    try:
-        value, extra, seconds = step().item(), None, []
-        step()
-        if device == "cuda":
-            base = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            extra = (torch.cuda.max_memory_allocated() - base) / 2**20
-        for _ in range(ROUNDS[device]):
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        return Measured(question.name, arm, 1000 * statistics.median(seconds), extra, value)
-    except Exception as error:  # one arm that lacks memory must not end the others
-        return Measured(question.name, arm, error=f"{type(error).__name__}: {error}"[:80])
-    finally:
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    return measured_step(question.name, arm, step, device)
 
 
 def main() -> None:
@@ -191,22 +150,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("on_device.json"), help="where to write the figures")
     arguments = parser.parse_args()
     torch.set_default_device(arguments.device)
-    table = Table(title=f"Losses on {arguments.device}, torch {torch.__version__}")
-    for column in ("question", "shape", "arm", "ms", "of the formula", "extra MiB", "value"):
-        table.add_column(column)
-    rows = []
-    for question in questions(arguments.device):
-        if arguments.only not in question.name:
-            continue
-        arms = {arm: measured(question, arm, arguments.device) for arm in question.arms}
-        rows += [asdict(row) for row in arms.values()]
-        base = arms["formula"].milliseconds
-        for arm, row in arms.items():
-            ratio = row.milliseconds / base if row.milliseconds and base else None
-            numbers = ["" if x is None else f"{x:.3f}" for x in (row.milliseconds, ratio, row.extra_mib, row.value)]
-            table.add_row(question.name, "x".join(map(str, question.shape)), arm, *numbers[:3], row.error or numbers[3])
-    Console(width=150).print(table)
-    arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    rows = [
+        (question, [measured(question, arm, arguments.device) for arm in question.arms])
+        for question in questions(arguments.device)
+        if arguments.only in question.name
+    ]
+    shapes = {question.name: "x".join(map(str, question.shape)) for question, _ in rows}
+    title = f"Losses on {arguments.device}, torch {torch.__version__}"
+    report_steps(title, [row for _, timed in rows for row in timed], shapes, "formula", arguments.json)
 
 
 if __name__ == "__main__":

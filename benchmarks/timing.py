@@ -89,9 +89,9 @@ class Plan:
 class _Lane(threading.Thread):
     """A thread in which an arm works while it is its turn, and waits between two units when it is not."""
 
-    def __init__(self, arm: Arm, plan: Plan) -> None:
+    def __init__(self, arm: Arm, plan: Plan, wait: Callable[[], None]) -> None:
         super().__init__(daemon=True)  # after an error the other lanes never finish
-        self.arm, self.plan, self.count = arm, plan, 0
+        self.arm, self.plan, self.count, self.wait_for_device = arm, plan, 0, wait
         self.timings: list[Timing] = []
         self.error: BaseException | None = None
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
@@ -115,6 +115,7 @@ class _Lane(threading.Thread):
         self.count += 1
         if done < 0 or done % self.plan.block:
             return
+        self.wait_for_device()
         if done:
             cpu, wall = time.thread_time() - self._cpu, time.perf_counter() - self._wall
             self.timings.append(Timing(cpu / self.plan.block, wall / self.plan.block))
@@ -123,7 +124,9 @@ class _Lane(threading.Thread):
         self._wall, self._cpu = time.perf_counter(), time.thread_time()
 
 
-def interleave(arms: Mapping[str, Arm], plan: Plan, label: str) -> Runs:
+def interleave(
+    arms: Mapping[str, Arm], plan: Plan, label: str, wait_for_device: Callable[[], None] = lambda: None
+) -> Runs:
     """The timings of every arm, taken in turn: A B A B ...
 
     Each arm runs in a thread of its own, of which only one is awake at a time, so that turns can be short and other
@@ -133,11 +136,12 @@ def interleave(arms: Mapping[str, Arm], plan: Plan, label: str) -> Runs:
         arms: The arms to compare, by name.
         plan: How long.
         label: Printed while the measurement runs.
+        wait_for_device: Called before a clock is read, such as ``torch.cuda.synchronize``.
     """
     runs: Runs = {name: [] for name in arms}
     for start in range(plan.starts):
         print(f"{label}: start {start + 1} of {plan.starts}", file=sys.stderr, flush=True)
-        lanes = {name: _Lane(arm, plan) for name, arm in arms.items()}
+        lanes = {name: _Lane(arm, plan, wait_for_device) for name, arm in arms.items()}
         for turn in range(plan.rounds + 2):  # the first turn warms up, the last one clears up
             gc.collect() if turn else None
             for lane in lanes.values():

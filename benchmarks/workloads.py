@@ -17,7 +17,7 @@ from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistil
 
 Batches = list[tuple[Tensor, Tensor]]
 TEMPERATURE = 4.0
-FEATURES = {"conv": ["stage1", "stage2"], "mlp": ["layer1", "layer2"]}
+FEATURES = {"conv": ["stage1", "stage2"], "mlp": ["layer1", "layer2"], "resnet": ["layer3", "layer4"]}
 
 
 # Networks ------------------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ class Clock(Callback):
 def trainer_for(callbacks: Sequence[Callback], **settings: Any) -> Trainer:
     """A Trainer that does nothing but train."""
     quiet = {f"enable_{feature}": False for feature in ("checkpointing", "progress_bar", "model_summary")}
-    settings = {"log_every_n_steps": 10**9, **settings}
-    return Trainer(accelerator="cpu", logger=False, callbacks=[*callbacks], max_epochs=1, **quiet, **settings)
+    settings = {"accelerator": "cpu", "log_every_n_steps": 10**9, **settings}
+    return Trainer(logger=False, callbacks=[*callbacks], max_epochs=1, **quiet, **settings)
 
 
 def fit(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from device import ACCELERATOR
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -88,7 +89,7 @@ def trained(module: Module, teacher: Any, terms: Any, epochs: int = 2, **setting
         "enable_model_summary": False,
     }
     trainer = Trainer(
-        max_epochs=epochs, callbacks=[DistillCallback(teacher, terms)], accelerator="cpu", **quiet, **settings
+        max_epochs=epochs, callbacks=[DistillCallback(teacher, terms)], accelerator=ACCELERATOR, **quiet, **settings
     )
     trainer.fit(module)
     return module

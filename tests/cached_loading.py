@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device import ACCELERATOR
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -18,7 +19,7 @@ QUIET = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
-    "accelerator": "cpu",
+    "accelerator": ACCELERATOR,
 }
 
 

@@ -19,13 +19,13 @@ from lightning_distill import losses
 
 def _after_conv1x1(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
     if "param_weight" in arrays:
-        student = F.conv2d(student, torch.from_numpy(arrays["param_weight"]))
+        student = F.conv2d(student, torch.as_tensor(arrays["param_weight"]))
     return student, teacher
 
 
 def _selected_tokens(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
     if "mask" in arrays:
-        chosen = torch.from_numpy(arrays["mask"]).bool()
+        chosen = torch.as_tensor(arrays["mask"]).bool()
         return student[chosen], teacher[chosen]
     return student, teacher
 

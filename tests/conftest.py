@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from device import ACCELERATOR, DEVICE, OnDevice
 from hypothesis import settings
 from lightning.pytorch import Trainer
 from lightning_utilities.core.inheritance import get_all_subclasses
@@ -35,7 +37,7 @@ LAUNCHER_VARIABLES = (
 )
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": ACCELERATOR,
     "devices": 1,
     "logger": False,
     "enable_progress_bar": False,
@@ -49,6 +51,7 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", MPLBACKEND="Agg")
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 on a GPU keep its precision
 
 
 def pytest_collection_finish() -> None:
@@ -114,9 +117,16 @@ def isolation() -> Iterator[None]:
     assert not leaks, f"the test changed settings of the process and left them so (before, after): {leaks}"
 
 
+@pytest.fixture(autouse=True)
+def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors of a test that is marked ``tensors`` lie on the device of the tests."""
+    with contextlib.nullcontext() if DEVICE == "cpu" or not request.node.get_closest_marker("tensors") else OnDevice():
+        yield
+
+
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """A factory of quiet CPU trainers for two steps; every setting can be overridden."""
+    """A factory of quiet trainers for two steps; every setting can be overridden."""
 
     def make(**overrides: Any) -> Trainer:
         if not overrides.keys() & {"max_steps", "max_epochs", "max_time"}:

@@ -39,7 +39,7 @@ class Golden:
 def unmasked_tokens(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
     """The tokens that have a label, one row for each."""
     if "labels" in arrays:
-        chosen = torch.from_numpy(arrays["labels"] != -100)
+        chosen = torch.as_tensor(arrays["labels"] != -100)
         return student[chosen], teacher[chosen]
     return student, teacher
 
@@ -72,7 +72,7 @@ class Learned(nn.Module):
     def __init__(self, loss: losses.DistillationLoss, parameters: Arrays, *shapes: tuple[int, ...]) -> None:
         super().__init__()
         loss.build(*(torch.Size(shape) for shape in shapes))
-        loss.double().load_state_dict({name: torch.from_numpy(array) for name, array in parameters.items()})
+        loss.double().load_state_dict({name: torch.as_tensor(array) for name, array in parameters.items()})
         self.loss = loss
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -35,8 +35,8 @@ def torch_twin(model: keras.Model) -> nn.Sequential:
     twin = nn.Sequential(nn.Linear(*kernel.shape), nn.ReLU(), nn.Linear(*kernel2.shape))
     with torch.no_grad():
         for layer, (k, b) in ((twin[0], (kernel, bias)), (twin[2], (kernel2, bias2))):
-            layer.weight.copy_(torch.from_numpy(np.array(k).T))
-            layer.bias.copy_(torch.from_numpy(np.array(b)))
+            layer.weight.copy_(torch.as_tensor(np.array(k).T))
+            layer.bias.copy_(torch.as_tensor(np.array(b)))
     return twin
 
 
@@ -54,7 +54,7 @@ def fitted(teacher: Any, data: Any, *more: Any, features: tuple[str, str] | None
 def test_c3_a_torch_teachers_cache_trains_a_keras_student(tmp_path: Path, features: Any) -> None:
     """C3: as the Keras twin of that teacher does, live."""
     live = keras_network(24, seed=2)
-    data = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y).long())
+    data = torch.utils.data.TensorDataset(torch.as_tensor(X), torch.as_tensor(Y).long())
     lightning_distill.TeacherCache.build(
         torch_twin(live), data, tmp_path, layers=["1"], dtype="float32", progress=False
     )
@@ -73,7 +73,7 @@ def test_c3_a_keras_teachers_cache_trains_a_torch_student(tmp_path: Path) -> Non
     teacher = keras_network(24, seed=2)
     keras_distill.TeacherCache.build(teacher, X, tmp_path, layers=["hidden"], dtype="float32", batch_size=7)
     cache = lightning_distill.TeacherCache.open(tmp_path)
-    data = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y).long())
+    data = torch.utils.data.TensorDataset(torch.as_tensor(X), torch.as_tensor(Y).long())
     terms = [lightning_distill.LogitsDistillation()]
     live, cached = (trained(Module(data), source, terms) for source in (torch_twin(teacher), cache))
     assert difference(live, cached) < 1e-5

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cache_nets import ITEMS, Augmented, Module, Views, difference, network, table, trained
+from device import ACCELERATOR
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import Subset
@@ -89,7 +90,7 @@ def test_c2_distill_module_takes_a_cache(cache: TeacherCache, teacher: nn.Module
             "enable_model_summary": False,
         }
         source = Module(table())
-        Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(
+        Trainer(max_epochs=2, accelerator=ACCELERATOR, **quiet).fit(
             module, source.train_dataloader(), source.val_dataloader()
         )
         return module.student
@@ -121,7 +122,7 @@ def test_c6_the_gradient_from_float16_outputs_points_as_that_of_the_live_teacher
     cache = TeacherCache.build(teacher, table(), tmp_path, progress=False)
     student, x = network(8, seed=3), table().tensors[0]
     gradients = []
-    for target in (teacher(x).detach(), torch.from_numpy(cache.read(range(ITEMS))["output"]).float()):
+    for target in (teacher(x).detach(), torch.as_tensor(cache.read(range(ITEMS))["output"]).float()):
         student.zero_grad()
         SoftTargetLoss()(student(x), target).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
@@ -236,7 +237,7 @@ def test_c2_validation_runs_without_the_teacher(cache: TeacherCache) -> None:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = Trainer(max_epochs=1, callbacks=[callback], accelerator="cpu", **quiet)
+    trainer = Trainer(max_epochs=1, callbacks=[callback], accelerator=ACCELERATOR, **quiet)
     trainer.fit(module)
     assert "distill/val_teacher_agreement" not in trainer.callback_metrics
     assert "val_loss" in trainer.callback_metrics

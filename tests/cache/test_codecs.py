@@ -33,7 +33,7 @@ def test_c6_full_outputs_come_back_bit_for_bit_in_the_stored_precision(dtype: st
     values = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0)) * 10
     codec = FullCodec((3, 7), dtype)
     stored = codec.encode(values.numpy())
-    back = torch.from_numpy(np.asarray(codec.decode(stored), dtype="float32"))
+    back = torch.as_tensor(np.asarray(codec.decode(stored), dtype="float32"))
     assert torch.equal(back, values.to(getattr(torch, dtype)).float())
     assert sum(array.nbytes for array in stored.values()) == 5 * codec.bytes_per_row
 
@@ -135,7 +135,7 @@ def merged_divergence(student: torch.Tensor, teacher: torch.Tensor, k: int, temp
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_c7_the_divergence_is_that_over_k_plus_one_outcomes(temperature: float) -> None:
     """C7"""
-    student, teacher = (torch.from_numpy(2 * RNG.standard_normal((4, 12))) for _ in range(2))
+    student, teacher = (torch.as_tensor(2 * RNG.standard_normal((4, 12))) for _ in range(2))
     value = SoftTargetLoss(temperature=temperature)(*merge_classes(student, known(teacher, 3), temperature))
     assert float(value) == pytest.approx(merged_divergence(student, teacher, 3, temperature), rel=1e-6)
 
@@ -143,7 +143,7 @@ def test_c7_the_divergence_is_that_over_k_plus_one_outcomes(temperature: float) 
 @pytest.mark.parametrize("loss", [SoftTargetLoss(temperature=1.0), ReverseKLLoss(), TotalVariationLoss()])
 def test_c7_all_classes_but_one_lose_nothing(loss: torch.nn.Module) -> None:
     """C7: then nothing is merged."""
-    student, teacher = (torch.from_numpy(2 * RNG.standard_normal((4, 6))) for _ in range(2))
+    student, teacher = (torch.as_tensor(2 * RNG.standard_normal((4, 6))) for _ in range(2))
     assert float(loss(*merge_classes(student, known(teacher, 5), 1.0))) == pytest.approx(
         float(loss(student, teacher)), rel=1e-6
     )

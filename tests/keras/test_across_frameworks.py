@@ -67,7 +67,7 @@ def test_a_keras_model_teaches_a_lightning_module(features: bool) -> None:
         tap = lightning_distill.Tap("", output="hidden")
         terms.append(lightning_distill.FeatureDistillation("model.1", tap, name="hidden"))
     distill = lightning_distill.DistillCallback(taught_by, terms)
-    data = DataLoader(TensorDataset(torch.from_numpy(IMAGES), torch.from_numpy(LABELS)), batch_size=8)
+    data = DataLoader(TensorDataset(torch.as_tensor(IMAGES), torch.as_tensor(LABELS)), batch_size=8)
     module = Classifier()
     plain = {name: value.clone() for name, value in module.state_dict().items()}
     trainer = Trainer(
@@ -85,8 +85,8 @@ def test_a_keras_model_teaches_a_lightning_module(features: bool) -> None:
     for variable, value in zip(teacher.variables, before, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
     # the logged value is the formula's, with the Keras model's own logits
-    student_logits = torch_network(4)(torch.from_numpy(IMAGES))
-    teacher_logits = torch.from_numpy(np.asarray(teacher.predict(IMAGES, verbose=0)))
+    student_logits = torch_network(4)(torch.as_tensor(IMAGES))
+    teacher_logits = torch.as_tensor(np.asarray(teacher.predict(IMAGES, verbose=0)))
     value = lightning_distill.SoftTargetLoss()(student_logits, teacher_logits).item()
     keras_value = keras_distill.SoftTargetLoss()(teacher_logits, student_logits.detach())
     assert value == pytest.approx(float(keras_value), rel=1e-5)
@@ -100,7 +100,7 @@ def test_a_torch_module_teaches_a_keras_model() -> None:
     model = keras_distill.DistillModel(keras_network(4), teacher)
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     expected = keras_distill.SoftTargetLoss()(
-        network(torch.from_numpy(IMAGES)).detach(), ops.convert_to_tensor(model.student.predict(IMAGES, verbose=0))
+        network(torch.as_tensor(IMAGES)).detach(), ops.convert_to_tensor(model.student.predict(IMAGES, verbose=0))
     )
     logs = model.evaluate(IMAGES, LABELS, verbose=0, return_dict=True)
     assert logs["logits_loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -116,7 +116,7 @@ def test_a_torch_module_teaches_a_keras_model() -> None:
 def test_outputs_of_a_torch_teacher_train_a_keras_student_on_any_backend() -> None:
     network = torch_network(8).eval()
     with torch.no_grad():
-        answers = network(torch.from_numpy(IMAGES)).numpy()
+        answers = network(torch.as_tensor(IMAGES)).numpy()
     model = keras_distill.DistillModel(keras_network(4))
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     logs = model.fit(IMAGES, keras_distill.DistillTargets(LABELS, answers), batch_size=16, epochs=20, verbose=0).history

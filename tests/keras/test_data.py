@@ -69,7 +69,7 @@ def source(kind: str, *parts: Any) -> Any:
         return (batch for _ in range(2) for batch in batches(*parts))
     import torch
 
-    tensors = [torch.from_numpy(part) for part in parts]
+    tensors = [torch.as_tensor(part) for part in parts]
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors), batch_size=8)
 
 

@@ -79,7 +79,7 @@ def assert_published(entry: dict[str, Any], loss: Any, value: Callable[[Any, Any
     arrays, tolerance = golden_arrays(entry), entry["tolerance_suggested"][DTYPE]
     parameters, expected = parameters_of(arrays), parameters_of(arrays, "gradp")
     fill(loss, widened(parameters, torch_shapes(loss, parameters)))
-    student = torch.from_numpy(arrays["student_feat"]).requires_grad_()
+    student = torch.as_tensor(arrays["student_feat"]).requires_grad_()
     student_feature = prepared(student, arrays)
 
     class Called:
@@ -89,7 +89,7 @@ def assert_published(entry: dict[str, Any], loss: Any, value: Callable[[Any, Any
             return value(student, teacher)
 
     result = differentiated(Called(), last(student_feature.detach()), last(arrays["teacher_feat"]), DTYPE)
-    student_feature.backward(torch.from_numpy(np.ascontiguousarray(np.moveaxis(result.student, -1, 1))))
+    student_feature.backward(torch.as_tensor(np.ascontiguousarray(np.moveaxis(result.student, -1, 1))))
     np.testing.assert_allclose(result.value, arrays["loss"], **tolerance)
     np.testing.assert_allclose(student.grad.numpy(), arrays["grad_student_feat"], **tolerance)
 
@@ -125,7 +125,7 @@ def test_masked_generation_equals_the_published_implementation(entry: dict[str, 
     def aligned(feature: Any, arrays: Any) -> Any:  # the term's adapter
         if "param_align.weight" not in arrays:
             return feature * 1
-        weight, bias = (torch.from_numpy(arrays[f"param_align.{name}"]) for name in ("weight", "bias"))
+        weight, bias = (torch.as_tensor(arrays[f"param_align.{name}"]) for name in ("weight", "bias"))
         return F.conv2d(feature, weight, bias)
 
     def value(student: Any, teacher: Any) -> Any:

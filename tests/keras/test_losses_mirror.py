@@ -90,8 +90,8 @@ def test_value_and_gradient_equal_the_published_implementation(case: LossCase, g
     (name,) = entry["student_inputs"]
     settings = golden.settings(entry["hyperparameters"])
     factor = golden.factor(entry["hyperparameters"], arrays[name].shape)
-    student = torch.from_numpy(arrays[name]).double().requires_grad_()
-    teacher = torch.from_numpy(arrays[name.replace("student", "teacher")]).double()
+    student = torch.as_tensor(arrays[name]).double().requires_grad_()
+    teacher = torch.as_tensor(arrays[name.replace("student", "teacher")]).double()
     doubles = {key: array.astype("float64") for key, array in arrays.items()}
     student_tensor, teacher_tensor = golden.arrange(student, teacher, doubles)
 
@@ -103,7 +103,7 @@ def test_value_and_gradient_equal_the_published_implementation(case: LossCase, g
         labels=arrays["targets"].astype("int32") if case.loss.needs_labels else None,
     )
     # The reference's own first operations on the student's tensor run in torch, which differentiates them.
-    student_tensor.backward(torch.from_numpy(to_torch(case, result.student, settings)))
+    student_tensor.backward(torch.as_tensor(to_torch(case, result.student, settings)))
 
     tolerance = entry["tolerance_suggested"][dtype]
     np.testing.assert_allclose(factor * result.value, arrays[golden.value], **tolerance)

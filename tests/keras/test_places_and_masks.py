@@ -222,5 +222,5 @@ def test_k31_both_halves_compute_the_same_numbers(shape: tuple[int, ...]) -> Non
     for name, settings in (("TeacherAgreement", {}), ("TeacherDivergence", {"temperature": 2.5})):
         metric, expected = (getattr(half.metrics, name)(**settings) for half in (keras_distill, lightning_distill))
         metric.update_state(teacher, student)
-        expected.update(torch.from_numpy(student), torch.from_numpy(teacher))
+        expected.update(torch.as_tensor(student), torch.as_tensor(teacher))
         assert float(metric.result()) == pytest.approx(float(expected.compute()), rel=1e-6, abs=1e-7), name

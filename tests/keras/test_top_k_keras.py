@@ -79,12 +79,12 @@ def test_c7_values_and_gradients_are_the_lightning_halfs(
     tmp_path: Path, name: str, settings: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
     """C7: on the same folder, to 1e-6; the teacher gets no gradient."""
-    logits = torch.from_numpy(3 * RNG.standard_normal(shape).astype("float32"))
+    logits = torch.as_tensor(3 * RNG.standard_normal(shape).astype("float32"))
     cache = lightning_distill.TeacherCache.build(
         nn.Identity(), TensorDataset(logits), tmp_path, top_k=4, dtype="uint8", progress=False
     )
     rows, student = [2, 0, 1], (2 * RNG.standard_normal((3, *shape[1:]))).astype("float32")
-    student_logits = torch.from_numpy(student).requires_grad_()
+    student_logits = torch.as_tensor(student).requires_grad_()
     call = lightning_distill.Call((), {}, output=student_logits)
     (teacher_answer,) = cache.as_source().answers(call, Stored(read_answers(cache.reader, rows)))
     term = lightning_distill.LogitsDistillation(getattr(lightning_distill.losses, name)(**settings))
@@ -106,7 +106,7 @@ def test_c3_c7_students_of_both_halves_learn_the_same_from_either_folder(
 ) -> None:
     """C3, C7: a cache that PyTorch wrote trains a Keras student, and the other way round."""
     teacher, student = network(24, seed=2), network(8, seed=1)
-    data = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y).long())
+    data = TensorDataset(torch.as_tensor(X), torch.as_tensor(Y).long())
     settings = {"top_k": 4, "dtype": dtype, "batch_size": 8}
     if wrote == "torch":
         lightning_distill.TeacherCache.build(torch_twin(teacher), data, tmp_path, progress=False, **settings)

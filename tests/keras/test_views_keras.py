@@ -215,7 +215,7 @@ def test_c9_data_that_do_not_fit_the_cache_are_refused_when_attaching(tmp_path: 
 def test_c3_c9_neither_half_takes_the_others_augmentation_for_its_own(tmp_path: Path) -> None:
     """C3, C9: PyTorch cannot repeat Keras' views, and Keras those of PyTorch only as arrays of a named view."""
     built(tmp_path / "keras")
-    data = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y).long())
+    data = TensorDataset(torch.as_tensor(X), torch.as_tensor(Y).long())
     with pytest.raises(CacheError, match=r"but Keras augmented the teacher's inputs\. Build the cache in PyTorch"):
         lightning_distill.TeacherCache.open(tmp_path / "keras").attach(data)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(128, 3))

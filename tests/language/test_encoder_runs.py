@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import ACCELERATOR
 from encoders import (
     SELF,
     Answers,
@@ -71,7 +72,7 @@ def terms() -> list[Terms]:
 
 def trainer(epochs: int) -> Trainer:
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return Trainer(max_epochs=epochs, accelerator="cpu", enable_model_summary=False, precision="64-true", **quiet)
+    return Trainer(max_epochs=epochs, accelerator=ACCELERATOR, enable_model_summary=False, precision="64-true", **quiet)
 
 
 def fit(epochs: int, path: Path | None = None) -> tuple[Trainer, Module]:

@@ -40,6 +40,8 @@ from lightning_distill import (
 from lightning_distill.adapters.shapes import calls_of, describe
 from lightning_distill.terms.layer_maps import layer_pairs
 
+pytestmark = pytest.mark.tensors
+
 Terms = Any
 
 
@@ -145,7 +147,7 @@ def test_relations_accept_vectors_split_into_heads() -> None:
 @pytest.mark.parametrize("case", ["s1", "s2"])
 def test_published_numbers_of_tinybert_are_the_sum_over_the_pairs(case: str) -> None:
     (entry,) = [entry for entry in golden_index("tinybert_hidden") if entry["case"] == case]
-    arrays = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    arrays = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     layers = (entry["hyperparameters"][f"{who}_layers"] + 1 for who in ("student", "teacher"))
     student, teacher = (
         Answers([arrays[f"{who}_hidden_{i}"] for i in range(number)])

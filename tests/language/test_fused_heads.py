@@ -32,6 +32,7 @@ from lightning_distill import (
 from lightning_distill.heads.placeholder import Placeholder
 
 pytestmark = [
+    pytest.mark.tensors,
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),  # PEFT reads it
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
 ]

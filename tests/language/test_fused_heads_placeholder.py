@@ -32,6 +32,8 @@ from lightning_distill import (
 from lightning_distill.heads import NoLogitsError
 from lightning_distill.heads.placeholder import Placeholder
 
+pytestmark = pytest.mark.tensors
+
 # The placeholder of the logits ------------------------------------------------------------------------------------
 
 PASSES = {

@@ -14,6 +14,8 @@ from torch import Tensor
 from lightning_distill import functional
 from lightning_distill.functional import fused_linear_divergence
 
+pytestmark = pytest.mark.tensors
+
 Side = tuple[Tensor, Tensor, Tensor | None]
 
 DIVERGENCES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_distill.functional import fused_linear_divergence
 
+pytestmark = pytest.mark.tensors
+
 
 class NoProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lightning_distill.functional import fused_linear_divergence
 
+pytestmark = pytest.mark.tensors
+
 Arrays = dict[str, Tensor]
 OTHER_VOCABULARY = "fused_linear_jsd-s5"  # the vocabularies differ
 
@@ -20,7 +22,7 @@ def entries(*keys: str) -> list[Any]:
 
 
 def tensors_of(entry: dict[str, Any]) -> Arrays:
-    return {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    return {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
 
 
 def on_logits(student: Tensor, teacher: Tensor, labels: Tensor | None = None, **settings: Any) -> Tensor:

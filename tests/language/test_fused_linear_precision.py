@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_distill import functional
 from lightning_distill.functional import fused_linear, fused_linear_divergence, rows
 
+pytestmark = pytest.mark.tensors
+
 NAMES = rows.DIVERGENCES
 every_divergence = pytest.mark.parametrize("name", NAMES)
 HALF = {torch.bfloat16: 2e-2, torch.float16: 3e-3}

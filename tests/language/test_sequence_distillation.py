@@ -20,6 +20,8 @@ from lightning_distill import (
     SoftTargetLoss,
 )
 
+pytestmark = pytest.mark.tensors
+
 # Alignment ---------------------------------------------------------------------------------------------------------
 
 

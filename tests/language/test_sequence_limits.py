@@ -21,6 +21,8 @@ from lightning_distill import (
     SoftTargetLoss,
 )
 
+pytestmark = pytest.mark.tensors
+
 # Vocabularies ------------------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def fit(
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         use_distributed_sampler=False,
-        **QUIET,
+        **{**QUIET, "accelerator": "cpu"},
     )
     trainer.fit(module, DataLoader(rows_of(rank, size, data), batch_size=size))
     return full(module.model)

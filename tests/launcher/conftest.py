@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from device import ACCELERATOR
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_distill import Distillation
 
-QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+QUIET = {"accelerator": ACCELERATOR, "devices": 1, "enable_progress_bar": False}
 
 
 @pytest.fixture(scope="session")

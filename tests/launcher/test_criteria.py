@@ -135,7 +135,7 @@ GOLDEN = [(entry, key) for key in ("inc_kl_mean", "inc_combined") for entry in g
 
 @pytest.mark.parametrize(("entry", "key"), GOLDEN, ids=[f"{key}-{entry['case']}" for entry, key in GOLDEN])
 def test_n4_value_and_gradient_equal_the_old_code(entry, key):
-    arrays = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    arrays = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     settings = entry["hyperparameters"]
     student = arrays["student_logits"].requires_grad_()
     labels = next((array for name, array in arrays.items() if name in ("labels", "targets", "target")), None)
@@ -239,7 +239,7 @@ def test_n5_weights_share_one_equally_and_mse_is_the_default(distiller):
 @pytest.mark.parametrize("case", ["s1", "s2"])
 def test_n5_reference_reduction_equals_the_old_code(distiller, case):
     (entry,) = [entry for entry in golden_index("inc_intermediate") if entry["case"] == case]
-    arrays = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    arrays = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     number = len(entry["student_inputs"])
     student, teacher = (Giver(*(arrays[f"{side}_{i}"] for i in range(number))) for side in ("student", "teacher"))
     ready = distiller(student, teacher, Intermediate([f"layers.{i}" for i in range(number)], reference_reduction=True,

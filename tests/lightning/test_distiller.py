@@ -20,6 +20,8 @@ from lightning_distill import (
 )
 from lightning_distill.recording import Call
 
+pytestmark = pytest.mark.tensors
+
 
 def soft_targets(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """Hinton's term as in the paper, T^2 KL, mean over the batch."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES
+from device import ACCELERATOR
 from lightning.pytorch import Callback, LightningModule, Trainer
 from loss_case import LossCase
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def fit(case: LossCase, epochs: int, path: Path | None = None) -> tuple[Trainer,
     trainer = Trainer(
         max_epochs=epochs,
         callbacks=[callback, SeedSteps()],
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -113,7 +113,7 @@ def test_an_onnx_file_gives_the_students_outputs(folder: Path, trainer: Any, opt
     assert main(["export", "last.ckpt", "student.onnx", *network, "--input-shape", f"N,{INPUTS}"]) == 0
     session = onnxruntime.InferenceSession("student.onnx")
     (result,) = session.run(None, {session.get_inputs()[0].name: ROWS.numpy()})
-    torch.testing.assert_close(torch.from_numpy(result), outputs(student), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.as_tensor(result), outputs(student), atol=1e-6, rtol=0)
     assert sorted(path.suffix for path in folder.iterdir() if path.suffix != ".yaml") == [".ckpt", ".onnx"]
 
 

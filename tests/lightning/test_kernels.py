@@ -16,6 +16,7 @@ import oracle_divergences
 import oracle_outputs
 import pytest
 import torch
+from device import OnDevice
 from kernel_cases import KINDS, SHARES, KernelCase, check, large_cases, small_cases
 from torch import Tensor
 
@@ -29,6 +30,8 @@ from lightning_distill.functional.kernels import (
     divergence_and_cross_entropy,
     plain,
 )
+
+pytestmark = pytest.mark.tensors
 
 TESTS = Path(__file__).parents[1]
 every_way = pytest.mark.parametrize("way", [plain, analytic], ids=["plain", "analytic"])
@@ -79,6 +82,15 @@ def test_kernels_in_the_interpreter_pass_the_same_checks() -> None:
 
     assert failures == []
     assert int(count.split()[0]) > 40
+
+
+@pytest.mark.gpu
+@every_case
+def test_kernels_on_a_gpu_pass_the_same_checks(case: KernelCase) -> None:
+    from lightning_distill.functional.kernels import triton_rows
+
+    with OnDevice("cuda"):
+        check(case, triton_rows)
 
 
 @needs_triton

@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_distill import AttentionRelationLoss, InterChannelCorrelationLoss, RelationalLoss
 from lightning_distill.functional import attention, chunks
 
+pytestmark = pytest.mark.tensors
+
 CASES = [(RelationalLoss(distance_weight=0.0), (7, 5)), (InterChannelCorrelationLoss(), (7, 5, 2, 3))]
 
 

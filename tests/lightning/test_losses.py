@@ -19,6 +19,8 @@ from loss_case import LossCase
 
 from lightning_distill import functional, losses
 
+pytestmark = pytest.mark.tensors
+
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 logits_cases = pytest.mark.parametrize("case", [c for c in CASES if c.on_logits], ids=lambda case: case.name)
 softmax_cases = pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from loss_case import golden_arrays, golden_index
 
 from lightning_distill import losses
 
+pytestmark = pytest.mark.tensors
+
 CASES = ("s1", "s2")
 
 
 def golden(key: str, case: str) -> tuple[dict, dict[str, torch.Tensor]]:
     (entry,) = [entry for entry in golden_index(key) if entry["case"] == case]
-    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     for name in entry["student_inputs"]:
         tensors[name].requires_grad_()
     return entry, tensors

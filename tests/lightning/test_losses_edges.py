@@ -16,6 +16,8 @@ from lightning_distill.losses import (
     SoftTargetLoss,
 )
 
+pytestmark = pytest.mark.tensors
+
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 logits_cases = pytest.mark.parametrize("case", [c for c in CASES if c.on_logits], ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_distill import functional
 from lightning_distill.losses import FeatureDistance
 
+pytestmark = pytest.mark.tensors
+
 # Sums over layers or over queries, keys and values: test_losses_attention.py has them.
 LEARNED = ("vid", "mgd")  # with parameters: test_losses_learned.py has them
 # From hidden states or over tokens: tests/language/test_fused_linear_golden.py has them.
@@ -37,24 +39,24 @@ def test_value_and_gradient_equal_the_published_implementation(
 ) -> None:
     arrays = golden_arrays(entry)
     (student_name,) = entry["student_inputs"]
-    student = torch.from_numpy(arrays[student_name]).to(dtype).requires_grad_()
-    teacher = torch.from_numpy(arrays[student_name.replace("student", "teacher")]).to(dtype)
+    student = torch.as_tensor(arrays[student_name]).to(dtype).requires_grad_()
+    teacher = torch.as_tensor(arrays[student_name.replace("student", "teacher")]).to(dtype)
     arrays = {name: array.astype("float64" if dtype == torch.float64 else "float32") for name, array in arrays.items()}
     loss = case.loss(**golden.settings(entry["hyperparameters"]))
-    labels = (torch.from_numpy(arrays["targets"]).long(),) if loss.needs_labels else ()
+    labels = (torch.as_tensor(arrays["targets"]).long(),) if loss.needs_labels else ()
     factor = golden.factor(entry["hyperparameters"], student.shape)
 
     value = factor * loss(*golden.arrange(student, teacher, arrays), *labels)
     value.backward()
 
     tolerance = entry["tolerance_suggested"][str(dtype).removeprefix("torch.")]
-    torch.testing.assert_close(value.detach(), torch.from_numpy(arrays[golden.value]), **tolerance)
-    torch.testing.assert_close(student.grad, torch.from_numpy(arrays[f"grad_{student_name}"]), **tolerance)
+    torch.testing.assert_close(value.detach(), torch.as_tensor(arrays[golden.value]), **tolerance)
+    torch.testing.assert_close(student.grad, torch.as_tensor(arrays[f"grad_{student_name}"]), **tolerance)
 
 
 def test_two_layers_of_the_intermediate_criterion_are_a_weighted_mse_and_l1() -> None:
     (entry,) = [entry for entry in golden_index("inc_intermediate") if entry["case"] == "s1"]
-    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     students = [tensors[f"student_{i}"].requires_grad_() for i in range(2)]
 
     value = 0.5 * FeatureDistance("mse")(students[0], tensors["teacher_0"])
@@ -68,7 +70,7 @@ def test_two_layers_of_the_intermediate_criterion_are_a_weighted_mse_and_l1() ->
 
 def test_first_layer_of_the_intermediate_criterion_is_an_mse_behind_a_linear_adapter() -> None:
     (entry,) = [entry for entry in golden_index("inc_intermediate") if entry["case"] == "s2"]
-    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     student = tensors["student_0"].requires_grad_()
     adapted = F.linear(student, tensors["param_matcher0_weight"], tensors["param_matcher0_bias"])
 
@@ -80,7 +82,7 @@ def test_first_layer_of_the_intermediate_criterion_is_an_mse_behind_a_linear_ada
 def test_kl_layer_of_the_intermediate_criterion_is_our_kl_over_the_number_of_channels() -> None:
     # The reference softmaxes this layer, as its rows do not add up to 1, and adds 1e-9 before the logarithm.
     (entry,) = [entry for entry in golden_index("inc_intermediate") if entry["case"] == "s2"]
-    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     student = tensors["student_1"].requires_grad_()
 
     (0.3 / student.shape[-1] * FeatureDistance("kl")(student, tensors["teacher_1"])).backward()
@@ -92,7 +94,7 @@ def test_kl_layer_of_the_intermediate_criterion_is_our_kl_over_the_number_of_cha
 def test_parts_of_the_multi_level_loss_equal_the_published_implementation(key: str) -> None:
     part = functional.batch_correlation if key == "mlkd_batch" else functional.class_correlation
     for entry in golden_index(key):
-        tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+        tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
         student = tensors["student_logits"].requires_grad_()
 
         value = part(student, tensors["teacher_logits"], temperature=entry["hyperparameters"]["temperature"])
@@ -105,7 +107,7 @@ def test_parts_of_the_multi_level_loss_equal_the_published_implementation(key: s
 @pytest.mark.parametrize("entry", golden_index("mlkd_total"), ids=lambda entry: entry["case"])
 def test_published_total_of_the_multi_level_loss_can_be_rebuilt_from_our_parts(entry: dict) -> None:
     """The published masks of confident examples and classes multiply sums: only the share that they keep counts."""
-    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     weak, strong = (
         (tensors[f"student_logits_{view}"].requires_grad_(), tensors[f"teacher_logits_{view}"])
         for view in ("weak", "strong")
@@ -141,7 +143,7 @@ def test_published_total_of_the_multi_level_loss_can_be_rebuilt_from_our_parts(e
 @pytest.mark.parametrize("entry", golden_index("symmetric_kl"), ids=lambda entry: entry["case"])
 def test_published_symmetric_divergence_is_a_sum_of_two_functions(entry: dict) -> None:
     """The forward half is a cross entropy there: only the value without the teacher's entropy is published."""
-    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     student, share = tensors["student_logits"].requires_grad_(), entry["hyperparameters"]["lam"]
     pair, mask = (student, tensors["teacher_logits"]), tensors["labels"] != -100
     forward, entropy_added, reverse = (
@@ -162,7 +164,7 @@ def test_published_symmetric_divergence_is_a_sum_of_two_functions(entry: dict) -
 def test_published_divergence_of_a_language_model_shifts_labels_and_divides_by_a_count_of_its_own(
     entry: dict,
 ) -> None:
-    tensors = {name: torch.from_numpy(array) for name, array in golden_arrays(entry).items()}
+    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
     student, reference = tensors["student_logits"].requires_grad_(), entry["hyperparameters"]
     mask = tensors["labels"][:, 1:] != -100
 

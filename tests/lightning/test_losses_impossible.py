@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_distill import losses
 
+pytestmark = pytest.mark.tensors
+
 SOFTMAX = [
     case
     for case in CASES

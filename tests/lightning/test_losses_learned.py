@@ -21,6 +21,8 @@ from lightning_distill import (
     losses,
 )
 
+pytestmark = pytest.mark.tensors
+
 NAMES = {"vid": "variational_information", "mgd": "masked_generative"}
 
 
@@ -31,22 +33,22 @@ def built(loss: losses.DistillationLoss, *shapes: tuple[int, ...]) -> Any:
 
 def filled(loss: losses.DistillationLoss, parameters: dict[str, Any]) -> None:
     shapes = {name: tuple(value.shape) for name, value in loss.state_dict().items()}
-    loss.load_state_dict({name: torch.from_numpy(value) for name, value in widened(parameters, shapes).items()})
+    loss.load_state_dict({name: torch.as_tensor(value) for name, value in widened(parameters, shapes).items()})
 
 
 def assert_published_gradients(loss: losses.DistillationLoss, factor: float, arrays: Any, tolerance: Any) -> None:
     expected = parameters_of(arrays, "gradp")
     assert expected.keys() == dict(loss.named_parameters()).keys()
     for name, parameter in loss.named_parameters():
-        gradient = torch.from_numpy(narrowed(factor * parameter.grad.numpy(), expected[name]))
-        torch.testing.assert_close(gradient, torch.from_numpy(expected[name]), **tolerance)
+        gradient = torch.as_tensor(narrowed(factor * parameter.grad.numpy(), expected[name]))
+        torch.testing.assert_close(gradient, torch.as_tensor(expected[name]), **tolerance)
 
 
 @pytest.mark.parametrize("entry", golden_index("vid"), ids=lambda entry: entry["case"])
 def test_variational_information_equals_the_published_implementation(entry: dict[str, Any]) -> None:
     arrays, tolerance = golden_arrays(entry), entry["tolerance_suggested"]["float64"]
-    student = torch.from_numpy(arrays["student_feat"]).requires_grad_()
-    teacher = torch.from_numpy(arrays["teacher_feat"])
+    student = torch.as_tensor(arrays["student_feat"]).requires_grad_()
+    teacher = torch.as_tensor(arrays["teacher_feat"])
     smaller = F.adaptive_avg_pool2d(student, teacher.shape[2:])  # the reference pools the larger map of the two
     loss = built(VariationalInformationLoss(), student.shape, teacher.shape)
     filled(loss, parameters_of(arrays))
@@ -54,19 +56,19 @@ def test_variational_information_equals_the_published_implementation(entry: dict
     value = loss(smaller, teacher)
     value.backward()
 
-    torch.testing.assert_close(value.detach(), torch.from_numpy(arrays["loss"]), **tolerance)
-    torch.testing.assert_close(student.grad, torch.from_numpy(arrays["grad_student_feat"]), **tolerance)
+    torch.testing.assert_close(value.detach(), torch.as_tensor(arrays["loss"]), **tolerance)
+    torch.testing.assert_close(student.grad, torch.as_tensor(arrays["grad_student_feat"]), **tolerance)
     assert_published_gradients(loss, 1.0, arrays, tolerance)
 
 
 @pytest.mark.parametrize("entry", golden_index("mgd"), ids=lambda entry: entry["case"])
 def test_masked_generation_equals_the_published_implementation(entry: dict[str, Any]) -> None:
     arrays, tolerance = golden_arrays(entry), entry["tolerance_suggested"]["float64"]
-    student = torch.from_numpy(arrays["student_feat"]).requires_grad_()
-    teacher, mask = (torch.from_numpy(arrays[name]) for name in ("teacher_feat", "mask"))
+    student = torch.as_tensor(arrays["student_feat"]).requires_grad_()
+    teacher, mask = (torch.as_tensor(arrays[name]) for name in ("teacher_feat", "mask"))
     aligned = student
     if "param_align.weight" in arrays:  # the term's adapter
-        aligned = F.conv2d(student, *(torch.from_numpy(arrays[f"param_align.{name}"]) for name in ("weight", "bias")))
+        aligned = F.conv2d(student, *(torch.as_tensor(arrays[f"param_align.{name}"]) for name in ("weight", "bias")))
     loss = built(MaskedGenerativeLoss(mask=entry["hyperparameters"]["mask"]), teacher.shape)
     filled(loss, parameters_of(arrays))
 
@@ -74,8 +76,8 @@ def test_masked_generation_equals_the_published_implementation(entry: dict[str, 
     value = functional.masked_generative(aligned, teacher, generator=loss.generator, mask=mask).mean()
     value.backward()
 
-    torch.testing.assert_close(factor * value.detach(), torch.from_numpy(arrays["loss"]), **tolerance)
-    torch.testing.assert_close(factor * student.grad, torch.from_numpy(arrays["grad_student_feat"]), **tolerance)
+    torch.testing.assert_close(factor * value.detach(), torch.as_tensor(arrays["loss"]), **tolerance)
+    torch.testing.assert_close(factor * student.grad, torch.as_tensor(arrays["grad_student_feat"]), **tolerance)
     assert_published_gradients(loss, factor, arrays, tolerance)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_distill import functional, losses
 
+pytestmark = pytest.mark.tensors
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 labelled_cases = pytest.mark.parametrize("case", [c for c in CASES if c.loss.needs_labels], ids=str)
 with_positions = pytest.mark.parametrize(

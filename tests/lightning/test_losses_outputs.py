@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_distill import functional, losses
 
+pytestmark = pytest.mark.tensors
+
 seeds = st.integers(0, 10_000)
 
 

@@ -8,6 +8,8 @@ import torch
 
 from lightning_distill import functional, losses
 
+pytestmark = pytest.mark.tensors
+
 RELATIONS = [
     losses.CKALoss(),
     losses.CorrelationCongruenceLoss(),

@@ -13,6 +13,8 @@ from loss_case import LossCase
 from lightning_distill import functional, losses
 from lightning_distill.losses import DistillationLoss
 
+pytestmark = pytest.mark.tensors
+
 PUBLIC = {name: getattr(losses, name) for name in losses.__all__ if name != "DistillationLoss"}
 every_loss = pytest.mark.parametrize("loss", PUBLIC.values(), ids=PUBLIC)
 ON_LOGITS = [

@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_distill import functional
 from lightning_distill.functional import primitives
 
+pytestmark = pytest.mark.tensors
+
 Function = Callable[[Tensor], Tensor]
 TEACHER = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 BY_HAND: dict[str, Function] = {

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
+from device import ACCELERATOR
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -180,7 +181,7 @@ class OldClassifier(pytorch_lightning.LightningModule):
 
 
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": ACCELERATOR,
     "devices": 1,
     "logger": False,
     "enable_progress_bar": False,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from device import ACCELERATOR
 from lightning.pytorch.cli import LightningCLI
 from tiny import Classifier, Data, Mlp, ValidatedClassifier, loader
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from lightning_distill import (
 )
 
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": ACCELERATOR,
     "devices": 1,
     "logger": False,
     "enable_progress_bar": False,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from device import ACCELERATOR
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pairs.by_hand import Batch, Hand, Place, cross_entropy, draw_alike, places
 from pairs.lightning_table import BATCH, FEATURES, ROWS, Feature, student
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillCallback
 
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
+    "accelerator": ACCELERATOR,
     "devices": 1,
     "logger": False,
     "enable_progress_bar": False,

@@ -137,7 +137,14 @@ class Runs:
     ) -> dict[str, Any]:
         watch = Watch(distill)
         ckpt_path = settings.pop("ckpt_path", None)
-        trainer_settings = {"max_epochs": 2, "use_distributed_sampler": False, **QUIET, "devices": 2, **settings}
+        trainer_settings = {
+            "max_epochs": 2,
+            "use_distributed_sampler": False,
+            **QUIET,
+            "accelerator": "cpu",
+            "devices": 2,
+            **settings,
+        }
         trainer = Trainer(callbacks=[distill, *callbacks, watch], strategy=strategy, **trainer_settings)
         trainer.fit(module, ckpt_path=ckpt_path)
         return {

@@ -1,0 +1,94 @@
+"""Time and peak memory of a forward and backward pass on one device."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+ROUNDS = {"cuda": 15, "cpu": 3}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Time, memory and value of one arm; the error's text if it failed."""
+
+    question: str
+    arm: str
+    milliseconds: float | None = None
+    extra_mib: float | None = None
+    value: float | None = None
+    error: str = ""
+
+
+def wait_for(device: str) -> None:
+    """Wait until a device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measured_step(question: str, arm: str, step: Callable[[], Tensor], device: str) -> Measured:
+    """The median time of a step, and its peak memory beyond what is allocated after it.
+
+    Args:
+        question: The first two columns.
+        arm: Name of the arm.
+        step: Does the work and returns its value, a scalar.
+        device: ``"cpu"`` or ``"cuda"``; memory is measured on the latter only.
+    """
+    try:
+        value, extra, seconds = step().item(), None, []
+        step()
+        if device == "cuda":
+            base = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            extra = (torch.cuda.max_memory_allocated() - base) / 2**20
+        for _ in range(ROUNDS[device]):
+            wait_for(device)
+            start = time.perf_counter()
+            step()
+            wait_for(device)
+            seconds.append(time.perf_counter() - start)
+        return Measured(question, arm, 1000 * statistics.median(seconds), extra, value)
+    except Exception as error:  # one arm that lacks memory must not end the others
+        return Measured(question, arm, error=f"{type(error).__name__}: {error}"[:120])
+    finally:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def report_steps(
+    title: str, rows: Sequence[Measured], shapes: Mapping[str, str], against: str, path: Path | None = None
+) -> None:
+    """Print the rows as a table and write them as JSON.
+
+    Args:
+        title: Title of the table.
+        rows: The rows, those of one question together.
+        shapes: Second column by question.
+        against: Name of the arm to which the times of a question are compared.
+        path: Where to write the figures; None for nowhere.
+    """
+    table = Table(title=title)
+    for column in ("question", "shape", "arm", "ms", f"of the {against}", "extra MiB", "value"):
+        table.add_column(column)
+    base = {row.question: row.milliseconds for row in rows if row.arm == against}
+    for row in rows:
+        compared = base.get(row.question)
+        ratio = row.milliseconds / compared if row.milliseconds and compared else None
+        numbers = ["" if x is None else f"{x:.3f}" for x in (row.milliseconds, ratio, row.extra_mib, row.value)]
+        table.add_row(row.question, shapes.get(row.question, ""), row.arm, *numbers[:3], row.error or numbers[3])
+    Console(width=150).print(table)
+    if path is not None:
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
