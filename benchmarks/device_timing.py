@@ -16,15 +16,27 @@ from rich.table import Table
 from torch import Tensor
 
 ROUNDS = {"cuda": 15, "cpu": 3}
+IN_A_ROW = 10
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Time, memory and value of one arm; the error's text if it failed."""
+    """Time, memory and value of one arm; the error's text if it failed.
+
+    Attributes:
+        question: What is measured.
+        arm: How it is done.
+        milliseconds: Of one step by itself, the first launch included.
+        in_a_row: Milliseconds of a step among others, whose launches overlap with the work of the device.
+        extra_mib: Peak memory beyond what is allocated after the step.
+        value: Result of the step.
+        error: Why there is no result.
+    """
 
     question: str
     arm: str
     milliseconds: float | None = None
+    in_a_row: float | None = None
     extra_mib: float | None = None
     value: float | None = None
     error: str = ""
@@ -59,7 +71,12 @@ def measured_step(question: str, arm: str, step: Callable[[], Tensor], device: s
             step()
             wait_for(device)
             seconds.append(time.perf_counter() - start)
-        return Measured(question, arm, 1000 * statistics.median(seconds), extra, value)
+        start = time.perf_counter()
+        for _ in range(IN_A_ROW):
+            step()
+        wait_for(device)
+        in_a_row = (time.perf_counter() - start) / IN_A_ROW
+        return Measured(question, arm, 1000 * statistics.median(seconds), 1000 * in_a_row, extra, value)
     except Exception as error:  # one arm that lacks memory must not end the others
         return Measured(question, arm, error=f"{type(error).__name__}: {error}"[:120])
     finally:
@@ -81,14 +98,15 @@ def report_steps(
         path: Where to write the figures; None for nowhere.
     """
     table = Table(title=title)
-    for column in ("question", "shape", "arm", "ms", f"of the {against}", "extra MiB", "value"):
+    for column in ("question", "shape", "arm", "ms", f"of the {against}", "in a row", "extra MiB", "value"):
         table.add_column(column)
     base = {row.question: row.milliseconds for row in rows if row.arm == against}
     for row in rows:
         compared = base.get(row.question)
         ratio = row.milliseconds / compared if row.milliseconds and compared else None
-        numbers = ["" if x is None else f"{x:.3f}" for x in (row.milliseconds, ratio, row.extra_mib, row.value)]
-        table.add_row(row.question, shapes.get(row.question, ""), row.arm, *numbers[:3], row.error or numbers[3])
+        values = (row.milliseconds, ratio, row.in_a_row, row.extra_mib, row.value)
+        numbers = ["" if value is None else f"{value:.3f}" for value in values]
+        table.add_row(row.question, shapes.get(row.question, ""), row.arm, *numbers[:4], row.error or numbers[4])
     Console(width=150).print(table)
     if path is not None:
         path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")

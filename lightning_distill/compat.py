@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -31,6 +32,17 @@ def transforms_are_active(*tensors: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or any(
         torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors
     )
+
+
+def applied(function: Any, *inputs: Any) -> Any:
+    """An autograd function of some inputs, given in the order of its ``forward``.
+
+    ``Function.apply`` binds them to the signature of ``forward`` first, which takes longer than the arithmetic on a
+    small batch.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(inputs))
 
 
 def without_subclasses() -> Any:

@@ -183,7 +183,7 @@ def fused_linear_losses(
     sums, gradients = _sums(student, inputs, settings, size)
     total = settings.weight * sums[0] + settings.task_weight * sums[1]
     if gradients is not None:
-        total = cast(Tensor, _applied(_ReadyGradients, *student, total, gradients))
+        total = cast(Tensor, compat.applied(_ReadyGradients, *student, total, gradients))
     if isinstance(normalizer, Tensor):
         return FusedLosses(*(value / torch.where(normalizer == 0, 1, normalizer) for value in (total, *sums)))
     number = (inputs.size if normalizer is None else normalizer) or 1
@@ -350,7 +350,3 @@ class _ReadyGradients(torch.autograd.Function):
             for gradient, like in zip(gradients[:3], ctx.like, strict=True)
         ]
         return (*ready, None, None)
-
-
-def _applied(function: Any, *inputs: Any) -> Any:
-    return function.apply(*inputs)  # which torch leaves without types

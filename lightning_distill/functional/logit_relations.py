@@ -270,28 +270,20 @@ def multi_level_logits(
         code's two views of each image and its masks of confidence.
     """
     checks.positives("temperatures", temperatures)
+    student_rows, teacher_rows, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    student_rows, teacher_rows = (rows.movedim(dim, -1).flatten(0, -2) for rows in (student_rows, teacher_rows))
+    counts = None if counts is None else counts.flatten()
     total: Tensor | float = 0.0
     for temperature in temperatures:
-        log_student, log_teacher, counts = _logarithms(student_logits, teacher_logits, temperature, class_dim, mask)
+        log_student, log_teacher = (
+            F.log_softmax(softened(rows, temperature, counts), dim=-1) for rows in (student_rows, teacher_rows)
+        )
         divergence = reduced(kl_from_logs(log_teacher, log_student, -1), counts, "mean") * temperature**2
         student, teacher = log_student.exp(), log_teacher.exp()
         total = (
             total + divergence + _batch_products(student, teacher, counts) + _class_products(student, teacher, counts)
         )
     return cast(Tensor, total) / len(temperatures)
-
-
-def _logarithms(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One row of log-probabilities for each row of logits, and which of them count."""
-    checks.positive("temperature", temperature)
-    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
-    student, teacher = (
-        F.log_softmax(softened(logits.movedim(dim, -1), temperature, counts), dim=-1).flatten(0, -2)
-        for logits in (student, teacher)
-    )
-    return student, teacher, None if counts is None else counts.flatten()
 
 
 def _probabilities(
@@ -346,10 +338,8 @@ def _uncorrelated(student: Tensor, teacher: Tensor, dim: int, counts: Tensor | N
 def _centred(values: Tensor, dim: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     values = _only(values, counts)
     number = values.shape[dim] if counts is None else counts.sum().clamp(min=1)
-    if counts is None:
-        centred = values - values.mean(dim=dim, keepdim=True)
-    else:
-        centred = _only(values - values.sum(dim=dim, keepdim=True) / number, counts)
+    mean = values.mean(dim=dim, keepdim=True) if counts is None else values.sum(dim=dim, keepdim=True) / number
+    centred = _only(values - mean, counts)
     squares = sum_of_squares(centred, dim).squeeze(dim)
-    rounding = 4 * torch.finfo(values.dtype).eps * number**0.5 * values.detach().amax(dim=dim)
+    rounding = (4 * torch.finfo(values.dtype).eps * number**0.5) * mean.detach().squeeze(dim)
     return centred, torch.where(squares <= rounding.square(), 1.0, squares).sqrt()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_distill import compat
+
 # Replaces minus infinity: the difference of two infinite scores is NaN. Its softmax is 0 too.
 LEAST_SCORE = -1e30
 
@@ -59,7 +61,7 @@ def sum_of_squares(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return values.square().sum(dim=dim, keepdim=True)
-    return cast(Tensor, _applied(_SumOfSquares, values, dim))
+    return cast(Tensor, compat.applied(_SumOfSquares, values, dim))
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def gram(rows: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return product(rows, rows.mT)
-    return cast(Tensor, _applied(_Gram, rows))
+    return cast(Tensor, compat.applied(_Gram, rows))
 
 
 def unit(vectors: Tensor, dim: int) -> Tensor:
@@ -90,7 +92,7 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return vectors * _inverse_length(vectors, dim)
-    return cast(Tensor, _applied(_Unit, vectors, dim)[0])
+    return cast(Tensor, compat.applied(_Unit, vectors, dim)[0])
 
 
 def or_one(values: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
         student, teacher = bounded(student), bounded(teacher.detach())
         apart = F.log_softmax(teacher, dim=dim) - F.log_softmax(student, dim=dim)
         return (F.softmax(teacher, dim=dim) * apart).sum(dim=dim)
-    return cast(Tensor, _applied(_SoftmaxDivergence, student, teacher.detach(), dim)[0])
+    return cast(Tensor, compat.applied(_SoftmaxDivergence, student, teacher.detach(), dim)[0])
 
 
 def bounded(scores: Tensor) -> Tensor:
@@ -286,7 +288,3 @@ class _SoftmaxDivergence(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
         excess: Tensor = ctx.saved_tensors[0]
         return (excess * tangent).sum(dim=ctx.dim), None
-
-
-def _applied(function: Any, *inputs: Any) -> Any:
-    return function.apply(*inputs)  # which torch leaves without types

@@ -92,6 +92,31 @@ def test_transforms_are_active_inside_torch_func_and_for_batched_gradients() -> 
     assert inside == [True, True, False]
 
 
+def test_an_applied_function_is_that_of_apply_inside_torch_func_too() -> None:
+    class Scaled(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(values: Tensor, factor: float) -> Tensor:
+            return factor * values
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+            ctx.factor = inputs[1]
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            return ctx.factor * gradient, None
+
+    values = torch.tensor([1.0, 2.0], requires_grad=True)
+    compat.applied(Scaled, values, 3.0).sum().backward()
+    assert values.grad.tolist() == [3.0, 3.0]
+    assert torch.func.vmap(lambda value: compat.applied(Scaled, value, 3.0))(values).tolist() == [3.0, 6.0]
+    kept = []
+    torch.func.grad(lambda value: (kept.append(value), value.sum())[1])(values.detach())
+    assert compat.applied(Scaled, kept[0], 3.0).tolist() == [3.0, 6.0]  # a tensor that outlives its transform
+
+
 def test_an_entry_in_the_table_of_forward_hooks_is_called_with_the_output() -> None:
     layer, x = nn.Linear(2, 2), torch.ones(1, 2)
     ((module, args, output),) = called(layer, x)

@@ -56,7 +56,9 @@ def divergence(
     way = _way(student, teacher, dim)
     if way is plain:
         return plain.divergence(student, teacher, settings, dim, mask, reduction)
-    values: Tensor = _applied(student.movedim(dim, -1), teacher.movedim(dim, -1), mask, None, settings, way)[0]
+    values: Tensor = compat.applied(
+        _Divergence, student.movedim(dim, -1), teacher.movedim(dim, -1), mask, None, settings, way
+    )[0]
     return reduced(values, mask, reduction)
 
 
@@ -80,8 +82,8 @@ def divergence_and_cross_entropy(
     way = _way(student, teacher, dim)
     if way is plain or settings.kind == "reverse_kl":  # whose sums leave out classes that the cross entropy has
         return divergence(student, teacher, settings, dim, mask), plain.cross_entropy(student, labels, dim)
-    pair: tuple[Tensor, Tensor] = _applied(
-        student.movedim(dim, -1), teacher.movedim(dim, -1), mask, labels, settings, way
+    pair: tuple[Tensor, Tensor] = compat.applied(
+        _Divergence, student.movedim(dim, -1), teacher.movedim(dim, -1), mask, labels, settings, way
     )
     return pair
 
@@ -168,7 +170,3 @@ class _Divergence(torch.autograd.Function):
                 values.append(plain.cross_entropy(student, labels, -1))
         upstreams = [upstream, task_upstream][: len(values)]
         return *torch.autograd.grad(values, student, upstreams, create_graph=again), *[None] * 5
-
-
-def _applied(*inputs: Any) -> Any:
-    return _Divergence.apply(*inputs)  # type: ignore[no-untyped-call]

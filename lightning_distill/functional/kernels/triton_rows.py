@@ -162,7 +162,8 @@ class _Rows(NamedTuple):
         if not outer_rows * inner_rows:
             return
         strides = [stride for tensor in self.tensors for stride in tensor.stride()[:2]]
-        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
+        with torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext():
             kernel[(outer_rows * inner_rows,)](
                 *self.tensors, *strides, inner_rows, *pointers, _contiguous(weights), _contiguous(labels),
                 1 / settings.temperature, settings.floor, float(settings.share), *numbers,
