@@ -44,8 +44,7 @@ class Means:
             if not present:
                 continue
             values = torch.stack([value.float().reshape(()) for value, _ in present])  # a loss may have shape (1,)
-            numbers = [torch.as_tensor(size, dtype=torch.float32, device=values.device) for _, size in present]
-            sizes = torch.stack(numbers)
+            sizes = _stacked([size for _, size in present], values.device)
             if self._sums is None:
                 self._sums = torch.zeros(2, len(self._names), device=values.device)
             self._sums[0, index] += (values * sizes).sum()
@@ -71,6 +70,13 @@ class Means:
     def reset(self) -> None:
         """Start over."""
         self._pending, self._sums = [], None
+
+
+def _stacked(sizes: list[int | Tensor], device: torch.device) -> Tensor:
+    """Numbers of Python or scalars on the device as one float32 tensor there; the host does not wait for the device."""
+    if all(isinstance(size, Tensor) for size in sizes):
+        return torch.stack([size.to(torch.float32) for size in sizes])  # type: ignore[union-attr]
+    return torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True)
 
 
 class LoaderMeasures:

@@ -260,7 +260,7 @@ def _sum_of_chunks(inputs: HeadInputs, settings: RowSettings, size: int, gradien
             if value is not None:
                 sums[place] += value.sum()
         if gradients is not None:
-            _add_products(gradients, rows, student_logits, student)
+            _add_products(gradients, rows, student_logits, student, is_first=start == 0)
     return sums
 
 
@@ -273,7 +273,10 @@ def _sum_dtype(inputs: HeadInputs) -> torch.dtype:
 def _no_gradients(
     student: Side, trained: list[bool], inputs: HeadInputs, settings: RowSettings, size: int
 ) -> _Gradients:
-    """Zeros in the precision in which the chunks are summed, and the factor of the gradients."""
+    """The sums of no chunks in the precision of the sums, and the factor of the gradients.
+
+    The first chunk writes the gradient of the weight, which is too large to be filled with zeros before.
+    """
     products, factor = inputs.student.weight.dtype, 1.0
     dtype = torch.promote_types(products, torch.float32)
     if (
@@ -286,39 +289,44 @@ def _no_gradients(
         usual = settings.weight * softening + settings.task_weight
         factor = 2.0 ** math.floor(math.log2(_FLOAT16_LARGEST / usual)) if usual else 1.0
     hidden, weight, bias = (
-        torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if train and tensor is not None else None
+        torch.empty(tensor.shape, dtype=dtype, device=tensor.device) if train and tensor is not None else None
         for tensor, train in zip(student, trained, strict=True)
     )
+    written = len(inputs.student.weight) if inputs.size else 0
+    for tensor in (hidden, bias, None if weight is None else weight[written:]):
+        if tensor is not None:
+            tensor.zero_()
     return _Gradients(None if hidden is None else hidden.view(-1, hidden.shape[-1]), weight, bias, factor)
 
 
-def _add_products(gradients: _Gradients, rows: slice | Tensor, gradient: Tensor, student: Head) -> None:
+def _add_products(
+    gradients: _Gradients, rows: slice | Tensor, gradient: Tensor, student: Head, *, is_first: bool
+) -> None:
     """Carry the gradient of a chunk's logits on to the hidden states, the weight and the bias."""
     hidden, vocabulary = student.hidden[rows], len(student.weight)
     sums = next(tensor for tensor in gradients[:3] if isinstance(tensor, Tensor))
     # Converted a few columns at a time if the sums are more precise than the products.
     columns = vocabulary if gradient.dtype == sums.dtype else _COLUMNS
-    of_hidden = None if gradients.hidden is None else sums.new_zeros(hidden.shape)
+    of_hidden = None if gradients.hidden is None else sums.new_empty(hidden.shape)
     for start in range(0, vocabulary, columns):
         part = slice(start, start + columns)
         if of_hidden is not None:
-            _add_product(of_hidden, gradient[:, part], student.weight[part])
+            _add_product(of_hidden, gradient[:, part], student.weight[part], is_first=start == 0)
         if gradients.weight is not None:
-            _add_product(gradients.weight[:vocabulary][part], gradient[:, part].T, hidden)
+            _add_product(gradients.weight[:vocabulary][part], gradient[:, part].T, hidden, is_first=is_first)
     if gradients.hidden is not None and of_hidden is not None:
         gradients.hidden[rows] = of_hidden
     if gradients.bias is not None:
         gradients.bias[:vocabulary].add_(gradient.sum(0, dtype=sums.dtype))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a matrix product, summed in the precision of the total."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda and _MM_WIDENS:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+    """Add a matrix product, summed in the precision of the total, or write the first one."""
+    if left.dtype != total.dtype and left.is_cuda and _MM_WIDENS:
+        product = torch.mm(left, right, out_dtype=total.dtype)
+        total.copy_(product) if is_first else total.add_(product)
+    else:  # a beta of 0 ignores the old numbers, which may be anything
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=0 if is_first else 1)
 
 
 class _ReadyGradients(torch.autograd.Function):
