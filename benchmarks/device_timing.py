@@ -24,13 +24,13 @@ class Measured:
     """Time, memory and value of one arm; the error's text if it failed.
 
     Attributes:
-        question: What is measured.
-        arm: How it is done.
+        question: Name of the measurement.
+        arm: Name of the way to do it.
         milliseconds: Of one step by itself, the first launch included.
         in_a_row: Milliseconds of a step among others, whose launches overlap with the work of the device.
         extra_mib: Peak memory beyond what is allocated after the step.
         value: Result of the step.
-        error: Why there is no result.
+        error: Reason for a missing result.
     """
 
     question: str

@@ -125,12 +125,15 @@ def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Callable[..., Trainer]:
+def trainer(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Trainer]:
     """A factory of quiet trainers for two steps; every setting can be overridden."""
+    defaults = {**TRAINER_DEFAULTS, "default_root_dir": tmp_path}
+    if request.node.get_closest_marker("exact"):
+        defaults["accelerator"] = "cpu"
 
     def make(**overrides: Any) -> Trainer:
         if not overrides.keys() & {"max_steps", "max_epochs", "max_time"}:
             overrides["max_steps"] = 2
-        return Trainer(**{**TRAINER_DEFAULTS, "default_root_dir": tmp_path, **overrides})
+        return Trainer(**{**defaults, **overrides})
 
     return make

@@ -146,12 +146,12 @@ class Outputs(Callback):
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's state_dict."""
-    return {key: value.detach().clone() for key, value in module.state_dict().items()}
+    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether two state_dicts have the same keys and bit for bit the same tensors."""
-    return list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
+    return list(first) == list(second) and all(torch.equal(first[key].cpu(), second[key].cpu()) for key in first)
 
 
 def hooks(*modules: nn.Module) -> int:
@@ -161,7 +161,7 @@ def hooks(*modules: nn.Module) -> int:
 
 
 def close(first: Sequence[Tensor], second: Sequence[Tensor], tolerance: float) -> None:
-    """Assert that tensors agree pairwise."""
+    """Assert that tensors agree pairwise, whatever their devices are."""
     assert len(first) == len(second)
     for left, right in zip(first, second, strict=True):
-        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(left.cpu(), right.cpu(), rtol=tolerance, atol=tolerance)

@@ -19,7 +19,13 @@ def run_processes(script: Path, argument: str, count: int, folder: Path) -> list
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "USE_LIBUV": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     processes, logs = [], []
     for rank in range(count):
         log = (folder / f"{argument}{rank}.log").open("w+")

@@ -9,6 +9,7 @@ import oracle_tokens
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from torch import Tensor
 
 from lightning_distill import functional
@@ -273,7 +274,7 @@ def test_a_student_equal_to_the_teacher_gives_exactly_zero(name: str) -> None:
     student, _, _, settings = inputs(dtype=torch.float32, biases=True, vocabularies=(300, 300), **DIVERGENCES[name])
     loss = fused(student, student, None, **settings)
 
-    assert loss == 0
+    assert loss.abs() <= (0 if DEVICE == "cpu" else 1e-7)  # a kernel's sums of the lanes differ in their last digit
     assert max(gradient.abs().max() for gradient in gradients(loss, student)) < 1e-6
 
 

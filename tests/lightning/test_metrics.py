@@ -12,8 +12,6 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 
-pytestmark = pytest.mark.tensors
-
 METRICS = [TeacherAgreement(), TeacherDivergence(temperature=2.0)]
 every_metric = pytest.mark.parametrize("metric", METRICS, ids=lambda metric: type(metric).__name__)
 

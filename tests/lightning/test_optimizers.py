@@ -16,6 +16,8 @@ from torch.optim import lr_scheduler as schedulers
 
 from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation, Tap
 
+pytestmark = pytest.mark.exact
+
 MakeTrainer = Callable[..., Trainer]
 STEPS = 12  # two epochs of six
 
