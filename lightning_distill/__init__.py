@@ -75,6 +75,7 @@ from lightning_distill.teachers import load_teacher
 from lightning_distill.terms import (
     AttentionDistillation,
     AttentionRelationDistillation,
+    CrossTokenizerDistillation,
     DistillationTerm,
     FeatureDistillation,
     FusedLinearDistillation,
@@ -106,6 +107,7 @@ __all__ = [
     "Call",
     "CausalLMDistillModule",
     "CompressionManager",
+    "CrossTokenizerDistillation",
     "DistillCallback",
     "DistillModule",
     "Distillation",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_distill import Call, LogitsDistillation, UniversalLogitLoss
 from lightning_distill.functional import universal_logit
+from lightning_distill.functional.spans import SpanRows, universal_logit_of_spans
 from lightning_distill.functional.vocabularies import sorted_distance
 
 
@@ -79,6 +80,47 @@ def test_trl_by_default_compares_the_rows_one_position_late() -> None:
     check(mean_over_samples(arrays, settings, late=1) + rest, arrays, tolerance)
 
 
+def groups(student_ends: list[int], teacher_ends: list[int]) -> list[list[list[int]]]:
+    """The reference's groups: both sides end at the same byte; leftovers are a last group."""
+    groups, begins = [], [0, 0]
+    places = [0, 0]
+    ends = (student_ends, teacher_ends)
+    while all(place < len(each) for place, each in zip(places, ends, strict=True)):
+        current = [each[place] for each, place in zip(ends, places, strict=True)]
+        if current[0] == current[1]:
+            groups.append([list(range(begin, place + 1)) for begin, place in zip(begins, places, strict=True)])
+            begins = places = [place + 1 for place in places]
+        else:
+            behind = int(current[1] < current[0])
+            places = [place + (side == behind) for side, place in enumerate(places)]
+    rest = [list(range(begin, len(each))) for begin, each in zip(begins, ends, strict=True)]
+    return [*groups, *([rest] if all(rest) else [])]
+
+
+@pytest.mark.parametrize("case", ["s2", "s3"])
+def test_rows_merged_by_the_chain_rule_equal_those_of_trl_with_its_other_strategy(case: str) -> None:
+    settings, arrays, tolerance = golden("uld_trl", case)
+    assert settings["token_merge_strategy"] == "bayesian"
+    values = []
+    for sample in range(len(arrays["student_logits"])):
+        firsts, ends = [], []
+        for side in ("student", "teacher"):
+            first, number = answer(arrays[f"{side}_labels"][sample], settings[f"skip_{side}_eos"])
+            ends.append(arrays[f"{side}_byte_offsets"][sample, first : first + number, 1].tolist())
+            firsts.append(first)
+        pairs = groups(*ends)[0 if all(firsts) else 1 :]  # nothing predicts a token at position 0
+        assert any(len(places) > 1 for pair in pairs for places in pair)
+        spans = []
+        for index, side in enumerate(("student", "teacher")):
+            places = torch.tensor([firsts[index] + place for pair in pairs for place in pair[index]])
+            rows = arrays[f"{side}_logits"][sample, places - 1] / settings[f"{side}_temperature"]
+            numbers = torch.tensor([number for number, pair in enumerate(pairs) for _ in pair[index]])
+            spans.append(SpanRows(rows, arrays[f"{side}_input_ids"][sample, places], numbers))
+        values.append(universal_logit_of_spans(*spans, len(pairs)).mean())
+
+    check(torch.stack(values).mean(), arrays, tolerance)
+
+
 def test_part_of_gold_on_tokens_that_only_one_side_has_equals_the_distance_on_them() -> None:
     settings, arrays, tolerance = golden("gold_hybrid", "s1")
     values = []
@@ -91,6 +133,32 @@ def test_part_of_gold_on_tokens_that_only_one_side_has_equals_the_distance_on_th
         values.append(sorted_distance(*(rows[:number] for rows in pair)).mean())
 
     torch.testing.assert_close(torch.stack(values).mean(), arrays["component_unmatched"], **tolerance)
+
+
+def test_gold_by_default_merges_the_first_row_of_a_group_one_position_late() -> None:
+    settings, arrays, tolerance = golden("gold_hybrid", "s2")
+    assert settings["token_merge_strategy"] == "observed"
+    values = []
+    for sample in range(len(arrays["student_logits"])):
+        sides, ends = [], []
+        for side in ("student", "teacher"):
+            first, number = answer(arrays[f"{side}_labels"][sample], settings[f"skip_{side}_eos"])
+            late = probabilities(arrays, settings, side, sample, late=1)
+            tokens = arrays[f"{side}_input_ids"][sample, first : first + number]
+            ends.append(arrays[f"{side}_byte_offsets"][sample, first : first + number, 1].tolist())
+            others = np.setdiff1d(np.arange(late.shape[-1]), arrays[f"matched_{side}_ids"])
+            sides.append((late, tokens, others))
+        for pair in groups(*ends):
+            merged = []
+            for (late, tokens, others), places in zip(sides, pair, strict=True):
+                later = torch.stack([late[place, tokens[place]] for place in places])[1:]
+                merged.append(late[places[0], others] * later.prod())
+            values.append((sample, sorted_distance(*merged)))
+
+    means = [
+        torch.stack([value for row, value in values if row == sample]).mean() for sample in {row for row, _ in values}
+    ]
+    torch.testing.assert_close(torch.stack(means).mean(), arrays["component_unmatched"], **tolerance)
 
 
 def test_term_compares_two_vocabularies_where_other_losses_refuse_them() -> None:

@@ -1,0 +1,394 @@
+"""The term between two tokenizers: values by hand, spans that count, equal tokenizers, and refusals."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from oracle_spans import shared_spans, span_losses
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from two_tokenizers import byte_level, lower_case, of_transformers, sentence_piece
+
+from distill_core.token_bytes import TokenBytes
+from lightning_distill import (
+    Call,
+    CrossTokenizerDistillation,
+    Distiller,
+    LogitsDistillation,
+    SequenceDistillation,
+    TeacherCache,
+)
+
+TEXTS = ["def f(x):\n    return 'é字'", "import os\nx = [1, 2]", "y"]
+STUDENT, TEACHER = (TokenBytes("tokenizer", byte_level(size)) for size in (300, 420))
+METHODS = [("uld", 1.0), ("uld", 2.0), ("chunks", 1.0), ("chunks", 100.0)]
+
+
+def term(method: Any = "uld", **settings: Any) -> CrossTokenizerDistillation:
+    return CrossTokenizerDistillation(byte_level(300), byte_level(420), method, **settings)
+
+
+def batch(texts: list[str] = TEXTS) -> dict[str, Tensor]:
+    rows = STUDENT.encode(texts)
+    longest = max(map(len, rows))
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": padded, "attention_mask": mask}
+
+
+def logits_for(tokens: Tensor, vocabulary: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(*tokens.shape, vocabulary, generator=generator, dtype=torch.float64)
+
+
+def calls(inputs: dict[str, Tensor], made: CrossTokenizerDistillation) -> tuple[Call, Call]:
+    """A call of the student with random logits, and the teacher's answer."""
+    student = Call((), dict(inputs), batch=inputs)
+    shown = made.teacher_call(student)
+    assert shown is not None
+    student.output = logits_for(inputs["input_ids"], 300, 1).requires_grad_()
+    return student, Call(shown.args, shown.kwargs, output=logits_for(shown.args[0], 420, 2), who="teacher")
+
+
+def by_hand(student: Call, teacher: Call, method: str, temperature: float, counts: Tensor | None = None) -> list[Any]:
+    """The loss of each span that counts, by row."""
+    rows = []
+    for index, length in enumerate(student.kwargs["attention_mask"].sum(1).tolist()):
+        own = student.kwargs["input_ids"][index, :length].tolist()
+        other = TEACHER.encode([STUDENT.spell(own).decode()])[0]
+        spans = shared_spans([STUDENT.pieces[n] for n in own], [TEACHER.pieces[n] for n in other])[1:]
+        spans = [span for span in spans if counts is None or bool(counts[index, span[0]].all())]
+        pair = (student.output[index], own), (teacher.output[index], other)
+        rows.append(span_losses(spans, *pair, method, temperature))
+    return rows
+
+
+def check(value: Tensor, expected: Tensor, leaf: Tensor) -> None:
+    """Compare value and gradient."""
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    gradient, reference = (torch.autograd.grad(each, leaf, retain_graph=True)[0] for each in (value, expected))
+    torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-12)
+    assert reference.abs().max() > 0
+
+
+@pytest.mark.parametrize(("method", "temperature"), METHODS)
+def test_value_and_gradient_equal_the_papers_formulas_by_hand(method: str, temperature: float) -> None:
+    made = term(method, temperature=temperature)
+    student, teacher = calls(batch(), made)
+
+    rows = by_hand(student, teacher, method, temperature)
+
+    values = [value for row in rows for value in row]
+    assert any(len(row) > 3 for row in rows)
+    assert rows[-1] == []  # a text of one token
+    check(made(student, teacher), torch.stack(values).mean(), student.output)
+    assert student.counted["tokens"] == len(values)
+
+
+@pytest.mark.parametrize("method", ["uld", "chunks"])
+def test_default_temperature_is_that_of_the_paper(method: str) -> None:
+    student, teacher = calls(batch(), term(method))
+
+    values = by_hand(student, teacher, method, {"uld": 1.0, "chunks": 100.0}[method])
+
+    torch.testing.assert_close(
+        term(method)(student, teacher), torch.stack([value for row in values for value in row]).mean()
+    )
+
+
+@pytest.mark.parametrize("method", ["uld", "chunks"])
+def test_a_span_counts_if_all_its_tokens_of_the_student_do(method: str) -> None:
+    inputs = batch()
+    labels = torch.where(inputs["attention_mask"] == 0, -100, inputs["input_ids"])
+    labels[0, 6] = labels[1, :4] = -100
+    student, teacher = calls({**inputs, "labels": labels}, term(method, temperature=2.0))
+
+    rows = by_hand(student, teacher, method, 2.0, labels != -100)
+
+    values = [value for row in rows for value in row]
+    every = sum(map(len, by_hand(student, teacher, method, 2.0)))
+    assert every - 6 < len(values) < every
+    check(term(method, temperature=2.0)(student, teacher), torch.stack(values).mean(), student.output)
+
+
+def test_mean_over_sequences_is_that_of_their_own_means() -> None:
+    made = term(normalize="sequences")
+    student, teacher = calls(batch(), made)
+
+    rows = [torch.stack(row).mean() for row in by_hand(student, teacher, "uld", 1.0) if row]
+
+    check(made(student, teacher), torch.stack(rows).mean(), student.output)
+    assert student.counted["tokens"] == 2
+
+
+@pytest.mark.parametrize("method", ["uld", "chunks"])
+def test_rows_that_do_not_count_change_nothing_even_if_they_are_not_finite(method: str) -> None:
+    inputs = batch()
+    student, teacher = calls(inputs, term(method))
+    expected = term(method)(student, teacher)
+    (gradient,) = torch.autograd.grad(expected, student.output)
+
+    spoiled = student.output.detach().clone()
+    spoiled[inputs["attention_mask"] == 0] = torch.nan
+    student.output = spoiled.requires_grad_()
+    value = term(method)(student, teacher)
+
+    assert value == expected
+    value.backward()
+    assert torch.equal(spoiled.grad, gradient)
+
+
+@pytest.mark.parametrize("method", ["uld", "chunks"])
+def test_nothing_that_counts_is_zero_with_a_gradient_of_zeros(method: str) -> None:
+    inputs = batch()
+    student, teacher = calls({**inputs, "labels": torch.full_like(inputs["input_ids"], -100)}, term(method))
+
+    value = term(method)(student, teacher)
+
+    value.backward()
+    assert value == 0
+    assert (student.output.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", ["uld", "chunks"])
+def test_half_precision_and_certain_models_have_finite_gradients(method: str, dtype: torch.dtype) -> None:
+    student, teacher = calls(batch(), term(method))
+    for scale in (1.0, 100.0):
+        leaf = (scale * student.output.detach()).to(dtype).requires_grad_()
+        teacher_logits = (scale * teacher.output).to(dtype)
+        teacher_logits[..., 7] = -torch.inf
+        value = term(method)(Call((), student.kwargs, leaf), Call((), {}, teacher_logits))
+
+        value.backward()
+        assert value.dtype == torch.float32
+        assert leaf.grad.isfinite().all()
+
+
+def test_equal_models_with_spans_of_one_token_have_no_loss() -> None:
+    made = CrossTokenizerDistillation(byte_level(300), sentence_piece(600), "chunks")
+    inputs = {"input_ids": torch.tensor([[300 - 1, 5, 6]])}
+    student = Call((), inputs)
+    logits = logits_for(inputs["input_ids"], 300, 1)
+    student.output, student.aligned = logits, made._of_tokens(inputs["input_ids"], None, {})
+    student.aligned = student.aligned._replace(
+        input_ids=inputs["input_ids"],
+        student_spans=torch.tensor([[-1, 0, 1]]),
+        teacher_spans=torch.tensor([[-1, 0, 1]]),
+    )
+    student.kwargs["attention_mask"] = torch.ones(1, 3)
+
+    assert made(student, Call((), {}, logits)) == 0
+
+
+# Equal tokenizers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["uld", "chunks"])
+@pytest.mark.parametrize("normalize", ["tokens", "sequences"])
+def test_equal_tokenizers_give_exactly_the_number_of_sequence_distillation(method: Any, normalize: Any) -> None:
+    made = CrossTokenizerDistillation(byte_level(300), copy.deepcopy(byte_level(300)), method, normalize=normalize)
+    inputs = batch()
+    student = Call((), inputs, output=logits_for(inputs["input_ids"], 300, 1), batch=inputs)
+    teacher = Call((), inputs, output=logits_for(inputs["input_ids"], 300, 2), batch=inputs)
+
+    assert made.teacher_call(student) is None
+    assert made(student, teacher) == SequenceDistillation(normalize=normalize)(student, teacher)
+    assert made.counted(inputs) == SequenceDistillation(normalize=normalize).counted(inputs)
+    assert made.compares_class_scores
+    assert not made.needs_network
+    assert made.collate()([{"input_ids": torch.ones(2)}]).keys() == {"input_ids"}
+
+
+# In the workers of a loader ------------------------------------------------------------------------------------------
+
+
+def test_collate_adds_the_same_tokens_and_spans_that_a_step_finds() -> None:
+    inputs = batch()
+    rows = [{name: value[index] for name, value in inputs.items()} for index in range(len(TEXTS))]
+    made = term()
+
+    (collated,) = DataLoader(
+        rows, batch_size=3, collate_fn=made.collate(), num_workers=1, multiprocessing_context="spawn"
+    )
+
+    assert collated.keys() == {"input_ids", "attention_mask", "teacher_tokens"}
+    student = Call((), inputs, batch=collated)
+    made.teacher_call(student)
+    alone = Call((), inputs, batch=inputs)
+    made.teacher_call(alone)
+    for name, tensor in alone.aligned._asdict().items():
+        assert torch.equal(tensor, getattr(student.aligned, name))
+        assert tensor.dtype == torch.int64
+    assert made.counted(collated) == made.counted(inputs) > 5
+
+
+def test_collate_refuses_batches_without_tokens_in_words() -> None:
+    words = r"a batch to be a dict with the student's `input_ids`, .* but got "
+    with pytest.raises(ValueError, match=words + r"list\. Pass collate\("):
+        term().collate()([(torch.ones(2), torch.ones(2))])
+    with pytest.raises(ValueError, match=words + r"\['text'\]\."):
+        term().collate()([{"text": "a"}])
+
+
+def test_tokens_that_the_step_cuts_are_refused_beside_collated_ones() -> None:
+    inputs = batch()
+    made = term()
+    collated = made.collate(lambda samples: samples[0])([inputs])
+    student = Call((), {"input_ids": inputs["input_ids"][:, :-1]}, batch=collated)
+
+    with pytest.raises(
+        ValueError, match=r"called with the tokens of the batch, .* got the shapes \(3, \d+\) and \(3, "
+    ):
+        made.teacher_call(student)
+    with pytest.raises(
+        ValueError, match=r"`teacher_tokens` of the batch to be what term\.collate\(\) makes, but got list"
+    ):
+        made.teacher_call(Call((), inputs, batch={"teacher_tokens": [1]}))
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"method": "kl"}, ValueError, r"`method` to be .*'uld'"),
+        ({"temperature": 0.0}, ValueError, "`temperature` to be greater than 0"),
+        ({"max_length": 0}, ValueError, "`max_length` to be greater than 0"),
+        ({"max_length": 1.5}, TypeError, "`max_length` to be an int"),
+        ({"mask": ("a", "b")}, ValueError, "`mask` to be one place, but got a pair"),
+        ({"special_tokens": {"<s>": "<end>"}}, ValueError, "`special_tokens` to name tokens of both"),
+        (
+            {"teacher_tokenizer": None},
+            TypeError,
+            "`teacher_tokenizer` to be a tokenizer, but got teacher_tokenizer=None",
+        ),
+        ({"student_tokenizer": object()}, TypeError, "`student_tokenizer` to be a fast tokenizer"),
+        ({"teacher_tokenizer": "lower"}, ValueError, "tokens of `teacher_tokenizer` to spell the text"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_words(settings: Any, error: Any, words: str) -> None:
+    if settings.get("teacher_tokenizer") == "lower":
+        settings = {"teacher_tokenizer": lower_case()}
+    with pytest.raises(error, match=words):
+        CrossTokenizerDistillation(
+            **{"student_tokenizer": byte_level(300), "teacher_tokenizer": byte_level(420), **settings}
+        )
+
+
+class Model(nn.Module):
+    def __init__(self, vocabulary: int, softmax: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocabulary, 4), nn.Linear(4, vocabulary)
+        self.softmax = softmax
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.head(self.embedding(tokens))
+        return logits.softmax(-1) if self.softmax else logits
+
+
+def total(student: nn.Module, teacher: Any, made: Any = None, inputs: Any = None, **settings: Any) -> Tensor:
+    inputs = batch() if inputs is None else inputs
+    with Distiller(student, teacher, term() if made is None else made, task_weight=0, **settings) as distiller:
+        with distiller.record():
+            task_loss = student(inputs["input_ids"]).mean()
+        return distiller.total(task_loss, inputs)
+
+
+def test_teacher_reads_its_own_tokens_without_being_asked() -> None:
+    assert total(Model(300), Model(420)) > 0
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        (
+            (Model(300), Model(410)),
+            r"the teacher to score the 420 tokens of `teacher_tokenizer`, but got logits of 410",
+        ),
+        ((Model(299 + 1, softmax=True), Model(420)), "the student's output to be logits, but got probabilities"),
+        ((Model(300), Model(420, softmax=True)), "the teacher's output to be logits, but got probabilities"),
+    ],
+)
+def test_models_that_do_not_fit_the_tokenizers_are_refused_before_the_first_backward(models: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        total(*models)
+
+
+def test_swapped_tokenizers_are_refused() -> None:
+    swapped = CrossTokenizerDistillation(byte_level(420), byte_level(300))
+    with pytest.raises(ValueError, match=r"the student to score the 420 tokens .* Pass the student's tokenizer first"):
+        total(Model(300), Model(420), swapped)
+
+
+def test_tokens_of_another_tokenizer_share_hardly_a_span_and_are_refused() -> None:
+    inputs = {"input_ids": torch.randint(128, 256, (2, 30)), "attention_mask": torch.ones(2, 30)}
+    with pytest.raises(ValueError, match=r"share spans of the text, but only \d+ of 58 tokens that count are in one"):
+        total(Model(300), Model(420), inputs=inputs)
+
+
+def test_teacher_that_reads_the_students_tokens_is_refused() -> None:
+    class Own(Distiller):
+        def teacher_forward(self, call: Call) -> Any:
+            return self.teacher(call.batch["input_ids"])
+
+    student, inputs = Model(300), batch()
+    distiller = Own(student, Model(420), term())
+    with distiller.record():
+        task_loss = student(inputs["input_ids"]).mean()
+    with pytest.raises(
+        ValueError, match=r"the teacher to score its own tokens, of the shape \(3, \d+\), but got logits"
+    ):
+        distiller.total(task_loss, inputs)
+
+
+def test_student_without_token_numbers_is_refused() -> None:
+    student = nn.Linear(4, 300)
+    distiller = Distiller(student, Model(420), term())
+    with distiller.record():
+        task_loss = student(torch.ones(2, 3, 4)).mean()
+    with pytest.raises(ValueError, match="called with the numbers of its tokens, `input_ids` of the shape"):
+        distiller.total(task_loss, {"attention_mask": torch.ones(2, 3)})
+
+
+def test_teacher_inputs_and_a_second_maker_are_refused() -> None:
+    words = "one maker of the teacher's inputs, but got several"
+    with pytest.raises(ValueError, match=words):
+        total(Model(300), Model(420), teacher_inputs="teacher")
+    with pytest.raises(ValueError, match=words):
+        total(Model(300), Model(420), [term(), term("chunks", name="chunks")])
+
+
+def test_other_losses_on_logits_beside_it_name_the_shapes() -> None:
+    with pytest.raises(ValueError, match="to have equal shapes"):
+        total(Model(300), Model(420), [term(), LogitsDistillation()])
+
+
+def test_a_cached_teacher_is_refused(tmp_path: Any) -> None:
+    rows = [{"tokens": tokens} for tokens in batch()["input_ids"]]
+    cache = TeacherCache.build(Model(420), [row["tokens"] for row in rows], tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"`teacher` to be a network for term 'tokens', .* but got a cache"):
+        Distiller(Model(300), cache, term())
+
+
+def test_masked_language_models_are_refused() -> None:
+    class MaskedLMOutput(dict):
+        pass
+
+    student = Call((), batch(), output=MaskedLMOutput())
+    with pytest.raises(ValueError, match="a causal model for two tokenizers, but got one that returns MaskedLMOutput"):
+        term().teacher_call(student)
+
+
+def test_tokenizers_of_transformers_are_read_as_those_inside_them() -> None:
+    wrapped = CrossTokenizerDistillation(of_transformers(byte_level(300)), of_transformers(byte_level(420)))
+    student, teacher = calls(batch(), term())
+
+    value = term()(student, teacher)
+    student.aligned = None
+
+    assert wrapped(student, teacher) == value
