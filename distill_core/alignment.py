@@ -78,7 +78,7 @@ class TokenAligner:
         teacher: The teacher's tokenizer.
         special_tokens: Names of the student's special tokens, and of their counterparts of the teacher, beside those of
             equal names and those that begin and end a text.
-        max_length: The largest number of tokens that the teacher reads; ``None`` sets no limit.
+        max_length: The largest number of tokens that the teacher reads; ``None`` is that of its tokenizer, if known.
 
     Raises:
         ValueError: If a special token does not exist.
@@ -91,7 +91,8 @@ class TokenAligner:
         special_tokens: Mapping[str, str] | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.student, self.teacher, self.max_length = student, teacher, max_length
+        self.student, self.teacher = student, teacher
+        self.max_length = teacher.max_length if max_length is None else max_length
         names = {name: number for number, name in teacher.special.items()}
         self._counterparts = {number: names[name] for number, name in student.special.items() if name in names}
         shared = [role for role in student.roles if role in teacher.roles]

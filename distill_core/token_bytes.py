@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _PROBE = "Ab  c\n\td, e."  # capitals and white space, which some normalizers change
+_UNLIMITED = 10**9  # transformers writes a larger number where it knows no limit
 _FAST = "Pass transformers.AutoTokenizer.from_pretrained(...), or a tokenizers.Tokenizer."
 
 
@@ -38,6 +39,7 @@ class TokenBytes:
         prefix: Special tokens that the tokenizer puts in front of a text.
         adds_space: Whether it puts a space in front of a text.
         padding: The number to pad with.
+        max_length: The largest number of tokens that the model of the tokenizer reads, if it is known.
 
     Raises:
         TypeError: If it is not such a tokenizer.
@@ -63,6 +65,8 @@ class TokenBytes:
         numbers = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad")}
         self.roles = {role: numbers[role] for role in ("bos", "eos") if isinstance(numbers[role], int)}
         self.padding = numbers["pad"] if isinstance(numbers["pad"], int) else 0
+        longest = getattr(tokenizer, "model_max_length", None)
+        self.max_length = int(longest) if isinstance(longest, int) and longest < _UNLIMITED else None
         plain, whole = (self._backend.encode(_PROBE, add_special_tokens=special).ids for special in (False, True))
         self.prefix = whole[: next((place for place, number in enumerate(whole) if number in plain[:1]), 0)]
         spelled = self.spell(plain)
@@ -79,7 +83,8 @@ class TokenBytes:
         return b"".join(map(self.pieces.__getitem__, numbers))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, without special tokens around it."""
+        """The tokens of each text, without special tokens around it; their names within it are plain text."""
+        self._backend.encode_special_tokens = True  # copies of a tokenizer forget it
         return [encoded.ids for encoded in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def sizes_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:

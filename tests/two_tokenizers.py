@@ -50,8 +50,8 @@ def lower_case() -> Tokenizer:
     return tokenizer
 
 
-def of_transformers(tokenizer: Tokenizer, **roles: str) -> Any:
+def of_transformers(tokenizer: Tokenizer, **settings: Any) -> Any:
     """The same tokenizer as the library transformers has it."""
     import transformers
 
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)

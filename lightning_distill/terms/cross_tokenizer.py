@@ -25,6 +25,7 @@ from lightning_distill.terms.tokens import Normalize, SequenceDistillation
 Method = Literal["uld", "chunks"]
 TEACHER_TOKENS = "teacher_tokens"  # the batch's entry, which the collate function adds
 _DISTANCES = {"uld": universal_logit_of_spans, "chunks": chunk_likelihood}
+_ENOUGH = 16  # tokens, of which hardly any may be in a span by chance
 _TEMPERATURES = {"uld": 1.0, "chunks": 100.0}  # of the papers
 
 
@@ -107,7 +108,8 @@ class CrossTokenizerDistillation(SequenceDistillation):
         output: As in :class:`SequenceDistillation`.
         special_tokens: Names of special tokens of the student and of their counterparts of the teacher, beside those of
             equal names and those that begin and end a text.
-        max_length: The largest number of tokens that the teacher reads; ``None`` sets no limit.
+        max_length: The largest number of tokens that the teacher reads, the first of each row; ``None`` is the
+            ``model_max_length`` of its tokenizer, if it has one.
         name: Name in logs and checkpoints.
 
     Raises:
@@ -162,6 +164,13 @@ class CrossTokenizerDistillation(SequenceDistillation):
         self.aligner = None if same else TokenAligner(student, teacher, special_tokens, max_length)
         self.needs_network = not same  # a cache holds the outputs for the student's tokens
         self.compares_class_scores = same
+        if not same:
+            self.loss = None
+
+    def extra_repr(self) -> str:
+        """Settings."""
+        settings = "" if self.aligner is None else f", method={self.method!r}, temperature={self.temperature}"
+        return super().extra_repr() + settings
 
     def collate(self, collate: Callable[[list[Any]], Any] = default_collate) -> Collate:
         """A collate function for a ``DataLoader`` that also aligns the tokens.
@@ -266,7 +275,7 @@ class CrossTokenizerDistillation(SequenceDistillation):
         counts = positions.counts
         spans = self._aligned(student).student_spans[:, 1:]
         aligned, number = int((counts[:, :-1] & (spans != NO_SPAN)).sum()), int(counts[:, :-1].sum())
-        if aligned < number // 2:
+        if number >= _ENOUGH and aligned < number // 2:
             raise ValueError(
                 f"Expected the two tokenizers to share spans of the text, but only {aligned} of {number} tokens that"
                 " count are in one. Pass the tokenizers that the models were trained with; `student_tokenizer` is the"

@@ -384,6 +384,12 @@ def test_masked_language_models_are_refused() -> None:
         term().teacher_call(student)
 
 
+def test_repr_shows_the_method_and_no_loss_that_is_not_used() -> None:
+    assert "method='chunks', temperature=100.0" in repr(term("chunks"))
+    assert "SoftTargetLoss" not in repr(term())
+    assert "SoftTargetLoss" in repr(CrossTokenizerDistillation(byte_level(300), byte_level(300)))
+
+
 def test_tokenizers_of_transformers_are_read_as_those_inside_them() -> None:
     wrapped = CrossTokenizerDistillation(of_transformers(byte_level(300)), of_transformers(byte_level(420)))
     student, teacher = calls(batch(), term())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -75,7 +77,7 @@ def inner_ends(tokenizer: TokenBytes, numbers: Any, places: list[int]) -> set[in
 def test_spans_have_equal_bytes_and_are_as_small_as_can_be(name: str, text: str, cut: int) -> None:
     pair = PAIRS[name]()
     student, teacher = tables(pair)
-    numbers = student.encode([text])[0]
+    numbers = pair[0].encode(text, add_special_tokens=False).ids
     numbers = numbers[: max(len(numbers) - cut, 0)]  # truncated, also within a character
 
     result = TokenAligner(student, teacher).align(row(numbers))
@@ -189,6 +191,26 @@ def test_token_that_the_teacher_puts_in_front_of_a_text_predicts_the_first_span(
 
     assert result.input_ids[0, :2].tolist() == [teacher.token_to_id("<s>"), *table.encode(["a b"])[0]][:2]
     assert (result.student_spans[0, 1:] >= 0).all()
+
+
+def test_names_of_special_tokens_in_a_text_are_plain_text_to_the_teacher() -> None:
+    student, teacher = tables((byte_level(300), sentence_piece(600)))
+    text = student.encode(["a </s> b"])[0]
+    aligner = TokenAligner(student, teacher)
+
+    for each in (aligner, copy.deepcopy(aligner), pickle.loads(pickle.dumps(aligner))):
+        result = each.align(row(text))
+        assert teacher.vocabulary["</s>"] not in result.input_ids
+        assert (result.student_spans[0, 2:] >= 0).all()
+
+
+def test_limit_of_the_teachers_tokenizer_is_the_default() -> None:
+    pair = byte_level(300), of_transformers(byte_level(700), model_max_length=3)
+    numbers = byte_level(300).encode("return self._name").ids
+
+    assert TokenAligner(*tables(pair)).align(row(numbers)).input_ids.shape == (1, 3)
+    assert TokenAligner(*tables(pair), max_length=5).align(row(numbers)).input_ids.shape == (1, 5)
+    assert tables((byte_level(300), of_transformers(byte_level(700))))[1].max_length is None
 
 
 def test_padding_on_either_side_is_left_out() -> None:
