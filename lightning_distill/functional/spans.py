@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_distill.functional.inputs import prepare
 from lightning_distill.functional.primitives import softened
-from lightning_distill.functional.vocabularies import sorted_distance
+from lightning_distill.functional.vocabularies import rank_differences
+
+_CHUNK = 2**22  # elements of a vocabulary's rows at a time
 
 
 class SpanRows(NamedTuple):
@@ -51,8 +54,11 @@ def universal_logit_of_spans(student: SpanRows, teacher: SpanRows, number: int, 
         >>> universal_logit_of_spans(student, teacher, 1)
         tensor([0.3403])
     """
-    merged = [_merged(side, number, temperature) for side in _prepared(student, teacher)]
-    return sorted_distance(*merged)
+    rows, before = _ends(student, number, temperature)
+    teacher_rows, teacher_before = _ends(teacher, number, temperature)
+    function: Any = _SpanDistance.apply  # which torch leaves without types
+    values: Tensor = function(rows, *prepare(before, teacher_before), teacher_rows.detach(), temperature)
+    return values
 
 
 def chunk_likelihood(student: SpanRows, teacher: SpanRows, number: int, *, temperature: float = 100.0) -> Tensor:
@@ -101,11 +107,47 @@ def _of_tokens(log_probabilities: Tensor, side: SpanRows) -> Tensor:
     return log_probabilities.gather(-1, side.tokens[:, None]).squeeze(-1)
 
 
-def _merged(side: SpanRows, number: int, temperature: float) -> Tensor:
-    """The probability that each span ends with each token, shape ``(M, V)``."""
-    log_probabilities = (side.logits / temperature).log_softmax(-1)
+def _ends(side: SpanRows, number: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The rows that predict the last token of each span, and the logarithm of the probability of those before it."""
     last = torch.ones_like(side.spans, dtype=torch.bool)
     last[:-1] = side.spans[1:] != side.spans[:-1]
-    earlier = _of_tokens(log_probabilities, side).masked_fill(last, 0.0)
-    before = log_probabilities.new_zeros(number).index_add(0, side.spans, earlier)
-    return (log_probabilities[last] + before[:, None]).exp()
+    logits, _ = prepare(side.logits[~last], side.logits[:0])
+    earlier = SpanRows(logits, side.tokens[~last], side.spans[~last])
+    log_probabilities = _of_tokens(softened(logits, temperature).log_softmax(-1), earlier)
+    return side.logits[last], log_probabilities.new_zeros(number).index_add(0, earlier.spans, log_probabilities)
+
+
+class _SpanDistance(torch.autograd.Function):
+    """The distance of sorted rows of probabilities, a few rows at a time; its gradient is made on the way.
+
+    Autograd would keep the probabilities, their order in 64 bits and the sorted rows. This keeps the gradient alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, before: Tensor, teacher_before: Tensor, teacher_rows: Tensor, temperature: float
+    ) -> Tensor:
+        values, gradient = torch.empty_like(before), torch.empty_like(rows)
+        slopes, classes = torch.empty_like(before), rows.shape[-1]
+        step = max(1, _CHUNK // max(classes, teacher_rows.shape[-1]))
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            alone = softened(rows[part].to(before.dtype), temperature).softmax(-1)
+            joint = alone * before[part, None].exp()
+            teacher = softened(teacher_rows[part].to(before.dtype), temperature).softmax(-1)
+            ranked, order = joint.sort(dim=-1, descending=True)
+            apart = rank_differences(
+                ranked, teacher.mul_(teacher_before[part, None].exp()).sort(descending=True).values
+            )
+            values[part] = apart.abs().sum(-1)
+            joint.mul_(torch.empty_like(joint).scatter_(-1, order, apart[:, :classes].sign()))
+            slopes[part] = joint.sum(-1)
+            gradient[part] = (joint - alone * slopes[part, None]) / temperature
+        ctx.save_for_backward(gradient, slopes)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        gradient, slopes = ctx.saved_tensors
+        return gradient * factor[:, None].to(gradient.dtype), slopes * factor, None, None, None

@@ -79,6 +79,18 @@ def sorted_distance(student: Tensor, teacher: Tensor) -> Tensor:
         tensor(0.5000)
     """
     student, teacher = (probabilities.sort(dim=-1, descending=True).values for probabilities in (student, teacher))
+    return rank_differences(student, teacher).abs().sum(dim=-1)
+
+
+def rank_differences(student: Tensor, teacher: Tensor) -> Tensor:
+    """The differences of sorted rows, rank by rank.
+
+    Args:
+        student: Shape ``(..., C)``.
+        teacher: Shape ``(..., D)``; the shorter rows are padded with zeros.
+
+    Returns:
+        Shape ``(..., max(C, D))``.
+    """
     more = teacher.shape[-1] - student.shape[-1]
-    student, teacher = F.pad(student, (0, max(more, 0))), F.pad(teacher, (0, max(-more, 0)))
-    return (student - teacher).abs().sum(dim=-1)
+    return F.pad(student, (0, max(more, 0))) - F.pad(teacher, (0, max(-more, 0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -86,6 +87,14 @@ def test_value_and_gradient_equal_the_papers_formulas_by_hand(method: str, tempe
     assert rows[-1] == []  # a text of one token
     check(made(student, teacher), torch.stack(values).mean(), student.output)
     assert student.counted["tokens"] == len(values)
+
+
+def test_rows_are_sorted_a_few_at_a_time_with_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = calls(batch(), term())
+    expected = term()(student, teacher)
+    monkeypatch.setattr("lightning_distill.functional.spans._CHUNK", 3 * 420)
+
+    check(term()(student, teacher), expected, student.output)
 
 
 @pytest.mark.parametrize("method", ["uld", "chunks"])
@@ -211,9 +220,8 @@ def test_collate_adds_the_same_tokens_and_spans_that_a_step_finds() -> None:
     rows = [{name: value[index] for name, value in inputs.items()} for index in range(len(TEXTS))]
     made = term()
 
-    (collated,) = DataLoader(
-        rows, batch_size=3, collate_fn=made.collate(), num_workers=1, multiprocessing_context="spawn"
-    )
+    collate = pickle.loads(pickle.dumps(made.collate()))  # as for a worker
+    (collated,) = DataLoader(rows, batch_size=3, collate_fn=collate)
 
     assert collated.keys() == {"input_ids", "attention_mask", "teacher_tokens"}
     student = Call((), inputs, batch=collated)
