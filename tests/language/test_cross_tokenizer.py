@@ -112,7 +112,11 @@ def test_default_temperature_is_that_of_the_paper(method: str) -> None:
 def test_a_span_counts_if_all_its_tokens_of_the_student_do(method: str) -> None:
     inputs = batch()
     labels = torch.where(inputs["attention_mask"] == 0, -100, inputs["input_ids"])
-    labels[0, 6] = labels[1, :4] = -100
+    spans = term()._of_tokens(inputs["input_ids"], inputs, {}).student_spans
+    (inside,) = [place for place in range(1, 12) if (spans[0] == spans[0, place]).sum() > 1 and spans[0, place] >= 0][
+        :1
+    ]
+    labels[0, inside] = labels[1, :4] = -100  # one token of several in a span
     student, teacher = calls({**inputs, "labels": labels}, term(method, temperature=2.0))
 
     rows = by_hand(student, teacher, method, 2.0, labels != -100)

@@ -137,6 +137,18 @@ def test_row_that_begins_and_ends_within_a_character_aligns_the_rest() -> None:
     assert result.student_spans[0, :2].tolist() == [-1, -1]
 
 
+def test_rest_of_a_character_behind_a_special_token_is_in_no_span() -> None:
+    student, teacher = tables((byte_level(300), byte_level(700)))
+    end, numbers = student.vocabulary["<end>"], student.encode(["字 is a sign"])[0][1:]
+
+    result = TokenAligner(student, teacher).align(row([end, *numbers]))
+
+    own = groups(student, [end, *numbers], result.student_spans[0])
+    other = groups(teacher, result.input_ids[0], result.teacher_spans[0])
+    assert result.student_spans[0, :3].tolist() == [-1, -1, -1]
+    assert {span: data for span, (_, data) in own.items()} == {span: data for span, (_, data) in other.items()} != {}
+
+
 def test_a_byte_that_is_not_text_ends_the_spans_and_the_next_special_token_begins_them_again() -> None:
     student, teacher = tables((byte_level(300), byte_level(700)))
     good, end = student.encode(["x = 1"])[0], student.vocabulary["<end>"]
