@@ -5,10 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 
+from lightning_distill import CrossTokenizerDistillation
 from lightning_distill.demo.language.text import source_files, train_tokenizer
 
+TEXTS = ["def f(x):\n    return 'é字'", "import os\nx = [1, 2]", "y"]
 _FILES = 4
 
 
@@ -55,3 +59,17 @@ def of_transformers(tokenizer: Tokenizer, **settings: Any) -> Any:
     import transformers
 
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+
+
+def cross_term(method: Any = "uld", **settings: Any) -> CrossTokenizerDistillation:
+    """The term between two byte-level tokenizers, of 300 tokens and of 420."""
+    return CrossTokenizerDistillation(byte_level(300), byte_level(420), method, **settings)
+
+
+def padded_batch() -> dict[str, Tensor]:
+    """The student's tokens of the texts, padded on the right."""
+    rows = [encoded.ids for encoded in byte_level(300).encode_batch(TEXTS)]
+    longest = max(map(len, rows))
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": padded, "attention_mask": mask}

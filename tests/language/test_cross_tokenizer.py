@@ -1,4 +1,4 @@
-"""The term between two tokenizers: values by hand, spans that count, equal tokenizers, and refusals."""
+"""The term between two tokenizers: values by hand, spans that count, equal tokenizers, workers of a loader."""
 
 from __future__ import annotations
 
@@ -9,35 +9,15 @@ from typing import Any
 import pytest
 import torch
 from oracle_spans import shared_spans, span_losses
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from two_tokenizers import byte_level, lower_case, of_transformers, sentence_piece
+from two_tokenizers import TEXTS, byte_level, cross_term, of_transformers, padded_batch, sentence_piece
 
 from distill_core.token_bytes import TokenBytes
-from lightning_distill import (
-    Call,
-    CrossTokenizerDistillation,
-    Distiller,
-    LogitsDistillation,
-    SequenceDistillation,
-    TeacherCache,
-)
+from lightning_distill import Call, CrossTokenizerDistillation, SequenceDistillation
 
-TEXTS = ["def f(x):\n    return 'é字'", "import os\nx = [1, 2]", "y"]
 STUDENT, TEACHER = (TokenBytes("tokenizer", byte_level(size)) for size in (300, 420))
 METHODS = [("uld", 1.0), ("uld", 2.0), ("chunks", 1.0), ("chunks", 100.0)]
-
-
-def term(method: Any = "uld", **settings: Any) -> CrossTokenizerDistillation:
-    return CrossTokenizerDistillation(byte_level(300), byte_level(420), method, **settings)
-
-
-def batch(texts: list[str] = TEXTS) -> dict[str, Tensor]:
-    rows = STUDENT.encode(texts)
-    longest = max(map(len, rows))
-    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return {"input_ids": padded, "attention_mask": mask}
 
 
 def logits_for(tokens: Tensor, vocabulary: int, seed: int) -> Tensor:
@@ -77,8 +57,8 @@ def check(value: Tensor, expected: Tensor, leaf: Tensor) -> None:
 
 @pytest.mark.parametrize(("method", "temperature"), METHODS)
 def test_value_and_gradient_equal_the_papers_formulas_by_hand(method: str, temperature: float) -> None:
-    made = term(method, temperature=temperature)
-    student, teacher = calls(batch(), made)
+    made = cross_term(method, temperature=temperature)
+    student, teacher = calls(padded_batch(), made)
 
     rows = by_hand(student, teacher, method, temperature)
 
@@ -90,46 +70,46 @@ def test_value_and_gradient_equal_the_papers_formulas_by_hand(method: str, tempe
 
 
 def test_rows_are_sorted_a_few_at_a_time_with_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher = calls(batch(), term())
-    expected = term()(student, teacher)
+    student, teacher = calls(padded_batch(), cross_term())
+    expected = cross_term()(student, teacher)
     monkeypatch.setattr("lightning_distill.functional.spans._CHUNK", 3 * 420)
 
-    check(term()(student, teacher), expected, student.output)
+    check(cross_term()(student, teacher), expected, student.output)
 
 
 @pytest.mark.parametrize("method", ["uld", "chunks"])
 def test_default_temperature_is_that_of_the_paper(method: str) -> None:
-    student, teacher = calls(batch(), term(method))
+    student, teacher = calls(padded_batch(), cross_term(method))
 
     values = by_hand(student, teacher, method, {"uld": 1.0, "chunks": 100.0}[method])
 
     torch.testing.assert_close(
-        term(method)(student, teacher), torch.stack([value for row in values for value in row]).mean()
+        cross_term(method)(student, teacher), torch.stack([value for row in values for value in row]).mean()
     )
 
 
 @pytest.mark.parametrize("method", ["uld", "chunks"])
 def test_a_span_counts_if_all_its_tokens_of_the_student_do(method: str) -> None:
-    inputs = batch()
+    inputs = padded_batch()
     labels = torch.where(inputs["attention_mask"] == 0, -100, inputs["input_ids"])
-    spans = term()._of_tokens(inputs["input_ids"], inputs, {}).student_spans
+    spans = cross_term()._of_tokens(inputs["input_ids"], inputs, {}).student_spans
     (inside,) = [place for place in range(1, 12) if (spans[0] == spans[0, place]).sum() > 1 and spans[0, place] >= 0][
         :1
     ]
     labels[0, inside] = labels[1, :4] = -100  # one token of several in a span
-    student, teacher = calls({**inputs, "labels": labels}, term(method, temperature=2.0))
+    student, teacher = calls({**inputs, "labels": labels}, cross_term(method, temperature=2.0))
 
     rows = by_hand(student, teacher, method, 2.0, labels != -100)
 
     values = [value for row in rows for value in row]
     every = sum(map(len, by_hand(student, teacher, method, 2.0)))
     assert every - 6 < len(values) < every
-    check(term(method, temperature=2.0)(student, teacher), torch.stack(values).mean(), student.output)
+    check(cross_term(method, temperature=2.0)(student, teacher), torch.stack(values).mean(), student.output)
 
 
 def test_mean_over_sequences_is_that_of_their_own_means() -> None:
-    made = term(normalize="sequences")
-    student, teacher = calls(batch(), made)
+    made = cross_term(normalize="sequences")
+    student, teacher = calls(padded_batch(), made)
 
     rows = [torch.stack(row).mean() for row in by_hand(student, teacher, "uld", 1.0) if row]
 
@@ -139,15 +119,15 @@ def test_mean_over_sequences_is_that_of_their_own_means() -> None:
 
 @pytest.mark.parametrize("method", ["uld", "chunks"])
 def test_rows_that_do_not_count_change_nothing_even_if_they_are_not_finite(method: str) -> None:
-    inputs = batch()
-    student, teacher = calls(inputs, term(method))
-    expected = term(method)(student, teacher)
+    inputs = padded_batch()
+    student, teacher = calls(inputs, cross_term(method))
+    expected = cross_term(method)(student, teacher)
     (gradient,) = torch.autograd.grad(expected, student.output)
 
     spoiled = student.output.detach().clone()
     spoiled[inputs["attention_mask"] == 0] = torch.nan
     student.output = spoiled.requires_grad_()
-    value = term(method)(student, teacher)
+    value = cross_term(method)(student, teacher)
 
     assert value == expected
     value.backward()
@@ -156,10 +136,10 @@ def test_rows_that_do_not_count_change_nothing_even_if_they_are_not_finite(metho
 
 @pytest.mark.parametrize("method", ["uld", "chunks"])
 def test_nothing_that_counts_is_zero_with_a_gradient_of_zeros(method: str) -> None:
-    inputs = batch()
-    student, teacher = calls({**inputs, "labels": torch.full_like(inputs["input_ids"], -100)}, term(method))
+    inputs = padded_batch()
+    student, teacher = calls({**inputs, "labels": torch.full_like(inputs["input_ids"], -100)}, cross_term(method))
 
-    value = term(method)(student, teacher)
+    value = cross_term(method)(student, teacher)
 
     value.backward()
     assert value == 0
@@ -169,12 +149,12 @@ def test_nothing_that_counts_is_zero_with_a_gradient_of_zeros(method: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("method", ["uld", "chunks"])
 def test_half_precision_and_certain_models_have_finite_gradients(method: str, dtype: torch.dtype) -> None:
-    student, teacher = calls(batch(), term(method))
+    student, teacher = calls(padded_batch(), cross_term(method))
     for scale in (1.0, 100.0):
         leaf = (scale * student.output.detach()).to(dtype).requires_grad_()
         teacher_logits = (scale * teacher.output).to(dtype)
         teacher_logits[..., 7] = -torch.inf
-        value = term(method)(Call((), student.kwargs, leaf), Call((), {}, teacher_logits))
+        value = cross_term(method)(Call((), student.kwargs, leaf), Call((), {}, teacher_logits))
 
         value.backward()
         assert value.dtype == torch.float32
@@ -204,7 +184,7 @@ def test_equal_models_with_spans_of_one_token_have_no_loss() -> None:
 @pytest.mark.parametrize("normalize", ["tokens", "sequences"])
 def test_equal_tokenizers_give_exactly_the_number_of_sequence_distillation(method: Any, normalize: Any) -> None:
     made = CrossTokenizerDistillation(byte_level(300), copy.deepcopy(byte_level(300)), method, normalize=normalize)
-    inputs = batch()
+    inputs = padded_batch()
     student = Call((), inputs, output=logits_for(inputs["input_ids"], 300, 1), batch=inputs)
     teacher = Call((), inputs, output=logits_for(inputs["input_ids"], 300, 2), batch=inputs)
 
@@ -220,9 +200,9 @@ def test_equal_tokenizers_give_exactly_the_number_of_sequence_distillation(metho
 
 
 def test_collate_adds_the_same_tokens_and_spans_that_a_step_finds() -> None:
-    inputs = batch()
+    inputs = padded_batch()
     rows = [{name: value[index] for name, value in inputs.items()} for index in range(len(TEXTS))]
-    made = term()
+    made = cross_term()
 
     collate = pickle.loads(pickle.dumps(made.collate()))  # as for a worker
     (collated,) = DataLoader(rows, batch_size=3, collate_fn=collate)
@@ -238,175 +218,17 @@ def test_collate_adds_the_same_tokens_and_spans_that_a_step_finds() -> None:
     assert made.counted(collated) == made.counted(inputs) > 5
 
 
-def test_collate_refuses_batches_without_tokens_in_words() -> None:
-    words = r"a batch to be a dict with the student's `input_ids`, .* but got "
-    with pytest.raises(ValueError, match=words + r"list\. Pass collate\("):
-        term().collate()([(torch.ones(2), torch.ones(2))])
-    with pytest.raises(ValueError, match=words + r"\['text'\]\."):
-        term().collate()([{"text": "a"}])
-
-
-def test_tokens_that_the_step_cuts_are_refused_beside_collated_ones() -> None:
-    inputs = batch()
-    made = term()
-    collated = made.collate(lambda samples: samples[0])([inputs])
-    student = Call((), {"input_ids": inputs["input_ids"][:, :-1]}, batch=collated)
-
-    with pytest.raises(
-        ValueError, match=r"called with the tokens of the batch, .* got the shapes \(3, \d+\) and \(3, "
-    ):
-        made.teacher_call(student)
-    with pytest.raises(
-        ValueError, match=r"`teacher_tokens` of the batch to be what term\.collate\(\) makes, but got list"
-    ):
-        made.teacher_call(Call((), inputs, batch={"teacher_tokens": [1]}))
-
-
-# Refusals ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "words"),
-    [
-        ({"method": "kl"}, ValueError, r"`method` to be .*'uld'"),
-        ({"temperature": 0.0}, ValueError, "`temperature` to be greater than 0"),
-        ({"max_length": 0}, ValueError, "`max_length` to be greater than 0"),
-        ({"max_length": 1.5}, TypeError, "`max_length` to be an int"),
-        ({"mask": ("a", "b")}, ValueError, "`mask` to be one place, but got a pair"),
-        ({"special_tokens": {"<s>": "<end>"}}, ValueError, "`special_tokens` to name tokens of both"),
-        (
-            {"teacher_tokenizer": None},
-            TypeError,
-            "`teacher_tokenizer` to be a tokenizer, but got teacher_tokenizer=None",
-        ),
-        ({"student_tokenizer": object()}, TypeError, "`student_tokenizer` to be a fast tokenizer"),
-        ({"teacher_tokenizer": "lower"}, ValueError, "tokens of `teacher_tokenizer` to spell the text"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused_in_words(settings: Any, error: Any, words: str) -> None:
-    if settings.get("teacher_tokenizer") == "lower":
-        settings = {"teacher_tokenizer": lower_case()}
-    with pytest.raises(error, match=words):
-        CrossTokenizerDistillation(
-            **{"student_tokenizer": byte_level(300), "teacher_tokenizer": byte_level(420), **settings}
-        )
-
-
-class Model(nn.Module):
-    def __init__(self, vocabulary: int, softmax: bool = False) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(vocabulary, 4), nn.Linear(4, vocabulary)
-        self.softmax = softmax
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.head(self.embedding(tokens))
-        return logits.softmax(-1) if self.softmax else logits
-
-
-def total(student: nn.Module, teacher: Any, made: Any = None, inputs: Any = None, **settings: Any) -> Tensor:
-    inputs = batch() if inputs is None else inputs
-    with Distiller(student, teacher, term() if made is None else made, task_weight=0, **settings) as distiller:
-        with distiller.record():
-            task_loss = student(inputs["input_ids"]).mean()
-        return distiller.total(task_loss, inputs)
-
-
-def test_teacher_reads_its_own_tokens_without_being_asked() -> None:
-    assert total(Model(300), Model(420)) > 0
-
-
-@pytest.mark.parametrize(
-    ("models", "words"),
-    [
-        (
-            (Model(300), Model(410)),
-            r"the teacher to score the 420 tokens of `teacher_tokenizer`, but got logits of 410",
-        ),
-        ((Model(299 + 1, softmax=True), Model(420)), "the student's output to be logits, but got probabilities"),
-        ((Model(300), Model(420, softmax=True)), "the teacher's output to be logits, but got probabilities"),
-    ],
-)
-def test_models_that_do_not_fit_the_tokenizers_are_refused_before_the_first_backward(models: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        total(*models)
-
-
-def test_swapped_tokenizers_are_refused() -> None:
-    swapped = CrossTokenizerDistillation(byte_level(420), byte_level(300))
-    with pytest.raises(ValueError, match=r"the student to score the 420 tokens .* Pass the student's tokenizer first"):
-        total(Model(300), Model(420), swapped)
-
-
-def test_tokens_of_another_tokenizer_share_hardly_a_span_and_are_refused() -> None:
-    inputs = {"input_ids": torch.randint(128, 256, (2, 30)), "attention_mask": torch.ones(2, 30)}
-    with pytest.raises(ValueError, match=r"share spans of the text, but only \d+ of 58 tokens that count are in one"):
-        total(Model(300), Model(420), inputs=inputs)
-
-
-def test_teacher_that_reads_the_students_tokens_is_refused() -> None:
-    class Own(Distiller):
-        def teacher_forward(self, call: Call) -> Any:
-            return self.teacher(call.batch["input_ids"])
-
-    student, inputs = Model(300), batch()
-    distiller = Own(student, Model(420), term())
-    with distiller.record():
-        task_loss = student(inputs["input_ids"]).mean()
-    with pytest.raises(
-        ValueError, match=r"the teacher to score its own tokens, of the shape \(3, \d+\), but got logits"
-    ):
-        distiller.total(task_loss, inputs)
-
-
-def test_student_without_token_numbers_is_refused() -> None:
-    student = nn.Linear(4, 300)
-    distiller = Distiller(student, Model(420), term())
-    with distiller.record():
-        task_loss = student(torch.ones(2, 3, 4)).mean()
-    with pytest.raises(ValueError, match="called with the numbers of its tokens, `input_ids` of the shape"):
-        distiller.total(task_loss, {"attention_mask": torch.ones(2, 3)})
-
-
-def test_teacher_inputs_and_a_second_maker_are_refused() -> None:
-    words = "one maker of the teacher's inputs, but got several"
-    with pytest.raises(ValueError, match=words):
-        total(Model(300), Model(420), teacher_inputs="teacher")
-    with pytest.raises(ValueError, match=words):
-        total(Model(300), Model(420), [term(), term("chunks", name="chunks")])
-
-
-def test_other_losses_on_logits_beside_it_name_the_shapes() -> None:
-    with pytest.raises(ValueError, match="to have equal shapes"):
-        total(Model(300), Model(420), [term(), LogitsDistillation()])
-
-
-def test_a_cached_teacher_is_refused(tmp_path: Any) -> None:
-    rows = [{"tokens": tokens} for tokens in batch()["input_ids"]]
-    cache = TeacherCache.build(Model(420), [row["tokens"] for row in rows], tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"`teacher` to be a network for term 'tokens', .* but got a cache"):
-        Distiller(Model(300), cache, term())
-
-
-def test_masked_language_models_are_refused() -> None:
-    class MaskedLMOutput(dict):
-        pass
-
-    student = Call((), batch(), output=MaskedLMOutput())
-    with pytest.raises(ValueError, match="a causal model for two tokenizers, but got one that returns MaskedLMOutput"):
-        term().teacher_call(student)
-
-
 def test_repr_shows_the_method_and_no_loss_that_is_not_used() -> None:
-    assert "method='chunks', temperature=100.0" in repr(term("chunks"))
-    assert "SoftTargetLoss" not in repr(term())
+    assert "method='chunks', temperature=100.0" in repr(cross_term("chunks"))
+    assert "SoftTargetLoss" not in repr(cross_term())
     assert "SoftTargetLoss" in repr(CrossTokenizerDistillation(byte_level(300), byte_level(300)))
 
 
 def test_tokenizers_of_transformers_are_read_as_those_inside_them() -> None:
     wrapped = CrossTokenizerDistillation(of_transformers(byte_level(300)), of_transformers(byte_level(420)))
-    student, teacher = calls(batch(), term())
+    student, teacher = calls(padded_batch(), cross_term())
 
-    value = term()(student, teacher)
+    value = cross_term()(student, teacher)
     student.aligned = None
 
     assert wrapped(student, teacher) == value
