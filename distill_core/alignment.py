@@ -95,8 +95,9 @@ class TokenAligner:
         self.max_length = teacher.max_length if max_length is None else max_length
         names = {name: number for number, name in teacher.special.items()}
         self._counterparts = {number: names[name] for number, name in student.special.items() if name in names}
-        shared = [role for role in student.roles if role in teacher.roles]
-        self._counterparts |= {student.roles[role]: teacher.roles[role] for role in shared}
+        roles = {role: (student.roles[role], teacher.roles[role]) for role in student.roles if role in teacher.roles}
+        self._counterparts |= dict(roles.values())
+        self._of_first = dict([roles["bos"]]) if "bos" in roles else {}  # the same token may also end a text
         for own, other in (special_tokens or {}).items():
             for tokenizer, name in ((student, own), (teacher, other)):
                 if name not in tokenizer.vocabulary:
@@ -106,6 +107,7 @@ class TokenAligner:
                         f" {side}'s does not have. Pass {{<the student's>: <the teacher's>}}."
                     )
             self._counterparts[student.vocabulary[own]] = teacher.vocabulary[other]
+            self._of_first.pop(student.vocabulary[own], None)
 
     def align(self, input_ids: Numbers, attention_mask: NDArray[Any] | None = None) -> Aligned:
         """Align a batch.
@@ -124,7 +126,7 @@ class TokenAligner:
             for spans, row_kept, parts in zip(student_spans, kept, rows, strict=True)
         ]
         shape = len(teachers), max([1, *(len(numbers) for numbers, _ in teachers)])
-        numbers, mask = np.full(shape, self.teacher.padding, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        numbers, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         teacher_spans = np.full(shape, NO_SPAN, dtype=np.int64)
         for row, (tokens, spans) in enumerate(teachers):
             numbers[row, : len(tokens)], teacher_spans[row, : len(tokens)] = tokens, spans
@@ -139,8 +141,13 @@ class TokenAligner:
             if place in stops:
                 run = slice(place, stops[place])
                 yield self._run(place, numbers[run], sizes[run])
-            elif int(numbers[place]) in self._counterparts:
-                yield _Special(place, self._counterparts[int(numbers[place])])
+                continue
+            number = int(numbers[place])
+            counterpart = self._counterparts.get(number)
+            if not kept[:place].any():
+                counterpart = self._of_first.get(number, counterpart)
+            if counterpart is not None:
+                yield _Special(place, counterpart)
 
     def _run(self, start: int, numbers: Numbers, sizes: Numbers) -> _Run:
         data = self.student.spell(numbers.tolist())

@@ -38,7 +38,7 @@ class TokenBytes:
         roles: Numbers of the tokens for the beginning and the end of a text, under ``"bos"`` and ``"eos"``, if known.
         prefix: Special tokens that the tokenizer puts in front of a text.
         adds_space: Whether it puts a space in front of a text.
-        padding: The number to pad with.
+        classes: The least number of classes of a model of the tokenizer, all of whose tokens but special ones count.
         max_length: The largest number of tokens that the model of the tokenizer reads, if it is known.
 
     Raises:
@@ -62,9 +62,9 @@ class TokenBytes:
             elif number not in self.special:
                 self.pieces[number] = token.encode() if number in added else spell(token)
         self.sizes: NDArray[np.int64] = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
-        numbers = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad")}
-        self.roles = {role: numbers[role] for role in ("bos", "eos") if isinstance(numbers[role], int)}
-        self.padding = numbers["pad"] if isinstance(numbers["pad"], int) else 0
+        self.classes = int(np.flatnonzero(self.sizes).max(initial=-1)) + 1
+        numbers = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos")}
+        self.roles = {role: number for role, number in numbers.items() if isinstance(number, int)}
         longest = getattr(tokenizer, "model_max_length", None)
         self.max_length = int(longest) if isinstance(longest, int) and longest < _UNLIMITED else None
         plain, whole = (self._backend.encode(_PROBE, add_special_tokens=special).ids for special in (False, True))

@@ -265,9 +265,9 @@ class CrossTokenizerDistillation(SequenceDistillation):
         for call, (side, table) in zip((student, teacher), tables.items(), strict=True):
             logits = self._logits(call, 0 if side == "student" else 1)
             check_not_probabilities(side, logits, -1)
-            if logits.shape[-1] < len(table.pieces):
+            if logits.shape[-1] < table.classes:
                 raise ValueError(
-                    f"Expected the {side} to score the {len(table.pieces)} tokens of `{side}_tokenizer`, but got logits"
+                    f"Expected the {side} to score the {table.classes} tokens of `{side}_tokenizer`, but got logits"
                     f" of {logits.shape[-1]} classes. Pass the student's tokenizer first, then the teacher's."
                 )
         positions = self._positions(student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from two_tokenizers import byte_level, of_transformers, sentence_piece
 
 from distill_core.token_bytes import TokenBytes
-from lightning_distill import CrossTokenizerDistillation, DistillCallback, Distiller
+from lightning_distill import CrossTokenizerDistillation, DistillCallback, Distiller, SequenceDistillation
 
 TEXTS = [
     "import os\n",
@@ -174,6 +175,18 @@ def test_own_loop_with_a_window_gives_the_weights_of_the_loop_by_hand() -> None:
                     (distiller.total(loss, batch) / 2).backward()
             optimizer.step()
     close(student.state_dict(), by_hand("chunks", 2, 2))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_equal_tokenizers_give_exactly_the_weights_of_sequence_distillation(accumulate: int) -> None:
+    data, settings = DataLoader(rows(), 4), {"accumulate_grad_batches": accumulate}
+    same = CrossTokenizerDistillation(byte_level(300), copy.deepcopy(byte_level(300)), "chunks", weight=0.7)
+
+    state, _ = fitted(same, data, gpt2(300, 12, seed=1), **settings)
+
+    expected, _ = fitted(SequenceDistillation(weight=0.7), data, gpt2(300, 12, seed=1), **settings)
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
 
 
 def test_validation_logs_the_loss_and_no_agreement_over_two_vocabularies() -> None:

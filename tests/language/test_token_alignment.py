@@ -205,6 +205,21 @@ def test_token_that_the_teacher_puts_in_front_of_a_text_predicts_the_first_span(
     assert (result.student_spans[0, 1:] >= 0).all()
 
 
+def test_one_token_that_begins_and_ends_texts_is_read_as_either_by_its_place() -> None:
+    student = of_transformers(byte_level(300), bos_token="<end>", eos_token="<end>")
+    teacher = of_transformers(sentence_piece(600), bos_token="<s>", eos_token="</s>")
+    tables_of_both = tables((student, teacher))
+    end, text = tables_of_both[0].vocabulary["<end>"], tables_of_both[0].encode(["a b"])[0]
+
+    result = TokenAligner(*tables_of_both).align(np.array([[end, *text, end]]))
+    named = TokenAligner(*tables_of_both, special_tokens={"<end>": "</s>"}).align(np.array([[end, *text, end]]))
+
+    begin, finish = (tables_of_both[1].vocabulary[name] for name in ("<s>", "</s>"))
+    assert (result.input_ids[0, 0], result.input_ids[0, -1]) == (begin, finish)
+    assert (named.input_ids[0, 0], named.input_ids[0, -1]) == (finish, finish)
+    assert result.student_spans[0, -1] == result.teacher_spans[0, -1] >= 0
+
+
 def test_names_of_special_tokens_in_a_text_are_plain_text_to_the_teacher() -> None:
     student, teacher = tables((byte_level(300), sentence_piece(600)))
     text = student.encode(["a </s> b"])[0]
