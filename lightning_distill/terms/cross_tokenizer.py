@@ -116,6 +116,23 @@ class CrossTokenizerDistillation(SequenceDistillation):
         TypeError: If a tokenizer is not a fast one.
         ValueError: If a tokenizer changes the text, or a setting is not as above.
 
+    Example:
+        >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        >>> letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        >>> def tokenizer(*pairs):
+        ...     tokens = [*letters, *(first + second for first, second in pairs)]
+        ...     made = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, list(pairs)))
+        ...     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        ...     made.decoder = decoders.ByteLevel()
+        ...     return made
+        >>> student_tokenizer, teacher_tokenizer = tokenizer(), tokenizer(("a", "b"))
+        >>> term = CrossTokenizerDistillation(student_tokenizer, teacher_tokenizer, method="chunks")
+        >>> call = Call((torch.tensor([student_tokenizer.encode("cab").ids]),), {})
+        >>> term.teacher_call(call).args[0]
+        tensor([[ 66, 256]])
+        >>> call.aligned.student_spans  # the first token is not predicted
+        tensor([[-1,  1,  1]])
+
     References:
         Boizard et al. 2024 (ULD), arXiv:2402.12030; deviation: the distributions are aligned by spans, merged by the
         chain rule, and not by their places in the sequences. Minixhofer, Vulić, Ponti 2025 (ALM), arXiv:2503.20083,
@@ -248,7 +265,10 @@ class CrossTokenizerDistillation(SequenceDistillation):
             return super().counted(batch, label_place, seq2seq)
         tokens = find_entry("input_ids", batch, {})
         if not isinstance(tokens, Tensor) or tokens.ndim != 2:
-            raise ValueError("the batch has no `input_ids`, whose spans could be counted")
+            raise ValueError(
+                "Expected a batch with the student's `input_ids`, of the shape (batch, tokens), to count its spans, but"
+                " got none."
+            )
         counts = self.tokens.of_batch(batch, label_place, seq2seq).counts
         return self._number(_spans_that_count(self._of_tokens(tokens, batch, {}).student_spans, counts))
 
