@@ -26,7 +26,7 @@ Method = Literal["uld", "chunks"]
 TEACHER_TOKENS = "teacher_tokens"  # the batch's entry, which the collate function adds
 _DISTANCES = {"uld": universal_logit_of_spans, "chunks": chunk_likelihood}
 _ENOUGH = 16  # tokens, of which hardly any may be in a span by chance
-_TEMPERATURES = {"uld": 1.0, "chunks": 100.0}  # of the papers
+_TEMPERATURES = {"uld": 1.0, "chunks": 100.0}  # without one of the user's
 
 
 class AlignedTokens(NamedTuple):
@@ -98,7 +98,7 @@ class CrossTokenizerDistillation(SequenceDistillation):
         teacher_tokenizer: The teacher's.
         method: ``"uld"`` or ``"chunks"``.
         temperature: For ``"uld"`` the softening of both distributions, for ``"chunks"`` the root of the likelihoods.
-            ``None`` is that of the papers, 1 and 100.
+            ``None`` is 1 for the first, and 100, as in a configuration of its authors, for the second.
         weight: Factor of the term in the total loss, a number or a schedule. The values of ``"chunks"`` are small.
         ignore_index: As in :class:`SequenceDistillation`.
         normalize: ``"tokens"`` is the mean over the spans; ``"sequences"`` the mean over the sequences of their own

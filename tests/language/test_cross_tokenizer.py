@@ -78,7 +78,7 @@ def test_rows_are_sorted_a_few_at_a_time_with_the_same_gradient(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("method", ["uld", "chunks"])
-def test_default_temperature_is_that_of_the_paper(method: str) -> None:
+def test_default_temperature_is_one_or_a_hundred(method: str) -> None:
     student, teacher = calls(padded_batch(), cross_term(method))
 
     values = by_hand(student, teacher, method, {"uld": 1.0, "chunks": 100.0}[method])
