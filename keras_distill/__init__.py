@@ -23,6 +23,7 @@ Gu 2023, arXiv:2306.08543            ReverseKLLoss                functional.rev
 Agarwal 2023, arXiv:2306.13649       GeneralizedJSDLoss           functional.generalized_jsd
 Ko 2024, arXiv:2402.03898            SkewKLLoss                   functional.skew_kl, skew_reverse_kl
 Wen 2023, arXiv:2307.15190           TotalVariationLoss           functional.total_variation
+Boizard 2024, arXiv:2402.12030       UniversalLogitLoss           functional.universal_logit
 Zhao 2022, arXiv:2203.08679          DecoupledKDLoss              functional.decoupled_kd
 Yang 2023, arXiv:2303.13005          NormalizedKDLoss             functional.normalized_kd
 Zhou 2021, arXiv:2102.00650          WeightedSoftLabelLoss        functional.weighted_soft_labels
@@ -101,6 +102,7 @@ from keras_distill.losses import (
     SoftCrossEntropyLoss,
     SoftTargetLoss,
     TotalVariationLoss,
+    UniversalLogitLoss,
     VariationalInformationLoss,
     WeightedSoftLabelLoss,
 )
@@ -171,6 +173,7 @@ __all__ = [
     "TeacherCache",
     "TeacherDivergence",
     "TotalVariationLoss",
+    "UniversalLogitLoss",
     "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
     "functional",

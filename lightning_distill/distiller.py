@@ -25,7 +25,7 @@ from lightning_distill.step import DistillStep, Labels, StepCalls
 from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place, TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import DistillationTerm, LogitsDistillation, arguments_of, as_terms
+from lightning_distill.terms import DistillationTerm, LogitsDistillation, arguments_of, as_terms, makers_of
 from lightning_distill.terms.counting import TokenShare, count_tokens, divisors, takes_decoder_inputs
 
 Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
@@ -120,7 +120,7 @@ class Distiller:
                 taps,
                 lambda call: self.teacher_forward(call),
                 self._dtype,
-                TeacherInputs(self._inputs, arguments_of(self.terms)),
+                TeacherInputs(self._inputs, arguments_of(self.terms), makers_of(self.terms)),
             ),
             self._learned,
             labels=self._labels,

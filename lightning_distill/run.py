@@ -30,7 +30,7 @@ from lightning_distill.schedules import Progress, Schedule
 from lightning_distill.step import DistillStep, Labels, StepCalls
 from lightning_distill.teachers.inputs import Place, TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import DistillationTerm, arguments_of
+from lightning_distill.terms import DistillationTerm, arguments_of, makers_of
 from lightning_distill.terms.counting import token_sizes
 from lightning_distill.windows import TokenWindow
 
@@ -101,7 +101,7 @@ class Run:
                 taps,
                 callback.teacher_forward,
                 callback.teacher_dtype,
-                TeacherInputs(callback.teacher_inputs, arguments_of(terms)),
+                TeacherInputs(callback.teacher_inputs, arguments_of(terms), makers_of(terms)),
             ),
             self.learned,
             labels=callback.labels,

@@ -143,7 +143,7 @@ class DistillStep:
         if bound is not None and self.source.stored:
             raise ValueError(
                 f"Expected `teacher` to be a network for term {bound!r}, which reads what a cache does not hold, but"
-                " got a cache. Build it with layers=[<names of the layers>], and pass them to FeatureDistillation."
+                " got a cache. Pass the network. For layers build the cache with layers=[...], for FeatureDistillation."
             )
         self.source.check(taps["teacher"], reader, output_reader)
         self.student.check(taps["student"])

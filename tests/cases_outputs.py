@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import oracle_outputs as oracle
-from loss_case import Golden, LossCase, softened, unmasked_tokens
+import torch
+from loss_case import Arrays, Golden, LossCase, softened, unmasked_tokens
+from torch import Tensor
 
 from lightning_distill import losses
+
+
+def _answers(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    """The rows that predict the first answer tokens of both sides, so often that each sample weighs the same."""
+    answers = [(arrays[f"{side}_labels"] != -100) for side in ("student", "teacher")]
+    lengths = [
+        int(min(student_row.sum(), teacher_row.sum())) for student_row, teacher_row in zip(*answers, strict=True)
+    ]
+    pairs = []
+    for logits, counts in zip((student, teacher), answers, strict=True):
+        first = [int(row.argmax()) - 1 for row in counts]
+        rows = [logits[sample, place : place + lengths[sample]] for sample, place in enumerate(first)]
+        pairs.append(torch.cat([row.repeat(math.lcm(*lengths) // len(row), 1) for row in rows]))
+    return pairs[0], pairs[1]
+
 
 DIVERGENCES = [
     LossCase(
@@ -224,4 +243,28 @@ RELATIONS = [
     ),
 ]
 
-OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *MAPS, *RELATIONS]
+VOCABULARIES = [
+    LossCase(
+        "universal_logit",
+        losses.UniversalLogitLoss,
+        oracle.universal_logit,
+        (4, 5),
+        (4, 7),
+        settings={"temperature": 2.0},
+        # s2 has two temperatures and a cross entropy beside it: test_universal_logit.py
+        golden=(Golden("uld", settings=lambda ref: {"temperature": 1.0}, cases=("s1",), arrange=_answers),),
+        on_logits=True,
+        knows_classes=False,
+    ),
+    LossCase(
+        "universal_logit_of_more_classes",
+        losses.UniversalLogitLoss,
+        oracle.universal_logit,
+        (2, 6, 2, 3),
+        (2, 4, 2, 3),
+        on_logits=True,
+        knows_classes=False,
+    ),
+]
+
+OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *MAPS, *RELATIONS, *VOCABULARIES]

@@ -96,6 +96,7 @@ class LossCase:
     golden: tuple[Golden, ...] = ()
     zero_at_identity: bool = True
     on_logits: bool = False
+    knows_classes: bool = True  # whether it matters which class has which score
     shift_invariant: bool = True  # whether a shift of all logits of a row changes nothing
     # One value for each position, for each example from its positions, or for the batch from the examples' relations;
     # "neighbourhood" where a position's value depends on its neighbours, so that masking is not slicing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -197,4 +198,13 @@ def channel_wise_kl(student: Array, teacher: Array, *, temperature: float = 4.0)
         for channel_s, channel_t in zip(s, t, strict=True):
             p_s, p_t = (softmax(channel.ravel() / temperature) for channel in (channel_s, channel_t))
             values.append(temperature**2 * kl(p_t, p_s))
+    return mean(values)
+
+
+def universal_logit(student: Array, teacher: Array, *, temperature: float = 1.0, class_dim: int | None = None) -> float:
+    """ULD: the sum of |p_s - p_t| over the ranks, with zeros beyond the last class, mean over the rows."""
+    values = []
+    for z_s, z_t in zip(rows(student, class_dim), rows(teacher, class_dim), strict=True):
+        p_s, p_t = (sorted(softmax(z / temperature).tolist(), reverse=True) for z in (z_s, z_t))
+        values.append(sum(abs(s - t) for s, t in itertools.zip_longest(p_s, p_t, fillvalue=0.0)))
     return mean(values)

@@ -12,6 +12,7 @@ from keras_distill.functional import (
     normalized,
     relations,
     targets,
+    vocabularies,
 )
 from keras_distill.functional.attention import *
 from keras_distill.functional.divergences import *
@@ -22,6 +23,7 @@ from keras_distill.functional.logits import *
 from keras_distill.functional.normalized import *
 from keras_distill.functional.relations import *
 from keras_distill.functional.targets import *
+from keras_distill.functional.vocabularies import *
 
 __all__: list[str] = []
 __all__ += attention.__all__
@@ -33,3 +35,4 @@ __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
 __all__ += targets.__all__
+__all__ += vocabularies.__all__

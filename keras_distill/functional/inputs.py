@@ -44,7 +44,13 @@ def prepare(student: Any, teacher: Any, names: tuple[str, str] = ("student", "te
 
 
 def prepare_logits(
-    student_logits: Any, teacher_logits: Any, *, from_logits: bool = True, at_least: int = 2, finite: bool = True
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    from_logits: bool = True,
+    at_least: int = 2,
+    finite: bool = True,
+    same_classes: bool = True,
 ) -> Any:
     """Both models' logits as :func:`prepare` returns them, after a check of their shapes.
 
@@ -55,6 +61,8 @@ def prepare_logits(
         at_least: The fewest classes that the formula makes sense for.
         finite: Whether scores of minus infinity become the least finite score, so that their probability of 0 has a
             finite logarithm.
+        same_classes: Whether both models must score the same classes. False compares two vocabularies, whose sizes may
+            differ.
 
     Returns:
         The student's and the teacher's logits, float32 or float64.
@@ -70,16 +78,22 @@ def prepare_logits(
     """
     checks.boolean("from_logits", from_logits)
     student, teacher = prepare(student_logits, teacher_logits, _LOGITS)
-    checks.same_shape(student, teacher, names=_LOGITS, remedy="Both models must score the same classes.")
-    shape = tuple(student.shape)
-    if len(shape) < 2:
+    shapes = tuple(student.shape), tuple(teacher.shape)
+    if same_classes or len(shapes[0]) != len(shapes[1]):
+        checks.same_shape(student, teacher, names=_LOGITS, remedy="Both models must score the same classes.")
+    elif checks.shapes_differ(shapes[0][:-1], shapes[1][:-1]):
+        expected = "`student_logits` and `teacher_logits` to have equal shapes"
+        remedy = "Both models must score the same rows, and only the number of classes may differ."
+        raise ValueError(checks.message(expected, f"{shapes[0]} and {shapes[1]}", remedy))
+    if len(shapes[0]) < 2:
         expected = "`student_logits` to have a batch dimension and a class dimension"
-        raise ValueError(checks.message(expected, f"shape {shape}", "Expand the last dimension of single scores."))
-    if shape[-1] is not None and shape[-1] < at_least:
-        # The softmax over one class is always 1: the loss would be zero for any student.
-        expected = f"`student_logits` to have at least {at_least} classes in the last dimension"
-        remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
-        raise ValueError(checks.message(expected, f"shape {shape}", remedy))
+        raise ValueError(checks.message(expected, f"shape {shapes[0]}", "Expand the last dimension of single scores."))
+    for name, shape in zip(_LOGITS, shapes, strict=True):
+        if shape[-1] is not None and shape[-1] < at_least:
+            # The softmax over one class is always 1: the loss would be zero for any student.
+            expected = f"`{name}` to have at least {at_least} classes in the last dimension"
+            remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
+            raise ValueError(checks.message(expected, f"shape {shape}", remedy))
     if not from_logits:
         return logarithm(student), logarithm(teacher)
     return (bounded(student), bounded(teacher)) if finite else (student, teacher)

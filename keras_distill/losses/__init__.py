@@ -13,6 +13,7 @@ from keras_distill.losses import (
     normalized,
     relations,
     targets,
+    vocabularies,
 )
 from keras_distill.losses.attention import *
 from keras_distill.losses.base import *
@@ -24,6 +25,7 @@ from keras_distill.losses.logits import *
 from keras_distill.losses.normalized import *
 from keras_distill.losses.relations import *
 from keras_distill.losses.targets import *
+from keras_distill.losses.vocabularies import *
 
 __all__: list[str] = []
 __all__ += attention.__all__
@@ -36,3 +38,4 @@ __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
 __all__ += targets.__all__
+__all__ += vocabularies.__all__

@@ -213,8 +213,9 @@ class LogitsDistillation(LossTerm):
             self._check_kind({"student": ends["student"]})
             return
         self._check_kind(ends)
-        remedy = "Both models must score the same classes."
-        checks.same_shape(student_logits, teacher_logits, names=("student_logits", "teacher_logits"), remedy=remedy)
+        if self.requires.channels_must_match:  # else the loss compares their shapes itself
+            remedy = "Both models must score the same classes."
+            checks.same_shape(student_logits, teacher_logits, names=("student_logits", "teacher_logits"), remedy=remedy)
         if tuple(student_logits.shape)[-1:] == (1,) and isinstance(self.loss, SoftTargetLoss):
             expected = "outputs of at least 2 classes for SoftTargetLoss"
             remedy = "For a single logit use BinarySoftTargetLoss(). To pick one of several outputs pass output=..."

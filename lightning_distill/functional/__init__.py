@@ -13,6 +13,7 @@ from lightning_distill.functional import (
     normalized,
     relations,
     targets,
+    vocabularies,
 )
 from lightning_distill.functional.attention import *
 from lightning_distill.functional.divergences import *
@@ -24,6 +25,7 @@ from lightning_distill.functional.logits import *
 from lightning_distill.functional.normalized import *
 from lightning_distill.functional.relations import *
 from lightning_distill.functional.targets import *
+from lightning_distill.functional.vocabularies import *
 
 __all__: list[str] = []
 __all__ += attention.__all__
@@ -36,3 +38,4 @@ __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
 __all__ += targets.__all__
+__all__ += vocabularies.__all__

@@ -118,6 +118,7 @@ def check_logits(
     *,
     mask: Tensor | None = None,
     at_least: int = 2,
+    same_classes: bool = True,
 ) -> Logits:
     """Both models' logits as they are, after a check of their types and shapes; the teacher's without a gradient.
 
@@ -127,6 +128,8 @@ def check_logits(
         class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
         mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``.
         at_least: The fewest classes that the formula makes sense for.
+        same_classes: Whether both models must score the same classes. False compares two vocabularies, whose sizes may
+            differ.
 
     Returns:
         The logits, the dimension of the classes and the mask of the rows.
@@ -142,21 +145,43 @@ def check_logits(
     """
     for name, logits in zip(_LOGITS, (student_logits, teacher_logits), strict=True):
         checks.floating(name, logits)
-    checks.same_shape(student_logits, teacher_logits, names=_LOGITS, remedy="Both models must score the same classes.")
+    remedy = "Both models must score the same classes."
+    if same_classes or student_logits.ndim != teacher_logits.ndim:
+        checks.same_shape(student_logits, teacher_logits, names=_LOGITS, remedy=remedy)
     shape = tuple(student_logits.shape)
     if len(shape) < 2:
         expected = "`student_logits` to have a batch dimension and a class dimension"
         raise ValueError(checks.message(expected, f"shape {shape}", "Use unsqueeze(-1) for one score per example."))
     dim = resolve_class_dim(student_logits, class_dim)
-    if shape[dim] < at_least:
-        # The softmax over one class is always 1: the loss would be zero for any student.
-        expected = f"`student_logits` to have at least {at_least} classes at class_dim={dim}"
-        remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
-        raise ValueError(checks.message(expected, f"shape {shape}", remedy))
+    if not same_classes and without(dim, shape) != without(dim, tuple(teacher_logits.shape)):
+        expected = "`student_logits` and `teacher_logits` to have equal shapes"
+        remedy = "Both models must score the same rows, and only the number of classes may differ."
+        raise ValueError(checks.message(expected, f"{shape} and {tuple(teacher_logits.shape)}", remedy))
+    for name, logits in zip(_LOGITS, (student_logits, teacher_logits), strict=True):
+        if logits.shape[dim] < at_least:
+            # The softmax over one class is always 1: the loss would be zero for any student.
+            expected = f"`{name}` to have at least {at_least} classes at class_dim={dim}"
+            remedy = "Use BinarySoftTargetLoss for a single score before a sigmoid, or LogitMSELoss for a regression."
+            raise ValueError(checks.message(expected, f"shape {tuple(logits.shape)}", remedy))
     if mask is not None:
-        mask = rows_mask(mask, shape[: dim % len(shape)] + shape[dim % len(shape) :][1:])
+        mask = rows_mask(mask, without(dim, shape))
     teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     return Logits(student_logits, teacher_logits, dim, mask)
+
+
+def without(dim: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without one of its dimensions.
+
+    Args:
+        dim: The dimension, from either end.
+        shape: The shape.
+
+    Example:
+        >>> without(-2, (4, 5, 6))
+        (4, 6)
+    """
+    place = dim % len(shape)
+    return shape[:place] + shape[place + 1 :]
 
 
 def prepare_logits(

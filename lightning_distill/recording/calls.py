@@ -105,6 +105,7 @@ class Call:
         top_k: The likeliest classes, where a cached teacher holds only those.
         label_place: Where the owner of the terms says that a batch keeps its labels.
         counted: For terms on tokens, by name, the number of tokens (or sequences) that count in the call.
+        aligned: The teacher's tokens and the shared spans, if a term aligns two tokenizers.
         logged: Values to log beside the terms' losses, or in their place, by name.
         skipped: The call's skipped head and the loss made there, if a term skips heads.
         random_state: State of the generators before the call, if it may have to be made again.
@@ -122,6 +123,7 @@ class Call:
     top_k: Any = None
     label_place: Any = None
     counted: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    aligned: Any = field(default=None, repr=False)
     logged: dict[str, Tensor] = field(default_factory=dict, repr=False)
     skipped: Any = field(default=None, repr=False)
     random_state: Any = field(default=None, repr=False)

@@ -182,7 +182,7 @@ def check_alignment(call: Call, shift: bool, positions: Positions) -> None:
             f"Expected `shift` to be False for a model that returns {kind}, whose position t predicts the label at"
             " position t, but got shift=True. Pass shift=False."
         )
-    tokens, labels, counts = _tokens(call), positions.labels, positions.counts
+    tokens, labels, counts = called_tokens(call), positions.labels, positions.counts
     if labels is None or tokens is None or tokens.shape != labels.shape:
         return
     in_place, following = tokens, _moved(tokens, -1)
@@ -209,7 +209,7 @@ def check_not_mask(call: Call, positions: Positions) -> None:
     Raises:
         ValueError: If the labels are 0 and 1 alone, and the tokens are not.
     """
-    tokens, labels, counts = _tokens(call), positions.labels, positions.counts
+    tokens, labels, counts = called_tokens(call), positions.labels, positions.counts
     if labels is None or tokens is None or tokens.shape != labels.shape:
         return
     if bool((labels <= 1)[counts].all()) and bool((_moved(tokens, 0) > 1)[counts & (labels == 1)].any()):
@@ -231,7 +231,7 @@ def check_same_tokens(student: Call, teacher: Call, positions: Positions) -> Non
     Raises:
         ValueError: If the tokens differ at a position that counts.
     """
-    student_tokens, teacher_tokens = _tokens(student), _tokens(teacher)
+    student_tokens, teacher_tokens = called_tokens(student), called_tokens(teacher)
     if student_tokens is None or teacher_tokens is None or student_tokens is teacher_tokens:
         return
     if student_tokens.shape != teacher_tokens.shape or positions.counts.shape != student_tokens.shape:
@@ -244,7 +244,7 @@ def check_same_tokens(student: Call, teacher: Call, positions: Positions) -> Non
         )
 
 
-def _tokens(call: Call) -> Tensor | None:
+def called_tokens(call: Call) -> Tensor | None:
     """The token numbers that a model was called with, or ``None``."""
     tokens = call.arguments.get("input_ids", call.args[0] if call.args else None)
     return tokens if isinstance(tokens, Tensor) and not tokens.is_floating_point() and tokens.ndim == 2 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,23 @@ class TeacherInputs:
             its arguments, or the dict of its keyword arguments) to the teacher's, in the same forms; or the key or
             index of the teacher's inputs in the batch.
         arguments: Keyword arguments to add where every network takes them.
+        makers: Methods of terms that make the teacher's call from the student's, or return ``None``.
 
     Raises:
         TypeError: If ``place`` is neither a function, a key nor an index.
     """
 
-    def __init__(self, place: Place, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        arguments: Mapping[str, Any],
+        makers: Sequence[Callable[[Call], Call | None]] = (),
+    ) -> None:
         if place is not None and not callable(place) and (isinstance(place, bool) or not isinstance(place, (str, int))):
             raise TypeError(
                 f"Expected `teacher_inputs` to be a function, a key or an index, but got teacher_inputs={place!r}."
             )
-        self.place, self._arguments = place, dict(arguments)
+        self.place, self._arguments, self._makers = place, dict(arguments), makers
         self._accepted: dict[str, Any] = {}
         self._networks: list[nn.Module] = []
 
@@ -51,9 +57,22 @@ class TeacherInputs:
         """The student's call, as the teacher gets it.
 
         Raises:
-            ValueError: If the batch has no entry at ``place``.
+            ValueError: If the batch has no entry at ``place``, or several places or terms make the inputs.
         """
-        if self.place is not None:
+        made = [own for own in (make(call) for make in self._makers) if own is not None]
+        if len(made) + (self.place is not None) > 1 and made:
+            raise ValueError(
+                "Expected one maker of the teacher's inputs, but got several: terms between two tokenizers, or such a"
+                " term and `teacher_inputs`. Leave out `teacher_inputs`, and use one such term."
+            )
+        if made:
+            taken = {
+                name: value
+                for name, value in made[0].kwargs.items()
+                if all(takes(network, name) for network in self._networks)
+            }
+            call = replace(made[0], kwargs=taken)
+        elif self.place is not None:
             args, kwargs = as_arguments(self._other(call))
             call = replace(call, args=args, kwargs=kwargs)
         if not self._accepted:

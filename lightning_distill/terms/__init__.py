@@ -1,6 +1,7 @@
 """Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
 
-from lightning_distill.terms.base import DistillationTerm, arguments_of, as_terms
+from lightning_distill.terms.base import DistillationTerm, arguments_of, as_terms, makers_of
+from lightning_distill.terms.cross_tokenizer import CrossTokenizerDistillation
 from lightning_distill.terms.encoders import (
     AttentionDistillation,
     AttentionRelationDistillation,
@@ -14,6 +15,7 @@ from lightning_distill.terms.tokens import SequenceDistillation
 __all__ = [
     "AttentionDistillation",
     "AttentionRelationDistillation",
+    "CrossTokenizerDistillation",
     "DistillationTerm",
     "FeatureDistillation",
     "FusedLinearDistillation",
@@ -23,4 +25,5 @@ __all__ = [
     "SequenceDistillation",
     "arguments_of",
     "as_terms",
+    "makers_of",
 ]

@@ -104,13 +104,7 @@ class LogitsDistillation(DistillationTerm):
         if not self.compares_class_scores or teacher.top_k is not None:
             return
         for side, scores in zip(("student", "teacher"), self.pair(student, teacher), strict=True):
-            rows = scores.detach().movedim(resolve_class_dim(scores, self.class_dim), -1).float()
-            close = 1e-2 if scores.dtype in (torch.float16, torch.bfloat16) else 1e-4
-            if rows.shape[-1] > 1 and bool(((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < close).all()).item()):
-                raise ValueError(
-                    f"Expected the {side}'s output to be logits, but got probabilities: every row sums to 1. Leave out"
-                    " the last softmax, or override `logits` and return their logarithms: output.clamp(min=1e-8).log()."
-                )
+            check_not_probabilities(side, scores, resolve_class_dim(scores, self.class_dim))
 
     def scores(self, student: Call, classes: int) -> Tensor:
         """The student's logits for a cache of the likeliest of so many classes."""
@@ -147,3 +141,23 @@ class LogitsDistillation(DistillationTerm):
                 " SoftTargetLoss."
             )
         return merge_classes(logits, top_k, getattr(self.loss, "temperature", 1.0))
+
+
+def check_not_probabilities(side: str, scores: Tensor, class_dim: int) -> None:
+    """Raise if scores are probabilities. It waits for the device.
+
+    Args:
+        side: ``"student"`` or ``"teacher"``.
+        scores: The output.
+        class_dim: Dimension of the classes.
+
+    Raises:
+        ValueError: If all rows are positive and sum to 1.
+    """
+    rows = scores.detach().movedim(class_dim, -1).float()
+    close = 1e-2 if scores.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    if rows.shape[-1] > 1 and bool(((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < close).all()).item()):
+        raise ValueError(
+            f"Expected the {side}'s output to be logits, but got probabilities: every row sums to 1. Leave out"
+            " the last softmax, or override `logits` and return their logarithms: output.clamp(min=1e-8).log()."
+        )

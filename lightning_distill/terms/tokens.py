@@ -232,8 +232,8 @@ class SequenceDistillation(LogitsDistillation):
         if larger - smaller >= _MOST_PADDING or larger - smaller > larger // 4:
             raise ValueError(
                 f"Expected the vocabularies to differ by padding at most, but the student's has {student} entries and"
-                f" the teacher's {teacher}. With the same tokenizer pass vocabulary=<number of tokens>; distributions"
-                " over the tokens of two tokenizers cannot be compared column by column."
+                f" the teacher's {teacher}. With the same tokenizer pass vocabulary=<number of tokens>; for two"
+                " tokenizers use CrossTokenizerDistillation."
             )
         return smaller
 

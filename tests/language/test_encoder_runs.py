@@ -255,7 +255,7 @@ def test_a_cache_is_refused_for_all_layers_and_read_for_layers_by_name(tmp_path:
     layers = [f"{SELF.format(1)}.{part}" for part in ("query", "key", "value")]
     cache = TeacherCache.build(teacher, data, tmp_path / "cache", layers=layers)
     with pytest.raises(
-        ValueError, match=r"to be a network for term 'hidden_states', .* but got a cache\. Build it with"
+        ValueError, match=r"to be a network for term 'hidden_states', .* but got a cache\. Pass the network"
     ):
         Distiller(encoder(), cache, HiddenStatesDistillation())
     Distiller(encoder(), cache, AttentionRelationDistillation(SELF.format(1), SELF.format(1), relation_heads=2))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_tokenizer_models import by_hand as by_hand_spans
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from processes import run_processes
@@ -245,6 +246,15 @@ def test_nothing_is_counted_or_warned_of_without_accumulation() -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_processes(SCRIPT, "pair", 2, tmp_path_factory.mktemp("pair"))
+
+
+@pytest.mark.distributed
+def test_two_processes_count_the_spans_of_two_tokenizers(pair: list[dict[str, Any]]) -> None:
+    models = CausalModel(vocabulary=300), CausalModel(7, seed=1, vocabulary=420)
+    expected = by_hand_spans("uld", 8, 1, models, task_weight=0.0)
+    for results in pair:
+        state = {name: torch.tensor(values, dtype=torch.float64) for name, values in results["two_tokenizers"].items()}
+        close(state, expected)
 
 
 TWO = {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cross_tokenizer_models import Module, rows, term
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from token_nets import LENGTHS, QUIET, CausalModel, LanguageModule, Sequences
@@ -147,6 +148,15 @@ def sharded_capped(rank: int) -> float:
     return max(float((parameter.grad.full_tensor() - other.grad).abs().max()) for parameter, other in pairs)
 
 
+def two_tokenizers() -> dict[str, Any]:
+    """One optimizer step of two micro-batches on each process, which takes every other row."""
+    made, module = term("uld"), Module(CausalModel(vocabulary=300))
+    callback = DistillCallback(CausalModel(7, seed=1, vocabulary=420), made, task_weight=0.0)
+    settings = {"strategy": ddp(), "devices": 2, "max_epochs": 1, "accumulate_grad_batches": 2}
+    Trainer(callbacks=callback, **settings, **QUIET).fit(module, DataLoader(rows(), 2, collate_fn=made.collate()))
+    return full(module.model)
+
+
 def ddp() -> DDPStrategy:
     return DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=SECONDS // 2))
 
@@ -187,6 +197,7 @@ def pair(folder: Path) -> None:
         "ddp_accumulating": fit(LanguageModule(), ddp(), rank, 4),
         "ddp_sequences": fit(LanguageModule(), ddp(), rank, 2, SequenceDistillation(weight=2.0, normalize="sequences")),
         "own_loop": own_loop(rank),
+        "two_tokenizers": two_tokenizers(),
     }
     results |= {
         "skipping": fit(Skipping(), ddp(), rank, 1, fused()),

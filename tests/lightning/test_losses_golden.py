@@ -22,6 +22,7 @@ LEARNED = ("vid", "mgd")  # with parameters: test_losses_learned.py has them
 # From hidden states or over tokens: tests/language/test_fused_linear_golden.py has them.
 OF_TOKENS = ("alpha_beta", "alpha_beta_paper", "fused_linear_jsd", "fused_linear_kl")
 OF_TOKENS += ("gkd_jsd", "symmetric_kl", "token_ce", "token_kl")
+OF_TWO_TOKENIZERS = ("uld", "uld_trl", "gold_hybrid")  # in tests/language/test_universal_logit.py
 SEVERAL_LAYERS = ("tinybert_attention", "tinybert_hidden", "minilm_v2_relation")
 ROWS = [
     pytest.param(case, golden, entry, id=f"{entry['key']}-{entry['case']}")
@@ -195,6 +196,7 @@ def test_every_golden_case_kept_here_is_used() -> None:
         *SEVERAL_LAYERS,
         *LEARNED,
         *OF_TOKENS,
+        *OF_TWO_TOKENIZERS,
     }
     entries = json.loads((GOLDEN_FOLDER / "index.json").read_text(encoding="utf-8"))
 
