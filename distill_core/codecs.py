@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,27 +15,61 @@ _LEVELS: Final = 255
 _SMALLEST_TAIL: Final = 1e-7
 
 
-class Codec(ABC):
-    """Base of the codecs, which turn the rows of an array into stored arrays and back.
+class Column(NamedTuple):
+    """A stored array.
 
     Attributes:
-        columns: Shape of one row and dtype of each stored array, by its name.
+        shape: Shape of one entry.
+        dtype: Its dtype.
+        per: ``"item"`` for an entry for each item of a shard, a row or a position of a ragged row; ``"row"`` for each
+            row; ``"shard"`` for one entry.
     """
 
-    columns: dict[str, tuple[tuple[int, ...], str]]
+    shape: tuple[int, ...]
+    dtype: str
+    per: Literal["item", "row", "shard"] = "item"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one entry."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class Ragged(NamedTuple):
+    """Rows of differing length, without padding.
+
+    Attributes:
+        values: The positions of all rows, one row after the other, shape ``(P, ...)``; or a tuple of such arrays.
+        lengths: The number of positions of each row, int64, shape ``(N,)``; their sum is P.
+    """
+
+    values: Any
+    lengths: Array
+
+
+class Codec(ABC):
+    """Base of the codecs, which turn the items of an array into stored arrays and back.
+
+    An item is a row, or a position of a ragged row.
+
+    Attributes:
+        columns: The stored arrays, by name.
+    """
+
+    columns: dict[str, Column]
 
     @abstractmethod
     def encode(self, values: Array) -> dict[str, Array]:
-        """The stored arrays of rows ``(N, ...)``."""
+        """The stored arrays of items ``(N, ...)``."""
 
     @abstractmethod
     def decode(self, stored: dict[str, Array]) -> Any:
-        """The values of the rows, from their stored arrays."""
+        """The values of the items, from their stored arrays."""
 
     @property
-    def bytes_per_row(self) -> int:
-        """Bytes that one row takes."""
-        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.columns.values())
+    def bytes_per_item(self) -> int:
+        """Bytes that one item takes."""
+        return sum(column.bytes for column in self.columns.values() if column.per == "item")
 
 
 class FullCodec(Codec):
@@ -58,7 +92,7 @@ class FullCodec(Codec):
         if dtype not in DTYPES:
             raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got dtype={dtype!r}.")
         self.dtype = dtype
-        self.columns = {"values": (shape, "uint16" if dtype == "bfloat16" else dtype)}
+        self.columns = {"values": Column(shape, "uint16" if dtype == "bfloat16" else dtype)}
 
     def encode(self, values: Array) -> dict[str, Array]:
         """The numbers in the stored precision.
@@ -122,13 +156,13 @@ class TopKCodec(Codec):
         self.k, self.classes, self.dtype = k, classes, dtype
         self._bytes, self._bits = divmod(max(1, math.ceil(math.log2(classes))), 8)
         self._plane = (k + 7) // 8
-        self.columns = {"values": ((*outer, k), dtype), "tail": ((*outer, 1), "float16")}
+        self.columns = {"values": Column((*outer, k), dtype), "tail": Column((*outer, 1), "float16")}
         if self._bytes:
-            self.columns["low"] = ((*outer, k * self._bytes), "uint8")
+            self.columns["low"] = Column((*outer, k * self._bytes), "uint8")
         if self._bits:
-            self.columns["high"] = ((*outer, self._bits * self._plane), "uint8")
+            self.columns["high"] = Column((*outer, self._bits * self._plane), "uint8")
         if dtype == "uint8":
-            self.columns["range"] = ((*outer, 2), "float16")
+            self.columns["range"] = Column((*outer, 2), "float16")
 
     def encode(self, values: Array) -> dict[str, Array]:
         """The largest log-probabilities of logits and their classes, the largest first.

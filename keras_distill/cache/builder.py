@@ -86,7 +86,7 @@ class Builder:
             },
             versions={name: importlib.metadata.version(name) for name in ("keras", "numpy")},
         )
-        row_bytes = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
+        row_bytes = max(sum(codec.bytes_per_item for codec in manifest.codecs.values()), 1)
         batches = max(1, shard_bytes // (row_bytes * batch_size))
         self.manifest = replace(manifest, shard_rows=batches * batch_size)
 

@@ -82,14 +82,16 @@ def _is_names(value: Any) -> bool:
 def describe(cache: TeacherCache) -> None:
     """Print the contents of a cache."""
     manifest = cache.manifest
-    table = Table("array", "shape", "stored as", "bytes a row")
+    table = Table("array", "shape", "stored as", "bytes an item")
     for name, codec in manifest.codecs.items():
         described = manifest.arrays[name]
         kept = f"top {described['top_k']}, {described['dtype']}" if "top_k" in described else described["dtype"]
         label = f"{name} ({manifest.layers[name].replace('|', ', ')})" if name in manifest.layers else name
-        table.add_row(*map(_plain, (label, tuple(described["shape"]), kept, f"{codec.bytes_per_row:,}")))
+        table.add_row(*map(_plain, (label, tuple(described["shape"]), kept, f"{codec.bytes_per_item:,}")))
     console = Console(highlight=False)
-    console.print(_plain(f"{manifest.length:,} items in {manifest.views} view(s), {manifest.bytes / 2**20:,.1f} MiB"))
+    console.print(
+        _plain(f"{manifest.length:,} items in {manifest.views} view(s), {cache.reader.bytes / 2**20:,.1f} MiB")
+    )
     console.print(_plain(f"teacher {manifest.teacher['class']} {manifest.teacher['fingerprint']}"))
     console.print(table)
 

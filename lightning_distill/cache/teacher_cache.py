@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from distill_core.store import CacheError, Manifest, Reader
+from lightning_distill.cache.attached import KeyedDataset, KeyedStream
 from lightning_distill.cache.builder import Builder, Forward, build, teacher_fingerprint
-from lightning_distill.cache.data import AttachedDataset, check_data
+from lightning_distill.cache.data import AttachedDataset, IndexedCollate, check_data
+from lightning_distill.cache.keyed import Key, SampleKeys, check_first_key
+from lightning_distill.cache.positions import Mask
 from lightning_distill.cache.teacher import CachedTeacher
 from lightning_distill.recording import Tap
 
@@ -26,16 +30,25 @@ class TeacherCache:
     manifest and NumPy files (see :mod:`distill_core.store`); ``keras_distill.TeacherCache`` reads the same folder.
 
     The training data must be a map-style DataLoader over the data that the cache was built from, or over a part of it:
-    a Subset, a ``random_split``, or a ConcatDataset of parts. Any sampler and collate function will do. If the Trainer
+    a Subset, a ``random_split``, or a ConcatDataset of parts. Any sampler and collate function will do. A cache that
+    was built with ``key=`` serves any data that hold its samples, streams among them. If the Trainer
     has several loaders, the cache serves the one that fits. The student must get these items unchanged, since the cache
     has no outputs for others. Mixup, augmentation or normalization in ``training_step``, in a batch-transfer hook or at
     random in the collate function is an error unless ``allow_changed_inputs=True``. Views, fixed slices, and copies in
     another dtype, layout or shape are not changes. A batch without tensors, such as one of strings, cannot be checked.
     Randomness of the collate function is only noticed if it comes from the global generators of torch, NumPy or Python.
 
+    Sequences are stored without padding: where a batch has an ``attention_mask``, or ``labels`` that are -100 at
+    padding, outputs and features ``(B, T, ...)`` are stored at the tokens alone, and come back at the places of the
+    tokens in the student's batch, whatever its padding. Padding is NaN there, so terms need their masks, as
+    SequenceDistillation has by itself. They are the live teacher's numbers if the teacher's own do not depend on
+    padding.
+
     Args:
         reader: Reads the folder.
         allow_changed_inputs: Accept inputs of the student that differ from the items of the data loader.
+        mask: Where a batch keeps the mask of its tokens; None takes the place in the manifest.
+        key: Where a sample has its key; None takes the place in the manifest.
 
     Attributes:
         manifest: Contents of the cache.
@@ -50,8 +63,16 @@ class TeacherCache:
         True
     """
 
-    def __init__(self, reader: Reader, *, allow_changed_inputs: bool = False) -> None:
-        self.reader, self.allow_changed_inputs = reader, allow_changed_inputs
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        allow_changed_inputs: bool = False,
+        mask: Mask | None = None,
+        key: Key | None = None,
+    ) -> None:
+        self.reader, self.allow_changed_inputs, self.mask = reader, allow_changed_inputs, mask
+        self.keys = SampleKeys.of(reader.manifest, key)
 
     @property
     def manifest(self) -> Manifest:
@@ -76,6 +97,8 @@ class TeacherCache:
         progress: bool = True,
         resume: bool = True,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        key: Key | None = None,
+        mask: Mask | None = None,
         forward: Forward | None = None,
         device: torch.device | str | None = None,
         allow_stale_augmentation: bool = False,
@@ -103,6 +126,13 @@ class TeacherCache:
             progress: Whether to print the size beforehand and show a progress bar.
             resume: Whether a build that was begun, or is complete, is continued.
             collate_fn: Makes a batch of items; None is torch's own.
+            key: Where an item has a key of its own: a column of a dict, an index of a tuple, or a function of the item
+                that returns a string, bytes or a whole number; :func:`content_key` for a digest of the item. Rows are
+                then found by key, in any data that hold the items. Needed for streams. None numbers the items.
+            mask: Where a batch keeps the mask of its tokens, shape ``(B, T)``: a key, an index, or a function of the
+                batch. Outputs and features ``(B, T, ...)`` are stored at these positions alone. None looks for
+                ``attention_mask``, then ``labels``; for the outputs of an encoder and a decoder
+                ``decoder_attention_mask``, then ``labels``.
             forward: Called with the teacher and a batch, returns its output; None calls it with the batch's inputs.
             device: Where the teacher runs; None leaves it where it is.
             allow_stale_augmentation: Accept items that change between reads: the student then gets other views than
@@ -129,6 +159,8 @@ class TeacherCache:
             batch_size=batch_size,
             num_workers=num_workers,
             collate_fn=collate_fn,
+            key=key,
+            mask=mask,
             forward=forward,
             device=device,
             allow_stale_augmentation=allow_stale_augmentation,
@@ -138,7 +170,7 @@ class TeacherCache:
             build(builder, Path(path), resume=resume, progress=progress)
         finally:
             builder.close()
-        return cls.open(path)
+        return cls.open(path, mask=mask, key=key)
 
     @classmethod
     def open(
@@ -148,6 +180,8 @@ class TeacherCache:
         teacher: nn.Module | None = None,
         dataset: Any = None,
         allow_changed_inputs: bool = False,
+        mask: Mask | None = None,
+        key: Key | None = None,
     ) -> TeacherCache:
         """Open a cache that was built before.
 
@@ -159,6 +193,10 @@ class TeacherCache:
                 the items before the student gets them (mixup, augmentation on the GPU, ``images / 255``). The cached
                 outputs belong to the unchanged items. Accept changes only if they should not alter the teacher's
                 outputs, or if the teacher got the changed items in :meth:`build`.
+            mask: Where a batch keeps the mask of its tokens, as in :meth:`build`. None takes that of the build, which
+                is remembered unless it is a function.
+            key: Where an item has its key, as in :meth:`build`. None takes that of the build, which is remembered
+                unless it is a function of your own.
 
         Returns:
             The cache.
@@ -166,21 +204,27 @@ class TeacherCache:
         Raises:
             CacheError: If the cache is incomplete, or comes from another teacher or other data.
         """
-        cache = cls(Reader(Path(path)), allow_changed_inputs=allow_changed_inputs)
+        cache = cls(Reader(Path(path)), allow_changed_inputs=allow_changed_inputs, mask=mask, key=key)
         if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
             raise CacheError(
                 f"Expected {path} to be of this teacher, but it was built with another"
                 f" {cache.manifest.teacher['class']}. Build it again."
             )
         if dataset is not None:
-            check_data(dataset, cache.manifest)
+            cache._check(dataset)
         return cache
+
+    def _check(self, dataset: Any) -> None:
+        if self.keys is None:
+            check_data(dataset, self.manifest)
+        else:
+            check_first_key(dataset, self.keys, self.reader)
 
     def as_source(self) -> CachedTeacher:
         """The source of the teacher's answers for a distiller."""
         return CachedTeacher(self)
 
-    def attach(self, dataset: Any) -> AttachedDataset:
+    def attach(self, dataset: Any) -> AttachedDataset | KeyedDataset | KeyedStream:
         """The data with the row of each item, for a loop of your own. The callback does this by itself.
 
         In the loop, pass the whole batch of a DataLoader over it to ``total``, which finds the rows in it::
@@ -191,8 +235,10 @@ class TeacherCache:
                     loss = F.cross_entropy(student(x), y)
                 distiller.total(loss, indexed).backward()
 
+        With a collate function of your own pass ``collate_fn=cache.collate(collate_fn)``.
+
         Args:
-            dataset: The data that the cache was built from, or a part of them.
+            dataset: The data that the cache was built from, or a part of them; any data of its items if it has keys.
 
         Returns:
             A data set of :class:`IndexedBatch`, whose item ``view * len(dataset) + index`` is augmented for that view.
@@ -200,8 +246,20 @@ class TeacherCache:
         Raises:
             CacheError: If the cache was built from other data.
         """
+        if self.keys is not None:
+            check_first_key(dataset, self.keys, self.reader)
+            kind = KeyedStream if isinstance(dataset, IterableDataset) else KeyedDataset
+            return kind(dataset, self.keys, self.reader)
         rows = check_data(dataset, self.manifest)
         return AttachedDataset(dataset, self.manifest.length, self.manifest.data["transform_seed"], rows)
+
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        """A collate function for the items of :meth:`attach`, from one for the items of the data.
+
+        Args:
+            collate_fn: Makes a batch of items.
+        """
+        return IndexedCollate(collate_fn)
 
     def read(self, rows: Any) -> dict[str, Any]:
         """The teacher's outputs for some rows.
@@ -210,7 +268,8 @@ class TeacherCache:
             rows: Row numbers, ``view * length + index``.
 
         Returns:
-            ``"output"`` and ``"feature0"``...: arrays, or for ``top_k`` classes, log-probabilities and tail.
+            ``"output"`` and ``"feature0"``...: arrays, or for ``top_k`` classes, log-probabilities and tail. Those of
+            sequences are named tuples of the positions of all rows and the rows' ``lengths``.
 
         Raises:
             CacheError: If a file is missing or altered.

@@ -15,7 +15,14 @@ from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable
-from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, counted_positions, value_of
+from lightning_distill.terms.losses import (
+    Mask,
+    check_held,
+    check_takes_mask,
+    checked_loss,
+    counted_positions,
+    value_of,
+)
 
 
 class LogitsDistillation(DistillationTerm):
@@ -126,8 +133,9 @@ class LogitsDistillation(DistillationTerm):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
-        compared = self.compared(student, teacher)
-        return value_of(self.loss, self.requires, *compared, labels, self.positions(student, labels))
+        mask = self.positions(student, labels)
+        check_held(teacher.held.get("output"), mask, self.name)
+        return value_of(self.loss, self.requires, *self.compared(student, teacher), labels, mask)
 
     def compared(self, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         """The logits that the loss compares: those of :meth:`pair`, or of merged classes for a cache of the likeliest.

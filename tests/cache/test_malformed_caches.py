@@ -206,7 +206,7 @@ def test_a_folder_that_holds_other_things_is_refused_and_left_as_it_is(tmp_path:
 
 def test_a_manifest_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
-    with pytest.raises(CacheError, match=r"manifest\.json to be of format version 1, but got none"):
+    with pytest.raises(CacheError, match=r"manifest\.json to be of format version 1 to 2, but got none"):
         begin(tmp_path, manifest(), resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 

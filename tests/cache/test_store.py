@@ -54,7 +54,7 @@ def test_c4_numpy_and_json_alone_read_the_folder(tmp_path: Path) -> None:
 def test_c5_the_manifest_says_where_everything_comes_from(tmp_path: Path) -> None:
     """C5"""
     manifest = built(tmp_path, top_k=3, dtype="uint8", views=2, transform_seed=1).manifest
-    assert (manifest.version, manifest.length, manifest.views, manifest.rows) == (1, ITEMS, 2, 2 * ITEMS)
+    assert (manifest.version, manifest.length, manifest.views, manifest.rows) == (2, ITEMS, 2, 2 * ITEMS)
     assert manifest.arrays["output"] == {"shape": [10], "dtype": "uint8", "top_k": 3}
     assert manifest.arrays["feature0"] == {"shape": [32], "dtype": "float16"}
     assert manifest.teacher["class"] == "Sequential"
@@ -153,7 +153,7 @@ def test_c11_a_folder_without_a_cache_says_so(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"^Expected a cache's manifest\.json in .*, but the folder has none\.$"):
         TeacherCache.open(tmp_path)
     (tmp_path / "manifest.json").write_text('{"version": 99}')
-    with pytest.raises(CacheError, match=r"to be of format version 1, but got 99"):
+    with pytest.raises(CacheError, match=r"to be of format version 1 to 2, but got 99"):
         TeacherCache.open(tmp_path)
 
 
