@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from distill_core.codecs import Array, Column
+from distill_core.columns import Array, Column
 from distill_core.manifest import CacheError, Manifest, check_file_list, read_json
 from distill_core.terminal import short
 

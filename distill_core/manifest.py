@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from distill_core.codecs import Codec, Column, make
+from distill_core.codecs import make
+from distill_core.columns import Codec, Column
 from distill_core.terminal import short
 
 FORMAT_VERSION: Final = 2
@@ -40,7 +41,8 @@ class Manifest:
         views: Number of augmented views of each sample.
         shard_rows: Rows in a shard; the last may have fewer.
         arrays: Description of each stored array by its name, ``"output"`` or ``"feature0"``...: ``shape`` of an item,
-            ``dtype``, ``top_k`` where only the likeliest classes are stored, and ``ragged`` where rows have differing
+            ``dtype``; ``top_k`` where only the likeliest classes are stored, ``sampled`` where some are drawn at
+            random; ``channels`` where each channel has a scale, its dimension; and ``ragged`` where rows have differing
             lengths and an item is a position of a row: the place of the mask of the tokens in a batch, None for a
             function.
         layers: The layer that each feature comes from, by its name in ``arrays``.
@@ -235,6 +237,9 @@ _TOP: Final[Rules] = {
     "shard_rows": whole(1),
 }
 _ARRAY: Final[Rules] = {"shape": row_shape, "dtype": among("float16", "bfloat16", "float32", "uint8")}
+_OF_OUTPUT: Final[Rules] = {"top_k": whole(1), "sampled": whole(2)}
+_OF_FEATURE: Final[Rules] = {"channels": whole(0, _MOST_DIMENSIONS)}
+_OF_ANY: Final[Rules] = {"ragged": or_none(place_in_batch)}
 _TEACHER: Final[Rules] = {"class": text(), "fingerprint": text(200)}
 _DATA: Final[Rules] = {
     "fingerprint": text(200),
@@ -313,10 +318,12 @@ def _array(name: str, description: Any, file: Path, version: int) -> None:
     path = f"arrays.{name}"
     if not isinstance(description, dict):
         _refuse(path, "a JSON object", description, file)
-    top_k: Rules = {"top_k": whole(1)} if name == "output" and "top_k" in description else {}
-    ragged: Rules = {"ragged": or_none(place_in_batch)} if version > 1 and "ragged" in description else {}
-    _fields(description, {**_ARRAY, **top_k, **ragged}, f"{path}.", file)
-    if top_k and not description["shape"]:
+    allowed = {**(_OF_OUTPUT if name == "output" else _OF_FEATURE), **_OF_ANY}
+    if version == 1:
+        allowed = {"top_k": allowed["top_k"]} if name == "output" else {}
+    rules = {**_ARRAY, **{setting: rule for setting, rule in allowed.items() if setting in description}}
+    _fields(description, rules, f"{path}.", file)
+    if ("top_k" in description or "sampled" in description) and not description["shape"]:
         _refuse(f"{path}.shape", "at least one size, the number of classes", description["shape"], file)
     try:
         make(description)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from distill_core import cache_files
-from distill_core.codecs import Array, Ragged
+from distill_core.columns import Array, Ragged
 from distill_core.manifest import BUILDING, KEY, MANIFEST, CacheError, Manifest
 
 _BLOCK: Final = 2**22  # bytes that `verify` decodes at a time
@@ -138,7 +138,7 @@ class Reader:
         for start in range(0, items, step):
             length = min(step, items - start)
             block = {
-                column: np.repeat(values, length, axis=0)
+                column: np.broadcast_to(values, (length, *values.shape[1:]))
                 if codec.columns[column].per == "shard"
                 else np.asarray(values[start : start + length])
                 for column, values in stored.items()
@@ -181,6 +181,10 @@ class Reader:
         touched = list(_touched(shards))
         stored = {}
         for column, described in self._codecs[name].columns.items():
+            if described.per == "shard" and len(touched) == 1:
+                values = self._map(touched[0][0], name, column)
+                stored[column] = np.broadcast_to(values, (len(places), *described.shape))
+                continue
             gathered = np.empty((len(places), *described.shape), described.dtype)
             for shard, selected in touched:
                 values = self._map(shard, name, column)

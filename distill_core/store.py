@@ -30,7 +30,7 @@ import numpy as np
 
 from distill_core import cache_files
 from distill_core.cache_files import fingerprint
-from distill_core.codecs import Array, Ragged
+from distill_core.columns import Array, Ragged
 from distill_core.manifest import BUILDING, FORMAT_VERSION, KEY, MANIFEST, CacheError, Manifest
 from distill_core.reader import Reader
 
@@ -128,7 +128,7 @@ class Writer:
         return [shard for shard in range(self.manifest.shards) if not self.whole(shard)]
 
     def write(self, shard: int, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Encode and write one shard; only one batch of its rows is held before encoding.
+        """Encode and write one shard; of most codecs only one batch of its rows is held before encoding.
 
         Args:
             shard: Its number.
@@ -140,15 +140,20 @@ class Writer:
             OSError: If they cannot be written. Shards that were complete stay complete.
         """
         parts: dict[tuple[str, str], list[Array]] = {names: [] for names in self.manifest.columns}
+        waiting: dict[str, list[Array]] = {name: [] for name, codec in self._codecs.items() if codec.whole_shard}
         num_rows, files = 0, {}
-        for values in batches:
+        for number, values in enumerate(batches):
             sizes = set()
-            for name in self._codecs:
+            for name, codec in self._codecs.items():
                 rows = values[name]
-                if self.manifest.is_ragged(name):
+                items = self._items(name, rows)
+                if isinstance(rows, Ragged):
                     parts[name, "lengths"].append(rows.lengths.astype("uint32"))
                 sizes.add(len(rows.lengths) if isinstance(rows, Ragged) else len(rows))
-                for column, stored in self._encoded(name, rows).items():
+                if codec.whole_shard:
+                    waiting[name].append(items)
+                    continue
+                for column, stored in codec.encode(items, (shard, number)).items():
                     parts[name, column].append(stored)
             if self.manifest.key is not None:
                 parts[KEY, "values"].append(values[KEY])
@@ -156,6 +161,9 @@ class Writer:
             if len(sizes) != 1:
                 raise ValueError(f"Expected as many rows of each array in a batch, but got {sorted(sizes)}.")
             num_rows += sizes.pop()
+        for name, batches_of_items in waiting.items():
+            for column, stored in self._codecs[name].encode(np.concatenate(batches_of_items)).items():
+                parts[name, column].append(stored)
         expected = len(self.manifest.shard_range(shard))
         # the last shard of a stream may have fewer
         if not (num_rows == expected or (self.manifest.length == 0 and 0 < num_rows < expected)):
@@ -167,14 +175,15 @@ class Writer:
             self.folder / cache_files.list_name(shard), (json.dumps(files, indent=2, sort_keys=True) + "\n").encode()
         )
 
-    def _encoded(self, name: str, rows: Any) -> dict[str, Array]:
-        """The stored arrays of some rows, after a check of their shape."""
+    def _items(self, name: str, rows: Any) -> Array:
+        """The items of some rows, after a check of their shape."""
         if self.manifest.is_ragged(name) != isinstance(rows, Ragged):
-            raise ValueError(f"Expected rows of {name!r} to be all of one length or all without padding.")
-        items, shape = (rows.values if isinstance(rows, Ragged) else rows), tuple(self.manifest.arrays[name]["shape"])
+            raise ValueError(f"Expected rows of {name!r} to be all of one length, or all without padding.")
+        items: Array = rows.values if isinstance(rows, Ragged) else rows
+        shape = tuple(self.manifest.arrays[name]["shape"])
         if items.shape[1:] != shape:
             raise ValueError(f"Expected rows of {name!r} to be {shape}, but got {items.shape[1:]}.")
-        return self._codecs[name].encode(items)
+        return items
 
     def finish(self, length: int = 0) -> None:
         """Write the manifest, which marks the cache as complete.

@@ -10,11 +10,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Reader
 from keras_distill.cache.builder import Builder, teacher_fingerprint
 from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
 from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
-from keras_distill.functional.top_k import TopK
+from keras_distill.functional.top_k import Sampled, TopK
 from keras_distill.recording import Tap, looks_like
 
 _UNKNOWN = -2  # the cardinality of a tf.data.Dataset of unknown length
@@ -83,6 +84,8 @@ class TeacherCache:
         outputs: bool = True,
         top_k: int | None = None,
         dtype: str = "float16",
+        sampled: int | None = None,
+        feature_dtype: str | None = None,
         views: int = 1,
         transform: Transform | None = None,
         transform_seed: int | None = None,
@@ -101,6 +104,10 @@ class TeacherCache:
             top_k: How many of the likeliest classes are kept of each output; None keeps all numbers.
             dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; with ``top_k`` ``"float16"`` or ``"uint8"``, 8 bits
                 linear in the log-probability.
+            sampled: How many classes are drawn at random from each output, with importance weights: an unbiased
+                estimate of all probabilities in few bytes, for losses that are linear in them. None draws none.
+            feature_dtype: Precision of the features: None is ``dtype``; ``"uint8"`` is 8 bits, linear between the
+                smallest and the largest number of each channel in a shard.
             views: Number of augmented views of each item; epochs cycle through them.
             transform: Augments an item: ``transform(x, seed)``, where ``x`` is one item, NumPy arrays in the structure
                 of the inputs, and ``seed`` holds two int32 numbers, the only allowed source of randomness: use
@@ -126,8 +133,7 @@ class TeacherCache:
             inputs,
             layers=layers,
             outputs=outputs,
-            top_k=top_k,
-            dtype=dtype,
+            storage=Storage(dtype, top_k, sampled, feature_dtype),
             views=views,
             augmentation=requested(transform, transform_seed, views),
             batch_size=batch_size,
@@ -204,7 +210,8 @@ class TeacherCache:
         if isinstance(output, tuple):
             indices, logs, tail = output
             classes = np.zeros((len(rows), 0, self.manifest.arrays["output"]["shape"][-1]), "float32")
-            output = TopK(indices.astype("int32"), logs, tail, classes)
+            kind = Sampled if "sampled" in self.manifest.arrays["output"] else TopK
+            output = kind(indices.astype("int32"), logs, tail, classes)
         else:
             output = self._channels_last("output", np.asarray(output, "float32"))
         features = {}

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from distill_core.codecs import Ragged
+from distill_core.arrays import mean_bytes
+from distill_core.columns import Ragged
 from distill_core.locks import locked
+from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint, tensor_bits
 from lightning_distill.cache.keyed import Key, SampleKeys, content_key
@@ -40,8 +42,7 @@ class Builder:
         dataset: The data, map-style; or a stream, if samples have keys.
         layers: Layers whose features are kept.
         outputs: Whether the outputs are kept.
-        top_k: Number of classes of each output that are kept; None keeps all.
-        dtype: Precision of the stored numbers.
+        storage: How the numbers are stored.
         views: Number of augmented views of each sample.
         transform_seed: Seed of the views.
         batch_size: Number of samples in a batch.
@@ -66,8 +67,7 @@ class Builder:
         *,
         layers: Sequence[str | Tap],
         outputs: bool,
-        top_k: int | None,
-        dtype: str,
+        storage: Storage,
         views: int,
         transform_seed: int | None,
         batch_size: int,
@@ -108,8 +108,6 @@ class Builder:
             raise CacheError(f"Expected `transform_seed` to be given with views={views}, but got None. Pass a number.")
         if not outputs and not self.taps:
             raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
-        if dtype == "uint8" and top_k is None:
-            raise CacheError("Expected `dtype` to be float16, bfloat16 or float32 without top_k, but got 'uint8'.")
         self.frozen = Hold(teacher)
         self.recorder = Recorder(teacher, self.taps, "teacher")
         self.recorder.check((f"layers[{index}]", tap) for index, tap in enumerate(self.taps))
@@ -117,7 +115,7 @@ class Builder:
             with together():  # the data may change between reads in one process and not in another
                 stale = self._check_data(transform_seed, allow_stale_augmentation)
                 self.frozen.take(None if device is None else torch.device(device))
-                self.manifest = self._described(views, transform_seed, top_k, dtype, stale, shard_bytes)
+                self.manifest = self._described(views, transform_seed, storage, stale, shard_bytes)
         except BaseException:
             self.close()
             raise
@@ -193,9 +191,7 @@ class Builder:
         data = self.dataset if self.keys is not None else self._attached
         return DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=self._collate)
 
-    def _described(
-        self, views: int, seed: int | None, top_k: int | None, dtype: str, stale: bool, shard_bytes: int
-    ) -> Manifest:
+    def _described(self, views: int, seed: int | None, storage: Storage, stale: bool, shard_bytes: int) -> Manifest:
         """The manifest, with the shapes from a first batch."""
         length = 0 if self.is_stream else len(self.dataset)
         if not self.is_stream:
@@ -205,14 +201,13 @@ class Builder:
         if loaded is None:
             raise CacheError("Expected a stream of at least one sample, but it is empty.")
         first = self._rows(loaded, describe=True)
+        storage.check_scores(first)
         arrays: dict[str, dict[str, Any]] = {}
         for name, rows in first.items():
             if name == "key":
                 continue
-            shape = list((rows.values if isinstance(rows, Ragged) else rows).shape[1:])
-            arrays[name] = {"shape": shape, "dtype": "float16" if dtype == "uint8" else dtype}
-            if name == "output" and top_k is not None:
-                arrays[name] |= {"dtype": dtype, "top_k": top_k}
+            shape = (rows.values if isinstance(rows, Ragged) else rows).shape[1:]
+            arrays[name] = storage.describe(name, shape, channels_first=True)
             if name in self._places:
                 place = self._places[name]
                 arrays[name]["ragged"] = None if callable(place) else place
@@ -232,11 +227,7 @@ class Builder:
             versions={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
             key=None if self.keys is None else self.keys.described,
         )
-        self.row_bytes = sum(
-            codec.bytes_per_item * (len(rows.values) / len(rows.lengths) if isinstance(rows, Ragged) else 1)
-            for name, codec in manifest.codecs.items()
-            for rows in [first[name]]
-        )
+        self.row_bytes = mean_bytes(manifest, first)
         batches = max(1, int(shard_bytes / max(self.row_bytes * self.batch_size, 1)))
         return replace(manifest, shard_rows=batches * self.batch_size)
 

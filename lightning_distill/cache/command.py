@@ -23,6 +23,8 @@ _SETTINGS: dict[str, Rule] = {
     "outputs": among(True, False),
     "top_k": or_none(whole(1)),
     "dtype": text(),
+    "sampled": or_none(whole(2)),
+    "feature_dtype": or_none(text()),
     "views": whole(1),
     "transform_seed": or_none(whole(0)),
     "batch_size": whole(1),
@@ -85,7 +87,13 @@ def describe(cache: TeacherCache) -> None:
     table = Table("array", "shape", "stored as", "bytes an item")
     for name, codec in manifest.codecs.items():
         described = manifest.arrays[name]
-        kept = f"top {described['top_k']}, {described['dtype']}" if "top_k" in described else described["dtype"]
+        kept = described["dtype"]
+        if "top_k" in described:
+            kept = f"top {described['top_k']}, {kept}"
+        elif "sampled" in described:
+            kept = f"{described['sampled']} drawn at random"
+        if "ragged" in described:
+            kept += ", tokens alone"
         label = f"{name} ({manifest.layers[name].replace('|', ', ')})" if name in manifest.layers else name
         table.add_row(*map(_plain, (label, tuple(described["shape"]), kept, f"{codec.bytes_per_item:,}")))
     console = Console(highlight=False)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from distill_core.codecs import Array
+from distill_core.columns import Array
 from distill_core.store import CacheError, Manifest, fingerprint
 
 Rows = Sequence[int] | Array

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_core.codecs import Array
+from distill_core.columns import Array
 from distill_core.keys import digest
 from distill_core.store import CacheError, Manifest, Reader, fingerprint
 from distill_core.terminal import short

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distill_core.codecs import Ragged
+from distill_core.columns import Ragged
 from distill_core.store import CacheError, Manifest, Reader
 from lightning_distill import compat
 from lightning_distill.cache.data import Rows, seeded

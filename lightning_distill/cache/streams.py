@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from distill_core.codecs import Array, Ragged
+from distill_core.columns import Array, Ragged
 from distill_core.store import CacheError, Writer
 from distill_core.terminal import short
 from lightning_distill.cache.data import IndexedBatch

@@ -12,7 +12,7 @@ from distill_core.store import CacheError
 from lightning_distill.cache.data import IndexedBatch
 from lightning_distill.cache.loaders import OpenCache, read_answers
 from lightning_distill.cache.positions import padded
-from lightning_distill.functional.top_k import TopK
+from lightning_distill.functional.top_k import Sampled, TopK
 from lightning_distill.recording import Call, Tap, first_tensor
 
 
@@ -122,8 +122,10 @@ class CachedTeacher:
         }
         output, top_k = moved.get("output"), None
         if "output.indices" in moved:
-            classes = self.cache.manifest.arrays["output"]["shape"][-1]
-            top_k = TopK(moved["output.indices"], moved["output.logs"], moved["output.tail"], classes)
+            described = self.cache.manifest.arrays["output"]
+            kind = Sampled if "sampled" in described else TopK
+            indices, logs, tail = (moved[f"output.{part}"] for part in ("indices", "logs", "tail"))
+            top_k = kind(indices, logs, tail, described["shape"][-1])
         channels_last = self.cache.manifest.data["kind"] == "keras"  # feature maps are (N, H, W, C) there
         features: dict[tuple[str, str], Tensor] = {
             (place[0], place[1]): (

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Reader
 from lightning_distill.cache.attached import KeyedDataset, KeyedStream
 from lightning_distill.cache.builder import Builder, Forward, build, teacher_fingerprint
 from lightning_distill.cache.data import AttachedDataset, IndexedCollate, check_data
+from lightning_distill.cache.imported import Imported
 from lightning_distill.cache.keyed import Key, SampleKeys, check_first_key
 from lightning_distill.cache.positions import Mask
 from lightning_distill.cache.teacher import CachedTeacher
@@ -90,6 +92,8 @@ class TeacherCache:
         outputs: bool = True,
         top_k: int | None = None,
         dtype: str = "float16",
+        sampled: int | None = None,
+        feature_dtype: str | None = None,
         views: int = 1,
         transform_seed: int | None = None,
         batch_size: int = 64,
@@ -118,6 +122,10 @@ class TeacherCache:
             top_k: How many of the likeliest classes are kept of each output; None keeps all numbers.
             dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; with ``top_k`` ``"float16"`` or ``"uint8"``, 8 bits
                 linear in the log-probability.
+            sampled: How many classes are drawn at random from each output, with importance weights: an unbiased
+                estimate of all probabilities in few bytes, for losses that are linear in them. None draws none.
+            feature_dtype: Precision of the features: None is ``dtype``; ``"uint8"`` is 8 bits, linear between the
+                smallest and the largest number of each channel in a shard.
             views: Number of augmented views of each item; epochs cycle through them.
             transform_seed: Makes random transforms repeatable, so that student and teacher get the same views. They
                 must draw from the global generators of torch, NumPy or Python.
@@ -152,8 +160,7 @@ class TeacherCache:
             dataset,
             layers=layers,
             outputs=outputs,
-            top_k=top_k,
-            dtype=dtype,
+            storage=Storage(dtype, top_k, sampled, feature_dtype),
             views=views,
             transform_seed=transform_seed,
             batch_size=batch_size,
@@ -170,6 +177,65 @@ class TeacherCache:
             build(builder, Path(path), resume=resume, progress=progress)
         finally:
             builder.close()
+        return cls.open(path, mask=mask, key=key)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Any,
+        path: str | PathLike[str],
+        *,
+        dataset: Any = None,
+        teacher: nn.Module | None = None,
+        top_k: int | None = None,
+        dtype: str = "float16",
+        sampled: int | None = None,
+        feature_dtype: str | None = None,
+        key: Key | None = None,
+        keys: Sequence[Any] | None = None,
+        mask: Mask | None = None,
+        resume: bool = True,
+        shard_bytes: int = 64 * 2**20,
+    ) -> TeacherCache:
+        """Store outputs that exist already, such as those of another program.
+
+        Args:
+            arrays: The outputs, with a row for each item of the data, in their order: an array ``(N, ...)``, which may
+                be memory-mapped, or a tensor; for sequences a list of arrays ``(T, ...)``, without padding. Or a dict
+                of ``"output"`` and of names of layers to such arrays.
+            path: The folder.
+            dataset: The data. Some of their items are then compared with those of the training data; None compares
+                their number alone.
+            teacher: The teacher that the arrays come from, which :meth:`open` compares; None notes a digest of the
+                arrays.
+            top_k: As in :meth:`build`; the outputs must then be logits or log-probabilities.
+            dtype: As in :meth:`build`.
+            sampled: As in :meth:`build`; the outputs must then be logits or log-probabilities.
+            feature_dtype: As in :meth:`build`.
+            key: Where an item has its key, as in :meth:`build`.
+            keys: The key of each row; None reads them from ``dataset``.
+            mask: Where a batch keeps the mask of its tokens, for sequences. None is ``"attention_mask"``.
+            resume: Whether a build that was begun, or is complete, is continued.
+            shard_bytes: Approximate size of a shard.
+
+        Returns:
+            The cache, opened.
+
+        Raises:
+            CacheError: If the arrays, the data and the keys do not fit each other, or the folder holds something else.
+            ValueError: If the numbers do not fit the storage.
+            OSError: If the disk is full; resuming completes the folder.
+
+        Example:
+            >>> import tempfile
+            >>> tokens = [torch.randn(5, 30), torch.randn(2, 30)]
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     cache = TeacherCache.from_arrays(tokens, folder, key="id", keys=["a", "b"])
+            ...     cache.read([1])["output"].values.shape
+            (2, 30)
+        """
+        imported = Imported(arrays, dataset, teacher, key, keys)
+        imported.write(Path(path), Storage(dtype, top_k, sampled, feature_dtype), mask, shard_bytes, resume)
         return cls.open(path, mask=mask, key=key)
 
     @classmethod

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distill_core.cache_files import checksum
-from distill_core.codecs import Ragged
+from distill_core.columns import Ragged
 from lightning_distill import (
     CacheError,
     Distiller,

@@ -264,7 +264,7 @@ def test_c15_all_logits_are_held_for_one_batch_at_a_time(tmp_path: Path, monkeyp
     """C15: a shard of 64 MiB comes from gigabytes of logits, of which only a few bytes a row are kept."""
     seen: list[int] = []
     encode = TopKCodec.encode
-    monkeypatch.setattr(TopKCodec, "encode", lambda self, rows: (seen.append(len(rows)), encode(self, rows))[1])
+    monkeypatch.setattr(TopKCodec, "encode", lambda self, rows, seed: (seen.append(len(rows)), encode(self, rows))[1])
     cache = built(tmp_path, top_k=3, dtype="float16", shard_bytes=2**20)
     assert (cache.manifest.shards, seen) == (1, [4] * 10)
 
