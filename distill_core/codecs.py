@@ -154,8 +154,9 @@ class TopKCodec(Codec):
         if self.dtype == "float16":
             return indices, values.astype("float32"), tail
         ends = np.asarray(stored["range"]).astype("float32")
-        logs = values * ((ends[..., 1:] - ends[..., :1]) / _LEVELS)
-        logs += ends[..., :1]
+        with np.errstate(over="ignore", invalid="ignore"):  # of an altered file
+            logs = values * ((ends[..., 1:] - ends[..., :1]) / _LEVELS)
+            logs += ends[..., :1]
         return indices, logs, tail
 
 
@@ -227,8 +228,9 @@ class ScaledCodec(Codec):
         scale = np.asarray(stored["scale"])
         scale = scale.reshape(len(scale), *[1] * (values.ndim - 2), *scale.shape[1:])
         numbers = values.astype("float32")
-        numbers *= scale[..., 1]
-        numbers += scale[..., 0]
+        with np.errstate(over="ignore", invalid="ignore"):  # of an altered file
+            numbers *= scale[..., 1]
+            numbers += scale[..., 0]
         return np.moveaxis(numbers, -1, self.channels + 1)
 
 

@@ -190,14 +190,19 @@ class Reader:
                 values = self._map(shard, name, column)
                 gathered[selected] = values[0] if described.per == "shard" else values[places[selected]]
             stored[column] = gathered
-        return self._decoded(name, stored)
+        try:
+            return self._codecs[name].decode(stored)
+        except ValueError:
+            for shard, selected in touched:  # raises for the shard with the fault
+                file = self.folder / cache_files.array_name(shard, name, "values")
+                self._decoded(name, {column: values[selected] for column, values in stored.items()}, file)
+            raise
 
-    def _decoded(self, name: str, stored: dict[str, Array], file: Path | None = None) -> Any:
+    def _decoded(self, name: str, stored: dict[str, Array], file: Path) -> Any:
         try:
             return self._codecs[name].decode(stored)
         except ValueError as error:
-            where = f"{name!r} in {self.folder}" if file is None else str(file)
-            raise CacheError(f"Expected {where} to be unchanged since the build, but: {error}") from None
+            raise CacheError(f"Expected {file} to be unchanged since the build, but: {error}") from None
 
     def _map(self, shard: int, name: str, column: str) -> Array:
         """A stored array, mapped into memory after a check of its checksum and its header when it is first read."""

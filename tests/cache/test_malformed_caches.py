@@ -61,6 +61,8 @@ def test_a_falsified_manifest_is_refused_when_the_cache_is_opened(cache: Path, c
         "a shape of 10**14",
         "another shape of as many bytes for each row",
         "another dtype",
+        "ragged rows that are not",
+        "keys that are not stored",
     }
     assert_refused(cache, "shard-0000" if contradicts else "manifest.json", capsys)
 
