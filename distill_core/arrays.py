@@ -11,7 +11,7 @@ import numpy as np
 
 from distill_core.columns import Array, Ragged
 from distill_core.locks import locked
-from distill_core.manifest import KEY
+from distill_core.manifest import BY_KEY, KEY
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 
@@ -41,6 +41,46 @@ def named_arrays(arrays: Any) -> tuple[dict[str, Any], dict[str, str]]:
             f"Expected `arrays` to have as many rows each, 1 or more, but got {lengths}. Pass a row for each sample."
         )
     return named, {f"feature{index}": f"{layer}|output" for index, layer in enumerate(layers)}
+
+
+def manifest_of_arrays(
+    named: Mapping[str, Any],
+    layers: dict[str, str],
+    *,
+    kind: str,
+    data: str | None,
+    teacher: dict[str, Any] | None,
+    key: dict[str, Any] | None,
+) -> Manifest:
+    """The manifest of a cache of arrays, without the descriptions of the arrays.
+
+    Args:
+        named: The arrays, from :func:`named_arrays`.
+        layers: The layers of the features.
+        kind: The framework, ``"torch"`` or ``"keras"``.
+        data: A digest of the data; None if they are not known: then their number alone is compared.
+        teacher: ``class`` and ``fingerprint`` of the teacher; None notes a digest of the arrays.
+        key: Where the keys of the samples come from, or None.
+    """
+    length = len(next(iter(named.values())))
+    number_alone = data is None and key is None
+    digest = fingerprint([str(length)]) if data is None else data
+    return Manifest(
+        length=length,
+        views=1,
+        shard_rows=1,
+        arrays={},
+        layers=layers,
+        teacher=teacher or {"class": "arrays", "fingerprint": digest_of_arrays(named)},
+        data={
+            "fingerprint": digest if key is None else BY_KEY,
+            "transform_seed": None,
+            "stale": number_alone,
+            "kind": kind,
+        },
+        versions={"numpy": np.__version__},
+        key=key,
+    )
 
 
 def write_arrays(

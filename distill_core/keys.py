@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from distill_core.columns import Array
+from distill_core.manifest import CacheError
 
 
 def digest(key: Any) -> int:
@@ -25,6 +29,21 @@ def digest(key: Any) -> int:
         (True, False, False)
     """
     return int.from_bytes(hashlib.blake2b(_content(key), digest_size=8).digest(), "little")
+
+
+def digests(keys: Iterable[Any]) -> Array:
+    """The digests of some keys, uint64, shape ``(N,)``.
+
+    Args:
+        keys: The keys, as in :func:`digest`.
+
+    Raises:
+        CacheError: If a key is something else.
+    """
+    try:
+        return np.array([digest(key) for key in keys], dtype="uint64")
+    except TypeError as error:
+        raise CacheError(str(error)) from None
 
 
 def _content(key: Any) -> bytes:

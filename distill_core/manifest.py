@@ -18,6 +18,7 @@ from distill_core.columns import Codec, Column
 from distill_core.terminal import short
 
 FORMAT_VERSION: Final = 2
+BY_KEY: Final = "by key"  # stands for the digest of the data where samples are found by key
 KEY: Final = "key"  # the name of the keys among a shard's files
 MANIFEST, BUILDING = "manifest.json", "building.json"
 _NAME: Final = re.compile(r"output|feature(0|[1-9][0-9]{0,4})")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from distill_core.arrays import mean_bytes
 from distill_core.columns import Ragged
 from distill_core.locks import locked
+from distill_core.manifest import BY_KEY
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint, tensor_bits
@@ -219,7 +220,7 @@ class Builder:
             layers={f"feature{index}": f"{tap.layer}|{tap.where}" for index, tap in enumerate(self.taps)},
             teacher={"class": type(self.teacher).__qualname__, "fingerprint": teacher_fingerprint(self.teacher)},
             data={
-                "fingerprint": "by key" if self.keys else data_fingerprint(self.dataset, seed, stale),
+                "fingerprint": BY_KEY if self.keys else data_fingerprint(self.dataset, seed, stale),
                 "transform_seed": seed,
                 "stale": stale,
                 "kind": "torch",

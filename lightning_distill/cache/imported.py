@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from distill_core.arrays import checked_keys, digest_of_arrays, named_arrays, write_arrays
+from distill_core.arrays import checked_keys, manifest_of_arrays, named_arrays, write_arrays
 from distill_core.storage import Storage
-from distill_core.store import CacheError, Manifest, fingerprint
+from distill_core.store import CacheError
 from lightning_distill.cache.builder import teacher_fingerprint
 from lightning_distill.cache.data import data_fingerprint
 from lightning_distill.cache.keyed import Key, SampleKeys
@@ -52,23 +51,14 @@ class Imported:
             self.digests = place.digests(checked_keys(values, length))
         elif dataset is not None and len(dataset) != length:
             raise CacheError(f"Expected `dataset` to have {length} items, one for each row, but got {len(dataset)}.")
-        known = dataset is not None or key is not None
-        if key is not None:
-            data = "by key"
-        else:
-            data = fingerprint([str(length)]) if dataset is None else data_fingerprint(dataset, None, False)
-        self.manifest = Manifest(
-            length=length,
-            views=1,
-            shard_rows=1,
-            arrays={},
-            layers=layers,
-            teacher={
-                "class": "arrays" if teacher is None else type(teacher).__qualname__,
-                "fingerprint": digest_of_arrays(self.named) if teacher is None else teacher_fingerprint(teacher),
-            },
-            data={"fingerprint": data, "transform_seed": None, "stale": not known, "kind": "torch"},
-            versions={"numpy": importlib.metadata.version("numpy")},
+        self.manifest = manifest_of_arrays(
+            self.named,
+            layers,
+            kind="torch",
+            data=None if dataset is None or key is not None else data_fingerprint(dataset, None, False),
+            teacher=None
+            if teacher is None
+            else {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)},
             key=None if key is None else SampleKeys(key).described,
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill_core.columns import Array
-from distill_core.keys import digest
+from distill_core.keys import digests
 from distill_core.store import CacheError, Manifest, Reader, fingerprint
 from distill_core.terminal import short
 from lightning_distill.cache.data import leaves
@@ -119,10 +119,7 @@ class SampleKeys:
         Raises:
             CacheError: If a key is neither a string, bytes, a whole number nor a tuple of these.
         """
-        try:
-            return np.array([digest(_plain(value)) for value in values], dtype="uint64")
-        except TypeError as error:
-            raise CacheError(str(error)) from None
+        return digests(map(_plain, values))
 
     def rows(self, values: Sequence[Any], reader: Reader) -> Array:
         """The rows of the samples with some keys.
