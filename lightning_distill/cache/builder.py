@@ -275,7 +275,7 @@ class Builder:
     def _of_tokens(self, name: str, tensor: Tensor, batch: Any) -> Any:
         """The rows of an array; those of sequences without padding."""
         if name in self._places:
-            mask = needed_mask(batch, self._places[name])
+            mask = needed_mask(batch, self._places[name]).to(tensor.device)
             if tensor.shape[:2] != mask.shape:
                 raise CacheError(
                     f"Expected {name!r} to have a position for each of the {tuple(mask.shape)} tokens, but got shape"

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from distill_core.class_paths import make_from_class_path
 from distill_core.cli import working_directory
-from distill_core.manifest import Rule, among, or_none, text, whole
+from distill_core.manifest import Rule, among, or_none, place_in_batch, text, whole
 from distill_core.terminal import printable
 from distill_core.yaml_files import read_yaml
 from lightning_distill.cache import TeacherCache
@@ -23,6 +24,8 @@ _SETTINGS: dict[str, Rule] = {
     "outputs": among(True, False),
     "top_k": or_none(whole(1)),
     "dtype": text(),
+    "key": or_none(place_in_batch),
+    "mask": or_none(place_in_batch),
     "sampled": or_none(whole(2)),
     "feature_dtype": or_none(text()),
     "views": whole(1),
@@ -69,10 +72,12 @@ def build_from_file(file: Path) -> TeacherCache:
             f"{file}: Expected `teacher` to make a torch.nn.Module, but got a {type(teacher).__name__}. Name a class or"
             " a function that returns the network."
         )
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    by_number = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not by_number and not (isinstance(dataset, IterableDataset) and settings.get("key") is not None):
         raise ValueError(
             f"{file}: Expected `dataset` to make a dataset with a length and samples by index, but got a"
-            f" {type(dataset).__name__}. Name a class or a function that returns a map-style dataset."
+            f" {type(dataset).__name__}. Name a class or a function that returns a map-style dataset, or give `key` for"
+            " a stream."
         )
     return TeacherCache.build(teacher, dataset, file.parent / values["path"], **settings)
 
@@ -100,6 +105,8 @@ def describe(cache: TeacherCache) -> None:
     console.print(
         _plain(f"{manifest.length:,} items in {manifest.views} view(s), {cache.reader.bytes / 2**20:,.1f} MiB")
     )
+    if manifest.key is not None:
+        console.print(_plain(f"rows by key: {manifest.key.get('column', manifest.key['kind'])}"))
     console.print(_plain(f"teacher {manifest.teacher['class']} {manifest.teacher['fingerprint']}"))
     console.print(table)
 

@@ -37,6 +37,19 @@ def test_c16_a_cache_is_built_described_and_verified(tmp_path: Path, capsys: Cap
     assert capsys.readouterr().out.endswith("cache: OK\n")
 
 
+def test_c16_a_stream_is_built_by_key(tmp_path: Path, capsys: Capture) -> None:
+    """C16, C18, C22: and described."""
+    text = FILE.replace("cache_nets.table", "cache_nets.Numbered").replace("top_k: 3\ndtype: uint8", "sampled: 3")
+    assert main(["cache", "build", written(tmp_path, text)]) == 2
+    assert "or give `key` for a stream" in capsys.readouterr().err
+    assert main(["cache", "build", written(tmp_path, text + "key: 1\nfeature_dtype: uint8\n")]) == 0
+    assert "a stream, about " in capsys.readouterr().out
+    assert main(["cache", "info", str(tmp_path / "cache")]) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("40 items", "rows by key: 1", "3 drawn at random", "uint8"))
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
+
+
 def test_c16_a_broken_cache_exits_1_and_names_the_file(tmp_path: Path, capsys: Capture) -> None:
     """C16"""
     main(["cache", "build", written(tmp_path)])
