@@ -201,7 +201,7 @@ class TeacherCache:
             ...     cache.attach(np.ones((2, 6), "int32"))[0][1].teacher.shape
             (2, 6, 30)
         """
-        named, layers = named_arrays(keras.tree.map_structure(keras.ops.convert_to_numpy, arrays))
+        named, layers = named_arrays(keras.tree.map_structure(_as_array, arrays))
         if (key is None) != (keys is None):
             raise CacheError(f"Expected `key` and `keys` to be given together, but got key={key!r}. Pass both or none.")
         manifest = manifest_of_arrays(
@@ -364,3 +364,8 @@ class TeacherCache:
             attention = name != "output" and square and looks_like(value) == "softmax"
             self._maps[name] = not attention
         return np.moveaxis(value, 1, -1) if self._maps[name] else value
+
+
+def _as_array(array: Any) -> Any:
+    """A tensor as an array; arrays, which may be memory-mapped, are not copied."""
+    return array if isinstance(array, np.ndarray) else keras.ops.convert_to_numpy(array)
