@@ -127,7 +127,9 @@ def write_arrays(
         for start in range(rows.start, rows.stop, _ROWS):
             stop = min(start + _ROWS, rows.stop)
             batch = {name: _items(name, array, start, stop) for name, array in named.items()}
-            yield batch if keys is None else {**batch, KEY: keys[start:stop]}
+            if keys is not None:
+                batch[KEY] = np.stack([keys[start:stop], np.zeros_like(keys[start:stop])], -1)
+            yield batch
 
     check_folder(folder)
     with locked(folder):

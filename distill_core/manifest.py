@@ -99,7 +99,7 @@ class Manifest:
             for column, described in codec.columns.items()
         }
         columns |= {(name, "lengths"): Column((), "uint32", "row") for name in self.arrays if self.is_ragged(name)}
-        return columns if self.key is None else {**columns, (KEY, "values"): Column((), "uint64", "row")}
+        return columns if self.key is None else {**columns, (KEY, "values"): Column((2,), "uint64", "row")}
 
     def to_json(self) -> str:
         """The text of the manifest's file."""

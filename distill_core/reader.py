@@ -101,7 +101,7 @@ class Reader:
             CacheError: If a file is missing or altered.
         """
         if self._sorted_keys is None:
-            stored = [np.asarray(self._map(shard, KEY, "values")) for shard in range(self.manifest.shards)]
+            stored = [self._map(shard, KEY, "values")[:, 0] for shard in range(self.manifest.shards)]
             every = np.concatenate(stored)
             order = np.argsort(every, kind="stable")
             self._sorted_keys = every[order], order
@@ -109,6 +109,21 @@ class Reader:
         keys = np.asarray(keys, dtype="uint64")
         places = np.searchsorted(known, keys).clip(max=len(known) - 1)
         return np.where(known[places] == keys, order[places], -1)
+
+    def input_digests(self, rows: Array) -> Array:
+        """The digests of the inputs that the teacher got, uint64, for some rows of a cache with keys; 0 if unknown.
+
+        Args:
+            rows: Row numbers, shape ``(N,)``.
+
+        Raises:
+            CacheError: If a file is missing or altered.
+        """
+        shards, places = np.divmod(np.asarray(rows, "int64"), self.manifest.shard_rows)
+        digests = np.zeros(len(places), "uint64")
+        for shard, selected in _touched(shards):
+            digests[selected] = self._map(shard, KEY, "values")[places[selected], 1]
+        return digests
 
     def verify(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Check every file: its checksum, its header and its numbers, decoded as for training.

@@ -6,7 +6,7 @@
       manifest.json                  description of the files below, the teacher and the data
       shard-00000.output.values.npy  rows 0 to shard_rows - 1 of one stored array, memory-mapped when read
       shard-00000.output.lengths.npy number of positions of each row, where rows have differing lengths
-      shard-00000.key.values.npy     digest of each sample's key, where rows are found by key
+      shard-00000.key.values.npy     digests of each sample's key and inputs (0: unknown), where rows are found by key
       shard-00000.json               sizes and checksums of the shard's files; written last, so it marks a whole shard
       ...
 
@@ -133,7 +133,8 @@ class Writer:
         Args:
             shard: Its number.
             batches: The rows of each array, one batch after the other: an array ``(N, ...)``, or a :class:`Ragged`
-                where rows have differing lengths; and in a cache with keys, ``"key"``, their digests.
+                where rows have differing lengths; and in a cache with keys ``"key"``, uint64 ``(N, 2)``: the digests of
+                the samples' keys, and of their inputs, which are 0 where they are not known.
 
         Raises:
             ValueError: If the values do not fit the manifest.
@@ -209,7 +210,8 @@ class Writer:
 
     def keys(self, shard: int) -> Array:
         """The digests of the keys of a complete shard."""
-        return np.asarray(np.load(self.folder / cache_files.array_name(shard, KEY, "values"), allow_pickle=False))
+        stored = np.load(self.folder / cache_files.array_name(shard, KEY, "values"), allow_pickle=False)
+        return np.asarray(stored[:, 0])
 
     def _check_keys(self) -> None:
         keys = np.concatenate([self.keys(shard) for shard in range(self.manifest.shards)])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,8 +21,8 @@ from distill_core.manifest import BY_KEY
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint, tensor_bits
-from lightning_distill.cache.keyed import Key, SampleKeys, content_key
-from lightning_distill.cache.positions import Mask, needed_mask, place_of
+from lightning_distill.cache.keyed import Key, SampleKeys, content_key, input_digests
+from lightning_distill.cache.positions import Mask, needed_mask, place_of, tokens_in
 from lightning_distill.cache.ranks import process_rank, together
 from lightning_distill.cache.streams import BuildCollate, Loaded, Rows, Shards, Stream, check_stream
 from lightning_distill.recording import Call, Recorder, Recording, Tap, map_tensors, select
@@ -269,7 +270,9 @@ class Builder:
                 " batch has no mask of such a shape (batch, tokens). Pass a key, an index, or a function of the batch."
             )
         if loaded.keys is not None:
-            rows["key"] = loaded.keys
+            mask = tokens_in(loaded.batch, next(iter(self._places.values()), None))
+            seen = input_digests(loaded.batch, mask, range(loaded.number))
+            rows["key"] = np.stack([loaded.keys, seen], -1)
         return rows
 
     def _of_tokens(self, name: str, tensor: Tensor, batch: Any) -> Any:

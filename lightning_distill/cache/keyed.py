@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from distill_core.columns import Array
-from distill_core.keys import digests
+from distill_core.keys import digest, digests
 from distill_core.store import CacheError, Manifest, Reader, fingerprint
 from distill_core.terminal import short
 from lightning_distill.cache.data import leaves
+from lightning_distill.recording.batches import inputs_in
 
 Key = str | int | Callable[[Any], Any]
 
@@ -172,6 +173,37 @@ def _arrays(sample: Any) -> Any:
             return np.asarray(sample)
         return [_arrays(value) for value in sample]
     return sample
+
+
+def input_digests(batch: Any, mask: Tensor | None, samples: Sequence[int]) -> Array:
+    """Digests of what a model reads of some samples of a batch, by which other data with the same keys are noticed.
+
+    Args:
+        batch: The batch.
+        mask: The places of its tokens, shape ``(B, T)``, or ``None``.
+        samples: Places of the samples in the batch.
+
+    Returns:
+        Digests, uint64; 0 where the batch has no tensor of inputs, or tokens with unknown padding.
+    """
+    inputs = inputs_in(batch)
+    if isinstance(inputs, Mapping):
+        inputs = next((value for name, value in inputs.items() if _is_input(name, value)), None)
+    digests = np.zeros(len(samples), "uint64")
+    if not isinstance(inputs, Tensor):
+        return digests
+    masked = mask is not None and mask.shape == inputs.shape[:2]
+    if not masked and not inputs.is_floating_point():
+        return digests
+    for place, sample in enumerate(samples):
+        row = inputs[sample][mask[sample]] if masked and mask is not None else inputs[sample]
+        numbers = row.float() if row.is_floating_point() else row.long()
+        digests[place] = max(digest(numbers.cpu().numpy().tobytes()), 1)
+    return digests
+
+
+def _is_input(name: Any, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and not str(name).endswith("mask")
 
 
 def check_first_key(dataset: Any, keys: SampleKeys, reader: Reader) -> None:

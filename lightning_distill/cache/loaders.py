@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 
 from distill_core.columns import Ragged
 from distill_core.store import CacheError, Manifest, Reader
+from distill_core.terminal import short
 from lightning_distill import compat
 from lightning_distill.cache.data import Rows, seeded
-from lightning_distill.cache.keyed import SampleKeys
-from lightning_distill.cache.positions import Mask, needed_mask
+from lightning_distill.cache.keyed import SampleKeys, input_digests
+from lightning_distill.cache.positions import Mask, needed_mask, tokens_in
 from lightning_distill.patch import MISSING
 
 _TWIN = "_twin_of"  # attribute of a twin: the original loader
@@ -226,7 +227,25 @@ class AnswerCollate:
                 " teacher's outputs for these, but it changes them at random (mixup?). Pass TeacherCache.open(path,"
                 " allow_changed_inputs=True) if the teacher's outputs fit the changed items too."
             )
-        return CachedBatch(batch, read_answers(self.cache, rows, batch))
+        answers = read_answers(self.cache, rows, batch)
+        if keys is not None and not self.cache.allow_changed_inputs:
+            self._check_inputs(batch, answers, values[0])
+        return CachedBatch(batch, answers)
+
+    def _check_inputs(self, batch: Any, answers: dict[str, Tensor], key: Any) -> None:
+        """Raise if the first sample of a batch has another content than the teacher got under the same key."""
+        manifest = self.cache.manifest
+        ragged = next((name for name in manifest.arrays if manifest.is_ragged(name)), None)
+        mask = tokens_in(batch, None) if ragged is None else answers[f"{ragged}.mask"]
+        seen = input_digests(batch, mask, [0])[0]
+        expected = self.cache.reader.input_digests(answers["rows"][:1].numpy())[0]
+        if not manifest.data["stale"] and seen and expected and seen != expected:
+            raise CacheError(
+                f"Expected the sample with the key {short(key)} to be the one that the teacher got, but its inputs"
+                " differ: the keys are those of other data, or the samples are changed by augmentation or by another"
+                " tokenizer. Build a cache for these data, or pass TeacherCache.open(path, allow_changed_inputs=True)"
+                " if the teacher's outputs fit these inputs too."
+            )
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -51,6 +51,11 @@ def token_mask(batch: Any, place: Mask) -> Tensor | None:
     return values.bool()
 
 
+def tokens_in(batch: Any, place: Mask | None) -> Tensor | None:
+    """The mask of a batch's tokens at a place, else its attention mask; ``None`` without one."""
+    return token_mask(batch, ATTENTION if place is None else place)
+
+
 def needed_mask(batch: Any, place: Mask | None) -> Tensor:
     """The mask of a batch's tokens at the place that a cache was built with.
 

@@ -65,7 +65,7 @@ def write_ragged(folder: Path) -> None:
             number = lengths.sum() if "ragged" in facts else len(rows)
             values = generator.standard_normal((number, *facts["shape"])).astype("float32")
             batch[name] = Ragged(values, lengths) if "ragged" in facts else values
-        writer.write(shard, [{**batch, "key": np.array(rows, "uint64") + 10}])
+        writer.write(shard, [{**batch, "key": np.array([rows, rows], "uint64").T + 10}])
     writer.finish()
 
 
@@ -152,6 +152,7 @@ def is_right(reader: Reader) -> bool:
     if reader.manifest.key is not None:
         found_rows = reader.find(np.arange(30, dtype="uint64"))
         right &= found_rows.shape == (30,) and bool((found_rows < reader.manifest.rows).all())
+        right &= reader.input_digests(rows).shape == (len(rows),)
     return right
 
 

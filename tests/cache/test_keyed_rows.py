@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_nets import Module, network, table
+from cache_nets import difference as weights_differ
+from cache_nets import trained as fitted
 from ragged_data import Padding, Sample, Sentences, built, difference, teacher, trained
 from token_nets import LENGTHS
 from torch import Tensor
@@ -20,6 +23,7 @@ from lightning_distill import (
     CacheError,
     Distiller,
     FeatureDistillation,
+    LogitsDistillation,
     SequenceDistillation,
     TeacherCache,
     content_key,
@@ -101,6 +105,13 @@ def test_c18_the_data_that_were_built_from_may_be_any(tmp_path: Path, data: Any)
     assert difference(live, cached) < 1e-6
     assert cache.manifest.length == len(samples)
     assert TeacherCache.open(tmp_path, teacher=teacher(), dataset=data()).manifest.key == cache.manifest.key
+
+
+def test_c18_a_part_needs_no_keys_if_it_is_the_one_of_the_build(tmp_path: Path) -> None:
+    """C2: a cache built from one part of random_split trains on that part."""
+    cache = built(tmp_path, part())
+    live, cached = (trained(source, Padding(), part()) for source in (teacher(), cache))
+    assert difference(live, cached) < 1e-6
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -187,6 +198,22 @@ def test_c18_a_missing_key_is_named(cache: TeacherCache) -> None:
         CacheError, match=r"^Expected every sample to have its key at key='id', but got a sample of \['x"
     ):
         trained(cache, Padding(), [{"x": 1}])
+
+
+def test_c5_c18_other_data_with_the_same_keys_are_refused(tmp_path: Path, cache: TeacherCache) -> None:
+    """C5, C18: other tokens of the same number, and images; unless the inputs may differ."""
+    other = [{**sample, "input_ids": [7] * len(sample["input_ids"])} for sample in Stream()]
+    words = r"Expected the sample with the key 'sentence-\d+' to be the one that the teacher got, but its inputs differ"
+    for workers in (0, 2):
+        with pytest.raises(CacheError, match=words):
+            trained(cache, Padding("left"), other, num_workers=workers)
+    allowed = TeacherCache.open(cache.reader.folder, allow_changed_inputs=True)
+    trained(allowed, Padding("left"), other)
+    pairs = [(torch.full((6,), float(number)), number) for number in range(12)]
+    settings: dict[str, Any] = {"key": 1, "progress": False}
+    images = TeacherCache.build(network(8), pairs, tmp_path, **settings)
+    with pytest.raises(CacheError, match=r"^Expected the sample with the key 0 to be the one that the teacher got"):
+        fitted(Module([(x + 1, number % 10) for x, number in pairs], shuffle=False), images, [LogitsDistillation()])
 
 
 def test_c18_a_repeated_key_is_refused_at_the_build(tmp_path: Path) -> None:
@@ -301,10 +328,6 @@ def test_c18_one_of_several_loaders_has_the_samples(cache: TeacherCache) -> None
 
 def test_c18_features_and_images_are_keyed_too(tmp_path: Path) -> None:
     """C18: rows of one length, in tuples, keyed by an index."""
-    from cache_nets import Module, network, table
-    from cache_nets import difference as weights_differ
-    from cache_nets import trained as fitted
-
     data = [(*table()[index], f"image {index}") for index in range(40)]
 
     class Named(Module):
