@@ -190,6 +190,34 @@ def write(path: Path, content: bytes | Array) -> dict[str, Any]:
     return facts
 
 
+def copy(source: Path, path: Path) -> dict[str, Any]:
+    """Copy a file atomically, in small pieces.
+
+    Args:
+        source: The file to copy.
+        path: The copy; an older file of that name is replaced.
+
+    Returns:
+        The copy's size and checksum.
+    """
+    temporary, digest = _partial(path), hashlib.blake2b(digest_size=16)
+    output = open(temporary, "xb")  # noqa: SIM115 - closed below, inside the clean-up
+    try:
+        with output, open(source, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+                output.write(chunk)
+            output.flush()
+            os.fsync(output.fileno())
+        facts = {"bytes": temporary.stat().st_size, "blake2b": digest.hexdigest()}
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return facts
+
+
 def checksum(path: Path) -> str:
     """Digest of a file's content, 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)

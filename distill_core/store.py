@@ -85,18 +85,18 @@ def begin(folder: Path, manifest: Manifest, resume: bool) -> Manifest:
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     Manifest.from_json(manifest.to_json().encode(), folder / BUILDING)  # refuse a manifest that no reader would accept
-    begun = _begun(folder)
-    if begun is not None and (difference := _difference(begun, manifest)):
-        raise CacheError(f"Expected {folder} to be empty or begun with these settings, but {difference}.")
-    if begun is not None and not resume:
+    before = begun(folder)
+    if before is not None and (words := difference(before, manifest)):
+        raise CacheError(f"Expected {folder} to be empty or begun with these settings, but {words}.")
+    if before is not None and not resume:
         raise CacheError(f"Expected {folder} to be empty, but it holds a cache. Pass resume=True, or remove it.")
     cache_files.remove_partial(folder)
-    if begun is None:
+    if before is None:
         cache_files.write(folder / BUILDING, manifest.to_json().encode())
-    return begun or manifest
+    return before or manifest
 
 
-def _begun(folder: Path) -> Manifest | None:
+def begun(folder: Path) -> Manifest | None:
     """The manifest of a cache that is complete or was begun."""
     for name in (MANIFEST, BUILDING):
         if (folder / name).exists():
@@ -116,11 +116,11 @@ class Writer:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        begun = _begun(folder)
-        difference = "it is not" if begun is None else _difference(begun, manifest)
-        if begun is None or difference:
-            raise CacheError(f"Expected {folder} to be begun with these settings, but {difference}.")
-        self.folder, self.manifest, self._codecs = folder, begun, begun.codecs
+        before = begun(folder)
+        words = "it is not" if before is None else difference(before, manifest)
+        if before is None or words:
+            raise CacheError(f"Expected {folder} to be begun with these settings, but {words}.")
+        self.folder, self.manifest, self._codecs = folder, before, before.codecs
 
     @property
     def missing(self) -> list[int]:
@@ -195,8 +195,8 @@ class Writer:
         Raises:
             CacheError: If shards are missing, or two rows have the same key.
         """
-        begun = self.folder / BUILDING
-        if not begun.exists():
+        unfinished = self.folder / BUILDING
+        if not unfinished.exists():
             return
         if length:
             self.manifest = replace(self.manifest, length=length)
@@ -205,8 +205,8 @@ class Writer:
         if self.manifest.key is not None:
             self._check_keys()
         if length:
-            cache_files.write(begun, self.manifest.to_json().encode())
-        os.replace(begun, self.folder / MANIFEST)
+            cache_files.write(unfinished, self.manifest.to_json().encode())
+        os.replace(unfinished, self.folder / MANIFEST)
 
     def keys(self, shard: int) -> Array:
         """The digests of the keys of a complete shard."""
@@ -233,12 +233,12 @@ class Writer:
         return True
 
 
-def _difference(begun: Manifest, requested: Manifest) -> str:
+def difference(before: Manifest, requested: Manifest) -> str:
     """Words for the first setting in which two manifests differ; empty if only the versions of libraries do."""
     for name, value in asdict(requested).items():
-        before = getattr(begun, name)
+        old = getattr(before, name)
         of_stream = name == "length" and requested.length == 0 and requested.key is not None
         # a complete cache of format 1 that holds the same is left as it is
-        if name not in ("versions", "version") and not of_stream and before != value:
-            return f"it was begun with {name}={before!r}, and now it is {value!r}"
+        if name not in ("versions", "version") and not of_stream and old != value:
+            return f"it was begun with {name}={old!r}, and now it is {value!r}"
     return ""

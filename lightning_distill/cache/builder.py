@@ -18,6 +18,7 @@ from distill_core.arrays import mean_bytes
 from distill_core.columns import Ragged
 from distill_core.locks import locked
 from distill_core.manifest import BY_KEY
+from distill_core.parts import WHOLE, Part
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint, tensor_bits
@@ -139,18 +140,21 @@ class Builder:
         self.recorder.clear()
         self.frozen.release()
 
-    def shards(self, writer: Writer, ranks: tuple[int, int], progress: Progress | None = None) -> Shards:
+    def shards(
+        self, writer: Writer, ranks: tuple[int, int], part: Part = WHOLE, progress: Progress | None = None
+    ) -> Shards:
         """Run the teacher for the shards that a writer lacks, one after the other.
 
         Args:
             writer: Writes the shards.
             ranks: This process's rank and the number of processes.
+            part: The part of the build that these processes share.
             progress: Progress bar, or None.
 
         Yields:
             The number and the batches of each shard; the batches must be consumed before the next shard.
         """
-        numbers = [] if self.is_stream else writer.missing[ranks[0] :: ranks[1]]
+        numbers = [] if self.is_stream else part.chosen(writer.missing)[ranks[0] :: ranks[1]]
         batches = [batch for shard in numbers for batch in self._batches(shard)]
         total = None if self.is_stream else sum(map(len, batches))
         task = None if progress is None else progress.add_task("teacher", total=total)
@@ -295,23 +299,29 @@ class Builder:
         return tensor.float().cpu().numpy()
 
 
-def build(builder: Builder, folder: Path, *, resume: bool, progress: bool) -> None:
-    """Write the cache.
+def build(builder: Builder, folder: Path, *, resume: bool, progress: bool, part: Part = WHOLE) -> None:
+    """Write the cache, or a part of it.
 
     Args:
         builder: The build.
         folder: The folder of the cache.
         resume: Whether to complete a build that was begun.
         progress: Whether to print the size and show a progress bar.
+        part: The part to write; the cache is complete once the folder holds all parts.
 
     Raises:
-        CacheError: If another process builds there, or the folder holds something else.
+        CacheError: If another process builds there, the data are a stream and this is a part, or the folder holds something else.
         OSError: If the disk is full; complete shards stay, and resuming completes the cache.
     """
     # imported late: the import takes as long as that of this package
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if builder.is_stream and part != WHOLE:
+        raise CacheError(
+            f"Expected a data set with a length to build part {part.number} of {part.count}, but got a stream. Build it"
+            " in one process."
+        )
     rank, world = process_rank()
     with contextlib.ExitStack() as stack:
         with together():
@@ -325,10 +335,10 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool) -> No
         console.print(builder.words(writer))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with together(), Progress(*columns, console=console, disable=console.quiet) as bar:
-            for shard, batches in builder.shards(writer, (rank, world), bar):
+            for shard, batches in builder.shards(writer, (rank, world), part, bar):
                 writer.write(shard, batches)
         with together():
-            if rank == 0:
+            if rank == 0 and (part == WHOLE or not writer.missing):
                 writer.finish(builder.streamed)
 
 
