@@ -102,8 +102,8 @@ def merge(
                     _take(writer, source, shard, report)
         if missing := writer.missing:
             raise CacheError(
-                f"Expected the parts to hold all {writer.manifest.shards} shards, but {len(missing)} are missing, such as"
-                f" {missing[:5]}. Build the parts that hold them, and merge again."
+                f"Expected the parts to hold all {writer.manifest.shards} shards, but {len(missing)} are missing, such"
+                f" as {missing[:5]}. Build the parts that hold them, and merge again."
             )
         writer.finish()
 
@@ -114,8 +114,8 @@ def _take(writer: Writer, source: Writer, shard: int, report: Callable[[str], No
     if writer.whole(shard):
         if cache_files.file_list(writer.folder, writer.manifest, shard) != files:
             raise CacheError(
-                f"Expected shard {shard} of {source.folder} to equal that of an earlier part, but it differs. Remove the"
-                " wrong one."
+                f"Expected shard {shard} of {source.folder} to equal that of an earlier part, but it differs. Remove"
+                " the wrong one."
             )
         return
     for name, facts in files.items():

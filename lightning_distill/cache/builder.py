@@ -43,9 +43,9 @@ class Builder:
     Args:
         teacher: The teacher.
         dataset: The data, map-style; or a stream, if samples have keys.
+        storage: How the numbers are stored.
         layers: Layers whose features are kept.
         outputs: Whether the outputs are kept.
-        storage: How the numbers are stored.
         views: Number of augmented views of each sample.
         transform_seed: Seed of the views.
         batch_size: Number of samples in a batch.
@@ -68,20 +68,20 @@ class Builder:
         teacher: nn.Module,
         dataset: Any,
         *,
-        layers: Sequence[str | Tap],
-        outputs: bool,
         storage: Storage,
-        views: int,
-        transform_seed: int | None,
-        batch_size: int,
-        num_workers: int,
-        collate_fn: Callable[[list[Any]], Any] | None,
-        key: Key | None,
-        mask: Mask | None,
-        forward: Forward | None,
-        device: torch.device | str | None,
-        allow_stale_augmentation: bool,
-        shard_bytes: int,
+        layers: Sequence[str | Tap] = (),
+        outputs: bool = True,
+        views: int = 1,
+        transform_seed: int | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        key: Key | None = None,
+        mask: Mask | None = None,
+        forward: Forward | None = None,
+        device: torch.device | str | None = None,
+        allow_stale_augmentation: bool = False,
+        shard_bytes: int = 64 * 2**20,
     ) -> None:
         self.keys = None if key is None else SampleKeys(key)
         self.is_stream = isinstance(dataset, IterableDataset)
@@ -310,7 +310,8 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool, part:
         part: The part to write; the cache is complete once the folder holds all parts.
 
     Raises:
-        CacheError: If another process builds there, the data are a stream and this is a part, or the folder holds something else.
+        CacheError: If another process builds there, the data of a part are a stream, or the folder holds something
+            else.
         OSError: If the disk is full; complete shards stay, and resuming completes the cache.
     """
     # imported late: the import takes as long as that of this package

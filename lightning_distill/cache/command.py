@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from distill_core.class_paths import make_from_class_path
 from distill_core.cli import working_directory
 from distill_core.manifest import Rule, among, or_none, place_in_batch, text, whole
+from distill_core.parts import Part
 from distill_core.terminal import printable
 from distill_core.yaml_files import read_yaml
 from lightning_distill.cache import TeacherCache
@@ -38,15 +39,13 @@ _SETTINGS: dict[str, Rule] = {
 }
 
 
-def build_from_file(file: Path) -> TeacherCache:
-    """Build the cache that a YAML file describes.
+def build_from_file(file: Path, part: str | None = None) -> None:
+    """Build the cache that a YAML file describes, or a part of it.
 
     Args:
         file: The file: ``path``, ``teacher`` and ``dataset`` by class_path and init_args, and settings of
             :meth:`TeacherCache.build`.
-
-    Returns:
-        The cache.
+        part: Which part, such as ``"3/16"``; its folder has the ending ``-part-3-of-16``.
 
     Raises:
         ValueError: If something in the file is wrong.
@@ -79,7 +78,13 @@ def build_from_file(file: Path) -> TeacherCache:
             f" {type(dataset).__name__}. Name a class or a function that returns a map-style dataset, or give `key` for"
             " a stream."
         )
-    return TeacherCache.build(teacher, dataset, file.parent / values["path"], **settings)
+    folder = file.parent / values["path"]
+    if part is None:
+        TeacherCache.build(teacher, dataset, folder, **settings)
+    else:
+        chosen = Part.of(part)
+        folder = folder.with_name(f"{folder.name}-part-{chosen.number}-of-{chosen.count}")
+        TeacherCache.build_part(teacher, dataset, folder, part, **settings)
 
 
 def _is_names(value: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from distill_core.parts import Part, merge
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Reader
 from lightning_distill.cache.attached import KeyedDataset, KeyedStream
@@ -178,6 +179,57 @@ class TeacherCache:
         finally:
             builder.close()
         return cls.open(path, mask=mask, key=key)
+
+    @classmethod
+    def build_part(
+        cls, teacher: nn.Module, dataset: Any, path: str | PathLike[str], part: str, **settings: Any
+    ) -> None:
+        """Build every n-th shard of a cache, for jobs that run independently of each other.
+
+        Each job builds into a folder of its own, with the same teacher, data and settings. :meth:`merge`, or
+        ``lightning-distill cache merge``, makes one cache of the folders.
+
+        Args:
+            teacher: As in :meth:`build`.
+            dataset: As in :meth:`build`, with a length.
+            path: The folder of the part.
+            part: Which part, such as ``"3/16"`` for the third of sixteen.
+            **settings: Those of :meth:`build`.
+
+        Raises:
+            CacheError: As in :meth:`build`.
+            ValueError: If there is no such part.
+        """
+        chosen = Part.of(part)
+        names = ("dtype", "top_k", "sampled", "feature_dtype")
+        storage = Storage(**{"dtype": "float16", **{name: settings.pop(name) for name in names if name in settings}})
+        resume, progress = settings.pop("resume", True), settings.pop("progress", True)
+        builder = Builder(teacher, dataset, storage=storage, **settings)
+        try:
+            build(builder, Path(path), resume=resume, progress=progress, part=chosen)
+        finally:
+            builder.close()
+
+    @classmethod
+    def merge(cls, path: str | PathLike[str], parts: Sequence[str | PathLike[str]]) -> TeacherCache:
+        """Make one cache of the folders of several parts, which stay as they are.
+
+        Every file is compared with its checksum while it is copied. A merge that was stopped continues.
+
+        Args:
+            path: The folder of the merged cache.
+            parts: The folders of the parts, in any order.
+
+        Returns:
+            The cache, opened.
+
+        Raises:
+            CacheError: If the parts are not of one build, a shard is missing or differs between two parts, or a file is
+                damaged; the message names the folder or the file.
+            OSError: If the disk is full; shards that were copied stay.
+        """
+        merge(path, parts)
+        return cls.open(path)
 
     @classmethod
     def from_arrays(

@@ -1,4 +1,4 @@
-"""``lightning-distill cache build|info|verify`` (C16)."""
+"""``lightning-distill cache build|merge|info|verify`` (C16, C20)."""
 
 from __future__ import annotations
 
@@ -87,3 +87,23 @@ def test_c16_a_missing_folder_exits_1(tmp_path: Path, capsys: Capture, action: s
     """C16"""
     assert main(["cache", action, str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_parts_are_built_and_merged(tmp_path: Path, capsys: Capture) -> None:
+    file = written(tmp_path, FILE + "shard_bytes: 100\n")
+    folders = [str(tmp_path / f"cache-part-{number}-of-2") for number in (1, 2)]
+    for number in (1, 2):
+        assert main(["cache", "build", file, "--part", f"{number}/2"]) == 0
+    capsys.readouterr()
+
+    assert main(["cache", "merge", str(tmp_path / "cache"), folders[0]]) == 1
+    assert "are missing, such as [1" in capsys.readouterr().err
+    assert main(["cache", "merge", str(tmp_path / "cache"), *folders]) == 0
+    assert capsys.readouterr().out.endswith("shards\n")
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
+
+
+@pytest.mark.parametrize(("part", "words"), [("3/2", "from 1/2 to 2/2, but got 3/2"), ("two", "like '3/16'")])
+def test_a_part_that_does_not_exist_exits_2(tmp_path: Path, capsys: Capture, part: str, words: str) -> None:
+    assert main(["cache", "build", written(tmp_path), "--part", part]) == 2
+    assert words in capsys.readouterr().err

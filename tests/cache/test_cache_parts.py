@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from distill_core.manifest import CacheError
 from distill_core.parts import Part, merge
 from lightning_distill import TeacherCache
 
-SETTINGS: dict[str, Any] = {"layers": ["0"], "batch_size": 4, "shard_bytes": 1000, "progress": False}
+SETTINGS: dict[str, Any] = {"layers": ["0"], "batch_size": 4, "shard_bytes": 200, "progress": False}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -33,12 +34,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    for number in (1, 2, 3):
+        TeacherCache.build_part(network(8), table(), folder / f"part {number}", f"{number}/3", **SETTINGS)
+    return folder
+
+
 @pytest.fixture
-def parts(tmp_path: Path) -> list[Path]:
-    folders = [tmp_path / f"part {number}" for number in (1, 2, 3)]
-    for number, folder in enumerate(folders, 1):
-        TeacherCache.build_part(network(8), table(), folder, f"{number}/3", **SETTINGS)
-    return folders
+def parts(built: Path, tmp_path: Path) -> list[Path]:
+    return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in sorted(built.iterdir())]
 
 
 def test_merged_parts_are_the_whole_byte_for_byte(whole: Path, parts: list[Path], tmp_path: Path) -> None:
