@@ -95,7 +95,7 @@ def of_another_sample(body: dict[str, Any], call: int) -> Any:
         (of_another_sample, 2, [TOKENS[0], TOKENS[3]]),
     ],
 )
-def test_what_is_missing_or_wrong_is_asked_for_again(
+def test_missing_and_wrong_answers_are_asked_for_again(
     served: Served, respond: Any, calls: int, repeated: list[list[int]] | None
 ) -> None:
     served.respond = respond
