@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,25 @@ from distill_core.sampled import SampledCodec, log_softmax
 DTYPES: Final = ("float16", "bfloat16", "float32")
 _LEVELS: Final = 255
 _SMALLEST_TAIL: Final = 1e-7
+
+
+class Likeliest(NamedTuple):
+    """The likeliest classes of some rows, in the place of all logits.
+
+    Attributes:
+        classes: Class indices, int64, shape ``(N, k)``, the likeliest first.
+        logs: Their log-probabilities, float32, same shape.
+        num_classes: Number of all classes.
+    """
+
+    classes: Array
+    logs: Array
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logits."""
+        return (len(self.classes), self.num_classes)
 
 
 class FullCodec(Codec):
@@ -105,11 +124,11 @@ class TopKCodec(Codec):
         if dtype == "uint8":
             self.columns["range"] = Column((*outer, 2), "float16")
 
-    def encode(self, values: Array, seed: Sequence[int] = ()) -> dict[str, Array]:
+    def encode(self, values: Array | Likeliest, seed: Sequence[int] = ()) -> dict[str, Array]:
         """The largest log-probabilities of logits and their classes, the largest first.
 
         Args:
-            values: Logits, shape ``(N, ..., C)``.
+            values: Logits, shape ``(N, ..., C)``, or their likeliest classes.
             seed: Not used.
 
         Returns:
@@ -118,10 +137,14 @@ class TopKCodec(Codec):
         Raises:
             ValueError: If a logit is not finite.
         """
+        if isinstance(values, Likeliest):
+            return self._stored(values.classes, values.logs)
         shifted, total = log_softmax(values)
         kept = np.argpartition(shifted, -self.k, axis=-1)[..., -self.k :]
         kept = np.take_along_axis(kept, np.lexsort((kept, -np.take_along_axis(shifted, kept, -1)), axis=-1), -1)
-        logs = (np.take_along_axis(shifted, kept, -1) - total).astype("float32")
+        return self._stored(kept, (np.take_along_axis(shifted, kept, -1) - total).astype("float32"))
+
+    def _stored(self, kept: Array, logs: Array) -> dict[str, Array]:
         stored = self._indices.pack(kept)
         left = 1.0 - np.exp(logs, dtype="float64").sum(-1, keepdims=True)
         stored["tail"] = np.log(np.maximum(left, _SMALLEST_TAIL)).astype("float16")

@@ -90,7 +90,7 @@ def test_c16_a_missing_folder_exits_1(tmp_path: Path, capsys: Capture, action: s
 
 
 def test_parts_are_built_and_merged(tmp_path: Path, capsys: Capture) -> None:
-    file = written(tmp_path, FILE + "shard_bytes: 100\n")
+    file = written(tmp_path, FILE + "shard_bytes: 100\nbatch_size: 8\n")
     folders = [str(tmp_path / f"cache-part-{number}-of-2") for number in (1, 2)]
     for number in (1, 2):
         assert main(["cache", "build", file, "--part", f"{number}/2"]) == 0
