@@ -25,7 +25,7 @@ class Part:
         count: Number of parts.
 
     Raises:
-        ValueError: If there is no such part.
+        ValueError: If the number is not from 1 to the count.
 
     Example:
         >>> Part.of("2/3").chosen([0, 1, 2, 3, 4, 5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,21 +23,20 @@ from lightning_distill.cache.predictions import Predictor
 from lightning_distill.cache.served import ServedTeacher, Tokens
 from lightning_distill.recording import Tap
 
-if TYPE_CHECKING:
-    from lightning_distill.cache.teacher_cache import TeacherCache
+Cache = TypeVar("Cache", bound="Makers")  # typing.Self is new in Python 3.11
 
 
 class Makers:
     """Base of :class:`TeacherCache` with the methods that make one."""
 
     @classmethod
-    def open(cls, path: str | PathLike[str], *, mask: Mask | None = None, key: Key | None = None) -> TeacherCache:
+    def open(cls: type[Cache], path: str | PathLike[str], *, mask: Mask | None = None, key: Key | None = None) -> Cache:
         """Open a cache that was built before; see :meth:`TeacherCache.open`."""
         raise NotImplementedError
 
     @classmethod
     def build(
-        cls,
+        cls: type[Cache],
         teacher: nn.Module,
         dataset: Any,
         path: str | PathLike[str],
@@ -61,7 +60,7 @@ class Makers:
         device: torch.device | str | None = None,
         allow_stale_augmentation: bool = False,
         shard_bytes: int = 64 * 2**20,
-    ) -> TeacherCache:
+    ) -> Cache:
         """Run the teacher over the data once and keep its outputs.
 
         A build that was stopped continues with its missing shards. Under ``torch.distributed`` the processes share the
@@ -135,7 +134,7 @@ class Makers:
 
     @classmethod
     def build_part(
-        cls, teacher: nn.Module, dataset: Any, path: str | PathLike[str], part: str, **settings: Any
+        cls: type[Cache], teacher: nn.Module, dataset: Any, path: str | PathLike[str], part: str, **settings: Any
     ) -> None:
         """Build every n-th shard of a cache, for jobs that run independently of each other.
 
@@ -151,7 +150,7 @@ class Makers:
 
         Raises:
             CacheError: As in :meth:`build`.
-            ValueError: If there is no such part.
+            ValueError: If the part does not exist.
         """
         chosen = Part.of(part)
         names = ("dtype", "top_k", "sampled", "feature_dtype")
@@ -164,7 +163,7 @@ class Makers:
             builder.close()
 
     @classmethod
-    def merge(cls, path: str | PathLike[str], parts: Sequence[str | PathLike[str]]) -> TeacherCache:
+    def merge(cls: type[Cache], path: str | PathLike[str], parts: Sequence[str | PathLike[str]]) -> Cache:
         """Make one cache of the folders of several parts, which stay as they are.
 
         Every file is compared with its checksum while it is copied. A merge that was stopped continues.
@@ -186,7 +185,7 @@ class Makers:
 
     @classmethod
     def from_arrays(
-        cls,
+        cls: type[Cache],
         arrays: Any,
         path: str | PathLike[str],
         *,
@@ -201,7 +200,7 @@ class Makers:
         mask: Mask | None = None,
         resume: bool = True,
         shard_bytes: int = 64 * 2**20,
-    ) -> TeacherCache:
+    ) -> Cache:
         """Store outputs that exist already, such as those of another program.
 
         Args:
@@ -245,7 +244,7 @@ class Makers:
 
     @classmethod
     def from_logprobs(
-        cls,
+        cls: type[Cache],
         dataset: Any,
         path: str | PathLike[str],
         ask: Ask | str | PathLike[str],
@@ -266,7 +265,7 @@ class Makers:
         resume: bool = True,
         progress: bool = True,
         shard_bytes: int = 16 * 2**20,
-    ) -> TeacherCache:
+    ) -> Cache:
         """Store the log-probabilities that a served model gives the tokens of each sample.
 
         Every answer is compared with the sample's tokens. Answers that are missing, late, cut off or of another sample
@@ -338,8 +337,8 @@ class Makers:
 
     @classmethod
     def from_predictions(
-        cls, predict: Any, dataset: Any, path: str | PathLike[str], *, name: str, **settings: Any
-    ) -> TeacherCache:
+        cls: type[Cache], predict: Any, dataset: Any, path: str | PathLike[str], *, name: str, **settings: Any
+    ) -> Cache:
         """Store the predictions of anything that is not a module: a function, an ONNX session, a scikit-learn model.
 
         Args:

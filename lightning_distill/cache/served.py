@@ -105,20 +105,20 @@ class ServedTeacher:
             CacheError: If it has none.
         """
         if callable(self.tokens):
-            found = self.tokens(sample)
+            tokens = self.tokens(sample)
         else:
             try:
-                found = sample[self.tokens]
+                tokens = sample[self.tokens]
             except (KeyError, IndexError, TypeError):
                 names = list(sample) if isinstance(sample, Mapping) else type(sample).__name__
                 raise CacheError(
                     f"Expected every sample to have its tokens at tokens={self.tokens!r}, but got a sample of {names}."
                     " Pass tokens=<a column, an index, or a function of the sample>."
                 ) from None
-        numbers = torch.as_tensor(np.asarray(found)) if not isinstance(found, (str, bytes)) else torch.zeros(0)
+        numbers = torch.as_tensor(np.asarray(tokens)) if not isinstance(tokens, (str, bytes)) else torch.zeros(0)
         if numbers.ndim != 1 or numbers.is_floating_point() or not numbers.numel():
             raise CacheError(
-                f"Expected the tokens of a sample to be one or more whole numbers, but got {short(found)}. Tokenize the"
+                f"Expected the tokens of a sample to be one or more whole numbers, but got {short(tokens)}. Tokenize the"
                 " text first."
             )
         present = sample.get("attention_mask") if isinstance(sample, Mapping) and not callable(self.tokens) else None
@@ -166,7 +166,7 @@ class ServedTeacher:
         )
 
     def _questions(self, rows: range) -> tuple[list[Question], list[Any]]:
-        """What to ask about some rows, and the keys of their samples."""
+        """The questions about some rows, and the keys of their samples."""
         samples = [self.dataset[row] for row in rows]
         keys = list(rows) if self.keys is None else self.keys.values(samples)
         named = [str(key) if isinstance(key, (Tensor, bytes, tuple)) else key for key in keys]
