@@ -232,6 +232,7 @@ class Makers:
 
         Example:
             >>> import tempfile
+            >>> from lightning_distill import TeacherCache
             >>> tokens = [torch.randn(5, 30), torch.randn(2, 30)]
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     cache = TeacherCache.from_arrays(tokens, folder, key="id", keys=["a", "b"])
@@ -360,6 +361,7 @@ class Makers:
 
         Example:
             >>> import tempfile
+            >>> from lightning_distill import TeacherCache
             >>> data = torch.utils.data.TensorDataset(torch.arange(6.0).view(3, 2))
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     cache = TeacherCache.from_predictions(

@@ -118,8 +118,8 @@ class ServedTeacher:
         numbers = torch.as_tensor(np.asarray(tokens)) if not isinstance(tokens, (str, bytes)) else torch.zeros(0)
         if numbers.ndim != 1 or numbers.is_floating_point() or not numbers.numel():
             raise CacheError(
-                f"Expected the tokens of a sample to be one or more whole numbers, but got {short(tokens)}. Tokenize the"
-                " text first."
+                f"Expected the tokens of a sample to be one or more whole numbers, but got {short(tokens)}. Tokenize"
+                " the text first."
             )
         present = sample.get("attention_mask") if isinstance(sample, Mapping) and not callable(self.tokens) else None
         if present is not None:
