@@ -12,6 +12,7 @@ from torch import nn
 
 from distill_core.clients import JsonLines
 from distill_core.parts import Part, merge
+from distill_core.remote import building
 from distill_core.served import Answers, Ask, TokenIds
 from distill_core.storage import Storage
 from distill_core.store import CacheError
@@ -69,7 +70,8 @@ class Makers:
         Args:
             teacher: The teacher; it runs in eval mode, and its mode is restored afterwards.
             dataset: The data, map-style, with a length.
-            path: The folder.
+            path: The folder, or a URL of fsspec such as ``"s3://bucket/cache"``: the cache is then built in a local
+                folder and copied there.
             layers: Layers whose features are kept.
             outputs: Whether the outputs are kept.
             top_k: How many of the likeliest classes are kept of each output; None keeps all numbers.
@@ -127,7 +129,8 @@ class Makers:
             shard_bytes=shard_bytes,
         )
         try:
-            build(builder, Path(path), resume=resume, progress=progress)
+            with building(path) as folder:
+                build(builder, folder, resume=resume, progress=progress)
         finally:
             builder.close()
         return cls.open(path, mask=mask, key=key)
@@ -180,7 +183,8 @@ class Makers:
                 damaged; the message names the folder or the file.
             OSError: If the disk is full; shards that were copied stay.
         """
-        merge(path, parts)
+        with building(path) as folder:
+            merge(folder, parts)
         return cls.open(path)
 
     @classmethod
@@ -240,7 +244,8 @@ class Makers:
             (2, 30)
         """
         imported = Imported(arrays, dataset, teacher, key, keys)
-        imported.write(Path(path), Storage(dtype, top_k, sampled, feature_dtype), mask, shard_bytes, resume)
+        with building(path) as folder:
+            imported.write(folder, Storage(dtype, top_k, sampled, feature_dtype), mask, shard_bytes, resume)
         return cls.open(path, mask=mask, key=key)
 
     @classmethod
@@ -333,7 +338,8 @@ class Makers:
             requests=requests,
             shard_bytes=shard_bytes,
         )
-        served.build(Path(path), resume=resume, progress=progress)
+        with building(path) as folder:
+            served.build(folder, resume=resume, progress=progress)
         return cls.open(path, mask=mask, key=key)
 
     @classmethod

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from distill_core.remote import open_reader
 from distill_core.store import CacheError, Manifest, Reader
 from lightning_distill.cache.attached import KeyedDataset, KeyedStream
 from lightning_distill.cache.builder import teacher_fingerprint
@@ -88,11 +88,14 @@ class TeacherCache(Makers):
         allow_changed_inputs: bool = False,
         mask: Mask | None = None,
         key: Key | None = None,
+        local: str | PathLike[str] | None = None,
+        local_bytes: int | None = None,
     ) -> TeacherCache:
         """Open a cache that was built before.
 
         Args:
-            path: The folder.
+            path: The folder, or a URL of fsspec such as ``"s3://bucket/cache"``, whose files are copied to this machine
+                when they are first read.
             teacher: The teacher that it must come from; None does not check.
             dataset: The data that it must come from, or a part of them; None does not check.
             allow_changed_inputs: Accept that the training step, a batch-transfer hook or the collate function changes
@@ -103,6 +106,10 @@ class TeacherCache(Makers):
                 is remembered unless it is a function.
             key: Where an item has its key, as in :meth:`build`. None takes that of the build, which is remembered
                 unless it is a function of your own.
+            local: Where the files of a URL are kept; None is a folder of its own in ``~/.cache/distill``, or in
+                ``$DISTILL_CACHE_DIR``.
+            local_bytes: How many bytes of them are kept; None is 10 GiB. Those that were not read for the longest time
+                are removed.
 
         Returns:
             The cache.
@@ -110,7 +117,8 @@ class TeacherCache(Makers):
         Raises:
             CacheError: If the cache is incomplete, or comes from another teacher or other data.
         """
-        cache = cls(Reader(Path(path)), allow_changed_inputs=allow_changed_inputs, mask=mask, key=key)
+        reader = open_reader(path, local, local_bytes)
+        cache = cls(reader, allow_changed_inputs=allow_changed_inputs, mask=mask, key=key)
         if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
             raise CacheError(
                 f"Expected {path} to be of this teacher, but it was built with another"
