@@ -14,8 +14,9 @@ from torch import Tensor
 
 from distill_core.codecs import Likeliest
 from distill_core.columns import Ragged
+from distill_core.keys import digest
 from distill_core.locks import locked
-from distill_core.manifest import KEY, Manifest
+from distill_core.manifest import BY_KEY, KEY, Manifest
 from distill_core.served import Answers, Question
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Writer, begin, check_folder, fingerprint
@@ -81,7 +82,7 @@ class ServedTeacher:
             layers={},
             teacher={"class": "served model", "fingerprint": fingerprint([name])},
             data={
-                "fingerprint": "by key" if key is not None else data_fingerprint(dataset, None, False),
+                "fingerprint": BY_KEY if key is not None else data_fingerprint(dataset, None, False),
                 "transform_seed": None,
                 "stale": False,
                 "kind": "torch",
@@ -162,7 +163,8 @@ class ServedTeacher:
             answered.append(answers)
             yield
         writer.write(
-            shard, (self._batch(answers, keys) for answers, (_, keys) in zip(answered, questions, strict=True))
+            shard,
+            (self._batch(answers, asked, keys) for answers, (asked, keys) in zip(answered, questions, strict=True)),
         )
 
     def _questions(self, rows: range) -> tuple[list[Question], list[Any]]:
@@ -174,11 +176,16 @@ class ServedTeacher:
             Question(row, key, self.tokens_of(sample)) for row, key, sample in zip(rows, named, samples, strict=True)
         ], keys
 
-    def _batch(self, answers: Sequence[Likeliest], keys: Sequence[Any]) -> dict[str, Any]:
+    def _batch(
+        self, answers: Sequence[Likeliest], questions: Sequence[Question], keys: Sequence[Any]
+    ) -> dict[str, Any]:
         values = Likeliest(
             np.concatenate([answer.classes for answer in answers]),
             np.concatenate([answer.logs for answer in answers]),
             self.answers.vocabulary,
         )
         batch: dict[str, Any] = {"output": Ragged(values, np.array([len(answer.classes) for answer in answers]))}
-        return batch if self.keys is None else {**batch, KEY: self.keys.digests(keys)}
+        if self.keys is None:
+            return batch
+        seen = [max(digest(np.array(question.tokens, "int64").tobytes()), 1) for question in questions]
+        return {**batch, KEY: np.stack([self.keys.digests(keys), np.array(seen, "uint64")], -1)}

@@ -17,6 +17,7 @@ from torch import nn
 from distill_core.clients import CompletionsClient
 from distill_core.manifest import CacheError
 from lightning_distill import TeacherCache
+from lightning_distill.cache.keyed import input_digests
 
 TEXTS = [
     {"id": f"text {index}", "input_ids": np.random.default_rng(index).integers(VOCABULARY, size=2 + index % 5).tolist()}
@@ -106,6 +107,9 @@ def test_answers_in_a_file_are_found_by_the_key_of_the_sample(served: Served, tm
     for stored, expected in zip(keyed.read(rows)["output"].values, asked.read(rows)["output"].values, strict=True):
         np.testing.assert_array_equal(stored, expected)
     assert [sample.rows for sample in map(keyed.attach(TEXTS[::-1]).__getitem__, (0, 19))] == [19, 0]
+    tokens = torch.tensor([TEXTS[3]["input_ids"]])
+    seen = input_digests({"input_ids": tokens}, torch.ones_like(tokens).bool(), [0])
+    assert keyed.reader.input_digests(np.array([3])) == seen  # other tokens with the same key are refused in training
 
 
 def test_padding_of_a_sample_is_not_asked_for(served: Served, tmp_path: Path) -> None:
