@@ -156,7 +156,7 @@ def codec_questions(plan: Plan) -> list[Row]:
         codec, logits = TopKCodec((classes,), 50, dtype), language_like(256, classes)
         stored = codec.encode(logits)
         label = f"{classes} classes, k=50, {dtype}"
-        rows.append(Row(f"{label}: bytes a token", codec.bytes_per_row, "bytes", gate=gate))
+        rows.append(Row(f"{label}: bytes a token", codec.bytes_per_item, "bytes", gate=gate))
         divergence, apart = fidelity(codec, logits, stored)
         rows.append(Row(f"{label}: mean KL over k + 1 outcomes", divergence, "nats", gate=1e-3))
         rows.append(Row(f"{label}: mean |delta log p|", apart, "nats", gate=0.03))
@@ -166,7 +166,7 @@ def codec_questions(plan: Plan) -> list[Row]:
         micro = sorted(1e6 * timing.cpu / number for timing in timings)[len(timings) // 2]
         rows.append(Row(f"{label}: decoding a token", micro, "us", gate=1.0, note=f"{1 / micro:.1f} million a second"))
     for pick, (k, size) in DISTILLKIT.items():
-        codec_bytes = TopKCodec((128_000,), k, "uint8").bytes_per_row
+        codec_bytes = TopKCodec((128_000,), k, "uint8").bytes_per_item
         note = f"{pick} setting, k={k}: about {size} bytes by its documentation, {codec_bytes} here. Not installed."
         rows.append(Row("peer DistillKit: bytes a token here / there", codec_bytes / size, "x", note=note))
     return rows

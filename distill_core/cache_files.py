@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import re
 import stat
@@ -14,13 +13,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from distill_core.codecs import Array
+from distill_core.columns import Array, Column
 from distill_core.manifest import CacheError, Manifest, check_file_list, read_json
 from distill_core.terminal import short
 
 # Temporary names that only this module uses. They identify the files that a killed build has left.
 _PARTIAL: Final = re.compile(
-    r"\.(shard-[0-9]{5,}(\.(output|feature[0-9]+)\.[a-z]+\.npy|\.json)|building\.json)\.distill-partial"
+    r"\.(shard-[0-9]{5,}(\.(output|feature[0-9]+|key)\.[a-z]+\.npy|\.json)|building\.json)\.distill-partial"
 )
 _LARGEST_HEADER: Final = 4096  # bytes; NumPy writes 118
 
@@ -41,36 +40,44 @@ def file_list(folder: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     """
     file = inside(folder, list_name(shard))
     files = read_json(file.read_bytes(), file)
-    needed = {
-        array_name(shard, name, column): (shape, dtype)
-        for name, codec in manifest.codecs.items()
-        for column, (shape, dtype) in codec.columns.items()
-    }
+    needed = {array_name(shard, *names): column for names, column in manifest.columns.items()}
     check_file_list(files, needed, file)
-    for name, facts in files.items():
-        size = inside(folder, name).stat().st_size
-        if size != facts["bytes"]:
-            raise CacheError(
-                f"Expected {folder / name} to have {facts['bytes']} bytes, but it has {size}. Build the cache again."
-            )
-        shape, dtype = needed[name]
-        header_size(folder / name, (len(manifest.shard_range(shard)), *shape), dtype)
+    for (name, described), column in manifest.columns.items():
+        path = inside(folder, array_name(shard, name, described))
+        size, expected = path.stat().st_size, files[path.name]["bytes"]
+        if size != expected:
+            raise CacheError(f"Expected {path} to have {expected} bytes, but it has {size}. Build the cache again.")
+        array_place(path, entries(manifest, shard, name, column), column)
     return files
 
 
-def header_size(path: Path, shape: tuple[int, ...], dtype: str) -> int:
-    """Check a ``.npy`` file, and return the size of its header.
+def entries(manifest: Manifest, shard: int, name: str, column: Column) -> int | None:
+    """The number of entries of a stored array in a shard, or None for positions: their number is in the file.
+
+    Args:
+        manifest: The manifest.
+        shard: Number of the shard.
+        name: Name of the array that the column belongs to.
+        column: The column.
+    """
+    if column.per == "shard":
+        return 1
+    return None if column.per == "item" and manifest.is_ragged(name) else len(manifest.shard_range(shard))
+
+
+def array_place(path: Path, number: int | None, column: Column) -> tuple[int, int]:
+    """Check a ``.npy`` file, and return where its numbers begin and how many entries they are.
 
     The header must be the one that NumPy writes for an array of this shape and dtype. It is compared and never
     evaluated, so a forged header can do nothing.
 
     Args:
         path: The file.
-        shape: Shape of the array.
-        dtype: Its dtype.
+        number: Number of entries; None takes as many as the file has bytes for.
+        column: Shape and dtype of an entry.
 
     Returns:
-        The number of bytes before the array's numbers.
+        The number of bytes before the array's numbers, and the number of entries.
 
     Raises:
         CacheError: If the header differs, or the file is shorter or longer than the array.
@@ -78,19 +85,23 @@ def header_size(path: Path, shape: tuple[int, ...], dtype: str) -> int:
     with open(path, "rb") as handle:
         start = handle.read(10)
         header = handle.read(min(int.from_bytes(start[8:], "little"), _LARGEST_HEADER))
-    numbers = np.dtype(dtype)
-    text = f"{{'descr': {numbers.str!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    size, before = path.stat().st_size, len(start) + len(header)
+    if number is None:
+        number = max(size - before, 0) // column.bytes
+    shape, dtype = (number, *column.shape), np.dtype(column.dtype)
+    text = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     if start[:8] != b"\x93NUMPY\x01\x00" or header.rstrip(b" \n") != text:
         got = header.strip().decode("ascii", "replace") if start[:6] == b"\x93NUMPY" else "no header"
         raise CacheError(
-            f"Expected {path} to be a .npy file of {dtype}, shape {shape}, but got {short(got)}. Build the cache again."
+            f"Expected {path} to be a .npy file of {column.dtype}, shape {shape}, but got {short(got)}."
+            " Build the cache again."
         )
-    expected, size = len(start) + len(header) + math.prod(shape) * numbers.itemsize, path.stat().st_size
+    expected = before + number * column.bytes
     if size != expected:
         raise CacheError(
             f"Expected {path} to have {expected} bytes for shape {shape}, but it has {size}. Build the cache again."
         )
-    return len(start) + len(header)
+    return before, number
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -171,6 +182,34 @@ def write(path: Path, content: bytes | Array) -> dict[str, Any]:
             handle.flush()
             os.fsync(handle.fileno())
         facts = {"bytes": temporary.stat().st_size, "blake2b": checksum(temporary)}
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return facts
+
+
+def copy(source: Path, path: Path) -> dict[str, Any]:
+    """Copy a file atomically, in small pieces.
+
+    Args:
+        source: The file to copy.
+        path: The copy; an older file of that name is replaced.
+
+    Returns:
+        The copy's size and checksum.
+    """
+    temporary, digest = _partial(path), hashlib.blake2b(digest_size=16)
+    output = open(temporary, "xb")  # noqa: SIM115 - closed below, inside the clean-up
+    try:
+        with output, open(source, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+                output.write(chunk)
+            output.flush()
+            os.fsync(output.fileno())
+        facts = {"bytes": temporary.stat().st_size, "blake2b": digest.hexdigest()}
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from distill_core.columns import Array, Codec, Column
+from distill_core.packed import IndexPacking
+from distill_core.sampled import SampledCodec, log_softmax
+
 DTYPES: Final = ("float16", "bfloat16", "float32")
 _LEVELS: Final = 255
 _SMALLEST_TAIL: Final = 1e-7
 
 
-class Codec(ABC):
-    """Base of the codecs, which turn the rows of an array into stored arrays and back.
+class Likeliest(NamedTuple):
+    """The likeliest classes of some rows, in the place of all logits.
 
     Attributes:
-        columns: Shape of one row and dtype of each stored array, by its name.
+        classes: Class indices, int64, shape ``(N, k)``, the likeliest first.
+        logs: Their log-probabilities, float32, same shape.
+        num_classes: Number of all classes.
     """
 
-    columns: dict[str, tuple[tuple[int, ...], str]]
-
-    @abstractmethod
-    def encode(self, values: Array) -> dict[str, Array]:
-        """The stored arrays of rows ``(N, ...)``."""
-
-    @abstractmethod
-    def decode(self, stored: dict[str, Array]) -> Any:
-        """The values of the rows, from their stored arrays."""
+    classes: Array
+    logs: Array
+    num_classes: int
 
     @property
-    def bytes_per_row(self) -> int:
-        """Bytes that one row takes."""
-        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.columns.values())
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logits."""
+        return (len(self.classes), self.num_classes)
 
 
 class FullCodec(Codec):
@@ -58,13 +55,14 @@ class FullCodec(Codec):
         if dtype not in DTYPES:
             raise ValueError(f"Expected `dtype` to be one of {', '.join(DTYPES)}, but got dtype={dtype!r}.")
         self.dtype = dtype
-        self.columns = {"values": (shape, "uint16" if dtype == "bfloat16" else dtype)}
+        self.columns = {"values": Column(shape, "uint16" if dtype == "bfloat16" else dtype)}
 
-    def encode(self, values: Array) -> dict[str, Array]:
+    def encode(self, values: Array, seed: Sequence[int] = ()) -> dict[str, Array]:
         """The numbers in the stored precision.
 
         Args:
             values: Rows, shape ``(N, ...)``, float32.
+            seed: Not used.
 
         Returns:
             The stored array.
@@ -120,21 +118,18 @@ class TopKCodec(Codec):
         if dtype not in ("float16", "uint8"):
             raise ValueError(f"Expected `dtype` to be 'float16' or 'uint8' with top_k, but got dtype={dtype!r}.")
         self.k, self.classes, self.dtype = k, classes, dtype
-        self._bytes, self._bits = divmod(max(1, math.ceil(math.log2(classes))), 8)
-        self._plane = (k + 7) // 8
-        self.columns = {"values": ((*outer, k), dtype), "tail": ((*outer, 1), "float16")}
-        if self._bytes:
-            self.columns["low"] = ((*outer, k * self._bytes), "uint8")
-        if self._bits:
-            self.columns["high"] = ((*outer, self._bits * self._plane), "uint8")
+        self._indices = IndexPacking(tuple(outer), classes, k)
+        self.columns = {"values": Column((*outer, k), dtype), "tail": Column((*outer, 1), "float16")}
+        self.columns |= self._indices.columns
         if dtype == "uint8":
-            self.columns["range"] = ((*outer, 2), "float16")
+            self.columns["range"] = Column((*outer, 2), "float16")
 
-    def encode(self, values: Array) -> dict[str, Array]:
+    def encode(self, values: Array | Likeliest, seed: Sequence[int] = ()) -> dict[str, Array]:
         """The largest log-probabilities of logits and their classes, the largest first.
 
         Args:
-            values: Logits, shape ``(N, ..., C)``.
+            values: Logits, shape ``(N, ..., C)``, or their likeliest classes.
+            seed: Not used.
 
         Returns:
             The stored arrays.
@@ -142,17 +137,15 @@ class TopKCodec(Codec):
         Raises:
             ValueError: If a logit is not finite.
         """
-        logits = np.asarray(values, dtype="float32")
-        if not np.isfinite(logits).all():
-            raise ValueError(
-                "Expected the teacher's outputs to be finite, but some are not. Check the teacher for NaN and infinity."
-            )
-        shifted = logits - logits.max(-1, keepdims=True)
-        total = np.exp(shifted).sum(-1, keepdims=True, dtype="float64")
+        if isinstance(values, Likeliest):
+            return self._stored(values.classes, values.logs)
+        shifted, total = log_softmax(values)
         kept = np.argpartition(shifted, -self.k, axis=-1)[..., -self.k :]
         kept = np.take_along_axis(kept, np.lexsort((kept, -np.take_along_axis(shifted, kept, -1)), axis=-1), -1)
-        logs = (np.take_along_axis(shifted, kept, -1) - np.log(total)).astype("float32")
-        stored = self._packed(kept)
+        return self._stored(kept, (np.take_along_axis(shifted, kept, -1) - total).astype("float32"))
+
+    def _stored(self, kept: Array, logs: Array) -> dict[str, Array]:
+        stored = self._indices.pack(kept)
         left = 1.0 - np.exp(logs, dtype="float64").sum(-1, keepdims=True)
         stored["tail"] = np.log(np.maximum(left, _SMALLEST_TAIL)).astype("float16")
         if self.dtype == "float16":
@@ -178,50 +171,99 @@ class TopKCodec(Codec):
         Raises:
             ValueError: If an index is too large: the bits can hold larger numbers than the number of classes.
         """
-        indices = self._unpacked(stored)
-        if indices.size and indices.max() >= self.classes:
-            raise ValueError(f"Expected class indices below {self.classes}, but got {indices.max()}.")
+        indices = self._indices.unpack(stored)
         tail = np.asarray(stored["tail"]).astype("float32")
         values = np.asarray(stored["values"])
         if self.dtype == "float16":
             return indices, values.astype("float32"), tail
         ends = np.asarray(stored["range"]).astype("float32")
-        logs = values * ((ends[..., 1:] - ends[..., :1]) / _LEVELS)
-        logs += ends[..., :1]
+        with np.errstate(over="ignore", invalid="ignore"):  # of an altered file
+            logs = values * ((ends[..., 1:] - ends[..., :1]) / _LEVELS)
+            logs += ends[..., :1]
         return indices, logs, tail
 
-    def _packed(self, indices: Array) -> dict[str, Array]:
-        outer = indices.shape[:-1]
-        stored: dict[str, Array] = {}
-        if self._bytes:
-            low = indices[..., None] >> (8 * np.arange(self._bytes))
-            stored["low"] = (low & 0xFF).astype("uint8").reshape(*outer, -1)
-        if self._bits:
-            planes = (indices[..., None, :] >> (8 * self._bytes + np.arange(self._bits))[:, None]) & 1
-            stored["high"] = np.packbits(planes.astype("uint8"), axis=-1, bitorder="little").reshape(*outer, -1)
-        return stored
 
-    def _unpacked(self, stored: dict[str, Array]) -> Array:
-        outer = np.asarray(stored["values"]).shape[:-1]
-        indices = np.zeros((*outer, self.k), dtype="int32")
-        if self._bytes:
-            low = np.asarray(stored["low"]).reshape(*outer, self.k, self._bytes)
-            if self._bytes == 2:
-                indices[:] = np.ascontiguousarray(low).view("<u2")[..., 0]
-            else:
-                for byte in range(self._bytes):
-                    indices |= low[..., byte].astype("int32") << (8 * byte)
-        if self._bits:
-            planes = np.asarray(stored["high"]).reshape(*outer, self._bits, self._plane)
-            bits = np.unpackbits(planes, axis=-1, count=self.k, bitorder="little")
-            for bit in range(self._bits):
-                indices |= bits[..., bit, :].astype("int32") << (8 * self._bytes + bit)
-        return indices.astype("int64")
+class ScaledCodec(Codec):
+    """Features in 8 bits, linear between the smallest and the largest number of each channel in a shard.
+
+    Args:
+        shape: Shape of one item.
+        channels: Dimension of the channels in it.
+
+    Raises:
+        ValueError: If an item has no such dimension.
+
+    Example:
+        >>> codec = ScaledCodec((2,), 0)
+        >>> values = np.float32([[0.0, -100.0], [1.0, 100.0], [0.2, 0.0]])
+        >>> stored = codec.encode(values)
+        >>> stored["values"].dtype, codec.decode({**stored, "scale": stored["scale"].repeat(3, 0)}).round(1)
+        (dtype('uint8'), array([[   0. , -100. ],
+               [   1. ,  100. ],
+               [   0.2,    0.4]], dtype=float32))
+    """
+
+    whole_shard = True
+
+    def __init__(self, shape: tuple[int, ...], channels: int) -> None:
+        if type(channels) is not int or not 0 <= channels < len(shape):
+            raise ValueError(
+                f"Expected `channels` to be a dimension of {shape}, but got channels={channels!r}. Pass another dtype."
+            )
+        self.channels = channels
+        self.columns = {"values": Column(shape, "uint8"), "scale": Column((shape[channels], 2), "float32", "shard")}
+
+    def encode(self, values: Array, seed: Sequence[int] = ()) -> dict[str, Array]:
+        """The numbers in 8 bits, and the smallest number and the step of each channel.
+
+        Args:
+            values: All items of a shard, shape ``(N, ...)``, float32.
+            seed: Not used.
+
+        Returns:
+            The stored arrays.
+
+        Raises:
+            ValueError: If a number is not finite.
+        """
+        last = np.moveaxis(np.asarray(values, "float32"), self.channels + 1, -1)
+        if not np.isfinite(last).all():
+            raise ValueError(
+                "Expected the teacher's features to be finite, but some are not. Check the teacher for NaN and"
+                " infinity."
+            )
+        rows = last.reshape(-1, last.shape[-1])
+        if not len(rows):
+            rows = np.zeros((1, last.shape[-1]), "float32")
+        smallest = rows.min(0)
+        step = (rows.max(0).astype("float64") - smallest) / _LEVELS
+        levels = np.rint((last - smallest) / np.where(step > 0, step, 1.0))
+        stored = np.moveaxis(levels.clip(0, _LEVELS).astype("uint8"), -1, self.channels + 1)
+        return {"values": stored, "scale": np.stack([smallest, step], -1).astype("float32")[None]}
+
+    def decode(self, stored: dict[str, Array]) -> Array:
+        """The numbers, float32.
+
+        Args:
+            stored: The stored arrays, ``"scale"`` with an entry for each item.
+        """
+        values = np.moveaxis(np.asarray(stored["values"]), self.channels + 1, -1)
+        scale = np.asarray(stored["scale"])
+        scale = scale.reshape(len(scale), *[1] * (values.ndim - 2), *scale.shape[1:])
+        numbers = values.astype("float32")
+        with np.errstate(over="ignore", invalid="ignore"):  # of an altered file
+            numbers *= scale[..., 1]
+            numbers += scale[..., 0]
+        return np.moveaxis(numbers, -1, self.channels + 1)
 
 
 def make(description: dict[str, Any]) -> Codec:
     """The codec that a manifest describes."""
-    shape = tuple(description["shape"])
+    shape, dtype = tuple(description["shape"]), description["dtype"]
     if description.get("top_k") is not None:
-        return TopKCodec(shape, description["top_k"], description["dtype"])
-    return FullCodec(shape, description["dtype"])
+        return TopKCodec(shape, description["top_k"], dtype)
+    if description.get("sampled") is not None:
+        return SampledCodec(shape, description["sampled"])
+    if "channels" in description:
+        return ScaledCodec(shape, description["channels"])
+    return FullCodec(shape, dtype)

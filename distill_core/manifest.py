@@ -13,10 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from distill_core.codecs import Codec, make
+from distill_core.codecs import make
+from distill_core.columns import Codec, Column
 from distill_core.terminal import short
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+BY_KEY: Final = "by key"  # stands for the digest of the data where samples are found by key
+KEY: Final = "key"  # the name of the keys among a shard's files
 MANIFEST, BUILDING = "manifest.json", "building.json"
 _NAME: Final = re.compile(r"output|feature(0|[1-9][0-9]{0,4})")
 _LARGEST: Final = 2**53  # the largest integer that every JSON reader holds exactly
@@ -35,16 +38,21 @@ class Manifest:
     """Contents of a cache.
 
     Attributes:
-        length: Number of samples in the data.
+        length: Number of samples in the data; 0 for a stream while it is being built.
         views: Number of augmented views of each sample.
         shard_rows: Rows in a shard; the last may have fewer.
-        arrays: Description of each stored array by its name, ``"output"`` or ``"feature0"``...: ``shape`` of a row,
-            ``dtype``, and ``top_k`` where only the likeliest classes are stored.
+        arrays: Description of each stored array by its name, ``"output"`` or ``"feature0"``...: ``shape`` of an item,
+            ``dtype``; ``top_k`` where only the likeliest classes are stored, ``sampled`` where some are drawn at
+            random; ``channels`` where each channel has a scale, its dimension; and ``ragged`` where rows have differing
+            lengths and an item is a position of a row: the place of the mask of the tokens in a batch, None for a
+            function.
         layers: The layer that each feature comes from, by its name in ``arrays``.
         teacher: ``class`` and ``fingerprint`` of the teacher.
         data: ``fingerprint`` of the data and ``transform_seed``.
         versions: Versions of the libraries that wrote it.
-        version: Version of the format.
+        version: Version of the format; 1 has neither ragged rows nor keys.
+        key: Where the keys of the samples come from, if rows are found by key and not by number: ``kind`` is
+            ``"column"`` with its ``column``, ``"content"`` or ``"function"``.
     """
 
     length: int
@@ -56,6 +64,7 @@ class Manifest:
     data: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
     version: int = FORMAT_VERSION
+    key: dict[str, Any] | None = None
 
     @property
     def rows(self) -> int:
@@ -68,22 +77,36 @@ class Manifest:
         return -(-self.rows // self.shard_rows)
 
     def shard_range(self, shard: int) -> range:
-        """The rows of a shard."""
-        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows))
+        """The rows of a shard; of a stream whose length is not known yet those of a full shard."""
+        stop = (shard + 1) * self.shard_rows
+        return range(shard * self.shard_rows, min(stop, self.rows) if self.length else stop)
 
     @property
     def codecs(self) -> dict[str, Codec]:
         """The codec of each array."""
         return {name: make(description) for name, description in self.arrays.items()}
 
+    def is_ragged(self, name: str) -> bool:
+        """Whether the rows of an array have differing lengths."""
+        return name in self.arrays and "ragged" in self.arrays[name]
+
     @property
-    def bytes(self) -> int:
-        """Bytes of all rows together."""
-        return self.rows * sum(codec.bytes_per_row for codec in self.codecs.values())
+    def columns(self) -> dict[tuple[str, str], Column]:
+        """The stored arrays of a shard, by the name of the array and of the column."""
+        columns = {
+            (name, column): described
+            for name, codec in self.codecs.items()
+            for column, described in codec.columns.items()
+        }
+        columns |= {(name, "lengths"): Column((), "uint32", "row") for name in self.arrays if self.is_ragged(name)}
+        return columns if self.key is None else {**columns, (KEY, "values"): Column((2,), "uint64", "row")}
 
     def to_json(self) -> str:
         """The text of the manifest's file."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        values = asdict(self)
+        if self.version == 1:
+            del values["key"]
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, content: Content, file: Path) -> Manifest:
@@ -104,10 +127,10 @@ class Manifest:
         """
         values = read_json(content, file)
         version = values.get("version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        if among(1, FORMAT_VERSION)(version):
             got = "none" if version is None else short(version)
             raise CacheError(
-                f"Expected {file} to be of format version {FORMAT_VERSION}, but got {got}. Build the cache again."
+                f"Expected {file} to be of format version 1 to {FORMAT_VERSION}, but got {got}. Build the cache again."
             )
         check(values, file)
         return cls(**values)
@@ -195,6 +218,12 @@ def row_shape(value: Any) -> str:
     return words if product > _LARGEST else ""
 
 
+def place_in_batch(value: Any) -> str:
+    """Rule: a key or an index of an entry of a batch."""
+    is_index = type(value) is int and abs(value) <= 1000
+    return "" if is_index or not text()(value) else "a string, or a whole number from -1000 to 1000"
+
+
 def scalar(value: Any) -> str:
     """Rule: a string, a number, True, False or null."""
     return "" if value is None or isinstance(value, (str, int, float)) else "a string, a number, true, false or null"
@@ -203,12 +232,15 @@ def scalar(value: Any) -> str:
 Rules = Mapping[str, Rule]
 DIGEST: Final = matching("[0-9a-f]{32}", "32 hexadecimal digits")
 _TOP: Final[Rules] = {
-    "version": among(FORMAT_VERSION),
+    "version": among(1, FORMAT_VERSION),
     "length": whole(1),
     "views": whole(1),
     "shard_rows": whole(1),
 }
 _ARRAY: Final[Rules] = {"shape": row_shape, "dtype": among("float16", "bfloat16", "float32", "uint8")}
+_OF_OUTPUT: Final[Rules] = {"top_k": whole(1), "sampled": whole(2)}
+_OF_FEATURE: Final[Rules] = {"channels": whole(0, _MOST_DIMENSIONS)}
+_OF_ANY: Final[Rules] = {"ragged": or_none(place_in_batch)}
 _TEACHER: Final[Rules] = {"class": text(), "fingerprint": text(200)}
 _DATA: Final[Rules] = {
     "fingerprint": text(200),
@@ -216,6 +248,7 @@ _DATA: Final[Rules] = {
     "stale": among(True, False),
     "kind": among("torch", "keras"),
 }
+_KEY: Final[Rules] = {"kind": among("column", "content", "function")}
 _FILE: Final[Rules] = {"bytes": whole(1), "blake2b": DIGEST}
 
 
@@ -230,14 +263,19 @@ def check(values: Mapping[str, Any], file: Path) -> None:
         CacheError: If a field breaks a rule; the message names the field and the file.
     """
     sections = ("arrays", "layers", "teacher", "data", "versions")
-    _fields(values, {**_TOP, **dict.fromkeys(sections, _object)}, "", file)
+    rules = {**_TOP, **dict.fromkeys(sections, _object)}
+    if file.name == BUILDING:
+        rules["length"] = whole(0)  # the length of a stream is known at its end
+    if values["version"] > 1:
+        rules["key"] = or_none(_object)
+    _fields(values, rules, "", file)
     arrays = values["arrays"]
     if not arrays:
         _refuse("arrays", "at least one array", arrays, file)
     for name, description in arrays.items():
         if not _NAME.fullmatch(name):
             _refuse("arrays", 'arrays named "output" or "feature0", "feature1", ...', name, file)
-        _array(name, description, file)
+        _array(name, description, file, values["version"])
     features = {name for name in arrays if name != "output"}
     if set(values["layers"]) != features:
         _refuse("layers", f"one layer for each of {sorted(features)}", sorted(values["layers"]), file)
@@ -246,6 +284,9 @@ def check(values: Mapping[str, Any], file: Path) -> None:
     _fields(values["teacher"], _TEACHER, "teacher.", file, others=scalar)
     _fields(values["data"], _DATA, "data.", file, others=scalar)
     _fields(values["versions"], {}, "versions.", file, others=text(1000))
+    if (key := values.get("key")) is not None:
+        column: Rules = {"column": place_in_batch} if key.get("kind") == "column" else {}
+        _fields(key, {**_KEY, **column}, "key.", file)
     rows = values["length"] * values["views"]
     if rows > _LARGEST:
         _refuse("length", f"at most {_LARGEST} rows in all its views", values["length"], file)
@@ -274,13 +315,16 @@ def _object(value: Any) -> str:
     return "" if isinstance(value, dict) else "a JSON object"
 
 
-def _array(name: str, description: Any, file: Path) -> None:
+def _array(name: str, description: Any, file: Path, version: int) -> None:
     path = f"arrays.{name}"
     if not isinstance(description, dict):
         _refuse(path, "a JSON object", description, file)
-    top_k = {"top_k": whole(1)} if name == "output" and "top_k" in description else {}
-    _fields(description, {**_ARRAY, **top_k}, f"{path}.", file)
-    if top_k and not description["shape"]:
+    allowed = {**(_OF_OUTPUT if name == "output" else _OF_FEATURE), **_OF_ANY}
+    if version == 1:
+        allowed = {"top_k": allowed["top_k"]} if name == "output" else {}
+    rules = {**_ARRAY, **{setting: rule for setting, rule in allowed.items() if setting in description}}
+    _fields(description, rules, f"{path}.", file)
+    if ("top_k" in description or "sampled" in description) and not description["shape"]:
         _refuse(f"{path}.shape", "at least one size, the number of classes", description["shape"], file)
     try:
         make(description)

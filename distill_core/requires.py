@@ -17,6 +17,8 @@ class Requires:
         several_layers: The two arguments are lists of features, one for each layer.
         merges_classes: The loss is a divergence between the distributions of a row that also holds where classes are
             merged, so that a cache of the likeliest classes is enough.
+        linear_in_teacher: Its gradient is linear in the teacher's probabilities at temperature 1, so that classes drawn
+            at random give an unbiased one.
         learned: The loss has parameters of its own, made once the shapes are known.
         class_scores: Both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
@@ -32,6 +34,7 @@ class Requires:
     positions_must_match: bool = True
     several_layers: bool = False
     merges_classes: bool = False
+    linear_in_teacher: bool = False
     learned: bool = False
     class_scores: bool = False
 

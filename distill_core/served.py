@@ -22,7 +22,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from distill_core.codecs import Array
+from distill_core.codecs import Likeliest
+from distill_core.columns import Array
 from distill_core.manifest import CacheError
 
 TokenIds = Callable[[str], int | None]
@@ -45,25 +46,6 @@ class Question:
     index: int
     key: str | int
     tokens: list[int]
-
-
-class Likeliest(NamedTuple):
-    """The likeliest classes of some rows, in the place of all logits.
-
-    Attributes:
-        classes: Class indices, int64, shape ``(N, k)``, the likeliest first.
-        logs: Their log-probabilities, float32, same shape.
-        num_classes: Number of all classes.
-    """
-
-    classes: Array
-    logs: Array
-    num_classes: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the logits."""
-        return (len(self.classes), self.num_classes)
 
 
 class Answers:

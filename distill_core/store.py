@@ -5,10 +5,13 @@
     cache/
       manifest.json                  description of the files below, the teacher and the data
       shard-00000.output.values.npy  rows 0 to shard_rows - 1 of one stored array, memory-mapped when read
+      shard-00000.output.lengths.npy number of positions of each row, where rows have differing lengths
+      shard-00000.key.values.npy     digests of each sample's key and inputs (0: unknown), where rows are found by key
       shard-00000.json               sizes and checksums of the shard's files; written last, so it marks a whole shard
       ...
 
-Row ``view * length + index`` holds the teacher's outputs for sample ``index`` of the data in that view. A folder that
+Row ``view * length + index`` holds the teacher's outputs for sample ``index`` of the data in that view. The rows of
+sequences have no padding: all positions of a shard's rows follow each other in one array. A folder that
 is being built has ``building.json`` in place of the manifest. Pickle is never used: every array is read as a plain
 ``.npy`` file. A folder from an untrusted source can hold wrong numbers, but it cannot run code, make the reader leave
 the folder, or make it allocate more memory than its files need.
@@ -18,17 +21,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from distill_core import cache_files
 from distill_core.cache_files import fingerprint
-from distill_core.codecs import Array
-from distill_core.manifest import BUILDING, FORMAT_VERSION, MANIFEST, CacheError, Manifest
+from distill_core.columns import Array, Ragged
+from distill_core.manifest import BUILDING, FORMAT_VERSION, KEY, MANIFEST, CacheError, Manifest
+from distill_core.reader import Reader
 
 __all__ = [
     "FORMAT_VERSION",
@@ -41,8 +45,6 @@ __all__ = [
     "check_folder",
     "fingerprint",
 ]
-
-_BLOCK: Final = 2**22  # bytes that `verify` decodes at a time
 
 
 def check_folder(folder: Path) -> None:
@@ -83,18 +85,18 @@ def begin(folder: Path, manifest: Manifest, resume: bool) -> Manifest:
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     Manifest.from_json(manifest.to_json().encode(), folder / BUILDING)  # refuse a manifest that no reader would accept
-    begun = _begun(folder)
-    if begun is not None and (difference := _difference(begun, manifest)):
-        raise CacheError(f"Expected {folder} to be empty or begun with these settings, but {difference}.")
-    if begun is not None and not resume:
+    before = begun(folder)
+    if before is not None and (words := difference(before, manifest)):
+        raise CacheError(f"Expected {folder} to be empty or begun with these settings, but {words}.")
+    if before is not None and not resume:
         raise CacheError(f"Expected {folder} to be empty, but it holds a cache. Pass resume=True, or remove it.")
     cache_files.remove_partial(folder)
-    if begun is None:
+    if before is None:
         cache_files.write(folder / BUILDING, manifest.to_json().encode())
-    return begun or manifest
+    return before or manifest
 
 
-def _begun(folder: Path) -> Manifest | None:
+def begun(folder: Path) -> Manifest | None:
     """The manifest of a cache that is complete or was begun."""
     for name in (MANIFEST, BUILDING):
         if (folder / name).exists():
@@ -114,60 +116,116 @@ class Writer:
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        begun = _begun(folder)
-        difference = "it is not" if begun is None else _difference(begun, manifest)
-        if begun is None or difference:
-            raise CacheError(f"Expected {folder} to be begun with these settings, but {difference}.")
-        self.folder, self.manifest, self._codecs = folder, begun, begun.codecs
+        before = begun(folder)
+        words = "it is not" if before is None else difference(before, manifest)
+        if before is None or words:
+            raise CacheError(f"Expected {folder} to be begun with these settings, but {words}.")
+        self.folder, self.manifest, self._codecs = folder, before, before.codecs
 
     @property
     def missing(self) -> list[int]:
         """Numbers of the shards that do not exist yet or are incomplete."""
-        return [shard for shard in range(self.manifest.shards) if not self._whole(shard)]
+        return [shard for shard in range(self.manifest.shards) if not self.whole(shard)]
 
-    def write(self, shard: int, batches: Iterable[Mapping[str, Array]]) -> None:
-        """Encode and write one shard; only one batch of its rows is held before encoding.
+    def write(self, shard: int, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Encode and write one shard; of most codecs only one batch of its rows is held before encoding.
 
         Args:
             shard: Its number.
-            batches: The rows of each array, one batch after the other.
+            batches: The rows of each array, one batch after the other: an array ``(N, ...)``, or a :class:`Ragged`
+                where rows have differing lengths; and in a cache with keys ``"key"``, uint64 ``(N, 2)``: the digests of
+                the samples' keys, and of their inputs, which are 0 where they are not known.
 
         Raises:
             ValueError: If the values do not fit the manifest.
             OSError: If they cannot be written. Shards that were complete stay complete.
         """
-        rows, files = self.manifest.shard_range(shard), {}
-        parts: dict[tuple[str, str], list[Array]] = {}
-        for values in batches:
+        parts: dict[tuple[str, str], list[Array]] = {names: [] for names in self.manifest.columns}
+        waiting: dict[str, list[Array]] = {name: [] for name, codec in self._codecs.items() if codec.whole_shard}
+        num_rows, files = 0, {}
+        for number, values in enumerate(batches):
+            sizes = set()
             for name, codec in self._codecs.items():
-                shape = tuple(self.manifest.arrays[name]["shape"])
-                if values[name].shape[1:] != shape:
-                    raise ValueError(f"Expected rows of {name!r} to be {shape}, but got {values[name].shape[1:]}.")
-                for column, stored in codec.encode(values[name]).items():
-                    parts.setdefault((name, column), []).append(stored)
+                rows = values[name]
+                items = self._items(name, rows)
+                if isinstance(rows, Ragged):
+                    parts[name, "lengths"].append(rows.lengths.astype("uint32"))
+                sizes.add(len(rows.lengths) if isinstance(rows, Ragged) else len(rows))
+                if codec.whole_shard:
+                    waiting[name].append(items)
+                    continue
+                for column, stored in codec.encode(items, (shard, number)).items():
+                    parts[name, column].append(stored)
+            if self.manifest.key is not None:
+                parts[KEY, "values"].append(values[KEY])
+                sizes.add(len(values[KEY]))
+            if len(sizes) != 1:
+                raise ValueError(f"Expected as many rows of each array in a batch, but got {sorted(sizes)}.")
+            num_rows += sizes.pop()
+        for name, batches_of_items in waiting.items():
+            for column, stored in self._codecs[name].encode(np.concatenate(batches_of_items)).items():
+                parts[name, column].append(stored)
+        expected = len(self.manifest.shard_range(shard))
+        # the last shard of a stream may have fewer
+        if not (num_rows == expected or (self.manifest.length == 0 and 0 < num_rows < expected)):
+            raise ValueError(f"Expected {expected} rows in a shard, but got {num_rows}.")
         for (name, column), batches_stored in parts.items():
-            stored = np.ascontiguousarray(np.concatenate(batches_stored))
-            if len(stored) != len(rows):
-                raise ValueError(f"Expected {len(rows)} rows of {name!r} in a shard, but got {len(stored)}.")
             file = self.folder / cache_files.array_name(shard, name, column)
-            files[file.name] = cache_files.write(file, stored)
+            files[file.name] = cache_files.write(file, np.ascontiguousarray(np.concatenate(batches_stored)))
         cache_files.write(
             self.folder / cache_files.list_name(shard), (json.dumps(files, indent=2, sort_keys=True) + "\n").encode()
         )
 
-    def finish(self) -> None:
+    def _items(self, name: str, rows: Any) -> Array:
+        """The items of some rows, after a check of their shape."""
+        if self.manifest.is_ragged(name) != isinstance(rows, Ragged):
+            raise ValueError(f"Expected rows of {name!r} to be all of one length, or all without padding.")
+        items: Array = rows.values if isinstance(rows, Ragged) else rows
+        shape = tuple(self.manifest.arrays[name]["shape"])
+        if items.shape[1:] != shape:
+            raise ValueError(f"Expected rows of {name!r} to be {shape}, but got {items.shape[1:]}.")
+        return items
+
+    def finish(self, length: int = 0) -> None:
         """Write the manifest, which marks the cache as complete.
 
+        Args:
+            length: Number of samples of a stream, whose length was not known before.
+
         Raises:
-            CacheError: If shards are missing.
+            CacheError: If shards are missing, or two rows have the same key.
         """
+        unfinished = self.folder / BUILDING
+        if not unfinished.exists():
+            return
+        if length:
+            self.manifest = replace(self.manifest, length=length)
         if missing := self.missing:
             raise CacheError(f"Expected {self.folder} to hold all shards, but {missing[:5]} are missing.")
-        begun = self.folder / BUILDING
-        if begun.exists():
-            os.replace(begun, self.folder / MANIFEST)
+        if self.manifest.key is not None:
+            self._check_keys()
+        if length:
+            cache_files.write(unfinished, self.manifest.to_json().encode())
+        os.replace(unfinished, self.folder / MANIFEST)
 
-    def _whole(self, shard: int) -> bool:
+    def keys(self, shard: int) -> Array:
+        """The digests of the keys of a complete shard."""
+        stored = np.load(self.folder / cache_files.array_name(shard, KEY, "values"), allow_pickle=False)
+        return np.asarray(stored[:, 0])
+
+    def _check_keys(self) -> None:
+        keys = np.concatenate([self.keys(shard) for shard in range(self.manifest.shards)])
+        order = np.argsort(keys, kind="stable")
+        repeated = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+        if len(repeated):
+            rows = sorted(order[repeated[0] : repeated[0] + 2].tolist())
+            raise CacheError(
+                f"Expected every sample to have a key of its own, but samples {rows[0]} and {rows[1]} have the same."
+                " Pass another key=, or leave out repeated samples."
+            )
+
+    def whole(self, shard: int) -> bool:
+        """Whether a shard exists and is complete."""
         try:
             cache_files.file_list(self.folder, self.manifest, shard)
         except CacheError:
@@ -175,146 +233,12 @@ class Writer:
         return True
 
 
-class Reader:
-    """Reads rows of a cache.
-
-    A pickled reader, as data loaders send to their workers, holds the folder and the manifest only: each process maps
-    the files, and compares them with their checksums, when it first reads from them.
-
-    Args:
-        folder: The cache.
-
-    Raises:
-        CacheError: If the folder does not hold a complete cache; the message names the file.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        if not (folder / MANIFEST).exists():
-            begun = (folder / BUILDING).exists()
-            why = "it is not complete: build it with resume=True" if begun else "the folder has none"
-            raise CacheError(f"Expected a cache's {MANIFEST} in {folder}, but {why}.")
-        self.__setstate__(
-            {
-                "folder": folder,
-                "manifest": Manifest.from_json(cache_files.inside(folder, MANIFEST).read_bytes(), folder / MANIFEST),
-            }
-        )
-        for shard in range(self.manifest.shards):  # the first missing one ends the loop, however many there are
-            self._files(shard)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.folder: Path = state["folder"]
-        self.manifest: Manifest = state["manifest"]
-        self._codecs = self.manifest.codecs
-        self._lists: dict[int, dict[str, Any]] = {}
-        self._open: dict[str, Array] = {}
-
-    def read(self, rows: Array) -> dict[str, Any]:
-        """The decoded contents of some rows.
-
-        Args:
-            rows: Row numbers, shape ``(N,)``, in any order.
-
-        Returns:
-            The decoded values of each array: its numbers, or classes, log-probabilities and tail.
-
-        Raises:
-            CacheError: If a file is missing, truncated or altered, or does not fit the manifest; the message names it.
-            IndexError: If a row does not exist.
-        """
-        rows = np.asarray(rows, dtype="int64")
-        if rows.size and (rows.min() < 0 or rows.max() >= self.manifest.rows):
-            raise IndexError(f"Expected rows from 0 to {self.manifest.rows - 1}, but got {rows.min()} to {rows.max()}.")
-        shards, places = np.divmod(rows, self.manifest.shard_rows)
-        touched = [(shard, shards == shard) for shard in np.unique(shards)]
-        return {
-            name: self._decoded(
-                name,
-                {
-                    column: self._gathered(name, column, places, touched, (len(rows), *shape), dtype)
-                    for column, (shape, dtype) in codec.columns.items()
-                },
-            )
-            for name, codec in self._codecs.items()
-        }
-
-    def verify(self, report: Callable[[str], None] = lambda name: None) -> None:
-        """Check every file: its checksum, its header and its numbers, decoded as for training.
-
-        A build stores finite numbers only, so a number that is not finite is an error too. Reading does not look for
-        them: that would take as long as reading itself.
-
-        Args:
-            report: Called with the name of each file that passes.
-
-        Raises:
-            CacheError: If a file does not pass; the message names the first such file.
-        """
-        for shard in range(self.manifest.shards):
-            for name, codec in self._codecs.items():
-                files = {column: cache_files.array_name(shard, name, column) for column in codec.columns}
-                stored = {column: self._map(shard, file) for column, file in files.items()}
-                rows, step = len(self.manifest.shard_range(shard)), max(1, _BLOCK // codec.bytes_per_row)
-                for start in range(0, rows, step):
-                    block = {column: np.asarray(values[start : start + step]) for column, values in stored.items()}
-                    decoded = self._decoded(name, block, files["values"])
-                    numbers = decoded if isinstance(decoded, tuple) else (decoded,)
-                    if not all(np.isfinite(array).all() for array in numbers):
-                        raise CacheError(
-                            f"Expected {self.folder / files['values']} to hold finite numbers, but some are NaN or"
-                            " infinite. Build the cache again."
-                        )
-                for file in files.values():
-                    report(file)
-
-    def _decoded(self, name: str, stored: dict[str, Array], file: str | None = None) -> Any:
-        try:
-            return self._codecs[name].decode(stored)
-        except ValueError as error:
-            where = f"{name!r} in {self.folder}" if file is None else f"{self.folder / file}"
-            raise CacheError(f"Expected {where} to be unchanged since the build, but: {error}") from None
-
-    def _gathered(
-        self, name: str, column: str, places: Array, touched: Iterable[Any], shape: tuple[int, ...], dtype: str
-    ) -> Array:
-        gathered = np.empty(shape, dtype)
-        for shard, selected in touched:
-            gathered[selected] = self._mapped(int(shard), cache_files.array_name(int(shard), name, column))[
-                places[selected]
-            ]
-        return gathered
-
-    def _mapped(self, shard: int, file: str) -> Array:
-        if file not in self._open:
-            self._open[file] = self._map(shard, file)
-        return self._open[file]
-
-    def _map(self, shard: int, file: str) -> Array:
-        """Map a file into memory as an array, after a check of its checksum and its header."""
-        path = cache_files.inside(self.folder, file)
-        if cache_files.checksum(path) != self._files(shard)[file]["blake2b"]:
-            raise CacheError(
-                f"Expected {path} to be unchanged since the build, but its checksum differs. Build the cache again."
-            )
-        name, column = file.split(".")[1:3]
-        shape, dtype = self._codecs[name].columns[column]
-        expected = (len(self.manifest.shard_range(shard)), *shape)
-        offset = cache_files.header_size(path, expected, dtype)
-        return np.memmap(path, dtype, "r", offset, expected)
-
-    def _files(self, shard: int) -> dict[str, Any]:
-        if shard not in self._lists:
-            self._lists[shard] = cache_files.file_list(self.folder, self.manifest, shard)
-        return self._lists[shard]
-
-
-def _difference(begun: Manifest, requested: Manifest) -> str:
+def difference(before: Manifest, requested: Manifest) -> str:
     """Words for the first setting in which two manifests differ; empty if only the versions of libraries do."""
     for name, value in asdict(requested).items():
-        before = getattr(begun, name)
-        if name != "versions" and before != value:
-            return f"it was begun with {name}={before!r}, and now it is {value!r}"
+        old = getattr(before, name)
+        of_stream = name == "length" and requested.length == 0 and requested.key is not None
+        # a complete cache of format 1 that holds the same is left as it is
+        if name not in ("versions", "version") and not of_stream and old != value:
+            return f"it was begun with {name}={old!r}, and now it is {value!r}"
     return ""

@@ -63,7 +63,7 @@ if _problem := unusable("lightning_distill", "torch", "lightning", "torchmetrics
     raise _problem
 
 from lightning_distill import functional, losses, metrics, schedules
-from lightning_distill.cache import CacheError, TeacherCache
+from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
 from lightning_distill.language_module import CausalLMDistillModule
@@ -131,6 +131,7 @@ __all__ = [
     "TeacherAgreement",
     "TeacherCache",
     "TeacherDivergence",
+    "content_key",
     "functional",
     "load_teacher",
     "losses",

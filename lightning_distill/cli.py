@@ -87,10 +87,10 @@ def validate_config(arguments: argparse.Namespace) -> int:
 
 
 def cache(arguments: argparse.Namespace) -> int:
-    """The commands ``cache build``, ``cache info`` and ``cache verify``.
+    """The commands ``cache build``, ``cache merge``, ``cache info`` and ``cache verify``.
 
     Args:
-        arguments: ``command`` and ``path``.
+        arguments: ``command`` and ``path``; ``part`` of a build, ``parts`` of a merge.
 
     Returns:
         The exit code.
@@ -101,7 +101,10 @@ def cache(arguments: argparse.Namespace) -> int:
     command, path = arguments.command, arguments.path
     try:
         if command == "cache build":
-            build_from_file(path)
+            build_from_file(path, arguments.part)
+        elif command == "cache merge":
+            cache = TeacherCache.merge(path, arguments.parts)
+            write_line(sys.stdout, f"{path}: {cache.manifest.rows:,} rows in {cache.manifest.shards} shards")
         elif command == "cache verify":
             TeacherCache.open(path).verify()
             write_line(sys.stdout, f"{path}: OK")
@@ -110,7 +113,8 @@ def cache(arguments: argparse.Namespace) -> int:
     except CacheError as error:
         return fail(_PROG, command, error)
     except OSError as error:
-        return fail(_PROG, command, file_error(error, path, "write" if command == "cache build" else "read"))
+        action = "write" if command in ("cache build", "cache merge") else "read"
+        return fail(_PROG, command, file_error(error, path, action))
     except ValueError as error:
         return fail(_PROG, command, error, code=2)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from device import ACCELERATOR
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_distill import DistillCallback
 
@@ -25,6 +26,13 @@ def network(width: int, seed: int = 0) -> nn.Sequential:
 def table(items: int = ITEMS, seed: int = 1) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.randn(items, 6, generator=generator), torch.arange(items) % 10)
+
+
+class Numbered(IterableDataset[Any]):
+    """A stream of the table's inputs, each with its number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from ((x, number) for number, (x, _) in enumerate(table()))
 
 
 class Augmented(Dataset[Any]):

@@ -205,7 +205,7 @@ def _add_export(commands: Any) -> None:
 def _add_cache(commands: Any) -> None:
     cache = commands.add_parser(
         "cache",
-        help="build, describe or check a cache of a teacher's outputs",
+        help="build, merge, describe or check a cache of a teacher's outputs",
         description="A cache holds a teacher's outputs for every sample of a dataset, so that training does not need"
         " the teacher.",
         example=f"{_PROG} cache build cache.yaml\n{_PROG} cache info cache",
@@ -223,7 +223,22 @@ def _add_cache(commands: Any) -> None:
         " that you trust.",
     )
     build.add_argument("path", type=Path, metavar="FILE", help="the YAML file")
+    build.add_argument(
+        "--part",
+        metavar="K/N",
+        help="build the K-th of N parts, in a folder with the ending -part-K-of-N; `cache merge` joins the folders",
+    )
     build.set_defaults(work="lightning_distill.cli:cache", command="cache build")
+    merge = actions.add_parser(
+        "merge",
+        help="make one cache of the folders that `cache build --part` has built",
+        description="Copy the shards of several folders into one cache, and compare every file with its checksum. A"
+        " merge that was stopped is resumed.",
+        example=f"{_PROG} cache merge cache cache-part-*",
+    )
+    merge.add_argument("path", type=Path, metavar="FOLDER", help="the folder of the merged cache")
+    merge.add_argument("parts", type=Path, metavar="PART", nargs="+", help="the folders of the parts")
+    merge.set_defaults(work="lightning_distill.cli:cache", command="cache merge")
     for action, description in (
         ("info", "Print the arrays of a cache, and the teacher that they come from."),
         ("verify", "Compare every file of a cache with its checksum, and read it as training does."),

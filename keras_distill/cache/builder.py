@@ -11,8 +11,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from distill_core.codecs import Array
+from distill_core.columns import Array
 from distill_core.locks import locked
+from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 from keras_distill import compat
 from keras_distill.cache.views import Augmentation, data_fingerprint
@@ -27,8 +28,7 @@ class Builder:
         inputs: The teacher's inputs, arrays of all items.
         layers: Layers whose features are kept.
         outputs: Whether the outputs are kept.
-        top_k: How many classes of each output are kept; None keeps all.
-        dtype: Precision of the stored numbers.
+        storage: How the numbers are stored.
         views: Number of augmented views of each item.
         augmentation: Augments the items; None leaves them unchanged.
         batch_size: Number of items in a batch.
@@ -46,8 +46,7 @@ class Builder:
         *,
         layers: Sequence[str | Tap],
         outputs: bool,
-        top_k: int | None,
-        dtype: str,
+        storage: Storage,
         views: int,
         augmentation: Augmentation | None,
         batch_size: int,
@@ -56,21 +55,16 @@ class Builder:
         self.taps = [Tap.of(layer) for layer in layers]
         if not outputs and not self.taps:
             raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
-        if dtype == "uint8" and top_k is None:
-            raise CacheError("Expected `dtype` to be float16, bfloat16 or float32 without top_k, but got 'uint8'.")
         self.inputs, self.outputs, self.batch_size, self.augmentation = inputs, outputs, batch_size, augmentation
         self.recorder, self.length = Recorder(teacher, self.taps, "teacher"), len(keras.tree.flatten(inputs)[0])
         if augmentation is not None:
             augmentation.check(inputs)
-        if top_k is not None and outputs:
+        if outputs and (storage.top_k or storage.sampled):
             self._check_logits()
-        arrays: dict[str, dict[str, Any]] = {}
-        for name, rows in self._rows(0, min(batch_size, self.length)).items():
-            arrays[name] = {"shape": list(rows.shape[1:]), "dtype": dtype}
-            if name == "output" and top_k is not None:
-                arrays[name]["top_k"] = top_k
-            elif dtype == "uint8":
-                arrays[name]["dtype"] = "float16"
+        arrays = {
+            name: storage.describe(name, rows.shape[1:], channels_first=False)
+            for name, rows in self._rows(0, min(batch_size, self.length)).items()
+        }
         manifest = Manifest(
             length=self.length,
             views=views,
@@ -86,7 +80,7 @@ class Builder:
             },
             versions={name: importlib.metadata.version(name) for name in ("keras", "numpy")},
         )
-        row_bytes = max(sum(codec.bytes_per_row for codec in manifest.codecs.values()), 1)
+        row_bytes = max(sum(codec.bytes_per_item for codec in manifest.codecs.values()), 1)
         batches = max(1, shard_bytes // (row_bytes * batch_size))
         self.manifest = replace(manifest, shard_rows=batches * batch_size)
 

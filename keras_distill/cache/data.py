@@ -13,15 +13,15 @@ from keras_distill.cache.views import Augmentation
 from keras_distill.targets import DistillTargets, EpochData
 
 _ROWS = 256  # rows in one call of Python
-# Called with row numbers, returns the teacher's part of DistillTargets for these rows.
-Answers: TypeAlias = Callable[[Any], Any]
+# Called with the numbers of items and a view, returns the teacher's part of DistillTargets for them.
+Answers: TypeAlias = Callable[[Any, int], Any]
 
 
 class CachedData(EpochData):
     """Batches of arrays whose targets hold the teacher's outputs; :meth:`TeacherCache.attach` makes it.
 
     Args:
-        answers: Returns the teacher's part of the targets for some rows.
+        answers: Returns the teacher's part of the targets for some items.
         data: The inputs, labels and sample weights; the last two may be None.
         augmentation: Augments the inputs; None leaves them unchanged.
         views: Numbers of the views that the epochs cycle through.
@@ -78,7 +78,7 @@ class CachedData(EpochData):
         x = _rows(x, items) if self._augmentation is None else self._augmentation.batch(x, items, view)
         y, weight = _rows(y, items), _rows(weight, items)
         labels = np.zeros((len(items), 0), "float32") if y is None else y  # TensorFlow does not accept None in targets
-        targets = DistillTargets(labels, self._answers(view * self._length + items))
+        targets = DistillTargets(labels, self._answers(items, view))
         return (x, targets) if weight is None else (x, targets, weight)
 
 
@@ -87,13 +87,13 @@ def _rows(arrays: Any, rows: Any) -> Any:
     return None if arrays is None else keras.tree.map_structure(lambda array: np.asarray(array)[rows], arrays)
 
 
-def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
+def zipped(data: Any, answers: Answers, view: int, length: int) -> Any:
     """A ``tf.data.Dataset`` of single items whose targets hold the teacher's outputs.
 
     Args:
         data: Items in the order in which the cache was built.
-        answers: Returns the teacher's part of the targets for some rows.
-        start: Row of the first item.
+        answers: Returns the teacher's part of the targets for some items.
+        view: Number of the view.
         length: Number of items.
 
     Returns:
@@ -101,14 +101,14 @@ def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
     """
     import tensorflow as tf
 
-    first = answers([start])
+    first = answers(np.arange(1), view)
     flat = keras.tree.flatten(first)
     # TensorFlow crashes if `unbatch` splits an empty array, such as the one of TopK whose shape holds the classes
     full = [index for index, array in enumerate(flat) if array.size]
 
     def read(rows: Any) -> Any:
         def stored(numbers: Any) -> list[Any]:
-            arrays = keras.tree.flatten(answers(numbers))
+            arrays = keras.tree.flatten(answers(numbers, view))
             return [arrays[index] for index in full]
 
         tensors = tf.numpy_function(stored, [rows], [tf.as_dtype(flat[index].dtype) for index in full])
@@ -125,24 +125,24 @@ def zipped(data: Any, answers: Answers, start: int, length: int) -> Any:
         return (x, targets) if weight is None else (x, targets, weight)
 
     # many rows in one call: a call of Python for each row would take longer than the training
-    rows = tf.data.Dataset.range(start, start + length).batch(_ROWS).map(read).unbatch()
+    rows = tf.data.Dataset.range(length).batch(_ROWS).map(read).unbatch()
     rows = rows.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
     return tf.data.Dataset.zip((data, rows)).map(joined)
 
 
-def check_length(length: int, manifest: Manifest) -> None:
+def check_length(length: int, expected: int) -> None:
     """Check that the data have the length of the data that a cache was built from.
 
     Args:
         length: Number of items.
-        manifest: The manifest of the cache.
+        expected: Number of items that the cache was built from, or of keys.
 
     Raises:
         CacheError: If the lengths differ.
     """
-    if length != manifest.length:
+    if length != expected:
         raise CacheError(
-            f"Expected the data to have the {manifest.length} items that the cache was built from, but got {length}."
+            f"Expected the data to have the {expected} items that the cache was built from, but got {length}."
         )
 
 

@@ -10,11 +10,17 @@ from typing import Any
 import keras
 import numpy as np
 
+from distill_core.arrays import checked_keys, manifest_of_arrays, named_arrays, write_arrays
+from distill_core.columns import Ragged
+from distill_core.keys import digests
+from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Reader
+from distill_core.terminal import short
 from keras_distill.cache.builder import Builder, teacher_fingerprint
 from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
+from keras_distill.cache.positions import TokenPlaces, padded
 from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
-from keras_distill.functional.top_k import TopK
+from keras_distill.functional.top_k import Sampled, TopK
 from keras_distill.recording import Tap, looks_like
 
 _UNKNOWN = -2  # the cardinality of a tf.data.Dataset of unknown length
@@ -83,6 +89,8 @@ class TeacherCache:
         outputs: bool = True,
         top_k: int | None = None,
         dtype: str = "float16",
+        sampled: int | None = None,
+        feature_dtype: str | None = None,
         views: int = 1,
         transform: Transform | None = None,
         transform_seed: int | None = None,
@@ -101,6 +109,10 @@ class TeacherCache:
             top_k: How many of the likeliest classes are kept of each output; None keeps all numbers.
             dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; with ``top_k`` ``"float16"`` or ``"uint8"``, 8 bits
                 linear in the log-probability.
+            sampled: How many classes are drawn at random from each output, with importance weights: an unbiased
+                estimate of all probabilities in few bytes, for losses that are linear in them. None draws none.
+            feature_dtype: Precision of the features: None is ``dtype``; ``"uint8"`` is 8 bits, linear between the
+                smallest and the largest number of each channel in a shard.
             views: Number of augmented views of each item; epochs cycle through them.
             transform: Augments an item: ``transform(x, seed)``, where ``x`` is one item, NumPy arrays in the structure
                 of the inputs, and ``seed`` holds two int32 numbers, the only allowed source of randomness: use
@@ -126,14 +138,92 @@ class TeacherCache:
             inputs,
             layers=layers,
             outputs=outputs,
-            top_k=top_k,
-            dtype=dtype,
+            storage=Storage(dtype, top_k, sampled, feature_dtype),
             views=views,
             augmentation=requested(transform, transform_seed, views),
             batch_size=batch_size,
             shard_bytes=shard_bytes,
         )
         builder.write(Path(path), resume)
+        return cls.open(path)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Any,
+        path: str | PathLike[str],
+        *,
+        inputs: Any = None,
+        teacher: keras.Model | None = None,
+        top_k: int | None = None,
+        dtype: str = "float16",
+        sampled: int | None = None,
+        feature_dtype: str | None = None,
+        key: str | int | None = None,
+        keys: Sequence[Any] | None = None,
+        mask: str | int = "attention_mask",
+        resume: bool = True,
+        shard_bytes: int = 64 * 2**20,
+    ) -> TeacherCache:
+        """Store outputs that exist already, such as those of another program.
+
+        Args:
+            arrays: The outputs, with a row for each item of the data, in their order: an array ``(N, ...)``, which may
+                be memory-mapped; for sequences a list of arrays ``(T, ...)``, without padding. Or a dict of
+                ``"output"`` and of names of layers to such arrays.
+            path: The folder.
+            inputs: The inputs of all items, of which :meth:`attach` compares some. None compares their number alone.
+            teacher: The teacher that the arrays come from, which :meth:`open` compares; None notes a digest of the
+                arrays.
+            top_k: As in :meth:`build`; the outputs must then be logits or log-probabilities.
+            dtype: As in :meth:`build`.
+            sampled: As in :meth:`build`; the outputs must then be logits or log-probabilities.
+            feature_dtype: As in :meth:`build`.
+            key: Where samples in PyTorch have their key, a column or an index, if ``keys`` are passed.
+            keys: The key of each row: a string, bytes or a whole number.
+            mask: Where batches in PyTorch keep the mask of their tokens, for sequences.
+            resume: Whether a build that was begun, or is complete, is continued.
+            shard_bytes: Approximate size of a shard.
+
+        Returns:
+            The cache, opened.
+
+        Raises:
+            CacheError: If the arrays and keys do not fit each other, or the folder holds something else.
+            ValueError: If the numbers do not fit the storage.
+            OSError: If the disk is full; resuming completes the folder.
+
+        Example:
+            >>> import tempfile
+            >>> tokens = [np.zeros((5, 30)), np.zeros((2, 30))]
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     cache = TeacherCache.from_arrays(tokens, folder)
+            ...     cache.attach(np.ones((2, 6), "int32"))[0][1].teacher.shape
+            (2, 6, 30)
+        """
+        named, layers = named_arrays(keras.tree.map_structure(_as_array, arrays))
+        if (key is None) != (keys is None):
+            raise CacheError(f"Expected `key` and `keys` to be given together, but got key={key!r}. Pass both or none.")
+        manifest = manifest_of_arrays(
+            named,
+            layers,
+            kind="keras",
+            data=None if inputs is None or keys is not None else data_fingerprint(inputs),
+            teacher=teacher and {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)},
+            key=None if key is None else {"kind": "column", "column": key},
+        )
+        if inputs is not None:
+            check_length(len(keras.tree.flatten(inputs)[0]), manifest.length)
+        write_arrays(
+            Path(path),
+            named,
+            manifest,
+            Storage(dtype, top_k, sampled, feature_dtype),
+            keys=None if keys is None else digests(checked_keys(keys, manifest.length)),
+            mask=mask,
+            shard_bytes=shard_bytes,
+            resume=resume,
+        )
         return cls.open(path)
 
     def attach(
@@ -145,6 +235,8 @@ class TeacherCache:
         seed: int = 0,
         view: int | None = None,
         transform: Transform | None = None,
+        keys: Sequence[Any] | None = None,
+        mask: Any = None,
     ) -> CachedData | Any:
         """Data whose targets hold the teacher's outputs.
 
@@ -156,28 +248,43 @@ class TeacherCache:
             seed: Seed of the order.
             view: Number of the augmented view to use; None uses view ``epoch % views`` in ``DistillModel.fit``.
             transform: The transform that the cache was built with, so that the student gets the teacher's inputs.
+            keys: The key of each item, where the cache was built with keys; the data may then be any part of it.
+            mask: For a cache of sequences, where the tokens of each padded item are: an array ``(N, T)`` that is not 0
+                there, or its key in a dict of inputs. None looks for ``attention_mask`` and ``padding_mask`` in the
+                inputs; without them items are taken to be padded on the right.
 
         Returns:
             For arrays a ``keras.utils.PyDataset``; for a ``tf.data.Dataset`` another one, to shuffle and batch.
 
         Raises:
-            CacheError: If the data have another length, or are not the data that Keras built the cache from; if
+            CacheError: If an item's key or number of tokens is not in the cache. If the data have another length, or
+                are not the data that Keras built the cache from; if
                 ``transform`` or ``view`` does not fit the cache; or if the cache holds augmented views and the data are
                 a ``tf.data.Dataset``.
         """
         arrays, manifest = not hasattr(data, "element_spec"), self.manifest
         views = chosen_views(manifest, view, augmented=transform is not None, cycles=arrays)
+        rows = self._rows_of(keys)
+        unpacked = keras.utils.unpack_x_y_sample_weight(data if arrays else data.element_spec)
+        places = TokenPlaces(unpacked[0], mask, batched=arrays) if self._is_ragged else None
+        number = manifest.length if rows is None else len(rows)
+
+        def answers(items: Any, view: int) -> Any:
+            items = np.asarray(items, "int64")
+            return self.answers(view * number + items if rows is None else rows[items], items, places)
+
         if not arrays:
             length = int(data.cardinality())
-            check_length(manifest.length if length == _UNKNOWN else length, manifest)
-            return zipped(data, self.answers, views[0] * manifest.length, manifest.length)
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-        check_length(len(keras.tree.flatten(x)[0]), manifest)
+            check_length(number if length == _UNKNOWN else length, number)
+            return zipped(data, answers, views[0], number)
+        x, y, weight = unpacked
+        check_length(len(keras.tree.flatten(x)[0]), number)
         augmentation = None if transform is None else Augmentation(transform, manifest.data["transform_seed"])
-        if manifest.data["kind"] == "keras" and data_fingerprint(x, augmentation) != manifest.data["fingerprint"]:
+        known = manifest.data["kind"] == "keras" and not manifest.data["stale"] and rows is None
+        if known and data_fingerprint(x, augmentation) != manifest.data["fingerprint"]:
             raise CacheError("Expected the data that the cache was built from, but some items differ.")
         return CachedData(
-            self.answers,
+            answers,
             (x, y, weight),
             augmentation=augmentation,
             views=views,
@@ -186,25 +293,59 @@ class TeacherCache:
             seed=seed,
         )
 
-    def answers(self, rows: Any) -> Any:
+    def _rows_of(self, keys: Sequence[Any] | None) -> Any:
+        """The row of each item, by its key; None if the cache has no keys."""
+        if (keys is None) != (self.manifest.key is None):
+            expected = (
+                "None, since the cache was built without keys" if self.manifest.key is None else "the items' keys"
+            )
+            received = "keys" if keys is not None else "None"
+            raise CacheError(f"Expected `keys` to be {expected}, but got {received}. Keys find the rows of the items.")
+        if keys is None:
+            return None
+        rows = self.reader.find(digests(keys))
+        if (rows < 0).any():
+            missing = short(keys[int(np.argmax(rows < 0))])
+            raise CacheError(
+                f"Expected the cache to hold the item with the key {missing}, but it does not ({self.manifest.length}"
+                " items). Leave the item out, or build a cache that holds it."
+            )
+        return rows
+
+    @property
+    def _is_ragged(self) -> bool:
+        return any(map(self.manifest.is_ragged, self.manifest.arrays))
+
+    def answers(self, rows: Any, items: Any = None, places: TokenPlaces | None = None) -> Any:
         """The teacher's part of :class:`DistillTargets` for some rows.
 
         Args:
             rows: Row numbers.
+            items: Numbers of the student's items, where sequences are padded; None takes those of the rows.
+            places: Where the tokens of padded items are, for a cache of sequences.
 
         Returns:
             The output, which is a :class:`keras_distill.functional.top_k.TopK` if the cache holds only the likeliest
-            classes; or ``{"output": ..., "features": {layer: ...}}`` if it holds features too.
+            classes; or ``{"output": ..., "features": {layer: ...}}`` if it holds features too. Sequences are padded
+            with NaN.
 
         Raises:
-            CacheError: If a file is missing or altered.
+            CacheError: If a file is missing or altered, or the numbers of tokens differ.
         """
         arrays = self.reader.read(rows)
+        for name, values in arrays.items():
+            if isinstance(values, Ragged):
+                if places is None:
+                    raise CacheError(
+                        "Expected `places` to be given for a cache of sequences, but got None. Use `attach`."
+                    )
+                arrays[name] = padded(values, places.of(np.asarray(rows if items is None else items), values.lengths))
         output: Any = arrays.get("output", np.zeros((len(rows), 1)))
         if isinstance(output, tuple):
             indices, logs, tail = output
             classes = np.zeros((len(rows), 0, self.manifest.arrays["output"]["shape"][-1]), "float32")
-            output = TopK(indices.astype("int32"), logs, tail, classes)
+            kind = Sampled if "sampled" in self.manifest.arrays["output"] else TopK
+            output = kind(indices.astype("int32"), logs, tail, classes)
         else:
             output = self._channels_last("output", np.asarray(output, "float32"))
         features = {}
@@ -223,3 +364,8 @@ class TeacherCache:
             attention = name != "output" and square and looks_like(value) == "softmax"
             self._maps[name] = not attention
         return np.moveaxis(value, 1, -1) if self._maps[name] else value
+
+
+def _as_array(array: Any) -> Any:
+    """A tensor as an array; arrays, which may be memory-mapped, are not copied."""
+    return array if isinstance(array, np.ndarray) else keras.ops.convert_to_numpy(array)

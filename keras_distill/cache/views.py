@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-from distill_core.codecs import Array
+from distill_core.columns import Array
 from distill_core.store import CacheError, fingerprint
 
 _PROBES = 8  # number of items in a fingerprint

@@ -28,6 +28,15 @@ class TopK(NamedTuple):
     classes: Any
 
 
+class Sampled(TopK):
+    """Classes drawn at random from each row, with probabilities whose mean over the draws is the teacher's.
+
+    All other classes have probability 0: ``tail`` is a large negative number.
+    """
+
+    __slots__ = ()
+
+
 def merge_classes(student_logits: Any, teacher: TopK, temperature: Any) -> tuple[Any, Any]:
     r"""Logits over k + 1 outcomes: the teacher's k likeliest classes, and all others together.
 

@@ -18,7 +18,7 @@ __all__ = ["DistillationLoss", "FunctionLoss"]
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Eight attributes describe it to a term:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Nine attributes describe it to a term:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -26,6 +26,8 @@ class DistillationLoss(keras.losses.Loss):
     - ``several_layers``: ``y_true`` and ``y_pred`` are lists of features, one for each layer.
     - ``merges_classes``: it is a divergence between the distributions of a row, also where classes of the row are
       merged, so that a cache of the likeliest classes is enough.
+    - ``linear_in_teacher``: its gradient is linear in the teacher's probabilities at temperature 1, so that a cache of
+      classes drawn at random gives an unbiased one.
     - ``learned``: :meth:`build` makes parameters in ``layer``. A FeatureDistillation builds a copy of the loss for each
       pair of layers, and treats it as it does adapters.
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
@@ -53,6 +55,7 @@ class DistillationLoss(keras.losses.Loss):
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
+    linear_in_teacher: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None

@@ -51,6 +51,7 @@ class SoftTargetLoss(LogitsLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    linear_in_teacher: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
     _formula = staticmethod(soft_target_kl)
 
@@ -104,6 +105,7 @@ class SoftCrossEntropyLoss(LogitsLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    linear_in_teacher: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
     _formula = staticmethod(soft_cross_entropy)
 

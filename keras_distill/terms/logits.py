@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_distill import backends, checks
 from keras_distill.functional.inputs import log_odds, logarithm, prepare
-from keras_distill.functional.top_k import TopK, check_classes, merge_classes
+from keras_distill.functional.top_k import Sampled, TopK, check_classes, merge_classes
 from keras_distill.losses import (
     BinarySoftTargetLoss,
     FeatureDistance,
@@ -252,6 +252,12 @@ class LogitsDistillation(LossTerm):
             ValueError: If it is not.
         """
         merges = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
+        temperature = getattr(self.loss, "temperature", 1.0)
+        if isinstance(teacher, Sampled) and not (merges and self.requires.linear_in_teacher and temperature == 1.0):
+            expected = "SoftTargetLoss or SoftCrossEntropyLoss at temperature 1 for a cache of classes drawn at random"
+            remedy = "Other losses and temperatures would be biased: build the cache with top_k, or without."
+            received = f"{type(self.loss).__name__} at temperature {temperature}"
+            raise ValueError(checks.message(expected, received, remedy))
         if not merges or not getattr(self.loss, "from_logits", True):
             expected = f"a cache of full outputs for {type(self.loss).__name__}"
             remedy = "Build it without top_k, or use a divergence of logits such as SoftTargetLoss()."

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from distill_core.class_paths import make_from_class_path
 from distill_core.cli import working_directory
-from distill_core.manifest import Rule, among, or_none, text, whole
+from distill_core.manifest import Rule, among, or_none, place_in_batch, text, whole
+from distill_core.parts import Part
 from distill_core.terminal import printable
 from distill_core.yaml_files import read_yaml
 from lightning_distill.cache import TeacherCache
@@ -23,6 +25,10 @@ _SETTINGS: dict[str, Rule] = {
     "outputs": among(True, False),
     "top_k": or_none(whole(1)),
     "dtype": text(),
+    "key": or_none(place_in_batch),
+    "mask": or_none(place_in_batch),
+    "sampled": or_none(whole(2)),
+    "feature_dtype": or_none(text()),
     "views": whole(1),
     "transform_seed": or_none(whole(0)),
     "batch_size": whole(1),
@@ -33,15 +39,13 @@ _SETTINGS: dict[str, Rule] = {
 }
 
 
-def build_from_file(file: Path) -> TeacherCache:
-    """Build the cache that a YAML file describes.
+def build_from_file(file: Path, part: str | None = None) -> None:
+    """Build the cache that a YAML file describes, or a part of it.
 
     Args:
         file: The file: ``path``, ``teacher`` and ``dataset`` by class_path and init_args, and settings of
             :meth:`TeacherCache.build`.
-
-    Returns:
-        The cache.
+        part: Which part, such as ``"3/16"``; its folder has the ending ``-part-3-of-16``.
 
     Raises:
         ValueError: If something in the file is wrong.
@@ -67,12 +71,20 @@ def build_from_file(file: Path) -> TeacherCache:
             f"{file}: Expected `teacher` to make a torch.nn.Module, but got a {type(teacher).__name__}. Name a class or"
             " a function that returns the network."
         )
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    by_number = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not by_number and not (isinstance(dataset, IterableDataset) and settings.get("key") is not None):
         raise ValueError(
             f"{file}: Expected `dataset` to make a dataset with a length and samples by index, but got a"
-            f" {type(dataset).__name__}. Name a class or a function that returns a map-style dataset."
+            f" {type(dataset).__name__}. Name a class or a function that returns a map-style dataset, or give `key` for"
+            " a stream."
         )
-    return TeacherCache.build(teacher, dataset, file.parent / values["path"], **settings)
+    folder = file.parent / values["path"]
+    if part is None:
+        TeacherCache.build(teacher, dataset, folder, **settings)
+    else:
+        chosen = Part.of(part)
+        folder = folder.with_name(f"{folder.name}-part-{chosen.number}-of-{chosen.count}")
+        TeacherCache.build_part(teacher, dataset, folder, part, **settings)
 
 
 def _is_names(value: Any) -> bool:
@@ -82,14 +94,24 @@ def _is_names(value: Any) -> bool:
 def describe(cache: TeacherCache) -> None:
     """Print the contents of a cache."""
     manifest = cache.manifest
-    table = Table("array", "shape", "stored as", "bytes a row")
+    table = Table("array", "shape", "stored as", "bytes an item")
     for name, codec in manifest.codecs.items():
         described = manifest.arrays[name]
-        kept = f"top {described['top_k']}, {described['dtype']}" if "top_k" in described else described["dtype"]
+        kept = described["dtype"]
+        if "top_k" in described:
+            kept = f"top {described['top_k']}, {kept}"
+        elif "sampled" in described:
+            kept = f"{described['sampled']} drawn at random"
+        if "ragged" in described:
+            kept += ", tokens alone"
         label = f"{name} ({manifest.layers[name].replace('|', ', ')})" if name in manifest.layers else name
-        table.add_row(*map(_plain, (label, tuple(described["shape"]), kept, f"{codec.bytes_per_row:,}")))
+        table.add_row(*map(_plain, (label, tuple(described["shape"]), kept, f"{codec.bytes_per_item:,}")))
     console = Console(highlight=False)
-    console.print(_plain(f"{manifest.length:,} items in {manifest.views} view(s), {manifest.bytes / 2**20:,.1f} MiB"))
+    console.print(
+        _plain(f"{manifest.length:,} items in {manifest.views} view(s), {cache.reader.bytes / 2**20:,.1f} MiB")
+    )
+    if manifest.key is not None:
+        console.print(_plain(f"rows by key: {manifest.key.get('column', manifest.key['kind'])}"))
     console.print(_plain(f"teacher {manifest.teacher['class']} {manifest.teacher['fingerprint']}"))
     console.print(table)
 

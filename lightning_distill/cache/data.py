@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from distill_core.codecs import Array
+from distill_core.columns import Array
 from distill_core.store import CacheError, Manifest, fingerprint
 
 Rows = Sequence[int] | Array
@@ -106,7 +106,7 @@ def data_fingerprint(dataset: Any, transform_seed: int | None, stale: bool) -> s
     Returns:
         32 hexadecimal digits.
     """
-    return fingerprint([str(len(dataset)), *([] if stale else _leaves(_probes(dataset, transform_seed)))])
+    return fingerprint([str(len(dataset)), *([] if stale else leaves(_probes(dataset, transform_seed)))])
 
 
 def changes_between_reads(dataset: Any, transform_seed: int | None) -> bool:
@@ -122,7 +122,7 @@ def changes_between_reads(dataset: Any, transform_seed: int | None) -> bool:
         digests = []
         for again in (0, 1):
             with seeded(2 * round_ + again if transform_seed is None else transform_seed, 0, index):
-                digests.append(fingerprint(_leaves(dataset[index])))
+                digests.append(fingerprint(leaves(dataset[index])))
         if digests[0] != digests[1]:
             return True
         if round_ + 1 >= _PROBES and time.monotonic() - started > _SECONDS:
@@ -214,13 +214,14 @@ def check_data(dataset: Any, manifest: Manifest) -> Rows:
     if isinstance(whole, IterableDataset) or not isinstance(whole, Sized):
         raise CacheError(
             f"Expected a map-style data set with a length, but got {type(whole).__name__}: the items of a stream"
-            " have no numbers. Wrap it in a Dataset with __len__ and __getitem__."
+            " have no numbers. Build the cache with key=..., or wrap it in a Dataset with __len__ and __getitem__."
         )
     lengths = [len(level) for level in levels]
     if manifest.length not in lengths:
         raise CacheError(
             f"Expected the data to have the {manifest.length} items that the cache was built from, but got"
-            f" {', a part of '.join(map(str, lengths))}. Pass the whole data set, or a Subset of it."
+            f" {', a part of '.join(map(str, lengths))}. Pass the whole data set, or a Subset of it; or build the cache"
+            " with key=..., which finds samples in any data set that holds them."
         )
     raise CacheError(
         "Expected the data to be those that the cache was built from, but some items differ. Build a cache for"
@@ -267,17 +268,17 @@ def _probes(dataset: Any, transform_seed: int | None) -> list[Any]:
     return samples
 
 
-def _leaves(value: Any) -> Iterable[Any]:
+def leaves(value: Any) -> Iterable[Any]:
     """The arrays and strings in a sample."""
     if isinstance(value, torch.Tensor):
         yield tensor_bits(value)
     elif isinstance(value, dict):
         for key in sorted(value, key=str):
             yield str(key)
-            yield from _leaves(value[key])
+            yield from leaves(value[key])
     elif isinstance(value, (list, tuple)):
         for entry in value:
-            yield from _leaves(entry)
+            yield from leaves(entry)
     elif hasattr(value, "__array__") or isinstance(value, (int, float)):  # images of PIL too
         yield np.asarray(value)
     else:

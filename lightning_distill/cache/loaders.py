@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from distill_core.columns import Ragged
 from distill_core.store import CacheError, Manifest, Reader
+from distill_core.terminal import short
 from lightning_distill import compat
 from lightning_distill.cache.data import Rows, seeded
+from lightning_distill.cache.keyed import SampleKeys, input_digests
+from lightning_distill.cache.positions import Mask, needed_mask, tokens_in
 from lightning_distill.patch import MISSING
 
 _TWIN = "_twin_of"  # attribute of a twin: the original loader
@@ -26,6 +30,8 @@ class OpenCache(Protocol):
 
     reader: Reader
     allow_changed_inputs: bool
+    mask: Mask | None
+    keys: SampleKeys | None
 
     @property
     def manifest(self) -> Manifest:
@@ -51,26 +57,55 @@ class _Fetched(NamedTuple):
     samples: Any
 
 
-def read_answers(reader: Reader, rows: Any) -> dict[str, Tensor]:
+def read_answers(cache: OpenCache, rows: Any, batch: Any) -> dict[str, Tensor]:
     """The teacher's outputs for some rows, as CPU tensors.
 
     Args:
-        reader: Reads the cache.
+        cache: The cache.
         rows: Row numbers, shape ``(N,)``.
+        batch: The batch of these samples, which says where the tokens of padded sequences are.
 
     Returns:
         ``"rows"``, the row numbers; ``"output"``, or ``"output.indices"``, ``"output.logs"`` and ``"output.tail"`` of
-        a cache of the likeliest classes; and ``"feature0"``...; each of shape ``(N, ...)``.
+        a cache of the likeliest classes; and ``"feature0"``...; each of shape ``(N, ...)``. For sequences the positions
+        of all rows, shape ``(P, ...)``; ``"output.mask"``, their places in the batch, shape ``(N, T)``; and
+        ``"output.places"``, the same as indices of the flattened mask.
+
+    Raises:
+        CacheError: If the batch does not say where its tokens are, or has other numbers of tokens than the cache.
     """
     rows = torch.as_tensor(rows)
     answers = {"rows": rows}
-    for name, values in reader.read(rows.cpu().numpy()).items():
+    for name, values in cache.reader.read(rows.cpu().numpy()).items():
+        if isinstance(values, Ragged):
+            place = cache.manifest.arrays[name]["ragged"] if cache.mask is None else cache.mask
+            mask = needed_mask(batch, place).cpu()
+            _check_lengths(mask, torch.from_numpy(values.lengths), rows)
+            answers |= {f"{name}.mask": mask, f"{name}.places": mask.flatten().nonzero()[:, 0]}
+            values = values.values
         if isinstance(values, tuple):
             parts = zip(("indices", "logs", "tail"), values, strict=True)
             answers |= {f"{name}.{part}": torch.from_numpy(array) for part, array in parts}
         else:
             answers[name] = torch.from_numpy(values)
     return answers
+
+
+def _check_lengths(mask: Tensor, lengths: Tensor, rows: Tensor) -> None:
+    """Raise if a batch has other numbers of tokens than the cache."""
+    if len(mask) != len(lengths):
+        raise CacheError(
+            f"Expected the batch to have {len(lengths)} sequences, one for each sample, but its mask has {len(mask)}."
+            " The collate function must not drop, repeat or pack samples."
+        )
+    differs = (mask.sum(1) != lengths).nonzero()[:, 0].tolist()
+    if differs:
+        first = differs[0]
+        raise CacheError(
+            f"Expected row {int(rows[first])} to have the {int(lengths[first])} tokens that the teacher got, but its"
+            f" mask has {int(mask[first].sum())}: the samples are truncated or tokenized in another way than in the"
+            " build, or the mask is another one. Build the cache from these samples."
+        )
 
 
 class NumberedDataset:
@@ -164,24 +199,53 @@ class AnswerCollate:
 
     Args:
         collate: The data loader's own.
-        reader: Reads the cache.
-        allow_changed_inputs: Whether random changes in the collate function are accepted.
+        cache: The cache.
+        makes_batches: Whether the loader makes batches of samples, rather than the dataset itself.
     """
 
-    def __init__(self, collate: Callable[[Any], Any], reader: Reader, allow_changed_inputs: bool) -> None:
-        self.collate, self.reader, self.allow_changed_inputs = collate, reader, allow_changed_inputs
+    def __init__(self, collate: Callable[[Any], Any], cache: OpenCache, makes_batches: bool) -> None:
+        self.collate, self.cache, self.makes_batches = collate, cache, makes_batches
 
-    def __call__(self, fetched: _Fetched) -> CachedBatch:
-        """The batch of the samples, and the teacher's outputs for them."""
-        before = None if self.allow_changed_inputs else _random_state()
-        batch = self.collate(fetched.samples)
-        if before is not None and before != _random_state() and not _holds(batch, fetched.samples):
+    def __call__(self, fetched: Any) -> CachedBatch:
+        """The batch of the samples, and the teacher's outputs for them.
+
+        Args:
+            fetched: :class:`_Fetched`; the samples alone if the cache finds their rows by key.
+        """
+        keys = self.cache.keys
+        if keys is None:
+            rows, samples = fetched
+        else:
+            samples = fetched
+            values = keys.values(samples) if self.makes_batches else keys.of_batch(samples)
+            rows = keys.rows(values, self.cache.reader)
+        before = None if self.cache.allow_changed_inputs else _random_state()
+        batch = self.collate(samples)
+        if before is not None and before != _random_state() and not _holds(batch, samples):
             raise CacheError(
                 "Expected the data loader's collate function to keep the items unchanged, since the cache holds the"
                 " teacher's outputs for these, but it changes them at random (mixup?). Pass TeacherCache.open(path,"
                 " allow_changed_inputs=True) if the teacher's outputs fit the changed items too."
             )
-        return CachedBatch(batch, read_answers(self.reader, fetched.rows))
+        answers = read_answers(self.cache, rows, batch)
+        if keys is not None and not self.cache.allow_changed_inputs:
+            self._check_inputs(batch, answers, values[0])
+        return CachedBatch(batch, answers)
+
+    def _check_inputs(self, batch: Any, answers: dict[str, Tensor], key: Any) -> None:
+        """Raise if the first sample of a batch has another content than the teacher got under the same key."""
+        manifest = self.cache.manifest
+        ragged = next((name for name in manifest.arrays if manifest.is_ragged(name)), None)
+        mask = tokens_in(batch, None) if ragged is None else answers[f"{ragged}.mask"]
+        seen = input_digests(batch, mask, [0])[0]
+        expected = self.cache.reader.input_digests(answers["rows"][:1].numpy())[0]
+        if not manifest.data["stale"] and seen and expected and seen != expected:
+            raise CacheError(
+                f"Expected the sample with the key {short(key)} to be the one that the teacher got, but its inputs"
+                " differ: the keys are those of other data, or the samples are changed by augmentation or by another"
+                " tokenizer. Build a cache for these data, or pass TeacherCache.open(path, allow_changed_inputs=True)"
+                " if the teacher's outputs fit these inputs too."
+            )
 
 
 def _random_state() -> tuple[Any, ...]:
@@ -240,7 +304,7 @@ def original(loader: Any) -> Any:
 
 
 def with_answers(
-    loader: DataLoader[Any], dataset: Any, rows: Rows, reader: Reader, epoch: Callable[[], int], allow: bool
+    loader: DataLoader[Any], dataset: Any, rows: Rows | None, cache: OpenCache, epoch: Callable[[], int]
 ) -> DataLoader[Any]:
     """A twin of a data loader whose batches are :class:`CachedBatch`; the loader itself is not touched.
 
@@ -252,16 +316,15 @@ def with_answers(
     Args:
         loader: The loader.
         dataset: Its dataset, without the wrapper of ``TeacherCache.attach``.
-        rows: Row of each sample in the first view.
-        reader: Reads the cache.
+        rows: Row of each sample in the first view; ``None`` if rows are found by key.
+        cache: The cache.
         epoch: Returns the epoch, which determines the view.
-        allow: Whether random changes in the collate function are accepted.
 
     Returns:
         The twin.
     """
     twin, made = copy.copy(loader), dict(vars(loader))
-    manifest = reader.manifest
+    manifest = cache.manifest
 
     def get_iterator() -> Any:
         view = copy.copy(loader)
@@ -270,10 +333,12 @@ def with_answers(
         changed = {name: value for name, value in vars(twin).items() if value is not made.get(name, MISSING)}
         values = {**vars(loader), **changed}
         values.pop(compat.ITERATOR_METHOD), values.pop(_TWIN)
-        values["dataset"] = NumberedDataset(
-            dataset, rows, manifest.length, manifest.views, manifest.data["transform_seed"]
-        )
-        values["collate_fn"] = AnswerCollate(values["collate_fn"], reader, allow)
+        values["dataset"] = dataset
+        if rows is not None:
+            seed = manifest.data["transform_seed"]
+            values["dataset"] = NumberedDataset(dataset, rows, manifest.length, manifest.views, seed)
+        makes_batches = values["batch_sampler"] is not None
+        values["collate_fn"] = AnswerCollate(values["collate_fn"], cache, makes_batches)
         if manifest.views > 1:
             name = "sampler" if values["batch_sampler"] is None else "batch_sampler"
             values[name] = ViewSampler(values[name], len(dataset), manifest.views, epoch)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from distill_core.store import CacheError
 from lightning_distill.cache.data import IndexedBatch
 from lightning_distill.cache.loaders import OpenCache, read_answers
-from lightning_distill.functional.top_k import TopK
+from lightning_distill.cache.positions import padded
+from lightning_distill.functional.top_k import Sampled, TopK
 from lightning_distill.recording import Call, Tap, first_tensor
 
 
@@ -81,7 +82,7 @@ class CachedTeacher:
     def unpack(self, batch: Any) -> tuple[Any, Stored]:
         """Split a batch of ``cache.attach(dataset)`` into the user's batch and the teacher's outputs for it."""
         if isinstance(batch, IndexedBatch):
-            return batch.batch, Stored(read_answers(self.cache.reader, batch.rows))
+            return batch.batch, Stored(read_answers(self.cache, batch.rows, batch.batch))
         return batch, Stored(None)
 
     def answers(self, call: Call, stored: Stored | None = None) -> list[Call]:
@@ -113,10 +114,18 @@ class CachedTeacher:
         if stored.check is not None:
             stored.check(call)
         moved = {name: tensor.to(first.device, non_blocking=True) for name, tensor in answers.items() if name != "rows"}
+        places = {name: place for place, name in self.layers.items()}
+        held = {
+            places.get(name, name): _aligned(name, moved)
+            for name in self.cache.manifest.arrays
+            if self.cache.manifest.is_ragged(name)
+        }
         output, top_k = moved.get("output"), None
         if "output.indices" in moved:
-            classes = self.cache.manifest.arrays["output"]["shape"][-1]
-            top_k = TopK(moved["output.indices"], moved["output.logs"], moved["output.tail"], classes)
+            described = self.cache.manifest.arrays["output"]
+            kind = Sampled if "sampled" in described else TopK
+            indices, logs, tail = (moved[f"output.{part}"] for part in ("indices", "logs", "tail"))
+            top_k = kind(indices, logs, tail, described["shape"][-1])
         channels_last = self.cache.manifest.data["kind"] == "keras"  # feature maps are (N, H, W, C) there
         features: dict[tuple[str, str], Tensor] = {
             (place[0], place[1]): (
@@ -125,4 +134,13 @@ class CachedTeacher:
             for place, name in self.layers.items()
         }
         output = None if output is None else output.float()
-        return [Call.from_outputs(output, features, read_logits=call.read_logits, top_k=top_k)]
+        return [Call.from_outputs(output, features, read_logits=call.read_logits, top_k=top_k, held=held)]
+
+
+def _aligned(name: str, answers: dict[str, Tensor]) -> Tensor:
+    """Put an array's positions at the places of the batch's tokens; the mask of these places."""
+    mask, places = answers[f"{name}.mask"], answers[f"{name}.places"]
+    for part in (name, f"{name}.indices", f"{name}.logs", f"{name}.tail"):
+        if part in answers:
+            answers[part] = padded(answers[part], mask, places)
+    return mask

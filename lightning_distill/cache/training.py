@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from distill_core.store import CacheError
 from lightning_distill import compat
+from lightning_distill.cache.attached import KeyedDataset, KeyedStream
 from lightning_distill.cache.data import AttachedDataset, check_data, find_rows
 from lightning_distill.cache.inputs import BatchInputs
+from lightning_distill.cache.keyed import check_first_key, first_key_is_held
 from lightning_distill.cache.loaders import CachedBatch, OpenCache, dispose, original, with_answers
 from lightning_distill.patch import MethodPatch
 from lightning_distill.recording import Call
@@ -120,13 +122,14 @@ class CachedLoaders:
             return process(loader)
         twin = self._twins.get(id(loader))  # the same loader after a reload keeps its workers
         if twin is None:
-            data = loader.dataset
-            dataset = data.dataset if isinstance(data, AttachedDataset) else data
-            manifest, reader = self._cache.manifest, self._cache.reader
-            if (rows := find_rows(dataset, manifest)) is None:
+            data, keys = loader.dataset, self._cache.keys
+            dataset = data.dataset if isinstance(data, (AttachedDataset, KeyedDataset, KeyedStream)) else data
+            rows = find_rows(dataset, self._cache.manifest) if keys is None else None
+            fits = rows is not None if keys is None else first_key_is_held(dataset, keys, self._cache.reader)
+            if not fits:
                 self._others.append(loader)
                 return process(loader)
-            twin = with_answers(loader, dataset, rows, reader, self._epoch, self._cache.allow_changed_inputs)
+            twin = with_answers(loader, dataset, rows, self._cache, self._epoch)
         if self._fresh:
             raise CacheError(
                 "Expected one training DataLoader over the data that the cache was built from, but got several. Pass"
@@ -172,7 +175,10 @@ class CachedLoaders:
         loaders = [loader for loader in self._others if isinstance(loader, DataLoader)]
         if len(self._others) == 1 and loaders:
             try:
-                check_data(loaders[0].dataset, self._cache.manifest)
+                if self._cache.keys is None:
+                    check_data(loaders[0].dataset, self._cache.manifest)
+                else:
+                    check_first_key(loaders[0].dataset, self._cache.keys, self._cache.reader)
             except CacheError as error:
                 return error
         described = ", ".join(

@@ -18,7 +18,7 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Seven attributes describe it to a term:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Eight attributes describe it to a term:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -26,6 +26,8 @@ class DistillationLoss(nn.Module):
     - ``several_layers``: the two arguments are lists of features, one for each layer.
     - ``merges_classes``: it is a divergence between the distributions of a row, also where classes of the row are
       merged, so that a cache of the likeliest classes is enough.
+    - ``linear_in_teacher``: its gradient is linear in the teacher's probabilities at temperature 1, so that a cache of
+      classes drawn at random gives an unbiased one.
     - ``learned``: :meth:`build` makes parameters. A FeatureDistillation builds a copy of the loss for each pair of
       layers, and treats it as it does adapters.
     - ``class_scores``: both arguments are class scores (logits), so that agreement with the teacher is meaningful.
@@ -50,6 +52,7 @@ class DistillationLoss(nn.Module):
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
+    linear_in_teacher: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
 
     def __init__(self) -> None:

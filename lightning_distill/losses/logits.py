@@ -46,6 +46,7 @@ class SoftTargetLoss(LogitsLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    linear_in_teacher: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
     _formula = staticmethod(soft_target_kl)
 
@@ -89,6 +90,7 @@ class SoftCrossEntropyLoss(LogitsLoss):
     """
 
     merges_classes: ClassVar[bool] = True
+    linear_in_teacher: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
     _formula = staticmethod(soft_cross_entropy)
 

@@ -103,6 +103,8 @@ class Call:
         read_logits: Picks the logits from the output.
         batch: The batch of the step, as the training or validation step received it; ``None`` where it is not known.
         top_k: The likeliest classes, where a cached teacher holds only those.
+        held: Where a cached teacher holds sequences: the tokens that it has answers for, a bool tensor ``(B, T)``, by
+            ``"output"`` and by layer and side. If it is empty, all positions have answers.
         label_place: Where the owner of the terms says that a batch keeps its labels.
         counted: For terms on tokens, by name, the number of tokens (or sequences) that count in the call.
         aligned: The teacher's tokens and the shared spans, if a term aligns two tokenizers.
@@ -121,6 +123,7 @@ class Call:
     read_logits: Callable[[Any], Tensor] | None = None
     batch: Any = field(default=None, repr=False)
     top_k: Any = None
+    held: Mapping[Any, Tensor] = field(default_factory=dict, repr=False)
     label_place: Any = None
     counted: dict[str, Tensor] = field(default_factory=dict, repr=False)
     aligned: Any = field(default=None, repr=False)

@@ -16,7 +16,15 @@ from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable
-from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, counted_positions, value_of, widened
+from lightning_distill.terms.losses import (
+    Mask,
+    check_held,
+    check_takes_mask,
+    checked_loss,
+    counted_positions,
+    value_of,
+    widened,
+)
 
 
 class FeatureDistillation(DistillationTerm):
@@ -126,6 +134,8 @@ class FeatureDistillation(DistillationTerm):
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
         mask = self._mask(student, labels)
+        for tap in self.teacher_taps:
+            check_held(teacher.held.get((tap.layer, tap.where)), mask, self.name)
         pairs = [self._pair(index, student, teacher) for index in range(len(self._pairs))]
         if self.requires.several_layers:
             features, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

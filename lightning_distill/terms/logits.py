@@ -9,13 +9,20 @@ from torch import Tensor
 
 from distill_core.requires import Requires
 from lightning_distill.functional.inputs import resolve_class_dim
-from lightning_distill.functional.top_k import TopK, merge_classes
+from lightning_distill.functional.top_k import Sampled, TopK, merge_classes
 from lightning_distill.losses import DistillationLoss, SoftTargetLoss
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable
-from lightning_distill.terms.losses import Mask, check_takes_mask, checked_loss, counted_positions, value_of
+from lightning_distill.terms.losses import (
+    Mask,
+    check_held,
+    check_takes_mask,
+    checked_loss,
+    counted_positions,
+    value_of,
+)
 
 
 class LogitsDistillation(DistillationTerm):
@@ -120,8 +127,9 @@ class LogitsDistillation(DistillationTerm):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
-        compared = self.compared(student, teacher)
-        return value_of(self.loss, self.requires, *compared, labels, self.positions(student, labels))
+        mask = self.positions(student, labels)
+        check_held(teacher.held.get("output"), mask, self.name)
+        return value_of(self.loss, self.requires, *self.compared(student, teacher), labels, mask)
 
     def compared(self, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         """The logits that the loss compares: those of :meth:`pair`, or of merged classes for a cache of the likeliest.
@@ -133,14 +141,21 @@ class LogitsDistillation(DistillationTerm):
         if top_k is None:
             return self.pair(student, teacher)
         logits = self.scores(student, top_k.classes)
+        temperature = getattr(self.loss, "temperature", 1.0)
         plain = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
+        if isinstance(top_k, Sampled) and not (plain and self.requires.linear_in_teacher and temperature == 1.0):
+            raise ValueError(
+                "Expected SoftTargetLoss or SoftCrossEntropyLoss at temperature 1 for a cache of classes drawn at"
+                f" random, but got {self.loss}. Other losses and temperatures would be biased: build the cache with"
+                " top_k, or without."
+            )
         if not plain or resolve_class_dim(logits, self.class_dim) not in (-1, logits.ndim - 1):
             raise ValueError(
                 f"Expected a cache of full outputs for {self.loss}, but it holds the likeliest"
                 f" {top_k.indices.shape[-1]} classes alone. Build it without top_k, or use a divergence such as"
                 " SoftTargetLoss."
             )
-        return merge_classes(logits, top_k, getattr(self.loss, "temperature", 1.0))
+        return merge_classes(logits, top_k, temperature)
 
 
 def check_not_probabilities(side: str, scores: Tensor, class_dim: int) -> None:

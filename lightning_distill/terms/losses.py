@@ -83,6 +83,32 @@ def counted_positions(call: Call, mask: Mask | None, ignore_index: int | None, l
     return counted
 
 
+def check_held(held: Tensor | None, mask: Tensor | None, term: str, once: bool = False) -> None:
+    """Raise if a term counts positions that a cached teacher of sequences has no answers for.
+
+    Args:
+        held: The positions that the cache holds, or ``None`` for all.
+        mask: The positions that count, or ``None`` for all.
+        term: Name of the term.
+        once: Whether to compare the two, which waits for the device.
+
+    Raises:
+        ValueError: If so.
+    """
+    if held is None:
+        return
+    if mask is None:
+        raise ValueError(
+            f"Expected term {term!r} to have a mask, since the cache holds the tokens of sequences without padding, but"
+            ' got none. Pass mask="attention_mask", or use SequenceDistillation.'
+        )
+    if once and bool((mask & ~held).any()):
+        raise ValueError(
+            f"Expected term {term!r} to count tokens that the cache holds, but its mask has other positions too. Pass"
+            " the mask that the cache was built with, or one of fewer positions."
+        )
+
+
 def attention_mask(call: Call, name: str = "attention_mask") -> Tensor | None:
     """The tokens that are not padding, by the attention mask of a call or, if it has none, of its batch.
 

@@ -23,7 +23,7 @@ from lightning_distill.recording.tokens import (
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.logits import LogitsDistillation
-from lightning_distill.terms.losses import Mask, check_takes_mask, value_of
+from lightning_distill.terms.losses import Mask, check_held, check_takes_mask, value_of
 
 Normalize = Literal["tokens", "sequences"]
 _MOST_PADDING = 512  # vocabularies are padded to a multiple of at most this number
@@ -159,7 +159,9 @@ class SequenceDistillation(LogitsDistillation):
             ValueError: If so.
         """
         super().check_scores(student, teacher)
-        self.check_tokens(student, teacher, self._positions(student))
+        positions = self._positions(student)
+        check_held(teacher.held.get("output"), positions.counts, self.name, once=True)
+        self.check_tokens(student, teacher, positions)
 
     def check_tokens(self, student: Call, teacher: Call, positions: Positions) -> None:
         """Raise if labels or tokens can be seen to be in other places than expected.

@@ -1,4 +1,4 @@
-"""``lightning-distill cache build|info|verify`` (C16)."""
+"""``lightning-distill cache build|merge|info|verify`` (C16, C20)."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def test_c16_a_cache_is_built_described_and_verified(tmp_path: Path, capsys: Cap
     assert all(words in printed for words in ("40 items in 1 view(s)", "top 3, uint8", "feature0 (1, output)"))
     assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
     assert capsys.readouterr().out.endswith("cache: OK\n")
+
+
+def test_c16_a_stream_is_built_by_key(tmp_path: Path, capsys: Capture) -> None:
+    """C16, C18, C22: and described."""
+    text = FILE.replace("cache_nets.table", "cache_nets.Numbered").replace("top_k: 3\ndtype: uint8", "sampled: 3")
+    assert main(["cache", "build", written(tmp_path, text)]) == 2
+    assert "or give `key` for a stream" in capsys.readouterr().err
+    assert main(["cache", "build", written(tmp_path, text + "key: 1\nfeature_dtype: uint8\n")]) == 0
+    assert "a stream, about " in capsys.readouterr().out
+    assert main(["cache", "info", str(tmp_path / "cache")]) == 0
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("40 items", "rows by key: 1", "3 drawn at random", "uint8"))
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
 
 
 def test_c16_a_broken_cache_exits_1_and_names_the_file(tmp_path: Path, capsys: Capture) -> None:
@@ -74,3 +87,23 @@ def test_c16_a_missing_folder_exits_1(tmp_path: Path, capsys: Capture, action: s
     """C16"""
     assert main(["cache", action, str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_parts_are_built_and_merged(tmp_path: Path, capsys: Capture) -> None:
+    file = written(tmp_path, FILE + "shard_bytes: 100\nbatch_size: 8\n")
+    folders = [str(tmp_path / f"cache-part-{number}-of-2") for number in (1, 2)]
+    for number in (1, 2):
+        assert main(["cache", "build", file, "--part", f"{number}/2"]) == 0
+    capsys.readouterr()
+
+    assert main(["cache", "merge", str(tmp_path / "cache"), folders[0]]) == 1
+    assert "are missing, such as [1" in capsys.readouterr().err
+    assert main(["cache", "merge", str(tmp_path / "cache"), *folders]) == 0
+    assert capsys.readouterr().out.endswith("shards\n")
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
+
+
+@pytest.mark.parametrize(("part", "words"), [("3/2", "from 1/2 to 2/2, but got 3/2"), ("two", "like '3/16'")])
+def test_a_part_that_does_not_exist_exits_2(tmp_path: Path, capsys: Capture, part: str, words: str) -> None:
+    assert main(["cache", "build", written(tmp_path), "--part", part]) == 2
+    assert words in capsys.readouterr().err

@@ -35,7 +35,7 @@ def test_c6_full_outputs_come_back_bit_for_bit_in_the_stored_precision(dtype: st
     stored = codec.encode(values.numpy())
     back = torch.as_tensor(np.asarray(codec.decode(stored), dtype="float32"))
     assert torch.equal(back, values.to(getattr(torch, dtype)).float())
-    assert sum(array.nbytes for array in stored.values()) == 5 * codec.bytes_per_row
+    assert sum(array.nbytes for array in stored.values()) == 5 * codec.bytes_per_item
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**126), max_value=2.0**126))
@@ -61,7 +61,7 @@ def test_c7_fifty_classes_take_few_bytes_and_lose_little(classes: int, dtype: st
     logits = peaked(32, classes)
     codec = TopKCodec((classes,), 50, dtype)
     stored = codec.encode(logits)
-    assert sum(array.nbytes for array in stored.values()) / 32 == codec.bytes_per_row <= limit
+    assert sum(array.nbytes for array in stored.values()) / 32 == codec.bytes_per_item <= limit
     indices, logs, tail = codec.decode(stored)
     truth = log_softmax(logits)
     largest = np.sort(truth, -1)[:, ::-1][:, :50]

@@ -61,6 +61,8 @@ def test_a_falsified_manifest_is_refused_when_the_cache_is_opened(cache: Path, c
         "a shape of 10**14",
         "another shape of as many bytes for each row",
         "another dtype",
+        "ragged rows that are not",
+        "keys that are not stored",
     }
     assert_refused(cache, "shard-0000" if contradicts else "manifest.json", capsys)
 
@@ -206,7 +208,7 @@ def test_a_folder_that_holds_other_things_is_refused_and_left_as_it_is(tmp_path:
 
 def test_a_manifest_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
-    with pytest.raises(CacheError, match=r"manifest\.json to be of format version 1, but got none"):
+    with pytest.raises(CacheError, match=r"manifest\.json to be of format version 1 to 2, but got none"):
         begin(tmp_path, manifest(), resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 

@@ -39,6 +39,7 @@ from lightning_distill import (
     SoftTargetLoss,
     TeacherCache,
     VariationalInformationLoss,
+    content_key,
 )
 from lightning_distill.recording import Call
 from lightning_distill.schedules import Cosine, Linear, Step
@@ -252,6 +253,10 @@ FEATURES: dict[str, Feature] = {
     "cache and a mask": Feature(
         lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, cache={}, length=3
     ),
+    "cache of sequences": Feature(
+        lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, cache={"mask": "mask"}, length=3
+    ),
+    "cache by key": Feature(_adapter_terms, _with_adapter, cache={"layers": ["body"], "key": content_key}),
     "several teachers": Feature(_adapter_terms, _two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
     "views": Feature(_adapter_terms, _with_adapter, views=(lambda x: x, lambda x: 1 - x)),
     "views and labels": Feature(
