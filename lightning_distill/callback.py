@@ -18,6 +18,7 @@ from lightning_distill.cache import TeacherCache
 from lightning_distill.distiller import Terms
 from lightning_distill.hparams import log_hyperparameters, settings_of
 from lightning_distill.mailbox import Mailbox
+from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
@@ -64,6 +65,9 @@ class DistillCallback(Callback):
             function from the student's inputs (its only argument, the tuple of its arguments, or the dict of its
             keyword arguments) to the teacher's, in the same forms.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, independent of the Trainer's.
+        on_policy: Lets the student write the text of some batches of a language model; see
+            :class:`OnPolicyDistillation`. The default of ``terms`` is then a :class:`SequenceDistillation` with a
+            :class:`ReverseKLLoss`.
         adapter_optimizer: Makes the adapters' optimizer from their parameters; ``None`` mirrors the student's.
         validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
             the teacher there too. ``None`` does so if the module has a ``validation_step`` and the teacher is not a
@@ -112,6 +116,7 @@ class DistillCallback(Callback):
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_inputs: Place = None,
         teacher_dtype: torch.dtype | str | None = None,
+        on_policy: OnPolicyDistillation | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
         validate: bool | None = None,
         log: bool = True,
@@ -128,7 +133,9 @@ class DistillCallback(Callback):
             )
         self._run: Run | None = None
         self.teacher = teacher
-        self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
+        default = LogitsDistillation if on_policy is None else reverse_term
+        self.terms = [term.owned() for term in as_terms(terms, default)]
+        self.on_policy = on_policy
         self.student, self.labels, self.teacher_inputs = student, labels, teacher_inputs
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
         self.validate, self.name = validate, name
@@ -177,6 +184,14 @@ class DistillCallback(Callback):
                 "Expected `loss` to be called inside `training_step`, but no training is running. Call trainer.fit."
             )
         return self._run.loss(calls)
+
+    @property
+    def own_text(self) -> bool:
+        """Whether the batch of this training step is text of the student; for manual optimization.
+
+        Its labels are not a reference, so that the loss of the step is :meth:`loss` alone.
+        """
+        return self._run is not None and self._run.step.own_text
 
     def teacher_forward(self, call: Call) -> Any:
         """The teacher's output for a call of the student; override it to give the teacher another input.

@@ -103,6 +103,7 @@ class Call:
         read_logits: Picks the logits from the output.
         batch: The batch of the step, as the training or validation step received it; ``None`` where it is not known.
         top_k: The likeliest classes, where a cached teacher holds only those.
+        own_text: Whether the batch is text of the student, whose labels are not a reference.
         label_place: Where the owner of the terms says that a batch keeps its labels.
         counted: For terms on tokens, by name, the number of tokens (or sequences) that count in the call.
         logged: Values to log beside the terms' losses, or in their place, by name.
@@ -121,6 +122,7 @@ class Call:
     batch: Any = field(default=None, repr=False)
     top_k: Any = None
     label_place: Any = None
+    own_text: bool = False
     counted: dict[str, Tensor] = field(default_factory=dict, repr=False)
     logged: dict[str, Tensor] = field(default_factory=dict, repr=False)
     skipped: Any = field(default=None, repr=False)
