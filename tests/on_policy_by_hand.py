@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from language_models import VOCABULARY, logits_of
-from lightning.pytorch import LightningModule
+from language_models import VOCABULARY, language_model, logits_of
+from lightning.pytorch import LightningModule, Trainer
+from token_nets import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from lightning_distill import DistillCallback
 
 ROWS, LENGTH, RATE = 12, 9, 0.05
 LENGTHS, PROMPTS = (9, 6, 7, 9, 5, 8, 9, 7, 4, 9, 6, 8), (3, 2, 4, 5, 2, 3, 6, 1, 3, 2, 2, 4)
@@ -158,3 +161,40 @@ def trained_by_hand(
         total.backward()
         optimizer.step()
     return {name: value.detach() for name, value in student.state_dict().items()}
+
+
+# Trainings -----------------------------------------------------------------------------------------------------------
+
+NAMES = ("input_ids", "attention_mask", "labels")
+ALWAYS: dict[str, Any] = {"fraction": 1.0, "max_new_tokens": 4, "temperature": 0}
+
+
+def teacher() -> nn.Module:
+    """A wider model."""
+    return language_model("llama", 24, 1)
+
+
+class Rows(Dataset[Any]):
+    """Rows that are changed by a function."""
+
+    def __init__(self, change: Any) -> None:
+        self.change, self.rows = change, Answers()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.change(self.rows[index])
+
+
+def changed(change: Any, collate: Any = None) -> DataLoader[Any]:
+    return DataLoader(Rows(change), batch_size=3, collate_fn=collate)
+
+
+def trained(
+    module: Any, on_policy: Any, data: Any = None, terms: Any = None, network: Any = None, **settings: Any
+) -> Any:
+    own = {name: settings.pop(name) for name in ("student", "labels") if name in settings}
+    callback = DistillCallback(teacher() if network is None else network, terms, on_policy=on_policy, **own)
+    Trainer(callbacks=callback, **{**QUIET, "max_epochs": 1, **settings}).fit(module, data or answers())
+    return module

@@ -153,7 +153,7 @@ class OnPolicyBatches:
     def _answers(self, batch: Any, tokens: Tensor) -> Tensor:
         """True from the first label that counts."""
         try:
-            labels = find_labels(batch, "labels" if self._labels is None else self._labels)
+            labels = find_labels(batch, self._labels)
         except ValueError:
             raise ValueError(
                 "Expected to know which tokens of a batch are the prompt, but it has no labels. Put `labels` into the"

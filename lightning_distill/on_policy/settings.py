@@ -108,9 +108,13 @@ class OnPolicyDistillation:
                 f" generation={generation!r}. Pass it as an argument of OnPolicyDistillation if it has one."
             )
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-        for token in [*(ends or []), *([] if pad_token_id is None else [pad_token_id])]:
-            checks.integer("token", token)
-            checks.non_negative("token", token)
+        padding = [] if pad_token_id is None else [pad_token_id]
+        for name, token in (
+            *(("eos_token_id", end) for end in ends or []),
+            *(("pad_token_id", pad) for pad in padding),
+        ):
+            checks.integer(name, token)
+            checks.non_negative(name, token)
         self.max_new_tokens, self.temperature, self.seed = int(max_new_tokens), float(temperature), int(seed)
         self.prompt, self.generate, self.build = prompt, generate, build
         self.eos_token_ids, self.pad_token_id = None if ends is None else list(ends), pad_token_id
