@@ -22,7 +22,7 @@ from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
-from lightning_distill.teachers import as_dtype, as_teacher
+from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.terms import LogitsDistillation, as_terms
 
@@ -49,8 +49,8 @@ class DistillCallback(Callback):
 
     Args:
         teacher: The network to match, called with the student's inputs; a list of networks, over which each term is
-            averaged; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a teacher. A network is
-            frozen while the Trainer runs, then restored.
+            averaged; a :class:`SelfTeacher`; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a
+            teacher. A network is frozen while the Trainer runs, then restored.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a
             ``LogitsDistillation``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
@@ -108,7 +108,7 @@ class DistillCallback(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
+        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
         terms: Terms = None,
         *,
         student: str | Sequence[str] | None = None,
@@ -158,7 +158,7 @@ class DistillCallback(Callback):
         return self._teacher
 
     @teacher.setter
-    def teacher(self, teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None) -> None:
+    def teacher(self, teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None) -> None:
         if self._run is not None:
             raise MisconfigurationException(
                 "Expected `teacher` to stay the same while a Trainer runs, but got another one. Load its weights into"

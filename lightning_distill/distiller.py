@@ -21,7 +21,7 @@ from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
 from lightning_distill.step import DistillStep, Labels, StepCalls
-from lightning_distill.teachers import as_dtype, as_teacher
+from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place, TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
 from lightning_distill.terms import DistillationTerm, LogitsDistillation, arguments_of, as_terms
@@ -83,7 +83,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
+        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
         terms: Terms = None,
         *,
         task_weight: float | Schedule = 1.0,

@@ -24,6 +24,7 @@ from lightning_distill.recording.arguments import takes
 from lightning_distill.recording.batches import call_with, inputs_in, split_batch
 from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
+from lightning_distill.teachers import SelfTeacher
 from lightning_distill.teachers.inputs import Place
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -69,7 +70,7 @@ class DistillModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
+        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
         terms: Terms = None,
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,

@@ -138,7 +138,7 @@ class DistillStep:
         if skipping and not isinstance(self.source, LiveTeachers):
             raise ValueError(
                 f"Expected `teacher` to be a network for term {skipping[0]!r}, which reads what goes into its head, but"
-                " it is not. Use SequenceDistillation with a cache."
+                " it is not. Use SequenceDistillation."
             )
         bound = next((term.name for term in self.terms if term.needs_network), None)
         if bound is not None and self.source.stored:

@@ -14,6 +14,7 @@ from lightning_distill.adapters.follower import world_size
 from lightning_distill.on_policy.sequences import Continued, Prompts, up_to_end
 from lightning_distill.on_policy.settings import OnPolicyDistillation
 from lightning_distill.recording.student import StudentFinder
+from lightning_distill.teachers.self_teacher import evaluated
 
 _REMEDY = "Pass OnPolicyDistillation(generate=<function>), which continues prompts."
 
@@ -72,9 +73,8 @@ class Writer:
                 f" positions, but got {length} and max_new_tokens={self._settings.max_new_tokens}. Pass a smaller"
                 " max_new_tokens, or shorten the prompts."
             )
-        with _evaluated(self.network), _seeded(self.network, seed), torch.no_grad():
+        with evaluated(self.network), _seeded(self.network, seed):
             written = self._generate(prompts)
-        torch.clear_autocast_cache()  # some releases of torch would use its weights, without gradients, in the step
         tokens = self._new_tokens(written, prompts)
         mask = up_to_end(tokens, self._ends)
         return Continued(prompts, tokens.masked_fill(~mask, self.pad), mask)
@@ -163,18 +163,6 @@ def _can_write(network: nn.Module) -> bool:
 
 def _listed(tokens: Any) -> list[int]:
     return [tokens] if isinstance(tokens, int) else list(tokens or [])
-
-
-@contextmanager
-def _evaluated(network: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def test_the_new_batch_is_of_the_kind_of_the_old_one(kind: Any) -> None:
 
 
 def without_labels(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The prompt is told by a mask."""
+    """A mask marks the prompt."""
     is_prompt = (row["attention_mask"] == 1) & (row["labels"] == -100)
     return {**{key: row[key] for key in ("input_ids", "attention_mask")}, "prompt": is_prompt}
 
