@@ -312,6 +312,11 @@ class DistillCallback(Callback):
                 f"Expected `name` to be distinct for each DistillCallback of a Trainer, but got name={self.name!r}"
                 f" {alike} times. Pass name=... to all but one."
             )
+        if len(callbacks) > 1 and any(other.on_policy is not None for other in callbacks):
+            raise MisconfigurationException(
+                f"Expected one DistillCallback where on_policy is given, since each would change the batch of the"
+                f" other, but got {len(callbacks)}. Give one callback all the terms."
+            )
 
     def _check_free(self, trainer: Trainer) -> None:
         if self._run is not None and self._run.trainer is not trainer and self._run.trainer.state.status == "running":

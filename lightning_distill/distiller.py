@@ -108,7 +108,7 @@ class Distiller:
         self._texts: LoopTexts | None = None
         if on_policy is not None:
             batches = OnPolicyBatches(on_policy, self._step.student, self.terms, labels, process_number())
-            batches.check(self._step.source.stored)
+            batches.check(self._step.source.stored, teacher_inputs)
             self._texts = LoopTexts(batches)
         shared = shared_parameter(student, self._step.source)
         if shared is not None:

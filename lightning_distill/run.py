@@ -112,7 +112,7 @@ class Run:
     def _check(self) -> None:
         self.step.check()
         if self._texts is not None:
-            self._texts.check(self.step.source.stored)
+            self._texts.check(self.step.source.stored, self.callback.teacher_inputs)
         name = shared_parameter(self.step.student.root, self.step.source)
         if name is not None:
             raise ValueError(

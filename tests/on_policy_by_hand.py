@@ -194,7 +194,7 @@ def changed(change: Any, collate: Any = None) -> DataLoader[Any]:
 def trained(
     module: Any, on_policy: Any, data: Any = None, terms: Any = None, network: Any = None, **settings: Any
 ) -> Any:
-    own = {name: settings.pop(name) for name in ("student", "labels") if name in settings}
+    own = {name: settings.pop(name) for name in ("student", "labels", "teacher_inputs") if name in settings}
     callback = DistillCallback(teacher() if network is None else network, terms, on_policy=on_policy, **own)
     Trainer(callbacks=callback, **{**QUIET, "max_epochs": 1, **settings}).fit(module, data or answers())
     return module

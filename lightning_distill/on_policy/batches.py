@@ -53,15 +53,22 @@ class OnPolicyBatches:
         self._ahead: dict[tuple[int, ...], Continued | None] = {}
         self.changed = False
 
-    def check(self, stored: bool) -> None:
+    def check(self, stored: bool, teacher_inputs: Any = None) -> None:
         """Raise if the student cannot write, or the terms or the teacher cannot score new text.
 
         Args:
             stored: Whether the teacher is a cache.
+            teacher_inputs: Where the owner says that the teacher's inputs are.
 
         Raises:
             ValueError: If so.
         """
+        if teacher_inputs is not None and not callable(teacher_inputs):
+            raise ValueError(
+                "Expected `teacher_inputs` to be a function with on_policy, since the batch holds the teacher's inputs"
+                f" for the old text, but got teacher_inputs={teacher_inputs!r}. Pass a function of the student's"
+                " inputs."
+            )
         if stored:
             raise ValueError(
                 "Expected `teacher` to be a network with on_policy, since it scores new text, but got a cache, which"

@@ -9,20 +9,23 @@ import pytest
 import torch
 from language_models import language_model
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from on_policy_by_hand import (
     ALWAYS,
     NAMES,
     Answers,
     Module,
+    answers,
     changed,
     teacher,
     trained,
 )
-from token_nets import CausalModel
+from token_nets import QUIET, CausalModel
 from torch import Tensor
 
 from lightning_distill import (
     DecoupledKDLoss,
+    DistillCallback,
     LogitsDistillation,
     OnPolicyDistillation,
     SequenceDistillation,
@@ -85,6 +88,7 @@ def test_teachers_and_losses_that_cannot_score_new_text_are_refused_in_words(tmp
     )
     refused("losses without labels with on_policy", on_policy, terms=LogitsDistillation(DecoupledKDLoss()))
     refused("`shift` to be True for a causal student", on_policy, terms=SequenceDistillation(shift=False))
+    refused("`teacher_inputs` to be a function with on_policy", on_policy, teacher_inputs="teacher")
     refused("`on_policy` to be an OnPolicyDistillation", 0.5, error=TypeError)
 
 
@@ -154,3 +158,12 @@ def test_a_step_that_gets_an_iterator_is_refused_in_words() -> None:
 
     words, module = "`training_step` that gets a batch", Takes(language_model("llama"))
     refused(words, OnPolicyDistillation(**ALWAYS), module=module, error=MisconfigurationException)
+
+
+def test_a_second_callback_is_refused_in_words() -> None:
+    callbacks = [
+        DistillCallback(teacher(), on_policy=OnPolicyDistillation(**ALWAYS)),
+        DistillCallback(teacher(), SequenceDistillation(), name="second"),
+    ]
+    with pytest.raises(MisconfigurationException, match=r"one DistillCallback where on_policy is given.*but got 2"):
+        Trainer(callbacks=callbacks, max_epochs=1, **QUIET).fit(Module(language_model("llama")), answers())
