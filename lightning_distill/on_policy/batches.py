@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill.functional.inputs import IGNORE_INDEX
 from lightning_distill.on_policy.generation import Writer
@@ -208,7 +208,7 @@ class OnPolicyBatches:
         entries |= dict.fromkeys(["labels", *(place for place in places if isinstance(place, str))], labels)
         masks = [term.tokens.mask for term in self._token_terms]
         entries |= dict.fromkeys([place for place in masks if isinstance(place, str)], labels != self._ignore_index)
-        self._check_rest(batch, entries)
+        self._check_rest(batch, entries, writer.network)
         changed: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
         for name, value in entries.items():
             changed[name] = value
@@ -222,11 +222,17 @@ class OnPolicyBatches:
         start = getattr(getattr(writer.network, "config", None), "decoder_start_token_id", None)
         return start if isinstance(start, int) else writer.pad
 
-    def _check_rest(self, batch: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
-        """Raise if an entry describes the old tokens."""
+    def _check_rest(self, batch: Mapping[str, Any], entries: Mapping[str, Any], network: nn.Module) -> None:
+        """Raise if an entry describes the old tokens, or the student would have needed it to write."""
         tokens = tokens_of(batch)
-        for name, value in batch.items():
-            if name not in entries and isinstance(value, Tensor) and value.shape[:2] == tokens.shape:
+        rest = {name: value for name, value in batch.items() if name not in entries and isinstance(value, Tensor)}
+        for name, value in rest.items():
+            if value.is_floating_point() and takes(network, name):
+                raise ValueError(
+                    f"Expected batches of text alone, but got the entry {name!r}, which the student takes too and would"
+                    " not see while it writes. on_policy does not go together with images, sounds or embeddings."
+                )
+            if value.shape[:2] == tokens.shape:
                 raise ValueError(
                     f"Expected to know how to change the entry {name!r} of a batch, which has a value for each token"
                     " that the student has replaced, but it is unknown. Leave it out of the batch, or pass"

@@ -133,7 +133,11 @@ class Writer:
 def _writing(student: StudentFinder, any_network: bool) -> nn.Module:
     """The network that writes: the student, or the only one inside a LightningModule that can."""
     root = student.root
-    while not _can_write(root) and (inner := compat.unwrapped(root)) is not None:
+    # Fabric's wrapper has the method of the module inside, and would call it through DDP
+    while not _can_write(root) or compat.is_of_fabric(root):
+        inner = compat.unwrapped(root)
+        if inner is None:
+            break
         root = inner
     # its `training_step` tells a LightningModule, whose own `generate` may take anything
     whole = student.named or not hasattr(root, "training_step")

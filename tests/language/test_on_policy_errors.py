@@ -103,6 +103,10 @@ def test_teachers_and_losses_that_cannot_score_new_text_are_refused_in_words(tmp
         (lambda row: {**row, "labels": row["labels"].roll(-1)}, "labels that are the batch's tokens or -100"),
         (lambda row: {**row, "labels": row["labels"][1:]}, "labels that are the batch's tokens or -100"),
         (lambda row: {**row, "token_type_ids": row["labels"]}, "how to change the entry 'token_type_ids'"),
+        (
+            lambda row: {**row, "inputs_embeds": torch.ones(3)},
+            "batches of text alone.*'inputs_embeds'",
+        ),
         (lambda row: {**row, "seq_idx": row["labels"]}, "one sequence in each row.*packed documents"),
         (lambda row: {**row, "attention_mask": row["attention_mask"] * 2}, "one sequence in each row"),
         (lambda row: {**row, "position_ids": torch.arange(9) % 4}, "one sequence in each row"),

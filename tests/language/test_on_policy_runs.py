@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from language_models import language_model
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
 from on_policy_by_hand import (
     Answers,
@@ -168,6 +169,19 @@ def test_a_schedule_of_the_share_counts_the_steps_of_the_loop() -> None:
     seen = loop(distiller, student, list(answers()), 1)
     assert [is_own(batch, index) for index, batch in enumerate(seen)] == [False, False, True, True]
     assert distiller.scheduler.values == {"on_policy_fraction": 1.0}
+
+
+def test_a_loop_of_fabric_writes_with_the_module_inside_its_wrapper() -> None:
+    models = []
+    for wraps in (False, True):
+        student = language_model("llama")
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+        if wraps:
+            student, optimizer = Fabric(accelerator="cpu", devices=1).setup(student, optimizer)
+        with Distiller(student, teacher(), on_policy=OnPolicyDistillation(0.5, max_new_tokens=6, seed=3)) as distiller:
+            loop(distiller, student, list(answers()), optimizer=optimizer)
+        models.append(student)
+    close(models[0].state_dict(), models[1].state_dict(), atol=0)
 
 
 def test_a_batch_that_was_not_continued_is_refused_in_words() -> None:
