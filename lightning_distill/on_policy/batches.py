@@ -102,8 +102,6 @@ class OnPolicyBatches:
         Raises:
             ValueError: If its prompts are not known, or the new batch cannot be made.
         """
-        if not any(term.weight != 0 for term in self._terms):
-            return batch, False
         if position not in self._ahead:
             text = self._drawn(position, batch)
         else:
@@ -119,8 +117,6 @@ class OnPolicyBatches:
             position: The number of the batch.
             batch: The batch, as the loader returned it, on the student's device.
         """
-        if not any(term.weight != 0 for term in self._terms):
-            return batch
         text = self._ahead[position] = self._drawn(position, batch)
         return batch if text is None else self._rewritten(batch, text)
 
@@ -129,7 +125,8 @@ class OnPolicyBatches:
         self._ahead = {}
 
     def _drawn(self, position: tuple[int, ...], batch: Any) -> Continued | None:
-        if not self._settings.draws(position):
+        works = any(term.weight != 0 for term in self._terms)
+        if not works or not self._settings.draws(position):
             return None
         writer = self._writer()
         return writer.continued(self._prompts(batch, writer), self._settings.seed_of(position, self._process))
