@@ -65,7 +65,7 @@ class OnPolicyDistillation:
     Example:
         >>> on_policy = OnPolicyDistillation(0.25, max_new_tokens=16)
         >>> [on_policy.draws((0, batch)) for batch in range(6)]
-        [False, False, True, False, False, False]
+        [False, True, True, True, False, False]
 
     References:
         Agarwal et al. (2023). On-Policy Distillation of Language Models (GKD), algorithm 1, where ``fraction`` is
