@@ -276,7 +276,7 @@ class Setting:
     """
 
     def __init__(self, check: Callable[[str, Any], None]) -> None:
-        self._check = check
+        self.check = check
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -291,7 +291,7 @@ class Setting:
 
     def __set__(self, owner: Any, value: float | Schedule) -> None:
         schedules: dict[str, Schedule] = {}
-        number = first_value(self._name, value, self._check, schedules)
+        number = first_value(self._name, value, self.check, schedules)
         attributes = owner.__dict__
         kept = attributes.setdefault("schedules", {})
         kept.pop(self._name, None)

@@ -70,8 +70,9 @@ from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
+from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call, Tap
-from lightning_distill.teachers import load_teacher
+from lightning_distill.teachers import SelfTeacher, load_teacher
 from lightning_distill.terms import (
     AttentionDistillation,
     AttentionRelationDistillation,
@@ -123,9 +124,11 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
     "LogitsDistillation",
+    "OnPolicyDistillation",
     "SelfDistillation",
     "SelfKnowledgeDistillationLoss",
     "SelfKnowledgeDistillationLossConfig",
+    "SelfTeacher",
     "SequenceDistillation",
     "Tap",
     "TeacherAgreement",

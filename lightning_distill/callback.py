@@ -18,10 +18,11 @@ from lightning_distill.cache import TeacherCache
 from lightning_distill.distiller import Terms
 from lightning_distill.hparams import log_hyperparameters, settings_of
 from lightning_distill.mailbox import Mailbox
+from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
-from lightning_distill.teachers import as_dtype, as_teacher
+from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.terms import LogitsDistillation, as_terms
 
@@ -48,8 +49,8 @@ class DistillCallback(Callback):
 
     Args:
         teacher: The network to match, called with the student's inputs; a list of networks, over which each term is
-            averaged; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a teacher. A network is
-            frozen while the Trainer runs, then restored.
+            averaged; a :class:`SelfTeacher`; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a
+            teacher. A network is frozen while the Trainer runs, then restored.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a
             ``LogitsDistillation``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
@@ -64,6 +65,9 @@ class DistillCallback(Callback):
             function from the student's inputs (its only argument, the tuple of its arguments, or the dict of its
             keyword arguments) to the teacher's, in the same forms.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, independent of the Trainer's.
+        on_policy: Lets the student write the text of some batches of a language model; see
+            :class:`OnPolicyDistillation`. The default of ``terms`` is then a :class:`SequenceDistillation` with a
+            :class:`ReverseKLLoss`.
         adapter_optimizer: Makes the adapters' optimizer from their parameters; ``None`` mirrors the student's.
         validate: Whether the terms' losses and the agreement with the teacher are measured in validation, which runs
             the teacher there too. ``None`` does so if the module has a ``validation_step`` and the teacher is not a
@@ -104,7 +108,7 @@ class DistillCallback(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
+        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
         terms: Terms = None,
         *,
         student: str | Sequence[str] | None = None,
@@ -112,6 +116,7 @@ class DistillCallback(Callback):
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_inputs: Place = None,
         teacher_dtype: torch.dtype | str | None = None,
+        on_policy: OnPolicyDistillation | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
         validate: bool | None = None,
         log: bool = True,
@@ -128,7 +133,9 @@ class DistillCallback(Callback):
             )
         self._run: Run | None = None
         self.teacher = teacher
-        self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
+        default = LogitsDistillation if on_policy is None else reverse_term
+        self.terms = [term.owned() for term in as_terms(terms, default)]
+        self.on_policy = on_policy
         self.student, self.labels, self.teacher_inputs = student, labels, teacher_inputs
         self.teacher_dtype, self.adapter_optimizer = as_dtype(teacher_dtype), adapter_optimizer
         self.validate, self.name = validate, name
@@ -151,7 +158,7 @@ class DistillCallback(Callback):
         return self._teacher
 
     @teacher.setter
-    def teacher(self, teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None) -> None:
+    def teacher(self, teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None) -> None:
         if self._run is not None:
             raise MisconfigurationException(
                 "Expected `teacher` to stay the same while a Trainer runs, but got another one. Load its weights into"
@@ -177,6 +184,14 @@ class DistillCallback(Callback):
                 "Expected `loss` to be called inside `training_step`, but no training is running. Call trainer.fit."
             )
         return self._run.loss(calls)
+
+    @property
+    def own_text(self) -> bool:
+        """Whether the batch of this training step is text of the student; for manual optimization.
+
+        Its labels are not a reference, so that the loss of the step is :meth:`loss` alone.
+        """
+        return self._run is not None and self._run.step.own_text
 
     def teacher_forward(self, call: Call) -> Any:
         """The teacher's output for a call of the student; override it to give the teacher another input.
@@ -296,6 +311,11 @@ class DistillCallback(Callback):
             raise MisconfigurationException(
                 f"Expected `name` to be distinct for each DistillCallback of a Trainer, but got name={self.name!r}"
                 f" {alike} times. Pass name=... to all but one."
+            )
+        if len(callbacks) > 1 and any(other.on_policy is not None for other in callbacks):
+            raise MisconfigurationException(
+                f"Expected one DistillCallback where on_policy is given, since each would change the batch of the"
+                f" other, but got {len(callbacks)}. Give one callback all the terms."
             )
 
     def _check_free(self, trainer: Trainer) -> None:

@@ -93,6 +93,11 @@ def unwrapped(module: nn.Module) -> nn.Module | None:
     return next((inner for inner in inside if inner is not None), None)
 
 
+def is_of_fabric(module: nn.Module) -> bool:
+    """Whether a module is Fabric's wrapper of another."""
+    return "_forward_module" in module._modules
+
+
 def make_iterator(loader: DataLoader[Any]) -> Any:
     """A new iterator over a data loader; an instance attribute of this method's name takes its place."""
     return loader._get_iterator()

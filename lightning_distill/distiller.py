@@ -7,26 +7,25 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill import checks
-from lightning_distill.adapters.follower import world_size
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.data import IndexedBatch
 from lightning_distill.compat import HookGuards, is_compiled
 from lightning_distill.losses import DistillationLoss
+from lightning_distill.on_policy import LoopTexts, OnPolicyBatches, OnPolicyDistillation, process_number, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
 from lightning_distill.step import DistillStep, Labels, StepCalls
-from lightning_distill.teachers import as_dtype, as_teacher
+from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place, TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
 from lightning_distill.terms import DistillationTerm, LogitsDistillation, arguments_of, as_terms, makers_of
-from lightning_distill.terms.counting import TokenShare, count_tokens, divisors, takes_decoder_inputs
+from lightning_distill.terms.counting import TokenShare, count_window
 
 Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
 
@@ -51,6 +50,8 @@ class Distiller:
             keyword arguments) to the teacher's, in the same forms.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; ``None`` takes that of the
             surrounding code.
+        on_policy: Lets the student write the text of some batches, in :meth:`continued`. The default of ``terms`` is
+            then a :class:`SequenceDistillation` with a :class:`ReverseKLLoss`.
 
     Attributes:
         parts: After a step the detached parts of the total: ``task_loss``, ``distillation_loss`` (the weighted sum) and
@@ -82,17 +83,19 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
+        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
         terms: Terms = None,
         *,
         task_weight: float | Schedule = 1.0,
         labels: Labels = None,
         teacher_inputs: Place = None,
         teacher_dtype: torch.dtype | str | None = None,
+        on_policy: OnPolicyDistillation | None = None,
     ) -> None:
-        self.task_weight = task_weight
+        self.task_weight, self.on_policy = task_weight, on_policy
         self.student, self._teacher = student, as_teacher(teacher)
-        self.terms = [term.owned() for term in as_terms(terms, LogitsDistillation)]
+        default = LogitsDistillation if on_policy is None else reverse_term
+        self.terms = [term.owned() for term in as_terms(terms, default)]
         self._dtype, self._labels, self._inputs = as_dtype(teacher_dtype), labels, teacher_inputs
         self._learned = LearnedParts(self.terms)
         self._guards: HookGuards | None = None
@@ -102,6 +105,11 @@ class Distiller:
         self._counted: dict[int, dict[str, Tensor]] = {}  # tokens of its batches, by their ids
         self._step = self._new_step()
         self._step.check()
+        self._texts: LoopTexts | None = None
+        if on_policy is not None:
+            batches = OnPolicyBatches(on_policy, self._step.student, self.terms, labels, process_number())
+            batches.check(self._step.source.stored, teacher_inputs)
+            self._texts = LoopTexts(batches)
         shared = shared_parameter(student, self._step.source)
         if shared is not None:
             raise ValueError(
@@ -179,7 +187,28 @@ class Distiller:
             networks = [self.student, *self._step.source.modules()]
             if any(is_compiled(module) for network in networks for module in network.modules()):
                 self._guards = HookGuards()
+        if self._texts is not None and self._step.skips_heads and needs_grad and torch.is_grad_enabled():
+            self._step.own_text = self._texts.is_own(batch, uses=False)
         return self._step.record(needs_grad, features, batch)
+
+    def continued(self, batch: Any) -> Any:
+        """The batch, with its prompts continued by the student if that is drawn; see :class:`OnPolicyDistillation`.
+
+        Args:
+            batch: The batch, on the student's device. Pass the returned one on, to the student, :meth:`window`,
+                :meth:`record` and :meth:`total`, which leaves out the task loss of the student's own text.
+
+        Raises:
+            ValueError: If ``on_policy`` was not given, the prompts are not known, or the new batch cannot be made.
+        """
+        if self._texts is None:
+            raise ValueError(
+                "Expected `on_policy` to be given, but got on_policy=None. Pass Distiller(...,"
+                " on_policy=OnPolicyDistillation(0.5, max_new_tokens=64))."
+            )
+        if self._counts:
+            self._step.scheduler.advance(Progress(self._count))
+        return self._texts.continued(batch)
 
     def total(self, task_loss: Tensor, batch: Any = None) -> Tensor:
         """The total loss of the calls recorded since the last total.
@@ -198,13 +227,16 @@ class Distiller:
         if not torch.is_grad_enabled() and not self._step.student.find():
             self._step.parts = {"task_loss": task_loss.detach()}
             return torch.mul(task_loss, self.task_weight)
-        batch, stored = self._step.source.unpack(batch)
-        self._take_share(batch)
+        batch, stored = self._unpacked(batch)
         return self._total(task_loss, batch, StepCalls(stored=stored))
 
-    def _take_share(self, batch: Any) -> None:
+    def _unpacked(self, batch: Any) -> tuple[Any, Any]:
+        """The batch and its stored answers; takes its share of the tokens."""
+        self._step.own_text = self._texts is not None and self._texts.is_own(batch)
+        batch, stored = self._step.source.unpack(batch)
         counted = self._counted.get(id(batch), {})
         self._step.share = TokenShare(self._divisors, counted)
+        return batch, stored
 
     def _total(self, task_loss: Tensor, batch: Any, step_calls: StepCalls) -> Tensor:
         if self._counts:
@@ -242,18 +274,9 @@ class Distiller:
             raise ValueError("Expected `batches` to hold the micro-batches of an optimizer step, but got none.")
         terms = [term for term in self.terms if term.counts_tokens]
         if terms:
-            seq2seq, device = takes_decoder_inputs(self.student), next(self.student.parameters()).device
             plain = [batch.batch if isinstance(batch, IndexedBatch) else batch for batch in batches]
-            counted = [count_tokens(terms, batch, self._labels, seq2seq, device) for batch in plain]
-            numbers = torch.stack(counted).sum(0)
-            if world_size() > 1:
-                torch.distributed.all_reduce(numbers)
-            self._divisors = divisors(numbers, terms, len(batches), world_size())
-            names = [term.name for term in terms]
-            self._counted = {
-                id(batch): dict(zip(names, number.unbind(), strict=True))
-                for batch, number in zip(plain, counted, strict=True)
-            }
+            self._divisors, counted = count_window(terms, plain, self._labels, self.student)
+            self._counted = {id(batch): numbers for batch, numbers in zip(plain, counted, strict=True)}
         try:
             yield
         finally:
@@ -291,8 +314,7 @@ class Distiller:
         Raises:
             ValueError: As :meth:`total`.
         """
-        batch, stored = self._step.source.unpack(batch)
-        self._take_share(batch)
+        batch, stored = self._unpacked(batch)
         return self._step.loss(batch, StepCalls(calls, stored=stored))
 
     def agree(self, batch: Any = None) -> list[tuple[Tensor, Tensor]]:
@@ -334,7 +356,8 @@ class Distiller:
         It never holds the teacher.
         """
         count = {"step": self._count} if self._counts and self._step.scheduler else {}
-        return {**self._learned.state_dict(), **count}
+        texts = {} if self._texts is None else {"texts": self._texts.count}
+        return {**self._learned.state_dict(), **count, **texts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state. The adapters are made with the next batch, which has their shapes.
@@ -344,6 +367,8 @@ class Distiller:
         """
         self._learned.load_state_dict(state)
         self._count = state.get("step", 0)
+        if self._texts is not None:
+            self._texts.count = state.get("texts", 0)
 
     def release(self) -> None:
         """Release everything captured in the last step."""

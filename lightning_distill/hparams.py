@@ -1,16 +1,49 @@
-"""The settings of a distillation as hyper-parameters of a run, for its loggers."""
+"""The settings of a distillation: those that a run reads, and as hyper-parameters for its loggers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_distill import compat
+from lightning_distill.adapters import OptimizerCallable
+from lightning_distill.on_policy import OnPolicyDistillation
+from lightning_distill.recording import Call
+from lightning_distill.schedules import Schedule
 from lightning_distill.teachers import TeacherEnsemble
+from lightning_distill.teachers.inputs import Place
 from lightning_distill.terms import DistillationTerm
 
 Plain = str | int | float | bool | None
+
+
+class Settings(Protocol):
+    """The settings of a callback that a run reads, and the methods that users override."""
+
+    name: str
+    teacher: Any
+    terms: list[DistillationTerm]
+    student: str | Sequence[str] | None
+    labels: str | int | Callable[[Any], Tensor] | None
+    teacher_inputs: Place
+    teacher_dtype: torch.dtype | None
+    adapter_optimizer: OptimizerCallable | None
+    validate: bool | None
+    logs: bool
+    prog_bar: tuple[str, ...]
+    task_weight: Any
+    schedules: dict[str, Schedule]
+    on_policy: OnPolicyDistillation | None
+
+    def teacher_forward(self, call: Call) -> Any:
+        """The teacher's output for a call of the student."""
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits in a model's output."""
 
 
 def log_hyperparameters(trainer: Trainer, values: dict[str, Plain]) -> None:
@@ -45,6 +78,10 @@ def settings_of(callback: Any) -> dict[str, Plain]:
         "student": callback.student,
         "task_weight": callback.schedules.get("task_weight", callback.task_weight),
     }
+    if (on_policy := callback.on_policy) is not None:
+        names = ("fraction", "max_new_tokens", "temperature", "seed")
+        values = {name: on_policy.schedules.get(name, getattr(on_policy, name)) for name in names}
+        settings |= {f"on_policy/{name}": value for name, value in values.items()}
     for term in callback.terms:
         of_term = {"term": _one_line(term), "weight": term.schedules.get("weight", term.weight)}
         if (loss := getattr(term, "loss", None)) is not None:

@@ -14,6 +14,7 @@ from lightning_distill import checks
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.distiller import Terms
 from lightning_distill.functional.inputs import IGNORE_INDEX
+from lightning_distill.losses import ReverseKLLoss
 from lightning_distill.module import DistillModule, LRSchedulerCallable
 from lightning_distill.recording import find_labels, select
 from lightning_distill.recording.tokens import TokenPositions
@@ -55,7 +56,8 @@ class CausalLMDistillModule(DistillModule):
         student: The model to train; a model of Hugging Face, or a module called with the batch's entries that returns
             the logits or a mapping with ``"logits"``.
         teacher: The model to match.
-        terms: The terms; ``None`` is a FusedLinearDistillation with ``task_weight``. Terms that read logits are
+        terms: The terms; ``None`` is a FusedLinearDistillation with ``task_weight``, and with a ReverseKLLoss if
+            ``on_policy`` is given. Terms that read logits are
             allowed: then the models make them, and the module adds the cross entropy with the labels.
         student_head: Path of the student's head, for the default term.
         teacher_head: Path of the teacher's head, for the default term.
@@ -67,7 +69,8 @@ class CausalLMDistillModule(DistillModule):
             Hugging Face tokenizer.
         prompts: Texts to continue after validation.
         max_new_tokens: Number of tokens of a continuation.
-        **settings: Further arguments of :class:`DistillModule`, such as ``teacher_dtype`` and ``prog_bar``.
+        **settings: Further arguments of :class:`DistillModule`, such as ``teacher_dtype``, ``on_policy`` and
+            ``prog_bar``.
 
     Attributes:
         samples: The last continuations, by prompt.
@@ -106,7 +109,8 @@ class CausalLMDistillModule(DistillModule):
         **settings: Any,
     ) -> None:
         if terms is None:
-            terms = FusedLinearDistillation(student_head, teacher_head, task_weight=task_weight)
+            loss = None if settings.get("on_policy") is None else ReverseKLLoss()
+            terms = FusedLinearDistillation(student_head, teacher_head, loss=loss, task_weight=task_weight)
         if prompts and tokenizer is None:
             raise ValueError("Expected `tokenizer` to encode the prompts, but got tokenizer=None. Pass the tokenizer.")
         checks.integer("max_new_tokens", max_new_tokens)

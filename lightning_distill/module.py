@@ -19,10 +19,12 @@ from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.cache import TeacherCache
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Terms
+from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording.arguments import takes
 from lightning_distill.recording.batches import call_with, inputs_in, split_batch
 from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
+from lightning_distill.teachers import SelfTeacher
 from lightning_distill.teachers.inputs import Place
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -48,6 +50,7 @@ class DistillModule(LightningModule):
         labels: As in :class:`DistillCallback`.
         teacher_inputs: As in :class:`DistillCallback`.
         teacher_dtype: As in :class:`DistillCallback`.
+        on_policy: As in :class:`DistillCallback`.
         adapter_optimizer: As in :class:`DistillCallback`.
         validate: As in :class:`DistillCallback`.
         log: As in :class:`DistillCallback`.
@@ -67,7 +70,7 @@ class DistillModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | TeacherCache | Sequence[nn.Module] | None,
+        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
         terms: Terms = None,
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
@@ -77,6 +80,7 @@ class DistillModule(LightningModule):
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_inputs: Place = None,
         teacher_dtype: torch.dtype | str | None = None,
+        on_policy: OnPolicyDistillation | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
         validate: bool | None = None,
         log: bool = True,
@@ -95,6 +99,7 @@ class DistillModule(LightningModule):
             labels=labels,
             teacher_inputs=teacher_inputs,
             teacher_dtype=teacher_dtype,
+            on_policy=on_policy,
             adapter_optimizer=adapter_optimizer,
             validate=validate,
             log=log,

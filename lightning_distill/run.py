@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,50 +15,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_distill import checks, compat
-from lightning_distill.adapters.follower import OptimizerCallable, bare
+from lightning_distill.adapters.follower import bare
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.teacher import Stored
 from lightning_distill.cache.training import CachedLoaders
+from lightning_distill.hparams import Settings
 from lightning_distill.measures import Means, Validation
 from lightning_distill.patch import MethodPatch, patch_step
 from lightning_distill.progress import fraction_done
-from lightning_distill.recording import Call
 from lightning_distill.recording.batches import kept
 from lightning_distill.recording.student import StudentFinder
-from lightning_distill.schedules import Progress, Schedule
-from lightning_distill.step import DistillStep, Labels, StepCalls
-from lightning_distill.teachers.inputs import Place, TeacherInputs
+from lightning_distill.schedules import Progress
+from lightning_distill.step import DistillStep, StepCalls
+from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import DistillationTerm, arguments_of, makers_of
+from lightning_distill.terms import arguments_of, makers_of
 from lightning_distill.terms.counting import token_sizes
+from lightning_distill.texts import TrainerTexts
 from lightning_distill.windows import TokenWindow
 
 _TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-
-
-class Settings(Protocol):
-    """The settings of a callback that a run reads, and the methods that users override."""
-
-    name: str
-    teacher: Any
-    terms: list[DistillationTerm]
-    student: str | Sequence[str] | None
-    labels: Labels
-    teacher_inputs: Place
-    teacher_dtype: torch.dtype | None
-    adapter_optimizer: OptimizerCallable | None
-    validate: bool | None
-    logs: bool
-    prog_bar: tuple[str, ...]
-    task_weight: Any
-    schedules: dict[str, Schedule]
-
-    def teacher_forward(self, call: Call) -> Any:
-        """The teacher's output for a call of the student."""
-
-    def logits(self, output: Any) -> Tensor:
-        """The logits in a model's output."""
 
 
 class Run:
@@ -118,6 +95,9 @@ class Run:
         self._batch: Any = None
         self._takes_iterator = "dataloader_iter" in inspect.signature(module.training_step).parameters
         self._in_step = self._explicit = self._ever_explicit = self._distilled = False
+        self._texts: TrainerTexts | None = None
+        if stage == "fit" and callback.on_policy is not None:
+            self._texts = TrainerTexts(callback.on_policy, trainer, student, terms, callback.labels)
         # with one of these hooks the layers may not exist yet: the first step checks
         self._checked = not (compat.overrides(module, "configure_model") or compat.overrides(module, "setup"))
         if self._checked:
@@ -131,6 +111,8 @@ class Run:
 
     def _check(self) -> None:
         self.step.check()
+        if self._texts is not None:
+            self._texts.check(self.step.source.stored, self.callback.teacher_inputs)
         name = shared_parameter(self.step.student.root, self.step.source)
         if name is not None:
             raise ValueError(
@@ -197,6 +179,8 @@ class Run:
         self._advance()
         distill = self.step
         distill.parts = {}
+        if self._texts is not None:
+            args, kwargs, distill.own_text = self._texts.arguments(args, kwargs)
         self._batch = None if self._takes_iterator else kept(args[0] if args else kwargs.get("batch"))
         self._in_step, self._explicit = True, False
         try:
@@ -211,7 +195,7 @@ class Run:
                 distill.rest(output.get("loss") if isinstance(output, Mapping) else output)
         finally:
             distill.release()
-            self._in_step, self._batch = False, None
+            self._in_step, self._batch, distill.own_text = False, None, False
         if distill.parts:
             self._distilled = True
             self._log(output)
@@ -219,14 +203,19 @@ class Run:
             self._window.compare(distill.counted)
         return output
 
-    def _unpacked(self, batch: Any) -> Any:
-        """A loader's batch as the user's code gets it."""
+    def _unpacked(self, batch: Any, steps: int) -> Any:
+        """A loader's batch as the user's code will get it, so many steps ahead."""
+        if self._texts is not None:
+            return self._texts.ahead(batch, steps)
         return batch if self._cached is None else self._cached.separated(batch)[0]
 
     def _begin_window(self) -> None:
-        if self._window is not None:
-            self._window.begin(self._batch)
-            self.step.share = self._window.share
+        if self._window is None:
+            return
+        if self._texts is not None and self._texts.changed:
+            self._window.fail("the module changed the prompts of a batch after it was loaded")
+        self._window.begin(self._batch)
+        self.step.share = self._window.share
 
     def _changes_loss(self) -> bool:
         idle = self.step.idle and self.callback.task_weight == 1

@@ -31,7 +31,7 @@ class Scheduler:
 
     Args:
         terms: The terms.
-        owner: The object with the task weight.
+        owner: The object with the task weight, and perhaps with settings for text of the student.
     """
 
     def __init__(self, terms: Sequence[nn.Module], owner: Any) -> None:
@@ -54,6 +54,9 @@ class Scheduler:
         """Label in the logs, object, name and schedule of each scheduled setting."""
         for name, schedule in self._owner.schedules.items():
             yield name, self._owner, name, schedule
+        on_policy = getattr(self._owner, "on_policy", None)
+        for name, schedule in on_policy.schedules.items() if on_policy is not None else ():
+            yield f"on_policy_{name}", on_policy, name, schedule
         for term in self._terms:
             for path, module in term.named_modules():
                 schedules = module.__dict__.get("schedules")
@@ -75,5 +78,7 @@ class Scheduler:
         """
         for label, owner, name, schedule in list(self._scheduled()):
             value = schedule.at(progress)
-            (checks.non_negative if name.endswith("weight") else checks.positive)(label, value)
+            checked = getattr(type(owner), name, None)
+            check = checks.non_negative if name.endswith("weight") else checks.positive
+            (checked.check if isinstance(checked, Setting) else check)(label, value)
             set_scheduled(owner, name, value)

@@ -68,9 +68,10 @@ class DistillStep:
         parts: The detached parts of the last total.
         batch_size: Number of examples of the last call.
         share: The tokens of the optimizer step, for terms on tokens.
-        unlogged: The difference between the last loss, which has a share of the optimizer step's tokens, and its part
-            in ``parts``, a mean over the tokens of the micro-batch; ``None`` if the two are the same.
+        unlogged: The last loss, a share of the optimizer step, less its part in ``parts``, a mean over the micro-batch;
+            ``None`` if the two are the same.
         counted: The numbers of tokens of the last call, by term.
+        own_text: Whether the batch is text of the student, whose labels are not a reference: no task loss counts.
         scheduler: Sets the scheduled settings.
     """
 
@@ -90,7 +91,7 @@ class DistillStep:
         self._labels, self._read_logits, self._never_called = labels, read_logits, never_called
         self.scheduler = Scheduler(terms, settings)
         self.parts: dict[str, Tensor] = {}
-        self.batch_size = 0
+        self.batch_size, self.own_text = 0, False
         self.share = TokenShare()
         self.unlogged: Tensor | None = None
         self.counted: dict[str, Tensor] = {}
@@ -137,7 +138,7 @@ class DistillStep:
         if skipping and not isinstance(self.source, LiveTeachers):
             raise ValueError(
                 f"Expected `teacher` to be a network for term {skipping[0]!r}, which reads what goes into its head, but"
-                " it is not. Use SequenceDistillation with a cache."
+                " it is not. Use SequenceDistillation."
             )
         bound = next((term.name for term in self.terms if term.needs_network), None)
         if bound is not None and self.source.stored:
@@ -199,6 +200,8 @@ class DistillStep:
             step_calls: The calls and answers to use; ``None`` takes the recorded calls and asks the teacher.
         """
         distillation = self.loss(batch, step_calls)
+        if self.own_text:
+            return distillation
         self.parts["task_loss"] = task_loss.detach()
         weight = self.settings.task_weight
         # if all weights are 0 the task loss stays, because a total without a graph could not be differentiated
@@ -216,10 +219,8 @@ class DistillStep:
         calls = self.student.find()
         if calls and isinstance(task_loss, Tensor):
             self._count(calls[0])
-            self.parts = {
-                "distillation_loss": torch.zeros((), device=task_loss.device),
-                "task_loss": task_loss.detach(),
-            }
+            zero = torch.zeros((), device=task_loss.device)
+            self.parts = {"distillation_loss": zero, "task_loss": task_loss.detach()}
 
     def loss(self, batch: Any = None, step_calls: StepCalls | None = None) -> Tensor:
         """The weighted sum of the terms over the calls recorded since the last one, a scalar.
@@ -244,10 +245,8 @@ class DistillStep:
         if not active:
             if calls:
                 self._count(calls[0])
-            zero = torch.zeros(
-                (), device=next((parameter.device for parameter in self.student.root.parameters()), None)
-            )
-            self.parts["distillation_loss"] = zero
+            device = next((parameter.device for parameter in self.student.root.parameters()), None)
+            zero = self.parts["distillation_loss"] = torch.zeros((), device=device)
             return rest if isinstance(rest, Tensor) else zero
         if not calls:
             raise ValueError(self._never_called())
@@ -296,7 +295,8 @@ class DistillStep:
         return values
 
     def _prepare(self, call: Call, batch: Any) -> None:
-        call.batch, call.read_logits, call.label_place = batch, self._read_logits, self._labels
+        call.batch, call.own_text = batch, self.own_text
+        call.read_logits, call.label_place = self._read_logits, self._labels
 
     def _check_scores(self, active: Sequence[DistillationTerm], call: Call, answers: Sequence[Call]) -> None:
         """Check the outputs that each term on logits compares, once."""

@@ -59,7 +59,7 @@ class TokenWindow:
     Args:
         trainer: The Trainer, in a fit.
         terms: The owner's terms, at least one of which counts tokens.
-        unpack: From a loader's batch to the batch as the user's code gets it.
+        unpack: From a loader's batch, and how many steps it is ahead, to the batch as the user's code gets it.
         label_place: Where the owner says that a batch keeps its labels.
 
     Attributes:
@@ -71,7 +71,7 @@ class TokenWindow:
         self,
         trainer: Trainer,
         terms: Sequence[DistillationTerm],
-        unpack: Callable[[Any], Any],
+        unpack: Callable[[Any, int], Any],
         label_place: Any,
     ) -> None:
         self._trainer, self._unpack, self._label_place = trainer, unpack, label_place
@@ -101,7 +101,7 @@ class TokenWindow:
         trainer, place = self._trainer, self._trainer.fit_loop.batch_idx
         size = trainer.accumulate_grad_batches
         if not trainer.lightning_module.automatic_optimization:
-            self._fail("optimization is manual, so the micro-batches of an optimizer step are not known")
+            self.fail("optimization is manual, so the micro-batches of an optimizer step are not known")
         elif size == trainer.world_size == 1:
             self.divisors = {}  # the tokens of the batch are those of the optimizer step
         elif place % size == 0 or size != self._size or not self.divisors:
@@ -116,12 +116,13 @@ class TokenWindow:
         try:
             own = self._numbers(batch, device)
             self._expect(own)
-            self._ahead.extend(self._numbers(self._unpack(batch), device) for batch in coming)
+            for steps, batch in enumerate(coming, 1):
+                self._ahead.append(self._numbers(self._unpack(batch, steps), device))
             numbers = torch.stack([own, *self._ahead]).sum(0)
         except _CANNOT_COUNT as error:
             self._ahead.clear()
             reason = str(error) if isinstance(error, ValueError) else repr(error)
-            self._fail(f"the tokens of a batch could not be counted before the training step ({reason})")
+            self.fail(f"the tokens of a batch could not be counted before the training step ({reason})")
             if not self._on:
                 return
             numbers = torch.zeros(len(self._terms), dtype=torch.float64, device=device)
@@ -159,13 +160,18 @@ class TokenWindow:
         for name, number in counted.items():
             expected = self._expected.get(name)
             if expected is not None and number.device.type == "cpu" and int(number) != int(expected):
-                self._fail(
+                self.fail(
                     f"term {name!r} counts {int(number)} tokens in the training step, but {int(expected)} in the batch"
                     " that the step gets"
                 )
                 return
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """Go over to the mean by micro-batch, with one warning.
+
+        Args:
+            reason: Why the tokens cannot be counted, for the warning.
+        """
         if not self._failed:
             warnings.warn(  # in the process that cannot count, whichever it is
                 f"The loss on tokens is the mean over each micro-batch, and not over the tokens of the whole optimizer"

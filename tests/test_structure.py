@@ -17,8 +17,8 @@ ROOMS = {
         ("losses", "metrics", "recording"),
         ("adapters", "teachers", "heads"),
         ("terms", "measures"),
-        ("cache", "hparams", "windows"),
-        ("step",),
+        ("cache", "on_policy", "windows"),
+        ("hparams", "step", "texts"),
         ("distiller", "run"),
         ("callback",),
         ("module",),
@@ -46,7 +46,17 @@ ROOMS = {
     ],
 }
 # Rooms that must work in any loop: nothing of a Trainer is imported when they are.
-KNOW_NO_TRAINER = ("recording", "teachers", "adapters", "terms", "losses", "functional", "step", "schedules")
+KNOW_NO_TRAINER = (
+    "recording",
+    "teachers",
+    "adapters",
+    "terms",
+    "losses",
+    "functional",
+    "on_policy",
+    "step",
+    "schedules",
+)
 
 
 def rank(package: str, room: str) -> int | None:

@@ -105,6 +105,7 @@ class Call:
         top_k: The likeliest classes, where a cached teacher holds only those.
         held: Where a cached teacher holds sequences: the tokens that it has answers for, a bool tensor ``(B, T)``, by
             ``"output"`` and by layer and side. If it is empty, all positions have answers.
+        own_text: Whether the batch is text of the student, whose labels are not a reference.
         label_place: Where the owner of the terms says that a batch keeps its labels.
         counted: For terms on tokens, by name, the number of tokens (or sequences) that count in the call.
         aligned: The teacher's tokens and the shared spans, if a term aligns two tokenizers.
@@ -125,6 +126,7 @@ class Call:
     top_k: Any = None
     held: Mapping[Any, Tensor] = field(default_factory=dict, repr=False)
     label_place: Any = None
+    own_text: bool = False
     counted: dict[str, Tensor] = field(default_factory=dict, repr=False)
     aligned: Any = field(default=None, repr=False)
     logged: dict[str, Tensor] = field(default_factory=dict, repr=False)

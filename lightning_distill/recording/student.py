@@ -31,6 +31,11 @@ class StudentFinder:
         self._recorders: dict[str, Recorder] | None = None
         self._student_recorder: Recorder | None = None
 
+    @property
+    def named(self) -> bool:
+        """Whether the user has named the student."""
+        return self._student is not None
+
     def _named(self) -> Recorder:
         paths = [self._student] if isinstance(self._student, str) else list(self._student or [])
         modules = []

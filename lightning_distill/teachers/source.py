@@ -16,6 +16,7 @@ from lightning_distill.recording.arguments import drop_capturing_hooks, has_capt
 from lightning_distill.recording.calls import changed
 from lightning_distill.teachers.hold import Hold
 from lightning_distill.teachers.inputs import TeacherInputs
+from lightning_distill.teachers.self_teacher import SelfTeacher
 
 
 class TeacherSource(Protocol):
@@ -263,7 +264,7 @@ def as_teacher(teacher: Any) -> Any:
     """
     if isinstance(teacher, nn.ModuleList) and not isinstance(teacher, TeacherEnsemble):  # it has no forward
         teacher = list(teacher)
-    if teacher is None or isinstance(teacher, nn.Module) or hasattr(teacher, "as_source"):
+    if teacher is None or isinstance(teacher, (nn.Module, SelfTeacher)) or hasattr(teacher, "as_source"):
         return teacher
     if isinstance(teacher, (str, bytes, dict)) or not isinstance(teacher, Sequence):
         got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"teacher={teacher!r}"
@@ -288,7 +289,7 @@ def as_source(
     """The source of a teacher that :func:`as_teacher` has returned.
 
     Args:
-        teacher: A network, an ensemble, a cache, or ``None``.
+        teacher: A network, an ensemble, the student itself, a cache, or ``None``.
         taps: The layers of the teacher that terms read.
         forward: The teacher's output for a call of the student.
         dtype: The precision of networks.
@@ -301,6 +302,13 @@ def as_source(
         return NoTeacher()
     if isinstance(teacher, nn.Module):
         return LiveTeachers(teacher, taps, forward, dtype, inputs)
+    if isinstance(teacher, SelfTeacher):
+        if dtype is not None:
+            raise ValueError(
+                f"Expected `teacher_dtype` to be None with a SelfTeacher, which has the student's precision, but got"
+                f" teacher_dtype={dtype}."
+            )
+        return teacher.source(forward, inputs or TeacherInputs(None, {}))
     if inputs is not None and inputs.place is not None:
         raise ValueError(
             "Expected `teacher_inputs` to be None with a cache, which holds the teacher's outputs already, but got"

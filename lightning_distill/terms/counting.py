@@ -7,9 +7,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from lightning_distill import compat
+from lightning_distill.adapters.follower import world_size
 from lightning_distill.recording import Call
 from lightning_distill.terms.base import DistillationTerm
 
@@ -48,6 +50,32 @@ def divisors(
     """
     each = numbers.clamp(min=1.0) / (micro_batches * processes)
     return {term.name: number for term, number in zip(terms, each.unbind(), strict=True)}
+
+
+def count_window(
+    terms: Sequence[DistillationTerm], batches: Sequence[Any], label_place: Any, student: nn.Module
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The divisors of an optimizer step, and the tokens of each of its batches, by the name of the term.
+
+    Every process must call it.
+
+    Args:
+        terms: Terms that count tokens.
+        batches: The micro-batches of this process.
+        label_place: Where the owner of the terms says that a batch keeps its labels.
+        student: The student.
+
+    Raises:
+        ValueError: As :func:`count_tokens`.
+    """
+    seq2seq, device = takes_decoder_inputs(student), next(student.parameters()).device
+    counted = [count_tokens(terms, batch, label_place, seq2seq, device) for batch in batches]
+    numbers = torch.stack(counted).sum(0)
+    if world_size() > 1:
+        torch.distributed.all_reduce(numbers)
+    names = [term.name for term in terms]
+    each = [dict(zip(names, number.unbind(), strict=True)) for number in counted]
+    return divisors(numbers, terms, len(batches), world_size()), each
 
 
 class TokenShare(NamedTuple):

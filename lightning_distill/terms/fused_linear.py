@@ -155,7 +155,7 @@ class FusedLinearDistillation(SequenceDistillation):
             )
         losses = student.skipped.losses
         student.logged[f"{self.name}_loss"] = losses.divergence
-        if self.task_weight:
+        if self.task_weight and not student.own_text:
             student.logged[f"{self.name}_task_loss"] = losses.cross_entropy
         value: Tensor = student.skipped.value(student)
         return value

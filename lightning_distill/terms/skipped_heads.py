@@ -190,14 +190,15 @@ class SkippedHeads:
         (student_scale, student_cap), (teacher_scale, teacher_cap) = (
             _scale_and_cap(recipe) for recipe in self._recipes
         )
+        task_weight = 0.0 if call.own_text else term.task_weight
         settings = RowSettings(
             **term.divergence(),
             weight=float(term.weight),
-            task_weight=term.task_weight,
+            task_weight=task_weight,
             scales=(student_scale, teacher_scale),
             soft_caps=(student_cap, teacher_cap),
         )
-        if term.task_weight and positions.labels is None:
+        if task_weight and positions.labels is None:
             raise ValueError(
                 "Expected labels for the cross entropy of task_weight, but got none. Pass labels=<their place in the"
                 " batch>, or task_weight=0."
@@ -205,7 +206,7 @@ class SkippedHeads:
         return fused_linear_losses(
             (skipped.hidden, *skipped.matrix),
             (hidden, *teacher),
-            positions.labels if term.task_weight else None,
+            positions.labels if task_weight else None,
             positions.counts,
             settings,
             IGNORE_INDEX if term.ignore_index is None else term.ignore_index,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from tiny import Classifier, Mlp, loader
 from torch import Tensor, nn
@@ -184,6 +185,12 @@ def test_the_module_inside_a_wrapper_is_found(name: str) -> None:
 def test_the_wrapper_of_torch_compile_is_seen_through() -> None:
     inner = Mlp(3)
     assert compat.unwrapped(torch.compile(inner, backend="eager")) is inner
+
+
+def test_the_wrapper_of_fabric_is_distinguished_from_a_plain_module() -> None:
+    wrapped = Fabric(accelerator="cpu", devices=1).setup(nn.Linear(2, 2))
+    assert compat.is_of_fabric(wrapped)
+    assert not compat.is_of_fabric(nn.Linear(2, 2))
 
 
 def test_hook_guards_are_held_until_the_last_holder_lets_go() -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: instal
 
 from distill_core.cli.lightning import main
 from lightning_distill.demo.language import QUICK, run
-from lightning_distill.demo.language.networks import GPT, bits_per_byte, continued
+from lightning_distill.demo.language.networks import GPT, bits_per_byte, continued, written
 from lightning_distill.demo.language.report import PROMPTS, closing, table
 from lightning_distill.demo.language.text import (
     END,
@@ -34,7 +34,18 @@ from lightning_distill.demo.language.text import (
     token_sizes,
     train_tokenizer,
 )
-from lightning_distill.demo.language.training import ALONE, LONGER, OFFLINE, ONLINE, STUDENTS, TEACHER, Run, step_flops
+from lightning_distill.demo.language.training import (
+    ALONE,
+    LONGER,
+    OFFLINE,
+    ONLINE,
+    OWN_TEXT,
+    STUDENTS,
+    TEACHER,
+    Run,
+    own_text_flops,
+    step_flops,
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +168,32 @@ def test_a_continuation_may_be_longer_than_a_window_and_begins_with_its_prompt()
     assert drawn[:2].tolist() == [3, 5]
 
 
+def test_text_of_the_student_is_drawn_after_its_rows_with_its_probabilities() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([0.1, 0.2, 0.7]).log()
+    net = Fixed(logits)
+    net.length = 9
+    drawn = written(net, torch.tensor([[1, 2]]).repeat(3000, 1), 2, 1.0)
+    assert drawn.shape == (3000, 4)
+    assert (drawn[:, :2] == torch.tensor([1, 2])).all()
+    shares = torch.bincount(drawn[:, 2:].flatten()) / 6000
+    torch.testing.assert_close(shares, logits.exp(), atol=0.03, rtol=0)
+
+
+def test_the_operations_on_text_of_the_student_are_those_of_writing_and_of_a_shorter_step() -> None:
+    width, depth = QUICK.student_size
+
+    def forward(length: int) -> int:
+        matrices = 12 * width**2 * depth + width * QUICK.vocabulary
+        return 2 * QUICK.batch_size * length * (matrices + 2 * length * width * depth)
+
+    last = QUICK.own_prompt + QUICK.own_tokens - 1  # the last token is only a label
+    student = QUICK.gpt(QUICK.student_size)
+    expected = sum(map(forward, range(QUICK.own_prompt, last + 1))) + 3 * forward(last)
+    counted = own_text_flops(student, student, QUICK) - forward(last)  # of the one in the place of the teacher
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
 def test_the_operations_of_a_step_are_six_for_each_weight_and_token_and_those_of_the_attention() -> None:
     width, depth, length = *QUICK.student_size, QUICK.length
     matrices = 12 * width**2 * depth + width * QUICK.vocabulary
@@ -199,6 +236,8 @@ def test_the_costs_are_those_that_the_methods_have(outcome: Outcome) -> None:
     assert runs[OFFLINE].flops() - runs[ALONE].flops() == pytest.approx(teacher / QUICK.epochs)  # each row once
     assert all(result.seconds > 0 for result in outcome.runs)
     assert runs[OFFLINE].cache_bytes > 0
+    assert runs[OWN_TEXT].steps == runs[ONLINE].steps
+    assert runs[OWN_TEXT].flops() < runs[ONLINE].flops()  # few tokens after half a row cost less than the other half
 
 
 def test_every_training_has_a_curve_that_ends_with_its_last_step_and_learns(outcome: Outcome) -> None:
@@ -256,8 +295,10 @@ def test_an_unknown_task_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_the_closing_sentence_follows_from_the_numbers(distilled: list[float], verdict: str) -> None:
-    runs = made_up({ALONE: [1.6, 1.6], LONGER: [1.0, 1.0], ONLINE: distilled, OFFLINE: [1.6, 1.6]})
-    sentence = closing(runs)[0]
+    bits = {ALONE: [1.6, 1.6], LONGER: [1.0, 1.0], ONLINE: distilled, OFFLINE: [1.6, 1.6]}
+    runs = made_up({**bits, OWN_TEXT: [bit - 0.1 for bit in distilled]})
+    sentence, own = closing(runs)[0], closing(runs)[2]
+    assert own.startswith("The student that also writes text of its own is better (-0.100 bits per byte) than the")
     assert sentence.startswith(f"The student distilled is {verdict} than the student alone at equal steps and worse")
 
 
@@ -268,4 +309,4 @@ def test_a_single_seed_is_called_little_proof() -> None:
 def test_the_table_shows_mean_and_spread_over_the_seeds() -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(table(made_up({method: [1.0, 2.0] for method in STUDENTS}), 1000))
-    assert console.file.getvalue().count("1.500 ± 0.707") == 4
+    assert console.file.getvalue().count("1.500 ± 0.707") == 5

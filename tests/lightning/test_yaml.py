@@ -130,6 +130,16 @@ def test_l29_several_teachers_by_class_path(config, tmp_path):
     same(cli, in_python(tmp_path, DistillCallback([Mlp(7, seed=1), Mlp(9, seed=2)], terms())))
 
 
+def test_l29_text_of_the_student_is_set_up_with_a_schedule(config):
+    share = {"class_path": "lightning_distill.schedules.Linear", "init_args": {"start": 0.0, "end": 0.5}}
+    settings = {"fraction": share, "max_new_tokens": 8, "eos_token_id": [2, 3]}
+    own_text = {"class_path": "lightning_distill.OnPolicyDistillation", "init_args": settings}
+    callback = callback_of(command_line("--config", config(on_policy=own_text), run=False))
+    assert repr(callback.on_policy).startswith("OnPolicyDistillation(Linear(start=0.0, end=0.5")
+    assert (callback.on_policy.max_new_tokens, callback.on_policy.eos_token_ids) == (8, [2, 3])
+    assert type(callback.terms[0]).__name__ == "SequenceDistillation"
+
+
 @pytest.mark.parametrize("lightning_checkpoint", [True, False], ids=["checkpoint", "state_dict"])
 def test_l29_teacher_by_load_teacher(config, tmp_path, lightning_checkpoint):
     trained = Mlp(7, seed=21)

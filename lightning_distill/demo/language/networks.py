@@ -123,6 +123,21 @@ def bits_per_byte(net: nn.Module, windows: tuple[Tensor, Tensor], token_bytes: T
     return nats / math.log(2) / int(token_bytes[labels].sum())
 
 
+def written(net: GPT, input_ids: Tensor, max_new_tokens: int, temperature: float) -> Tensor:
+    """Rows of tokens, each followed by tokens that are drawn from the network's probabilities.
+
+    Args:
+        net: The network.
+        input_ids: The rows, of equal lengths without padding, ``(B, P)``.
+        max_new_tokens: Number of tokens to add.
+        temperature: Softening of the probabilities.
+    """
+    for _ in range(max_new_tokens):
+        logits = net(input_ids[:, -net.length :])[:, -1]
+        input_ids = torch.cat([input_ids, torch.multinomial((logits / temperature).softmax(-1), 1)], 1)
+    return input_ids
+
+
 @torch.no_grad()
 def continued(net: GPT, tokens: Tensor, count: int, generator: torch.Generator, temperature: float = 0.8) -> Tensor:
     """Tokens, followed by tokens that are drawn from the network's probabilities.

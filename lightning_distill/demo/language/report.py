@@ -14,7 +14,16 @@ from rich.table import Table
 from distill_core.demo_report import save_figure
 from lightning_distill.demo.language.networks import GPT, continued
 from lightning_distill.demo.language.text import Text
-from lightning_distill.demo.language.training import ALONE, LONGER, OFFLINE, ONLINE, STUDENTS, TEACHER, Run
+from lightning_distill.demo.language.training import (
+    ALONE,
+    LONGER,
+    OFFLINE,
+    ONLINE,
+    OWN_TEXT,
+    STUDENTS,
+    TEACHER,
+    Run,
+)
 
 PROMPTS = ("    def __init__(self", "import ")
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and line styles for printing in grey
@@ -24,6 +33,7 @@ _LOOKS = {
     LONGER: ("#CC79A7", (0, (5, 1))),
     ONLINE: ("#0072B2", "--"),
     OFFLINE: ("#009E73", "-."),
+    OWN_TEXT: ("#E69F00", (0, (3, 1, 1, 1))),
 }
 
 
@@ -49,8 +59,9 @@ def table(runs: Sequence[Run], size: int) -> Table:
     printed = Table(
         title=f"Python's standard library, {size:,} bytes of test text; {seeds} seed{'s' * (seeds > 1)}",
         caption="Compute: floating-point operations of all matrix products, with\n"
-        "those of the teacher beside the student, without its training.\n"
-        "Equal compute: as much as the distillation without a cache.",
+        "those of the teacher beside the student and of writing text,\n"
+        "without the teacher's training. Equal compute: as much as the\n"
+        "distillation without a cache.",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
@@ -73,7 +84,7 @@ def table(runs: Sequence[Run], size: int) -> Table:
 
 
 def closing(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each distillation that compares it with the student alone, and one on the cache.
+    """A sentence for each distillation that compares it with another student, and one on the cache.
 
     A method is better if its student needs fewer bits for every seed, and worse if it needs more for every seed.
 
@@ -91,7 +102,11 @@ def closing(runs: Sequence[Run]) -> list[str]:
             for base, name in ((ALONE, "steps"), (LONGER, "compute"))
         ]
         sentences.append(f"The student {method} is {' and '.join(claims)}.")
-    cache, online = groups[OFFLINE][0], groups[ONLINE][0]
+    cache, online, own = groups[OFFLINE][0], groups[ONLINE][0], groups[OWN_TEXT][0]
+    sentences.append(
+        f"The student that also writes text of its own is {_verdict(groups[OWN_TEXT], groups[ONLINE])} than the student"
+        f" {ONLINE} at equal steps, for {own.flops() / online.flops():.2f} of its compute."
+    )
     sentences.append(
         f"The cache holds {cache.cache_bytes / 1e6:.0f} MB; filled and used once, it takes"
         f" {cache.flops() / online.flops():.2f} of the compute of the teacher beside the student."

@@ -21,14 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_distill.cache import TeacherCache
 from lightning_distill.callback import DistillCallback
-from lightning_distill.demo.language.networks import GPT, LanguageModel, bits_per_byte
+from lightning_distill.demo.language.networks import GPT, LanguageModel, bits_per_byte, written
 from lightning_distill.demo.language.text import Text
 from lightning_distill.losses import SoftTargetLoss
+from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.terms import SequenceDistillation
 
 TEACHER, ALONE, LONGER = "teacher", "student alone", "alone, equal compute"
-ONLINE, OFFLINE = "distilled", "distilled, cached"
-STUDENTS = (ALONE, LONGER, ONLINE, OFFLINE)
+ONLINE, OFFLINE, OWN_TEXT = "distilled", "distilled, cached", "distilled, own text"
+STUDENTS = (ALONE, LONGER, ONLINE, OFFLINE, OWN_TEXT)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Settings:
         weight: Factor of the divergence from the teacher.
         task_weight: Factor of the cross entropy with the text, for a student with a teacher.
         top_k: Number of the likeliest tokens in the cache.
+        own_share: Share of the batches that the student continues, for a student that writes text of its own.
+        own_prompt: Number of tokens of a row that it keeps.
+        own_tokens: Number of tokens that it writes.
         curve_points: Number of measurements on the validation text in a training.
         curve_rows: Number of rows of the validation text for these measurements.
     """
@@ -60,7 +64,7 @@ class Settings:
     files: int | None = None
     vocabulary: int = 1024
     length: int = 128
-    rows: int = 2800
+    rows: int = 2000
     batch_size: int = 8
     teacher_epochs: int = 3
     epochs: int = 2
@@ -72,6 +76,9 @@ class Settings:
     weight: float = 0.75
     task_weight: float = 0.25
     top_k: int = 64
+    own_share: float = 0.25
+    own_prompt: int = 64
+    own_tokens: int = 16
     curve_points: int = 8
     curve_rows: int = 100
 
@@ -169,6 +176,10 @@ class _Trainings:
         self.forward, self.step = forward_flops(self.teacher, settings), step_flops(student, settings)
         self.size, self.short = _size(student), settings.steps(settings.epochs)
         self.longer = round(self.short * (self.step + self.forward) / self.step)
+        share = settings.own_share
+        self.mixed = round(
+            (1 - share) * (self.step + self.forward) + share * own_text_flops(student, self.teacher, settings)
+        )
         self.progress = progress
         self.task = progress.add_task(TEACHER, total=settings.steps(settings.teacher_epochs))
 
@@ -195,6 +206,7 @@ class _Trainings:
                     (run(LONGER, steps=self.longer, step_flops=self.step), []),
                     (run(ONLINE, steps=self.short, step_flops=together), [self.distilling()]),
                     (run(OFFLINE, steps=self.short, step_flops=self.step, **filled), [self.distilling(cache)]),
+                    (run(OWN_TEXT, steps=self.short, step_flops=self.mixed), [self.writing(seed)]),
                 ]
                 for result, callbacks in planned:
                     student = _seeded(lambda: settings.gpt(settings.student_size), seed)
@@ -204,12 +216,26 @@ class _Trainings:
         self.progress.update(self.task, description="done")
         return runs, networks
 
-    def distilling(self, teacher: TeacherCache | None = None) -> Callback:
+    def distilling(self, teacher: TeacherCache | None = None, **further: Any) -> Callback:
         """The callback that distils the teacher, or its stored outputs."""
         settings = self.settings
         loss = SoftTargetLoss(temperature=settings.temperature)
         term = SequenceDistillation(loss, weight=settings.weight, shift=False)  # the labels are the next tokens
-        return DistillCallback(teacher or self.teacher, [term], task_weight=settings.task_weight, validate=False)
+        weight = settings.task_weight
+        return DistillCallback(teacher or self.teacher, [term], task_weight=weight, validate=False, **further)
+
+    def writing(self, seed: int) -> Callback:
+        """The callback that distils the teacher, in some batches on text of the student."""
+        settings = self.settings
+        on_policy = OnPolicyDistillation(
+            settings.own_share,
+            max_new_tokens=settings.own_tokens,
+            prompt=lambda batch: torch.arange(batch[0].shape[1]) < settings.own_prompt,
+            generate=lambda net, *, input_ids, attention_mask, **settings: written(net, input_ids, **settings),
+            build=lambda batch, tokens, mask, labels: [tokens[:, :-1], labels[:, 1:]],
+            seed=seed,
+        )
+        return self.distilling(on_policy=on_policy)
 
     def cached(self, folder: Path) -> TeacherCache:
         """The teacher's likeliest tokens at each place of all rows, on disk."""
@@ -258,8 +284,19 @@ def forward_flops(net: GPT, settings: Settings) -> int:
     return _counted(torch.no_grad()(net), net, settings)
 
 
-def _counted(work: Callable[[Tensor], Any], net: GPT, settings: Settings) -> int:
-    tokens = torch.zeros(settings.batch_size, settings.length, dtype=torch.long)
+def own_text_flops(student: GPT, teacher: GPT, settings: Settings) -> int:
+    """Floating-point operations of a step on text of the student, which it writes before."""
+    size = settings.own_prompt + settings.own_tokens - 1
+    write = torch.no_grad()(lambda tokens: written(student, tokens, settings.own_tokens, 1.0))
+    return (
+        _counted(write, student, settings, settings.own_prompt)
+        + _counted(lambda tokens: student(tokens).sum().backward(), student, settings, size)
+        + _counted(torch.no_grad()(teacher), teacher, settings, size)
+    )
+
+
+def _counted(work: Callable[[Tensor], Any], net: GPT, settings: Settings, length: int | None = None) -> int:
+    tokens = torch.zeros(settings.batch_size, length or settings.length, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # counts matrix products alone
         work(tokens)
     net.zero_grad()

@@ -1,0 +1,130 @@
+"""The student as its own teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_distill.recording import Call, Tap
+from lightning_distill.teachers.inputs import TeacherInputs
+
+
+@contextmanager
+def evaluated(network: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards each module has its own mode again.
+
+    Args:
+        network: The network.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        torch.clear_autocast_cache()  # some releases of torch would use its weights, without gradients, in the step
+
+
+class SelfTeacher:
+    """The student as its own teacher: without its adapters of PEFT, or with a richer prompt.
+
+    It runs in eval mode and without gradients, with the weights that the student has at that moment, and takes no
+    memory of its own. ``adapters=False`` is the model that the adapters were added to. With adapters it is the student
+    itself, so pass ``teacher_inputs=`` to the callback, such as the same question with its answer in the prompt.
+
+    Args:
+        student: The network that is trained, in the module or loop that owns it.
+        adapters: Whether its adapters are on.
+
+    Raises:
+        TypeError: If ``student`` is not a module.
+        ValueError: If it has no adapters to leave out.
+
+    Example:
+        >>> student = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5))
+        >>> teacher = SelfTeacher(student)
+        >>> teacher(torch.ones(1, 2)).requires_grad, student.training
+        (False, True)
+    """
+
+    def __init__(self, student: nn.Module, *, adapters: bool = True) -> None:
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"Expected `student` to be a module, but got student={student!r}.")
+        if not adapters and not callable(getattr(student, "disable_adapter", None)):
+            raise ValueError(
+                f"Expected `student` to have adapters of PEFT, but got a {type(student).__name__}. Pass the model that"
+                " peft.get_peft_model has returned."
+            )
+        self.student, self.adapters = student, adapters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output for a teacher's input."""
+        student: Any = self.student
+        with evaluated(student), nullcontext() if self.adapters else student.disable_adapter():
+            return student(*args, **kwargs)
+
+    def source(self, forward: Callable[[Call], Any], inputs: TeacherInputs) -> SelfSource:
+        """The source of its outputs."""
+        return SelfSource(self, forward, inputs)
+
+
+class SelfSource:
+    """The source of a student that teaches itself: nothing is held, moved or frozen.
+
+    Args:
+        teacher: The teacher.
+        forward: Its output for a call of the student.
+        inputs: Makes its inputs from the student's call.
+    """
+
+    live, stored = True, False
+
+    def __init__(self, teacher: SelfTeacher, forward: Callable[[Call], Any], inputs: TeacherInputs) -> None:
+        self._teacher, self._forward, self._inputs = teacher, forward, inputs
+        inputs.look_at([teacher.student])
+
+    def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
+        """Raise if a term reads a layer.
+
+        Raises:
+            ValueError: If so.
+        """
+        if taps:
+            raise ValueError(
+                f"Expected terms on outputs with a SelfTeacher, but {taps[0][0]} names a layer. Use LogitsDistillation"
+                " or SequenceDistillation."
+            )
+
+    def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """No-op: the student belongs to the training."""
+
+    def release(self) -> None:
+        """No-op: the student belongs to the training."""
+
+    def answers(self, call: Call, stored: Any = None) -> list[Call]:
+        """The student's output for the teacher's input."""
+        shown = self._inputs.of(call)
+        answer = Call(shown.args, shown.kwargs, who="teacher", read_logits=call.read_logits)
+        answer.output = self._forward(shown)
+        return [answer]
+
+    def cast(self, value: Any) -> Any:
+        """The unchanged value."""
+        return value
+
+    def unpack(self, batch: Any) -> tuple[Any, Any]:
+        """The batch; no answers come with it."""
+        return batch, None
+
+    def clear(self) -> None:
+        """No-op: nothing is recorded."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """No network beside the student."""
+        return iter(())
