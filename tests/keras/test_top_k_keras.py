@@ -86,7 +86,7 @@ def test_c7_values_and_gradients_are_the_lightning_halfs(
     rows, student = [2, 0, 1], (2 * RNG.standard_normal((3, *shape[1:]))).astype("float32")
     student_logits = torch.as_tensor(student).requires_grad_()
     call = lightning_distill.Call((), {}, output=student_logits)
-    (teacher_answer,) = cache.as_source().answers(call, Stored(read_answers(cache.reader, rows)))
+    (teacher_answer,) = cache.as_source().answers(call, Stored(read_answers(cache, rows, None)))
     term = lightning_distill.LogitsDistillation(getattr(lightning_distill.losses, name)(**settings))
     expected = term(call, teacher_answer)
     expected.backward()

@@ -300,10 +300,10 @@ def test_probabilities_in_the_place_of_logits_are_refused_in_the_first_step(trai
     trainer(max_steps=2, callbacks=[Logarithms(networks["teacher"])]).fit(module, nets.loader())
 
 
-def test_a_stream_of_data_cannot_be_cached_and_is_refused_with_a_clear_error(tmp_path: Any) -> None:
+def test_a_stream_of_data_without_keys_is_refused_with_a_clear_error(tmp_path: Any) -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
             yield from nets.digits()[0]
 
-    with pytest.raises(CacheError, match=r"Expected a map-style dataset with a length.*got Stream"):
+    with pytest.raises(CacheError, match=r"Expected `key` to be given for a stream.*got None with a Stream"):
         TeacherCache.build(nets.teacher(), Stream(), tmp_path, progress=False)
