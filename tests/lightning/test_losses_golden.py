@@ -193,6 +193,7 @@ def test_every_golden_case_kept_here_is_used() -> None:
         "mlkd_class",
         "mlkd_total",
         "symmetric_kl",
+        "topk_tail_kl",  # in tests/cache
         *SEVERAL_LAYERS,
         *LEARNED,
         *OF_TOKENS,
