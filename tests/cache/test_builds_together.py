@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -112,10 +110,11 @@ TOGETHER: dict[str, tuple[Callable[[int, Path], Any], str, str]] = {
 }
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # a rank that is left alone in a barrier raises an error after this time
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def _rank(rank: int, folder: str, meeting: str) -> None:
+    # a rank that is left alone in a barrier raises an error after this time; they meet in a file, since another test
+    # may take a port that was free before
+    settings = {"init_method": f"file://{meeting}", "timeout": timedelta(seconds=60)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, **settings)
     for number, (build, *_) in enumerate(TOGETHER.values()):
         try:
             build(rank, Path(folder))
@@ -133,10 +132,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 def test_an_error_in_one_rank_ends_the_build_in_every_rank(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tmp").write_text("my thesis")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path), port), nprocs=2)
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path), str(tmp_path / "meeting")), nprocs=2)
     for number, (name, (_, *expected)) in enumerate(TOGETHER.items()):
         for rank, words in enumerate(expected):
             assert words in (tmp_path / f"{number}-{rank}.txt").read_text(), (name, rank)

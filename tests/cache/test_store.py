@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -234,9 +233,9 @@ def test_c12_a_folder_that_was_begun_with_other_settings_is_refused(tmp_path: Pa
         built(tmp_path, network(32, seed=9))
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _rank(rank: int, folder: str, meeting: str) -> None:
+    # a file, since another test may take a port that was free before
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     built(Path(folder))
     torch.distributed.destroy_process_group()
 
@@ -245,10 +244,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 def test_c1_two_processes_share_the_work(tmp_path: Path) -> None:
     """C1: the same bytes as one process."""
     built(tmp_path / "one")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "two"), port), nprocs=2)
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "two"), str(tmp_path / "meeting")), nprocs=2)
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
