@@ -17,17 +17,21 @@ paper                                class                        function
 Hinton 2015, arXiv:1503.02531        SoftTargetLoss               functional.soft_target_kl
 Sun 2024, arXiv:2403.01427           SoftTargetLoss               functional.soft_target_kl(standardize=True)
 Hinton 2015, arXiv:1503.02531        SoftCrossEntropyLoss         functional.soft_cross_entropy
+Touvron 2021, arXiv:2012.12877       HardTargetLoss               functional.hard_target
 Ba & Caruana 2014, arXiv:1312.6184   LogitMSELoss                 functional.logit_mse
 Hinton 2015, a sigmoid per class     BinarySoftTargetLoss         functional.binary_soft_target
 Gu 2023, arXiv:2306.08543            ReverseKLLoss                functional.reverse_kl
 Agarwal 2023, arXiv:2306.13649       GeneralizedJSDLoss           functional.generalized_jsd
 Ko 2024, arXiv:2402.03898            SkewKLLoss                   functional.skew_kl, skew_reverse_kl
 Wen 2023, arXiv:2307.15190           TotalVariationLoss           functional.total_variation
+Wang 2025, arXiv:2505.04560          AlphaBetaLoss                functional.alpha_beta_divergence
 Zhao 2022, arXiv:2203.08679          DecoupledKDLoss              functional.decoupled_kd
 Yang 2023, arXiv:2303.13005          NormalizedKDLoss             functional.normalized_kd
 Zhou 2021, arXiv:2102.00650          WeightedSoftLabelLoss        functional.weighted_soft_labels
 Huang 2022, arXiv:2205.10536         DISTLoss                     functional.inter_class_relation, intra_class_relation
 Jin 2023 (CVPR)                      MultiLevelLogitLoss          functional.multi_level_logits
+Hofstaetter 2020, arXiv:2010.02666   MarginMSELoss                functional.margin_mse
+Lin 2020, arXiv:2010.11386           ListwiseKLLoss               functional.listwise_kl
 Zagoruyko 2017, arXiv:1612.03928     AttentionTransferLoss        functional.attention_transfer
 Romero 2015, arXiv:1412.6550         FeatureDistance("mse")       functional.feature_mse, feature_l1, feature_smooth_l1
 Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine")    functional.feature_cosine
@@ -72,6 +76,7 @@ from keras_distill import functional, losses, metrics, schedules
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.losses import (
+    AlphaBetaLoss,
     AttentionMapLoss,
     AttentionRelationLoss,
     AttentionTransferLoss,
@@ -85,8 +90,11 @@ from keras_distill.losses import (
     FeatureDistance,
     FeatureMapTransferLoss,
     GeneralizedJSDLoss,
+    HardTargetLoss,
     InterChannelCorrelationLoss,
+    ListwiseKLLoss,
     LogitMSELoss,
+    MarginMSELoss,
     MaskedGenerativeLoss,
     MultiLevelLogitLoss,
     NeuronSelectivityLoss,
@@ -118,6 +126,7 @@ from keras_distill.terms import (
 )
 
 __all__ = [
+    "AlphaBetaLoss",
     "AttentionMapLoss",
     "AttentionRelationLoss",
     "AttentionTransferLoss",
@@ -143,13 +152,16 @@ __all__ = [
     "FeatureDistillation",
     "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
+    "HardTargetLoss",
     "InterChannelCorrelationLoss",
     "IntermediateLayersKnowledgeDistillationLoss",
     "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
+    "ListwiseKLLoss",
     "LogitMSELoss",
     "LogitsDistillation",
+    "MarginMSELoss",
     "MaskedGenerativeLoss",
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import oracle_outputs as oracle
 from loss_case import Golden, LossCase, softened, unmasked_tokens
 
 from lightning_distill import losses
+
+
+def _alpha_beta(reference: Mapping[str, Any]) -> dict[str, Any]:
+    return {"alpha": reference["alpha"], "beta": reference["beta"], "temperature": reference.get("temperature", 1.0)}
+
+
+def _alpha_beta_factor(reference: Mapping[str, Any], shape: tuple[int, ...]) -> float:
+    """Where an exponent or their sum is 0, the reference is the limit times the other exponent."""
+    alpha, beta = reference["alpha"], reference["beta"]
+    at_limit = 0 in (alpha, beta, alpha + beta) and (alpha, beta) != (0, 0)
+    return (alpha or beta) if at_limit else 1.0
+
 
 DIVERGENCES = [
     LossCase(
@@ -100,10 +115,46 @@ DIVERGENCES = [
         ),
         on_logits=True,
     ),
+    LossCase(
+        "alpha_beta",
+        losses.AlphaBetaLoss,
+        oracle.alpha_beta,
+        (2, 3, 4),
+        settings={"alpha": 0.3, "beta": 0.9, "temperature": 2.0},
+        golden=(
+            Golden("alpha_beta", factor=_alpha_beta_factor, settings=_alpha_beta, arrange=unmasked_tokens),
+            Golden("alpha_beta_paper", settings=_alpha_beta, arrange=unmasked_tokens),
+        ),
+        on_logits=True,
+    ),
+    LossCase(
+        "alpha_beta_negative",
+        losses.AlphaBetaLoss,
+        oracle.alpha_beta,
+        (4, 5),
+        settings={"alpha": 1.2, "beta": -0.4},
+        on_logits=True,
+    ),
+    LossCase(
+        "alpha_beta_opposite",
+        losses.AlphaBetaLoss,
+        oracle.alpha_beta,
+        (4, 5),
+        settings={"alpha": 0.5, "beta": -0.5},
+        on_logits=True,
+    ),
 ]
 
 
 TARGETS = [
+    LossCase(
+        "hard_target",
+        losses.HardTargetLoss,
+        oracle.hard_target,
+        (4, 5),
+        zero_at_identity=False,
+        on_logits=True,
+    ),
     LossCase(
         "decoupled_kd",
         losses.DecoupledKDLoss,
@@ -224,4 +275,23 @@ RELATIONS = [
     ),
 ]
 
-OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *MAPS, *RELATIONS]
+CANDIDATES = [
+    LossCase("margin_mse", losses.MarginMSELoss, oracle.margin_mse, (4, 5)),
+    LossCase(
+        "listwise_kl",
+        losses.ListwiseKLLoss,
+        oracle.listwise_kl,
+        (4, 5),
+        settings={"student_temperature": 2.0, "teacher_temperature": 2.0},
+    ),
+    LossCase(
+        "listwise_kl_of_two_temperatures",
+        losses.ListwiseKLLoss,
+        oracle.listwise_kl,
+        (3, 4),
+        settings={"student_temperature": 0.5, "teacher_temperature": 3.0},
+        zero_at_identity=False,
+    ),
+]
+
+OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *MAPS, *RELATIONS, *CANDIDATES]

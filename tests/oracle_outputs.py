@@ -198,3 +198,54 @@ def channel_wise_kl(student: Array, teacher: Array, *, temperature: float = 4.0)
             p_s, p_t = (softmax(channel.ravel() / temperature) for channel in (channel_s, channel_t))
             values.append(temperature**2 * kl(p_t, p_s))
     return mean(values)
+
+
+def alpha_beta(
+    student: Array,
+    teacher: Array,
+    *,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+) -> float:
+    """ABKD: -1/(a b) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]; at a + b = 0 the limit of Cichocki et al."""
+    values = []
+    for q, p in softened(student, teacher, temperature, class_dim):
+        pairs = list(zip(p, q, strict=True))
+        if alpha + beta == 0:
+            terms = [(math.log((b / a) ** alpha) + (a / b) ** alpha - 1) / alpha**2 for a, b in pairs]
+        else:
+            total = alpha + beta
+            terms = [
+                -(a**alpha * b**beta - alpha / total * a**total - beta / total * b**total) / (alpha * beta)
+                for a, b in pairs
+            ]
+        values.append(sum(terms))
+    return mean(values)
+
+
+def hard_target(student: Array, teacher: Array, *, class_dim: int | None = None) -> float:
+    """DeiT: cross entropy with the teacher's decision, mean over the rows."""
+    values = []
+    for z_s, z_t in zip(rows(student, class_dim), rows(teacher, class_dim), strict=True):
+        values.append(-math.log(softmax(z_s)[list(z_t).index(max(z_t))]))
+    return mean(values)
+
+
+def margin_mse(student: Array, teacher: Array) -> float:
+    """Hofstaetter et al. 2020: squared difference of the margins to each negative candidate, mean over all."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        values += [((s[0] - s[i]) - (t[0] - t[i])) ** 2 for i in range(1, len(s))]
+    return mean(values)
+
+
+def listwise_kl(
+    student: Array, teacher: Array, *, student_temperature: float = 1.0, teacher_temperature: float = 1.0
+) -> float:
+    """T_s^2 KL(softmax(t / T_t) || softmax(s / T_s)) over the candidates, mean over the queries."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        values.append(student_temperature**2 * kl(softmax(t / teacher_temperature), softmax(s / student_temperature)))
+    return mean(values)

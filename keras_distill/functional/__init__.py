@@ -11,6 +11,7 @@ from keras_distill.functional import (
     logits,
     normalized,
     relations,
+    retrieval,
     targets,
 )
 from keras_distill.functional.attention import *
@@ -21,6 +22,7 @@ from keras_distill.functional.logit_relations import *
 from keras_distill.functional.logits import *
 from keras_distill.functional.normalized import *
 from keras_distill.functional.relations import *
+from keras_distill.functional.retrieval import *
 from keras_distill.functional.targets import *
 
 __all__: list[str] = []
@@ -32,4 +34,5 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
+__all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -12,6 +12,7 @@ from keras_distill.losses import (
     logits,
     normalized,
     relations,
+    retrieval,
     targets,
 )
 from keras_distill.losses.attention import *
@@ -23,6 +24,7 @@ from keras_distill.losses.logit_relations import *
 from keras_distill.losses.logits import *
 from keras_distill.losses.normalized import *
 from keras_distill.losses.relations import *
+from keras_distill.losses.retrieval import *
 from keras_distill.losses.targets import *
 
 __all__: list[str] = []
@@ -35,4 +37,5 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
+__all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -12,6 +12,7 @@ from lightning_distill.functional import (
     logits,
     normalized,
     relations,
+    retrieval,
     targets,
 )
 from lightning_distill.functional.attention import *
@@ -23,6 +24,7 @@ from lightning_distill.functional.logit_relations import *
 from lightning_distill.functional.logits import *
 from lightning_distill.functional.normalized import *
 from lightning_distill.functional.relations import *
+from lightning_distill.functional.retrieval import *
 from lightning_distill.functional.targets import *
 
 __all__: list[str] = []
@@ -35,4 +37,5 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
+__all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.divergences import (
+    alpha_beta_divergence,
     generalized_jsd,
     reverse_kl,
     skew_kl,
@@ -17,7 +18,7 @@ from lightning_distill.functional.divergences import (
 from lightning_distill.losses.base import LogitsLoss
 from lightning_distill.schedules import Schedule
 
-__all__ = ["GeneralizedJSDLoss", "ReverseKLLoss", "SkewKLLoss", "TotalVariationLoss"]
+__all__ = ["AlphaBetaLoss", "GeneralizedJSDLoss", "ReverseKLLoss", "SkewKLLoss", "TotalVariationLoss"]
 
 
 class ReverseKLLoss(LogitsLoss):
@@ -151,6 +152,61 @@ class SkewKLLoss(LogitsLoss):
         """Loss of a batch, a scalar."""
         divergence = skew_reverse_kl if self.reverse else skew_kl
         return divergence(student, teacher, skew=self.skew, mask=mask, class_dim=self.class_dim, reduction="mean")
+
+
+class AlphaBetaLoss(LogitsLoss):
+    r"""Alpha-beta divergence of the two models' probabilities, averaged over the examples.
+
+    .. math:: \frac{1}{N \alpha \beta (\alpha + \beta)} \sum_n \sum_c \alpha (p^t_{nc})^{\alpha + \beta}
+        + \beta (p^s_{nc})^{\alpha + \beta} - (\alpha + \beta) (p^t_{nc})^\alpha (p^s_{nc})^\beta,
+        \qquad p = \mathrm{softmax}(z / T)
+
+    A family between the forward divergence, at (1, 0), and the reverse one, at (0, 1). See
+    :func:`lightning_distill.functional.alpha_beta_divergence`.
+
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        alpha: Exponent of the teacher's probabilities, any number; may be set while training.
+        beta: Exponent of the student's probabilities, any number; may be set while training.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+
+    Returns:
+        A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0, an exponent is not finite or ``class_dim`` is the batch
+            dimension.
+
+    Example:
+        >>> import torch
+        >>> AlphaBetaLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
+        tensor(0.4891)
+
+    References:
+        Wang et al. 2025 (ABKD), arXiv:2505.04560, with alpha 0.2 and beta 0.7 for language models; deviation: where an
+        exponent or their sum is 0, the limit of the formula. The authors' code has another factor there.
+    """
+
+    merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(alpha_beta_divergence)
+
+    def __init__(
+        self,
+        temperature: float | Schedule = 1.0,
+        *,
+        alpha: float = 0.2,
+        beta: float = 0.7,
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(class_dim)
+        checks.number("alpha", alpha)
+        checks.number("beta", beta)
+        self.temperature = self._setting("temperature", temperature)
+        self._fix(alpha=float(alpha), beta=float(beta))
 
 
 class TotalVariationLoss(LogitsLoss):

@@ -232,14 +232,21 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "RelationalLoss",
         "SimilarityPreservingLoss",
     }
+    of_candidates = {"ListwiseKLLoss", "MarginMSELoss"}  # an adapter would mix the candidates
     assert any_channels == {
         "AttentionRelationLoss",
         "AttentionTransferLoss",
         "NeuronSelectivityLoss",
         "VariationalInformationLoss",
+        *of_candidates,
         *of_examples,
     }
-    assert any_positions == {"AttentionRelationLoss", "InterChannelCorrelationLoss", *of_examples}
+    assert any_positions == {
+        "AttentionRelationLoss",
+        "InterChannelCorrelationLoss",
+        *of_candidates,
+        *of_examples,
+    }
     assert losses.CorrelationCongruenceLoss(kernel="neighbour").channels_must_match
     assert not any(loss.several_layers for loss in public.values())
     assert {name for name, loss in public.items() if loss.learned} == {
