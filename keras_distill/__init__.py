@@ -24,10 +24,12 @@ Gu 2023, arXiv:2306.08543            ReverseKLLoss                functional.rev
 Agarwal 2023, arXiv:2306.13649       GeneralizedJSDLoss           functional.generalized_jsd
 Ko 2024, arXiv:2402.03898            SkewKLLoss                   functional.skew_kl, skew_reverse_kl
 Wen 2023, arXiv:2307.15190           TotalVariationLoss           functional.total_variation
+Shing 2025, arXiv:2501.16937         TAIDLoss                     functional.interpolated_kl
 Wang 2025, arXiv:2505.04560          AlphaBetaLoss                functional.alpha_beta_divergence
 Zhao 2022, arXiv:2203.08679          DecoupledKDLoss              functional.decoupled_kd
 Yang 2023, arXiv:2303.13005          NormalizedKDLoss             functional.normalized_kd
 Zhou 2021, arXiv:2102.00650          WeightedSoftLabelLoss        functional.weighted_soft_labels
+Belcak 2025, arXiv:2506.15702        MinifinetuningLoss           functional.minifinetuning
 Huang 2022, arXiv:2205.10536         DISTLoss                     functional.inter_class_relation, intra_class_relation
 Jin 2023 (CVPR)                      MultiLevelLogitLoss          functional.multi_level_logits
 Hofstaetter 2020, arXiv:2010.02666   MarginMSELoss                functional.margin_mse
@@ -96,6 +98,7 @@ from keras_distill.losses import (
     LogitMSELoss,
     MarginMSELoss,
     MaskedGenerativeLoss,
+    MinifinetuningLoss,
     MultiLevelLogitLoss,
     NeuronSelectivityLoss,
     NormalizedKDLoss,
@@ -108,6 +111,7 @@ from keras_distill.losses import (
     SkewKLLoss,
     SoftCrossEntropyLoss,
     SoftTargetLoss,
+    TAIDLoss,
     TotalVariationLoss,
     VariationalInformationLoss,
     WeightedSoftLabelLoss,
@@ -163,6 +167,7 @@ __all__ = [
     "LogitsDistillation",
     "MarginMSELoss",
     "MaskedGenerativeLoss",
+    "MinifinetuningLoss",
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
@@ -178,6 +183,7 @@ __all__ = [
     "SoftCrossEntropyLoss",
     "SoftTargetLoss",
     "StudentCheckpoint",
+    "TAIDLoss",
     "Tap",
     "TeacherAgreement",
     "TeacherCache",

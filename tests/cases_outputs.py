@@ -146,7 +146,40 @@ DIVERGENCES = [
 ]
 
 
+MOVING = [
+    LossCase(
+        "taid",
+        losses.TAIDLoss,
+        oracle.interpolated_kl,
+        (2, 3, 4),
+        # More than half, so that models that disagree entirely differ from the target. In steps: a training that ends
+        # earlier has another ramp over its fraction.
+        settings={"start": 0.6, "end": 0.9, "duration": 4.0, "over": "steps"},
+        on_logits=True,
+        detached=True,
+    ),
+    LossCase(
+        "taid_at_the_teacher",
+        losses.TAIDLoss,
+        oracle.interpolated_kl,
+        (4, 5),
+        settings={"start": 1.0, "end": 1.0},
+        on_logits=True,
+        detached=True,
+    ),
+]
+
+
 TARGETS = [
+    LossCase(
+        "minifinetuning",
+        losses.MinifinetuningLoss,
+        oracle.minifinetuning,
+        (4, 5),
+        settings={"threshold": 0.3, "temperature": 2.0},
+        zero_at_identity=False,
+        on_logits=True,
+    ),
     LossCase(
         "hard_target",
         losses.HardTargetLoss,
@@ -294,4 +327,4 @@ CANDIDATES = [
     ),
 ]
 
-OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *MAPS, *RELATIONS, *CANDIDATES]
+OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *MOVING, *TARGETS, *MAPS, *RELATIONS, *CANDIDATES]

@@ -249,3 +249,37 @@ def listwise_kl(
     for s, t in zip(student, teacher, strict=True):
         values.append(student_temperature**2 * kl(softmax(t / teacher_temperature), softmax(s / student_temperature)))
     return mean(values)
+
+
+def interpolated_kl(
+    student: Array, teacher: Array, *, frozen: Array, start: float, class_dim: int | None = None, **ramp: object
+) -> float:
+    """TAID: KL(softmax((1 - t) z_s + t z_t) || softmax(z_s)); z_s in the target is constant, taken at ``frozen``."""
+    values = []
+    triples = zip(*(rows(array, class_dim) for array in (student, teacher, frozen)), strict=True)
+    for z_s, z_t, constant in triples:
+        target = softmax(np.array([(1 - start) * a + start * b for a, b in zip(constant, z_t, strict=True)]))
+        values.append(kl(target, softmax(z_s)))
+    return mean(values)
+
+
+def minifinetuning(
+    student: Array,
+    teacher: Array,
+    *,
+    labels: NDArray[np.int64],
+    threshold: float = 0.2,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+) -> float:
+    """MFT: T^2 KL(corrected p_t || p_s), the label's lead corrected to the threshold; mean over the rows."""
+    values = []
+    for z_s, z_t, y in labelled(student, teacher, labels, class_dim):
+        p = softmax(z_t / temperature)
+        if p[y] == max(p):  # the teacher is right: surer by the threshold
+            weight = (min(p[y] + threshold, 1.0) - p[y]) / (1 - p[y])
+        else:
+            weight = (max(p) - p[y] + threshold) / (1 + max(p) - p[y])
+        corrected = np.array([(1 - weight) * p[c] + weight * (c == y) for c in range(len(p))])
+        values.append(temperature**2 * kl(corrected, softmax(z_s / temperature)))
+    return mean(values)

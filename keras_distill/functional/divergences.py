@@ -8,10 +8,18 @@ from typing import Any
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.functional.inputs import prepare_logits, prepare_temperature
-from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
+from keras_distill.functional.inputs import prepare_logits, prepare_number, prepare_temperature
+from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs, softmax_divergence
 
-__all__ = ["alpha_beta_divergence", "generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
+__all__ = [
+    "alpha_beta_divergence",
+    "generalized_jsd",
+    "interpolated_kl",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
 
 # Logarithms of probabilities and of their powers: those of an impossible class would overflow if the exponent is
 # negative.
@@ -276,6 +284,45 @@ def alpha_beta_divergence(
     return ops.sum(terms, axis=-1)
 
 
+def interpolated_kl(
+    student_logits: Any, teacher_logits: Any, *, interpolation: Any = 0.4, from_logits: bool = True
+) -> Any:
+    r"""Kullback-Leibler divergence of the student's probabilities from those on the way from student to teacher.
+
+    .. math:: \sum_c p_c (\log p_c - \log p^s_c), \qquad
+        p = \mathrm{softmax}((1 - t) \bar z^s + t z^t), \quad p^s = \mathrm{softmax}(z^s)
+
+    A teacher that is far stronger than the student is approached step by step: the target lies between the two models'
+    logits. The student's part in it, :math:`\bar z^s`, is a constant without a gradient. At t = 1 it is the forward
+    divergence.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        interpolation: Share t of the teacher in the target's logits, from 0 (the loss is zero) to 1; a scalar variable
+            may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence in nats, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or ``interpolation`` is not from 0 to 1.
+
+    Example:
+        >>> round(float(interpolated_kl([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]], interpolation=0.8)[0]), 4)
+        0.1999
+
+    References:
+        Shing et al. 2025 (TAID), section 3, arXiv:2501.16937; deviation from the authors' code: the whole divergence,
+        where the code leaves out the entropy of the target, which has no gradient.
+    """
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    share = prepare_number("interpolation", interpolation, student, _check_share)
+    return softmax_divergence(student, (1.0 - share) * ops.stop_gradient(student) + share * teacher)
+
+
 def _log_probabilities(
     student_logits: Any, teacher_logits: Any, temperature: Any, from_logits: bool
 ) -> tuple[Any, Any]:
@@ -296,3 +343,7 @@ def _log_mixture(log_p: Any, log_q: Any, share: float) -> Any:
     # Not ops.logaddexp: where its two arguments are equal, TensorFlow passes the whole gradient to the first.
     largest = ops.stop_gradient(ops.maximum(log_p, log_q))
     return largest + ops.log(ops.exp(log_p - largest) + ops.exp(log_q - largest))
+
+
+def _check_share(name: str, value: Any) -> None:
+    checks.between(name, value, 0, 1)

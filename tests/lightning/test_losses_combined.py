@@ -17,9 +17,12 @@ from lightning_distill import (
     ListwiseKLLoss,
     LogitsDistillation,
     MarginMSELoss,
+    MinifinetuningLoss,
     SoftTargetLoss,
+    TAIDLoss,
     functional,
 )
+from lightning_distill.schedules import Progress, Schedule
 
 pytestmark = pytest.mark.tensors
 
@@ -200,3 +203,125 @@ def test_exponents_are_finite_numbers(name: str) -> None:
         AlphaBetaLoss(**{name: math.inf})
     with pytest.raises(TypeError, match=rf"Expected `{name}` to be an int or a float, but got {name}='1'\."):
         AlphaBetaLoss(**{name: "1"})
+
+
+# A target that moves ----------------------------------------------------------------------------------------------
+
+
+@entries("taid", "taid_paper")
+def test_interpolated_divergence_is_the_published_cross_entropy_without_the_entropy_of_the_target(entry: dict) -> None:
+    tensors = leaves(entry)
+    tensors["loss"] = tensors.get("loss_true_kl", tensors["loss"])  # the paper's, stored beside the reference's own
+
+    value = functional.interpolated_kl(
+        tensors["student_logits"],
+        tensors["teacher_logits"],
+        interpolation=float(tensors["t"]),
+        mask=tensors["mask"] != 0,
+        reduction="mean",
+    )
+
+    check(value, entry, tensors)
+
+
+@entries("taid", "taid_paper")
+def test_the_ramp_is_the_line_that_the_published_schedule_never_falls_below(entry: dict) -> None:
+    """Its adaptive update, which is left out, moves ahead of the line."""
+    tensors, settings = leaves(entry), entry["hyperparameters"]
+    ramp = TAIDLoss(start=settings["t_start"], end=settings["t_end"]).schedules["interpolation"]
+
+    for step, share in zip(tensors["update_global_steps"][1:], tensors["update_t_after"][1:], strict=True):
+        line = ramp.at(Progress(fraction=float(step) / settings["num_train_steps"]))
+        expected = settings["t_start"] + (settings["t_end"] - settings["t_start"]) * step / settings["num_train_steps"]
+        assert line == pytest.approx(float(expected))
+        assert line <= share + 1e-12
+
+
+def test_the_share_of_the_teacher_grows_with_the_training_and_is_logged() -> None:
+    student, teacher, x = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(5, 4)
+    distiller = Distiller(student, teacher, LogitsDistillation(TAIDLoss(start=0.2, end=0.8)), task_weight=0.0)
+
+    for fraction, share in ((0.0, 0.2), (0.5, 0.5), (1.0, 0.8)):
+        distiller.advance(0, epoch=0, fraction=fraction)
+        with distiller.record():
+            output = student(x)
+        value = distiller.total(output.sum())
+        expected = functional.interpolated_kl(output, teacher(x), interpolation=share, reduction="mean")
+        torch.testing.assert_close(value, expected)
+        assert distiller.terms[0].loss.interpolation == pytest.approx(share)
+
+
+def test_a_number_takes_the_place_of_the_ramp() -> None:
+    loss = TAIDLoss()
+    loss.interpolation = 0.7
+    assert loss.schedules == {}
+    loss.interpolation = Schedule(lambda step: 0.5, over="steps")
+    assert loss.interpolation == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"start": 0.0}, r"Expected `start` to be greater than 0, but got start=0\.0\."),
+        ({"end": 1.5}, r"Expected `end` to be from 0 to 1, but got end=1\.5\."),
+        ({"over": "steps"}, r"Expected `duration` to be given in steps, but got duration=None\."),
+        ({"duration": 0}, r"Expected `duration` to be greater than 0, but got duration=0\."),
+        ({"over": "weeks"}, r"Expected `over` to be one of 'steps', 'epochs', 'fraction', but got over='weeks'\."),
+    ],
+)
+def test_a_bad_ramp_raises(settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TAIDLoss(**settings)
+
+
+def test_no_gradient_passes_through_the_target() -> None:
+    student, teacher = logits(4, 3, 5)
+    student.requires_grad_()
+
+    functional.interpolated_kl(student, teacher, interpolation=0.6).sum().backward()
+
+    target = (0.4 * student.detach() + 0.6 * teacher).softmax(-1)
+    torch.testing.assert_close(student.grad, student.detach().softmax(-1) - target)
+
+
+# A teacher that is corrected --------------------------------------------------------------------------------------
+
+
+@entries("mft")
+def test_corrected_targets_are_the_published_ones_up_to_the_number_in_their_divisors(entry: dict) -> None:
+    tensors, settings = leaves(entry), entry["hyperparameters"]
+    student, teacher = (tensors[f"{side}_logits"].flatten(0, -2) for side in ("student", "teacher"))
+    loss = MinifinetuningLoss(settings["temperature"], threshold=settings["threshold"])
+
+    check(loss(student, teacher, tensors["labels"]), entry, tensors, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2], ids=["right", "wrong", "far away"])
+def test_the_label_leads_by_the_threshold_in_a_corrected_target(label: int) -> None:
+    teacher = torch.tensor([[0.5, 1 / 3, 1 / 6]], dtype=torch.float64).log()
+    student = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+
+    functional.minifinetuning(student, teacher, torch.tensor([label]), threshold=0.2).sum().backward()
+
+    corrected = 1 / 3 - student.grad[0]
+    rest = [index for index in range(3) if index != label]
+    # over the teacher's own choice; where that is the label, over its probability before
+    lead = corrected[label] - (corrected[0] if label else 0.5)
+    assert lead.item() == pytest.approx(0.2)
+    ratio = teacher[0, rest].exp()
+    torch.testing.assert_close(corrected[rest] / corrected[rest].sum(), ratio / ratio.sum())
+
+
+def test_a_teacher_that_is_certain_of_the_label_leaves_the_cross_entropy() -> None:
+    student = torch.randn(2, 3)
+    teacher = torch.tensor([[200.0, 0.0, 0.0], [2.5, 0.0, 0.0]])  # certain, and surer than 1 - threshold
+
+    value = functional.minifinetuning(student, teacher, torch.tensor([0, 0]), threshold=0.5)
+
+    torch.testing.assert_close(value, F.cross_entropy(student, torch.tensor([0, 0]), reduction="none"))
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0])
+def test_a_bad_threshold_raises(threshold: float) -> None:
+    with pytest.raises(ValueError, match=rf"Expected `threshold` to be .* but got threshold={threshold}"):
+        MinifinetuningLoss(threshold=threshold)
