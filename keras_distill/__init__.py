@@ -39,6 +39,10 @@ Romero 2015, arXiv:1412.6550         FeatureDistance("mse")       functional.fea
 Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine")    functional.feature_cosine
 softmax over channels                FeatureDistance("kl")        functional.feature_kl
 Shu 2021, arXiv:2011.13256           ChannelWiseLoss              functional.channel_wise_kl
+Zheng 2022, arXiv:2102.12252         LocalizationLoss             functional.localization
+Yang 2022, arXiv:2204.06986          PixelRelationLoss            functional.pixel_relation
+Heo 2019, arXiv:1811.03233           ActivationBoundaryLoss       functional.activation_boundary
+Yim 2017 (CVPR)                      SolutionFlowLoss             functional.solution_flow
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pearson_feature
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information
 Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.masked_generative
@@ -78,6 +82,7 @@ from keras_distill import functional, losses, metrics, schedules
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.losses import (
+    ActivationBoundaryLoss,
     AlphaBetaLoss,
     AttentionMapLoss,
     AttentionRelationLoss,
@@ -95,6 +100,7 @@ from keras_distill.losses import (
     HardTargetLoss,
     InterChannelCorrelationLoss,
     ListwiseKLLoss,
+    LocalizationLoss,
     LogitMSELoss,
     MarginMSELoss,
     MaskedGenerativeLoss,
@@ -104,6 +110,7 @@ from keras_distill.losses import (
     NormalizedKDLoss,
     PatientLoss,
     PearsonFeatureLoss,
+    PixelRelationLoss,
     ProbabilisticTransferLoss,
     RelationalLoss,
     ReverseKLLoss,
@@ -111,6 +118,7 @@ from keras_distill.losses import (
     SkewKLLoss,
     SoftCrossEntropyLoss,
     SoftTargetLoss,
+    SolutionFlowLoss,
     TAIDLoss,
     TotalVariationLoss,
     VariationalInformationLoss,
@@ -130,6 +138,7 @@ from keras_distill.terms import (
 )
 
 __all__ = [
+    "ActivationBoundaryLoss",
     "AlphaBetaLoss",
     "AttentionMapLoss",
     "AttentionRelationLoss",
@@ -163,6 +172,7 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
     "ListwiseKLLoss",
+    "LocalizationLoss",
     "LogitMSELoss",
     "LogitsDistillation",
     "MarginMSELoss",
@@ -173,6 +183,7 @@ __all__ = [
     "NormalizedKDLoss",
     "PatientLoss",
     "PearsonFeatureLoss",
+    "PixelRelationLoss",
     "ProbabilisticTransferLoss",
     "RelationalLoss",
     "ReverseKLLoss",
@@ -182,6 +193,7 @@ __all__ = [
     "SkewKLLoss",
     "SoftCrossEntropyLoss",
     "SoftTargetLoss",
+    "SolutionFlowLoss",
     "StudentCheckpoint",
     "TAIDLoss",
     "Tap",

@@ -37,6 +37,10 @@ Romero 2015, arXiv:1412.6550         FeatureDistance("mse")       functional.fea
 Sanh 2019, arXiv:1910.01108          FeatureDistance("cosine")    functional.feature_cosine
 softmax over channels                FeatureDistance("kl")        functional.feature_kl
 Shu 2021, arXiv:2011.13256           ChannelWiseLoss              functional.channel_wise_kl
+Zheng 2022, arXiv:2102.12252         LocalizationLoss             functional.localization
+Yang 2022, arXiv:2204.06986          PixelRelationLoss            functional.pixel_relation
+Heo 2019, arXiv:1811.03233           ActivationBoundaryLoss       functional.activation_boundary
+Yim 2017 (CVPR)                      SolutionFlowLoss             functional.solution_flow
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pearson_feature
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information
 Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.masked_generative

@@ -283,3 +283,9 @@ def minifinetuning(
         corrected = np.array([(1 - weight) * p[c] + weight * (c == y) for c in range(len(p))])
         values.append(temperature**2 * kl(corrected, softmax(z_s / temperature)))
     return mean(values)
+
+
+def localization(student: Array, teacher: Array, *, temperature: float = 10.0) -> float:
+    """LD: T^2 KL over the bins of an edge, mean over the edges of all boxes."""
+    pairs = softened(student, teacher, temperature, -1)
+    return mean([temperature**2 * kl(p_t, p_s) for p_s, p_t in pairs])

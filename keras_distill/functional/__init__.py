@@ -3,7 +3,9 @@
 # ruff: noqa: F403 - every module names in its own __all__ what is public
 
 from keras_distill.functional import (
+    activations,
     attention,
+    dense,
     divergences,
     features,
     learned,
@@ -14,7 +16,9 @@ from keras_distill.functional import (
     retrieval,
     targets,
 )
+from keras_distill.functional.activations import *
 from keras_distill.functional.attention import *
+from keras_distill.functional.dense import *
 from keras_distill.functional.divergences import *
 from keras_distill.functional.features import *
 from keras_distill.functional.learned import *
@@ -26,7 +30,9 @@ from keras_distill.functional.retrieval import *
 from keras_distill.functional.targets import *
 
 __all__: list[str] = []
+__all__ += activations.__all__
 __all__ += attention.__all__
+__all__ += dense.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += learned.__all__

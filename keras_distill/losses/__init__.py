@@ -3,8 +3,10 @@
 # ruff: noqa: F403 - every module names in its own __all__ what is public
 
 from keras_distill.losses import (
+    activations,
     attention,
     base,
+    dense,
     divergences,
     features,
     learned,
@@ -15,8 +17,10 @@ from keras_distill.losses import (
     retrieval,
     targets,
 )
+from keras_distill.losses.activations import *
 from keras_distill.losses.attention import *
 from keras_distill.losses.base import *
+from keras_distill.losses.dense import *
 from keras_distill.losses.divergences import *
 from keras_distill.losses.features import *
 from keras_distill.losses.learned import *
@@ -28,8 +32,10 @@ from keras_distill.losses.retrieval import *
 from keras_distill.losses.targets import *
 
 __all__: list[str] = []
+__all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += base.__all__
+__all__ += dense.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += learned.__all__

@@ -3,7 +3,9 @@
 # ruff: noqa: F403 - every module names in its own __all__ what is public
 
 from lightning_distill.functional import (
+    activations,
     attention,
+    dense,
     divergences,
     features,
     fused_linear,
@@ -15,7 +17,9 @@ from lightning_distill.functional import (
     retrieval,
     targets,
 )
+from lightning_distill.functional.activations import *
 from lightning_distill.functional.attention import *
+from lightning_distill.functional.dense import *
 from lightning_distill.functional.divergences import *
 from lightning_distill.functional.features import *
 from lightning_distill.functional.fused_linear import *
@@ -28,7 +32,9 @@ from lightning_distill.functional.retrieval import *
 from lightning_distill.functional.targets import *
 
 __all__: list[str] = []
+__all__ += activations.__all__
 __all__ += attention.__all__
+__all__ += dense.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += fused_linear.__all__

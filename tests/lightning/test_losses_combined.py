@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_case import golden_arrays, golden_index
+from published import check, entries, leaves, logits
 from torch import Tensor, nn
 
 from lightning_distill import (
@@ -25,32 +25,6 @@ from lightning_distill import (
 from lightning_distill.schedules import Progress, Schedule
 
 pytestmark = pytest.mark.tensors
-
-
-def entries(*keys: str) -> pytest.MarkDecorator:
-    rows = [pytest.param(entry, id=f"{entry['key']}-{entry['case']}") for key in keys for entry in golden_index(key)]
-    return pytest.mark.parametrize("entry", rows)
-
-
-def leaves(entry: dict) -> dict[str, Tensor]:
-    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
-    for name in entry["student_inputs"]:
-        tensors[name].requires_grad_()
-    return tensors
-
-
-def check(value: Tensor, entry: dict, tensors: dict[str, Tensor], **tolerance: float) -> None:
-    """The value and the gradient of each of the student's inputs."""
-    value.backward()
-    tolerance = tolerance or entry["tolerance_suggested"]["float64"]
-    torch.testing.assert_close(value.detach(), tensors["loss"], **tolerance)
-    for name in entry["student_inputs"]:
-        torch.testing.assert_close(tensors[name].grad, tensors[f"grad_{name}"], **tolerance)
-
-
-def logits(seed: int, *shape: int) -> tuple[Tensor, Tensor]:
-    student, teacher = 3 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return student, teacher
 
 
 # A class head and a distillation head -----------------------------------------------------------------------------

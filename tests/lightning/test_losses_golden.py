@@ -22,8 +22,8 @@ LEARNED = ("vid", "mgd")  # with parameters: test_losses_learned.py has them
 # From hidden states or over tokens: tests/language/test_fused_linear_golden.py has them.
 OF_TOKENS = ("alpha_beta", "alpha_beta_paper", "fused_linear_jsd", "fused_linear_kl")
 OF_TOKENS += ("gkd_jsd", "symmetric_kl", "token_ce", "token_kl")
-# From several inputs of the student: test_losses_combined.py has them.
-COMBINED = ("deit_hard", "deit_soft", "deit_soft_paper", "distill_kl", "margin_mse", "mft", "taid", "taid_paper")
+# From several inputs of the student: test_losses_combined.py and test_losses_dense.py have them.
+COMBINED = ("deit_hard", "deit_soft", "deit_soft_paper", "distill_kl", "fsp", "margin_mse", "mft", "taid", "taid_paper")
 SEVERAL_LAYERS = ("tinybert_attention", "tinybert_hidden", "minilm_v2_relation")
 ROWS = [
     pytest.param(case, golden, entry, id=f"{entry['key']}-{entry['case']}")
