@@ -239,6 +239,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "AttentionTransferLoss",
         "NeuronSelectivityLoss",
         "PixelRelationLoss",
+        "SimpleRecipeLoss",
         "VariationalInformationLoss",
         *of_candidates,
         *of_examples,
@@ -246,6 +247,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     assert any_positions == {
         "AttentionRelationLoss",
         "InterChannelCorrelationLoss",
+        "SimpleRecipeLoss",
         "SolutionFlowLoss",
         *of_candidates,
         *of_examples,
@@ -254,6 +256,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     assert {name for name, loss in public.items() if loss.several_layers} == {"SolutionFlowLoss"}
     assert {name for name, loss in public.items() if loss.learned} == {
         "MaskedGenerativeLoss",
+        "SimpleRecipeLoss",
         "VariationalInformationLoss",
     }
 
