@@ -285,7 +285,7 @@ class TAIDLoss(LogitsLoss):
         paper's adaptive update moves t ahead of it while the loss falls, which needs the value of each step.
     """
 
-    merges_classes: ClassVar[bool] = True
+    # Not merges_classes: between two merged rows of logits lies another target than that of the rows.
     class_scores: ClassVar[bool] = True
 
     def __init__(
