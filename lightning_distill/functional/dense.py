@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
+import torch  # noqa: F401 - for the examples
 from torch import Tensor
 
 from lightning_distill import checks
@@ -109,9 +109,8 @@ def pixel_relation(student: Tensor, teacher: Tensor, *, temperature: float = 0.1
     positions = positions_mask(mask, student)
     maps = [unit(channel_maps(without(feature, positions)), dim=1) for feature in (student, teacher)]
     counts = None if positions is None else positions.flatten(1)
-    # One row for each pixel of the batch: its direction in both models.
+    # One row for each pixel of the batch: its direction in both models, zeros where it does not count.
     rows = [channels.mT.flatten(0, 1) for channels in maps]
-    rows += [] if counts is None else [counts.flatten()]
     images, _, pixels = maps[0].shape
     total = summed(
         partial(_pixel_divergences, maps[0], maps[1], counts, temperature),
@@ -131,12 +130,10 @@ def _pixel_divergences(
     temperature: float,
     student_rows: Tensor,
     teacher_rows: Tensor,
-    counted_rows: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the divergences of some pixels' similarities to the pixels of every image."""
+    """Sum of the divergences of some pixels' similarities to the pixels of every image; 0 for a row of zeros."""
     scores = []
     for maps, rows in ((student_maps, student_rows), (teacher_maps, teacher_rows)):
         similarities = product(rows / temperature, maps)  # image, row, pixel of the image
         scores.append(similarities if counts is None else similarities.masked_fill(~counts[:, None], LEAST_SCORE))
-    divergences = softmax_divergence(scores[0], scores[1], dim=2)
-    return (divergences if counted_rows is None else torch.where(counted_rows, divergences, 0.0)).sum()
+    return softmax_divergence(scores[0], scores[1], dim=2).sum()
