@@ -1,4 +1,4 @@
-"""Adapters: learned maps from a student feature's shape to the teacher's; and resizing of the teacher's maps."""
+"""Adapters: learned maps from a student feature's shape to the teacher's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_distill import checks
 
@@ -88,40 +86,3 @@ def _convolution(student: Shape, teacher: Shape, layer: str) -> keras.layers.Lay
         raise ValueError(checks.message(expected, f"{tuple(student)}", "Pass adapter='linear'."))
     kind = _CONVOLUTIONS[len(student)]
     return kind(teacher[-1], 1, name="adapter", dtype="float32", data_format="channels_last")
-
-
-def resized(teacher: Any, student: Shape) -> Any:
-    """Resize the teacher's map to the student's height and width, by averaging or by interpolation.
-
-    Args:
-        teacher: The teacher's feature map, shape ``(N, H_t, W_t, C)``.
-        student: Shape of the student's map, ``(N, H_s, W_s, ...)``.
-
-    Returns:
-        The map, shape ``(N, H_s, W_s, C)``; unchanged if the sizes agree or are unknown.
-
-    Example:
-        >>> resized(ops.reshape(ops.arange(4.0), (1, 4, 1, 1)), (1, 2, 1, 1))[0, :, 0, 0].numpy()
-        array([0.5, 2.5], dtype=float32)
-    """
-    for axis in (1, 2):
-        size, target_size = teacher.shape[axis], student[axis]
-        if size is not None and target_size is not None and size != target_size:
-            matrix = ops.cast(_resizing(size, target_size), teacher.dtype)
-            teacher = ops.moveaxis(ops.tensordot(matrix, teacher, axes=[[1], [axis]]), 0, axis)
-    return teacher
-
-
-def _resizing(size: int, target_size: int) -> np.ndarray[Any, Any]:
-    """The matrix that resizes one dimension; height and width can be resized one after the other."""
-    matrix = np.zeros((target_size, size), "float32")
-    for row in range(target_size):
-        if target_size < size:  # the mean of all pixels that the new pixel overlaps
-            first, last = row * size // target_size, -(-(row + 1) * size // target_size)
-            matrix[row, first:last] = 1 / (last - first)
-        else:  # linear interpolation between the centres of the pixels, which lie at one half
-            centre = max((row + 0.5) * size / target_size - 0.5, 0.0)
-            low = min(int(centre), size - 1)
-            matrix[row, low] += 1 - (centre - low)
-            matrix[row, min(low + 1, size - 1)] += centre - low
-    return matrix

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import oracle_features as oracle
+import oracle_outputs
 import torch.nn.functional as F
 from loss_case import Arrays, Golden, LossCase
 from torch import Tensor
@@ -176,5 +179,93 @@ FEATURE_CASES = [
         (2, 3, 6),
         over="examples",
         settings={"relation_heads": 2},
+    ),
+]
+
+
+def _boxes(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, Tensor]:
+    """Rows of single edges as boxes of four."""
+    return student.view(-1, 4, student.shape[-1]), teacher.view(-1, 4, teacher.shape[-1])
+
+
+FEATURE_CASES += [
+    LossCase(
+        "localization",
+        losses.LocalizationLoss,
+        oracle_outputs.localization,
+        (3, 4, 5),
+        over="neighbourhood",  # the four edges of a box stay together
+        settings={"temperature": 3.0},
+        golden=(
+            # The reference's mean is over the bins too. Case s2 has weights: test_losses_dense.py has it.
+            Golden(
+                "localization_kd",
+                factor=lambda settings, shape: settings["loss_weight"] / shape[-1],
+                settings=lambda reference: {"temperature": float(reference["T"])},
+                cases=("s1",),
+                arrange=_boxes,
+            ),
+            Golden(
+                "localization_kd_paper",
+                settings=lambda reference: {"temperature": float(reference["T"])},
+                cases=("s1",),
+                arrange=_boxes,
+            ),
+        ),
+    ),
+    LossCase(
+        "pixel_relation",
+        losses.PixelRelationLoss,
+        oracle.pixel_relation,
+        (3, 3, 2, 2),
+        (3, 4, 2, 2),
+        over="batch",
+        settings={"temperature": 0.5},
+        golden=(Golden("cirkd_pixel", settings=lambda reference: {"temperature": reference["temperature"]}),),
+        per_example=False,
+    ),
+    LossCase(
+        "pixel_relation_tokens",
+        losses.PixelRelationLoss,
+        oracle.pixel_relation,
+        (2, 4, 3),
+        over="batch",
+        settings={"temperature": 1.0},
+        per_example=False,
+    ),
+    LossCase(
+        "activation_boundary",
+        losses.ActivationBoundaryLoss,
+        oracle.activation_boundary,
+        (2, 3, 2, 3),
+        settings={"margin": 1.5},
+        golden=(
+            # The reference adds over the units, and multiplies by 3 / 1000. Case s2 has two layers.
+            Golden("ab", factor=lambda settings, shape: 3e-3 * math.prod(shape[1:]), cases=("s1",)),
+        ),
+        zero_at_identity=False,
+    ),
+    LossCase(
+        "activation_boundary_tokens",
+        losses.ActivationBoundaryLoss,
+        oracle.activation_boundary,
+        (2, 4, 3),
+        zero_at_identity=False,
+    ),
+    LossCase(
+        "solution_flow",
+        losses.SolutionFlowLoss,
+        oracle.solution_flow,
+        (2, 5, 2, 3),
+        over="examples",
+        steep=True,
+    ),
+    LossCase(
+        "solution_flow_tokens",
+        losses.SolutionFlowLoss,
+        oracle.solution_flow,
+        (2, 4, 5),
+        over="examples",
+        steep=True,
     ),
 ]

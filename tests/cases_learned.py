@@ -51,7 +51,26 @@ def _generative(name: str, shape: tuple[int, ...], mask: str, kernel: tuple[int,
     )
 
 
+def _simple_recipe(name: str, student: tuple[int, ...], teacher: tuple[int, ...], **settings: float) -> LossCase:
+    narrow, wide = (shape[channel_axis(np.empty(shape))] for shape in (student, teacher))
+    return LossCase(
+        name,
+        losses.SimpleRecipeLoss,
+        oracle.log_sum_distance,
+        student,
+        teacher,
+        settings=settings,
+        zero_at_identity=False,
+        over="batch",
+        per_example=False,
+        parameters=_drawn({"projection.weight": (wide, narrow)}, 0.7),
+    )
+
+
 LEARNED_CASES = [
+    # Variances far above eps, so that the loss is positive, as the generic tests expect of all losses.
+    _simple_recipe("simple_recipe", (5, 3, 2, 3), (5, 4, 2, 3), eps=1e-8),
+    _simple_recipe("simple_recipe_vectors", (5, 4), (5, 3), power=3.0, eps=1e-7),
     _variational("variational_information", (2, 3, 2, 3), (2, 4, 2, 3), (1, 1)),
     _variational("variational_information_tokens", (2, 4, 3), (2, 4, 2), (1,)),
     _variational("variational_information_vectors", (3, 4), (3, 5)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import oracle_outputs as oracle
 import torch
@@ -24,6 +26,17 @@ def _answers(student: Tensor, teacher: Tensor, arrays: Arrays) -> tuple[Tensor, 
         rows = [logits[sample, place : place + lengths[sample]] for sample, place in enumerate(first)]
         pairs.append(torch.cat([row.repeat(math.lcm(*lengths) // len(row), 1) for row in rows]))
     return pairs[0], pairs[1]
+
+
+def _alpha_beta(reference: Mapping[str, Any]) -> dict[str, Any]:
+    return {"alpha": reference["alpha"], "beta": reference["beta"], "temperature": reference.get("temperature", 1.0)}
+
+
+def _alpha_beta_factor(reference: Mapping[str, Any], shape: tuple[int, ...]) -> float:
+    """Where an exponent or their sum is 0, the reference is the limit times the other exponent."""
+    alpha, beta = reference["alpha"], reference["beta"]
+    at_limit = 0 in (alpha, beta, alpha + beta) and (alpha, beta) != (0, 0)
+    return (alpha or beta) if at_limit else 1.0
 
 
 DIVERGENCES = [
@@ -119,10 +132,79 @@ DIVERGENCES = [
         ),
         on_logits=True,
     ),
+    LossCase(
+        "alpha_beta",
+        losses.AlphaBetaLoss,
+        oracle.alpha_beta,
+        (2, 3, 4),
+        settings={"alpha": 0.3, "beta": 0.9, "temperature": 2.0},
+        golden=(
+            Golden("alpha_beta", factor=_alpha_beta_factor, settings=_alpha_beta, arrange=unmasked_tokens),
+            Golden("alpha_beta_paper", settings=_alpha_beta, arrange=unmasked_tokens),
+        ),
+        on_logits=True,
+    ),
+    LossCase(
+        "alpha_beta_negative",
+        losses.AlphaBetaLoss,
+        oracle.alpha_beta,
+        (4, 5),
+        settings={"alpha": 1.2, "beta": -0.4},
+        on_logits=True,
+    ),
+    LossCase(
+        "alpha_beta_opposite",
+        losses.AlphaBetaLoss,
+        oracle.alpha_beta,
+        (4, 5),
+        settings={"alpha": 0.5, "beta": -0.5},
+        on_logits=True,
+    ),
+]
+
+
+MOVING = [
+    LossCase(
+        "taid",
+        losses.TAIDLoss,
+        oracle.interpolated_kl,
+        (2, 3, 4),
+        # More than half, so that models that disagree entirely differ from the target. In steps: a training that ends
+        # earlier has another ramp over its fraction.
+        settings={"start": 0.6, "end": 0.9, "duration": 4.0, "over": "steps"},
+        on_logits=True,
+        detached=True,
+    ),
+    LossCase(
+        "taid_at_the_teacher",
+        losses.TAIDLoss,
+        oracle.interpolated_kl,
+        (4, 5),
+        settings={"start": 1.0, "end": 1.0},
+        on_logits=True,
+        detached=True,
+    ),
 ]
 
 
 TARGETS = [
+    LossCase(
+        "minifinetuning",
+        losses.MinifinetuningLoss,
+        oracle.minifinetuning,
+        (4, 5),
+        settings={"threshold": 0.3, "temperature": 2.0},
+        zero_at_identity=False,
+        on_logits=True,
+    ),
+    LossCase(
+        "hard_target",
+        losses.HardTargetLoss,
+        oracle.hard_target,
+        (4, 5),
+        zero_at_identity=False,
+        on_logits=True,
+    ),
     LossCase(
         "decoupled_kd",
         losses.DecoupledKDLoss,
@@ -267,4 +349,23 @@ VOCABULARIES = [
     ),
 ]
 
-OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *TARGETS, *MAPS, *RELATIONS, *VOCABULARIES]
+CANDIDATES = [
+    LossCase("margin_mse", losses.MarginMSELoss, oracle.margin_mse, (4, 5)),
+    LossCase(
+        "listwise_kl",
+        losses.ListwiseKLLoss,
+        oracle.listwise_kl,
+        (4, 5),
+        settings={"student_temperature": 2.0, "teacher_temperature": 2.0},
+    ),
+    LossCase(
+        "listwise_kl_of_two_temperatures",
+        losses.ListwiseKLLoss,
+        oracle.listwise_kl,
+        (3, 4),
+        settings={"student_temperature": 0.5, "teacher_temperature": 3.0},
+        zero_at_identity=False,
+    ),
+]
+
+OUTPUT_CASES: list[LossCase] = [*DIVERGENCES, *MOVING, *TARGETS, *MAPS, *RELATIONS, *VOCABULARIES, *CANDIDATES]

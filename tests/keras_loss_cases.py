@@ -76,8 +76,8 @@ def variable_of(loss: Any, name: str) -> keras.Variable:
     """A parameter by its name in PyTorch, where the functions between the layers count too: mean.2 is the second."""
     if name == "rho":
         return loss.layer.rho
-    _, index, kind = name.split(".")
-    return getattr(loss.layer.parts[int(index) // 2], {"weight": "kernel", "bias": "bias"}[kind])
+    _, *index, kind = name.split(".")
+    return getattr(loss.layer.parts[int(*index) // 2], {"weight": "kernel", "bias": "bias"}[kind])
 
 
 def keras_kernel(weight: NDArray[Any], rank: int) -> NDArray[Any]:
@@ -91,8 +91,17 @@ def class_indices(teacher: NDArray[Any]) -> NDArray[np.int32]:
     return labels_of(torch.tensor(np.asarray(teacher, dtype="float64")), -1).numpy().astype("int32")
 
 
+def layers_of(feature: Any) -> list[Any]:
+    """The two layers that PyTorch's generic tests make from one feature."""
+    feature = ops.convert_to_tensor(feature)
+    half = -(-feature.shape[-1] // 2)
+    return [feature[..., :half], feature[..., half:]]
+
+
 def called(loss: Any, student: Any, teacher: Any, labels: Any = None) -> Any:
     """The value of a loss, in its own order of arguments."""
+    if getattr(loss, "several_layers", False):
+        return loss(layers_of(teacher), layers_of(student))
     if not loss.needs_labels:
         return loss(teacher, student)
     labels = class_indices(as_array(teacher)) if labels is None else labels

@@ -66,6 +66,22 @@ class Labelled(nn.Module):
         return self.loss(student, teacher, labels, mask=mask)
 
 
+def layers_of(feature: Tensor) -> tuple[Tensor, ...]:
+    """Two layers of a network, made from one feature: the first half of its channels, and the others."""
+    return feature.tensor_split(2, dim=1 if feature.ndim >= 4 else -1)
+
+
+class SeveralLayers(nn.Module):
+    """A loss on lists of layers, called with one feature of each model."""
+
+    def __init__(self, loss: losses.DistillationLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return self.loss(layers_of(student), layers_of(teacher), mask=mask)
+
+
 class Learned(nn.Module):
     """A loss with its parameters fixed, in the precision and on the device of what it is called with."""
 
@@ -103,6 +119,8 @@ class LossCase:
     over: str = "positions"
     per_example: bool = True  # whether the loss of a batch is the mean over its examples
     parameters: Arrays | None = None  # of a learned loss, by the names of PyTorch's state_dict
+    # Whether the gradient grows with the cube of the features: at 1e4 it is more than float16 holds, by the formula.
+    steep: bool = False
     detached: bool = False  # whether the oracle's ``frozen`` is the student at which a factor without gradient is taken
 
     def __str__(self) -> str:
@@ -122,6 +140,8 @@ class LossCase:
         loss = self.loss(**settings)
         if self.parameters is not None:
             return Learned(loss, self.parameters, *self.shapes)
+        if loss.several_layers:
+            return SeveralLayers(loss)
         return Labelled(loss) if loss.needs_labels else loss
 
     def reference(self, student: oracle.Array, teacher: oracle.Array, frozen: oracle.Array | None = None) -> float:

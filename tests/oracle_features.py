@@ -203,3 +203,45 @@ def attention_relation(student: Array, teacher: Array, *, relation_heads: int) -
                     relations.append(softmax(np.array([dot(part[query], key) / math.sqrt(size) for key in part])))
                 values.append(kl(relations[1], relations[0]))
     return sum(values) / len(values)
+
+
+def pixel_relation(student: Array, teacher: Array, *, temperature: float = 0.1) -> float:
+    """CIRKD: KL of the softmaxes of a pixel's cosines to an image's pixels, mean over pixels and pairs of images."""
+    pixels = []  # for each model, for each image, the unit vectors of its pixels
+    for feature in (student, teacher):
+        axis = channel_axis(feature) - 1
+        pixels.append([[of_length_one(vector) for vector in rows(image, axis)] for image in feature])
+    values = []
+    for i in range(len(student)):
+        for j in range(len(student)):
+            for p in range(len(pixels[0][0])):
+                s, t = (
+                    softmax(np.array([dot(images[i][p], other) / temperature for other in images[j]]))
+                    for images in pixels
+                )
+                values.append(kl(t, s))
+    return sum(values) / len(values)
+
+
+def activation_boundary(student: Array, teacher: Array, *, margin: float = 1.0) -> float:
+    """Heo et al. 2019: (s - m)^2 where t > 0 and s < m, (s + m)^2 where t <= 0 and s > -m; mean over all units."""
+    total = 0.0
+    for s, t in zip(student.ravel(), teacher.ravel(), strict=True):
+        if t > 0 and s < margin:
+            total += (s - margin) ** 2
+        if t <= 0 and s > -margin:
+            total += (s + margin) ** 2
+    return float(total / student.size)
+
+
+def solution_flow(student: Array, teacher: Array) -> float:
+    """Yim et al. 2017: mean squared difference of G = F1 F2^T / P; the two layers are parts of the channels."""
+    values = []
+    for student_example, teacher_example in zip(student, teacher, strict=True):
+        products = []
+        for example in (student_example, teacher_example):
+            channels = channel_rows(example)
+            first, second = channels[: -(-len(channels) // 2)], channels[-(-len(channels) // 2) :]
+            products.append([dot(a, b) / len(a) for a in first for b in second])
+        values.append(sum((s - t) ** 2 for s, t in zip(*products, strict=True)) / len(products[0]))
+    return sum(values) / len(values)

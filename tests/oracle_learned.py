@@ -70,3 +70,22 @@ def masked_generative(
         generated = convolution(np.maximum(convolution(s, *first), 0), *second)
         total += sum(float((g - target) ** 2) for g, target in zip(generated.ravel(), t.ravel(), strict=True))
     return total / len(student)
+
+
+def log_sum_distance(
+    student: Array, teacher: Array, *, parameters: Parameters, power: float = 4.0, eps: float = 1e-4
+) -> float:
+    """SRD: log of the sum of |BN(W mean f_s) - BN(mean f_t)|^a; the means are over positions, BN over the batch."""
+    normalized = []
+    for feature, matrix in ((student, parameters["projection.weight"]), (teacher, None)):
+        examples = [sum(vectors(example[None])) / len(vectors(example[None])) for example in feature]
+        if matrix is not None:
+            examples = [matrix_times(matrix, example) for example in examples]
+        columns = []
+        for column in zip(*examples, strict=True):
+            mean = sum(column) / len(column)
+            variance = sum((value - mean) ** 2 for value in column) / len(column)
+            columns.append([(value - mean) / math.sqrt(variance + eps) for value in column])
+        normalized.append(columns)
+    pairs = [pair for columns in zip(*normalized, strict=True) for pair in zip(*columns, strict=True)]
+    return math.log(sum(abs(s - t) ** power for s, t in pairs))

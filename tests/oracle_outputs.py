@@ -208,3 +208,94 @@ def universal_logit(student: Array, teacher: Array, *, temperature: float = 1.0,
         p_s, p_t = (sorted(softmax(z / temperature).tolist(), reverse=True) for z in (z_s, z_t))
         values.append(sum(abs(s - t) for s, t in itertools.zip_longest(p_s, p_t, fillvalue=0.0)))
     return mean(values)
+
+
+def alpha_beta(
+    student: Array,
+    teacher: Array,
+    *,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+) -> float:
+    """ABKD: -1/(a b) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]; at a + b = 0 the limit of Cichocki et al."""
+    values = []
+    for q, p in softened(student, teacher, temperature, class_dim):
+        pairs = list(zip(p, q, strict=True))
+        if alpha + beta == 0:
+            terms = [(math.log((b / a) ** alpha) + (a / b) ** alpha - 1) / alpha**2 for a, b in pairs]
+        else:
+            total = alpha + beta
+            terms = [
+                -(a**alpha * b**beta - alpha / total * a**total - beta / total * b**total) / (alpha * beta)
+                for a, b in pairs
+            ]
+        values.append(sum(terms))
+    return mean(values)
+
+
+def hard_target(student: Array, teacher: Array, *, class_dim: int | None = None) -> float:
+    """DeiT: cross entropy with the teacher's decision, mean over the rows."""
+    values = []
+    for z_s, z_t in zip(rows(student, class_dim), rows(teacher, class_dim), strict=True):
+        values.append(-math.log(softmax(z_s)[list(z_t).index(max(z_t))]))
+    return mean(values)
+
+
+def margin_mse(student: Array, teacher: Array) -> float:
+    """Hofstaetter et al. 2020: squared difference of the margins to each negative candidate, mean over all."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        values += [((s[0] - s[i]) - (t[0] - t[i])) ** 2 for i in range(1, len(s))]
+    return mean(values)
+
+
+def listwise_kl(
+    student: Array, teacher: Array, *, student_temperature: float = 1.0, teacher_temperature: float = 1.0
+) -> float:
+    """T_s^2 KL(softmax(t / T_t) || softmax(s / T_s)) over the candidates, mean over the queries."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        values.append(student_temperature**2 * kl(softmax(t / teacher_temperature), softmax(s / student_temperature)))
+    return mean(values)
+
+
+def interpolated_kl(
+    student: Array, teacher: Array, *, frozen: Array, start: float, class_dim: int | None = None, **ramp: object
+) -> float:
+    """TAID: KL(softmax((1 - t) z_s + t z_t) || softmax(z_s)); z_s in the target is constant, taken at ``frozen``."""
+    values = []
+    triples = zip(*(rows(array, class_dim) for array in (student, teacher, frozen)), strict=True)
+    for z_s, z_t, constant in triples:
+        target = softmax(np.array([(1 - start) * a + start * b for a, b in zip(constant, z_t, strict=True)]))
+        values.append(kl(target, softmax(z_s)))
+    return mean(values)
+
+
+def minifinetuning(
+    student: Array,
+    teacher: Array,
+    *,
+    labels: NDArray[np.int64],
+    threshold: float = 0.2,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+) -> float:
+    """MFT: T^2 KL(corrected p_t || p_s), the label's lead corrected to the threshold; mean over the rows."""
+    values = []
+    for z_s, z_t, y in labelled(student, teacher, labels, class_dim):
+        p = softmax(z_t / temperature)
+        if p[y] == max(p):  # the teacher is right: surer by the threshold
+            weight = (min(p[y] + threshold, 1.0) - p[y]) / (1 - p[y])
+        else:
+            weight = (max(p) - p[y] + threshold) / (1 + max(p) - p[y])
+        corrected = np.array([(1 - weight) * p[c] + weight * (c == y) for c in range(len(p))])
+        values.append(temperature**2 * kl(corrected, softmax(z_s / temperature)))
+    return mean(values)
+
+
+def localization(student: Array, teacher: Array, *, temperature: float = 10.0) -> float:
+    """LD: T^2 KL over the bins of an edge, mean over the edges of all boxes."""
+    pairs = softened(student, teacher, temperature, -1)
+    return mean([temperature**2 * kl(p_t, p_s) for p_s, p_t in pairs])

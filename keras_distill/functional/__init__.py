@@ -3,7 +3,9 @@
 # ruff: noqa: F403 - every module names in its own __all__ what is public
 
 from keras_distill.functional import (
+    activations,
     attention,
+    dense,
     divergences,
     features,
     learned,
@@ -11,10 +13,13 @@ from keras_distill.functional import (
     logits,
     normalized,
     relations,
+    retrieval,
     targets,
     vocabularies,
 )
+from keras_distill.functional.activations import *
 from keras_distill.functional.attention import *
+from keras_distill.functional.dense import *
 from keras_distill.functional.divergences import *
 from keras_distill.functional.features import *
 from keras_distill.functional.learned import *
@@ -22,11 +27,14 @@ from keras_distill.functional.logit_relations import *
 from keras_distill.functional.logits import *
 from keras_distill.functional.normalized import *
 from keras_distill.functional.relations import *
+from keras_distill.functional.retrieval import *
 from keras_distill.functional.targets import *
 from keras_distill.functional.vocabularies import *
 
 __all__: list[str] = []
+__all__ += activations.__all__
 __all__ += attention.__all__
+__all__ += dense.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += learned.__all__
@@ -34,5 +42,6 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
+__all__ += retrieval.__all__
 __all__ += targets.__all__
 __all__ += vocabularies.__all__

@@ -8,10 +8,23 @@ from typing import Any
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.functional.inputs import prepare_logits, prepare_temperature
-from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
+from keras_distill.functional.inputs import prepare_logits, prepare_number, prepare_temperature
+from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs, softmax_divergence
 
-__all__ = ["generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
+__all__ = [
+    "alpha_beta_divergence",
+    "generalized_jsd",
+    "interpolated_kl",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
+
+# Logarithms of probabilities and of their powers: those of an impossible class would overflow if the exponent is
+# negative.
+_LEAST_LOG, _LARGEST_LOG = -1e15, math.log(1e15)
+_CLOSE_TO_ZERO = 1e-6  # exponents below it take the formula's limit, which is the more accurate there
 
 
 def reverse_kl(student_logits: Any, teacher_logits: Any, *, temperature: Any = 1.0, from_logits: bool = True) -> Any:
@@ -204,6 +217,112 @@ def total_variation(
     return 0.5 * ops.sum(ops.abs(ops.exp(log_student) - ops.exp(log_teacher)), axis=-1)
 
 
+def alpha_beta_divergence(
+    student_logits: Any,
+    teacher_logits: Any,
+    *,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+    temperature: Any = 1.0,
+    from_logits: bool = True,
+) -> Any:
+    r"""Alpha-beta divergence of the two models' probabilities.
+
+    .. math:: \frac{1}{\alpha \beta (\alpha + \beta)} \sum_c \alpha (p^t_c)^{\alpha + \beta}
+        + \beta (p^s_c)^{\alpha + \beta} - (\alpha + \beta) (p^t_c)^\alpha (p^s_c)^\beta,
+        \qquad p = \mathrm{softmax}(z / T)
+
+    A larger :math:`\alpha` lets the classes that the teacher finds likely weigh more, a larger :math:`\beta` those in
+    which the student is confident already. It is the forward divergence at (1, 0), the reverse one at (0, 1) and the
+    squared Hellinger distance times 4 at (0.5, 0.5). Where an exponent or their sum is 0, it is the formula's limit.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        alpha: Exponent of the teacher's probabilities, any number.
+        beta: Exponent of the student's probabilities, any number.
+        temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0 or an
+            exponent is not finite.
+
+    Example:
+        >>> round(float(alpha_beta_divergence([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]])[0]), 4)
+        0.4891
+
+    References:
+        Wang et al. 2025 (ABKD), arXiv:2505.04560. The limits are those of Cichocki, Cruces and Amari 2011;
+        deviation from the authors' code, whose limits have another factor, so that its value jumps there. Powers of
+        probabilities are at most 1e15. The value is not multiplied by :math:`T^2`.
+    """
+    checks.number("alpha", alpha)
+    checks.number("beta", beta)
+    logs = _log_probabilities(student_logits, teacher_logits, temperature, from_logits)
+    log_q, log_p = (ops.maximum(log, _LEAST_LOG) for log in logs)
+    q_power, p_power, mixed = (
+        ops.exp(ops.minimum(power, _LARGEST_LOG))
+        for power in ((alpha + beta) * log_q, (alpha + beta) * log_p, alpha * log_p + beta * log_q)
+    )
+    apart = log_q - log_p
+    no_alpha, no_beta, no_total = (abs(exponent) < _CLOSE_TO_ZERO for exponent in (alpha, beta, alpha + beta))
+    if no_alpha and no_beta:
+        terms = 0.5 * ops.square(apart)
+    elif no_alpha:  # [q^b log(q^b / p^b) - q^b + p^b] / b^2
+        terms = (beta * apart * q_power - q_power + p_power) / beta**2
+    elif no_beta:  # [p^a log(p^a / q^a) - p^a + q^a] / a^2
+        terms = (q_power - p_power - alpha * apart * p_power) / alpha**2
+    elif no_total:  # [log(q^a / p^a) + (p / q)^a - 1] / a^2
+        terms = (alpha * apart + mixed - 1.0) / alpha**2
+    else:
+        terms = (alpha * p_power + beta * q_power - (alpha + beta) * mixed) / (alpha * beta * (alpha + beta))
+    return ops.sum(terms, axis=-1)
+
+
+def interpolated_kl(
+    student_logits: Any, teacher_logits: Any, *, interpolation: Any = 0.4, from_logits: bool = True
+) -> Any:
+    r"""Kullback-Leibler divergence of the student's probabilities from those on the way from student to teacher.
+
+    .. math:: \sum_c p_c (\log p_c - \log p^s_c), \qquad
+        p = \mathrm{softmax}((1 - t) \bar z^s + t z^t), \quad p^s = \mathrm{softmax}(z^s)
+
+    A teacher that is far stronger than the student is approached step by step: the target lies between the two models'
+    logits. The student's part in it, :math:`\bar z^s`, is a constant without a gradient. At t = 1 it is the forward
+    divergence.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        interpolation: Share t of the teacher in the target's logits, from 0 (the loss is zero) to 1; a scalar variable
+            may be changed while training.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence in nats, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or ``interpolation`` is not from 0 to 1.
+
+    Example:
+        >>> round(float(interpolated_kl([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]], interpolation=0.8)[0]), 4)
+        0.1999
+
+    References:
+        Shing et al. 2025 (TAID), section 3, arXiv:2501.16937; deviation from the authors' code: the whole divergence,
+        where the code leaves out the entropy of the target, which has no gradient.
+    """
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    share = prepare_number("interpolation", interpolation, student, _check_share)
+    return softmax_divergence(student, (1.0 - share) * ops.stop_gradient(student) + share * teacher)
+
+
 def _log_probabilities(
     student_logits: Any, teacher_logits: Any, temperature: Any, from_logits: bool
 ) -> tuple[Any, Any]:
@@ -224,3 +343,7 @@ def _log_mixture(log_p: Any, log_q: Any, share: float) -> Any:
     # Not ops.logaddexp: where its two arguments are equal, TensorFlow passes the whole gradient to the first.
     largest = ops.stop_gradient(ops.maximum(log_p, log_q))
     return largest + ops.log(ops.exp(log_p - largest) + ops.exp(log_q - largest))
+
+
+def _check_share(name: str, value: Any) -> None:
+    checks.between(name, value, 0, 1)

@@ -9,9 +9,9 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare
-from keras_distill.functional.vectors import flattened, per_example
+from keras_distill.functional.vectors import centred, flattened, or_one, per_example, spread_or_one
 
-__all__ = ["masked_generative", "variational_information"]
+__all__ = ["log_sum_distance", "masked_generative", "variational_information"]
 
 _REMEDY = "The learned part must return the teacher's channels at the teacher's positions."
 
@@ -98,3 +98,65 @@ def masked_generative(student: Any, teacher: Any, *, generator: Callable[[Any], 
     generated = generator(student if mask is None else student * ops.cast(mask, student.dtype))
     checks.same_shape(generated, teacher, names=("generator(student)", "teacher"), remedy=_REMEDY)
     return ops.sum(flattened(ops.square(generated - teacher), 1), axis=-1)
+
+
+def log_sum_distance(
+    student: Any, teacher: Any, *, projection: Callable[[Any], Any], power: float = 4.0, eps: float = 1e-4
+) -> Any:
+    r"""Logarithm of the summed powers of the differences between two batch-normalised features, one projected.
+
+    .. math:: \log \sum_n \sum_c |\hat z^s_{nc} - \hat z^t_{nc}|^a, \qquad
+        z^s_n = W \bar f^s_n, \quad z^t_n = \bar f^t_n, \quad
+        \hat z_{nc} = \frac{z_{nc} - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}}
+
+    Features are averaged over their positions first; the mean :math:`\mu` and the variance :math:`\sigma^2` are those
+    of the batch. The logarithm keeps the gradient large while the difference shrinks, and the power stresses the
+    largest differences. The value may be negative. Where the features do not differ at all, as in a batch of one
+    example, it is 0 without a gradient.
+
+    Args:
+        student: The student's feature, shape ``(N, C_s)``, ``(N, L, C_s)`` or ``(N, H, W, C_s)``.
+        teacher: The teacher's feature of the same examples, such a shape too, with C channels.
+        projection: The learned map W from ``(N, C_s)`` to ``(N, C)``.
+        power: The exponent a of the differences, at least 1.
+        eps: Added to the variances, greater than 0.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: If a feature is not a floating point tensor, or a setting is not a number.
+        ValueError: If the numbers of examples differ, a feature has no channels, ``projection`` does not have the
+            teacher's channels, or a setting is out of its range.
+
+    Example:
+        >>> student, teacher = [[1.0], [3.0], [2.0]], [[0.0], [1.0], [5.0]]
+        >>> value = log_sum_distance(student, teacher, projection=lambda feature: 2 * feature)
+        >>> round(float(value), 4)
+        2.4714
+
+    References:
+        Miles and Mikolajczyk 2023 (SRD), section 3, arXiv:2303.11098; deviation: 0 in the place of the logarithm of 0.
+    """
+    checks.at_least("power", power, 1)
+    checks.positive("eps", eps)
+    student, teacher = prepare(student, teacher)
+    shapes = tuple(student.shape), tuple(teacher.shape)
+    if len(shapes[0]) < 2 or len(shapes[1]) < 2 or checks.shapes_differ(shapes[0][:1], shapes[1][:1]):
+        expected = "`student` and `teacher` to have the same number of examples and a dimension of channels"
+        raise ValueError(checks.message(expected, f"{shapes[0]} and {shapes[1]}"))
+    student, teacher = (_averaged(feature) for feature in (student, teacher))
+    projected = projection(student)
+    checks.same_shape(projected, teacher, names=("projection(student)", "teacher"), remedy=_REMEDY)
+    apart = ops.abs(_batch_normalized(projected, eps) - _batch_normalized(teacher, eps))
+    return ops.log(or_one(ops.sum(ops.power(apart, power))))
+
+
+def _averaged(feature: Any) -> Any:
+    """Channel vectors averaged over the positions, shape ``(N, C)``."""
+    return feature if len(feature.shape) == 2 else ops.mean(feature, axis=tuple(range(1, len(feature.shape) - 1)))
+
+
+def _batch_normalized(rows: Any, eps: float) -> Any:
+    difference = centred(rows, 0)
+    return difference / spread_or_one(difference, 0, count=ops.cast(ops.shape(rows)[0], rows.dtype), eps=eps)

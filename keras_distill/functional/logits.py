@@ -10,7 +10,7 @@ from keras_distill import checks
 from keras_distill.functional.inputs import epsilon_of, prepare_logits, prepare_temperature
 from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
 
-__all__ = ["logit_mse", "soft_cross_entropy", "soft_target_kl"]
+__all__ = ["hard_target", "logit_mse", "soft_cross_entropy", "soft_target_kl"]
 
 _STANDARDIZE_EPS = 1e-7
 
@@ -99,6 +99,40 @@ def soft_cross_entropy(
     temperature = prepare_temperature(temperature, student)
     soft_targets = ops.softmax(teacher / temperature, axis=-1)
     return -ops.sum(soft_targets * ops.log_softmax(student / temperature, axis=-1), axis=-1) * temperature**2
+
+
+def hard_target(student_logits: Any, teacher_logits: Any, *, from_logits: bool = True) -> Any:
+    r"""Cross entropy of the student's probabilities with the teacher's decision.
+
+    .. math:: -\log p^s_k, \qquad k = \arg\max_c z^t_c, \quad p = \mathrm{softmax}(z)
+
+    The teacher's most likely class is taken as a label: how sure the teacher is does not count. Of equally likely
+    classes it is the first.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Cross entropy in nats, the shape of the logits without the last dimension.
+
+    Raises:
+        TypeError: If the logits are not floating point tensors, or ``from_logits`` is not a bool.
+        ValueError: If the shapes differ or there are fewer than two classes.
+
+    Example:
+        >>> round(float(hard_target([[2.0, 0.0, 1.0]], [[1.0, 4.0, 0.0]])[0]), 4)
+        2.4076
+
+    References:
+        Touvron et al. 2021 (DeiT), equation 3, arXiv:2012.12877; deviation: the student's cross entropy on the label is
+        the task loss and not part of this one.
+    """
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    decision = ops.expand_dims(ops.argmax(teacher, axis=-1), -1)
+    log_student = ops.log_softmax(student, axis=-1)
+    return -ops.squeeze(ops.take_along_axis(log_student, decision, axis=-1), axis=-1)
 
 
 def logit_mse(student_logits: Any, teacher_logits: Any, *, from_logits: bool = True) -> Any:

@@ -11,6 +11,7 @@ from keras_distill.functional.inputs import (
     IGNORE_INDEX,
     ignored,
     log_odds,
+    logarithm,
     prepare_labels,
     prepare_logits,
     prepare_number,
@@ -18,7 +19,7 @@ from keras_distill.functional.inputs import (
 )
 from keras_distill.functional.primitives import LEAST_SCORE, kl_from_logs
 
-__all__ = ["binary_soft_target", "decoupled_kd", "normalized_kd", "weighted_soft_labels"]
+__all__ = ["binary_soft_target", "decoupled_kd", "minifinetuning", "normalized_kd", "weighted_soft_labels"]
 
 _WEIGHT_EPS = 1e-7
 # A logit of probability 0. Minus infinity would make the gradient NaN, and the sum of two of these still is a float32.
@@ -201,6 +202,73 @@ def weighted_soft_labels(
     soft_targets = ops.softmax(teacher / temperature, axis=-1)
     cross_entropy = -ops.sum(soft_targets * ops.log_softmax(student / temperature, axis=-1), axis=-1)
     return _where_counted(counts, weight * cross_entropy) * temperature**2
+
+
+def minifinetuning(
+    student_logits: Any,
+    teacher_logits: Any,
+    labels: Any,
+    *,
+    threshold: float = 0.2,
+    temperature: Any = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    from_logits: bool = True,
+) -> Any:
+    r"""Kullback-Leibler divergence of the student's probabilities from the teacher's, corrected towards the labels.
+
+    .. math:: T^2 \sum_c q_c (\log q_c - \log p^s_c), \qquad q = (1 - w) p^t + w e_y, \quad p = \mathrm{softmax}(z / T)
+
+    .. math:: w = \frac{\min(\tau, 1 - p^t_y)}{1 - p^t_y} \text{ if the label is the likeliest class k, else }
+        \frac{p^t_k - p^t_y + \tau}{1 + p^t_k - p^t_y}
+
+    A correct teacher gets :math:`\tau` surer of the label; a wrong one is changed until the label leads over its own
+    choice by :math:`\tau`. The other classes keep their proportions.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)``, C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        labels: Class index of each row, shape ``(N, ...)`` or ``(N, ..., 1)``, from 0 to C - 1; a
+            row with a negative label does not count, and one of C or more makes the row NaN.
+        threshold: Lead :math:`\tau` of the label in a corrected target, at least 0 and less than 1.
+        temperature: Softening of both distributions, greater than 0; it precedes the correction. A scalar variable may
+            be changed while training.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        from_logits: Whether these are logits; if False they are probabilities and z is their logarithm.
+
+    Returns:
+        Divergence in nats times :math:`T^2`, the shape of the logits without the last dimension;
+            0 in rows that do not count.
+
+    Raises:
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes do not fit, there are fewer than two classes, the temperature is not greater than 0 or
+            the threshold is out of its range.
+
+    Example:
+        >>> round(float(minifinetuning([[2.0, 0.0, 1.0]], [[4.0, 1.0, 0.0]], [1])[0]), 4)
+        0.8968
+
+    References:
+        Belcak et al. 2025 (MFT), arXiv:2506.15702; deviation from the authors' code: nothing is added to the divisors,
+        so that a teacher that is certain of the label is corrected as well.
+    """
+    checks.fraction("threshold", threshold)
+    student, teacher = prepare_logits(student_logits, teacher_logits, from_logits=from_logits)
+    temperature = prepare_temperature(temperature, student)
+    student, teacher, is_label, counts = _rows(student, teacher, labels, ignore_index)
+    log_student = ops.log_softmax(student / temperature, axis=-1)
+    probabilities = ops.softmax(teacher / temperature, axis=-1)
+    of_label = ops.expand_dims(_target(probabilities, is_label), -1)
+    largest = ops.max(probabilities, axis=-1, keepdims=True)
+    rest = 1.0 - of_label
+    kept = ops.where(
+        of_label == largest,
+        ops.maximum(rest - threshold, 0.0) / ops.where(rest > 0, rest, ops.ones_like(rest)),
+        (1.0 - threshold) / (1.0 + largest - of_label),
+    )
+    target = kept * probabilities + (1.0 - kept) * ops.cast(is_label, probabilities.dtype)
+    values = ops.sum(target * (logarithm(target) - log_student), axis=-1)
+    return _where_counted(counts, values) * temperature**2
 
 
 def binary_soft_target(

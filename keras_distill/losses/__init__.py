@@ -3,8 +3,10 @@
 # ruff: noqa: F403 - every module names in its own __all__ what is public
 
 from keras_distill.losses import (
+    activations,
     attention,
     base,
+    dense,
     divergences,
     features,
     learned,
@@ -12,11 +14,14 @@ from keras_distill.losses import (
     logits,
     normalized,
     relations,
+    retrieval,
     targets,
     vocabularies,
 )
+from keras_distill.losses.activations import *
 from keras_distill.losses.attention import *
 from keras_distill.losses.base import *
+from keras_distill.losses.dense import *
 from keras_distill.losses.divergences import *
 from keras_distill.losses.features import *
 from keras_distill.losses.learned import *
@@ -24,12 +29,15 @@ from keras_distill.losses.logit_relations import *
 from keras_distill.losses.logits import *
 from keras_distill.losses.normalized import *
 from keras_distill.losses.relations import *
+from keras_distill.losses.retrieval import *
 from keras_distill.losses.targets import *
 from keras_distill.losses.vocabularies import *
 
 __all__: list[str] = []
+__all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += base.__all__
+__all__ += dense.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += learned.__all__
@@ -37,5 +45,6 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
+__all__ += retrieval.__all__
 __all__ += targets.__all__
 __all__ += vocabularies.__all__

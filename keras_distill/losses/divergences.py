@@ -6,18 +6,21 @@ from typing import Any, ClassVar
 
 import keras
 
+from distill_core.schedules import Over
 from keras_distill import checks
 from keras_distill.functional.divergences import (
+    alpha_beta_divergence,
     generalized_jsd,
+    interpolated_kl,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
     total_variation,
 )
 from keras_distill.losses.base import LogitsLoss
-from keras_distill.schedules import Schedule
+from keras_distill.schedules import Linear, Schedule
 
-__all__ = ["GeneralizedJSDLoss", "ReverseKLLoss", "SkewKLLoss", "TotalVariationLoss"]
+__all__ = ["AlphaBetaLoss", "GeneralizedJSDLoss", "ReverseKLLoss", "SkewKLLoss", "TAIDLoss", "TotalVariationLoss"]
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -185,6 +188,136 @@ class SkewKLLoss(LogitsLoss):
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
+class AlphaBetaLoss(LogitsLoss):
+    r"""Alpha-beta divergence of the two models' probabilities, averaged over the examples.
+
+    .. math:: \frac{1}{N \alpha \beta (\alpha + \beta)} \sum_n \sum_c \alpha (p^t_{nc})^{\alpha + \beta}
+        + \beta (p^s_{nc})^{\alpha + \beta} - (\alpha + \beta) (p^t_{nc})^\alpha (p^s_{nc})^\beta,
+        \qquad p = \mathrm{softmax}(z / T)
+
+    A family between the forward divergence, at (1, 0), and the reverse one, at (0, 1). See
+    :func:`keras_distill.functional.alpha_beta_divergence`.
+
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        alpha: Exponent of the teacher's probabilities, any number; may be set while training.
+        beta: Exponent of the student's probabilities, any number; may be set while training.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0 or an exponent is not finite.
+
+    Example:
+        >>> round(float(AlphaBetaLoss()([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        0.4891
+
+    References:
+        Wang et al. 2025 (ABKD), arXiv:2505.04560, with alpha 0.2 and beta 0.7 for language models; deviation: where an
+        exponent or their sum is 0, the limit of the formula. The authors' code has another factor there.
+    """
+
+    merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(alpha_beta_divergence)
+
+    def __init__(
+        self,
+        temperature: float | Schedule = 1.0,
+        *,
+        alpha: float = 0.2,
+        beta: float = 0.7,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "alpha_beta_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
+        checks.number("alpha", alpha)
+        checks.number("beta", beta)
+        self.temperature = self._setting("temperature", temperature)
+        self._fix(alpha=float(alpha), beta=float(beta))
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class TAIDLoss(LogitsLoss):
+    r"""Divergence from a target that moves from the student to the teacher, averaged over the examples.
+
+    .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p_n \| p^s_n), \qquad
+        p = \mathrm{softmax}((1 - t) \bar z^s + t z^t), \quad p^s = \mathrm{softmax}(z^s)
+
+    The loss brings its own schedule: the share t of the teacher, ``interpolation``, grows on a straight line from
+    ``start`` to ``end`` in the course of the training. It is set, logged and resumed as other scheduled settings are;
+    outside of a training it is ``start``. See :func:`keras_distill.functional.interpolated_kl`.
+
+    Args:
+        start: Share of the teacher at first, greater than 0.
+        end: Share of the teacher at last, greater than 0 and at most 1.
+        duration: Length of the ramp in steps or epochs, or as a fraction of the training; None is all of it.
+        over: Unit of ``duration``: ``"steps"``, ``"epochs"`` or ``"fraction"``.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If ``start`` or ``end`` is not greater than 0 or is more than 1, or ``duration`` does not fit
+            ``over``.
+
+    Example:
+        >>> round(float(TAIDLoss()([[4.0, 1.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        0.0832
+
+    References:
+        Shing et al. 2025 (TAID), section 3, arXiv:2501.16937, from 0.4 to 1; deviation: the straight line alone. The
+        paper's adaptive update moves t ahead of it while the loss falls, which needs the value of each step.
+    """
+
+    # Not merges_classes: between two merged rows of logits lies another target than that of the rows.
+    class_scores: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        start: float = 0.4,
+        end: float = 1.0,
+        duration: float | None = None,
+        over: Over = "fraction",
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "taid_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
+        for name, share in (("start", start), ("end", end)):
+            _check_share(name, share)
+        ramp = Linear(start, end, duration=duration, over=over)
+        self.interpolation = self._setting("interpolation", ramp, _check_share)
+        duration = None if duration is None else float(duration)
+        self._fix(start=float(start), end=float(end), duration=duration, over=over)
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """One value per row."""
+        return interpolated_kl(y_pred, y_true, interpolation=self.interpolation, from_logits=self.from_logits)
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        return {name: value for name, value in super().get_config().items() if name != "interpolation"}
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
 class TotalVariationLoss(LogitsLoss):
     r"""Total variation distance, averaged over the examples.
 
@@ -231,3 +364,8 @@ class TotalVariationLoss(LogitsLoss):
     ) -> None:
         super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         self.temperature = self._setting("temperature", temperature)
+
+
+def _check_share(name: str, value: Any) -> None:
+    checks.positive(name, value)
+    checks.between(name, value, 0, 1)

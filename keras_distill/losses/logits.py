@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import keras
 
 from keras_distill import checks
-from keras_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
+from keras_distill.functional.logits import hard_target, logit_mse, soft_cross_entropy, soft_target_kl
 from keras_distill.losses.base import LogitsLoss
 from keras_distill.schedules import Schedule
 
-__all__ = ["LogitMSELoss", "SoftCrossEntropyLoss", "SoftTargetLoss"]
+__all__ = ["HardTargetLoss", "LogitMSELoss", "SoftCrossEntropyLoss", "SoftTargetLoss"]
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -120,6 +120,50 @@ class SoftCrossEntropyLoss(LogitsLoss):
     ) -> None:
         super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
         self.temperature = self._setting("temperature", temperature)
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class HardTargetLoss(LogitsLoss):
+    r"""Cross entropy of the student's probabilities with the teacher's decision, averaged over the examples.
+
+    .. math:: -\frac{1}{N} \sum_n \log p^s_{n k_n}, \qquad k_n = \arg\max_c z^t_{nc}, \quad p = \mathrm{softmax}(z)
+
+    The teacher's most likely class is taken as a label. For a student with a distillation head, such as DeiT's, pass
+    the loss to a FeatureDistillation between that head and the teacher's last layer, with ``adapter=None``. See
+    :func:`keras_distill.functional.hard_target`.
+
+    Args:
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the teacher, then the student.
+
+    Raises:
+        TypeError: If ``from_logits`` is not a bool.
+
+    Example:
+        >>> round(float(HardTargetLoss()([[1.0, 4.0, 0.0]], [[2.0, 0.0, 1.0]])), 4)
+        2.4076
+
+    References:
+        Touvron et al. 2021 (DeiT), equation 3, arXiv:2012.12877, with a weight of 0.5 and 0.5 for the task loss.
+    """
+
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(hard_target)
+
+    def __init__(
+        self,
+        *,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "hard_target_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(from_logits=from_logits, name=name, reduction=reduction, dtype=dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")

@@ -8,11 +8,17 @@ import keras
 
 from keras_distill import checks
 from keras_distill.functional.inputs import IGNORE_INDEX
-from keras_distill.functional.targets import binary_soft_target, decoupled_kd, normalized_kd, weighted_soft_labels
+from keras_distill.functional.targets import (
+    binary_soft_target,
+    decoupled_kd,
+    minifinetuning,
+    normalized_kd,
+    weighted_soft_labels,
+)
 from keras_distill.losses.base import LabelledLoss, LogitsLoss
 from keras_distill.schedules import Schedule
 
-__all__ = ["BinarySoftTargetLoss", "DecoupledKDLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"]
+__all__ = ["BinarySoftTargetLoss", "DecoupledKDLoss", "MinifinetuningLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"]
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -187,6 +193,66 @@ class WeightedSoftLabelLoss(LabelledLoss):
             ignore_index=ignore_index, from_logits=from_logits, name=name, reduction=reduction, dtype=dtype
         )
         self.temperature = self._setting("temperature", temperature)
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class MinifinetuningLoss(LabelledLoss):
+    r"""Divergence from the teacher's probabilities corrected towards the labels, averaged over the examples.
+
+    .. math:: \frac{T^2}{N} \sum_n \mathrm{KL}(q_n \| p^s_n), \qquad q = (1 - w) p^t + w e_y, \quad
+        p = \mathrm{softmax}(z / T)
+
+    The weight w makes a correct teacher surer of the label by the threshold, and lets the label lead over the choice of
+    a wrong teacher by it. Made to fine-tune a model with itself as the teacher, on little data, without forgetting. The
+    labels are in the targets: no task loss is needed. See
+    :func:`keras_distill.functional.minifinetuning`.
+
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0, before the correction; a number or a schedule.
+        threshold: Lead of the label in a corrected target, at least 0 and less than 1; may be set while training.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
+        reduction: How the values are averaged, as for every Keras loss.
+        name: Name of the loss.
+        dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with the pair of the teacher's logits ``(N, ..., C)`` and
+        labels ``(N, ...)``, then with the student's logits.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0 or the threshold is out of its range.
+
+    Example:
+        >>> round(float(MinifinetuningLoss()(([[4.0, 1.0, 0.0]], [1]), [[2.0, 0.0, 1.0]])), 4)
+        0.8968
+
+    References:
+        Belcak et al. 2025 (MFT), arXiv:2506.15702, where it is the only loss.
+    """
+
+    _formula = staticmethod(minifinetuning)
+
+    def __init__(
+        self,
+        temperature: float | Schedule = 1.0,
+        *,
+        threshold: float = 0.2,
+        ignore_index: int = IGNORE_INDEX,
+        from_logits: bool = True,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "minifinetuning_loss",
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            ignore_index=ignore_index, from_logits=from_logits, name=name, reduction=reduction, dtype=dtype
+        )
+        checks.fraction("threshold", threshold)
+        self.temperature = self._setting("temperature", temperature)
+        self._fix(threshold=float(threshold))
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")

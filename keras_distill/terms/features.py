@@ -10,7 +10,8 @@ import keras
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter, resized
+from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter
+from keras_distill.functional.vectors import resized
 from keras_distill.losses import (
     AttentionMapLoss,
     AttentionRelationLoss,

@@ -3,7 +3,9 @@
 # ruff: noqa: F403 - every module names in its own __all__ what is public
 
 from lightning_distill.functional import (
+    activations,
     attention,
+    dense,
     divergences,
     features,
     fused_linear,
@@ -12,10 +14,13 @@ from lightning_distill.functional import (
     logits,
     normalized,
     relations,
+    retrieval,
     targets,
     vocabularies,
 )
+from lightning_distill.functional.activations import *
 from lightning_distill.functional.attention import *
+from lightning_distill.functional.dense import *
 from lightning_distill.functional.divergences import *
 from lightning_distill.functional.features import *
 from lightning_distill.functional.fused_linear import *
@@ -24,11 +29,14 @@ from lightning_distill.functional.logit_relations import *
 from lightning_distill.functional.logits import *
 from lightning_distill.functional.normalized import *
 from lightning_distill.functional.relations import *
+from lightning_distill.functional.retrieval import *
 from lightning_distill.functional.targets import *
 from lightning_distill.functional.vocabularies import *
 
 __all__: list[str] = []
+__all__ += activations.__all__
 __all__ += attention.__all__
+__all__ += dense.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += fused_linear.__all__
@@ -37,5 +45,6 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
+__all__ += retrieval.__all__
 __all__ += targets.__all__
 __all__ += vocabularies.__all__

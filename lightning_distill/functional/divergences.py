@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401 - for the examples
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
-from lightning_distill.functional.inputs import Reduction, check_logits
+from lightning_distill.functional.inputs import Reduction, check_logits, prepare_logits, reduced
 from lightning_distill.functional.kernels import Divergence, Kind, divergence
+from lightning_distill.functional.primitives import softened, softmax_divergence
+from lightning_distill.functional.rows import alpha_beta_terms
 
-__all__ = ["generalized_jsd", "reverse_kl", "skew_kl", "skew_reverse_kl", "total_variation"]
+__all__ = [
+    "alpha_beta_divergence",
+    "generalized_jsd",
+    "interpolated_kl",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
 
 
 def reverse_kl(
@@ -246,6 +257,117 @@ def total_variation(
     """
     settings = Divergence("total_variation", temperature=temperature)
     return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
+
+
+def alpha_beta_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+    temperature: float = 1.0,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    r"""Alpha-beta divergence of the two models' probabilities.
+
+    .. math:: \frac{1}{\alpha \beta (\alpha + \beta)} \sum_c \alpha (p^t_c)^{\alpha + \beta}
+        + \beta (p^s_c)^{\alpha + \beta} - (\alpha + \beta) (p^t_c)^\alpha (p^s_c)^\beta,
+        \qquad p = \mathrm{softmax}(z / T)
+
+    A larger :math:`\alpha` lets the classes that the teacher finds likely weigh more, a larger :math:`\beta` those in
+    which the student is confident already. It is the forward divergence at (1, 0), the reverse one at (0, 1) and the
+    squared Hellinger distance times 4 at (0.5, 0.5). Where an exponent or their sum is 0, it is the formula's limit.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        alpha: Exponent of the teacher's probabilities, any number.
+        beta: Exponent of the student's probabilities, any number.
+        temperature: Softening of both distributions, greater than 0.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
+
+    Returns:
+        Divergence, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, the temperature is not greater than 0 or an
+            exponent is not finite.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0]])
+        >>> alpha_beta_divergence(student, teacher)
+        tensor([0.4891])
+
+    References:
+        Wang et al. 2025 (ABKD), arXiv:2505.04560. The limits are those of Cichocki, Cruces and Amari 2011;
+        deviation from the authors' code, whose limits have another factor, so that its value jumps there. Powers of
+        probabilities are at most 1e15. It has no factor :math:`T^2`.
+    """
+    checks.number("alpha", alpha)
+    checks.number("beta", beta)
+    checks.positive("temperature", temperature)
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    log_student, log_teacher = (
+        F.log_softmax(softened(logits, temperature, counts, dim), dim=dim) for logits in (student, teacher)
+    )
+    terms, _ = alpha_beta_terms(log_student, log_teacher, alpha=alpha, beta=beta)
+    return reduced(terms.sum(dim=dim), counts, reduction)
+
+
+def interpolated_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    interpolation: float = 0.4,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the student's probabilities from those on the way from student to teacher.
+
+    .. math:: \sum_c p_c (\log p_c - \log p^s_c), \qquad
+        p = \mathrm{softmax}((1 - t) \bar z^s + t z^t), \quad p^s = \mathrm{softmax}(z^s)
+
+    A teacher that is far stronger than the student is approached step by step: the target lies between the two models'
+    logits. The student's part in it, :math:`\bar z^s`, is a constant without a gradient. At t = 1 it is the forward
+    divergence.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        interpolation: Share t of the teacher in the target's logits, from 0 (the loss is zero) to 1.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
+
+    Returns:
+        Divergence in nats, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are not floating point tensors, or a setting has the wrong type.
+        ValueError: If the shapes differ, there are fewer than two classes, or ``interpolation`` is not from 0 to 1.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[4.0, 1.0, 0.0]])
+        >>> interpolated_kl(student, teacher, interpolation=0.8)
+        tensor([0.1999])
+
+    References:
+        Shing et al. 2025 (TAID), section 3, arXiv:2501.16937; deviation from the authors' code: the whole divergence,
+        where the code leaves out the entropy of the target, which has no gradient.
+    """
+    checks.between("interpolation", interpolation, 0, 1)
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    student, teacher = (softened(logits, 1.0, counts, dim) for logits in (student, teacher))
+    target = torch.lerp(student.detach(), teacher, interpolation)
+    return reduced(softmax_divergence(student, target, dim), counts, reduction)
 
 
 def _divergence(

@@ -9,10 +9,19 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare
-from lightning_distill.functional.primitives import precise
-from lightning_distill.functional.vectors import channels_at, over_numbers, positions_mask, without
+from lightning_distill.functional.primitives import or_one, precise
+from lightning_distill.functional.vectors import (
+    centred,
+    channels_at,
+    examples_of,
+    of_counted,
+    over_numbers,
+    positions_mask,
+    spread_or_one,
+    without,
+)
 
-__all__ = ["masked_generative", "variational_information"]
+__all__ = ["log_sum_distance", "masked_generative", "variational_information"]
 
 _REMEDY = "The learned part must return the teacher's channels at the teacher's positions."
 
@@ -110,3 +119,84 @@ def masked_generative(
     generated = precise(generator, student if mask is None else student * mask)
     checks.same_shape(generated, teacher, names=("generator(student)", "teacher"), remedy=_REMEDY)
     return torch.sum((generated - teacher).square().flatten(1), dim=1)
+
+
+def log_sum_distance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    projection: Callable[[Tensor], Tensor],
+    power: float = 4.0,
+    eps: float = 1e-4,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Logarithm of the summed powers of the differences between two batch-normalised features, one projected.
+
+    .. math:: \log \sum_n \sum_c |\hat z^s_{nc} - \hat z^t_{nc}|^a, \qquad
+        z^s_n = W \bar f^s_n, \quad z^t_n = \bar f^t_n, \quad
+        \hat z_{nc} = \frac{z_{nc} - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}}
+
+    Features are averaged over their positions first; the mean :math:`\mu` and the variance :math:`\sigma^2` are those
+    of the batch. The logarithm keeps the gradient large while the difference shrinks, and the power stresses the
+    largest differences. The value may be negative. Where the features do not differ at all, as in a batch of one
+    example, it is 0 without a gradient.
+
+    Args:
+        student: The student's feature, shape ``(N, C_s)``, ``(N, L, C_s)`` or ``(N, C_s, H, W)``.
+        teacher: The teacher's feature of the same examples, such a shape too, with C channels.
+        projection: The learned map W from ``(N, C_s)`` to ``(N, C)``.
+        power: The exponent a of the differences, at least 1.
+        eps: Added to the variances, greater than 0.
+        mask: True where an example counts, shape ``(N,)``, or a position, if both features have the same positions;
+            None where all count. The examples are selected, for which the host waits for the device.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: If a feature is not a floating point tensor, or a setting is not a number.
+        ValueError: If the numbers of examples differ, a feature has no channels, ``projection`` does not have the
+            teacher's channels, or a setting is out of its range.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0], [3.0], [2.0]]), torch.tensor([[0.0], [1.0], [5.0]])
+        >>> log_sum_distance(student, teacher, projection=lambda feature: 2 * feature)
+        tensor(2.4714)
+
+    References:
+        Miles and Mikolajczyk 2023 (SRD), section 3, arXiv:2303.11098; deviation: 0 in the place of the logarithm of 0.
+    """
+    checks.at_least("power", power, 1)
+    checks.positive("eps", eps)
+    student, teacher = prepare(student, teacher)
+    if student.ndim < 2 or teacher.ndim < 2 or len(student) != len(teacher):
+        expected = "`student` and `teacher` to have the same number of examples and a dimension of channels"
+        raise ValueError(checks.message(expected, f"{tuple(student.shape)} and {tuple(teacher.shape)}"))
+    student, teacher = (_averaged(feature, positions_mask(mask, feature)) for feature in (student, teacher))
+    if mask is not None:
+        counts = examples_of(mask)
+        student, teacher = student[counts], teacher[counts]
+
+    def distance(student: Tensor, teacher: Tensor) -> Tensor:
+        projected = precise(projection, student)
+        checks.same_shape(projected, teacher, names=("projection(student)", "teacher"), remedy=_REMEDY)
+        apart = _batch_normalized(projected, eps) - _batch_normalized(teacher, eps)
+        return or_one(apart.abs().pow(power).sum()).log()
+
+    return of_counted(distance, student, teacher)
+
+
+def _averaged(feature: Tensor, positions: Tensor | None) -> Tensor:
+    """Channel vectors averaged over the positions that count, shape ``(N, C)``."""
+    if feature.ndim == 2:
+        return feature
+    vectors = feature.movedim(channels_at(feature), -1).flatten(1, -2)
+    if positions is None:
+        return vectors.mean(dim=1)
+    counts = positions.flatten(1).unsqueeze(-1)
+    return torch.where(counts, vectors, 0.0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+
+
+def _batch_normalized(rows: Tensor, eps: float) -> Tensor:
+    difference = centred(rows, 0)
+    return difference / spread_or_one(difference, 0, count=len(rows), eps=eps)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, check_logits, prepare, prepare_logits, reduced
 from lightning_distill.functional.kernels import Divergence, divergence
-from lightning_distill.functional.primitives import LEAST_SCORE
+from lightning_distill.functional.primitives import LEAST_SCORE, softened
 
-__all__ = ["logit_mse", "soft_cross_entropy", "soft_target_kl"]
+__all__ = ["hard_target", "logit_mse", "soft_cross_entropy", "soft_target_kl"]
 
 _STANDARDIZE_EPS = 1e-7
 
@@ -113,6 +114,51 @@ def soft_cross_entropy(
     student, teacher, dim, counts = check_logits(student_logits, teacher_logits, class_dim, mask=mask)
     settings = Divergence("cross_entropy", temperature=temperature)
     return divergence(student, teacher, settings, dim, counts, reduction) * temperature**2
+
+
+def hard_target(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    class_dim: int | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "none",
+) -> Tensor:
+    r"""Cross entropy of the student's probabilities with the teacher's decision.
+
+    .. math:: -\log p^s_k, \qquad k = \arg\max_c z^t_c, \quad p = \mathrm{softmax}(z)
+
+    The teacher's most likely class is taken as a label: how sure the teacher is does not count. Of equally likely
+    classes it is the first.
+
+    Args:
+        student_logits: Unnormalised class scores, shape ``(N, ..., C)`` (classes at ``class_dim``), C of 2 or more.
+        teacher_logits: The teacher's scores for the same inputs, same shape.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+        mask: True where a row counts, shape ``(N,)`` or the logits' without ``class_dim``; None where all count.
+        reduction: ``"none"`` for one value per row, ``"mean"`` for their mean.
+
+    Returns:
+        Cross entropy in nats, one value per row: the shape of the logits without ``class_dim``.
+
+    Raises:
+        TypeError: If the logits are not floating point tensors, or ``class_dim`` is not an int.
+        ValueError: If the shapes differ or there are fewer than two classes.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0, 1.0]])
+        >>> teacher = torch.tensor([[1.0, 4.0, 0.0]])
+        >>> hard_target(student, teacher)
+        tensor([2.4076])
+
+    References:
+        Touvron et al. 2021 (DeiT), equation 3, arXiv:2012.12877; deviation: the student's cross entropy on the label is
+        the task loss and not part of this one.
+    """
+    student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
+    log_student = F.log_softmax(softened(student, 1.0, counts, dim), dim=dim)
+    values = -log_student.gather(dim, teacher.argmax(dim=dim, keepdim=True)).squeeze(dim)
+    return reduced(values, counts, reduction)
 
 
 def logit_mse(

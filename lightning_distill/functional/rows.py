@@ -288,29 +288,43 @@ def _alpha_beta(x: Tensor, y: Tensor, *, alpha: float, beta: float) -> Tensor:
     # D = sum [a p^(a+b) + b q^(a+b) - (a + b) p^a q^b] / (a b (a + b)). h = (q^(a+b) - p^a q^b) / a.
     # The divisor is 0 if a, b or a + b is: these cases are D's limits (Cichocki, Cruces and Amari 2011). h is the
     # same, but for a = 0, where its limit is q^b log(q / p).
-    log_q, log_p = (scores.sub_(scores.exp().sum(-1, keepdim=True).log_()).clamp_min_(_LEAST_LOG) for scores in (x, y))
-    no_alpha, no_beta, no_total = (abs(exponent) < _CLOSE_TO_ZERO for exponent in (alpha, beta, alpha + beta))
-    apart = log_q - log_p
-    q_power, p_power, mixed = (
-        power.clamp_max_(_LARGEST_LOG).exp_()
-        for power in ((alpha + beta) * log_q, (alpha + beta) * log_p, alpha * log_p + beta * log_q)
-    )
-    if no_alpha and no_beta:
-        terms, h = apart.square().mul_(0.5), apart
-    elif no_alpha:  # [q^b log(q^b / p^b) - q^b + p^b] / b^2
-        h = q_power * apart
-        terms = (beta * h - q_power + p_power).div_(beta**2)
-    else:
-        h = (q_power - mixed).div_(alpha)
-        if no_beta:  # [p^a log(p^a / q^a) - p^a + q^a] / a^2
-            terms = (q_power - p_power - alpha * apart * p_power).div_(alpha**2)
-        elif no_total:  # [log(q^a / p^a) + (p / q)^a - 1] / a^2
-            terms = (alpha * apart + mixed - 1).div_(alpha**2)
-        else:
-            terms = (alpha * p_power + beta * q_power - (alpha + beta) * mixed).div_(alpha * beta * (alpha + beta))
+    log_q, log_p = (scores.sub_(scores.exp().sum(-1, keepdim=True).log_()) for scores in (x, y))
+    terms, h = alpha_beta_terms(log_q, log_p, alpha=alpha, beta=beta)
     divergence = terms.sum(-1, keepdim=True)
     _through_softmax(log_q.exp_(), h)
     return divergence
+
+
+def alpha_beta_terms(log_q: Tensor, log_p: Tensor, *, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """The terms of the alpha-beta divergence, whose sum over the classes it is, and ``q`` times their derivative.
+
+    Args:
+        log_q: The student's log-probabilities, finite, any shape.
+        log_p: The teacher's, same shape.
+        alpha: Exponent of the teacher's probabilities.
+        beta: Exponent of the student's probabilities.
+
+    Returns:
+        The terms, which autograd can differentiate, and ``q dD/dq`` up to a constant times ``q``; same shape.
+    """
+    log_q, log_p = log_q.clamp(min=_LEAST_LOG), log_p.clamp(min=_LEAST_LOG)
+    no_alpha, no_beta, no_total = (abs(exponent) < _CLOSE_TO_ZERO for exponent in (alpha, beta, alpha + beta))
+    apart = log_q - log_p
+    q_power, p_power, mixed = (
+        power.clamp(max=_LARGEST_LOG).exp()
+        for power in ((alpha + beta) * log_q, (alpha + beta) * log_p, alpha * log_p + beta * log_q)
+    )
+    if no_alpha and no_beta:
+        return 0.5 * apart.square(), apart
+    if no_alpha:  # [q^b log(q^b / p^b) - q^b + p^b] / b^2
+        h = q_power * apart
+        return (beta * h - q_power + p_power) / beta**2, h
+    h = (q_power - mixed) / alpha
+    if no_beta:  # [p^a log(p^a / q^a) - p^a + q^a] / a^2
+        return (q_power - p_power - alpha * apart * p_power) / alpha**2, h
+    if no_total:  # [log(q^a / p^a) + (p / q)^a - 1] / a^2
+        return (alpha * apart + mixed - 1) / alpha**2, h
+    return (alpha * p_power + beta * q_power - (alpha + beta) * mixed) / (alpha * beta * (alpha + beta)), h
 
 
 def _softmax(scores: Tensor) -> Tensor:

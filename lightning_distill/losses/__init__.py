@@ -3,8 +3,10 @@
 # ruff: noqa: F403 - every module names in its own __all__ what is public
 
 from lightning_distill.losses import (
+    activations,
     attention,
     base,
+    dense,
     divergences,
     features,
     learned,
@@ -12,11 +14,14 @@ from lightning_distill.losses import (
     logits,
     normalized,
     relations,
+    retrieval,
     targets,
     vocabularies,
 )
+from lightning_distill.losses.activations import *
 from lightning_distill.losses.attention import *
 from lightning_distill.losses.base import *
+from lightning_distill.losses.dense import *
 from lightning_distill.losses.divergences import *
 from lightning_distill.losses.features import *
 from lightning_distill.losses.learned import *
@@ -24,12 +29,15 @@ from lightning_distill.losses.logit_relations import *
 from lightning_distill.losses.logits import *
 from lightning_distill.losses.normalized import *
 from lightning_distill.losses.relations import *
+from lightning_distill.losses.retrieval import *
 from lightning_distill.losses.targets import *
 from lightning_distill.losses.vocabularies import *
 
 __all__: list[str] = []
+__all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += base.__all__
+__all__ += dense.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += learned.__all__
@@ -37,5 +45,6 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
+__all__ += retrieval.__all__
 __all__ += targets.__all__
 __all__ += vocabularies.__all__

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from distill_core.schedules import Over
 from lightning_distill import checks
 from lightning_distill.functional.divergences import (
+    alpha_beta_divergence,
     generalized_jsd,
+    interpolated_kl,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
     total_variation,
 )
 from lightning_distill.losses.base import LogitsLoss
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Linear, Schedule
 
-__all__ = ["GeneralizedJSDLoss", "ReverseKLLoss", "SkewKLLoss", "TotalVariationLoss"]
+__all__ = ["AlphaBetaLoss", "GeneralizedJSDLoss", "ReverseKLLoss", "SkewKLLoss", "TAIDLoss", "TotalVariationLoss"]
 
 
 class ReverseKLLoss(LogitsLoss):
@@ -153,6 +156,128 @@ class SkewKLLoss(LogitsLoss):
         return divergence(student, teacher, skew=self.skew, mask=mask, class_dim=self.class_dim, reduction="mean")
 
 
+class AlphaBetaLoss(LogitsLoss):
+    r"""Alpha-beta divergence of the two models' probabilities, averaged over the examples.
+
+    .. math:: \frac{1}{N \alpha \beta (\alpha + \beta)} \sum_n \sum_c \alpha (p^t_{nc})^{\alpha + \beta}
+        + \beta (p^s_{nc})^{\alpha + \beta} - (\alpha + \beta) (p^t_{nc})^\alpha (p^s_{nc})^\beta,
+        \qquad p = \mathrm{softmax}(z / T)
+
+    A family between the forward divergence, at (1, 0), and the reverse one, at (0, 1). See
+    :func:`lightning_distill.functional.alpha_beta_divergence`.
+
+    It has no factor :math:`T^2`: at another temperature the loss keeps its scale and the gradient shrinks.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        alpha: Exponent of the teacher's probabilities, any number; may be set while training.
+        beta: Exponent of the student's probabilities, any number; may be set while training.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+
+    Returns:
+        A scalar when called with logits ``(N, ..., C)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0, an exponent is not finite or ``class_dim`` is the batch
+            dimension.
+
+    Example:
+        >>> import torch
+        >>> AlphaBetaLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
+        tensor(0.4891)
+
+    References:
+        Wang et al. 2025 (ABKD), arXiv:2505.04560, with alpha 0.2 and beta 0.7 for language models; deviation: where an
+        exponent or their sum is 0, the limit of the formula. The authors' code has another factor there.
+    """
+
+    merges_classes: ClassVar[bool] = True
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(alpha_beta_divergence)
+
+    def __init__(
+        self,
+        temperature: float | Schedule = 1.0,
+        *,
+        alpha: float = 0.2,
+        beta: float = 0.7,
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(class_dim)
+        checks.number("alpha", alpha)
+        checks.number("beta", beta)
+        self.temperature = self._setting("temperature", temperature)
+        self._fix(alpha=float(alpha), beta=float(beta))
+
+
+class TAIDLoss(LogitsLoss):
+    r"""Divergence from a target that moves from the student to the teacher, averaged over the examples.
+
+    .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p_n \| p^s_n), \qquad
+        p = \mathrm{softmax}((1 - t) \bar z^s + t z^t), \quad p^s = \mathrm{softmax}(z^s)
+
+    The loss brings its own schedule: the share t of the teacher, ``interpolation``, grows on a straight line from
+    ``start`` to ``end`` in the course of the training. It is set, logged and resumed as other scheduled settings are;
+    outside of a training it is ``start``. See :func:`lightning_distill.functional.interpolated_kl`.
+
+    Args:
+        start: Share of the teacher at first, greater than 0.
+        end: Share of the teacher at last, greater than 0 and at most 1.
+        duration: Length of the ramp in steps or epochs, or as a fraction of the training; None is all of it.
+        over: Unit of ``duration``: ``"steps"``, ``"epochs"`` or ``"fraction"``.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If ``start`` or ``end`` is not greater than 0 or is more than 1, or ``duration`` does not fit
+            ``over``.
+
+    Example:
+        >>> import torch
+        >>> TAIDLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]))
+        tensor(0.0832)
+
+    References:
+        Shing et al. 2025 (TAID), section 3, arXiv:2501.16937, from 0.4 to 1; deviation: the straight line alone. The
+        paper's adaptive update moves t ahead of it while the loss falls, which needs the value of each step.
+    """
+
+    # Not merges_classes: between two merged rows of logits lies another target than that of the rows.
+    class_scores: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        start: float = 0.4,
+        end: float = 1.0,
+        duration: float | None = None,
+        over: Over = "fraction",
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(class_dim)
+        for name, share in (("start", start), ("end", end)):
+            _check_share(name, share)
+        ramp = Linear(start, end, duration=duration, over=over)
+        self.interpolation = self._setting("interpolation", ramp, _check_share)
+        duration = None if duration is None else float(duration)
+        self._fix(start=float(start), end=float(end), duration=duration, over=over)
+
+    def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Loss of a batch, a scalar."""
+        return interpolated_kl(
+            student,
+            teacher,
+            interpolation=self.interpolation,
+            class_dim=self.class_dim,
+            mask=mask,
+            reduction="mean",
+        )
+
+
 class TotalVariationLoss(LogitsLoss):
     r"""Total variation distance, averaged over the examples.
 
@@ -190,3 +315,8 @@ class TotalVariationLoss(LogitsLoss):
     def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int | None = None) -> None:
         super().__init__(class_dim)
         self.temperature = self._setting("temperature", temperature)
+
+
+def _check_share(name: str, value: Any) -> None:
+    checks.positive(name, value)
+    checks.between(name, value, 0, 1)

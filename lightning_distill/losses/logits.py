@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_distill import checks
-from lightning_distill.functional.logits import logit_mse, soft_cross_entropy, soft_target_kl
+from lightning_distill.functional.logits import hard_target, logit_mse, soft_cross_entropy, soft_target_kl
 from lightning_distill.losses.base import LogitsLoss
 from lightning_distill.schedules import Schedule
 
-__all__ = ["LogitMSELoss", "SoftCrossEntropyLoss", "SoftTargetLoss"]
+__all__ = ["HardTargetLoss", "LogitMSELoss", "SoftCrossEntropyLoss", "SoftTargetLoss"]
 
 
 class SoftTargetLoss(LogitsLoss):
@@ -97,6 +97,41 @@ class SoftCrossEntropyLoss(LogitsLoss):
     def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int | None = None) -> None:
         super().__init__(class_dim)
         self.temperature = self._setting("temperature", temperature)
+
+
+class HardTargetLoss(LogitsLoss):
+    r"""Cross entropy of the student's probabilities with the teacher's decision, averaged over the examples.
+
+    .. math:: -\frac{1}{N} \sum_n \log p^s_{n k_n}, \qquad k_n = \arg\max_c z^t_{nc}, \quad p = \mathrm{softmax}(z)
+
+    The teacher's most likely class is taken as a label. A student with a distillation head, such as DeiT's, returns the
+    scores of both heads: ``LogitsDistillation(HardTargetLoss(), output=(1, None))`` compares the second one, and the
+    task loss reads the first. See :func:`lightning_distill.functional.hard_target`.
+
+    Args:
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
+
+    Returns:
+        A scalar, in nats, when called with logits ``(N, ..., C)`` of the student, then the teacher.
+
+    Raises:
+        TypeError: If ``class_dim`` is not an int.
+        ValueError: If ``class_dim`` is the batch dimension.
+
+    Example:
+        >>> import torch
+        >>> HardTargetLoss()(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[1.0, 4.0, 0.0]]))
+        tensor(2.4076)
+
+    References:
+        Touvron et al. 2021 (DeiT), equation 3, arXiv:2012.12877, with a weight of 0.5 and 0.5 for the task loss.
+    """
+
+    class_scores: ClassVar[bool] = True
+    _formula = staticmethod(hard_target)
+
+    def __init__(self, *, class_dim: int | None = None) -> None:
+        super().__init__(class_dim)
 
 
 class LogitMSELoss(LogitsLoss):

@@ -6,11 +6,17 @@ from typing import ClassVar
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import IGNORE_INDEX
-from lightning_distill.functional.targets import binary_soft_target, decoupled_kd, normalized_kd, weighted_soft_labels
+from lightning_distill.functional.targets import (
+    binary_soft_target,
+    decoupled_kd,
+    minifinetuning,
+    normalized_kd,
+    weighted_soft_labels,
+)
 from lightning_distill.losses.base import LabelledLoss, LogitsLoss
 from lightning_distill.schedules import Schedule
 
-__all__ = ["BinarySoftTargetLoss", "DecoupledKDLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"]
+__all__ = ["BinarySoftTargetLoss", "DecoupledKDLoss", "MinifinetuningLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"]
 
 
 class DecoupledKDLoss(LabelledLoss):
@@ -162,6 +168,61 @@ class WeightedSoftLabelLoss(LabelledLoss):
     ) -> None:
         super().__init__(class_dim, ignore_index)
         self.temperature = self._setting("temperature", temperature)
+
+
+class MinifinetuningLoss(LabelledLoss):
+    r"""Divergence from the teacher's probabilities corrected towards the labels, averaged over the examples.
+
+    .. math:: \frac{T^2}{N} \sum_n \mathrm{KL}(q_n \| p^s_n), \qquad q = (1 - w) p^t + w e_y, \quad
+        p = \mathrm{softmax}(z / T)
+
+    The weight w makes a correct teacher surer of the label by the threshold, and lets the label lead over the choice of
+    a wrong teacher by it. Made to fine-tune a model with itself as the teacher, on little data, without forgetting. The
+    labels are in the targets: no task loss is needed. See
+    :func:`lightning_distill.functional.minifinetuning`.
+
+    The factor :math:`T^2` keeps the gradient's size when the temperature changes.
+
+    Args:
+        temperature: Softening of both distributions, greater than 0, before the correction; a number or a schedule.
+        threshold: Lead of the label in a corrected target, at least 0 and less than 1; may be set while training.
+        ignore_index: A label that marks rows that do not count, beside negative ones.
+        class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last; with
+            three, the labels' shape decides.
+
+    Returns:
+        A scalar, in nats times :math:`T^2`, when called with logits ``(N, ..., C)`` of the student, of the
+        teacher, and labels ``(N, ...)``.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0, the threshold is out of its range or ``class_dim`` is the
+            batch dimension.
+
+    Example:
+        >>> import torch
+        >>> loss = MinifinetuningLoss()
+        >>> loss(torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[4.0, 1.0, 0.0]]), torch.tensor([1]))
+        tensor(0.8968)
+
+    References:
+        Belcak et al. 2025 (MFT), arXiv:2506.15702, where it is the only loss.
+    """
+
+    _formula = staticmethod(minifinetuning)
+
+    def __init__(
+        self,
+        temperature: float | Schedule = 1.0,
+        *,
+        threshold: float = 0.2,
+        ignore_index: int = IGNORE_INDEX,
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__(class_dim, ignore_index)
+        checks.fraction("threshold", threshold)
+        self.temperature = self._setting("temperature", temperature)
+        self._fix(threshold=float(threshold))
 
 
 class BinarySoftTargetLoss(LogitsLoss):

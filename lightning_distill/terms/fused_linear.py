@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.losses import (
+    AlphaBetaLoss,
     DistillationLoss,
     GeneralizedJSDLoss,
     ReverseKLLoss,
@@ -42,8 +43,8 @@ class FusedLinearDistillation(SequenceDistillation):
     Args:
         student_head: Path of the student's head, an ``nn.Linear`` without a softmax behind it.
         teacher_head: Path of the teacher's head.
-        loss: A :class:`SoftTargetLoss`, :class:`ReverseKLLoss`, :class:`GeneralizedJSDLoss`, :class:`SkewKLLoss` or
-            :class:`TotalVariationLoss`; ``None`` is a SoftTargetLoss at temperature 1.
+        loss: A :class:`SoftTargetLoss`, :class:`ReverseKLLoss`, :class:`GeneralizedJSDLoss`, :class:`SkewKLLoss`,
+            :class:`TotalVariationLoss` or :class:`AlphaBetaLoss`; ``None`` is a SoftTargetLoss at temperature 1.
         weight: Factor of the divergence in the total loss, a number or a schedule.
         task_weight: Factor of the cross entropy with the labels, made in the same pass, 0 or greater. It is logged as
             ``<name>_task_loss``, and stays at a weight of 0.
@@ -119,9 +120,12 @@ class FusedLinearDistillation(SequenceDistillation):
             return {"divergence": "jsd", "temperature": loss.temperature, "beta": loss.beta}
         if type(loss) is SkewKLLoss:
             return {"divergence": "skew_reverse_kl" if loss.reverse else "skew_kl", "skew": loss.skew}
+        if type(loss) is AlphaBetaLoss:
+            exponents = {"alpha": loss.alpha, "beta": loss.beta}
+            return {"divergence": "alpha_beta", "temperature": loss.temperature, **exponents}
         raise TypeError(
-            f"Expected `loss` to be a SoftTargetLoss without standardize, ReverseKLLoss, GeneralizedJSDLoss, SkewKLLoss"
-            f" or TotalVariationLoss, but got {loss!r}. Use SequenceDistillation for other losses."
+            "Expected `loss` to be a SoftTargetLoss without standardize, ReverseKLLoss, GeneralizedJSDLoss, SkewKLLoss,"
+            f" TotalVariationLoss or AlphaBetaLoss, but got {loss!r}. Use SequenceDistillation for other losses."
         )
 
     def weighted(self, value: Tensor) -> Tensor:

@@ -39,10 +39,11 @@ def distilled(case: LossCase) -> DistillModel:
     student = network(student_shape, "student")
     settings = {"mask_ratio": 0.5, **case.settings} if "mask" in case.settings else case.settings
     loss = getattr(losses, case.loss.__name__)(**keras_settings(settings))
+    layers = ["body", "body"] if loss.several_layers else "body"
     term = (
         LogitsDistillation(loss, weight=0.1)
         if case.on_logits
-        else FeatureDistillation("body", "body", loss, weight=0.1)
+        else FeatureDistillation(layers, layers, loss, weight=0.1)
     )
     model = DistillModel(student, teacher, term, teacher_metrics=[])
     model.compile(keras.optimizers.Adam(0.01), None if not case.loss.needs_labels else no_task, jit_compile=False)

@@ -11,7 +11,7 @@ import pytest
 
 import keras_distill.schedules
 import lightning_distill.schedules
-from keras_distill import DistillationScheduler, DistillModel, LogitsDistillation
+from keras_distill import DistillationScheduler, DistillModel, LogitsDistillation, TAIDLoss
 from keras_distill.schedules import Cosine, Linear, Progress, Schedule, Step, WarmUp
 
 IMAGES = np.random.default_rng(0).standard_normal((16, 4)).astype("float32")
@@ -129,3 +129,20 @@ def test_a_wrong_schedule_raises() -> None:
         DistillationScheduler("weight", 0.5)
     with pytest.raises(ValueError, match=r"^Expected `weight` to be at least 0\. Received: weight=-1\.0$"):
         weights_seen(model(), Linear(-1.0, 0.0))
+
+
+def test_a_loss_with_a_ramp_of_its_own_follows_it_logs_it_and_keeps_it_in_the_file(tmp_path: Path) -> None:
+    settings = {"start": 0.2, "end": 1.0, "duration": 8.0, "over": "steps"}
+    made = model(loss=TAIDLoss(**settings))
+
+    logs = made.fit(IMAGES, LABELS, batch_size=4, epochs=1, verbose=0).history
+    made.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded.teacher = made.teacher
+    later = loaded.fit(IMAGES, LABELS, batch_size=4, epochs=2, initial_epoch=1, verbose=0).history
+
+    assert logs["logits_interpolation"] == pytest.approx([0.2 + 0.8 * 3 / 8])
+    assert later["logits_interpolation"] == pytest.approx([0.2 + 0.8 * 7 / 8])
+    loss = loaded.terms[0].loss
+    assert {name: loss.get_config()[name] for name in settings} == settings
+    assert "interpolation" not in loss.get_config()

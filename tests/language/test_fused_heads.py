@@ -20,6 +20,7 @@ from language_models import (
 from torch import Tensor, nn
 
 from lightning_distill import (
+    AlphaBetaLoss,
     Distiller,
     FusedLinearDistillation,
     GeneralizedJSDLoss,
@@ -72,6 +73,7 @@ def test_unmodified_models_give_the_loss_and_the_gradients_of_whole_logits(name:
 
 
 LOSSES = [
+    AlphaBetaLoss(temperature=2.0),
     SoftTargetLoss(temperature=2.0),
     ReverseKLLoss(),
     GeneralizedJSDLoss(beta=0.3),

@@ -67,7 +67,8 @@ def data(case: LossCase) -> DataLoader[Any]:
 def distilled(case: LossCase) -> DistillCallback:
     loss = case.loss(**{"mask_ratio": 0.5, **case.settings} if "mask" in case.settings else case.settings)
     weight = {"weight": 0.1}
-    term = LogitsDistillation(loss, **weight) if case.on_logits else FeatureDistillation("body", "body", loss, **weight)
+    layers = ["body", "body"] if loss.several_layers else "body"
+    term = LogitsDistillation(loss, **weight) if case.on_logits else FeatureDistillation(layers, layers, loss, **weight)
     # no task: what changes the student is the loss
     return DistillCallback(Shaped(case.shapes[1], seed=2), term, student="model", task_weight=0.0, validate=False)
 

@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_distill import AttentionRelationLoss, InterChannelCorrelationLoss, RelationalLoss
+from lightning_distill import AttentionRelationLoss, InterChannelCorrelationLoss, PixelRelationLoss, RelationalLoss
 from lightning_distill.functional import attention, chunks
 
 pytestmark = pytest.mark.tensors
 
-CASES = [(RelationalLoss(distance_weight=0.0), (7, 5)), (InterChannelCorrelationLoss(), (7, 5, 2, 3))]
+CASES = [
+    (RelationalLoss(distance_weight=0.0), (7, 5)),
+    (InterChannelCorrelationLoss(), (7, 5, 2, 3)),
+    (PixelRelationLoss(temperature=0.5), (7, 5, 2, 3)),
+]
 
 
 def differentiated(loss: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -24,7 +28,7 @@ def differentiated(loss: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return value.detach(), student.grad
 
 
-@pytest.mark.parametrize(("loss", "shape"), CASES, ids=["angles", "channels"])
+@pytest.mark.parametrize(("loss", "shape"), CASES, ids=["angles", "channels", "pixels"])
 @pytest.mark.parametrize("numbers", [1, 3 * 49], ids=str)
 def test_chunks_change_neither_value_nor_gradient(
     loss: Any, shape: tuple[int, ...], numbers: int, monkeypatch: pytest.MonkeyPatch

@@ -232,18 +232,31 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "RelationalLoss",
         "SimilarityPreservingLoss",
     }
+    # an adapter would mix the candidates of a query, or the bins of an edge
+    of_candidates = {"ListwiseKLLoss", "LocalizationLoss", "MarginMSELoss"}
     assert any_channels == {
         "AttentionRelationLoss",
         "AttentionTransferLoss",
         "NeuronSelectivityLoss",
+        "PixelRelationLoss",
+        "SimpleRecipeLoss",
         "VariationalInformationLoss",
+        *of_candidates,
         *of_examples,
     }
-    assert any_positions == {"AttentionRelationLoss", "InterChannelCorrelationLoss", *of_examples}
+    assert any_positions == {
+        "AttentionRelationLoss",
+        "InterChannelCorrelationLoss",
+        "SimpleRecipeLoss",
+        "SolutionFlowLoss",
+        *of_candidates,
+        *of_examples,
+    }
     assert losses.CorrelationCongruenceLoss(kernel="neighbour").channels_must_match
-    assert not any(loss.several_layers for loss in public.values())
+    assert {name for name, loss in public.items() if loss.several_layers} == {"SolutionFlowLoss"}
     assert {name for name, loss in public.items() if loss.learned} == {
         "MaskedGenerativeLoss",
+        "SimpleRecipeLoss",
         "VariationalInformationLoss",
     }
 

@@ -18,11 +18,13 @@ from lightning_distill.losses import FeatureDistance
 pytestmark = pytest.mark.tensors
 
 # Sums over layers or over queries, keys and values: test_losses_attention.py has them.
-LEARNED = ("vid", "mgd")  # with parameters: test_losses_learned.py has them
+LEARNED = ("vid", "mgd", "srd")  # with parameters: test_losses_learned.py has them
 # From hidden states or over tokens: tests/language/test_fused_linear_golden.py has them.
 OF_TOKENS = ("alpha_beta", "alpha_beta_paper", "fused_linear_jsd", "fused_linear_kl")
 OF_TOKENS += ("gkd_jsd", "symmetric_kl", "token_ce", "token_kl")
 OF_TWO_TOKENIZERS = ("uld", "uld_trl", "gold_hybrid")  # in tests/language/test_universal_logit.py
+# From several inputs of the student: test_losses_combined.py and test_losses_dense.py have them.
+COMBINED = ("deit_hard", "deit_soft", "deit_soft_paper", "distill_kl", "fsp", "margin_mse", "mft", "taid", "taid_paper")
 SEVERAL_LAYERS = ("tinybert_attention", "tinybert_hidden", "minilm_v2_relation")
 ROWS = [
     pytest.param(case, golden, entry, id=f"{entry['key']}-{entry['case']}")
@@ -194,6 +196,7 @@ def test_every_golden_case_kept_here_is_used() -> None:
         "mlkd_total",
         "symmetric_kl",
         "topk_tail_kl",  # in tests/cache
+        *COMBINED,
         *SEVERAL_LAYERS,
         *LEARNED,
         *OF_TOKENS,

@@ -16,6 +16,7 @@ from lightning_distill import (
     FeatureDistillation,
     LogitsDistillation,
     MaskedGenerativeLoss,
+    SimpleRecipeLoss,
     VariationalInformationLoss,
     functional,
     losses,
@@ -239,3 +240,83 @@ def test_terms_say_where_a_learned_loss_belongs() -> None:
         LogitsDistillation(VariationalInformationLoss())
     with pytest.raises(ValueError, match=r"Expected `loss` not to be built yet, but got VariationalInf.* Pass a new"):
         FeatureDistillation("a", "b", built(VariationalInformationLoss(), (2, 3)))
+
+
+# The simple recipe ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", golden_index("srd"), ids=lambda entry: entry["case"])
+def test_simple_recipe_is_the_first_part_of_the_published_loss(entry: dict[str, Any]) -> None:
+    """The other is a divergence of the logits without T^2; the bias of its projection has no gradient."""
+    settings = entry["hyperparameters"]
+    tensors = {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}
+    student, scores = (tensors[name].requires_grad_() for name in ("student_feat", "student_logits"))
+    loss = built(
+        SimpleRecipeLoss(power=settings["exponent"], eps=settings["bn_eps"]),
+        student.shape,
+        tensors["teacher_feat"].shape,
+    )
+    loss.load_state_dict({"projection.weight": tensors["param_embed.weight"]})
+
+    part = loss(student, tensors["teacher_feat"])
+    temperature = settings["temperature"]
+    other = functional.soft_target_kl(scores, tensors["teacher_logits"], temperature=temperature, reduction="mean")
+    value = settings["feature_weight"] * part + other / temperature**2
+    value.backward()
+
+    tolerance = entry["tolerance_suggested"]["float64"]
+    torch.testing.assert_close(part.detach(), tensors["component_feature"], **tolerance)
+    torch.testing.assert_close(value.detach(), tensors["loss"], **tolerance)
+    torch.testing.assert_close(student.grad, tensors["grad_student_feat"], **tolerance)
+    torch.testing.assert_close(scores.grad, tensors["grad_student_logits"], **tolerance)
+    torch.testing.assert_close(loss.projection.weight.grad, tensors["gradp_embed.weight"], **tolerance)
+    assert tensors["gradp_embed.bias"].abs().max() < 1e-12
+
+
+def test_a_batch_of_one_example_teaches_the_simple_recipe_nothing() -> None:
+    loss = built(SimpleRecipeLoss(), (1, 4), (1, 3))
+    student = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+
+    value = loss(student, torch.randn(1, 3, dtype=torch.float64))
+    value.backward()
+
+    assert value == 0
+    assert (student.grad == 0).all()
+
+
+def test_positions_that_do_not_count_are_left_out_of_the_average_of_the_simple_recipe() -> None:
+    loss = built(SimpleRecipeLoss(), (4, 5, 3), (4, 5, 2))
+    student, teacher = (torch.randn(4, 5, width, dtype=torch.float64) for width in (3, 2))
+    mask = torch.tensor([True, True, False, True, False]).expand(4, 5)
+    expected = loss(student[:, mask[0]], teacher[:, mask[0]])
+    student[:, ~mask[0]] = torch.nan
+
+    torch.testing.assert_close(loss(student, teacher, mask=mask), expected)
+
+
+def test_the_simple_recipe_does_not_see_the_scale_of_a_feature() -> None:
+    loss = built(SimpleRecipeLoss(eps=1e-12), (6, 4), (6, 3))
+    student, teacher = (torch.randn(6, width, dtype=torch.float64) for width in (4, 3))
+
+    torch.testing.assert_close(loss(7 * student + 1, 0.1 * teacher - 3), loss(student, teacher))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"power": 0.5}, r"Expected `power` to be at least 1, but got power=0\.5\."),
+        ({"eps": 0.0}, r"Expected `eps` to be greater than 0, but got eps=0\.0\."),
+    ],
+)
+def test_bad_settings_of_the_simple_recipe_raise(settings: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SimpleRecipeLoss(**settings)
+
+
+def test_features_of_other_examples_raise() -> None:
+    loss = built(SimpleRecipeLoss(), (4, 5), (4, 5))
+
+    with pytest.raises(
+        ValueError, match=r"the same number of examples and a dimension of channels, but got \(4, 5\) and"
+    ):
+        loss(torch.ones(4, 5).double(), torch.ones(3, 5).double())
