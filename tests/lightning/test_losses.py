@@ -240,6 +240,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "NeuronSelectivityLoss",
         "PixelRelationLoss",
         "SimpleRecipeLoss",
+        "UniversalLogitLoss",
         "VariationalInformationLoss",
         *of_candidates,
         *of_examples,
