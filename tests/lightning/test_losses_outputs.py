@@ -172,7 +172,7 @@ def test_bad_settings_raise_in_the_constructor(loss: str, settings: dict, error:
         getattr(losses, loss)(**settings)
 
 
-LABELLED = {"DecoupledKDLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"}
+LABELLED = {"DecoupledKDLoss", "MinifinetuningLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"}
 labelled_losses = pytest.mark.parametrize("name", sorted(LABELLED))
 
 
