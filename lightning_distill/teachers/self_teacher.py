@@ -31,6 +31,18 @@ def evaluated(network: nn.Module) -> Iterator[None]:
         torch.clear_autocast_cache()  # some releases of torch would use its weights, without gradients, in the step
 
 
+@contextmanager
+def _without_adapters(student: Any) -> Iterator[None]:
+    """The model that the adapters were added to. PEFT would then train those again that the user has frozen."""
+    trained = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    try:
+        with student.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
 class SelfTeacher:
     """The student as its own teacher: without its adapters of PEFT, or with a richer prompt.
 
@@ -65,9 +77,8 @@ class SelfTeacher:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output for a teacher's input."""
-        student: Any = self.student
-        with evaluated(student), nullcontext() if self.adapters else student.disable_adapter():
-            return student(*args, **kwargs)
+        with evaluated(self.student), nullcontext() if self.adapters else _without_adapters(self.student):
+            return self.student(*args, **kwargs)
 
     def source(self, forward: Callable[[Call], Any], inputs: TeacherInputs) -> SelfSource:
         """The source of its outputs."""
@@ -88,6 +99,21 @@ class SelfSource:
     def __init__(self, teacher: SelfTeacher, forward: Callable[[Call], Any], inputs: TeacherInputs) -> None:
         self._teacher, self._forward, self._inputs = teacher, forward, inputs
         inputs.look_at([teacher.student])
+
+    def check_student(self, student: nn.Module) -> None:
+        """Raise if it would answer with another network than the one that is trained.
+
+        Args:
+            student: The student, or the module that contains it.
+
+        Raises:
+            ValueError: If so.
+        """
+        if not set(student.modules()) & set(self._teacher.student.modules()):
+            raise ValueError(
+                "Expected the SelfTeacher to hold the student that is trained, but got another network, such as the one"
+                " that a copied module was copied from. Pass SelfTeacher(<the student inside the trained module>)."
+            )
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a term reads a layer.
