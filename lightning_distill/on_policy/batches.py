@@ -180,7 +180,7 @@ class OnPolicyBatches:
     # The new batch ---------------------------------------------------------------------------------------------------
 
     def _rewritten(self, batch: Any, text: Continued) -> Any:
-        writer = self._writer()
+        writer, batch = self._writer(), self._without_token_entries(batch)
         tokens, mask, labels = text.rows(self._ignore_index)
         if self._settings.build is not None:
             return self._settings.build(batch, tokens, mask, labels)
@@ -206,9 +206,19 @@ class OnPolicyBatches:
         masks = [term.tokens.mask for term in self._token_terms]
         entries |= dict.fromkeys([place for place in masks if isinstance(place, str)], labels != self._ignore_index)
         self._check_rest(batch, entries, writer.network)
-        changed: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        changed = _copied(batch)
         for name, value in entries.items():
             changed[name] = value
+        return changed
+
+    def _without_token_entries(self, batch: Any) -> Any:
+        """The batch without what a term's collate function has made of the old tokens."""
+        stale = {name for term in self._token_terms for name in term.token_entries}
+        if not isinstance(batch, Mapping) or not stale & set(batch):
+            return batch
+        changed = _copied(batch)
+        for name in stale & set(batch):
+            del changed[name]
         return changed
 
     @property
@@ -235,6 +245,10 @@ class OnPolicyBatches:
                     " that the student has replaced, but it is unknown. Leave it out of the batch, or pass"
                     " OnPolicyDistillation(build=<function of batch, input_ids, attention_mask and labels>)."
                 )
+
+
+def _copied(batch: Mapping[str, Any]) -> Any:
+    return copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
 
 
 def tokens_of(batch: Any) -> Tensor:

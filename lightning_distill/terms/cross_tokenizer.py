@@ -139,6 +139,8 @@ class CrossTokenizerDistillation(SequenceDistillation):
         with the Kullback-Leibler divergence and all spans, without the debiasing of their borders.
     """
 
+    token_entries = (TEACHER_TOKENS,)
+
     def __init__(
         self,
         student_tokenizer: Any,
@@ -292,14 +294,26 @@ class CrossTokenizerDistillation(SequenceDistillation):
                 )
         positions = self._positions(student)
         self.check_tokens(student, student, positions)
-        counts = positions.counts
+        self._check_collated(student)
+        predicts = positions.counts[:, :-1]
+        if student.own_text:  # which may still be random bytes; its prompt is of the data
+            predicts = predicts.cumsum(1) == 0
         spans = self._aligned(student).student_spans[:, 1:]
-        aligned, number = int((counts[:, :-1] & (spans != NO_SPAN)).sum()), int(counts[:, :-1].sum())
+        aligned, number = int((predicts & (spans != NO_SPAN)).sum()), int(predicts.sum())
         if number >= _ENOUGH and aligned < number // 2:
             raise ValueError(
-                f"Expected the two tokenizers to share spans of the text, but only {aligned} of {number} tokens that"
-                " count are in one. Pass the tokenizers that the models were trained with; `student_tokenizer` is the"
+                f"Expected the two tokenizers to share spans of the text, but only {aligned} of {number} tokens are in"
+                " one. Pass the tokenizers that the models were trained with; `student_tokenizer` is the"
                 " one that made `input_ids`."
+            )
+
+    def _check_collated(self, student: Call) -> None:
+        """Raise if tokens were aligned by the loader, but the student reads others. It waits for the device."""
+        collated, tokens = find_entry("input_ids", student.batch, {}), called_tokens(student)
+        if find_entry(TEACHER_TOKENS, student.batch, {}) is not None and not _equal(collated, tokens):
+            raise ValueError(
+                "Expected the student to be called with the `input_ids` of the batch, which are aligned with the"
+                " teacher's tokens, but got others. Leave out term.collate(), to align them in the step."
             )
 
     # Loss ------------------------------------------------------------------------------------------------------------
@@ -338,6 +352,12 @@ class CrossTokenizerDistillation(SequenceDistillation):
 def _aligned(aligner: TokenAligner, tokens: Tensor, attention: Tensor | None) -> AlignedTokens:
     mask = attention.cpu().numpy() if isinstance(attention, Tensor) else None
     return AlignedTokens(*map(torch.from_numpy, aligner.align(tokens.cpu().numpy(), mask)))
+
+
+def _equal(collated: Any, tokens: Tensor | None) -> bool:
+    if not isinstance(collated, Tensor) or tokens is None or collated.shape != tokens.shape:
+        return False
+    return bool((collated.to(tokens.device) == tokens).all())
 
 
 def _spans_that_count(spans: Tensor, predicts: Tensor) -> Tensor:

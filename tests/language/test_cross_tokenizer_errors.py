@@ -36,6 +36,16 @@ def test_tokens_that_the_step_cuts_are_refused_beside_collated_ones() -> None:
         made.teacher_call(Call((), inputs, batch={"teacher_tokens": [1]}))
 
 
+def test_other_tokens_than_those_that_the_loader_has_aligned_are_refused() -> None:
+    inputs = cross_term().collate(lambda samples: samples[0])([padded_batch()])
+    student = Model(300)
+    with Distiller(student, Model(420), cross_term()) as distiller:
+        with distiller.record():
+            loss = student(inputs["input_ids"].roll(1, 0)).mean()
+        with pytest.raises(ValueError, match=r"called with the `input_ids` of the batch, .* Leave out term\.collate\("):
+            distiller.total(loss, inputs)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
@@ -110,7 +120,7 @@ def test_swapped_tokenizers_are_refused() -> None:
 
 def test_tokens_of_another_tokenizer_share_hardly_a_span_and_are_refused() -> None:
     inputs = {"input_ids": torch.randint(128, 256, (2, 30)), "attention_mask": torch.ones(2, 30)}
-    with pytest.raises(ValueError, match=r"share spans of the text, but only \d+ of 58 tokens that count are in one"):
+    with pytest.raises(ValueError, match=r"share spans of the text, but only \d+ of 58 tokens are in one"):
         total(Model(300), Model(420), inputs=inputs)
 
 
