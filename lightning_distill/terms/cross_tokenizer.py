@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from distill_core.alignment import NO_SPAN, TokenAligner
@@ -16,7 +16,7 @@ from lightning_distill import checks
 from lightning_distill.functional.spans import SpanRows, chunk_likelihood, universal_logit_of_spans
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
-from lightning_distill.recording.tokens import called_tokens, find_entry, is_seq2seq
+from lightning_distill.recording.tokens import called_tokens, check_reads, find_entry, is_seq2seq
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.logits import check_not_probabilities
 from lightning_distill.terms.losses import Mask
@@ -201,15 +201,17 @@ class CrossTokenizerDistillation(SequenceDistillation):
 
     # Tokens ----------------------------------------------------------------------------------------------------------
 
-    def teacher_call(self, call: Call) -> Call | None:
+    def teacher_call(self, call: Call, networks: Sequence[nn.Module] = ()) -> Call | None:
         """The student's call with the teacher's tokens; ``None`` where the teacher reads the student's.
 
         Raises:
-            ValueError: If the student's tokens are not known.
+            ValueError: If the student's tokens are not known, or a teacher cannot read its own.
         """
         if self.aligner is None:
             return None
         aligned = self._aligned(call)
+        for network in networks:
+            check_reads(network, self.aligner.teacher.classes, aligned.input_ids.shape[1])
         return replace(call, args=(aligned.input_ids,), kwargs={"attention_mask": aligned.attention_mask})
 
     def _aligned(self, call: Call) -> AlignedTokens:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_tokenizer_models import gpt2
 from torch import Tensor, nn
 from two_tokenizers import byte_level, cross_term, lower_case, padded_batch
 
@@ -137,6 +138,18 @@ def test_teacher_that_reads_the_students_tokens_is_refused() -> None:
         ValueError, match=r"the teacher to score its own tokens, of the shape \(3, \d+\), but got logits"
     ):
         distiller.total(task_loss, inputs)
+
+
+def test_teachers_that_cannot_read_their_own_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"to read the 420 tokens of `teacher_tokenizer`, .* embeddings for 300"):
+        cross_term().teacher_call(Call((), padded_batch()), [gpt2(300, 8, seed=0)])
+    texts = {name: rows.repeat(1, 3) for name, rows in padded_batch().items()}
+    words = r"a position for each token of a row, but got \d+ tokens and 32 positions\. Pass .*max_length=32"
+    with pytest.raises(ValueError, match=words):
+        cross_term().teacher_call(Call((), texts), [gpt2(420, 8, seed=0)])
+    call = cross_term(max_length=32).teacher_call(Call((), texts), [gpt2(420, 8, seed=0)])
+    assert call is not None
+    assert call.args[0].shape == (3, 32)
 
 
 def test_student_without_token_numbers_is_refused() -> None:
