@@ -140,7 +140,7 @@ class OnPolicyBatches:
             return Prompts(tokens, attended)
         if self._settings.prompt is None:
             return prompts_of(tokens, attended & ~self._answers(batch, tokens), writer.pad)
-        marked = find_mask(batch, self._settings.prompt)
+        marked = find_mask(batch, self._settings.prompt, "prompt")
         if marked.shape not in (tokens.shape, tokens.shape[1:]):
             raise ValueError(
                 f"Expected `prompt` to mark the tokens of the prompts, of the shape {tuple(tokens.shape)} or"
@@ -195,6 +195,9 @@ class OnPolicyBatches:
             entries["attention_mask"] = mask
         if batch.get("position_ids") is not None:
             entries["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        prompt = self._settings.prompt
+        if isinstance(prompt, str) and isinstance(old := batch.get(prompt), Tensor) and old.ndim == 2:
+            entries[prompt] = ((mask != 0) & (labels == self._ignore_index)).to(old.dtype)
         if writer.decodes:
             start = self._start(writer)
             inputs, inputs_mask, labels = text.decoder_rows(start, self._ignore_index)

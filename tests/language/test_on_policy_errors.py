@@ -123,7 +123,7 @@ def test_batches_that_cannot_be_continued_are_refused_in_words(change: Any, word
     [
         (lambda batch: torch.ones(3, 2), "`prompt` to mark the tokens of the prompts.*got shape \\(3, 2\\)"),
         (lambda batch: torch.arange(9) > 2, "`prompt` to mark the first tokens of each sequence"),
-        ("nothing", "`mask` to say where a batch keeps its mask"),
+        ("nothing", "`prompt` to say where a batch keeps its mask"),
     ],
 )
 def test_masks_that_mark_no_prompt_are_refused_in_words(prompt: Any, words: str) -> None:
