@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_distill.recording import Call, Tap
+from lightning_distill.recording import Call, Tap, first_tensor
 from lightning_distill.teachers.inputs import TeacherInputs
 
 
@@ -98,6 +98,7 @@ class SelfSource:
 
     def __init__(self, teacher: SelfTeacher, forward: Callable[[Call], Any], inputs: TeacherInputs) -> None:
         self._teacher, self._forward, self._inputs = teacher, forward, inputs
+        self._compared = False
         inputs.look_at([teacher.student])
 
     def check_student(self, student: nn.Module) -> None:
@@ -138,6 +139,10 @@ class SelfSource:
         shown = self._inputs.of(call)
         answer = Call(shown.args, shown.kwargs, who="teacher", read_logits=call.read_logits)
         answer.output = self._forward(shown)
+        bare = self._teacher.adapters and self._inputs.place is None
+        if bare and self._teacher.student.training and not self._compared:
+            self._compared = True
+            _check_differs(call, answer)
         return [answer]
 
     def cast(self, value: Any) -> Any:
@@ -154,3 +159,14 @@ class SelfSource:
     def modules(self) -> Iterator[nn.Module]:
         """No network beside the student."""
         return iter(())
+
+
+def _check_differs(call: Call, answer: Call) -> None:
+    """Raise if student and teacher have the same output. It waits for the device."""
+    student, teacher = (first_tensor(each.output) for each in (call, answer))
+    if student.shape == teacher.shape and torch.equal(student, teacher):
+        raise ValueError(
+            "Expected the SelfTeacher to answer otherwise than the student, but got the same output: it has the same"
+            " weights, no dropout and the same input. Pass teacher_inputs=<function> for a richer prompt, or"
+            " SelfTeacher(student, adapters=False)."
+        )

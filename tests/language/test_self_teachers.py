@@ -76,6 +76,15 @@ def test_a_copied_module_is_not_taught_by_the_one_that_it_was_copied_from() -> N
         trainer.fit(copy.deepcopy(module), answers())
 
 
+def test_a_student_that_would_teach_itself_its_own_output_is_refused() -> None:
+    model = language_model("llama")
+    trainer = Trainer(callbacks=[DistillCallback(SelfTeacher(model), SequenceDistillation())], max_epochs=1, **QUIET)
+    with pytest.raises(
+        ValueError, match=r"answer otherwise than the student, but got the same output.* teacher_inputs="
+    ):
+        trainer.fit(Module(model), answers())
+
+
 SECRET = torch.tensor([11, 12, 13])
 
 
