@@ -306,6 +306,13 @@ def test_prompts_that_a_hook_changes_after_loading_are_noticed() -> None:
         trained(Cut(language_model("llama")), OnPolicyDistillation(**ALWAYS), accumulate_grad_batches=2)
 
 
+def test_a_copied_callback_has_a_share_of_its_own() -> None:
+    callback = DistillCallback(teacher(), on_policy=OnPolicyDistillation(0.25, max_new_tokens=8))
+    other: Any = copy.deepcopy(callback)
+    other.on_policy.fraction = 1.0
+    assert (callback.on_policy.fraction, other.on_policy.fraction) == (0.25, 1.0)
+
+
 def test_settings_are_logged_and_shown() -> None:
     from lightning_distill.hparams import settings_of
 
