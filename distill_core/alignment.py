@@ -196,7 +196,7 @@ class TokenAligner:
     def _shared(self, run: _Run, numbers: Numbers) -> tuple[Numbers, Numbers]:
         """The spans of a run of the student's tokens and of the teacher's tokens of its text, from 0."""
         text, spelled = run.text.encode(), self.teacher.spell(numbers.tolist())
-        skipped = int(self.teacher.adds_space and spelled.startswith(b" ") and not text.startswith(b" "))
+        skipped = int(self.teacher.adds_space and _equal_bytes(text, spelled[1:]) > _equal_bytes(text, spelled))
         sizes = self.teacher.sizes_of(numbers)
         student, teacher = run.ends, np.cumsum(sizes) - skipped
         ends = student[np.searchsorted(teacher, student, "right") > np.searchsorted(teacher, student)]

@@ -18,6 +18,8 @@ from distill_core.terminal import one_line
 def check_class_path(path: str, init_args: Mapping[str, Any] | None = None) -> None:
     """Check that a path names a class or a function, and that it takes some arguments, without running any code.
 
+    Of a method, such as ``"transformers.AutoTokenizer.from_pretrained"``, the class is checked.
+
     A module that is already imported is inspected; the source of any other module is parsed. Names that exist only
     after running the code, such as those of a star import, pass the check.
 
@@ -39,8 +41,23 @@ def check_class_path(path: str, init_args: Mapping[str, Any] | None = None) -> N
         raise ValueError(f"{path!r} is not a dotted path")
     if module in sys.modules:
         _check_loaded(sys.modules[module], name, init_args)
-    elif tree := _parsed(module):
+        return
+    try:
+        tree = _parsed(module)
+    except ValueError:
+        if "." not in module or not _is_class_path(module):
+            raise
+        return
+    if tree is not None:
         _check_source(tree, module, name, init_args)
+
+
+def _is_class_path(path: str) -> bool:
+    try:
+        check_class_path(path)
+    except ValueError:
+        return False
+    return True
 
 
 def import_class_path(path: str) -> Callable[..., Any]:
@@ -57,12 +74,24 @@ def import_class_path(path: str) -> Callable[..., Any]:
     """
     module, _, name = path.rpartition(".")
     try:
-        target: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        target: Callable[..., Any] = getattr(_imported(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{path!r} cannot be imported ({error})") from None
     if not callable(target):
         raise ValueError(f"{path!r} is not a class or a function")
     return target
+
+
+def _imported(path: str) -> Any:
+    """A module, or the class with the method that is named."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        module, _, name = path.rpartition(".")
+        owner = sys.modules.get(module)
+        if error.name != path or not isinstance(getattr(owner, name, None), type):
+            raise
+        return getattr(owner, name)
 
 
 def make_from_class_path(key: str, value: Any, where: str = "") -> Any:
@@ -111,7 +140,9 @@ def make_from_class_path(key: str, value: Any, where: str = "") -> Any:
 def _check_loaded(module: Any, name: str, init_args: Mapping[str, Any] | None) -> None:
     names = vars(module)
     if name not in names:
-        if "__getattr__" in names:  # creates names on demand, perhaps by an import
+        if "__getattr__" in names or hasattr(
+            type(module), "__getattr__"
+        ):  # creates names on demand, perhaps by an import
             return
         raise ValueError(_missing(module.__name__, name, names))
     target = names[name]

@@ -349,8 +349,10 @@ class DistillCallback(Callback):
         other.terms = [copy.deepcopy(term, memo) for term in self.terms]
         for term in other.terms:
             term.remake(term.reset)
-        for shared in ("_settings", "schedules"):
-            other.__dict__[shared] = dict(self.__dict__[shared])
+        other.on_policy = copy.copy(self.on_policy)  # not deeply: its functions may hold networks
+        for owner in (other, other.on_policy):
+            for shared in {"_settings", "schedules"} & set(getattr(owner, "__dict__", ())):
+                owner.__dict__[shared] = dict(owner.__dict__[shared])
         return other
 
 

@@ -121,6 +121,8 @@ def _wrong_arguments(path: str, target: Any, arguments: Mapping[str, Any]) -> It
     """Arguments that a class or function does not take, those of a wrong type, and those that are missing."""
     name = target.__qualname__
     known = [*dict.fromkeys(argument.partition(".")[0] for argument in _added(ArgumentParser(), target))]
+    if not known and any(each.kind is each.VAR_KEYWORD for each in _parameters(target).values()):
+        return  # it takes anything
     for key, value in arguments.items():
         if key not in known:
             yield path, f"Expected arguments of {name}, but got `{key}`. {closest(str(key), known)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_distill.distiller import Terms
 from lightning_distill.functional.inputs import IGNORE_INDEX
 from lightning_distill.losses import ReverseKLLoss
 from lightning_distill.module import DistillModule, LRSchedulerCallable
+from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import find_labels, select
 from lightning_distill.recording.tokens import TokenPositions
 from lightning_distill.terms import FusedLinearDistillation
@@ -69,8 +70,9 @@ class CausalLMDistillModule(DistillModule):
             Hugging Face tokenizer.
         prompts: Texts to continue after validation.
         max_new_tokens: Number of tokens of a continuation.
-        **settings: Further arguments of :class:`DistillModule`, such as ``teacher_dtype``, ``on_policy`` and
-            ``prog_bar``.
+        labels: Where a batch keeps its labels; ``None`` is its ``labels``, else its tokens that are not padding.
+        on_policy: As in :class:`DistillModule`.
+        **settings: Further arguments of :class:`DistillModule`, such as ``teacher_dtype`` and ``prog_bar``.
 
     Attributes:
         samples: The last continuations, by prompt.
@@ -106,10 +108,12 @@ class CausalLMDistillModule(DistillModule):
         tokenizer: Any = None,
         prompts: Sequence[str] = (),
         max_new_tokens: int = 32,
+        labels: str | int | Callable[[Any], Tensor] | None = None,
+        on_policy: OnPolicyDistillation | None = None,
         **settings: Any,
     ) -> None:
         if terms is None:
-            loss = None if settings.get("on_policy") is None else ReverseKLLoss()
+            loss = None if on_policy is None else ReverseKLLoss()
             terms = FusedLinearDistillation(student_head, teacher_head, loss=loss, task_weight=task_weight)
         if prompts and tokenizer is None:
             raise ValueError("Expected `tokenizer` to encode the prompts, but got tokenizer=None. Pass the tokenizer.")
@@ -122,7 +126,9 @@ class CausalLMDistillModule(DistillModule):
             task_weight=task_weight,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
-            **{"labels": token_labels, **settings},
+            labels=token_labels if labels is None else labels,
+            on_policy=on_policy,
+            **settings,  # as they are, so that a YAML file may name them too
         )
         self.tokenizer, self.prompts, self.max_new_tokens = tokenizer, list(prompts), max_new_tokens
         self.samples: dict[str, str] = {}

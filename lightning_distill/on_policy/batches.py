@@ -140,7 +140,7 @@ class OnPolicyBatches:
             return Prompts(tokens, attended)
         if self._settings.prompt is None:
             return prompts_of(tokens, attended & ~self._answers(batch, tokens), writer.pad)
-        marked = find_mask(batch, self._settings.prompt)
+        marked = find_mask(batch, self._settings.prompt, "prompt")
         if marked.shape not in (tokens.shape, tokens.shape[1:]):
             raise ValueError(
                 f"Expected `prompt` to mark the tokens of the prompts, of the shape {tuple(tokens.shape)} or"
@@ -180,7 +180,7 @@ class OnPolicyBatches:
     # The new batch ---------------------------------------------------------------------------------------------------
 
     def _rewritten(self, batch: Any, text: Continued) -> Any:
-        writer = self._writer()
+        writer, batch = self._writer(), self._without_token_entries(batch)
         tokens, mask, labels = text.rows(self._ignore_index)
         if self._settings.build is not None:
             return self._settings.build(batch, tokens, mask, labels)
@@ -195,6 +195,9 @@ class OnPolicyBatches:
             entries["attention_mask"] = mask
         if batch.get("position_ids") is not None:
             entries["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        prompt = self._settings.prompt
+        if isinstance(prompt, str) and isinstance(old := batch.get(prompt), Tensor) and old.ndim == 2:
+            entries[prompt] = ((mask != 0) & (labels == self._ignore_index)).to(old.dtype)
         if writer.decodes:
             start = self._start(writer)
             inputs, inputs_mask, labels = text.decoder_rows(start, self._ignore_index)
@@ -206,9 +209,19 @@ class OnPolicyBatches:
         masks = [term.tokens.mask for term in self._token_terms]
         entries |= dict.fromkeys([place for place in masks if isinstance(place, str)], labels != self._ignore_index)
         self._check_rest(batch, entries, writer.network)
-        changed: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        changed = _copied(batch)
         for name, value in entries.items():
             changed[name] = value
+        return changed
+
+    def _without_token_entries(self, batch: Any) -> Any:
+        """The batch without what a term's collate function has made of the old tokens."""
+        stale = {name for term in self._token_terms for name in term.token_entries}
+        if not isinstance(batch, Mapping) or not stale & set(batch):
+            return batch
+        changed = _copied(batch)
+        for name in stale & set(batch):
+            del changed[name]
         return changed
 
     @property
@@ -235,6 +248,10 @@ class OnPolicyBatches:
                     " that the student has replaced, but it is unknown. Leave it out of the batch, or pass"
                     " OnPolicyDistillation(build=<function of batch, input_ids, attention_mask and labels>)."
                 )
+
+
+def _copied(batch: Mapping[str, Any]) -> Any:
+    return copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
 
 
 def tokens_of(batch: Any) -> Tensor:

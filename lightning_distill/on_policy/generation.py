@@ -17,6 +17,18 @@ from lightning_distill.recording.student import StudentFinder
 from lightning_distill.teachers.self_teacher import evaluated
 
 _REMEDY = "Pass OnPolicyDistillation(generate=<function>), which continues prompts."
+# Settings of Hugging Face's `generate` with which it writes something else than the model's probabilities say, and the
+# values with which they do nothing. Left out are those of `top_k` and `top_p`, which it sets where nobody does.
+_NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p"), 1.0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty"), 0.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), 0),
+    **dict.fromkeys(("min_p", "top_h", "min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("sequence_bias", "guidance_scale", "watermarking_config", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("forced_eos_token_id", "constraints", "force_words_ids", "prompt_lookup_num_tokens", "max_time")),
+    **dict.fromkeys(("penalty_alpha", "dola_layers")),
+}
 
 
 class Writer:
@@ -103,11 +115,12 @@ class Writer:
 
     def _sampling(self) -> dict[str, Any]:
         """Arguments of Hugging Face's method: the student's own probabilities, whatever its configuration narrows."""
+        configured: Any = self.network.generation_config
         fixed = {"pad_token_id": self.pad, "eos_token_id": self._ends or None, "return_dict_in_generate": False}
+        fixed |= {name: value for name, value in _NEUTRAL.items() if getattr(configured, name, None) is not None}
         if self._settings.temperature == 0:
-            return {**fixed, "do_sample": False, "repetition_penalty": 1.0}
-        drawn = {"do_sample": True, "temperature": self._settings.temperature, "top_k": 0, "top_p": 1.0}
-        return {**fixed, **drawn, "repetition_penalty": 1.0}
+            return {**fixed, "do_sample": False}
+        return {**fixed, "do_sample": True, "temperature": self._settings.temperature, "top_k": 0, "top_p": 1.0}
 
     def _new_tokens(self, written: Any, prompts: Prompts) -> Tensor:
         """The tokens after the prompts, or after the decoder's start token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed
 
 from lightning_distill.adapters.follower import world_size
@@ -54,9 +55,11 @@ class LoopTexts:
             uses: Whether its loss is made now.
 
         Raises:
-            ValueError: If it is another batch.
+            ValueError: If it is another batch, while gradients are enabled.
         """
         entry = self._returned.get(id(batch))
+        if entry is None and not torch.is_grad_enabled():
+            return False  # a batch of an evaluation
         if entry is None:
             raise ValueError(
                 "Expected the batch to be one that `continued` has returned, since on_policy is given, but got another."

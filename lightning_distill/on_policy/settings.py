@@ -102,6 +102,10 @@ class OnPolicyDistillation:
         for name, function in (("generate", generate), ("build", build)):
             if function is not None and not callable(function):
                 raise TypeError(f"Expected `{name}` to be a function, but got {name}={function!r}.")
+        if generation is not None and not isinstance(generation, Mapping):
+            raise TypeError(
+                f"Expected `generation` to be a dict of arguments of `generate`, but got generation={generation!r}."
+            )
         for name in (name for name in _OWN if name in (generation or {})):
             raise ValueError(
                 f"Expected `generation` to leave out {name!r}, which OnPolicyDistillation sets, but got"

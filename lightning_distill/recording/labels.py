@@ -48,12 +48,13 @@ def find_labels(batch: Any, where: str | int | Callable[[Any], Tensor] | None) -
     return labels
 
 
-def find_mask(batch: Any, where: str | int | Callable[[Any], Tensor]) -> Tensor:
+def find_mask(batch: Any, where: str | int | Callable[[Any], Tensor], argument: str = "mask") -> Tensor:
     """The mask in a batch.
 
     Args:
         batch: The batch.
         where: A key or field name, an index, or a function of the batch.
+        argument: Name of the argument that says it, for the message.
 
     Raises:
         ValueError: If the batch has no mask at that place.
@@ -61,7 +62,7 @@ def find_mask(batch: Any, where: str | int | Callable[[Any], Tensor]) -> Tensor:
     mask = _at(batch, where)
     if not isinstance(mask, Tensor):
         raise ValueError(
-            f"Expected `mask` to say where a batch keeps its mask, but got mask={where!r} and a batch of"
+            f"Expected `{argument}` to say where a batch keeps its mask, but got {argument}={where!r} and a batch of"
             f" {type(batch).__name__}. Pass a key, an index, or a function of the batch."
         )
     return mask

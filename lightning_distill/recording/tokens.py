@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill.recording.calls import Call
 from lightning_distill.recording.labels import find_labels, find_mask
@@ -241,6 +241,33 @@ def check_same_tokens(student: Call, teacher: Call, positions: Positions) -> Non
             "Expected the teacher to read the student's tokens, but got other tokens of the same length. Give the"
             " teacher's inputs labels of their own, or pass mask=(<the student's>, <the teacher's>), to match the"
             " tokens that count."
+        )
+
+
+def check_reads(network: nn.Module, classes: int, length: int) -> None:
+    """Raise if a teacher has no embeddings or no positions for tokens of its own tokenizer.
+
+    Args:
+        network: The teacher.
+        classes: Number of tokens of its tokenizer.
+        length: Number of tokens of a row.
+
+    Raises:
+        ValueError: If so, where it can be seen.
+    """
+    known: Any = classes
+    with suppress(AttributeError, NotImplementedError):  # not a model of Hugging Face, or one that does not say
+        known = cast(Any, network).get_input_embeddings().num_embeddings
+    if known < classes:
+        raise ValueError(
+            f"Expected the teacher to read the {classes} tokens of `teacher_tokenizer`, but got one with embeddings for"
+            f" {known}. Pass the tokenizer that the teacher was trained with."
+        )
+    longest = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    if isinstance(longest, int) and length > longest:
+        raise ValueError(
+            f"Expected the teacher to have a position for each token of a row, but got {length} tokens and {longest}"
+            f" positions. Pass CrossTokenizerDistillation(max_length={longest}), or shorten the texts."
         )
 
 

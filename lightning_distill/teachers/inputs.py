@@ -24,7 +24,7 @@ class TeacherInputs:
             its arguments, or the dict of its keyword arguments) to the teacher's, in the same forms; or the key or
             index of the teacher's inputs in the batch.
         arguments: Keyword arguments to add where every network takes them.
-        makers: Methods of terms that make the teacher's call from the student's, or return ``None``.
+        makers: Methods of terms that make the teacher's call from the student's and the networks, or return ``None``.
 
     Raises:
         TypeError: If ``place`` is neither a function, a key nor an index.
@@ -34,7 +34,7 @@ class TeacherInputs:
         self,
         place: Place,
         arguments: Mapping[str, Any],
-        makers: Sequence[Callable[[Call], Call | None]] = (),
+        makers: Sequence[Callable[[Call, Sequence[nn.Module]], Call | None]] = (),
     ) -> None:
         if place is not None and not callable(place) and (isinstance(place, bool) or not isinstance(place, (str, int))):
             raise TypeError(
@@ -59,7 +59,7 @@ class TeacherInputs:
         Raises:
             ValueError: If the batch has no entry at ``place``, or several places or terms make the inputs.
         """
-        made = [own for own in (make(call) for make in self._makers) if own is not None]
+        made = [own for own in (make(call, self._networks) for make in self._makers) if own is not None]
         if len(made) + (self.place is not None) > 1 and made:
             raise ValueError(
                 "Expected one maker of the teacher's inputs, but got several: terms between two tokenizers, or such a"

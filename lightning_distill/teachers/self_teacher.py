@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_distill.recording import Call, Tap
+from lightning_distill.recording import Call, Tap, first_tensor
 from lightning_distill.teachers.inputs import TeacherInputs
 
 
@@ -29,6 +29,18 @@ def evaluated(network: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         torch.clear_autocast_cache()  # some releases of torch would use its weights, without gradients, in the step
+
+
+@contextmanager
+def _without_adapters(student: Any) -> Iterator[None]:
+    """The model that the adapters were added to. PEFT would then train those again that the user has frozen."""
+    trained = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    try:
+        with student.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 class SelfTeacher:
@@ -65,9 +77,8 @@ class SelfTeacher:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output for a teacher's input."""
-        student: Any = self.student
-        with evaluated(student), nullcontext() if self.adapters else student.disable_adapter():
-            return student(*args, **kwargs)
+        with evaluated(self.student), nullcontext() if self.adapters else _without_adapters(self.student):
+            return self.student(*args, **kwargs)
 
     def source(self, forward: Callable[[Call], Any], inputs: TeacherInputs) -> SelfSource:
         """The source of its outputs."""
@@ -87,7 +98,23 @@ class SelfSource:
 
     def __init__(self, teacher: SelfTeacher, forward: Callable[[Call], Any], inputs: TeacherInputs) -> None:
         self._teacher, self._forward, self._inputs = teacher, forward, inputs
+        self._compared = False
         inputs.look_at([teacher.student])
+
+    def check_student(self, student: nn.Module) -> None:
+        """Raise if it would answer with another network than the one that is trained.
+
+        Args:
+            student: The student, or the module that contains it.
+
+        Raises:
+            ValueError: If so.
+        """
+        if not set(student.modules()) & set(self._teacher.student.modules()):
+            raise ValueError(
+                "Expected the SelfTeacher to hold the student that is trained, but got another network, such as the one"
+                " that a copied module was copied from. Pass SelfTeacher(<the student inside the trained module>)."
+            )
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a term reads a layer.
@@ -112,6 +139,10 @@ class SelfSource:
         shown = self._inputs.of(call)
         answer = Call(shown.args, shown.kwargs, who="teacher", read_logits=call.read_logits)
         answer.output = self._forward(shown)
+        bare = self._teacher.adapters and self._inputs.place is None
+        if bare and self._teacher.student.training and not self._compared:
+            self._compared = True
+            _check_differs(call, answer)
         return [answer]
 
     def cast(self, value: Any) -> Any:
@@ -128,3 +159,14 @@ class SelfSource:
     def modules(self) -> Iterator[nn.Module]:
         """No network beside the student."""
         return iter(())
+
+
+def _check_differs(call: Call, answer: Call) -> None:
+    """Raise if student and teacher have the same output. It waits for the device."""
+    student, teacher = (first_tensor(each.output) for each in (call, answer))
+    if student.shape == teacher.shape and torch.equal(student, teacher):
+        raise ValueError(
+            "Expected the SelfTeacher to answer otherwise than the student, but got the same output: it has the same"
+            " weights, no dropout and the same input. Pass teacher_inputs=<function> for a richer prompt, or"
+            " SelfTeacher(student, adapters=False)."
+        )

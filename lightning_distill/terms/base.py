@@ -103,13 +103,14 @@ class DistillationTerm(nn.Module):
         """How many tokens of a batch count, for a term with ``counts_tokens``; see :class:`SequenceDistillation`."""
         raise NotImplementedError(f"Expected {type(self).__name__} to implement `counted`.")
 
-    def teacher_call(self, call: Call) -> Call | None:
+    def teacher_call(self, call: Call, networks: Sequence[nn.Module] = ()) -> Call | None:
         """The call that the teacher gets for one of the student's, if the term makes its inputs.
 
         Keyword arguments that the teacher does not take are left out.
 
         Args:
             call: The student's call; ``call.batch`` is the batch.
+            networks: The teachers, if they are known.
 
         Returns:
             A call with the teacher's arguments, or ``None`` to leave them to ``teacher_inputs``.
@@ -265,6 +266,6 @@ def arguments_of(terms: Sequence[DistillationTerm]) -> dict[str, Any]:
     return {name: value for term in terms for name, value in term.teacher_arguments.items()}
 
 
-def makers_of(terms: Sequence[DistillationTerm]) -> list[Callable[[Call], Call | None]]:
+def makers_of(terms: Sequence[DistillationTerm]) -> list[Callable[[Call, Sequence[nn.Module]], Call | None]]:
     """The methods of terms that make the teacher's inputs themselves."""
     return [term.teacher_call for term in terms if type(term).teacher_call is not DistillationTerm.teacher_call]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from distill_core.alignment import NO_SPAN, TokenAligner
@@ -16,7 +16,7 @@ from lightning_distill import checks
 from lightning_distill.functional.spans import SpanRows, chunk_likelihood, universal_logit_of_spans
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
-from lightning_distill.recording.tokens import called_tokens, find_entry, is_seq2seq
+from lightning_distill.recording.tokens import called_tokens, check_reads, find_entry, is_seq2seq
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.logits import check_not_probabilities
 from lightning_distill.terms.losses import Mask
@@ -139,6 +139,8 @@ class CrossTokenizerDistillation(SequenceDistillation):
         with the Kullback-Leibler divergence and all spans, without the debiasing of their borders.
     """
 
+    token_entries = (TEACHER_TOKENS,)
+
     def __init__(
         self,
         student_tokenizer: Any,
@@ -199,15 +201,17 @@ class CrossTokenizerDistillation(SequenceDistillation):
 
     # Tokens ----------------------------------------------------------------------------------------------------------
 
-    def teacher_call(self, call: Call) -> Call | None:
+    def teacher_call(self, call: Call, networks: Sequence[nn.Module] = ()) -> Call | None:
         """The student's call with the teacher's tokens; ``None`` where the teacher reads the student's.
 
         Raises:
-            ValueError: If the student's tokens are not known.
+            ValueError: If the student's tokens are not known, or a teacher cannot read its own.
         """
         if self.aligner is None:
             return None
         aligned = self._aligned(call)
+        for network in networks:
+            check_reads(network, self.aligner.teacher.classes, aligned.input_ids.shape[1])
         return replace(call, args=(aligned.input_ids,), kwargs={"attention_mask": aligned.attention_mask})
 
     def _aligned(self, call: Call) -> AlignedTokens:
@@ -292,14 +296,26 @@ class CrossTokenizerDistillation(SequenceDistillation):
                 )
         positions = self._positions(student)
         self.check_tokens(student, student, positions)
-        counts = positions.counts
+        self._check_collated(student)
+        predicts = positions.counts[:, :-1]
+        if student.own_text:  # which may still be random bytes; its prompt is of the data
+            predicts = predicts.cumsum(1) == 0
         spans = self._aligned(student).student_spans[:, 1:]
-        aligned, number = int((counts[:, :-1] & (spans != NO_SPAN)).sum()), int(counts[:, :-1].sum())
+        aligned, number = int((predicts & (spans != NO_SPAN)).sum()), int(predicts.sum())
         if number >= _ENOUGH and aligned < number // 2:
             raise ValueError(
-                f"Expected the two tokenizers to share spans of the text, but only {aligned} of {number} tokens that"
-                " count are in one. Pass the tokenizers that the models were trained with; `student_tokenizer` is the"
+                f"Expected the two tokenizers to share spans of the text, but only {aligned} of {number} tokens are in"
+                " one. Pass the tokenizers that the models were trained with; `student_tokenizer` is the"
                 " one that made `input_ids`."
+            )
+
+    def _check_collated(self, student: Call) -> None:
+        """Raise if tokens were aligned by the loader, but the student reads others. It waits for the device."""
+        collated, tokens = find_entry("input_ids", student.batch, {}), called_tokens(student)
+        if find_entry(TEACHER_TOKENS, student.batch, {}) is not None and not _equal(collated, tokens):
+            raise ValueError(
+                "Expected the student to be called with the `input_ids` of the batch, which are aligned with the"
+                " teacher's tokens, but got others. Leave out term.collate(), to align them in the step."
             )
 
     # Loss ------------------------------------------------------------------------------------------------------------
@@ -338,6 +354,12 @@ class CrossTokenizerDistillation(SequenceDistillation):
 def _aligned(aligner: TokenAligner, tokens: Tensor, attention: Tensor | None) -> AlignedTokens:
     mask = attention.cpu().numpy() if isinstance(attention, Tensor) else None
     return AlignedTokens(*map(torch.from_numpy, aligner.align(tokens.cpu().numpy(), mask)))
+
+
+def _equal(collated: Any, tokens: Tensor | None) -> bool:
+    if not isinstance(collated, Tensor) or tokens is None or collated.shape != tokens.shape:
+        return False
+    return bool((collated.to(tokens.device) == tokens).all())
 
 
 def _spans_that_count(spans: Tensor, predicts: Tensor) -> Tensor:

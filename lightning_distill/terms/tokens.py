@@ -83,6 +83,7 @@ class SequenceDistillation(LogitsDistillation):
     """
 
     counts_tokens = True
+    token_entries: tuple[str, ...] = ()  # of a batch, made of its tokens alone: a batch with other tokens drops them
     teacher_arguments = MappingProxyType({"use_cache": False})
 
     def __init__(

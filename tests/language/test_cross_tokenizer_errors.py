@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_tokenizer_models import gpt2
 from torch import Tensor, nn
 from two_tokenizers import byte_level, cross_term, lower_case, padded_batch
 
@@ -34,6 +35,16 @@ def test_tokens_that_the_step_cuts_are_refused_beside_collated_ones() -> None:
         ValueError, match=r"`teacher_tokens` of the batch to be what term\.collate\(\) makes, but got list"
     ):
         made.teacher_call(Call((), inputs, batch={"teacher_tokens": [1]}))
+
+
+def test_other_tokens_than_those_that_the_loader_has_aligned_are_refused() -> None:
+    inputs = cross_term().collate(lambda samples: samples[0])([padded_batch()])
+    student = Model(300)
+    with Distiller(student, Model(420), cross_term()) as distiller:
+        with distiller.record():
+            loss = student(inputs["input_ids"].roll(1, 0)).mean()
+        with pytest.raises(ValueError, match=r"called with the `input_ids` of the batch, .* Leave out term\.collate\("):
+            distiller.total(loss, inputs)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +121,7 @@ def test_swapped_tokenizers_are_refused() -> None:
 
 def test_tokens_of_another_tokenizer_share_hardly_a_span_and_are_refused() -> None:
     inputs = {"input_ids": torch.randint(128, 256, (2, 30)), "attention_mask": torch.ones(2, 30)}
-    with pytest.raises(ValueError, match=r"share spans of the text, but only \d+ of 58 tokens that count are in one"):
+    with pytest.raises(ValueError, match=r"share spans of the text, but only \d+ of 58 tokens are in one"):
         total(Model(300), Model(420), inputs=inputs)
 
 
@@ -127,6 +138,18 @@ def test_teacher_that_reads_the_students_tokens_is_refused() -> None:
         ValueError, match=r"the teacher to score its own tokens, of the shape \(3, \d+\), but got logits"
     ):
         distiller.total(task_loss, inputs)
+
+
+def test_teachers_that_cannot_read_their_own_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"to read the 420 tokens of `teacher_tokenizer`, .* embeddings for 300"):
+        cross_term().teacher_call(Call((), padded_batch()), [gpt2(300, 8, seed=0)])
+    texts = {name: rows.repeat(1, 3) for name, rows in padded_batch().items()}
+    words = r"a position for each token of a row, but got \d+ tokens and 32 positions\. Pass .*max_length=32"
+    with pytest.raises(ValueError, match=words):
+        cross_term().teacher_call(Call((), texts), [gpt2(420, 8, seed=0)])
+    call = cross_term(max_length=32).teacher_call(Call((), texts), [gpt2(420, 8, seed=0)])
+    assert call is not None
+    assert call.args[0].shape == (3, 32)
 
 
 def test_student_without_token_numbers_is_refused() -> None:

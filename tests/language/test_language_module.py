@@ -17,7 +17,7 @@ from token_nets import LENGTHS, QUIET, CausalModel, Sequences, by_hand, close, l
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_distill import CausalLMDistillModule, FusedLinearDistillation, SequenceDistillation
+from lightning_distill import CausalLMDistillModule, DistillModule, FusedLinearDistillation, SequenceDistillation
 
 
 class Characters:
@@ -161,3 +161,13 @@ def test_wrong_settings_are_refused_in_words() -> None:
         fitted(module_of(student_head="lm_heat"), loader(8))
     with pytest.raises(TypeError, match="batch to be a dict of the student's keyword arguments"):
         fitted(module_of(), DataLoader([torch.ones(3, dtype=torch.int64)] * 4))
+
+
+def test_a_configuration_file_may_name_every_setting_of_the_module_that_it_extends() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse", reason="jsonargparse is not installed")
+    names = [
+        set(jsonargparse.ArgumentParser().add_class_arguments(kind, fail_untyped=False))
+        for kind in (CausalLMDistillModule, DistillModule)
+    ]
+    assert {"on_policy", "labels", "teacher_dtype", "prog_bar"} <= names[0]
+    assert names[1] <= names[0]

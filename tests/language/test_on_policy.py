@@ -106,6 +106,34 @@ def test_a_configuration_that_narrows_the_draws_is_not_followed() -> None:
         assert answer == greedy(model, prompt, 6, end=2)
 
 
+@pytest.mark.parametrize(
+    "narrowed",
+    [
+        {"min_p": 1.0},
+        {"typical_p": 0.01},
+        {"num_beams": 2},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(3, VOCABULARY))},
+        {"bad_words_ids": [[token] for token in range(3, VOCABULARY)]},
+        {"sequence_bias": {(3,): 99.0}},
+        {"forced_eos_token_id": 2},
+        {"min_new_tokens": 6},
+    ],
+    ids=lambda narrowed: next(iter(narrowed)),
+)
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_no_setting_of_the_configuration_changes_what_is_written(narrowed: Any, temperature: float) -> None:
+    texts = []
+    for settings in ({}, narrowed):
+        model = language_model("llama")
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+        on_policy = OnPolicyDistillation(1.0, max_new_tokens=6, temperature=temperature)
+        module, _ = fitted(Module(model, rate=0.0), on_policy, limit_train_batches=2)
+        texts.append([sequences_in(batch) for batch in module.seen])
+    assert texts[0] == texts[1]
+
+
 def test_tokens_are_drawn_with_the_probabilities_of_the_student() -> None:
     model = language_model("llama")
     on_policy = OnPolicyDistillation(1.0, max_new_tokens=1, temperature=2.0)

@@ -103,6 +103,18 @@ def test_a_mask_may_tell_the_prompt(prompt: Any) -> None:
     assert sequences_in(module.seen[0]) == written_by_hand(module.model)
 
 
+def test_a_mask_of_the_prompt_is_renewed_with_the_tokens() -> None:
+    module = trained(
+        Module(language_model("llama"), rate=0.0),
+        OnPolicyDistillation(**ALWAYS, prompt="prompt"),
+        changed(without_labels),
+    )
+    batch = module.seen[0]
+    assert sequences_in(batch) == written_by_hand(module.model)
+    assert batch["prompt"].dtype == torch.bool
+    assert torch.equal(batch["prompt"], (batch["attention_mask"] == 1) & (batch["labels"] == -100))
+
+
 def test_rows_of_prompts_alone_are_continued_from_their_ends() -> None:
     def prompts(row: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**row, "labels": torch.full_like(row["labels"], -100)}
@@ -292,6 +304,13 @@ def test_prompts_that_a_hook_changes_after_loading_are_noticed() -> None:
 
     with pytest.warns(UserWarning, match="mean over each micro-batch.*changed the prompts of a batch"):
         trained(Cut(language_model("llama")), OnPolicyDistillation(**ALWAYS), accumulate_grad_batches=2)
+
+
+def test_a_copied_callback_has_a_share_of_its_own() -> None:
+    callback = DistillCallback(teacher(), on_policy=OnPolicyDistillation(0.25, max_new_tokens=8))
+    other: Any = copy.deepcopy(callback)
+    other.on_policy.fraction = 1.0
+    assert (callback.on_policy.fraction, other.on_policy.fraction) == (0.25, 1.0)
 
 
 def test_settings_are_logged_and_shown() -> None:

@@ -43,6 +43,7 @@ from lightning_distill import (
         ({"max_new_tokens": 2, "temperature": -1}, "`temperature` to be at least 0"),
         ({"max_new_tokens": 2, "seed": "a"}, "`seed` to be an int"),
         ({"max_new_tokens": 2, "generate": 3}, "`generate` to be a function"),
+        ({"max_new_tokens": 2, "generation": 3}, "`generation` to be a dict of arguments"),
         ({"max_new_tokens": 2, "build": 3}, "`build` to be a function"),
         ({"max_new_tokens": 2, "eos_token_id": [1.0]}, "`eos_token_id` to be an int"),
         ({"max_new_tokens": 2, "pad_token_id": -1}, "`pad_token_id` to be at least 0"),
@@ -123,7 +124,7 @@ def test_batches_that_cannot_be_continued_are_refused_in_words(change: Any, word
     [
         (lambda batch: torch.ones(3, 2), "`prompt` to mark the tokens of the prompts.*got shape \\(3, 2\\)"),
         (lambda batch: torch.arange(9) > 2, "`prompt` to mark the first tokens of each sequence"),
-        ("nothing", "`mask` to say where a batch keeps its mask"),
+        ("nothing", "`prompt` to say where a batch keeps its mask"),
     ],
 )
 def test_masks_that_mark_no_prompt_are_refused_in_words(prompt: Any, words: str) -> None:

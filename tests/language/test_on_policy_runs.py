@@ -33,6 +33,7 @@ from lightning_distill import (
     FusedLinearDistillation,
     OnPolicyDistillation,
     ReverseKLLoss,
+    SequenceDistillation,
     schedules,
 )
 
@@ -182,6 +183,21 @@ def test_a_loop_of_fabric_writes_with_the_module_inside_its_wrapper() -> None:
             loop(distiller, student, list(answers()), optimizer=optimizer)
         models.append(student)
     close(models[0].state_dict(), models[1].state_dict(), atol=0)
+
+
+def test_a_loop_evaluates_on_batches_that_the_student_has_not_continued() -> None:
+    student, teacher = language_model("llama"), language_model("llama", 24, 1)
+    batch = next(iter(answers()))
+    values = []
+    for on_policy in (None, OnPolicyDistillation(1.0, max_new_tokens=4)):
+        distiller = Distiller(student, teacher, SequenceDistillation(), on_policy=on_policy)
+        with torch.no_grad(), distiller.record(needs_grad=False):
+            student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        with torch.no_grad():
+            values.append(distiller.loss(batch))
+        distiller.close()
+    assert values[0] > 0
+    assert torch.equal(*values)
 
 
 def test_a_batch_that_was_not_continued_is_refused_in_words() -> None:

@@ -54,6 +54,37 @@ def test_the_base_without_adapters_teaches_as_a_copy_of_it_does(on_policy: Any) 
     close(states[0], states[1], atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # used by peft
+def test_adapters_that_the_user_has_frozen_stay_frozen() -> None:
+    model: Any = adapted()
+    frozen = {name for name, parameter in model.named_parameters() if "lora_A" in name}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in frozen)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    SelfTeacher(model, adapters=False)(input_ids=torch.tensor([[3, 4]]))
+
+    assert frozen
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_a_copied_module_is_not_taught_by_the_one_that_it_was_copied_from() -> None:
+    module = Module(language_model("llama"))
+    callback = DistillCallback(SelfTeacher(module.model), SequenceDistillation(), teacher_inputs=richer)
+    trainer = Trainer(callbacks=[copy.deepcopy(callback)], max_epochs=1, **QUIET)
+    with pytest.raises(ValueError, match="SelfTeacher to hold the student that is trained, but got another network"):
+        trainer.fit(copy.deepcopy(module), answers())
+
+
+def test_a_student_that_would_teach_itself_its_own_output_is_refused() -> None:
+    model = language_model("llama")
+    trainer = Trainer(callbacks=[DistillCallback(SelfTeacher(model), SequenceDistillation())], max_epochs=1, **QUIET)
+    with pytest.raises(
+        ValueError, match=r"answer otherwise than the student, but got the same output.* teacher_inputs="
+    ):
+        trainer.fit(Module(model), answers())
+
+
 SECRET = torch.tensor([11, 12, 13])
 
 

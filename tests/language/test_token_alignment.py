@@ -220,6 +220,13 @@ def test_one_token_that_begins_and_ends_texts_is_read_as_either_by_its_place() -
     assert result.student_spans[0, -1] == result.teacher_spans[0, -1] >= 0
 
 
+@pytest.mark.parametrize("text", [" name", "  name", "name"])
+def test_a_space_that_the_teacher_puts_in_front_of_a_space_is_left_out(text: str) -> None:
+    result, numbers = aligned((byte_level(300), sentence_piece(400)), "x<end>" + text)
+    assert (result.student_spans[0, 2:] >= 0).all()
+    assert len(numbers) > 3
+
+
 def test_names_of_special_tokens_in_a_text_are_plain_text_to_the_teacher() -> None:
     student, teacher = tables((byte_level(300), sentence_piece(600)))
     text = student.encode(["a </s> b"])[0]

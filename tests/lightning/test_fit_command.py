@@ -38,6 +38,11 @@ class Unprepared(LightningDataModule):
     def train_dataloader(self):
         open("no-such-images.npy")
 
+class Networks:
+    @classmethod
+    def pretrained(cls, *inputs, **settings) -> Mlp:  # in the manner of transformers
+        return Mlp(settings["width"])
+
 def picky(width: int) -> Mlp:
     if width > 9:
         raise ValueError("width must be at most 9")
@@ -111,6 +116,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a wrong key of a loss": (
         {"init_args": loss(temprature=2.0)},
         f"{TERM}.init_args.loss.init_args: Expected arguments of SoftTargetLoss, but got `temprature`. Closest: 'temp",
+    ),
+    "a wrong key beside a method that takes anything": (
+        {"init_args": {"teacher": {"class_path": "fit_project.Networks.pretrained", "init_args": {"width": 5}},
+                       **loss(temprature=2.0)}},
+        f"{TERM}.init_args.loss.init_args: Expected arguments of SoftTargetLoss, but got `temprature`. Closest: 'temp",
+    ),
+    "a method that does not exist": (
+        {"init_args": {"teacher": {"class_path": "fit_project.Networks.pretraned"}}},
+        "fit.yaml: model.init_args.teacher.class_path: Expected a class or a function, but 'fit_project.Networks.pret",
     ),
     "a wrong type of a loss's setting": (
         {"init_args": loss(temperature="hot")},
