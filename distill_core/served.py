@@ -52,9 +52,9 @@ class Answers:
     """Asks for sequences, checks the answers, and asks again for those that are missing or wrong.
 
     Args:
-        ask: Called with questions; returns an answer for each, in their order or with an ``"index"``, the number of the
-            question among those of the call. ``None`` stands for an answer that is missing. An :class:`OSError`, such
-            as a time-out, is a missing answer to all.
+        ask: Called with questions; returns an answer for each, in their order or with an ``"index"``: that of the
+            question, or its place in the call, as servers number them. ``None`` stands for an answer that is missing.
+            An :class:`OSError`, such as a time-out, is a missing answer to all.
         top_k: How many of the likeliest tokens are kept.
         vocabulary: Number of the student's classes.
         token_id: The id of a token that an answer names by its text; None refuses such answers.
@@ -108,7 +108,7 @@ class Answers:
     def _ask(self, questions: Sequence[Question], rows: dict[int, Likeliest]) -> dict[int, str]:
         """Ask once; add the rows of good answers, and return what is wrong with the others by sample."""
         try:
-            answers = _in_order(self.ask(questions), len(questions))
+            answers = _in_order(self.ask(questions), questions)
         except OSError as problem:
             return {question.index: f"asking failed: {problem}" for question in questions}
         problems = {}
@@ -128,19 +128,17 @@ class Answers:
             return str(problem)
 
 
-def _in_order(answers: Sequence[Mapping[str, Any] | None], count: int) -> list[Mapping[str, Any] | None]:
-    """The answers in the order of the questions; ``None`` where one is missing."""
-    placed: list[Mapping[str, Any] | None] = [None] * count
-    present = [answer for answer in answers if answer is not None]
-    indices = [answer.get("index") for answer in present]
-    if any(isinstance(index, int) for index in indices):
-        for index, answer in zip(indices, present, strict=True):
-            if isinstance(index, int) and 0 <= index < count and placed[index] is None:
-                placed[index] = answer
-        return placed
-    if len(answers) == count:
-        return list(answers)
-    return placed  # without numbers nobody knows which ones are missing
+def _in_order(
+    answers: Sequence[Mapping[str, Any] | None], questions: Sequence[Question]
+) -> list[Mapping[str, Any] | None]:
+    """The answers in the order of the questions; ``None`` where one is missing, or nobody knows which one is."""
+    count = len(questions)
+    present = {answer["index"]: answer for answer in answers if answer is not None and "index" in answer}
+    if not present:
+        return list(answers) if len(answers) == count else [None] * count
+    numberings = (range(count), [question.index for question in questions])
+    placed = [[present.get(number) for number in numbers] for numbers in numberings if present.keys() <= {*numbers}]
+    return placed[0] if placed and placed[0] == placed[-1] else [None] * count
 
 
 def rows_of_answer(
@@ -193,6 +191,8 @@ def rows_of_answer(
                 " other tokens"
             )
         classes[position], logs[position] = _likeliest(values, position, top_k, vocabulary)
+    if form.tokens is None and not form.holds_own:
+        raise ValueError("it has no 'tokens', by which it is compared with the sample")
     return Likeliest(classes.astype("int64"), logs.astype("float32"), vocabulary)
 
 

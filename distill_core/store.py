@@ -87,7 +87,9 @@ def begin(folder: Path, manifest: Manifest, resume: bool) -> Manifest:
     Manifest.from_json(manifest.to_json().encode(), folder / BUILDING)  # refuse a manifest that no reader would accept
     before = begun(folder)
     if before is not None and (words := difference(before, manifest)):
-        raise CacheError(f"Expected {folder} to be empty or begun with these settings, but {words}.")
+        raise CacheError(
+            f"Expected {folder} to be empty or begun with these settings, but {words}. Remove it, or choose another."
+        )
     if before is not None and not resume:
         raise CacheError(f"Expected {folder} to be empty, but it holds a cache. Pass resume=True, or remove it.")
     cache_files.remove_partial(folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,8 @@ class Builder:
                 "Expected `views` to be 1 and `transform_seed` None for rows with keys, but got"
                 f" views={views} and transform_seed={transform_seed}. Leave out `key`."
             )
-        self.teacher, self.forward, self.dataset = teacher, forward or call_teacher, dataset
+        self.teacher, self.dataset = teacher, dataset
+        self.forward = forward or (lambda teacher, batch: call_teacher(teacher, _without_key(batch, self.keys)))
         self.taps = [Tap.of(layer) for layer in layers]
         self.outputs, self.batch_size = outputs, batch_size
         self._num_workers, self._mask = num_workers, mask
@@ -344,8 +346,28 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool, part:
 
 
 def call_teacher(teacher: nn.Module, batch: Any) -> Any:
-    """The teacher's output for a batch: called with the batch's inputs."""
-    return call_with(teacher, inputs_in(batch))
+    """The teacher's output for a batch: called with the batch's inputs.
+
+    Raises:
+        CacheError: If the teacher does not take the entries of a dict.
+    """
+    inputs = inputs_in(batch)
+    if isinstance(inputs, Mapping):
+        try:
+            inspect.signature(teacher.forward).bind(**inputs)
+        except TypeError as error:
+            raise CacheError(
+                f"Expected the teacher to take the batch's {list(inputs)} as keywords, but: {error}. Pass forward=<a"
+                " function of the teacher and the batch>, or leave them out in collate_fn."
+            ) from None
+    return call_with(teacher, inputs)
+
+
+def _without_key(batch: Any, keys: SampleKeys | None) -> Any:
+    """A batch without the column of the keys, which is not an input of the teacher."""
+    if keys is None or not isinstance(keys.key, str) or not isinstance(batch, Mapping):
+        return batch
+    return {name: value for name, value in batch.items() if name != keys.key}
 
 
 def teacher_fingerprint(teacher: nn.Module) -> str:

@@ -21,6 +21,7 @@ from lightning_distill.cache.imported import Imported
 from lightning_distill.cache.keyed import Key
 from lightning_distill.cache.positions import Mask
 from lightning_distill.cache.predictions import Predictor
+from lightning_distill.cache.ranks import process_rank, together
 from lightning_distill.cache.served import ServedTeacher, Tokens
 from lightning_distill.recording import Tap
 
@@ -129,7 +130,7 @@ class Makers:
             shard_bytes=shard_bytes,
         )
         try:
-            with building(path) as folder:
+            with together(), building(path, copies=process_rank()[0] == 0) as folder:
                 build(builder, folder, resume=resume, progress=progress)
         finally:
             builder.close()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from distill_core.codecs import Likeliest
 from distill_core.columns import Ragged
@@ -22,7 +21,7 @@ from distill_core.storage import Storage
 from distill_core.store import CacheError, Writer, begin, check_folder, fingerprint
 from distill_core.terminal import short
 from lightning_distill.cache.data import data_fingerprint
-from lightning_distill.cache.keyed import Key, SampleKeys
+from lightning_distill.cache.keyed import Key, SampleKeys, plain
 from lightning_distill.cache.positions import ATTENTION, Mask
 
 Tokens = str | int | Callable[[Any], Any]
@@ -171,7 +170,7 @@ class ServedTeacher:
         """The questions about some rows, and the keys of their samples."""
         samples = [self.dataset[row] for row in rows]
         keys = list(rows) if self.keys is None else self.keys.values(samples)
-        named = [str(key) if isinstance(key, (Tensor, bytes, tuple)) else key for key in keys]
+        named = [str(key) if isinstance(key, (bytes, tuple)) else key for key in map(plain, keys)]
         return [
             Question(row, key, self.tokens_of(sample)) for row, key, sample in zip(rows, named, samples, strict=True)
         ], keys

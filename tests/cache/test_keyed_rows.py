@@ -342,3 +342,24 @@ def test_c18_features_and_images_are_keyed_too(tmp_path: Path) -> None:
     part = data[30:3:-1]
     live, cached = (fitted(Named(part), source, terms) for source in (network(32), cache))
     assert weights_differ(live, cached) < 1e-6
+
+
+class Numbered(Padding):
+    """Batches with the keys of their samples, as numbers."""
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        return {"number": torch.tensor([sample["number"] for sample in samples]), **super().__call__(samples)}
+
+
+def test_a_batch_may_hold_the_keys_of_its_samples(tmp_path: Path) -> None:
+    data = [{**Sentences()[index], "number": index} for index in range(NUMBER)]
+    cache = built(tmp_path, data=data, key="number", collate_fn=Numbered())
+
+    assert cache.manifest.length == NUMBER
+
+
+def test_entries_that_the_teacher_does_not_take_are_named(tmp_path: Path) -> None:
+    data = [{**Sentences()[index], "number": index} for index in range(NUMBER)]
+
+    with pytest.raises(CacheError, match=r"'number'.* as keywords, but: .*Pass forward="):
+        built(tmp_path, data=data, key="id", collate_fn=Numbered())
