@@ -30,6 +30,20 @@ def is_url(path: str | PathLike[str]) -> bool:
     return isinstance(path, str) and "://" in path
 
 
+def local_folder(path: str | PathLike[str]) -> Path:
+    """The folder of a part of a cache, which must be on this machine.
+
+    Raises:
+        CacheError: If it is a URL.
+    """
+    if is_url(path):
+        raise CacheError(
+            f"Expected a part of a cache to be in a folder on this machine, but got {path}. Build and merge parts in"
+            " folders; the merged cache may be at a URL."
+        )
+    return Path(path)
+
+
 def open_reader(
     path: str | PathLike[str], local: str | PathLike[str] | None = None, local_bytes: int | None = None
 ) -> Reader:

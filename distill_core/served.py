@@ -158,7 +158,7 @@ def rows_of_answer(
         token_id: The id of a token that is named by its text.
 
     Returns:
-        T rows. Without a generated token the last row, which no causal loss reads, is uniform.
+        T rows. Without a generated token the last row is unknown: NaN.
 
     Raises:
         ValueError: With what is wrong with the answer, in words.
@@ -177,7 +177,7 @@ def rows_of_answer(
             f"it has {len(form.entries)} positions for {len(tokens)} tokens: truncated, or of another sample"
         )
     classes, logs = np.empty((2, len(tokens), top_k))
-    classes[-1], logs[-1] = np.arange(top_k), -math.log(vocabulary)
+    classes[-1], logs[-1] = np.arange(top_k), math.nan
     for position, entry in enumerate([*form.entries[1:], form.last]):
         is_last = position == len(tokens) - 1
         if is_last and entry is None:

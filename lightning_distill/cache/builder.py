@@ -96,6 +96,8 @@ class Builder:
                 "Expected a map-style dataset with a length, or an IterableDataset with key=..., but got"
                 f" {type(dataset).__name__}. Give it `__len__` and `__getitem__`."
             )
+        if not self.is_stream and not len(dataset):
+            raise CacheError("Expected a dataset of at least one sample, but it is empty.")
         if self.keys is not None and (views > 1 or transform_seed is not None):
             raise CacheError(
                 "Expected `views` to be 1 and `transform_seed` None for rows with keys, but got"

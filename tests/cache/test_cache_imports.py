@@ -268,3 +268,15 @@ def test_a_digest_of_inputs_is_that_of_the_tokens_wherever_they_are() -> None:
     for batch in batches:
         np.testing.assert_array_equal(input_digests(batch, mask, [0, 1]), alone)
     assert (alone != input_digests({"id": numbers, "input_ids": tokens + 1}, mask, [0, 1])).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_a_last_position_without_an_answer_makes_a_loss_that_reads_it_nan(tmp_path: Path, dtype: str) -> None:
+    answer = {key: choice([3, 1, 4], 4)[key] for key in ("prompt_logprobs",)}  # no generated token
+    settings: dict[str, Any] = {"name": "teacher", "vocabulary": VOCABULARY, "top_k": 4, "dtype": dtype}
+    data = [{"input_ids": [3, 1, 4]}, {"input_ids": [3, 1, 4]}]
+    cache = TeacherCache.from_logprobs(data, tmp_path, lambda asked: [answer] * len(asked), progress=False, **settings)
+
+    (_, logs, tail), _ = cache.read([0, 1])["output"]
+    assert np.isnan(logs).all(1).tolist() == np.isnan(tail).all(1).tolist() == [False, False, True] * 2
+    cache.verify()
