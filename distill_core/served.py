@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy as np
 from distill_core.codecs import Likeliest
 from distill_core.columns import Array
 from distill_core.manifest import CacheError
+from distill_core.terminal import short
 
 TokenIds = Callable[[str], int | None]
 Ask = Callable[[Sequence["Question"]], Sequence[Mapping[str, Any] | None]]
@@ -108,7 +110,7 @@ class Answers:
     def _ask(self, questions: Sequence[Question], rows: dict[int, Likeliest]) -> dict[int, str]:
         """Ask once; add the rows of good answers, and return what is wrong with the others by sample."""
         try:
-            answers = _in_order(self.ask(questions), questions)
+            answers = _in_order(_listed(self.ask(questions)), questions)
         except OSError as problem:
             return {question.index: f"asking failed: {problem}" for question in questions}
         problems = {}
@@ -126,6 +128,18 @@ class Answers:
             return rows_of_answer(answer, question.tokens, self.top_k, self.vocabulary, self.token_id)
         except ValueError as problem:
             return str(problem)
+
+
+def _listed(answers: Any) -> list[Mapping[str, Any] | None]:
+    """What a function has returned, if it is a list of answers."""
+    if not isinstance(answers, (list, tuple)) or any(
+        not isinstance(answer, Mapping) and answer is not None for answer in answers
+    ):
+        raise CacheError(
+            "Expected `ask` to return a list with an answer for each question, a dict or None, but got"
+            f" {short(answers)}."
+        )
+    return list(answers)
 
 
 def _in_order(
@@ -175,6 +189,10 @@ def rows_of_answer(
     if len(form.entries) != len(tokens):
         raise ValueError(
             f"it has {len(form.entries)} positions for {len(tokens)} tokens: truncated, or of another sample"
+        )
+    if form.entries[0]:
+        raise ValueError(
+            "its first entry is not None: entry i holds the log-probabilities of token i, and the first token has none"
         )
     classes, logs = np.empty((2, len(tokens), top_k))
     classes[-1], logs[-1] = np.arange(top_k), math.nan
@@ -234,6 +252,7 @@ class _Form(NamedTuple):
         entries, tokens = listed.get("top_logprobs"), listed.get("tokens")
         if not isinstance(entries, list):
             raise ValueError(f"it has neither prompt_logprobs nor top_logprobs, only {', '.join(map(str, answer))}")
+        tokens = tokens if tokens is None or isinstance(tokens, list) else np.asarray(tokens).tolist()
         if tokens is not None and (not isinstance(tokens, list) or len(tokens) != len(entries)):
             raise ValueError(f"it has {len(entries)} entries of log-probabilities and another number of tokens")
         return cls(entries, tokens, by_text=listed is after)
@@ -282,6 +301,6 @@ def _likeliest(values: Mapping[int, float], position: int, top_k: int, vocabular
 
 def _number(value: Any, position: int) -> float:
     number = value.get("logprob") if isinstance(value, Mapping) else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number > _SLACK:
+    if isinstance(number, bool) or not isinstance(number, Real) or not float("-inf") < float(number) <= _SLACK:
         raise ValueError(f"it has the log-probability {number!r} after position {position}")
     return float(number)

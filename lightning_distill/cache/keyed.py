@@ -214,7 +214,7 @@ def _is_read(value: Any, mask: Tensor | None) -> bool:
     """Whether a value is a tensor of numbers, or of tokens whose padding is known, and not of keys or indices."""
     if not isinstance(value, Tensor) or value.ndim < 2:
         return False
-    return value.is_floating_point() or (mask is not None and mask.shape == value.shape[:2])
+    return value.is_floating_point() or value.ndim > 2 or (mask is not None and mask.shape == value.shape[:2])
 
 
 def check_first_key(dataset: Any, keys: SampleKeys, reader: Reader) -> None:

@@ -264,9 +264,12 @@ def test_a_digest_of_inputs_is_that_of_the_tokens_wherever_they_are() -> None:
         {"id": numbers, "input_ids": tokens},
         {"position_ids": positions, "attention_mask": mask.long(), "input_ids": tokens},
         (numbers, tokens, mask.long()),
+        (numbers, {"input_ids": tokens}),
     ]
     for batch in batches:
         np.testing.assert_array_equal(input_digests(batch, mask, [0, 1]), alone)
+    images = torch.arange(8, dtype=torch.uint8).view(1, 2, 2, 2)
+    assert input_digests((numbers, images), None, [0]) != input_digests((numbers, images + 1), None, [0])
     assert (alone != input_digests({"id": numbers, "input_ids": tokens + 1}, mask, [0, 1])).all()
 
 

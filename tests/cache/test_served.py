@@ -202,6 +202,7 @@ def changed(position: int, entry: Any) -> list[Any]:
             "names the token '<.*>' by its text: ask for token ids, or pass token_id=",
         ),
         ({"logprobs": {"top_logprobs": FLAT}}, r"names the token '\d+' by its text: ask for token ids"),
+        ({"tokens": TOKENS[0], "top_logprobs": [*FLAT[1:], FLAT[1]]}, "its first entry is not None"),
         ({"top_logprobs": FLAT}, "it has no 'tokens', by which it is compared with the sample"),
     ],
 )
@@ -215,6 +216,19 @@ def test_a_token_that_the_tokenizer_does_not_have_is_refused() -> None:
 
     with pytest.raises(ValueError, match="which the tokenizer does not have"):
         rows_of_answer(answer, TOKENS[0], 4, VOCABULARY, {}.get)
+
+
+def test_numbers_of_numpy_are_read() -> None:
+    rows = [None, *({token: np.float32(value) for token, value in row.items()} for row in FLAT[1:])]
+    answer = {"tokens": np.array(TOKENS[0]), "top_logprobs": rows}
+
+    check_rows(rows_of_answer(answer, TOKENS[0], 4, VOCABULARY), TOKENS[0], generated=False)
+
+
+@pytest.mark.parametrize("returned", [None, {"choices": []}, ["text"]])
+def test_a_function_that_does_not_return_answers_is_refused(returned: Any) -> None:
+    with pytest.raises(CacheError, match="Expected `ask` to return a list with an answer for each question"):
+        Answers(lambda questions: returned, top_k=4, vocabulary=VOCABULARY)(QUESTIONS)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
