@@ -212,6 +212,7 @@ class Builder:
             raise CacheError("Expected a stream of at least one sample, but it is empty.")
         first = self._rows(loaded, describe=True)
         storage.check_scores(first)
+        self.first_keys = first.get("key")
         arrays: dict[str, dict[str, Any]] = {}
         for name, rows in first.items():
             if name == "key":
@@ -336,6 +337,8 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool, part:
                 begin(folder, builder.manifest, resume)
         with together():
             writer = Writer(folder, builder.manifest)
+            if builder.first_keys is not None and not builder.manifest.data["stale"]:
+                writer.check_inputs(builder.first_keys)
         console = Console(quiet=not (progress and rank == 0))
         console.print(builder.words(writer))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -6,13 +6,13 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from distill_core.codecs import Likeliest
-from distill_core.columns import Ragged
+from distill_core.columns import Array, Ragged
 from distill_core.keys import digest
 from distill_core.locks import locked
 from distill_core.manifest import BY_KEY, KEY, Manifest
@@ -145,6 +145,8 @@ class ServedTeacher:
         with locked(folder), Progress(disable=not progress) as bar, ThreadPoolExecutor(self.requests) as pool:
             begin(folder, self.manifest, resume)
             writer = Writer(folder, self.manifest)
+            if self.keys is not None:
+                writer.check_inputs(self._digests(*self._questions(range(min(self.batch_size, len(self.dataset))))))
             missing = writer.missing
             task = bar.add_task("answers", total=sum(len(self.manifest.shard_range(shard)) for shard in missing))
             for shard in missing:
@@ -184,7 +186,9 @@ class ServedTeacher:
             self.answers.vocabulary,
         )
         batch: dict[str, Any] = {"output": Ragged(values, np.array([len(answer.classes) for answer in answers]))}
-        if self.keys is None:
-            return batch
+        return batch if self.keys is None else {**batch, KEY: self._digests(questions, keys)}
+
+    def _digests(self, questions: Sequence[Question], keys: Sequence[Any]) -> Array:
+        """The digests of the keys and of the tokens of some samples."""
         seen = [max(digest(np.array(question.tokens, "int64").tobytes()), 1) for question in questions]
-        return {**batch, KEY: np.stack([self.keys.digests(keys), np.array(seen, "uint64")], -1)}
+        return np.stack([cast("SampleKeys", self.keys).digests(keys), np.array(seen, "uint64")], -1)

@@ -283,3 +283,13 @@ def test_a_last_position_without_an_answer_makes_a_loss_that_reads_it_nan(tmp_pa
     (_, logs, tail), _ = cache.read([0, 1])["output"]
     assert np.isnan(logs).all(1).tolist() == np.isnan(tail).all(1).tolist() == [False, False, True] * 2
     cache.verify()
+
+
+def test_other_tokens_with_the_same_keys_do_not_continue_a_build_of_answers(served: Served, tmp_path: Path) -> None:
+    TeacherCache.from_logprobs(TEXTS, tmp_path, client(served), **{**SETTINGS, "key": "id"})
+    others = [{**text, "input_ids": [*text["input_ids"][::-1], 1]} for text in TEXTS]
+    asked = len(served.requests)
+
+    with pytest.raises(CacheError, match="to hold a cache of these samples, but it holds others with the same keys"):
+        TeacherCache.from_logprobs(others, tmp_path, client(served), **{**SETTINGS, "key": "id"})
+    assert len(served.requests) == asked

@@ -363,3 +363,26 @@ def test_entries_that_the_teacher_does_not_take_are_named(tmp_path: Path) -> Non
 
     with pytest.raises(CacheError, match=r"'number'.* as keywords, but: .*Pass forward="):
         built(tmp_path, data=data, key="id", collate_fn=Numbered())
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_other_samples_with_the_same_keys_do_not_continue_a_build(tmp_path: Path, kind: str) -> None:
+    samples = [Sentences()[index] for index in range(NUMBER)]
+    others = [{**sample, "input_ids": [1] * len(sample["input_ids"])} for sample in samples]
+    data = {"map": list, "stream": lambda rows: Rows(rows)}[kind]
+
+    first = built(tmp_path, data=data(samples), key="id").read(range(NUMBER))["output"]
+    again = built(tmp_path, data=data(samples), key="id").read(range(NUMBER))["output"]
+    np.testing.assert_array_equal(first.values, again.values)
+    with pytest.raises(CacheError, match="to hold a cache of these samples, but it holds others with the same keys"):
+        built(tmp_path, data=data(others), key="id")
+
+
+class Rows(IterableDataset[Sample]):
+    """Samples as a stream."""
+
+    def __init__(self, rows: list[Sample]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.rows)
