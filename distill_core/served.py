@@ -131,7 +131,7 @@ class Answers:
 
 
 def _listed(answers: Any) -> list[Mapping[str, Any] | None]:
-    """What a function has returned, if it is a list of answers."""
+    """The answers that a function has returned, after a check that they are a list."""
     if not isinstance(answers, (list, tuple)) or any(
         not isinstance(answer, Mapping) and answer is not None for answer in answers
     ):

@@ -104,7 +104,7 @@ class Builder:
                 f" views={views} and transform_seed={transform_seed}. Leave out `key`."
             )
         self.teacher, self.dataset = teacher, dataset
-        self.forward = forward or (lambda teacher, batch: call_teacher(teacher, _without_key(batch, self.keys)))
+        self.forward = forward
         self.taps = [Tap.of(layer) for layer in layers]
         self.outputs, self.batch_size = outputs, batch_size
         self._num_workers, self._mask = num_workers, mask
@@ -252,7 +252,12 @@ class Builder:
         device = next((parameter.device for parameter in self.teacher.parameters()), torch.device("cpu"))
         batch = map_tensors(loaded.batch, lambda tensor: tensor.to(device))
         with torch.no_grad(), Recording([self.recorder]):
-            output = self.forward(self.teacher, batch)
+            if self.forward is not None:
+                output = self.forward(self.teacher, batch)
+            else:
+                output = call_teacher(
+                    self.teacher, batch if self.keys is None else self.keys.removed(batch, loaded.keys)
+                )
         call = self.recorder.calls[-1] if self.recorder.calls else Call((), {}, who="teacher")
         call.output = output
         kept = {f"feature{index}": call.feature(tap) for index, tap in enumerate(self.taps)}
@@ -366,13 +371,6 @@ def call_teacher(teacher: nn.Module, batch: Any) -> Any:
                 " function of the teacher and the batch>, or leave them out in collate_fn."
             ) from None
     return call_with(teacher, inputs)
-
-
-def _without_key(batch: Any, keys: SampleKeys | None) -> Any:
-    """A batch without the column of the keys, which is not an input of the teacher."""
-    if keys is None or not isinstance(keys.key, str) or not isinstance(batch, Mapping):
-        return batch
-    return {name: value for name, value in batch.items() if name != keys.key}
 
 
 def teacher_fingerprint(teacher: nn.Module) -> str:

@@ -114,6 +114,26 @@ class SampleKeys:
         column = self._value(batch)
         return list(column.tolist() if isinstance(column, (Tensor, np.ndarray)) else column)
 
+    def removed(self, batch: Any, digests: Array | None) -> Any:
+        """A batch without the keys of its samples, which are not inputs of the teacher.
+
+        Args:
+            batch: The batch, whose collate function may have removed them.
+            digests: The digests of the keys.
+        """
+        if isinstance(self.key, str) and isinstance(batch, Mapping):
+            return {name: value for name, value in batch.items() if name != self.key}
+        if isinstance(self.key, int) and isinstance(batch, (tuple, list)) and -len(batch) <= self.key < len(batch):
+            entry = batch[self.key]
+            values = entry.tolist() if isinstance(entry, (Tensor, np.ndarray)) else entry
+            try:
+                holds_keys = np.array_equal(self.digests(values), digests)  # type: ignore[arg-type]
+            except (CacheError, TypeError):
+                return batch
+            place = self.key % len(batch)
+            return [*batch[:place], *batch[place + 1 :]] if holds_keys else batch
+        return batch
+
     def digests(self, values: Sequence[Any]) -> Array:
         """The digests of some keys, uint64.
 
