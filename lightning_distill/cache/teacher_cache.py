@@ -54,6 +54,7 @@ class TeacherCache(Makers):
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> teacher, data = nn.Linear(4, 3), torch.utils.data.TensorDataset(torch.randn(6, 4), torch.arange(6) % 3)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     cache = TeacherCache.build(teacher, data, folder, dtype="float32", progress=False)
