@@ -89,15 +89,16 @@ class JsonLines:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        self._places: dict[str | int, int] = {}
+        self._places: dict[tuple[str, str | int], int] = {}
         for number, place, answer in self._lines():
-            key = answer.get("key", answer.get("index")) if isinstance(answer, Mapping) else None
-            if not isinstance(key, (str, int)) or key in self._places:
+            by = "key" if isinstance(answer, Mapping) and "key" in answer else "index"
+            key = answer.get(by) if isinstance(answer, Mapping) else None
+            if not isinstance(key, (str, int)) or (by, key) in self._places:
                 reason = "has neither" if not isinstance(key, (str, int)) else f"repeats {key!r}"
                 raise CacheError(
                     f"Expected line {number} of {self.path} to have a 'key' or an 'index' of its own, but it {reason}."
                 )
-            self._places[key] = place
+            self._places[by, key] = place
 
     def _lines(self) -> Iterator[tuple[int, int, Any]]:
         with self.path.open("rb") as file:
@@ -124,7 +125,7 @@ class JsonLines:
         answers: list[Mapping[str, Any] | None] = []
         with self.path.open("rb") as file:
             for question in questions:
-                place = self._places.get(question.key, self._places.get(question.index))
+                place = self._places.get(("key", question.key), self._places.get(("index", question.index)))
                 if place is None:
                     answers.append(None)
                     continue

@@ -153,7 +153,7 @@ class TopKCodec(Codec):
             return stored
         ends = np.maximum(logs[..., [0, -1]], np.finfo("float16").min).astype("float16")
         top, bottom = (ends[..., [end]].astype("float32") for end in (0, 1))
-        share = (top - logs) / np.maximum(top - bottom, 1e-6)
+        share = np.nan_to_num((top - logs) / np.maximum(top - bottom, 1e-6))  # NaN stays in the range
         stored["values"] = np.rint(np.clip(share, 0.0, 1.0) * _LEVELS).astype("uint8")
         stored["range"] = ends
         return stored

@@ -11,6 +11,7 @@ from pathlib import Path
 from distill_core import cache_files
 from distill_core.locks import locked
 from distill_core.manifest import CacheError, Manifest
+from distill_core.remote import local_folder
 from distill_core.store import Writer, begin, begun, difference
 
 _PART = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
@@ -47,7 +48,7 @@ class Part:
         """The part that a text such as ``"3/16"`` names; None is the whole."""
         if text is None or isinstance(text, Part):
             return text or cls()
-        match = _PART.fullmatch(text)
+        match = _PART.fullmatch(str(text))
         if match is None:
             raise ValueError(f"Expected `part` to be like '3/16', the third of sixteen, but got part={text!r}.")
         return cls(int(match[1]), int(match[2]))
@@ -80,7 +81,11 @@ def merge(
             file is damaged; the message names the folder or the file. Shards that were copied stay.
         OSError: If the disk is full.
     """
-    folder, folders = Path(folder), [Path(part) for part in parts]
+    if isinstance(parts, (str, PathLike)):
+        raise CacheError(
+            f"Expected a list of folders of parts to merge, but got {parts!r}. Pass [{str(parts)!r}, ...]."
+        )
+    folder, folders = Path(folder), [local_folder(part) for part in parts]
     manifests: list[Manifest] = []
     for part in folders:
         manifest = begun(part)

@@ -128,8 +128,9 @@ class Reader:
     def verify(self, report: Callable[[str], None] = lambda name: None) -> None:
         """Check every file: its checksum, its header and its numbers, decoded as for training.
 
-        A build stores finite numbers only, so a number that is not finite is an error too. Reading does not look for
-        them: that would take as long as reading itself.
+        A build stores finite numbers only, so a number that is not finite is an error too, except at the last position
+        of a sequence, which an answer of a served model may lack. Reading does not look for them: that would take as
+        long as reading itself.
 
         Args:
             report: Called with the name of each file that passes.
@@ -160,10 +161,21 @@ class Reader:
             }
             decoded = self._decoded(name, block, file)
             numbers = decoded if isinstance(decoded, tuple) else (decoded,)
-            if not all(np.isfinite(array).all() for array in numbers):
+            wrong = [~np.isfinite(array).reshape(length, -1).all(-1) for array in numbers]
+            if np.any(wrong, 0)[~self._unknown(shard, name, start, numbers)].any():
                 raise CacheError(
                     f"Expected {file} to hold finite numbers, but some are NaN or infinite. Build the cache again."
                 )
+
+    def _unknown(self, shard: int, name: str, start: int, numbers: tuple[Array, ...]) -> Array:
+        """Which positions have no numbers: the last ones of sequences, of the answers of some served models."""
+        unknown = np.zeros(len(numbers[0]), bool)
+        if self.manifest.is_ragged(name) and self.manifest.arrays[name].get("top_k") is not None:
+            ends = self._row_ends(shard, name)
+            last = ends[1:][np.diff(ends) > 0] - 1 - start
+            unknown[last[(last >= 0) & (last < len(unknown))]] = True
+            unknown &= np.isnan(numbers[1]).all(-1)
+        return unknown
 
     def _positions(self, name: str, shards: Array, places: Array) -> tuple[Array, Array, Array]:
         """The lengths of some rows of differing length; the shard of each of their positions, and its place there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from distill_core import cache_files
 from distill_core.columns import Array
 from distill_core.manifest import MANIFEST, CacheError, Manifest, check_file_list, read_json
 from distill_core.reader import Reader
+from distill_core.store import difference
 
 _TRIES: Final = 5  # of a store that fails now and then
 _WAIT: Final = 0.1  # seconds before the second try; each further one waits twice as long
@@ -26,6 +28,20 @@ _LOCAL_BYTES: Final = 10 * 2**30
 def is_url(path: str | PathLike[str]) -> bool:
     """Whether a path is a URL of fsspec."""
     return isinstance(path, str) and "://" in path
+
+
+def local_folder(path: str | PathLike[str]) -> Path:
+    """The folder of a part of a cache, which must be on this machine.
+
+    Raises:
+        CacheError: If it is a URL.
+    """
+    if is_url(path):
+        raise CacheError(
+            f"Expected a part of a cache to be in a folder on this machine, but got {path}. Build and merge parts in"
+            " folders; the merged cache may be at a URL."
+        )
+    return Path(path)
 
 
 def open_reader(
@@ -52,11 +68,12 @@ def open_reader(
 
 
 @contextmanager
-def building(path: str | PathLike[str]) -> Iterator[Path]:
+def building(path: str | PathLike[str], copies: bool = True) -> Iterator[Path]:
     """A context with the folder to build in, which is copied to its URL at the end if it has one.
 
     Args:
         path: The folder, or its URL.
+        copies: Whether this process copies it: one of several that build together.
     """
     if not is_url(path):
         yield Path(path)
@@ -64,7 +81,8 @@ def building(path: str | PathLike[str]) -> Iterator[Path]:
     remote = RemoteFolder(str(path))
     remote.local /= "build"
     yield remote.local
-    remote.upload()
+    if copies:
+        remote.upload()
 
 
 class RemoteFolder:
@@ -109,12 +127,13 @@ class RemoteFolder:
                 ) from None
         return self._store
 
-    def fetch(self, name: str, size: int | None = None) -> Path:
+    def fetch(self, name: str, size: int | None = None, fresh: bool = False) -> Path:
         """Copy a file here, unless it is here.
 
         Args:
             name: Its name.
             size: Its size in bytes; None for a manifest or a list.
+            fresh: Whether to copy it again if it is here.
 
         Returns:
             The copy.
@@ -123,7 +142,7 @@ class RemoteFolder:
             CacheError: If the file does not exist, has another size, or the store fails every time.
         """
         path = self.local / name
-        if path.exists() and (size is None or path.stat().st_size == size):
+        if not fresh and path.exists() and (size is None or path.stat().st_size == size):
             with suppress(OSError):
                 os.utime(path)
             return path
@@ -167,6 +186,8 @@ class RemoteFolder:
                 copy.write(piece)
         if size is not None and count != size:
             raise OSError(f"got {count} of {size} bytes")
+        if size is None:
+            json.loads(path.read_bytes())  # raises if it was cut off
 
     def forget(self, name: str) -> None:
         """Remove the local copy of a file."""
@@ -193,25 +214,47 @@ class RemoteFolder:
             total -= bytes_
 
     def upload(self) -> None:
-        """Copy the complete cache of the local folder to the URL, the manifest last; files that are there stay.
+        """Copy the complete cache of the local folder to the URL, the manifest last; shards that are there stay.
 
         Raises:
-            CacheError: If the store cannot be written.
+            CacheError: If the URL holds another cache, or the store cannot be written.
         """
         store, root = self._connect()
-        names = sorted(path.name for path in self.local.iterdir() if not path.name.startswith("."))
-        names.sort(key=lambda name: (name == MANIFEST, not name.endswith(".npy")))
+        places = {path.name: f"{root.rstrip('/')}/{path.name}" for path in self.local.glob("*.*")}
+        lists = sorted(name for name in places if name.startswith("shard-") and name.endswith(".json"))
         try:
             store.makedirs(root, exist_ok=True)
-            for name in names:
-                place, path = f"{root.rstrip('/')}/{name}", self.local / name
-                if name == MANIFEST or not store.exists(place) or store.info(place)["size"] != path.stat().st_size:
-                    store.put_file(str(path), place)
+            self._check_other(store, places[MANIFEST])
+            for last in [*lists, MANIFEST]:  # a shard's list of checksums tells its arrays from those of another build
+                stem = last.removesuffix("json")
+                arrays = sorted(name for name in places if name.startswith(stem) and name.endswith(".npy"))
+                kept = store.exists(places[last])
+                if kept and store.cat_file(places[last]) != (self.local / last).read_bytes():
+                    kept = False
+                    store.rm_file(places[last])
+                for name in [*arrays, last]:
+                    path, place = self.local / name, places[name]
+                    if not (kept and store.exists(place) and store.info(place)["size"] == path.stat().st_size):
+                        store.put_file(str(path), place)
+        except CacheError:
+            raise
         except Exception as error:
             raise CacheError(
                 f"Expected {self.url} to be writable, but: {type(error).__name__}: {error}. The cache is complete in"
                 f" {self.local}; call it again to copy the rest."
             ) from error
+
+    def _check_other(self, store: Any, place: str) -> None:
+        """Raise an error if the URL holds a cache with other contents than the local folder."""
+        if not store.exists(place):
+            return
+        path = self.local / MANIFEST
+        before, built = (Manifest.from_json(content, path) for content in (store.cat_file(place), path.read_bytes()))
+        if words := difference(before, built):
+            raise CacheError(
+                f"Expected {self.url} to be empty or to hold the same cache, but {words}. Remove it, or choose another"
+                f" URL. The new cache is complete in {self.local}; call it again to copy it."
+            )
 
 
 class RemoteReader(Reader):
@@ -225,8 +268,7 @@ class RemoteReader(Reader):
     """
 
     def __init__(self, remote: RemoteFolder) -> None:
-        remote.forget(MANIFEST)  # the copy may be of an earlier cache at the same place
-        file = remote.fetch(MANIFEST)
+        file = remote.fetch(MANIFEST, fresh=True)  # a copy may be of an earlier cache at the same place
         manifest = Manifest.from_json(file.read_bytes(), file)
         # a folder for each manifest: files of an earlier cache at this place are never taken for those of this one
         remote.local /= cache_files.checksum(file)
@@ -255,9 +297,27 @@ class RemoteReader(Reader):
 
     def _files(self, shard: int) -> dict[str, Any]:
         if shard not in self._lists:
-            file = self.remote.fetch(cache_files.list_name(shard))
+            name = cache_files.list_name(shard)
+            if not (self.remote.local / name).exists():
+                self.remote.fetch(name)
+                self._check_same(name)
+            file = self.remote.fetch(name)
             files = read_json(file.read_bytes(), file)
             needed = {cache_files.array_name(shard, *names) for names in self.manifest.columns}
             check_file_list(files, needed, file)
             self._lists[shard] = files
         return self._lists[shard]
+
+    def _check_same(self, copied: str) -> None:
+        """Raise an error, and forget a file that was copied, if another cache has taken the place of the opened one."""
+        try:
+            same = cache_files.checksum(self.remote.fetch(MANIFEST, fresh=True)) == self.remote.local.name
+        except CacheError:
+            self.remote.forget(copied)
+            raise
+        if not same:
+            self.remote.forget(copied)
+            raise CacheError(
+                f"Expected {self.remote.url} to hold the cache that was opened, but another one has taken its place."
+                " Open it again."
+            )

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy as np
 from distill_core.codecs import Likeliest
 from distill_core.columns import Array
 from distill_core.manifest import CacheError
+from distill_core.terminal import short
 
 TokenIds = Callable[[str], int | None]
 Ask = Callable[[Sequence["Question"]], Sequence[Mapping[str, Any] | None]]
@@ -52,9 +54,9 @@ class Answers:
     """Asks for sequences, checks the answers, and asks again for those that are missing or wrong.
 
     Args:
-        ask: Called with questions; returns an answer for each, in their order or with an ``"index"``, the number of the
-            question among those of the call. ``None`` stands for an answer that is missing. An :class:`OSError`, such
-            as a time-out, is a missing answer to all.
+        ask: Called with questions; returns an answer for each, in their order or with an ``"index"``: that of the
+            question, or its place in the call, as servers number them. ``None`` stands for an answer that is missing.
+            An :class:`OSError`, such as a time-out, is a missing answer to all.
         top_k: How many of the likeliest tokens are kept.
         vocabulary: Number of the student's classes.
         token_id: The id of a token that an answer names by its text; None refuses such answers.
@@ -108,7 +110,7 @@ class Answers:
     def _ask(self, questions: Sequence[Question], rows: dict[int, Likeliest]) -> dict[int, str]:
         """Ask once; add the rows of good answers, and return what is wrong with the others by sample."""
         try:
-            answers = _in_order(self.ask(questions), len(questions))
+            answers = _in_order(_listed(self.ask(questions)), questions)
         except OSError as problem:
             return {question.index: f"asking failed: {problem}" for question in questions}
         problems = {}
@@ -128,19 +130,29 @@ class Answers:
             return str(problem)
 
 
-def _in_order(answers: Sequence[Mapping[str, Any] | None], count: int) -> list[Mapping[str, Any] | None]:
-    """The answers in the order of the questions; ``None`` where one is missing."""
-    placed: list[Mapping[str, Any] | None] = [None] * count
-    present = [answer for answer in answers if answer is not None]
-    indices = [answer.get("index") for answer in present]
-    if any(isinstance(index, int) for index in indices):
-        for index, answer in zip(indices, present, strict=True):
-            if isinstance(index, int) and 0 <= index < count and placed[index] is None:
-                placed[index] = answer
-        return placed
-    if len(answers) == count:
-        return list(answers)
-    return placed  # without numbers nobody knows which ones are missing
+def _listed(answers: Any) -> list[Mapping[str, Any] | None]:
+    """The answers that a function has returned, after a check that they are a list."""
+    if not isinstance(answers, (list, tuple)) or any(
+        not isinstance(answer, Mapping) and answer is not None for answer in answers
+    ):
+        raise CacheError(
+            "Expected `ask` to return a list with an answer for each question, a dict or None, but got"
+            f" {short(answers)}."
+        )
+    return list(answers)
+
+
+def _in_order(
+    answers: Sequence[Mapping[str, Any] | None], questions: Sequence[Question]
+) -> list[Mapping[str, Any] | None]:
+    """The answers in the order of the questions; ``None`` where one is missing, or nobody knows which one is."""
+    count = len(questions)
+    present = {answer["index"]: answer for answer in answers if answer is not None and "index" in answer}
+    if not present:
+        return list(answers) if len(answers) == count else [None] * count
+    numberings = (range(count), [question.index for question in questions])
+    placed = [[present.get(number) for number in numbers] for numbers in numberings if present.keys() <= {*numbers}]
+    return placed[0] if placed and placed[0] == placed[-1] else [None] * count
 
 
 def rows_of_answer(
@@ -160,7 +172,7 @@ def rows_of_answer(
         token_id: The id of a token that is named by its text.
 
     Returns:
-        T rows. Without a generated token the last row, which no causal loss reads, is uniform.
+        T rows. Without a generated token the last row is unknown: NaN.
 
     Raises:
         ValueError: With what is wrong with the answer, in words.
@@ -178,8 +190,12 @@ def rows_of_answer(
         raise ValueError(
             f"it has {len(form.entries)} positions for {len(tokens)} tokens: truncated, or of another sample"
         )
+    if form.entries[0]:
+        raise ValueError(
+            "its first entry is not None: entry i holds the log-probabilities of token i, and the first token has none"
+        )
     classes, logs = np.empty((2, len(tokens), top_k))
-    classes[-1], logs[-1] = np.arange(top_k), -math.log(vocabulary)
+    classes[-1], logs[-1] = np.arange(top_k), math.nan
     for position, entry in enumerate([*form.entries[1:], form.last]):
         is_last = position == len(tokens) - 1
         if is_last and entry is None:
@@ -193,6 +209,8 @@ def rows_of_answer(
                 " other tokens"
             )
         classes[position], logs[position] = _likeliest(values, position, top_k, vocabulary)
+    if form.tokens is None and not form.holds_own:
+        raise ValueError("it has no 'tokens', by which it is compared with the sample")
     return Likeliest(classes.astype("int64"), logs.astype("float32"), vocabulary)
 
 
@@ -234,6 +252,7 @@ class _Form(NamedTuple):
         entries, tokens = listed.get("top_logprobs"), listed.get("tokens")
         if not isinstance(entries, list):
             raise ValueError(f"it has neither prompt_logprobs nor top_logprobs, only {', '.join(map(str, answer))}")
+        tokens = tokens if tokens is None or isinstance(tokens, list) else np.asarray(tokens).tolist()
         if tokens is not None and (not isinstance(tokens, list) or len(tokens) != len(entries)):
             raise ValueError(f"it has {len(entries)} entries of log-probabilities and another number of tokens")
         return cls(entries, tokens, by_text=listed is after)
@@ -282,6 +301,6 @@ def _likeliest(values: Mapping[int, float], position: int, top_k: int, vocabular
 
 def _number(value: Any, position: int) -> float:
     number = value.get("logprob") if isinstance(value, Mapping) else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number > _SLACK:
+    if isinstance(number, bool) or not isinstance(number, Real) or not float("-inf") < float(number) <= _SLACK:
         raise ValueError(f"it has the log-probability {number!r} after position {position}")
     return float(number)

@@ -87,7 +87,9 @@ def begin(folder: Path, manifest: Manifest, resume: bool) -> Manifest:
     Manifest.from_json(manifest.to_json().encode(), folder / BUILDING)  # refuse a manifest that no reader would accept
     before = begun(folder)
     if before is not None and (words := difference(before, manifest)):
-        raise CacheError(f"Expected {folder} to be empty or begun with these settings, but {words}.")
+        raise CacheError(
+            f"Expected {folder} to be empty or begun with these settings, but {words}. Remove it, or choose another."
+        )
     if before is not None and not resume:
         raise CacheError(f"Expected {folder} to be empty, but it holds a cache. Pass resume=True, or remove it.")
     cache_files.remove_partial(folder)
@@ -207,6 +209,26 @@ class Writer:
         if length:
             cache_files.write(unfinished, self.manifest.to_json().encode())
         os.replace(unfinished, self.folder / MANIFEST)
+
+    def check_inputs(self, digests: Array) -> None:
+        """Check that some samples have the inputs with which the first shard holds them, if it does.
+
+        Args:
+            digests: The digests of the samples' keys and inputs, uint64, shape ``(N, 2)``.
+
+        Raises:
+            CacheError: If a sample has other inputs.
+        """
+        if not self.whole(0):
+            return
+        stored = np.load(self.folder / cache_files.array_name(0, KEY, "values"), allow_pickle=False)
+        inputs = dict(stored.tolist())
+        # the digest of unknown inputs is 0
+        if any(seen and inputs.get(key) and inputs[key] != seen for key, seen in digests.tolist()):
+            raise CacheError(
+                f"Expected {self.folder} to hold a cache of these samples, but it holds others with the same keys:"
+                " other data, or another tokenizer. Remove it, or choose another folder."
+            )
 
     def keys(self, shard: int) -> Array:
         """The digests of the keys of a complete shard."""

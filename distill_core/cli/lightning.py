@@ -202,6 +202,11 @@ def _add_export(commands: Any) -> None:
     )
 
 
+def _place(text: str) -> str | Path:
+    """A folder, or a URL of one, in which a path would lose a slash."""
+    return text if "://" in text else Path(text)
+
+
 def _add_cache(commands: Any) -> None:
     cache = commands.add_parser(
         "cache",
@@ -236,8 +241,8 @@ def _add_cache(commands: Any) -> None:
         " merge that was stopped is resumed.",
         example=f"{_PROG} cache merge cache cache-part-*",
     )
-    merge.add_argument("path", type=Path, metavar="FOLDER", help="the folder of the merged cache")
-    merge.add_argument("parts", type=Path, metavar="PART", nargs="+", help="the folders of the parts")
+    merge.add_argument("path", type=_place, metavar="FOLDER", help="the folder of the merged cache")
+    merge.add_argument("parts", type=_place, metavar="PART", nargs="+", help="the folders of the parts")
     merge.set_defaults(work="lightning_distill.cli:cache", command="cache merge")
     for action, description in (
         ("info", "Print the arrays of a cache, and the teacher that they come from."),
@@ -249,5 +254,5 @@ def _add_cache(commands: Any) -> None:
             description=description,
             example=f"{_PROG} cache {action} cache",
         )
-        parser.add_argument("path", type=Path, metavar="FOLDER", help="the cache's folder")
+        parser.add_argument("path", type=_place, metavar="FOLDER", help="the cache's folder, or its URL")
         parser.set_defaults(work="lightning_distill.cli:cache", command=f"cache {action}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -13,6 +12,7 @@ import numpy as np
 from distill_core.arrays import checked_keys, manifest_of_arrays, named_arrays, write_arrays
 from distill_core.columns import Ragged
 from distill_core.keys import digests
+from distill_core.remote import building, open_reader
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Reader
 from distill_core.terminal import short
@@ -64,7 +64,7 @@ class TeacherCache:
         """Open a cache that was built before.
 
         Args:
-            path: The folder.
+            path: The folder, or a URL of fsspec such as ``"s3://bucket/cache"``.
             teacher: The Keras model that the cache must come from; None skips this check.
 
         Returns:
@@ -73,7 +73,7 @@ class TeacherCache:
         Raises:
             CacheError: If the cache is incomplete, or comes from another teacher.
         """
-        cache = cls(Reader(Path(path)))
+        cache = cls(open_reader(path))
         if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
             raise CacheError(f"Expected {path} to be of this teacher, but it was built with another. Build it again.")
         return cache
@@ -144,7 +144,8 @@ class TeacherCache:
             batch_size=batch_size,
             shard_bytes=shard_bytes,
         )
-        builder.write(Path(path), resume)
+        with building(path) as folder:
+            builder.write(folder, resume)
         return cls.open(path)
 
     @classmethod
@@ -214,16 +215,17 @@ class TeacherCache:
         )
         if inputs is not None:
             check_length(len(keras.tree.flatten(inputs)[0]), manifest.length)
-        write_arrays(
-            Path(path),
-            named,
-            manifest,
-            Storage(dtype, top_k, sampled, feature_dtype),
-            keys=None if keys is None else digests(checked_keys(keys, manifest.length)),
-            mask=mask,
-            shard_bytes=shard_bytes,
-            resume=resume,
-        )
+        with building(path) as folder:
+            write_arrays(
+                folder,
+                named,
+                manifest,
+                Storage(dtype, top_k, sampled, feature_dtype),
+                keys=None if keys is None else digests(checked_keys(keys, manifest.length)),
+                mask=mask,
+                shard_bytes=shard_bytes,
+                resume=resume,
+            )
         return cls.open(path)
 
     def attach(

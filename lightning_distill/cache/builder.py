@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,12 +96,15 @@ class Builder:
                 "Expected a map-style dataset with a length, or an IterableDataset with key=..., but got"
                 f" {type(dataset).__name__}. Give it `__len__` and `__getitem__`."
             )
+        if not self.is_stream and not len(dataset):
+            raise CacheError("Expected a dataset of at least one sample, but it is empty.")
         if self.keys is not None and (views > 1 or transform_seed is not None):
             raise CacheError(
                 "Expected `views` to be 1 and `transform_seed` None for rows with keys, but got"
                 f" views={views} and transform_seed={transform_seed}. Leave out `key`."
             )
-        self.teacher, self.forward, self.dataset = teacher, forward or call_teacher, dataset
+        self.teacher, self.dataset = teacher, dataset
+        self.forward = forward
         self.taps = [Tap.of(layer) for layer in layers]
         self.outputs, self.batch_size = outputs, batch_size
         self._num_workers, self._mask = num_workers, mask
@@ -208,6 +212,7 @@ class Builder:
             raise CacheError("Expected a stream of at least one sample, but it is empty.")
         first = self._rows(loaded, describe=True)
         storage.check_scores(first)
+        self.first_keys = first.get("key")
         arrays: dict[str, dict[str, Any]] = {}
         for name, rows in first.items():
             if name == "key":
@@ -247,7 +252,12 @@ class Builder:
         device = next((parameter.device for parameter in self.teacher.parameters()), torch.device("cpu"))
         batch = map_tensors(loaded.batch, lambda tensor: tensor.to(device))
         with torch.no_grad(), Recording([self.recorder]):
-            output = self.forward(self.teacher, batch)
+            if self.forward is not None:
+                output = self.forward(self.teacher, batch)
+            else:
+                output = call_teacher(
+                    self.teacher, batch if self.keys is None else self.keys.removed(batch, loaded.keys)
+                )
         call = self.recorder.calls[-1] if self.recorder.calls else Call((), {}, who="teacher")
         call.output = output
         kept = {f"feature{index}": call.feature(tap) for index, tap in enumerate(self.taps)}
@@ -332,6 +342,8 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool, part:
                 begin(folder, builder.manifest, resume)
         with together():
             writer = Writer(folder, builder.manifest)
+            if builder.first_keys is not None and not builder.manifest.data["stale"]:
+                writer.check_inputs(builder.first_keys)
         console = Console(quiet=not (progress and rank == 0))
         console.print(builder.words(writer))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -344,8 +356,21 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool, part:
 
 
 def call_teacher(teacher: nn.Module, batch: Any) -> Any:
-    """The teacher's output for a batch: called with the batch's inputs."""
-    return call_with(teacher, inputs_in(batch))
+    """The teacher's output for a batch: called with the batch's inputs.
+
+    Raises:
+        CacheError: If the teacher does not take the entries of a dict.
+    """
+    inputs = inputs_in(batch)
+    if isinstance(inputs, Mapping):
+        try:
+            inspect.signature(teacher.forward).bind(**inputs)
+        except TypeError as error:
+            raise CacheError(
+                f"Expected the teacher to take the batch's {list(inputs)} as keywords, but: {error}. Pass forward=<a"
+                " function of the teacher and the batch>, or leave them out in collate_fn."
+            ) from None
+    return call_with(teacher, inputs)
 
 
 def teacher_fingerprint(teacher: nn.Module) -> str:

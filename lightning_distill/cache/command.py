@@ -15,6 +15,7 @@ from distill_core.class_paths import make_from_class_path
 from distill_core.cli import working_directory
 from distill_core.manifest import Rule, among, or_none, place_in_batch, text, whole
 from distill_core.parts import Part
+from distill_core.remote import is_url, local_folder
 from distill_core.terminal import printable
 from distill_core.yaml_files import read_yaml
 from lightning_distill.cache import TeacherCache
@@ -78,11 +79,13 @@ def build_from_file(file: Path, part: str | None = None) -> None:
             f" {type(dataset).__name__}. Name a class or a function that returns a map-style dataset, or give `key` for"
             " a stream."
         )
-    folder = file.parent / values["path"]
+    place = values["path"]
+    folder: Any = place if is_url(place) else file.parent / place
     if part is None:
         TeacherCache.build(teacher, dataset, folder, **settings)
     else:
         chosen = Part.of(part)
+        folder = local_folder(folder)
         folder = folder.with_name(f"{folder.name}-part-{chosen.number}-of-{chosen.count}")
         TeacherCache.build_part(teacher, dataset, folder, part, **settings)
 

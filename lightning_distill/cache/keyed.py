@@ -114,13 +114,33 @@ class SampleKeys:
         column = self._value(batch)
         return list(column.tolist() if isinstance(column, (Tensor, np.ndarray)) else column)
 
+    def removed(self, batch: Any, digests: Array | None) -> Any:
+        """A batch without the keys of its samples, which are not inputs of the teacher.
+
+        Args:
+            batch: The batch, whose collate function may have removed them.
+            digests: The digests of the keys.
+        """
+        if isinstance(self.key, str) and isinstance(batch, Mapping):
+            return {name: value for name, value in batch.items() if name != self.key}
+        if isinstance(self.key, int) and isinstance(batch, (tuple, list)) and -len(batch) <= self.key < len(batch):
+            entry = batch[self.key]
+            values = entry.tolist() if isinstance(entry, (Tensor, np.ndarray)) else entry
+            try:
+                holds_keys = np.array_equal(self.digests(values), digests)  # type: ignore[arg-type]
+            except (CacheError, TypeError):
+                return batch
+            place = self.key % len(batch)
+            return [*batch[:place], *batch[place + 1 :]] if holds_keys else batch
+        return batch
+
     def digests(self, values: Sequence[Any]) -> Array:
         """The digests of some keys, uint64.
 
         Raises:
             CacheError: If a key is neither a string, bytes, a whole number nor a tuple of these.
         """
-        return digests(map(_plain, values))
+        return digests(map(plain, values))
 
     def rows(self, values: Sequence[Any], reader: Reader) -> Array:
         """The rows of the samples with some keys.
@@ -137,7 +157,7 @@ class SampleKeys:
                 else "Build a cache that holds this sample too, or leave it out of the training data."
             )
             raise CacheError(
-                f"Expected the cache to hold the sample with the key {short(_plain(missing))}, but it does not"
+                f"Expected the cache to hold the sample with the key {short(plain(missing))}, but it does not"
                 f" ({reader.manifest.length} samples). {why}"
             )
         return rows
@@ -160,8 +180,9 @@ class SampleKeys:
         )
 
 
-def _plain(key: Any) -> Any:
-    return key.item() if isinstance(key, (Tensor, np.ndarray)) and key.ndim == 0 else key
+def plain(key: Any) -> Any:
+    """A key as Python's own string or number, where it is a tensor or an array of one."""
+    return key.item() if isinstance(key, (Tensor, np.ndarray, np.generic)) and key.ndim == 0 else key
 
 
 def _arrays(sample: Any) -> Any:
@@ -186,24 +207,34 @@ def input_digests(batch: Any, mask: Tensor | None, samples: Sequence[int]) -> Ar
     Returns:
         Digests, uint64; 0 where the batch has no tensor of inputs, or tokens with unknown padding.
     """
-    inputs = inputs_in(batch)
-    if isinstance(inputs, Mapping):
-        inputs = next((value for name, value in inputs.items() if _is_input(name, value)), None)
     digests = np.zeros(len(samples), "uint64")
-    if not isinstance(inputs, Tensor):
+    tensor = next((value for value in _read(batch) if _is_read(value, mask)), None)
+    if tensor is None:
         return digests
-    masked = mask is not None and mask.shape == inputs.shape[:2]
-    if not masked and not inputs.is_floating_point():
-        return digests
+    masked = mask is not None and mask.shape == tensor.shape[:2]
     for place, sample in enumerate(samples):
-        row = inputs[sample][mask[sample]] if masked and mask is not None else inputs[sample]
+        row = tensor[sample][mask[sample]] if masked and mask is not None else tensor[sample]
         numbers = row.float() if row.is_floating_point() else row.long()
         digests[place] = max(digest(numbers.cpu().numpy().tobytes()), 1)
     return digests
 
 
-def _is_input(name: Any, value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and not str(name).endswith("mask")
+def _read(batch: Any) -> list[Any]:
+    """The entries of a batch that a model may read, those that hold the samples themselves first."""
+    if isinstance(batch, (tuple, list)):
+        return [value for entry in batch for value in (_read(entry) if isinstance(entry, Mapping) else [entry])]
+    inputs = inputs_in(batch)
+    if not isinstance(inputs, Mapping):
+        return [inputs]
+    names = sorted(inputs, key=lambda name: name != "input_ids")  # others keep their order
+    return [inputs[name] for name in names if not str(name).endswith("mask")]
+
+
+def _is_read(value: Any, mask: Tensor | None) -> bool:
+    """Whether a value is a tensor of numbers, or of tokens whose padding is known, and not of keys or indices."""
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return False
+    return value.is_floating_point() or value.ndim > 2 or (mask is not None and mask.shape == value.shape[:2])
 
 
 def check_first_key(dataset: Any, keys: SampleKeys, reader: Reader) -> None:

@@ -19,7 +19,7 @@ from distill_core.terminal import short
 from lightning_distill import compat
 from lightning_distill.cache.data import Rows, seeded
 from lightning_distill.cache.keyed import SampleKeys, input_digests
-from lightning_distill.cache.positions import Mask, needed_mask, tokens_in
+from lightning_distill.cache.positions import LABELS, Mask, needed_mask, tokens_in
 from lightning_distill.patch import MISSING
 
 _TWIN = "_twin_of"  # attribute of a twin: the original loader
@@ -80,7 +80,7 @@ def read_answers(cache: OpenCache, rows: Any, batch: Any) -> dict[str, Tensor]:
         if isinstance(values, Ragged):
             place = cache.manifest.arrays[name]["ragged"] if cache.mask is None else cache.mask
             mask = needed_mask(batch, place).cpu()
-            _check_lengths(mask, torch.from_numpy(values.lengths), rows)
+            _check_lengths(mask, torch.from_numpy(values.lengths), rows, place)
             answers |= {f"{name}.mask": mask, f"{name}.places": mask.flatten().nonzero()[:, 0]}
             values = values.values
         if isinstance(values, tuple):
@@ -91,7 +91,7 @@ def read_answers(cache: OpenCache, rows: Any, batch: Any) -> dict[str, Tensor]:
     return answers
 
 
-def _check_lengths(mask: Tensor, lengths: Tensor, rows: Tensor) -> None:
+def _check_lengths(mask: Tensor, lengths: Tensor, rows: Tensor, place: Mask | None) -> None:
     """Raise if a batch has other numbers of tokens than the cache."""
     if len(mask) != len(lengths):
         raise CacheError(
@@ -101,10 +101,13 @@ def _check_lengths(mask: Tensor, lengths: Tensor, rows: Tensor) -> None:
     differs = (mask.sum(1) != lengths).nonzero()[:, 0].tolist()
     if differs:
         first = differs[0]
+        side = (
+            " Labels do not show padding on the left: put an attention_mask into the batch." if place == LABELS else ""
+        )
         raise CacheError(
             f"Expected row {int(rows[first])} to have the {int(lengths[first])} tokens that the teacher got, but its"
             f" mask has {int(mask[first].sum())}: the samples are truncated or tokenized in another way than in the"
-            " build, or the mask is another one. Build the cache from these samples."
+            f" build, or the mask is another one. Build the cache from these samples.{side}"
         )
 
 

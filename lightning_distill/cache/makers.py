@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from distill_core.clients import JsonLines
 from distill_core.parts import Part, merge
-from distill_core.remote import building
+from distill_core.remote import building, local_folder
 from distill_core.served import Answers, Ask, TokenIds
 from distill_core.storage import Storage
 from distill_core.store import CacheError
@@ -21,6 +20,7 @@ from lightning_distill.cache.imported import Imported
 from lightning_distill.cache.keyed import Key
 from lightning_distill.cache.positions import Mask
 from lightning_distill.cache.predictions import Predictor
+from lightning_distill.cache.ranks import process_rank, together
 from lightning_distill.cache.served import ServedTeacher, Tokens
 from lightning_distill.recording import Tap
 
@@ -129,7 +129,7 @@ class Makers:
             shard_bytes=shard_bytes,
         )
         try:
-            with building(path) as folder:
+            with together(), building(path, copies=process_rank()[0] == 0) as folder:
                 build(builder, folder, resume=resume, progress=progress)
         finally:
             builder.close()
@@ -147,7 +147,7 @@ class Makers:
         Args:
             teacher: As in :meth:`build`.
             dataset: As in :meth:`build`, with a length.
-            path: The folder of the part.
+            path: The folder of the part, on this machine.
             part: Which part, such as ``"3/16"`` for the third of sixteen.
             **settings: Those of :meth:`build`.
 
@@ -155,13 +155,13 @@ class Makers:
             CacheError: As in :meth:`build`.
             ValueError: If the part does not exist.
         """
-        chosen = Part.of(part)
+        chosen, folder = Part.of(part), local_folder(path)
         names = ("dtype", "top_k", "sampled", "feature_dtype")
         storage = Storage(**{"dtype": "float16", **{name: settings.pop(name) for name in names if name in settings}})
         resume, progress = settings.pop("resume", True), settings.pop("progress", True)
         builder = Builder(teacher, dataset, storage=storage, **settings)
         try:
-            build(builder, Path(path), resume=resume, progress=progress, part=chosen)
+            build(builder, folder, resume=resume, progress=progress, part=chosen)
         finally:
             builder.close()
 
@@ -305,8 +305,8 @@ class Makers:
             shard_bytes: Approximate size of a shard.
 
         Returns:
-            The cache, opened. The last position of a sequence, which no causal loss reads, is uniform unless the
-            answers have a generated token.
+            The cache, opened. The last position of a sequence is unknown, NaN, unless the answers have a generated
+            token. No loss with ``shift=True`` reads it.
 
         Raises:
             CacheError: If answers stay missing or wrong, which names the samples; if a setting does not fit, or the

@@ -46,7 +46,8 @@ def token_mask(batch: Any, place: Mask) -> Tensor | None:
     if values.dtype != torch.bool and bool((values < 0).any()):
         raise CacheError(
             f"Expected `mask` to be a mask of the tokens, but got mask={place!r}, where the batch has numbers below 0,"
-            " as in labels. Pass a function of the batch that returns a mask, such as the labels that are not -100."
+            " as in labels. Pass a function of the batch that returns the mask of the positions whose outputs are read:"
+            " for a causal loss also the one before the first label that counts."
         )
     return values.bool()
 

@@ -6,14 +6,13 @@ import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from distill_core.codecs import Likeliest
-from distill_core.columns import Ragged
+from distill_core.columns import Array, Ragged
 from distill_core.keys import digest
 from distill_core.locks import locked
 from distill_core.manifest import BY_KEY, KEY, Manifest
@@ -22,7 +21,7 @@ from distill_core.storage import Storage
 from distill_core.store import CacheError, Writer, begin, check_folder, fingerprint
 from distill_core.terminal import short
 from lightning_distill.cache.data import data_fingerprint
-from lightning_distill.cache.keyed import Key, SampleKeys
+from lightning_distill.cache.keyed import Key, SampleKeys, plain
 from lightning_distill.cache.positions import ATTENTION, Mask
 
 Tokens = str | int | Callable[[Any], Any]
@@ -146,6 +145,8 @@ class ServedTeacher:
         with locked(folder), Progress(disable=not progress) as bar, ThreadPoolExecutor(self.requests) as pool:
             begin(folder, self.manifest, resume)
             writer = Writer(folder, self.manifest)
+            if self.keys is not None:
+                writer.check_inputs(self._digests(*self._questions(range(min(self.batch_size, len(self.dataset))))))
             missing = writer.missing
             task = bar.add_task("answers", total=sum(len(self.manifest.shard_range(shard)) for shard in missing))
             for shard in missing:
@@ -171,7 +172,7 @@ class ServedTeacher:
         """The questions about some rows, and the keys of their samples."""
         samples = [self.dataset[row] for row in rows]
         keys = list(rows) if self.keys is None else self.keys.values(samples)
-        named = [str(key) if isinstance(key, (Tensor, bytes, tuple)) else key for key in keys]
+        named = [str(key) if isinstance(key, (bytes, tuple)) else key for key in map(plain, keys)]
         return [
             Question(row, key, self.tokens_of(sample)) for row, key, sample in zip(rows, named, samples, strict=True)
         ], keys
@@ -185,7 +186,9 @@ class ServedTeacher:
             self.answers.vocabulary,
         )
         batch: dict[str, Any] = {"output": Ragged(values, np.array([len(answer.classes) for answer in answers]))}
-        if self.keys is None:
-            return batch
+        return batch if self.keys is None else {**batch, KEY: self._digests(questions, keys)}
+
+    def _digests(self, questions: Sequence[Question], keys: Sequence[Any]) -> Array:
+        """The digests of the keys and of the tokens of some samples."""
         seen = [max(digest(np.array(question.tokens, "int64").tobytes()), 1) for question in questions]
-        return {**batch, KEY: np.stack([self.keys.digests(keys), np.array(seen, "uint64")], -1)}
+        return np.stack([cast("SampleKeys", self.keys).digests(keys), np.array(seen, "uint64")], -1)

@@ -63,7 +63,8 @@ def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> 
     if student_logits.shape != (*rows, teacher.classes):
         raise ValueError(
             f"Expected `student_logits` to have the teacher's shape {(*rows, teacher.classes)}, but got"
-            f" {tuple(student_logits.shape)}. The cache comes from another teacher or other data."
+            f" {tuple(student_logits.shape)}. The cache comes from another teacher or other data. For a larger"
+            " vocabulary build it with forward=<a function that returns the classes which both have>."
         )
     logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
     # over the others themselves: 1 minus the sum of the k would lose all digits where the student is sure

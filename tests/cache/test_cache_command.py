@@ -107,3 +107,17 @@ def test_parts_are_built_and_merged(tmp_path: Path, capsys: Capture) -> None:
 def test_a_part_that_does_not_exist_exits_2(tmp_path: Path, capsys: Capture, part: str, words: str) -> None:
     assert main(["cache", "build", written(tmp_path), "--part", part]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_cache_at_a_url_is_built_and_described(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILL_CACHE_DIR", str(tmp_path / "copies"))
+    url = f"file://{tmp_path}/a store/cache"
+    text = FILE.replace("path: cache\n", f"path: {url}\n")
+
+    assert main(["cache", "build", written(tmp_path, text)]) == 0
+    assert (tmp_path / "a store" / "cache" / "manifest.json").exists()
+    assert main(["cache", "info", url]) == main(["cache", "verify", url]) == 0
+    assert main(["cache", "build", written(tmp_path, text), "--part", "1/2"]) == 1
+    assert "Expected a part of a cache to be in a folder on this machine" in capsys.readouterr().err

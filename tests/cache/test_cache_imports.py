@@ -241,3 +241,55 @@ def test_a_student_learns_from_a_predictor(tmp_path: Path) -> None:
 
     teacher, own = ((scores / 2).log_softmax(1) for scores in (DATA.tensors[0] @ weight, student(DATA.tensors[0])))
     torch.testing.assert_close(loss, 4 * (teacher.exp() * (teacher - own)).sum(1).mean())
+
+
+@pytest.mark.parametrize("key", [torch.tensor(7), np.int64(7)], ids=["tensor", "NumPy"])
+def test_a_key_that_is_a_tensor_is_a_number_in_a_file(tmp_path: Path, key: Any) -> None:
+    data = [{"id": key, "input_ids": torch.tensor([3, 1, 4])}]
+    file = tmp_path / "answers.jsonl"
+
+    file.write_text(json.dumps({**choice([3, 1, 4], 4), "key": 7}) + "\n", encoding="utf-8")
+    settings: dict[str, Any] = {"name": "teacher", "vocabulary": VOCABULARY, "top_k": 4, "key": "id", "retries": 0}
+    cache = TeacherCache.from_logprobs(data, tmp_path / "cache", file, progress=False, **settings)
+    assert len(cache.read([0])["output"].lengths) == 1
+
+
+def test_a_digest_of_inputs_is_that_of_the_tokens_wherever_they_are() -> None:
+    tokens = torch.tensor([[5, 3, 0], [7, 1, 2]])
+    mask = tokens > 0
+    alone = input_digests({"input_ids": tokens}, mask, [0, 1])
+    numbers, positions = torch.tensor([4, 9]), torch.arange(3).expand(2, -1)
+
+    batches = [
+        {"id": numbers, "input_ids": tokens},
+        {"position_ids": positions, "attention_mask": mask.long(), "input_ids": tokens},
+        (numbers, tokens, mask.long()),
+        (numbers, {"input_ids": tokens}),
+    ]
+    for batch in batches:
+        np.testing.assert_array_equal(input_digests(batch, mask, [0, 1]), alone)
+    images = torch.arange(8, dtype=torch.uint8).view(1, 2, 2, 2)
+    assert input_digests((numbers, images), None, [0]) != input_digests((numbers, images + 1), None, [0])
+    assert (alone != input_digests({"id": numbers, "input_ids": tokens + 1}, mask, [0, 1])).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint8"])
+def test_a_last_position_without_an_answer_makes_a_loss_that_reads_it_nan(tmp_path: Path, dtype: str) -> None:
+    answer = {key: choice([3, 1, 4], 4)[key] for key in ("prompt_logprobs",)}  # no generated token
+    settings: dict[str, Any] = {"name": "teacher", "vocabulary": VOCABULARY, "top_k": 4, "dtype": dtype}
+    data = [{"input_ids": [3, 1, 4]}, {"input_ids": [3, 1, 4]}]
+    cache = TeacherCache.from_logprobs(data, tmp_path, lambda asked: [answer] * len(asked), progress=False, **settings)
+
+    (_, logs, tail), _ = cache.read([0, 1])["output"]
+    assert np.isnan(logs).all(1).tolist() == np.isnan(tail).all(1).tolist() == [False, False, True] * 2
+    cache.verify()
+
+
+def test_other_tokens_with_the_same_keys_do_not_continue_a_build_of_answers(served: Served, tmp_path: Path) -> None:
+    TeacherCache.from_logprobs(TEXTS, tmp_path, client(served), **{**SETTINGS, "key": "id"})
+    others = [{**text, "input_ids": [*text["input_ids"][::-1], 1]} for text in TEXTS]
+    asked = len(served.requests)
+
+    with pytest.raises(CacheError, match="to hold a cache of these samples, but it holds others with the same keys"):
+        TeacherCache.from_logprobs(others, tmp_path, client(served), **{**SETTINGS, "key": "id"})
+    assert len(served.requests) == asked

@@ -154,3 +154,17 @@ def test_c13_a_second_build_into_one_folder_is_refused(tmp_path: Path) -> None:
     keras_distill.TeacherCache.build(keras_network(8, 1), X, tmp_path)
     with filelock.FileLock(tmp_path / ".lock", timeout=0):
         pass
+
+
+def test_a_cache_at_a_url_is_built_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_CACHE_DIR", str(tmp_path / "copies"))
+    store, model = tmp_path / "a store", keras_network(16, seed=0)
+
+    caches = [
+        keras_distill.TeacherCache.build(model, X, f"file://{store}/built", dtype="float32"),
+        keras_distill.TeacherCache.from_arrays(model(X), f"file://{store}/arrays", dtype="float32"),
+        lightning_distill.TeacherCache.open(f"file://{store}/built"),
+    ]
+    for cache in caches:
+        np.testing.assert_allclose(cache.reader.read(np.arange(ITEMS))["output"], np.asarray(model(X)), rtol=1e-5)
+    assert (store / "built" / "manifest.json").exists()

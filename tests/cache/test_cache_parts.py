@@ -216,3 +216,12 @@ def test_a_stream_has_no_parts(tmp_path: Path) -> None:
 def test_a_part_that_does_not_exist_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Part.of(text)
+
+
+def test_parts_are_folders_on_this_machine(parts: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="in a folder on this machine, but got memory://bucket/part"):
+        TeacherCache.build_part(network(8), table(), "memory://bucket/part", "1/2")
+    with pytest.raises(CacheError, match="in a folder on this machine, but got memory://bucket/part"):
+        TeacherCache.merge(tmp_path / "merged", ["memory://bucket/part"])
+    with pytest.raises(CacheError, match=r"Expected a list of folders of parts to merge, but got '.*'"):
+        TeacherCache.merge(tmp_path / "merged", str(parts[0]))

@@ -342,3 +342,66 @@ def test_c18_features_and_images_are_keyed_too(tmp_path: Path) -> None:
     part = data[30:3:-1]
     live, cached = (fitted(Named(part), source, terms) for source in (network(32), cache))
     assert weights_differ(live, cached) < 1e-6
+
+
+class Numbered(Padding):
+    """Batches with the keys of their samples, as numbers."""
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        return {"number": torch.tensor([sample["number"] for sample in samples]), **super().__call__(samples)}
+
+
+def test_a_batch_may_hold_the_keys_of_its_samples(tmp_path: Path) -> None:
+    data = [{**Sentences()[index], "number": index} for index in range(NUMBER)]
+    cache = built(tmp_path, data=data, key="number", collate_fn=Numbered())
+
+    assert cache.manifest.length == NUMBER
+
+
+def test_entries_that_the_teacher_does_not_take_are_named(tmp_path: Path) -> None:
+    data = [{**Sentences()[index], "number": index} for index in range(NUMBER)]
+
+    with pytest.raises(CacheError, match=r"'number'.* as keywords, but: .*Pass forward="):
+        built(tmp_path, data=data, key="id", collate_fn=Numbered())
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_other_samples_with_the_same_keys_do_not_continue_a_build(tmp_path: Path, kind: str) -> None:
+    samples = [Sentences()[index] for index in range(NUMBER)]
+    others = [{**sample, "input_ids": [1] * len(sample["input_ids"])} for sample in samples]
+    data = {"map": list, "stream": lambda rows: Rows(rows)}[kind]
+
+    first = built(tmp_path, data=data(samples), key="id").read(range(NUMBER))["output"]
+    again = built(tmp_path, data=data(samples), key="id").read(range(NUMBER))["output"]
+    np.testing.assert_array_equal(first.values, again.values)
+    with pytest.raises(CacheError, match="to hold a cache of these samples, but it holds others with the same keys"):
+        built(tmp_path, data=data(others), key="id")
+
+
+class Rows(IterableDataset[Sample]):
+    """Samples as a stream."""
+
+    def __init__(self, rows: list[Sample]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("keys", [torch.arange(12), [f"item {index}" for index in range(12)]], ids=["numbers", "words"])
+def test_the_teacher_does_not_get_the_keys_of_a_tuple(tmp_path: Path, keys: Any) -> None:
+    inputs = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    data = list(zip(keys, inputs, strict=True))
+    settings: dict[str, Any] = {"key": 0, "dtype": "float32", "progress": False}
+
+    cache = TeacherCache.build(network(8), data, tmp_path / "with", **settings)
+    alone = TeacherCache.build(
+        network(8),
+        data,
+        tmp_path / "without",
+        collate_fn=lambda rows: torch.stack([row[1] for row in rows]),
+        **settings,
+    )
+    expected = network(8)(inputs).detach().numpy()
+    for built_cache in (cache, alone):
+        np.testing.assert_allclose(built_cache.read(range(12))["output"], expected, rtol=1e-5)

@@ -272,3 +272,10 @@ def test_c17_lengths_that_do_not_fit_the_positions_name_their_file(tmp_path: Pat
         TeacherCache.open(tmp_path).read([0])
     with pytest.raises(CacheError, match=r"shard-00000\.output\.lengths\.npy"):
         TeacherCache.open(tmp_path).verify()
+
+
+def test_padding_on_the_left_needs_an_attention_mask(tmp_path: Path) -> None:
+    cache = built(tmp_path, collate_fn=Padding(mask=False), forward=lambda net, batch: net(batch["input_ids"]))
+
+    with pytest.raises(CacheError, match="Labels do not show padding on the left: put an attention_mask into the"):
+        trained(cache, Padding("left", mask=False))

@@ -244,3 +244,39 @@ def test_fsspec_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(CacheError, match="Install fsspec and the package of the store"):
         RemoteFolder(URL)
     shutil.rmtree("home", ignore_errors=True)
+
+
+def test_a_url_that_holds_another_cache_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = TeacherCache.build(network(8), table(), URL, **SETTINGS).read(range(40))["output"]
+    monkeypatch.setenv("DISTILL_CACHE_DIR", str(tmp_path / "another machine"))
+
+    with pytest.raises(CacheError, match=r"Expected memory://bucket/cache to be empty or to hold the same cache, but"):
+        TeacherCache.build(network(8, seed=7), table(), URL, **SETTINGS)
+    np.testing.assert_array_equal(TeacherCache.open(URL).read(range(40))["output"], first)
+
+
+def test_files_of_equal_size_from_another_copy_are_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    TeacherCache.build(network(8), table(), URL, **SETTINGS)
+    store.rm_file("/bucket/cache/manifest.json")  # a copy that was stopped
+    monkeypatch.setenv("DISTILL_CACHE_DIR", str(tmp_path / "another machine"))
+
+    cache = TeacherCache.build(network(8, seed=7), table(), URL, **SETTINGS)
+    with torch.no_grad():
+        expected = network(8, seed=7)(table().tensors[0]).numpy()
+    np.testing.assert_allclose(cache.read(range(40))["output"], expected, rtol=1e-6)
+
+
+def test_an_open_reader_does_not_read_the_cache_that_took_the_place_of_its_own(
+    stored: MemoryFileSystem, tmp_path: Path
+) -> None:
+    cache = TeacherCache.open(URL)
+    cache.read([0])
+    TeacherCache.build(network(8, seed=7), table(), tmp_path / "other", **SETTINGS)
+    for path in (tmp_path / "other").iterdir():
+        stored.put_file(str(path), f"/bucket/cache/{path.name}")
+
+    np.testing.assert_allclose(cache.read([1])["output"], outputs()[[1]], rtol=1e-6)
+    for _ in range(2):
+        with pytest.raises(CacheError, match="another one has taken its place"):
+            cache.read([39])

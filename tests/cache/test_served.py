@@ -13,7 +13,7 @@ from served_model import VOCABULARY, Served, StatusError, choice, log_probabilit
 
 from distill_core.clients import CompletionsClient, JsonLines
 from distill_core.manifest import CacheError
-from distill_core.served import Answers, Question, rows_of_answer
+from distill_core.served import Answers, Question, _in_order, rows_of_answer
 
 TOKENS = [[3, 1, 4, 1, 5], [9, 2], [6], [5, 3, 5, 8, 9, 7, 9]]
 QUESTIONS = [Question(index, f"text {index}", tokens) for index, tokens in enumerate(TOKENS)]
@@ -37,7 +37,7 @@ def check_rows(rows: Any, tokens: list[int], generated: bool = True) -> None:
     np.testing.assert_array_equal(rows.classes[:last], order[:last])
     np.testing.assert_allclose(rows.logs[:last], np.take_along_axis(expected, order, 1)[:last], rtol=1e-6)
     if not generated:
-        np.testing.assert_allclose(rows.logs[-1], -np.log(VOCABULARY), rtol=1e-6)
+        assert np.isnan(rows.logs[-1]).all()
 
 
 def test_every_position_gets_the_likeliest_next_tokens(served: Served) -> None:
@@ -160,10 +160,9 @@ NAMED = [None, *({f"<{token}>": value for token, value in row.items()} for row i
     [
         {"prompt_logprobs": OWN},
         {"tokens": TOKENS[0], "top_logprobs": FLAT},
-        {"top_logprobs": FLAT},
         {"logprobs": {"tokens": [f"<{token}>" for token in TOKENS[0]], "top_logprobs": NAMED}},
     ],
-    ids=["vLLM", "own", "own without tokens", "completions with echo"],
+    ids=["vLLM", "own", "completions with echo"],
 )
 def test_every_form_of_an_answer_gives_the_same_rows(answer: dict[str, Any]) -> None:
     check_rows(rows_of_answer(answer, TOKENS[0], 4, VOCABULARY, NAMES.get), TOKENS[0], generated=False)
@@ -203,6 +202,8 @@ def changed(position: int, entry: Any) -> list[Any]:
             "names the token '<.*>' by its text: ask for token ids, or pass token_id=",
         ),
         ({"logprobs": {"top_logprobs": FLAT}}, r"names the token '\d+' by its text: ask for token ids"),
+        ({"tokens": TOKENS[0], "top_logprobs": [*FLAT[1:], FLAT[1]]}, "its first entry is not None"),
+        ({"top_logprobs": FLAT}, "it has no 'tokens', by which it is compared with the sample"),
     ],
 )
 def test_an_answer_that_does_not_fit_is_refused_in_words(answer: Any, words: str) -> None:
@@ -215,6 +216,19 @@ def test_a_token_that_the_tokenizer_does_not_have_is_refused() -> None:
 
     with pytest.raises(ValueError, match="which the tokenizer does not have"):
         rows_of_answer(answer, TOKENS[0], 4, VOCABULARY, {}.get)
+
+
+def test_numbers_of_numpy_are_read() -> None:
+    rows = [None, *({token: np.float32(value) for token, value in row.items()} for row in FLAT[1:])]
+    answer = {"tokens": np.array(TOKENS[0]), "top_logprobs": rows}
+
+    check_rows(rows_of_answer(answer, TOKENS[0], 4, VOCABULARY), TOKENS[0], generated=False)
+
+
+@pytest.mark.parametrize("returned", [None, {"choices": []}, ["text"]])
+def test_a_function_that_does_not_return_answers_is_refused(returned: Any) -> None:
+    with pytest.raises(CacheError, match="Expected `ask` to return a list with an answer for each question"):
+        Answers(lambda questions: returned, top_k=4, vocabulary=VOCABULARY)(QUESTIONS)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -257,3 +271,34 @@ def test_a_file_with_a_wrong_line_is_refused(tmp_path: Path, text: str, words: s
 
     with pytest.raises(CacheError, match=words):
         JsonLines(path)
+
+
+def test_a_line_with_a_key_is_not_taken_for_the_sample_of_that_number(tmp_path: Path) -> None:
+    file = JsonLines(lines(tmp_path / "answers.jsonl", {**choice(TOKENS[0], 4), "key": 0}))
+
+    assert file([Question(0, "another key", TOKENS[0])]) == [None]
+
+
+# The order of answers ------------------------------------------------------------------------------------------------
+
+
+def later(number: int) -> Question:
+    return Question(number, number, TOKENS[0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "indices", "expected"),
+    [
+        ((8, 9), (9, 8), [8, 9]),  # a function that returns the question's index
+        ((8, 9), (1, 0), [0, 1]),  # a server, which numbers the questions of a call
+        ((8, 9), (9,), [None, 9]),
+        ((1, 3), (1,), [None, None]),  # the question 1, or the second of the call: nobody knows
+        ((8, 9), (8, 7), [None, None]),
+    ],
+)
+def test_answers_are_numbered_by_their_question_or_their_place_in_the_call(
+    asked: tuple[int, ...], indices: tuple[int, ...], expected: list[int | None]
+) -> None:
+    placed = _in_order([{"index": index} for index in indices], [later(number) for number in asked])
+
+    assert [answer and answer["index"] for answer in placed] == expected
