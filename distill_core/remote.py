@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Final
 
 from distill_core import cache_files
@@ -26,7 +27,13 @@ _LOCAL_BYTES: Final = 10 * 2**30
 
 
 def is_url(path: str | PathLike[str]) -> bool:
-    """Whether a path is a URL of fsspec."""
+    """Whether a path is a URL of fsspec.
+
+    Raises:
+        CacheError: If it is a Path that was made of a URL, which has lost a slash.
+    """
+    if isinstance(path, PurePath) and path.parts and re.fullmatch(r"[a-z][a-z0-9+.-]+:", path.parts[0]):
+        raise CacheError(f"Expected a URL to be a string, but got {path!r}. Pass the string, without Path().")
     return isinstance(path, str) and "://" in path
 
 

@@ -228,6 +228,7 @@ def test_a_reader_may_be_sent_to_another_process(stored: MemoryFileSystem) -> No
 @pytest.mark.parametrize(
     ("path", "settings", "words"),
     [
+        (Path("s3://bucket/cache"), {}, "Expected a URL to be a string, but got PosixPath"),
         ("nowhere://x/y", {}, "Expected fsspec to know the store of nowhere://x/y, but: .*Install fsspec"),
         (URL, {"local_bytes": 0}, "Expected `local_bytes` to be a whole number of 1 or more, but got 0"),
         ("folder", {"local": "x"}, "Expected `local` and `local_bytes` to be None for a folder on this machine"),
