@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -113,12 +114,15 @@ class HookGuards:
     By default dynamo does not guard on hooks: a graph that was traced without them is used with them, and the feature
     is missing without an error. With the guards there is one graph with hooks and one without, and no recompilation
     from step to step. Graphs from before have no such guard and are dropped, if there are any.
+
+    Args:
+        owner: An object with whose end they are released at the latest; None if they are always undone.
     """
 
     _holders = 0  # several may be held at once, and released in any order
     _before = True
 
-    def __init__(self) -> None:
+    def __init__(self, owner: object = None) -> None:
         self._held = "torch._dynamo" in sys.modules  # else nothing has been compiled, and importing it takes a second
         if not self._held:
             return
@@ -130,6 +134,8 @@ class HookGuards:
             if convert_frame.input_codes.seen:
                 torch.compiler.reset()
         HookGuards._holders += 1
+        if owner is not None:
+            weakref.finalize(owner, self.undo)
 
     def undo(self) -> None:
         """Restore the setting when the last holder is released."""

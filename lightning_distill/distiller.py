@@ -186,7 +186,7 @@ class Distiller:
             self._looked = True
             networks = [self.student, *self._step.source.modules()]
             if any(is_compiled(module) for network in networks for module in network.modules()):
-                self._guards = HookGuards()
+                self._guards = HookGuards(self)
         if self._texts is not None and self._step.skips_heads and needs_grad and torch.is_grad_enabled():
             self._step.own_text = self._texts.is_own(batch, uses=False)
         return self._step.record(needs_grad, features, batch)

@@ -19,6 +19,8 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.inheritance import get_all_subclasses
 from torch.utils.data import BatchSampler, DataLoader
 
+from lightning_distill.compat import HookGuards
+
 # Before anything imports Keras: the backend is chosen once in a process, and TensorFlow's C++ log is loud.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -80,6 +82,7 @@ def process_state() -> dict[str, Any]:
         "inference mode": torch.is_inference_mode_enabled(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
+        "guards of torch.compile": HookGuards._holders,
     }
 
 

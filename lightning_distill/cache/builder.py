@@ -144,21 +144,18 @@ class Builder:
         self.recorder.clear()
         self.frozen.release()
 
-    def shards(
-        self, writer: Writer, ranks: tuple[int, int], part: Part = WHOLE, progress: Progress | None = None
-    ) -> Shards:
-        """Run the teacher for the shards that a writer lacks, one after the other.
+    def shards(self, writer: Writer, numbers: Sequence[int], progress: Progress | None = None) -> Shards:
+        """Run the teacher for some shards, one after the other, or for all that a stream still has.
 
         Args:
             writer: Writes the shards.
-            ranks: This process's rank and the number of processes.
-            part: The part of the build that these processes share.
+            numbers: Numbers of the shards; not used for a stream.
             progress: Progress bar, or None.
 
         Yields:
             The number and the batches of each shard; the batches must be consumed before the next shard.
         """
-        numbers = [] if self.is_stream else part.chosen(writer.missing)[ranks[0] :: ranks[1]]
+        numbers = [] if self.is_stream else numbers
         batches = [batch for shard in numbers for batch in self._batches(shard)]
         total = None if self.is_stream else sum(map(len, batches))
         task = None if progress is None else progress.add_task("teacher", total=total)
@@ -344,11 +341,13 @@ def build(builder: Builder, folder: Path, *, resume: bool, progress: bool, part:
             writer = Writer(folder, builder.manifest)
             if builder.first_keys is not None and not builder.manifest.data["stale"]:
                 writer.check_inputs(builder.first_keys)
+            # before any process writes: all must see the same shards missing
+            numbers = part.chosen(writer.missing)[rank::world]
         console = Console(quiet=not (progress and rank == 0))
         console.print(builder.words(writer))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with together(), Progress(*columns, console=console, disable=console.quiet) as bar:
-            for shard, batches in builder.shards(writer, (rank, world), part, bar):
+            for shard, batches in builder.shards(writer, numbers, bar):
                 writer.write(shard, batches)
         with together():
             if rank == 0 and (part == WHOLE or not writer.missing):

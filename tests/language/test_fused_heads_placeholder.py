@@ -278,5 +278,8 @@ def test_second_derivatives_and_second_backward_passes_are_refused() -> None:
 
 def test_a_compiled_model_is_refused_with_what_to_compile() -> None:
     student = torch.compile(language_model("llama"), backend="eager")
-    with pytest.raises(ValueError, match="head not to be inside a compiled module"):
-        step(distiller_of(student, language_model("llama", 24, 1)), *language_batch())
+    with (
+        distiller_of(student, language_model("llama", 24, 1)) as distiller,
+        pytest.raises(ValueError, match="head not to be inside a compiled module"),
+    ):
+        step(distiller, *language_batch())

@@ -207,6 +207,8 @@ DOCUMENTED = {
     "_modules",
     "_generate_state_key",
     "_fields",
+    "_replace",
+    "_asdict",
     "_getframe",
     "_actions",
     "_SubParsersAction",

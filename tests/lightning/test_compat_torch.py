@@ -205,6 +205,15 @@ def test_hook_guards_are_held_until_the_last_holder_lets_go() -> None:
     second.undo()
     assert config.skip_nnmodule_hook_guards is before is True
 
+    class Owner:
+        """Holds the guards."""
+
+    owner = Owner()
+    compat.HookGuards(owner)
+    assert config.skip_nnmodule_hook_guards is False
+    del owner
+    assert config.skip_nnmodule_hook_guards is True
+
 
 def test_under_hook_guards_a_graph_from_before_is_not_used_with_hooks() -> None:
     module, x = Mlp(3), torch.ones(1, 4)
