@@ -43,26 +43,25 @@ def named_arrays(arrays: Any) -> tuple[dict[str, Any], dict[str, str]]:
     return named, {f"feature{index}": f"{layer}|output" for index, layer in enumerate(layers)}
 
 
-def manifest_of_arrays(
-    named: Mapping[str, Any],
+def manifest_of_outputs(
+    length: int,
     layers: dict[str, str],
     *,
     kind: str,
     data: str | None,
-    teacher: dict[str, Any] | None,
+    teacher: dict[str, Any],
     key: dict[str, Any] | None,
 ) -> Manifest:
-    """The manifest of a cache of arrays, without the descriptions of the arrays.
+    """The manifest of a cache of outputs that come from elsewhere, without the descriptions of its arrays.
 
     Args:
-        named: The arrays, from :func:`named_arrays`.
+        length: Number of samples.
         layers: The layers of the features.
         kind: The framework, ``"torch"`` or ``"keras"``.
         data: A digest of the data; None if they are not known: then their number alone is compared.
-        teacher: ``class`` and ``fingerprint`` of the teacher; None notes a digest of the arrays.
+        teacher: ``class`` and ``fingerprint`` of the teacher.
         key: Where the keys of the samples come from, or None.
     """
-    length = len(next(iter(named.values())))
     number_alone = data is None and key is None
     digest = fingerprint([str(length)]) if data is None else data
     return Manifest(
@@ -71,7 +70,7 @@ def manifest_of_arrays(
         shard_rows=1,
         arrays={},
         layers=layers,
-        teacher=teacher or {"class": "arrays", "fingerprint": digest_of_arrays(named)},
+        teacher=teacher,
         data={
             "fingerprint": digest if key is None else BY_KEY,
             "transform_seed": None,
@@ -140,8 +139,10 @@ def write_arrays(
         writer.finish()
 
 
-def digest_of_arrays(named: Mapping[str, Any]) -> str:
-    """A digest of all numbers of the arrays, which tells them from others when a build is continued.
+def teacher_of_arrays(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher in the manifest of arrays from an unknown one: a digest of all their numbers.
+
+    It tells them from others when a build is continued.
 
     Args:
         named: The arrays, from :func:`named_arrays`.
@@ -154,7 +155,7 @@ def digest_of_arrays(named: Mapping[str, Any]) -> str:
                 items = _items(name, rows, start, start + _ROWS)
                 yield from (items.lengths, items.values) if isinstance(items, Ragged) else (items,)
 
-    return fingerprint(parts())
+    return {"class": "arrays", "fingerprint": fingerprint(parts())}
 
 
 def mean_bytes(manifest: Manifest, rows: Mapping[str, Any]) -> float:

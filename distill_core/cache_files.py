@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -170,23 +171,12 @@ def write(path: Path, content: bytes | Array) -> dict[str, Any]:
     Returns:
         Its size and checksum.
     """
-    temporary = _partial(path)
-    # "x": a file of that name is not overwritten, and a link is not followed
-    handle = open(temporary, "xb")  # noqa: SIM115 - closed below, inside the clean-up
-    try:
-        with handle:
-            if isinstance(content, bytes):
-                handle.write(content)
-            else:
-                np.save(handle, content, allow_pickle=False)
-            handle.flush()
-            os.fsync(handle.fileno())
-        facts = {"bytes": temporary.stat().st_size, "blake2b": checksum(temporary)}
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    facts: dict[str, Any] = {}
+    with _replacing(path, facts) as handle:
+        if isinstance(content, bytes):
+            handle.write(content)
+        else:
+            np.save(handle, content, allow_pickle=False)
     return facts
 
 
@@ -200,22 +190,34 @@ def copy(source: Path, path: Path) -> dict[str, Any]:
     Returns:
         The copy's size and checksum.
     """
-    temporary, digest = _partial(path), hashlib.blake2b(digest_size=16)
-    output = open(temporary, "xb")  # noqa: SIM115 - closed below, inside the clean-up
+    facts: dict[str, Any] = {}
+    with open(source, "rb") as file, _replacing(path, facts) as copied:
+        shutil.copyfileobj(file, copied, 1 << 20)
+    return facts
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, facts: dict[str, Any]) -> Iterator[BinaryIO]:
+    """A context with a temporary file, which takes the place of a file at the end, or is removed after an error.
+
+    Args:
+        path: The file.
+        facts: Gets the size and the checksum at the end.
+    """
+    temporary = _partial(path)
+    # "x": a file of that name is not overwritten, and a link is not followed
+    handle = open(temporary, "xb")  # noqa: SIM115 - closed below, inside the clean-up
     try:
-        with output, open(source, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-                output.write(chunk)
-            output.flush()
-            os.fsync(output.fileno())
-        facts = {"bytes": temporary.stat().st_size, "blake2b": digest.hexdigest()}
+        with handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        facts |= {"bytes": temporary.stat().st_size, "blake2b": checksum(temporary)}
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    return facts
 
 
 def checksum(path: Path) -> str:

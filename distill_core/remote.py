@@ -85,8 +85,7 @@ def building(path: str | PathLike[str], copies: bool = True) -> Iterator[Path]:
     if not is_url(path):
         yield Path(path)
         return
-    remote = RemoteFolder(str(path))
-    remote.local /= "build"
+    remote = RemoteFolder(str(path)).within("build")
     yield remote.local
     if copies:
         remote.upload()
@@ -119,6 +118,10 @@ class RemoteFolder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "limit": self.limit, "local": self.local, "_store": None, "_process": 0}
+
+    def within(self, name: str) -> RemoteFolder:
+        """The same URL, with its files in a folder of that name below the local one."""
+        return RemoteFolder(self.url, self.local / name, self.limit)
 
     def _connect(self) -> tuple[Any, str]:
         """The file system, which each process makes for itself, and the folder's path in it."""
@@ -278,7 +281,7 @@ class RemoteReader(Reader):
         file = remote.fetch(MANIFEST, fresh=True)  # a copy may be of an earlier cache at the same place
         manifest = Manifest.from_json(file.read_bytes(), file)
         # a folder for each manifest: files of an earlier cache at this place are never taken for those of this one
-        remote.local /= cache_files.checksum(file)
+        remote = remote.within(cache_files.checksum(file))
         self.__setstate__({"folder": remote.local, "manifest": manifest, "remote": remote})
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import socket
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TESTS = Path(__file__).parent
+SECONDS = 100  # until a process that hangs ends
 
 
 def run_processes(script: Path, argument: str, count: int, folder: Path) -> list[dict[str, Any]]:
@@ -45,3 +51,11 @@ def run_processes(script: Path, argument: str, count: int, folder: Path) -> list
     assert [process.returncode for process in processes] == [0] * count, "\n\n".join(texts)
     names = [f"{argument}{rank}.json" for rank in range(count)] if count > 1 else [f"{argument}.json"]
     return [json.loads((folder / name).read_text()) for name in names]
+
+
+def run_as_process(works: dict[str, Callable[[Path], None]]) -> None:
+    """Do the work that the command line of a test's process names, in the folder that it names."""
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    works[sys.argv[1]](Path(sys.argv[2]))

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from distill_core.arrays import checked_keys, manifest_of_arrays, named_arrays, write_arrays
+from distill_core.arrays import checked_keys, manifest_of_outputs, named_arrays, teacher_of_arrays, write_arrays
 from distill_core.columns import Ragged
 from distill_core.keys import digests
 from distill_core.remote import building, open_reader
@@ -205,12 +205,13 @@ class TeacherCache:
         named, layers = named_arrays(keras.tree.map_structure(_as_array, arrays))
         if (key is None) != (keys is None):
             raise CacheError(f"Expected `key` and `keys` to be given together, but got key={key!r}. Pass both or none.")
-        manifest = manifest_of_arrays(
-            named,
+        known = teacher and {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)}
+        manifest = manifest_of_outputs(
+            len(next(iter(named.values()))),
             layers,
             kind="keras",
             data=None if inputs is None or keys is not None else data_fingerprint(inputs),
-            teacher=teacher and {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)},
+            teacher=known or teacher_of_arrays(named),
             key=None if key is None else {"kind": "column", "column": key},
         )
         if inputs is not None:

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distill_core.arrays import checked_keys, manifest_of_arrays, named_arrays, write_arrays
+from distill_core.arrays import checked_keys, manifest_of_outputs, named_arrays, teacher_of_arrays, write_arrays
 from distill_core.storage import Storage
 from distill_core.store import CacheError
 from lightning_distill.cache.builder import teacher_fingerprint
 from lightning_distill.cache.data import data_fingerprint
 from lightning_distill.cache.keyed import Key, SampleKeys
-from lightning_distill.cache.positions import ATTENTION, Mask
+from lightning_distill.cache.positions import Mask, noted_place
 from lightning_distill.recording import map_tensors
 
 
@@ -51,14 +51,13 @@ class Imported:
             self.digests = place.digests(checked_keys(values, length))
         elif dataset is not None and len(dataset) != length:
             raise CacheError(f"Expected `dataset` to have {length} items, one for each row, but got {len(dataset)}.")
-        self.manifest = manifest_of_arrays(
-            self.named,
+        known = teacher and {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)}
+        self.manifest = manifest_of_outputs(
+            length,
             layers,
             kind="torch",
             data=None if dataset is None or key is not None else data_fingerprint(dataset, None, False),
-            teacher=None
-            if teacher is None
-            else {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)},
+            teacher=known or teacher_of_arrays(self.named),
             key=None if key is None else SampleKeys(key).described,
         )
 
@@ -72,14 +71,13 @@ class Imported:
             shard_bytes: Approximate size of a shard.
             resume: Whether a build that was begun is continued.
         """
-        place = ATTENTION if mask is None else None if callable(mask) else mask
         write_arrays(
             folder,
             self.named,
             self.manifest,
             storage,
             keys=self.digests,
-            mask=place,
+            mask=noted_place(mask),
             shard_bytes=shard_bytes,
             resume=resume,
         )

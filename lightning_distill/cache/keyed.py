@@ -214,9 +214,14 @@ def input_digests(batch: Any, mask: Tensor | None, samples: Sequence[int]) -> Ar
     masked = mask is not None and mask.shape == tensor.shape[:2]
     for place, sample in enumerate(samples):
         row = tensor[sample][mask[sample]] if masked and mask is not None else tensor[sample]
-        numbers = row.float() if row.is_floating_point() else row.long()
-        digests[place] = max(digest(numbers.cpu().numpy().tobytes()), 1)
+        digests[place] = input_digest(row)
     return digests
+
+
+def input_digest(row: Tensor) -> int:
+    """The digest of the inputs of one sample, such as its tokens without padding; never 0."""
+    numbers = row.float() if row.is_floating_point() else row.long()
+    return max(digest(numbers.cpu().numpy().tobytes()), 1)
 
 
 def _read(batch: Any) -> list[Any]:

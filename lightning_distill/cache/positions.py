@@ -52,6 +52,13 @@ def token_mask(batch: Any, place: Mask) -> Tensor | None:
     return values.bool()
 
 
+def noted_place(mask: Mask | None) -> str | int | None:
+    """The place of a batch's mask as a manifest notes it: the attention mask by default; ``None`` for a function."""
+    if mask is None:
+        return ATTENTION
+    return None if callable(mask) else mask
+
+
 def tokens_in(batch: Any, place: Mask | None) -> Tensor | None:
     """The mask of a batch's tokens at a place, else its attention mask; ``None`` without one."""
     return token_mask(batch, ATTENTION if place is None else place)

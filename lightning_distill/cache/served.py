@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from distill_core.arrays import manifest_of_outputs
 from distill_core.codecs import Likeliest
 from distill_core.columns import Array, Ragged
-from distill_core.keys import digest
 from distill_core.locks import locked
-from distill_core.manifest import BY_KEY, KEY, Manifest
+from distill_core.manifest import KEY
 from distill_core.served import Answers, Question
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Writer, begin, check_folder, fingerprint
 from distill_core.terminal import short
 from lightning_distill.cache.data import data_fingerprint
-from lightning_distill.cache.keyed import Key, SampleKeys, plain
-from lightning_distill.cache.positions import ATTENTION, Mask
+from lightning_distill.cache.keyed import Key, SampleKeys, input_digest, plain
+from lightning_distill.cache.positions import Mask, noted_place
 
 Tokens = str | int | Callable[[Any], Any]
 _MEASURED = 256  # samples whose lengths tell the size of a row
@@ -71,29 +71,19 @@ class ServedTeacher:
         self.dataset, self.answers, self.tokens = dataset, answers, tokens
         self.keys = None if key is None else SampleKeys(key)
         self.batch_size, self.requests = batch_size, requests
-        place = ATTENTION if mask is None else None if callable(mask) else mask
-        described = Storage(dtype, answers.top_k).describe("output", (answers.vocabulary,), channels_first=True)
-        self.manifest = Manifest(
-            length=len(dataset),
-            views=1,
-            shard_rows=1,
-            arrays={"output": {**described, "ragged": place}},
-            layers={},
+        manifest = manifest_of_outputs(
+            len(dataset),
+            {},
+            kind="torch",
+            data=None if key is not None else data_fingerprint(dataset, None, False),
             teacher={"class": "served model", "fingerprint": fingerprint([name])},
-            data={
-                "fingerprint": BY_KEY if key is not None else data_fingerprint(dataset, None, False),
-                "transform_seed": None,
-                "stale": False,
-                "kind": "torch",
-            },
-            versions={"numpy": importlib.metadata.version("numpy")},
             key=None if self.keys is None else self.keys.described,
         )
+        described = Storage(dtype, answers.top_k).describe("output", (answers.vocabulary,), channels_first=True)
+        manifest = replace(manifest, arrays={"output": {**described, "ragged": noted_place(mask)}})
         lengths = [len(self.tokens_of(dataset[index])) for index in range(min(len(dataset), _MEASURED))]
-        row_bytes = self.manifest.codecs["output"].bytes_per_item * float(np.mean(lengths))
-        self.manifest = Manifest(
-            **{**vars(self.manifest), "shard_rows": max(batch_size, int(shard_bytes / max(row_bytes, 1)))}
-        )
+        row_bytes = manifest.codecs["output"].bytes_per_item * float(np.mean(lengths))
+        self.manifest = replace(manifest, shard_rows=max(batch_size, int(shard_bytes / max(row_bytes, 1))))
 
     def tokens_of(self, sample: Any) -> list[int]:
         """The tokens of a sample, without padding.
@@ -115,15 +105,15 @@ class ServedTeacher:
                     f"Expected every sample to have its tokens at tokens={self.tokens!r}, but got a sample of {names}."
                     " Pass tokens=<a column, an index, or a function of the sample>."
                 ) from None
-        numbers = torch.as_tensor(np.asarray(tokens)) if not isinstance(tokens, (str, bytes)) else torch.zeros(0)
-        if numbers.ndim != 1 or numbers.is_floating_point() or not numbers.numel():
+        numbers = np.asarray(tokens)
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not numbers.size:
             raise CacheError(
                 f"Expected the tokens of a sample to be one or more whole numbers, but got {short(tokens)}. Tokenize"
                 " the text first."
             )
         present = sample.get("attention_mask") if isinstance(sample, Mapping) and not callable(self.tokens) else None
         if present is not None:
-            numbers = numbers[torch.as_tensor(present).bool()]
+            numbers = numbers[np.asarray(present).astype(bool)]
         counted: list[int] = numbers.tolist()
         return counted
 
@@ -190,5 +180,5 @@ class ServedTeacher:
 
     def _digests(self, questions: Sequence[Question], keys: Sequence[Any]) -> Array:
         """The digests of the keys and of the tokens of some samples."""
-        seen = [max(digest(np.array(question.tokens, "int64").tobytes()), 1) for question in questions]
+        seen = [input_digest(torch.tensor(question.tokens)) for question in questions]
         return np.stack([cast("SampleKeys", self.keys).digests(keys), np.array(seen, "uint64")], -1)

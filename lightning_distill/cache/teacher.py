@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_core.store import CacheError
 from lightning_distill.cache.data import IndexedBatch
@@ -14,6 +13,7 @@ from lightning_distill.cache.loaders import OpenCache, read_answers
 from lightning_distill.cache.positions import padded
 from lightning_distill.functional.top_k import Sampled, TopK
 from lightning_distill.recording import Call, Tap, first_tensor
+from lightning_distill.teachers.without_network import WithoutNetwork
 
 
 class Stored(NamedTuple):
@@ -28,7 +28,7 @@ class Stored(NamedTuple):
     check: Callable[[Call], None] | None = None
 
 
-class CachedTeacher:
+class CachedTeacher(WithoutNetwork):
     """A source of teacher outputs from disk. They come with the batch; no state of a step is kept.
 
     Args:
@@ -61,23 +61,6 @@ class CachedTeacher:
                 )
         if output_reader is not None and "output" not in self.cache.manifest.arrays:
             raise CacheError("Expected the cache to hold the teacher's outputs, but it was built with outputs=False.")
-
-    def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """No-op: the cache has no network."""
-
-    def release(self) -> None:
-        """No-op: the cache has no network."""
-
-    def cast(self, value: Any) -> Any:
-        """The unchanged value: the stored outputs have their own precision."""
-        return value
-
-    def clear(self) -> None:
-        """No-op: no state of a step is kept."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """An empty iterator: the cache has no network."""
-        return iter(())
 
     def unpack(self, batch: Any) -> tuple[Any, Stored]:
         """Split a batch of ``cache.attach(dataset)`` into the user's batch and the teacher's outputs for it."""

@@ -44,8 +44,8 @@ class OnPolicyDistillation:
         fraction: Share of the batches that the student continues, from 0 to 1; a number or a schedule.
         max_new_tokens: Number of tokens of a continuation, at most.
         temperature: Softening of the probabilities that tokens are drawn from; 0 takes the likeliest token.
-        prompt: Where the prompt is: the key or index of a mask in the batch, or a function of the batch that returns
-            one, shape ``(B, T)`` or ``(T,)``, that marks the first tokens of each sequence. ``None`` reads the labels.
+        prompt: The mask of the prompts, shape ``(B, T)`` or ``(T,)``: True at the first tokens of each sequence. Pass
+            its key or index in the batch, or a function of the batch that returns it. ``None`` reads the labels.
         generate: Continues the prompts in place of the student's own method ``generate``. It is called as
             ``generate(student, input_ids=..., attention_mask=..., max_new_tokens=..., temperature=...)`` with prompts
             ``(B, P)`` that are padded on the left, and returns them followed by the new tokens, ``(B, P + N)``.

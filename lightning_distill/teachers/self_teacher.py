@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_distill.recording import Call, Tap, first_tensor
 from lightning_distill.teachers.inputs import TeacherInputs
+from lightning_distill.teachers.without_network import WithoutNetwork
 
 
 @contextmanager
@@ -85,16 +86,14 @@ class SelfTeacher:
         return SelfSource(self, forward, inputs)
 
 
-class SelfSource:
-    """The source of a student that teaches itself: nothing is held, moved or frozen.
+class SelfSource(WithoutNetwork):
+    """The source of a student that teaches itself. The network belongs to the training.
 
     Args:
         teacher: The teacher.
         forward: Its output for a call of the student.
         inputs: Makes its inputs from the student's call.
     """
-
-    live, stored = True, False
 
     def __init__(self, teacher: SelfTeacher, forward: Callable[[Call], Any], inputs: TeacherInputs) -> None:
         self._teacher, self._forward, self._inputs = teacher, forward, inputs
@@ -128,12 +127,6 @@ class SelfSource:
                 " or SequenceDistillation."
             )
 
-    def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """No-op: the student belongs to the training."""
-
-    def release(self) -> None:
-        """No-op: the student belongs to the training."""
-
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """The student's output for the teacher's input."""
         shown = self._inputs.of(call)
@@ -144,21 +137,6 @@ class SelfSource:
             self._compared = True
             _check_differs(call, answer)
         return [answer]
-
-    def cast(self, value: Any) -> Any:
-        """The unchanged value."""
-        return value
-
-    def unpack(self, batch: Any) -> tuple[Any, Any]:
-        """The batch; no answers come with it."""
-        return batch, None
-
-    def clear(self) -> None:
-        """No-op: nothing is recorded."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """No network beside the student."""
-        return iter(())
 
 
 def _check_differs(call: Call, answer: Call) -> None:

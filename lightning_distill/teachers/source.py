@@ -17,6 +17,7 @@ from lightning_distill.recording.calls import changed
 from lightning_distill.teachers.hold import Hold
 from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.self_teacher import SelfTeacher
+from lightning_distill.teachers.without_network import WithoutNetwork
 
 
 class TeacherSource(Protocol):
@@ -212,10 +213,8 @@ class LiveTeachers:
             ) from error
 
 
-class NoTeacher:
+class NoTeacher(WithoutNetwork):
     """The source of terms that read the student alone."""
-
-    live, stored = True, False
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a term reads the teacher.
@@ -229,30 +228,9 @@ class NoTeacher:
                 " teacher, or only terms of SelfDistillation."
             )
 
-    def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        """No-op: no network."""
-
-    def release(self) -> None:
-        """No-op: no network."""
-
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """An empty answer."""
         return [Call((), {}, who="teacher", read_logits=call.read_logits)]
-
-    def cast(self, value: Any) -> Any:
-        """The unchanged value."""
-        return value
-
-    def unpack(self, batch: Any) -> tuple[Any, Any]:
-        """The batch; no answers come with it."""
-        return batch, None
-
-    def clear(self) -> None:
-        """No-op: no network."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """No network."""
-        return iter(())
 
 
 def as_teacher(teacher: Any) -> Any:

@@ -6,24 +6,21 @@ cache, each time with the shuffled sampler that Lightning puts into the data loa
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
-import sys
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from cache_nets import Augmented, Module, Views, network, table, trained
 from lightning.pytorch.strategies import DDPStrategy
+from processes import SECONDS, run_as_process
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_distill import LogitsDistillation, TeacherCache
 
-SECONDS, EPOCHS = 100, 3
+EPOCHS = 3
 
 
 class Numbered(Dataset[Any]):
@@ -79,7 +76,4 @@ def cached(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    {"cached": cached}[sys.argv[1]](Path(sys.argv[2]))
+    run_as_process({"cached": cached})

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
-import sys
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,12 @@ from language_models import language_model
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from on_policy_by_hand import Answers, Module
+from processes import SECONDS, run_as_process
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_distill import DistillCallback, OnPolicyDistillation
 
-SECONDS = 100
 ENDS = list(range(2, 60))  # so many that texts end early, in other steps on each process
 
 
@@ -102,7 +99,4 @@ def pair(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    pair(Path(sys.argv[2]))
+    run_as_process({"pair": pair})

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import faulthandler
 import json
 import os
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from cross_tokenizer_models import Module, rows, term
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from processes import SECONDS, run_as_process
 from token_nets import LENGTHS, QUIET, CausalModel, LanguageModule, Sequences
 from torch.utils.data import DataLoader, Subset
 
@@ -26,8 +25,6 @@ from lightning_distill import (
     SequenceDistillation,
     SoftTargetLoss,
 )
-
-SECONDS = 100
 
 
 class Sharded(LanguageModule):
@@ -218,7 +215,4 @@ def pair(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    pair(Path(sys.argv[2]))
+    run_as_process({"pair": pair})

@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -20,13 +18,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from processes import SECONDS, run_as_process
 from tiny import Classifier, Mlp, ValidatedClassifier, dataset
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation
 
-SECONDS = 100
 ROWS, GLOBAL_BATCH, SHARES = 48, 8, (range(7), range(7, 13))  # SHARES: which validation rows each process sees
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -214,7 +212,4 @@ def spawn(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    {"pair": pair, "spawn": spawn}[sys.argv[1]](Path(sys.argv[2]))
+    run_as_process({"pair": pair, "spawn": spawn})
