@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from cache_nets import network, table
 
 from distill_core.locks import LOCK, locked
-from distill_core.store import CacheError
+from distill_core.store import CacheError, begin
 from lightning_distill import TeacherCache
+from lightning_distill.cache import builder
 
 
 def build_lightning(folder: Path) -> None:
@@ -136,3 +138,26 @@ def test_an_error_in_one_rank_ends_the_build_in_every_rank(tmp_path: Path) -> No
     for number, (name, (_, *expected)) in enumerate(TOGETHER.items()):
         for rank, words in enumerate(expected):
             assert words in (tmp_path / f"{number}-{rank}.txt").read_text(), (name, rank)
+
+
+def test_a_process_builds_its_shards_though_another_one_has_begun_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"batch_size": 4, "shard_bytes": 200, "progress": False}
+    TeacherCache.build(network(8), table(), tmp_path / "whole", **settings)
+    words = builder.Builder.words
+
+    def late(self: Any, writer: Any) -> str:
+        """Called once the shards are divided: the process of rank 0 is faster and has written its first."""
+        for file in (tmp_path / "whole").glob("shard-00000*"):
+            shutil.copy(file, writer.folder)
+        return words(self, writer)
+
+    begin(tmp_path / "cache", TeacherCache.open(tmp_path / "whole").manifest, resume=False)
+    monkeypatch.setattr(builder, "process_rank", lambda: (1, 2))
+    monkeypatch.setattr(builder.Builder, "words", late)
+    with pytest.raises(CacheError, match="it is not complete"):
+        TeacherCache.build(network(8), table(), tmp_path / "cache", **settings)
+
+    lists = sorted(int(file.stem[6:]) for file in (tmp_path / "cache").glob("shard-*.json"))
+    assert lists == [0, 1, 3]
