@@ -103,7 +103,7 @@ class TeacherCache:
         Args:
             teacher: The teacher, which must have one output; it runs in inference mode.
             inputs: The teacher's inputs: an array of all items, or several arrays in a list or dict.
-            path: The folder.
+            path: The folder, or a URL of fsspec: the cache is then built in a local folder and copied there.
             layers: Layers whose features are kept.
             outputs: Whether the outputs are kept.
             top_k: How many of the likeliest classes are kept of each output; None keeps all numbers.
