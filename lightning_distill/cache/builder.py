@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from distill_core.arrays import mean_bytes
 from distill_core.columns import Ragged
-from distill_core.locks import locked
 from distill_core.manifest import BY_KEY
-from distill_core.parts import WHOLE, Part
 from distill_core.storage import Storage
-from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
+from distill_core.store import CacheError, Manifest, Writer, fingerprint
 from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint, tensor_bits
 from lightning_distill.cache.keyed import Key, SampleKeys, content_key, input_digests
 from lightning_distill.cache.positions import Mask, needed_mask, place_of, tokens_in
@@ -304,54 +300,6 @@ class Builder:
                 " batch, or pass mask=<key, index, or a function of the batch that returns the mask of the tokens>."
             )
         return tensor.float().cpu().numpy()
-
-
-def build(builder: Builder, folder: Path, *, resume: bool, progress: bool, part: Part = WHOLE) -> None:
-    """Write the cache, or a part of it.
-
-    Args:
-        builder: The build.
-        folder: The folder of the cache.
-        resume: Whether to complete a build that was begun.
-        progress: Whether to print the size and show a progress bar.
-        part: The part to write; the cache is complete once the folder holds all parts.
-
-    Raises:
-        CacheError: If another process builds there, the data of a part are a stream, or the folder holds something
-            else.
-        OSError: If the disk is full; complete shards stay, and resuming completes the cache.
-    """
-    # imported late: the import takes as long as that of this package
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if builder.is_stream and part != WHOLE:
-        raise CacheError(
-            f"Expected a data set with a length to build part {part.number} of {part.count}, but got a stream. Build it"
-            " in one process."
-        )
-    rank, world = process_rank()
-    with contextlib.ExitStack() as stack:
-        with together():
-            if rank == 0:
-                check_folder(folder)
-                stack.enter_context(locked(folder))
-                begin(folder, builder.manifest, resume)
-        with together():
-            writer = Writer(folder, builder.manifest)
-            if builder.first_keys is not None and not builder.manifest.data["stale"]:
-                writer.check_inputs(builder.first_keys)
-            # before any process writes: all must see the same shards missing
-            numbers = part.chosen(writer.missing)[rank::world]
-        console = Console(quiet=not (progress and rank == 0))
-        console.print(builder.words(writer))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with together(), Progress(*columns, console=console, disable=console.quiet) as bar:
-            for shard, batches in builder.shards(writer, numbers, bar):
-                writer.write(shard, batches)
-        with together():
-            if rank == 0 and (part == WHOLE or not writer.missing):
-                writer.finish(builder.streamed)
 
 
 def call_teacher(teacher: nn.Module, batch: Any) -> Any:

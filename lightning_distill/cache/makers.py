@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 from distill_core.clients import JsonLines
@@ -15,12 +16,12 @@ from distill_core.remote import building, local_folder
 from distill_core.served import Answers, Ask, TokenIds
 from distill_core.storage import Storage
 from distill_core.store import CacheError
-from lightning_distill.cache.builder import Builder, Forward, build
+from lightning_distill.cache.builder import Forward
+from lightning_distill.cache.building import build
 from lightning_distill.cache.imported import Imported
 from lightning_distill.cache.keyed import Key
 from lightning_distill.cache.positions import Mask
 from lightning_distill.cache.predictions import Predictor
-from lightning_distill.cache.ranks import process_rank, together
 from lightning_distill.cache.served import ServedTeacher, Tokens
 from lightning_distill.recording import Tap
 
@@ -61,6 +62,7 @@ class Makers:
         device: torch.device | str | None = None,
         allow_stale_augmentation: bool = False,
         shard_bytes: int = 64 * 2**20,
+        trainer: Trainer | None = None,
     ) -> Cache:
         """Run the teacher over the data once and keep its outputs.
 
@@ -101,6 +103,8 @@ class Makers:
             allow_stale_augmentation: Accept items that change between reads: the student then gets other views than
                 the teacher did.
             shard_bytes: Approximate size of a shard; one is held in memory while it is built.
+            trainer: Runs the build inside its ``predict``: in its processes, on its device and in its precision, with
+                one device or DDP. None runs it here.
 
         Returns:
             The cache, opened.
@@ -110,9 +114,12 @@ class Makers:
                 process builds there.
             OSError: If the disk is full; resuming completes the folder.
         """
-        builder = Builder(
+        build(
             teacher,
             dataset,
+            path,
+            resume=resume,
+            progress=progress,
             layers=layers,
             outputs=outputs,
             storage=Storage(dtype, top_k, sampled, feature_dtype),
@@ -127,12 +134,8 @@ class Makers:
             device=device,
             allow_stale_augmentation=allow_stale_augmentation,
             shard_bytes=shard_bytes,
+            trainer=trainer,
         )
-        try:
-            with together(), building(path, copies=process_rank()[0] == 0) as folder:
-                build(builder, folder, resume=resume, progress=progress)
-        finally:
-            builder.close()
         return cls.open(path, mask=mask, key=key)
 
     @classmethod
@@ -158,12 +161,7 @@ class Makers:
         chosen, folder = Part.of(part), local_folder(path)
         names = ("dtype", "top_k", "sampled", "feature_dtype")
         storage = Storage(**{"dtype": "float16", **{name: settings.pop(name) for name in names if name in settings}})
-        resume, progress = settings.pop("resume", True), settings.pop("progress", True)
-        builder = Builder(teacher, dataset, storage=storage, **settings)
-        try:
-            build(builder, folder, resume=resume, progress=progress, part=chosen)
-        finally:
-            builder.close()
+        build(teacher, dataset, folder, storage=storage, part=chosen, **settings)
 
     @classmethod
     def merge(cls: type[Cache], path: str | PathLike[str], parts: Sequence[str | PathLike[str]]) -> Cache:

@@ -16,7 +16,7 @@ from cache_nets import network, table
 from distill_core.locks import LOCK, locked
 from distill_core.store import CacheError, begin
 from lightning_distill import TeacherCache
-from lightning_distill.cache import builder
+from lightning_distill.cache import building
 
 
 def build_lightning(folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_process_builds_its_shards_though_another_one_has_begun_to_write(
 ) -> None:
     settings: dict[str, Any] = {"batch_size": 4, "shard_bytes": 200, "progress": False}
     TeacherCache.build(network(8), table(), tmp_path / "whole", **settings)
-    words = builder.Builder.words
+    words = building.Builder.words
 
     def late(self: Any, writer: Any) -> str:
         """Called once the shards are divided: the process of rank 0 is faster and has written its first."""
@@ -154,8 +154,8 @@ def test_a_process_builds_its_shards_though_another_one_has_begun_to_write(
         return words(self, writer)
 
     begin(tmp_path / "cache", TeacherCache.open(tmp_path / "whole").manifest, resume=False)
-    monkeypatch.setattr(builder, "process_rank", lambda: (1, 2))
-    monkeypatch.setattr(builder.Builder, "words", late)
+    monkeypatch.setattr(building, "process_rank", lambda: (1, 2))
+    monkeypatch.setattr(building.Builder, "words", late)
     with pytest.raises(CacheError, match="it is not complete"):
         TeacherCache.build(network(8), table(), tmp_path / "cache", **settings)
 
