@@ -5,7 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ["step_overhead", "cache", "codecs", "keras_step", "loss_memory", "loss_time", "fused_linear"]
+BENCHMARKS = [
+    "step_overhead",
+    "cache",
+    "cache_reading",
+    "codecs",
+    "keras_step",
+    "loss_memory",
+    "loss_time",
+    "fused_linear",
+]
 
 if __name__ == "__main__":
     names = (
