@@ -81,6 +81,7 @@ if _problem := unusable("keras_distill", sys.modules["keras"].config.backend()):
 
 from distill_core.store import CacheError
 from keras_distill import functional, losses, metrics, schedules
+from keras_distill.adapters import PCAProjection
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.losses import (
@@ -185,6 +186,7 @@ __all__ = [
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
+    "PCAProjection",
     "PatientLoss",
     "PearsonFeatureLoss",
     "PixelRelationLoss",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import keras
+import numpy as np
 
+from distill_core.principal import PrincipalComponents
 from keras_distill import checks
 
 Shape = Sequence[int | None]
@@ -86,3 +89,55 @@ def _convolution(student: Shape, teacher: Shape, layer: str) -> keras.layers.Lay
         raise ValueError(checks.message(expected, f"{tuple(student)}", "Pass adapter='linear'."))
     kind = _CONVOLUTIONS[len(student)]
     return kind(teacher[-1], 1, name="adapter", dtype="float32", data_format="channels_last")
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class PCAProjection:
+    """An adapter whose output starts as the teacher's mean plus its principal components, weighted by the student.
+
+    The student's numbers are then the coordinates of the teacher's features in their principal components, which is the
+    best start that a student with fewer dimensions has. The adapter is trained like any other.
+
+    Args:
+        features: Features of the teacher for some items, ``(N, D)``, with more rows than the student has dimensions.
+
+    Raises:
+        ValueError: If ``features`` has another shape, or numbers that are not finite. When the adapter is made, if it
+            has too few rows or other dimensions than the teacher's layer.
+
+    Example:
+        >>> embeddings = np.random.default_rng(0).normal(size=(100, 8))  # of the teacher
+        >>> PCAProjection(embeddings)((None, 3), (None, 8)).units
+        8
+
+    References:
+        Kim et al. 2023, arXiv:2301.12005 (projection of the student's embeddings); deviation: the start.
+    """
+
+    def __init__(self, features: Any) -> None:
+        self._principal = PrincipalComponents(keras.ops.convert_to_numpy(features))
+
+    def __call__(self, student: Shape, teacher: Shape) -> keras.layers.Layer:
+        """The adapter between features ``(N, ..., D)`` of these shapes."""
+        width, teacher_width = student[-1], teacher[-1]
+        if width is None or teacher_width is None:
+            expected = "the features of both networks to have a fixed width"
+            raise ValueError(checks.message(expected, f"{tuple(student)} and {tuple(teacher)}"))
+        weights = self._principal.weights(width, teacher_width)
+        adapter = _linear(teacher)
+        adapter.build(tuple(student))
+        adapter.set_weights([weights, self._principal.mean])
+        return adapter
+
+    def get_config(self) -> dict[str, Any]:
+        """The components, so that a copy starts from them too."""
+        return {name: base64.b64encode(values.tobytes()).decode() for name, values in vars(self._principal).items()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, str]) -> PCAProjection:
+        """The projection that :meth:`get_config` describes."""
+        projection, principal = cls.__new__(cls), PrincipalComponents.__new__(PrincipalComponents)
+        mean, components = (np.frombuffer(base64.b64decode(config[name]), "float32") for name in ("mean", "components"))
+        principal.mean, principal.components = mean, components.reshape(-1, len(mean))
+        projection._principal = principal
+        return projection

@@ -74,6 +74,7 @@ if _problem := unusable("lightning_distill", "torch", "lightning", "torchmetrics
     raise _problem
 
 from lightning_distill import functional, losses, metrics, schedules
+from lightning_distill.adapters import PCAProjection
 from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Distiller
@@ -136,6 +137,7 @@ __all__ = [
     "KnowledgeDistillationLossConfig",
     "LogitsDistillation",
     "OnPolicyDistillation",
+    "PCAProjection",
     "SelfDistillation",
     "SelfKnowledgeDistillationLoss",
     "SelfKnowledgeDistillationLossConfig",

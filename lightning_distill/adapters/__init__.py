@@ -2,5 +2,6 @@
 
 from lightning_distill.adapters.follower import OptimizerCallable
 from lightning_distill.adapters.make import AdapterFactory, make_adapter
+from lightning_distill.adapters.principal import PCAProjection
 
-__all__ = ["AdapterFactory", "OptimizerCallable", "make_adapter"]
+__all__ = ["AdapterFactory", "OptimizerCallable", "PCAProjection", "make_adapter"]

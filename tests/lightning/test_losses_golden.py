@@ -22,6 +22,7 @@ LEARNED = ("vid", "mgd", "srd")  # with parameters: test_losses_learned.py has t
 # From hidden states or over tokens: tests/language/test_fused_linear_golden.py has them.
 OF_TOKENS = ("alpha_beta", "alpha_beta_paper", "fused_linear_jsd", "fused_linear_kl")
 OF_TOKENS += ("gkd_jsd", "symmetric_kl", "token_ce", "token_kl")
+PROJECTED = ("embed_distill",)  # in test_pca_projection.py
 OF_TWO_TOKENIZERS = ("uld", "uld_trl", "gold_hybrid")  # in tests/language/test_universal_logit.py
 # From several inputs of the student: test_losses_combined.py and test_losses_dense.py have them.
 COMBINED = ("deit_hard", "deit_soft", "deit_soft_paper", "distill_kl", "fsp", "margin_mse", "mft", "taid", "taid_paper")
@@ -201,6 +202,7 @@ def test_every_golden_case_kept_here_is_used() -> None:
         *LEARNED,
         *OF_TOKENS,
         *OF_TWO_TOKENIZERS,
+        *PROJECTED,
     }
     entries = json.loads((GOLDEN_FOLDER / "index.json").read_text(encoding="utf-8"))
 
