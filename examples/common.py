@@ -19,6 +19,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 MODULES = ("argparse", "fractions", "ipaddress", "calendar")
 WORDS, LENGTH = 400, 16
+DOCUMENTED = (
+    "argparse", "ast", "asyncio.events", "bdb", "calendar", "cmd", "codecs", "configparser", "datetime", "decimal",
+    "difflib", "doctest", "email.message", "filecmp", "fractions", "ftplib", "gzip", "http.client", "http.cookiejar",
+    "imaplib", "inspect", "ipaddress", "logging", "mailbox", "optparse", "pathlib", "pdb", "pickletools", "plistlib",
+    "pydoc", "random", "sched", "shlex", "shutil", "smtplib", "socket", "socketserver", "ssl", "statistics", "tarfile",
+    "tempfile", "threading", "trace", "traceback", "typing", "unittest.case", "urllib.request", "uuid", "zipfile",
+)  # fmt: skip
+PAIR_WORDS = 1500
 
 
 def digits(batch_size: int = 32) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -62,6 +70,24 @@ def sources(length: int = 64, batch_size: int = 16) -> tuple[TensorDataset, Data
         rows.append(TensorDataset(*(numbers[start:][: count * length].view(count, length) for start in (0, 1))))
     generator = torch.Generator().manual_seed(0)
     return rows[0], DataLoader(rows[0], batch_size, shuffle=True, generator=generator), DataLoader(rows[1], 64)
+
+
+def docstrings(batch_size: int = 50) -> tuple[DataLoader[Any], Tensor]:
+    """Pairs (N, 2, 16) of the words of a function's docstring and of its code: a loader, and those to test."""
+    pairs = []
+    for name in DOCUMENTED:
+        for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(name)))):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)) and len(node.body) > 1:
+                code = " ".join(ast.unparse(part) for part in node.body[1:])
+                pairs.append([re.findall("[a-z]+", text.split("\n\n")[0].lower()), re.findall("[a-z]+", code.lower())])
+    pairs = [pair for pair in pairs if min(map(len, pair)) >= 4]
+    common = Counter(word for pair in pairs for words in pair for word in words).most_common(PAIR_WORDS - 2)
+    numbers = {word: index + 2 for index, (word, _) in enumerate(common)}
+    rows = [[numbers.get(word, 1) for word in words[:16]] for pair in pairs for words in pair]
+    data = torch.tensor([row + [0] * (16 - len(row)) for row in rows]).unflatten(0, (-1, 2))
+    data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(data[300:], batch_size, shuffle=True, drop_last=True, generator=generator), data[:300]
 
 
 def train(
