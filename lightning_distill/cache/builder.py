@@ -105,7 +105,8 @@ class Builder:
             )
         self.teacher, self.dataset = teacher, dataset
         self.forward = forward
-        self.taps = [Tap.of(layer) for layer in layers]
+        # features are kept as the layers return them: the terms' own taps arrange them when they are read
+        self.taps = [replace(Tap.of(layer), layout=None, prefix_tokens=None) for layer in layers]
         self.outputs, self.batch_size = outputs, batch_size
         self._num_workers, self._mask = num_workers, mask
         self.streamed = 0  # number of samples of a stream, once it has been read
