@@ -28,9 +28,8 @@ from lightning_distill.recording.batches import kept
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress
 from lightning_distill.step import DistillStep, StepCalls
-from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import arguments_of, makers_of
+from lightning_distill.terms import teacher_inputs_of
 from lightning_distill.terms.counting import token_sizes
 from lightning_distill.texts import TrainerTexts
 from lightning_distill.windows import TokenWindow
@@ -78,7 +77,7 @@ class Run:
                 taps,
                 callback.teacher_forward,
                 callback.teacher_dtype,
-                TeacherInputs(callback.teacher_inputs, arguments_of(terms), makers_of(terms)),
+                teacher_inputs_of(terms, callback.teacher_inputs, compat.redefined(callback, "teacher_forward")),
             ),
             self.learned,
             labels=callback.labels,
