@@ -148,7 +148,7 @@ def test_networks_that_expect_other_images_are_a_warning(config: Any) -> None:
         Distiller(nn.Sequential(Timm()), nn.Sequential(Timm(**config)))
 
 
-def test_networks_of_equal_images_and_own_inputs_of_the_teacher_are_no_warning() -> None:
+def test_networks_of_equal_images_and_own_inputs_of_the_teacher_pass_without_a_warning() -> None:
     class Object:
         mean, std = (0.5,) * 3, (0.5,) * 3
 
