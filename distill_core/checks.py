@@ -36,7 +36,7 @@ class Checks:
     """
 
     def __init__(self, message: Callable[..., str] = message, *, shown: int = 5) -> None:
-        self._message, self._shown = message, shown
+        self.message, self._shown = message, shown
 
     def number(self, name: str, value: Any) -> None:
         """Check that a setting is a finite int or float, NumPy's among them; a bool is neither.
@@ -55,10 +55,10 @@ class Checks:
             TypeError: Expected `weight` to be an int or a float, but got weight=True.
         """
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(self._message(f"`{name}` to be an int or a float", f"{name}={value!r}"))
+            raise TypeError(self.message(f"`{name}` to be an int or a float", f"{name}={value!r}"))
         # Not math.isfinite: torch.compile turns a temperature that changes into a symbol, which it can only compare.
         if not -math.inf < value < math.inf:  # type: ignore[operator]
-            raise ValueError(self._message(f"`{name}` to be finite", f"{name}={value!r}"))
+            raise ValueError(self.message(f"`{name}` to be finite", f"{name}={value!r}"))
 
     def integer(self, name: str, value: Any) -> None:
         """Check that a setting is an int, NumPy's among them; a bool is not.
@@ -76,7 +76,7 @@ class Checks:
             TypeError: Expected `ignore_index` to be an int, but got ignore_index=2.0.
         """
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(self._message(f"`{name}` to be an int", f"{name}={value!r}"))
+            raise TypeError(self.message(f"`{name}` to be an int", f"{name}={value!r}"))
 
     def positive(self, name: str, value: Any) -> None:
         """Check that a setting is a finite number greater than 0.
@@ -96,7 +96,7 @@ class Checks:
         """
         self.number(name, value)
         if value <= 0:
-            raise ValueError(self._message(f"`{name}` to be greater than 0", f"{name}={value!r}"))
+            raise ValueError(self.message(f"`{name}` to be greater than 0", f"{name}={value!r}"))
 
     def positives(self, name: str, value: Any) -> None:
         """Check that a setting is a list or tuple of finite numbers greater than 0, and not empty.
@@ -115,9 +115,9 @@ class Checks:
             ValueError: Expected `temperatures[1]` to be greater than 0, but got temperatures[1]=0.0.
         """
         if not isinstance(value, (list, tuple)):
-            raise TypeError(self._message(f"`{name}` to be a list or tuple of numbers", f"{name}={value!r}"))
+            raise TypeError(self.message(f"`{name}` to be a list or tuple of numbers", f"{name}={value!r}"))
         if not value:
-            raise ValueError(self._message(f"`{name}` to hold at least one number", f"{name}={value!r}"))
+            raise ValueError(self.message(f"`{name}` to hold at least one number", f"{name}={value!r}"))
         for index, entry in enumerate(value):
             self.positive(f"{name}[{index}]", entry)
 
@@ -158,7 +158,7 @@ class Checks:
         """
         self.number(name, value)
         if value < minimum:
-            raise ValueError(self._message(f"`{name}` to be at least {minimum}", f"{name}={value!r}"))
+            raise ValueError(self.message(f"`{name}` to be at least {minimum}", f"{name}={value!r}"))
 
     def between(self, name: str, value: Any, minimum: float, maximum: float) -> None:
         """Check that a setting is a number from a minimum to a maximum, both included.
@@ -180,7 +180,7 @@ class Checks:
         """
         self.number(name, value)
         if not minimum <= value <= maximum:
-            raise ValueError(self._message(f"`{name}` to be from {minimum} to {maximum}", f"{name}={value!r}"))
+            raise ValueError(self.message(f"`{name}` to be from {minimum} to {maximum}", f"{name}={value!r}"))
 
     def fraction(self, name: str, value: Any) -> None:
         """Check that a setting is at least 0 and less than 1.
@@ -200,7 +200,7 @@ class Checks:
         """
         self.number(name, value)
         if not 0 <= value < 1:
-            raise ValueError(self._message(f"`{name}` to be at least 0 and less than 1", f"{name}={value!r}"))
+            raise ValueError(self.message(f"`{name}` to be at least 0 and less than 1", f"{name}={value!r}"))
 
     def boolean(self, name: str, value: Any) -> None:
         """Check that a switch is True or False.
@@ -218,7 +218,7 @@ class Checks:
             TypeError: Expected `standardize` to be True or False, but got standardize=1.
         """
         if not isinstance(value, bool):
-            raise TypeError(self._message(f"`{name}` to be True or False", f"{name}={value!r}"))
+            raise TypeError(self.message(f"`{name}` to be True or False", f"{name}={value!r}"))
 
     def one_of(self, name: str, value: Any, choices: Iterable[str]) -> None:
         """Check that a setting is one of a few words.
@@ -242,9 +242,9 @@ class Checks:
             return
         expected = f"`{name}` to be one of {', '.join(map(repr, allowed))}"
         if not isinstance(value, str):
-            raise TypeError(self._message(expected, f"{name}={value!r}"))
+            raise TypeError(self.message(expected, f"{name}={value!r}"))
         near = difflib.get_close_matches(value, allowed, n=3)
-        raise ValueError(self._message(expected, f"{name}={value!r}", self.closest(value, allowed) if near else ""))
+        raise ValueError(self.message(expected, f"{name}={value!r}", self.closest(value, allowed) if near else ""))
 
     def closest(self, name: str, candidates: Iterable[str]) -> str:
         """Sentence that lists the candidates closest to an unknown name.

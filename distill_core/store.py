@@ -43,6 +43,7 @@ __all__ = [
     "Writer",
     "begin",
     "check_folder",
+    "check_teacher",
     "fingerprint",
 ]
 
@@ -65,6 +66,28 @@ def check_folder(folder: Path) -> None:
     if others:
         raise CacheError(
             f"Expected {folder} to be empty or to hold a cache, but it holds {others[0]!r}. Choose a new folder."
+        )
+
+
+def check_teacher(built: Mapping[str, Any], expected: Mapping[str, Any], path: Any) -> None:
+    """Raise an error if a cache is of another teacher, or of other inputs of the same teacher.
+
+    Args:
+        built: The manifest's entry of the teacher.
+        expected: The entry that it must have.
+        path: The cache, for the message.
+
+    Raises:
+        CacheError: If so.
+    """
+    if built["fingerprint"] != expected["fingerprint"]:
+        raise CacheError(
+            f"Expected {path} to be of this teacher, but it was built with another {built['class']}. Build it again."
+        )
+    if built.get("inputs") != expected.get("inputs"):
+        raise CacheError(
+            f"Expected {path} to be of teacher_inputs={expected.get('inputs')}, but it was built with"
+            f" {built.get('inputs')}. Pass the same teacher_inputs, or build it again."
         )
 
 

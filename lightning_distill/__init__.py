@@ -84,7 +84,7 @@ from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call, Tap
-from lightning_distill.teachers import SelfTeacher, load_teacher
+from lightning_distill.teachers import Normalize, SelfTeacher, load_teacher
 from lightning_distill.terms import (
     AttentionDistillation,
     AttentionRelationDistillation,
@@ -136,6 +136,7 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
     "LogitsDistillation",
+    "Normalize",
     "OnPolicyDistillation",
     "PCAProjection",
     "SelfDistillation",

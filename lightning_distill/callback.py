@@ -56,8 +56,9 @@ class DistillCallback(Callback):
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
             else the one child that the step calls and that has the tapped layers. A list of paths names networks that
             are called one after the other, as in ``self.head(self.backbone(x))``, and together are the student.
-        task_weight: Factor of the module's own loss, 0 or greater, or a schedule. At 0 the loss is left out: under
-            DDP, parameters that only this loss uses then need ``find_unused_parameters``.
+        task_weight: Factor of the module's own loss, 0 or greater, or a schedule. At 0 the loss is left out, and
+            ``training_step`` may return ``None`` after it has called the student, as without labels. Under DDP,
+            parameters that only this loss uses then need ``find_unused_parameters``.
         labels: The place of the labels in a batch: a key, an index, or a function of the batch. ``None`` is the second
             entry of a pair, or the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Read only for losses that
             need labels.
@@ -186,6 +187,11 @@ class DistillCallback(Callback):
         return self._run.loss(calls)
 
     @property
+    def distils_alone(self) -> bool:
+        """Whether no task loss counts: the task weight is 0, without a schedule."""
+        return self.task_weight == 0 and "task_weight" not in self.schedules
+
+    @property
     def own_text(self) -> bool:
         """Whether the batch of this training step is text of the student; for manual optimization.
 
@@ -255,7 +261,7 @@ class DistillCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the end of an epoch: log the means over it."""
         if self._run is not None:
-            self._run.check_explicit()
+            self._run.check_distilled()
             self._log(pl_module, self._run.train_means())
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

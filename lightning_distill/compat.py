@@ -229,6 +229,11 @@ def overrides(module: Any, name: str) -> bool:
     return own or kind.__name__ not in _BASES
 
 
+def redefined(instance: Any, name: str) -> bool:
+    """Whether a subclass, or the object itself, defines a method of the class that introduced it again."""
+    return name in vars(instance) or sum(name in vars(kind) for kind in type(instance).__mro__) > 1
+
+
 def has_strategy(trainer: Trainer, name: str) -> bool:
     """Whether the strategy is of a class of this name, in ``lightning`` or ``pytorch_lightning``."""
     return name in [kind.__name__ for kind in type(trainer.strategy).__mro__]

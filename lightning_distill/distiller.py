@@ -14,7 +14,7 @@ from lightning_distill import checks
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.data import IndexedBatch
-from lightning_distill.compat import HookGuards, is_compiled
+from lightning_distill.compat import HookGuards, is_compiled, redefined
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.on_policy import LoopTexts, OnPolicyBatches, OnPolicyDistillation, process_number, reverse_term
 from lightning_distill.recording import Call, select
@@ -22,9 +22,9 @@ from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
 from lightning_distill.step import DistillStep, Labels, StepCalls
 from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
-from lightning_distill.teachers.inputs import Place, TeacherInputs
+from lightning_distill.teachers.inputs import Place
 from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import DistillationTerm, LogitsDistillation, arguments_of, as_terms, makers_of
+from lightning_distill.terms import DistillationTerm, LogitsDistillation, as_terms, teacher_inputs_of
 from lightning_distill.terms.counting import TokenShare, count_window
 
 Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
@@ -128,7 +128,7 @@ class Distiller:
                 taps,
                 lambda call: self.teacher_forward(call),
                 self._dtype,
-                TeacherInputs(self._inputs, arguments_of(self.terms), makers_of(self.terms)),
+                teacher_inputs_of(self.terms, self._inputs, redefined(self, "teacher_forward")),
             ),
             self._learned,
             labels=self._labels,

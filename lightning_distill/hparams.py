@@ -39,6 +39,10 @@ class Settings(Protocol):
     schedules: dict[str, Schedule]
     on_policy: OnPolicyDistillation | None
 
+    @property
+    def distils_alone(self) -> bool:
+        """Whether no task loss counts."""
+
     def teacher_forward(self, call: Call) -> Any:
         """The teacher's output for a call of the student."""
 

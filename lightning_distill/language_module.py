@@ -134,7 +134,7 @@ class CausalLMDistillModule(DistillModule):
         self.samples: dict[str, str] = {}
         self._sums: Tensor | None = None  # cross entropy and number of tokens of a validation epoch
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The cross entropy of a batch, or nothing where a term makes it without logits."""
         output = self.student(**self._inputs(batch))
         if any(term.skips_heads and term.active for term in self.distill.terms):

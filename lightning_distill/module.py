@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_distill import checks
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.cache import TeacherCache
 from lightning_distill.callback import DistillCallback
 from lightning_distill.distiller import Terms
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording.arguments import takes
-from lightning_distill.recording.batches import call_with, inputs_in, split_batch
+from lightning_distill.recording.batches import call_with, has_labels, inputs_in, split_batch
 from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
 from lightning_distill.teachers import SelfTeacher
@@ -34,17 +35,18 @@ class DistillModule(LightningModule):
     """A LightningModule for a plain student network: use it directly, or subclass it and override methods.
 
     It distils through its own :class:`DistillCallback`, ``self.distill``. The teacher is not among its parameters: the
-    state_dict has the student alone, under ``"student."``. A batch is ``(inputs, labels)``, where the
-    inputs may be a tensor, a tuple of arguments or a dict of keyword arguments, or one dict with the labels under
-    ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Logs ``train_loss`` (the task loss), ``val_loss`` and
-    ``test_loss``. A subclass may add callbacks in ``configure_callbacks``; the module's own is always among them.
+    state_dict has the student alone, under ``"student."``. A batch is ``(inputs, labels)``, where the inputs may be a
+    tensor, a tuple of arguments or a dict of keyword arguments, or one dict with the labels under ``"labels"``,
+    ``"label"``, ``"target"`` or ``"y"``. With ``task_weight=0`` it may be the inputs alone, without labels: a tensor, a
+    list with one tensor, or a dict. Logs ``train_loss`` (the task loss), ``val_loss`` and ``test_loss``, if the batches
+    have labels. A subclass may add callbacks in ``configure_callbacks``; the module's own is always among them.
 
     Args:
         student: The network to train.
         teacher: The network to match, or several; ``None`` if no term needs one.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``.
         task_loss: The student's own loss, called with the logits in its output and the labels, a scalar.
-        task_weight: Factor of the task loss, 0 or greater, or a schedule.
+        task_weight: Factor of the task loss, 0 or greater, or a schedule; 0 trains on the teacher alone.
         optimizer: Makes the optimizer from the student's parameters; ``None`` is ``torch.optim.AdamW``.
         lr_scheduler: Makes the learning rate scheduler from the optimizer; it steps once an epoch.
         labels: As in :class:`DistillCallback`.
@@ -144,11 +146,11 @@ class DistillModule(LightningModule):
         """The student's output."""
         return self.student(*args, **kwargs)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The task loss of a batch; the callback adds the distillation loss."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The task loss of a batch, ``None`` without labels; the callback adds the distillation loss."""
         return self._task_loss(batch, "train_loss")
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Logs ``val_loss``."""
         return self._task_loss(batch, "val_loss")
 
@@ -177,7 +179,14 @@ class DistillModule(LightningModule):
             return {name: value for name, value in inputs.items() if name != place}
         return inputs
 
-    def _task_loss(self, batch: Any, name: str) -> Tensor:
+    def _task_loss(self, batch: Any, name: str) -> Tensor | None:
+        if not has_labels(batch, self.distill.labels):
+            if not self.distill.distils_alone:
+                got = f"a dict of {list(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+                remedy = "Pass task_weight=0 to train without labels, or labels=<where a batch keeps them>."
+                raise ValueError(checks.message("a batch with inputs and labels for the task loss", got, remedy))
+            call_with(self, self._of_student(inputs_in(batch)))
+            return None
         inputs, labels = split_batch(batch, self.distill.labels)
         output = call_with(self, self._of_student(inputs))
         # your own task loss may need the whole output of a network without obvious logits

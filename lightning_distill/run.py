@@ -28,9 +28,8 @@ from lightning_distill.recording.batches import kept
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress
 from lightning_distill.step import DistillStep, StepCalls
-from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import arguments_of, makers_of
+from lightning_distill.terms import teacher_inputs_of
 from lightning_distill.terms.counting import token_sizes
 from lightning_distill.texts import TrainerTexts
 from lightning_distill.windows import TokenWindow
@@ -78,7 +77,7 @@ class Run:
                 taps,
                 callback.teacher_forward,
                 callback.teacher_dtype,
-                TeacherInputs(callback.teacher_inputs, arguments_of(terms), makers_of(terms)),
+                teacher_inputs_of(terms, callback.teacher_inputs, compat.redefined(callback, "teacher_forward")),
             ),
             self.learned,
             labels=callback.labels,
@@ -94,7 +93,7 @@ class Run:
         self._position: float | None = 0.0
         self._batch: Any = None
         self._takes_iterator = "dataloader_iter" in inspect.signature(module.training_step).parameters
-        self._in_step = self._explicit = self._ever_explicit = self._distilled = False
+        self._in_step = self._explicit = self._ever_explicit = self._distilled = self._skipped = False
         self._texts: TrainerTexts | None = None
         if stage == "fit" and callback.on_policy is not None:
             self._texts = TrainerTexts(callback.on_policy, trainer, student, terms, callback.labels)
@@ -229,8 +228,12 @@ class Run:
             if output is None and self._distilled and not self.step.student.find():
                 return output  # Lightning skips such a batch
             return self.step.loss(self._batch, self._step_calls())  # the step has no logits to make a loss of its own
+        if output is None and self.step.student.find():
+            if self.callback.distils_alone and not self.step.idle:
+                return self.step.loss(self._batch, self._step_calls())  # a batch without labels
+            self._skipped = True
         if output is None:
-            return output  # Lightning skips such a batch; in manual optimization the step adds `callback.loss()`
+            return output  # Lightning skips such a batch
         if isinstance(output, Mapping):
             if not isinstance(output.get("loss"), Tensor):
                 return output  # Lightning says what is missing
@@ -300,8 +303,8 @@ class Run:
                 trainer.precision_plugin.clip_gradients(follower.optimizer, trainer.gradient_clip_val, algorithm)
         return original(*args, **kwargs)
 
-    def check_explicit(self) -> None:
-        """Raise if no step of an epoch of manual optimization has added the distillation loss.
+    def check_distilled(self) -> None:
+        """Raise if no step of an epoch has distilled: in manual optimization none has added the distillation loss.
 
         Raises:
             MisconfigurationException: If so.
@@ -310,6 +313,11 @@ class Run:
             raise MisconfigurationException(
                 "Expected `callback.loss()` to be added to the loss inside `training_step`, since optimization is"
                 " manual, but it was not called in any step. Call it after the student."
+            )
+        if self._skipped and not self._distilled:
+            raise MisconfigurationException(
+                "Expected `training_step` to return a loss, but it called the student and returned None in every step,"
+                " which Lightning skips. Return the loss, or pass task_weight=0 to train without one."
             )
 
     # Validation ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
-from lightning_distill.teachers.self_teacher import SelfSource
 from lightning_distill.teachers.source import LiveTeachers, TeacherSource
 from lightning_distill.terms import DistillationTerm, LogitsDistillation
 from lightning_distill.terms.counting import TokenShare, over_calls
@@ -148,8 +147,7 @@ class DistillStep:
                 " got a cache. Pass the network. For layers build the cache with layers=[...], for FeatureDistillation."
             )
         self.source.check(taps["teacher"], reader, output_reader)
-        if isinstance(self.source, SelfSource):
-            self.source.check_student(self.student.root)
+        self.source.check_student(self.student.root)
         self.student.check(taps["student"])
 
     def record(self, needs_grad: bool = True, features: bool = True, batch: Any = None) -> AbstractContextManager[None]:

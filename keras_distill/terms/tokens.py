@@ -18,7 +18,7 @@ from keras_distill.terms.logits import LogitsDistillation, LossLike, Scores, fit
 from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import in_precision, token_mean, zeroed
 
-Normalize = Literal["tokens", "sequences"]
+Normalization = Literal["tokens", "sequences"]
 _MOST_PADDING = 512  # vocabularies are padded to a multiple of at most this number
 _BY_WEIGHT = "mean_with_sample_weight"  # Keras' name of the mean that is divided by the sum of the weights
 _REDUCTIONS = ("sum_over_batch_size", "mean", _BY_WEIGHT)
@@ -92,7 +92,7 @@ class SequenceDistillation(LogitsDistillation):
         weight: float | Schedule = 1.0,
         shift: bool = True,
         ignore_index: int = -100,
-        normalize: Normalize = "tokens",
+        normalize: Normalization = "tokens",
         mask: MaskPlace | None = None,
         output: int | str | None = None,
         vocabulary: int | None = None,

@@ -19,9 +19,9 @@ def make_adapter(
     """The module that maps a student feature to the teacher's shape.
 
     Args:
-        adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
-            vectors and token sequences), ``"linear"`` (over the last dimension), ``"conv1x1"`` (over dimension 1),
-            ``None`` (identity), a module to copy, or a factory called with the two shapes.
+        adapter: ``"auto"`` and ``"pool"`` (identity where the shapes agree, else a 1x1 convolution for maps and a
+            linear map for vectors and token sequences), ``"linear"`` (over the last dimension), ``"conv1x1"`` (over
+            dimension 1), ``None`` (identity), a module to copy, or a factory called with the two shapes.
         student: Shape of the student's feature, ``(N, D)``, ``(N, L, D)`` or ``(N, C, H, W)``.
         teacher: Shape of the teacher's feature.
         layer: The student layer's name, for messages.
@@ -37,13 +37,12 @@ def make_adapter(
         >>> make_adapter("auto", torch.Size((8, 16, 7, 7)), torch.Size((8, 64, 7, 7)), "layer3")
         Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1))
     """
-    if adapter == "auto":
+    if adapter in ("auto", "pool"):
         maps = len(student) > 3
         if len(student) != len(teacher) or len(student) < 2:
             raise ValueError(
                 f"Expected the features of student layer {layer!r} and its teacher layer to have the same number of"
-                f" dimensions, 2 or more, but got {tuple(student)} and {tuple(teacher)}."
-                " Pass adapter=<a module, or a factory of the two shapes>."
+                f" dimensions, 2 or more, but got {tuple(student)} and {tuple(teacher)}. {_remedy(student, teacher)}"
             )
         dim = 1 if maps else -1
         adapter = None if student[dim] == teacher[dim] else "conv1x1" if maps else "linear"
@@ -68,6 +67,15 @@ def make_adapter(
             return made
         raise TypeError(f"Expected `adapter` to make a module, but got {type(made).__name__}. Return an nn.Module.")
     raise TypeError(
-        "Expected `adapter` to be 'auto', 'linear', 'conv1x1', None, a module or a factory, but got"
+        "Expected `adapter` to be 'auto', 'pool', 'linear', 'conv1x1', None, a module or a factory, but got"
         f" adapter={adapter!r}."
     )
+
+
+def _remedy(student: torch.Size, teacher: torch.Size) -> str:
+    if 2 in (len(student), len(teacher)) and max(len(student), len(teacher)) in (3, 4):
+        return (
+            'Pass adapter="pool", which compares the means over the positions, or name the pooling layer that follows,'
+            " or a layer of the other network that returns positions."
+        )
+    return "Pass adapter=<a module, or a factory of the two shapes>."

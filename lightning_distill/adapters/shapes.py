@@ -49,6 +49,12 @@ class _ShapedCall(Call):
     """A call with known shapes only: its features are zeros."""
 
     features: dict[Tap, Tensor]
+    image: tuple[int, int] | None = None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images that the network was called with."""
+        return self.image
 
     def feature(self, tap: Tap) -> Tensor:
         """Zeros in the shape of the feature."""
@@ -85,7 +91,11 @@ def calls_of(term: Learner, shapes: Shapes, device: torch.device) -> tuple[Call,
 
 
 def _side(call: Call, taps: Sequence[Tap]) -> dict[str, Any]:
-    return {"taps": [_shape(call.feature(tap)) for tap in taps], "output": _shapes_in(call.output)}
+    return {
+        "taps": [_shape(call.feature(tap)) for tap in taps],
+        "output": _shapes_in(call.output),
+        "image": call.image_size,
+    }
 
 
 def _shapes_in(value: Any) -> Any:
@@ -117,4 +127,5 @@ def _shaped(side: dict[str, Any], taps: Sequence[Tap], device: torch.device, who
     call = _ShapedCall((), {}, output=_zeros(side["output"], device), who=who, teacher=teacher)
     features = [_zeros(shape, device) for shape in side["taps"]]
     call.features = dict(zip(taps, features, strict=True))
+    call.image = side["image"]
     return call

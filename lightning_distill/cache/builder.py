@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,17 @@ from distill_core.arrays import mean_bytes
 from distill_core.columns import Ragged
 from distill_core.manifest import BY_KEY
 from distill_core.storage import Storage
-from distill_core.store import CacheError, Manifest, Writer, fingerprint
-from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint, tensor_bits
+from distill_core.store import CacheError, Manifest, Writer
+from lightning_distill.cache.calling import call_teacher, described_teacher
+from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint
 from lightning_distill.cache.keyed import Key, SampleKeys, content_key, input_digests
 from lightning_distill.cache.positions import Mask, needed_mask, place_of, tokens_in
 from lightning_distill.cache.ranks import process_rank, together
 from lightning_distill.cache.streams import BuildCollate, Loaded, Rows, Shards, Stream, check_stream
 from lightning_distill.recording import Call, Recorder, Recording, Tap, map_tensors, select
-from lightning_distill.recording.batches import call_with, inputs_in
 from lightning_distill.recording.tokens import is_seq2seq
 from lightning_distill.teachers.hold import Hold
+from lightning_distill.teachers.inputs import Place
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -51,6 +51,7 @@ class Builder:
         key: Where a sample has its key; None numbers the samples.
         mask: Where a batch keeps the mask of its tokens; None looks in the usual places.
         forward: Calls the teacher with a batch; None calls it with the batch's inputs.
+        teacher_inputs: Makes the teacher's inputs of the batch's, or their place in the batch.
         device: Where the teacher runs; None leaves it where it is.
         allow_stale_augmentation: Whether samples that change between reads are accepted.
         shard_bytes: Approximate size of a shard.
@@ -76,6 +77,7 @@ class Builder:
         key: Key | None = None,
         mask: Mask | None = None,
         forward: Forward | None = None,
+        teacher_inputs: Place = None,
         device: torch.device | str | None = None,
         allow_stale_augmentation: bool = False,
         shard_bytes: int = 64 * 2**20,
@@ -100,13 +102,16 @@ class Builder:
                 f" views={views} and transform_seed={transform_seed}. Leave out `key`."
             )
         self.teacher, self.dataset = teacher, dataset
-        self.forward = forward
-        self.taps = [Tap.of(layer) for layer in layers]
+        self.forward, self.teacher_inputs = forward, teacher_inputs
+        # features are kept as the layers return them: the terms' own taps arrange them when they are read
+        self.taps = [replace(Tap.of(layer), layout=None, prefix_tokens=None) for layer in layers]
         self.outputs, self.batch_size = outputs, batch_size
         self._num_workers, self._mask = num_workers, mask
         self.streamed = 0  # number of samples of a stream, once it has been read
         self._places: dict[str, Mask] = {}
         self._collate = BuildCollate(collate_fn or torch.utils.data.default_collate, self.keys)
+        if forward is not None and teacher_inputs is not None:
+            raise CacheError("Expected `forward` or `teacher_inputs`, but got both. Let `forward` change the inputs.")
         if views > 1 and transform_seed is None:
             raise CacheError(f"Expected `transform_seed` to be given with views={views}, but got None. Pass a number.")
         if not outputs and not self.taps:
@@ -221,7 +226,7 @@ class Builder:
             shard_rows=self.batch_size,
             arrays=arrays,
             layers={f"feature{index}": f"{tap.layer}|{tap.where}" for index, tap in enumerate(self.taps)},
-            teacher={"class": type(self.teacher).__qualname__, "fingerprint": teacher_fingerprint(self.teacher)},
+            teacher=described_teacher(self.teacher, self.teacher_inputs),
             data={
                 "fingerprint": BY_KEY if self.keys else data_fingerprint(self.dataset, seed, stale),
                 "transform_seed": seed,
@@ -248,9 +253,8 @@ class Builder:
             if self.forward is not None:
                 output = self.forward(self.teacher, batch)
             else:
-                output = call_teacher(
-                    self.teacher, batch if self.keys is None else self.keys.removed(batch, loaded.keys)
-                )
+                without_keys = batch if self.keys is None else self.keys.removed(batch, loaded.keys)
+                output = call_teacher(self.teacher, without_keys, self.teacher_inputs)
         call = self.recorder.calls[-1] if self.recorder.calls else Call((), {}, who="teacher")
         call.output = output
         kept = {f"feature{index}": call.feature(tap) for index, tap in enumerate(self.taps)}
@@ -300,41 +304,3 @@ class Builder:
                 " batch, or pass mask=<key, index, or a function of the batch that returns the mask of the tokens>."
             )
         return tensor.float().cpu().numpy()
-
-
-def call_teacher(teacher: nn.Module, batch: Any) -> Any:
-    """The teacher's output for a batch: called with the batch's inputs.
-
-    Raises:
-        CacheError: If the teacher does not take the entries of a dict.
-    """
-    inputs = inputs_in(batch)
-    if isinstance(inputs, Mapping):
-        try:
-            inspect.signature(teacher.forward).bind(**inputs)
-        except TypeError as error:
-            raise CacheError(
-                f"Expected the teacher to take the batch's {list(inputs)} as keywords, but: {error}. Pass forward=<a"
-                " function of the teacher and the batch>, or leave them out in collate_fn."
-            ) from None
-    return call_with(teacher, inputs)
-
-
-def teacher_fingerprint(teacher: nn.Module) -> str:
-    """A digest of a teacher's class, parameters and buffers.
-
-    Args:
-        teacher: The teacher.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-
-    def parts() -> Iterator[Any]:
-        yield type(teacher).__qualname__
-        for name, value in teacher.state_dict().items():
-            yield name
-            if isinstance(value, Tensor):
-                yield tensor_bits(value)
-
-    return fingerprint(parts())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill_core.arrays import checked_keys, manifest_of_outputs, named_arrays, teacher_of_arrays, write_arrays
 from distill_core.storage import Storage
 from distill_core.store import CacheError
-from lightning_distill.cache.builder import teacher_fingerprint
+from lightning_distill.cache.calling import described_teacher
 from lightning_distill.cache.data import data_fingerprint
 from lightning_distill.cache.keyed import Key, SampleKeys
 from lightning_distill.cache.positions import Mask, noted_place
@@ -51,7 +51,7 @@ class Imported:
             self.digests = place.digests(checked_keys(values, length))
         elif dataset is not None and len(dataset) != length:
             raise CacheError(f"Expected `dataset` to have {length} items, one for each row, but got {len(dataset)}.")
-        known = teacher and {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)}
+        known = teacher and described_teacher(teacher)
         self.manifest = manifest_of_outputs(
             length,
             layers,

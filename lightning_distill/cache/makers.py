@@ -24,6 +24,7 @@ from lightning_distill.cache.positions import Mask
 from lightning_distill.cache.predictions import Predictor
 from lightning_distill.cache.served import ServedTeacher, Tokens
 from lightning_distill.recording import Tap
+from lightning_distill.teachers.inputs import Place
 
 Cache = TypeVar("Cache", bound="Makers")  # typing.Self is new in Python 3.11
 
@@ -59,6 +60,7 @@ class Makers:
         key: Key | None = None,
         mask: Mask | None = None,
         forward: Forward | None = None,
+        teacher_inputs: Place = None,
         device: torch.device | str | None = None,
         allow_stale_augmentation: bool = False,
         shard_bytes: int = 64 * 2**20,
@@ -99,6 +101,9 @@ class Makers:
                 ``attention_mask``, then ``labels``; for the outputs of an encoder and a decoder
                 ``decoder_attention_mask``, then ``labels``.
             forward: Called with the teacher and a batch, returns its output; None calls it with the batch's inputs.
+            teacher_inputs: The teacher's inputs, if they are not the student's, as in :class:`DistillCallback`: a
+                function such as ``Normalize.between(...)``, or a key or an index. Its settings, or the source of a
+                function of a module, are remembered: other inputs are another teacher.
             device: Where the teacher runs; None leaves it where it is.
             allow_stale_augmentation: Accept items that change between reads: the student then gets other views than
                 the teacher did.
@@ -131,6 +136,7 @@ class Makers:
             key=key,
             mask=mask,
             forward=forward,
+            teacher_inputs=teacher_inputs,
             device=device,
             allow_stale_augmentation=allow_stale_augmentation,
             shard_bytes=shard_bytes,

@@ -10,14 +10,15 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from distill_core.remote import open_reader
-from distill_core.store import CacheError, Manifest, Reader
+from distill_core.store import Manifest, Reader, check_teacher
 from lightning_distill.cache.attached import KeyedDataset, KeyedStream
-from lightning_distill.cache.builder import teacher_fingerprint
+from lightning_distill.cache.calling import described_teacher
 from lightning_distill.cache.data import AttachedDataset, IndexedCollate, check_data
 from lightning_distill.cache.keyed import Key, SampleKeys, check_first_key
 from lightning_distill.cache.makers import Makers
 from lightning_distill.cache.positions import Mask
 from lightning_distill.cache.teacher import CachedTeacher
+from lightning_distill.teachers.inputs import Place
 
 
 class TeacherCache(Makers):
@@ -85,6 +86,7 @@ class TeacherCache(Makers):
         path: str | PathLike[str],
         *,
         teacher: nn.Module | None = None,
+        teacher_inputs: Place = None,
         dataset: Any = None,
         allow_changed_inputs: bool = False,
         mask: Mask | None = None,
@@ -98,6 +100,7 @@ class TeacherCache(Makers):
             path: The folder, or a URL of fsspec such as ``"s3://bucket/cache"``, whose files are copied to this machine
                 when they are first read.
             teacher: The teacher that it must come from; None does not check.
+            teacher_inputs: The maker of the teacher's inputs that it must come from, beside ``teacher``.
             dataset: The data that it must come from, or a part of them; None does not check.
             allow_changed_inputs: Accept that the training step, a batch-transfer hook or the collate function changes
                 the items before the student gets them (mixup, augmentation on the GPU, ``images / 255``). The cached
@@ -120,11 +123,8 @@ class TeacherCache(Makers):
         """
         reader = open_reader(path, local, local_bytes)
         cache = cls(reader, allow_changed_inputs=allow_changed_inputs, mask=mask, key=key)
-        if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
-            raise CacheError(
-                f"Expected {path} to be of this teacher, but it was built with another"
-                f" {cache.manifest.teacher['class']}. Build it again."
-            )
+        if teacher is not None:
+            check_teacher(cache.manifest.teacher, described_teacher(teacher, teacher_inputs), path)
         if dataset is not None:
             cache._check(dataset)
         return cache

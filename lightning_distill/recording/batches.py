@@ -32,6 +32,27 @@ def split_batch(batch: Any, labels: str | int | Callable[[Any], Tensor] | None =
     return inputs_in(batch, labels), find_labels(batch, labels)
 
 
+def has_labels(batch: Any, labels: str | int | Callable[[Any], Tensor] | None = None) -> bool:
+    """Whether a batch has an entry for labels: not a tensor, a list with one entry, or a dict without their names.
+
+    Args:
+        batch: The batch.
+        labels: Where the labels are; if it says so, the batch must have them.
+
+    Example:
+        >>> import torch
+        >>> has_labels([torch.ones(2, 3)]), has_labels({"pixel_values": torch.ones(2, 3), "label": torch.ones(2)})
+        (False, True)
+    """
+    if labels is not None:
+        return True
+    if isinstance(batch, Mapping):
+        return any(name in batch for name in LABEL_NAMES)
+    if isinstance(batch, (tuple, list)):
+        return len(batch) > 1
+    return not isinstance(batch, Tensor)
+
+
 def inputs_in(batch: Any, labels: str | int | Callable[[Any], Tensor] | None = None) -> Any:
     """The inputs in a batch: a dict without its labels, the first of several entries, or all of it."""
     if isinstance(batch, Mapping):

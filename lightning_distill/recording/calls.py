@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_distill import checks
 from lightning_distill.compat import version_of
 from lightning_distill.recording.outputs import map_tensors, select, tensors_in
 
@@ -27,20 +28,26 @@ class Tap:
             obvious tensor and refuses to guess.
         call: Which call of the layer, from 0, where one forward pass runs it several times.
         where: ``"output"`` reads the layer's output, ``"input"`` its input.
+        layout: ``"channels_last"`` for maps ``(N, H, W, C)``, as some Swin transformers have inside; they are read as
+            ``(N, C, H, W)``. ``None`` leaves the axes as they are.
+        prefix_tokens: Number of class and register tokens at the beginning of tokens ``(N, L, D)``, which are left out.
+            ``None`` leaves out none, except where an adapter needs the patches alone and finds their number.
 
     Raises:
-        TypeError: If ``layer`` is not a string.
-        ValueError: If ``where`` is neither ``"output"`` nor ``"input"``, or ``call`` is negative.
+        TypeError: If ``layer`` is not a string, or ``prefix_tokens`` not an int.
+        ValueError: If ``where`` or ``layout`` is not one of those above, or ``call`` or ``prefix_tokens`` is negative.
 
     Example:
         >>> Tap("encoder.layer.3", output=0)
-        Tap(layer='encoder.layer.3', output=0, call=None, where='output')
+        Tap(layer='encoder.layer.3', output=0, call=None, where='output', layout=None, prefix_tokens=None)
     """
 
     layer: str
     output: int | str | tuple[int | str, ...] | Callable[[Any], Tensor] | None = None
     call: int | None = None
     where: Literal["output", "input"] = "output"
+    layout: Literal["channels_last", "channels_first"] | None = None
+    prefix_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.layer, str):
@@ -49,6 +56,34 @@ class Tap:
             raise ValueError(f"Expected `where` to be 'output' or 'input', but got where={self.where!r}.")
         if self.call is not None and self.call < 0:
             raise ValueError(f"Expected `call` to be 0 or greater, but got call={self.call}.")
+        if self.layout is not None:
+            checks.one_of("layout", self.layout, ("channels_last", "channels_first"))
+        if self.prefix_tokens is not None:
+            checks.integer("prefix_tokens", self.prefix_tokens)
+            checks.non_negative("prefix_tokens", self.prefix_tokens)
+
+    def arranged(self, feature: Tensor, place: str) -> Tensor:
+        """The feature with the channels of a map in dimension 1, and without its prefix tokens.
+
+        Args:
+            feature: The feature as the layer returned it.
+            place: The layer, for messages.
+
+        Raises:
+            ValueError: If it has another number of dimensions, or fewer tokens.
+        """
+        if self.layout is not None and feature.ndim < 4:
+            remedy = "Leave out `layout`."
+            got = f"shape {tuple(feature.shape)}"
+            raise ValueError(checks.message(f"{place} to return a map for layout={self.layout!r}", got, remedy))
+        if self.layout == "channels_last":
+            feature = feature.movedim(-1, 1)
+        if self.prefix_tokens is None:
+            return feature
+        if feature.ndim != 3 or feature.shape[1] <= self.prefix_tokens:
+            expected = f"{place} to return more than {self.prefix_tokens} tokens, shape (N, L, D)"
+            raise ValueError(checks.message(expected, f"shape {tuple(feature.shape)}", "Correct `prefix_tokens`."))
+        return feature[:, self.prefix_tokens :]
 
     @classmethod
     def of(cls, layer: str | Tap) -> Tap:
@@ -226,7 +261,7 @@ class Call:
         if len(runs) == 1 and not tap.call and tap.output is None and isinstance(runs[0][0], Tensor):
             value, versions = runs[0]  # the most common case
             if not changed(versions):
-                return self._with_gradient(value, tap.layer)
+                return self._arranged(self._with_gradient(value, tap.layer), tap)
         place = f"{self.who} layer {tap.layer!r}"
         if not runs:
             raise ValueError(f"Expected {place} to run in the {self.who}'s forward pass, but it did not. Tap another.")
@@ -244,7 +279,20 @@ class Call:
                 f"Expected {place} to keep the feature that was read from it, but a later layer changed it in place."
                 " Tap that later layer, or build it with inplace=False."
             )
-        return self._with_gradient(picked, tap.layer or None)
+        return self._arranged(self._with_gradient(picked, tap.layer or None), tap)
+
+    def _arranged(self, feature: Tensor, tap: Tap) -> Tensor:
+        if tap.layout is None and tap.prefix_tokens is None:  # the most common case
+            return feature
+        return tap.arranged(feature, f"{self.who} layer {tap.layer!r}")
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images ``(N, C, H, W)`` that the network was called with; ``None`` without images."""
+        for tensor in tensors_in((self.args, self.kwargs)):
+            if tensor.ndim == 4 and tensor.is_floating_point():
+                return (tensor.shape[2], tensor.shape[3])
+        return None
 
     def check_input(self) -> None:
         """Raise if the network's input was changed in place after the call, so that the teacher would get other values.

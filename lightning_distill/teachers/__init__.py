@@ -1,6 +1,7 @@
 """Teachers: one protocol, implemented by networks, by a cache, and for no teacher."""
 
 from lightning_distill.teachers.loading import load_teacher
+from lightning_distill.teachers.normalize import Normalize
 from lightning_distill.teachers.self_teacher import SelfTeacher
 from lightning_distill.teachers.source import (
     LiveTeachers,
@@ -14,6 +15,7 @@ from lightning_distill.teachers.source import (
 __all__ = [
     "LiveTeachers",
     "NoTeacher",
+    "Normalize",
     "SelfTeacher",
     "TeacherEnsemble",
     "TeacherSource",

@@ -25,6 +25,7 @@ class TeacherInputs:
             index of the teacher's inputs in the batch.
         arguments: Keyword arguments to add where every network takes them.
         makers: Methods of terms that make the teacher's call from the student's and the networks, or return ``None``.
+        chosen: Whether the caller of the teacher may change its inputs further, in a method of a user's.
 
     Raises:
         TypeError: If ``place`` is neither a function, a key nor an index.
@@ -35,14 +36,20 @@ class TeacherInputs:
         place: Place,
         arguments: Mapping[str, Any],
         makers: Sequence[Callable[[Call, Sequence[nn.Module]], Call | None]] = (),
+        chosen: bool = False,
     ) -> None:
         if place is not None and not callable(place) and (isinstance(place, bool) or not isinstance(place, (str, int))):
             raise TypeError(
                 f"Expected `teacher_inputs` to be a function, a key or an index, but got teacher_inputs={place!r}."
             )
-        self.place, self._arguments, self._makers = place, dict(arguments), makers
+        self.place, self._arguments, self._makers, self.chosen = place, dict(arguments), makers, chosen
         self._accepted: dict[str, Any] = {}
         self._networks: list[nn.Module] = []
+
+    @property
+    def differ(self) -> bool:
+        """Whether the teacher may get other inputs than the student."""
+        return self.place is not None or bool(self._makers) or self.chosen
 
     def look_at(self, networks: Iterable[nn.Module]) -> None:
         """Find the arguments that all networks take."""

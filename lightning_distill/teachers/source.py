@@ -14,6 +14,7 @@ from lightning_distill import compat
 from lightning_distill.recording import Call, Recorder, Recording, Tap, first_tensor, map_tensors
 from lightning_distill.recording.arguments import drop_capturing_hooks, has_capturing_hooks
 from lightning_distill.recording.calls import changed
+from lightning_distill.teachers.configs import check_images
 from lightning_distill.teachers.hold import Hold
 from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.self_teacher import SelfTeacher
@@ -38,6 +39,13 @@ class TeacherSource(Protocol):
             taps: Pairs of the argument that named a layer of the teacher, and the tap.
             reader: Name of a term that reads the teacher; ``None`` where no term does.
             output_reader: Name of a term that reads its output; ``None`` where no term does.
+        """
+
+    def check_student(self, student: nn.Module) -> None:
+        """Compare the teacher with the student, or with the module that contains it.
+
+        Raises:
+            ValueError: If they do not fit each other.
         """
 
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -116,6 +124,14 @@ class LiveTeachers:
         """
         for recorder in self._recorders:
             recorder.check(taps)
+
+    def check_student(self, student: nn.Module) -> None:
+        """Compare the images that the networks expect, where they say so.
+
+        Raises:
+            ValueError: If several teachers expect different images.
+        """
+        check_images(student, [*self.modules()], self._inputs)
 
     def layer(self, name: str) -> nn.Module:
         """The module of that name below the only teacher.
@@ -290,7 +306,7 @@ def as_source(
     if inputs is not None and inputs.place is not None:
         raise ValueError(
             "Expected `teacher_inputs` to be None with a cache, which holds the teacher's outputs already, but got"
-            f" teacher_inputs={inputs.place!r}. Build the cache from the teacher's inputs."
+            f" teacher_inputs={inputs.place!r}. Pass it to TeacherCache.build."
         )
     source: TeacherSource = teacher.as_source()
     return source

@@ -14,6 +14,9 @@ class WithoutNetwork:
 
     live, stored = True, False
 
+    def check_student(self, student: nn.Module) -> None:
+        """No-op: any student will do."""
+
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """No-op: no network."""
 

@@ -1,6 +1,6 @@
 """Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
 
-from lightning_distill.terms.base import DistillationTerm, arguments_of, as_terms, makers_of
+from lightning_distill.terms.base import DistillationTerm, as_terms, teacher_inputs_of
 from lightning_distill.terms.cross_tokenizer import CrossTokenizerDistillation
 from lightning_distill.terms.encoders import (
     AttentionDistillation,
@@ -23,7 +23,6 @@ __all__ = [
     "LogitsDistillation",
     "SelfDistillation",
     "SequenceDistillation",
-    "arguments_of",
     "as_terms",
-    "makers_of",
+    "teacher_inputs_of",
 ]

@@ -14,6 +14,7 @@ from lightning_distill import checks
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule, Setting
+from lightning_distill.teachers.inputs import Place, TeacherInputs
 
 LossCallable = Callable[..., Tensor]
 _MISSING = object()
@@ -261,11 +262,14 @@ def as_terms(terms: Any, default: Callable[[DistillationLoss | None], Distillati
     return checked
 
 
-def arguments_of(terms: Sequence[DistillationTerm]) -> dict[str, Any]:
-    """The keyword arguments that terms ask for in the teacher's call."""
-    return {name: value for term in terms for name, value in term.teacher_arguments.items()}
+def teacher_inputs_of(terms: Sequence[DistillationTerm], place: Place, chosen: bool) -> TeacherInputs:
+    """The maker of the teacher's call, with the arguments that terms ask for.
 
-
-def makers_of(terms: Sequence[DistillationTerm]) -> list[Callable[[Call, Sequence[nn.Module]], Call | None]]:
-    """The methods of terms that make the teacher's inputs themselves."""
-    return [term.teacher_call for term in terms if type(term).teacher_call is not DistillationTerm.teacher_call]
+    Args:
+        terms: The terms, some of which may make the teacher's inputs themselves.
+        place: Makes the teacher's inputs, or says where a batch has them.
+        chosen: Whether the caller of the teacher may change its inputs further.
+    """
+    arguments = {name: value for term in terms for name, value in term.teacher_arguments.items()}
+    makers = [term.teacher_call for term in terms if type(term).teacher_call is not DistillationTerm.teacher_call]
+    return TeacherInputs(place, arguments, makers, chosen)

@@ -20,7 +20,7 @@ from lightning_distill.recording.tokens import called_tokens, check_reads, find_
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.logits import check_not_probabilities
 from lightning_distill.terms.losses import Mask
-from lightning_distill.terms.tokens import Normalize, SequenceDistillation
+from lightning_distill.terms.tokens import Normalization, SequenceDistillation
 
 Method = Literal["uld", "chunks"]
 TEACHER_TOKENS = "teacher_tokens"  # the batch's entry, which the collate function adds
@@ -150,7 +150,7 @@ class CrossTokenizerDistillation(SequenceDistillation):
         temperature: float | None = None,
         weight: float | Schedule = 1.0,
         ignore_index: int = -100,
-        normalize: Normalize = "tokens",
+        normalize: Normalization = "tokens",
         labels: Mask | None = None,
         mask: Mask | None = None,
         output: Output | tuple[Output, Output] = None,

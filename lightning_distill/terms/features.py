@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill_core.requires import Requires
 from lightning_distill import checks
-from lightning_distill.adapters import AdapterFactory, make_adapter
+from lightning_distill.adapters import AdapterFactory, aligned, make_adapter, pooled
 from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule
@@ -31,8 +31,10 @@ class FeatureDistillation(DistillationTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
     A teacher map (N, C, H, W) of another height or width than the student's is resized to it: averaged down,
-    interpolated up. The adapters take their shapes from the first batch. A loss with parameters of its own does too,
-    and every pair of layers has a copy of it.
+    interpolated up. With ``adapter="auto"`` tokens (N, L, D) of an image are compared with a map, or with tokens of
+    another number, as maps of their patches: class and register tokens are left out, and the larger map is resized to
+    the smaller. The adapters take their shapes from the first batch. A loss with parameters of its own does too, and
+    every pair of layers has a copy of it.
 
     Args:
         student_layer: Name of a layer of the student, such as ``"layer3.0"``, or a :class:`Tap`, or a list of them.
@@ -42,8 +44,9 @@ class FeatureDistillation(DistillationTerm):
             loss with ``learned = True`` is trained along with the adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (identity where the shapes agree, else a 1x1 convolution for maps and a linear map for
-            vectors and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a module, which is copied, or a factory
-            called with the shapes of both features.
+            vectors and token sequences), ``"pool"`` (the means of both features over their positions, and then as
+            ``"auto"``), ``None``, ``"linear"``, ``"conv1x1"``, a module, which is copied, or a factory called with the
+            shapes of both features.
         name: Name in logs and checkpoints; ``None`` takes the student layer's.
         mask: Where a batch keeps the mask of the positions that count: a key such as ``"attention_mask"``, an index, or
             a function of the batch. Shape ``(N,)`` or ``(N, L)``.
@@ -89,7 +92,8 @@ class FeatureDistillation(DistillationTerm):
                 f" {len(student_taps)} and {len(teacher_taps)}. Pair them."
             )
         if isinstance(adapter, str):
-            checks.one_of("adapter", adapter, ("auto", "linear", "conv1x1"))
+            kinds = ("auto", *(["pool"] if self.reads_maps else []), "linear", "conv1x1")
+            checks.one_of("adapter", adapter, kinds)
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         self._pairs = [*zip(student_taps, teacher_taps, strict=True)]
         self.loss = FeatureDistance(loss) if isinstance(loss, str) else checked_loss(loss)  # type: ignore[arg-type]
@@ -115,8 +119,8 @@ class FeatureDistillation(DistillationTerm):
         if kind == "auto" and not self.requires.channels_must_match:
             kind = None
         for teacher in teachers:
-            for index, (student_tap, teacher_tap) in enumerate(self._pairs):
-                feature, target = self._feature(student, student_tap), self._target(student, teacher, teacher_tap)
+            for index, (student_tap, _) in enumerate(self._pairs):
+                feature, target = self._features(index, student, teacher)
                 if index == 0 or not self.shares_adapter:
                     adapter = make_adapter(kind, feature.shape, target.shape, student_tap.layer)
                     # under autocast parameters stay in float32; without it they must have the feature's own precision
@@ -157,8 +161,7 @@ class FeatureDistillation(DistillationTerm):
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         student_tap, teacher_tap = self._pairs[index]
-        feature = self._feature(student, student_tap)
-        target = self._target(student, teacher, teacher_tap)
+        feature, target = self._features(index, student, teacher)
         adapted = self._fitted[teacher.teacher * len(self._pairs) + index](feature)
         match = self.requires
         maps = self.reads_maps and self._adapter[0] != "linear" and adapted.ndim == target.ndim == 4
@@ -171,6 +174,20 @@ class FeatureDistillation(DistillationTerm):
                 + (' Pass adapter="auto".' if self._adapter[0] is None else " Pass an adapter that makes them equal.")
             )
         return adapted, target
+
+    def _features(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
+        """The student's feature before its adapter, and the feature that it is compared with, in one form."""
+        student_tap, teacher_tap = self._pairs[index]
+        feature, target = self._feature(student, student_tap), self._target(student, teacher, teacher_tap)
+        setting, match = self._adapter[0], self.requires
+        if setting not in ("auto", "pool") or not self.reads_maps:
+            return feature, target
+        sides = (student, student_tap, feature), (teacher if self.needs_teacher else student, teacher_tap, target)
+        if setting == "pool":
+            return pooled(sides[0]), pooled(sides[1])
+        if not (match.channels_must_match or match.positions_must_match):
+            return feature, target
+        return aligned(*sides, positions=match.positions_must_match)
 
     def _feature(self, student: Call, tap: Tap) -> Tensor:
         """The student's feature."""

@@ -25,7 +25,7 @@ from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.logits import LogitsDistillation
 from lightning_distill.terms.losses import Mask, check_held, check_takes_mask, value_of
 
-Normalize = Literal["tokens", "sequences"]
+Normalization = Literal["tokens", "sequences"]
 _MOST_PADDING = 512  # vocabularies are padded to a multiple of at most this number
 
 
@@ -93,7 +93,7 @@ class SequenceDistillation(LogitsDistillation):
         weight: float | Schedule = 1.0,
         shift: bool = True,
         ignore_index: int = -100,
-        normalize: Normalize = "tokens",
+        normalize: Normalization = "tokens",
         labels: Mask | None = None,
         mask: Mask | tuple[Mask | None, Mask] | None = None,
         output: Output | tuple[Output, Output] = None,

@@ -89,9 +89,17 @@ def test_a_module_is_copied_and_a_factory_is_called_with_both_shapes() -> None:
 @pytest.mark.parametrize(
     ("adapter", "error", "words"),
     [
-        ("auto", ValueError, r"student layer 'stem'.*same number of dimensions.*\(2, 4, 5, 5\) and \(2, 9\)"),
+        (
+            "auto",
+            ValueError,
+            r"student layer 'stem'.*same number of dimensions.*\(2, 4, 5, 5\) and \(2, 9\)\. Pass adapter=\"pool\"",
+        ),
         (lambda student, teacher: 3, TypeError, "`adapter` to make a module, but got int"),
-        (3, TypeError, "`adapter` to be 'auto', 'linear', 'conv1x1', None, a module or a factory, but got adapter=3"),
+        (
+            3,
+            TypeError,
+            "`adapter` to be 'auto', 'pool', 'linear', 'conv1x1', None, a module or a factory, but got adapter=3",
+        ),
     ],
 )
 def test_an_adapter_that_cannot_be_made_says_why(adapter: Any, error: type[Exception], words: str) -> None:
@@ -218,7 +226,11 @@ def test_a_terms_own_subclass_that_lacks_forward_says_so() -> None:
         (lambda: LogitsDistillation("mse"), TypeError, "a function, but got loss='mse'. Pass an instance: Soft"),
         (lambda: LogitsDistillation(AttentionTransferLoss), TypeError, r"the class AttentionTransferLoss.*instance"),
         (lambda: FeatureDistillation("a", "b", "mes"), ValueError, "'mse'.* but got .*'mes'.*Closest: 'mse'"),
-        (lambda: FeatureDistillation("a", "b", adapter="conv"), ValueError, "`adapter` to be one of 'auto', 'linear'"),
+        (
+            lambda: FeatureDistillation("a", "b", adapter="conv"),
+            ValueError,
+            "`adapter` to be one of 'auto', 'pool', 'linear'",
+        ),
         (
             lambda: FeatureDistillation(["a", "b"], "c"),
             ValueError,
