@@ -48,6 +48,7 @@ Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pea
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information
 Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.masked_generative
 Miles 2023, arXiv:2303.11098         SimpleRecipeLoss             functional.log_sum_distance
+Kim 2018, arXiv:1802.04977           FactorTransferLoss           functional.factor_transfer
 Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss        functional.neuron_selectivity
 Kornblith 2019, arXiv:1905.00414     CKALoss                      functional.centered_kernel_alignment
 Sun 2019, arXiv:1908.09355           PatientLoss                  functional.normalized_mse
@@ -96,6 +97,7 @@ from keras_distill.losses import (
     DecoupledKDLoss,
     DistillationLoss,
     DISTLoss,
+    FactorTransferLoss,
     FeatureDistance,
     FeatureMapTransferLoss,
     GeneralizedJSDLoss,
@@ -165,6 +167,7 @@ __all__ = [
     "DistillationLoss",
     "DistillationScheduler",
     "DistillationTerm",
+    "FactorTransferLoss",
     "FeatureDistance",
     "FeatureDistillation",
     "FeatureMapTransferLoss",

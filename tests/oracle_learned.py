@@ -89,3 +89,37 @@ def log_sum_distance(
         normalized.append(columns)
     pairs = [pair for columns in zip(*normalized, strict=True) for pair in zip(*columns, strict=True)]
     return math.log(sum(abs(s - t) ** power for s, t in pairs))
+
+
+def network(example: Array, parameters: Parameters, name: str) -> Array:
+    """Convolutions of width 3 with leaky ReLUs of 0.1 behind them; channels first."""
+    for index in (0, 2, 4):
+        example = convolution(example, parameters[f"{name}.{index}.weight"], parameters[f"{name}.{index}.bias"])
+        example = np.where(example > 0, example, 0.1 * example)
+    return example
+
+
+def factor_transfer(
+    student: Array,
+    teacher: Array,
+    *,
+    parameters: Parameters,
+    rate: float = 0.5,
+    power: float = 1.0,
+    factor_weight: float = 1.0,
+    reconstruction_weight: float = 1.0,
+) -> float:
+    """Kim et al. 2018: mean |T(s) / length - P(t) / length|^p, plus mean (R(P(t)) - t)^2, which trains P and R."""
+    distance = error = 0.0
+    axis = channel_axis(student) - 1 if student.ndim > 2 else 0
+    for s, t in zip(student, teacher, strict=True):
+        s, t = (np.moveaxis(example, axis, 0) for example in (s, t))
+        factor = network(t, parameters, "paraphraser")
+        units = []
+        for vector in (network(s, parameters, "translator").ravel(), factor.ravel()):
+            length = math.sqrt(sum(float(value) ** 2 for value in vector))
+            units.append([float(value) / length for value in vector])
+        distance += sum(abs(a - b) ** power for a, b in zip(*units, strict=True)) / factor.size
+        restored = network(factor, parameters, "restorer")
+        error += sum(float(a - b) ** 2 for a, b in zip(restored.ravel(), t.ravel(), strict=True)) / t.size
+    return (factor_weight * distance + reconstruction_weight * error) / len(student)

@@ -7,6 +7,7 @@ from keras_distill.functional import (
     attention,
     dense,
     divergences,
+    factors,
     features,
     learned,
     logit_relations,
@@ -21,6 +22,7 @@ from keras_distill.functional.activations import *
 from keras_distill.functional.attention import *
 from keras_distill.functional.dense import *
 from keras_distill.functional.divergences import *
+from keras_distill.functional.factors import *
 from keras_distill.functional.features import *
 from keras_distill.functional.learned import *
 from keras_distill.functional.logit_relations import *
@@ -36,6 +38,7 @@ __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += dense.__all__
 __all__ += divergences.__all__
+__all__ += factors.__all__
 __all__ += features.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__

@@ -8,6 +8,7 @@ from keras_distill.losses import (
     base,
     dense,
     divergences,
+    factors,
     features,
     learned,
     logit_relations,
@@ -23,6 +24,7 @@ from keras_distill.losses.attention import *
 from keras_distill.losses.base import *
 from keras_distill.losses.dense import *
 from keras_distill.losses.divergences import *
+from keras_distill.losses.factors import *
 from keras_distill.losses.features import *
 from keras_distill.losses.learned import *
 from keras_distill.losses.logit_relations import *
@@ -39,6 +41,7 @@ __all__ += attention.__all__
 __all__ += base.__all__
 __all__ += dense.__all__
 __all__ += divergences.__all__
+__all__ += factors.__all__
 __all__ += features.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__

@@ -7,6 +7,7 @@ from lightning_distill.functional import (
     attention,
     dense,
     divergences,
+    factors,
     features,
     fused_linear,
     learned,
@@ -22,6 +23,7 @@ from lightning_distill.functional.activations import *
 from lightning_distill.functional.attention import *
 from lightning_distill.functional.dense import *
 from lightning_distill.functional.divergences import *
+from lightning_distill.functional.factors import *
 from lightning_distill.functional.features import *
 from lightning_distill.functional.fused_linear import *
 from lightning_distill.functional.learned import *
@@ -38,6 +40,7 @@ __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += dense.__all__
 __all__ += divergences.__all__
+__all__ += factors.__all__
 __all__ += features.__all__
 __all__ += fused_linear.__all__
 __all__ += learned.__all__
