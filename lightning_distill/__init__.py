@@ -41,6 +41,7 @@ Shu 2021, arXiv:2011.13256           ChannelWiseLoss              functional.cha
 Zheng 2022, arXiv:2102.12252         LocalizationLoss             functional.localization
 Yang 2022, arXiv:2204.06986          PixelRelationLoss            functional.pixel_relation
 Heo 2019, arXiv:1811.03233           ActivationBoundaryLoss       functional.activation_boundary
+Heo 2019, arXiv:1904.01866           MarginReLULoss               functional.margin_relu_distance
 Yim 2017 (CVPR)                      SolutionFlowLoss             functional.solution_flow
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pearson_feature
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information

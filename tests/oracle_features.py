@@ -234,6 +234,16 @@ def activation_boundary(student: Array, teacher: Array, *, margin: float = 1.0) 
     return float(total / student.size)
 
 
+def margin_relu(student: Array, teacher: Array, *, margins: Sequence[float]) -> float:
+    """Heo et al. 2019: 0 where s <= t <= 0, else (s - t)^2, with t no less than its channel's margin; mean."""
+    total = 0.0
+    for s, t in zip(rows(student, None), rows(teacher, None), strict=True):
+        for a, b, margin in zip(s, t, margins, strict=True):
+            b = max(float(b), margin)
+            total += 0.0 if a <= b <= 0 else (float(a) - b) ** 2
+    return total / student.size
+
+
 def solution_flow(student: Array, teacher: Array) -> float:
     """Yim et al. 2017: mean squared difference of G = F1 F2^T / P; the two layers are parts of the channels."""
     values = []

@@ -12,6 +12,7 @@ from keras_distill.functional import (
     learned,
     logit_relations,
     logits,
+    margins,
     normalized,
     relations,
     retrieval,
@@ -27,6 +28,7 @@ from keras_distill.functional.features import *
 from keras_distill.functional.learned import *
 from keras_distill.functional.logit_relations import *
 from keras_distill.functional.logits import *
+from keras_distill.functional.margins import *
 from keras_distill.functional.normalized import *
 from keras_distill.functional.relations import *
 from keras_distill.functional.retrieval import *
@@ -43,6 +45,7 @@ __all__ += features.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
+__all__ += margins.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__

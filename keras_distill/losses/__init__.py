@@ -13,6 +13,7 @@ from keras_distill.losses import (
     learned,
     logit_relations,
     logits,
+    margins,
     normalized,
     relations,
     retrieval,
@@ -29,6 +30,7 @@ from keras_distill.losses.features import *
 from keras_distill.losses.learned import *
 from keras_distill.losses.logit_relations import *
 from keras_distill.losses.logits import *
+from keras_distill.losses.margins import *
 from keras_distill.losses.normalized import *
 from keras_distill.losses.relations import *
 from keras_distill.losses.retrieval import *
@@ -46,6 +48,7 @@ __all__ += features.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
+__all__ += margins.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__

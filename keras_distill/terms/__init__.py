@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_distill import checks
-from keras_distill.terms.base import DistillationTerm
+from keras_distill.terms.base import DistillationTerm, in_teachers
 from keras_distill.terms.features import FeatureDistillation, SelfDistillation
 from keras_distill.terms.logits import LogitsDistillation
 from keras_distill.terms.loss_term import LossTerm
@@ -23,6 +23,7 @@ __all__ = [
     "SequenceDistillation",
     "TermState",
     "as_terms",
+    "in_teachers",
     "weigh",
 ]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -18,7 +19,7 @@ from keras_distill.losses import (
     DistillationLoss,
     FeatureDistance,
 )
-from keras_distill.recording import Call, Tap
+from keras_distill.recording import Call, Tap, find_layer
 from keras_distill.schedules import Schedule, deserialized
 from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.layouts import KINDS, arranged, known_layout
@@ -65,6 +66,8 @@ class FeatureDistillation(LossTerm):
     References:
         Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
     """
+
+    _find_in_teacher: Callable[[Any], keras.layers.Layer] | None = None
 
     def __init__(
         self,
@@ -127,7 +130,30 @@ class FeatureDistillation(LossTerm):
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make the adapters from the shapes of the features."""
         self._build_adapters([self._described(index, student, teacher) for index in range(len(self.pairs))])
+        self._read_teacher()
         self.check_calls(student, teacher)
+
+    def in_teacher(self, teacher: keras.Model | None) -> None:
+        """Let the taps name the layers of a teacher, whose numbers the loss reads again if it does."""
+        super().in_teacher(teacher)
+        # a function: Keras would track a model in an attribute
+        self._find_in_teacher = None if teacher is None else lambda layer: find_layer(teacher, layer, "teacher")[1]
+        if teacher is not None and self._learned:
+            self._read_teacher()
+
+    def _read_teacher(self) -> None:
+        """Let the copies of a loss take numbers from the teacher's layers."""
+        if self.requires.reads_teacher:
+            for loss, (_, tap) in zip(self._learned, self.pairs, strict=True):
+                loss.read_teacher(functools.partial(self._teacher_layer, tap))
+
+    def _teacher_layer(self, tap: Tap, name: str | None) -> keras.layers.Layer:
+        """The teacher's layer of a name; None is the tapped layer."""
+        if self._find_in_teacher is None:
+            expected = f"`teacher` to be a model for term {self.name!r}, whose loss takes numbers from its layers"
+            remedy = "Pass the model, or the numbers to the loss."
+            raise ValueError(checks.message(expected, f"no teacher, and {self.loss!r}", remedy))
+        return self._find_in_teacher(tap.layer if name is None else name)
 
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the adapted features fit the teacher's, also if the teacher was replaced after the build."""
@@ -157,7 +183,7 @@ class FeatureDistillation(LossTerm):
         losses = self._learned or [self.loss_of(student)] * len(pairs)
         values = []
         for loss, (feature, target, masks) in zip(losses, pairs, strict=True):
-            if isinstance(loss, DistillationLoss) and self.requires.learned:
+            if isinstance(loss, DistillationLoss) and self._learned:
                 loss = copied(loss)
                 loss.training = student.training
             values.append(weigh(loss, feature, target, masks=masks, **settings))
@@ -202,11 +228,11 @@ class FeatureDistillation(LossTerm):
                 setting = None
             maps = len(student) >= 4 if kind is None else kind == "map"
             self._adapters.append(make_adapter(setting, student, teacher, tap.name, maps=maps))
-        if self.requires.learned:
+        if self.requires.learned or self.requires.reads_teacher:
             self._learned = [copied(self.loss) for _ in shapes]
             for loss, adapter, (student, teacher, _) in zip(self._learned, self._adapters, shapes, strict=True):
                 loss.build(student if adapter is None else adapter.compute_output_shape(student), teacher)
-            self._learned_layers = [loss.layer for loss in self._learned]
+            self._learned_layers = [loss.layer for loss in self._learned if loss.layer is not None]
         self._built_for = pairs
 
     def _raw(self, index: int, student: Call, teacher: Call) -> tuple[tuple[Call, Any], tuple[Call, Any]]:

@@ -13,6 +13,7 @@ from lightning_distill.functional import (
     learned,
     logit_relations,
     logits,
+    margins,
     normalized,
     relations,
     retrieval,
@@ -29,6 +30,7 @@ from lightning_distill.functional.fused_linear import *
 from lightning_distill.functional.learned import *
 from lightning_distill.functional.logit_relations import *
 from lightning_distill.functional.logits import *
+from lightning_distill.functional.margins import *
 from lightning_distill.functional.normalized import *
 from lightning_distill.functional.relations import *
 from lightning_distill.functional.retrieval import *
@@ -46,6 +48,7 @@ __all__ += fused_linear.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
+__all__ += margins.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__

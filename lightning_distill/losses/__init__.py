@@ -13,6 +13,7 @@ from lightning_distill.losses import (
     learned,
     logit_relations,
     logits,
+    margins,
     normalized,
     relations,
     retrieval,
@@ -29,6 +30,7 @@ from lightning_distill.losses.features import *
 from lightning_distill.losses.learned import *
 from lightning_distill.losses.logit_relations import *
 from lightning_distill.losses.logits import *
+from lightning_distill.losses.margins import *
 from lightning_distill.losses.normalized import *
 from lightning_distill.losses.relations import *
 from lightning_distill.losses.retrieval import *
@@ -46,6 +48,7 @@ __all__ += features.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
+__all__ += margins.__all__
 __all__ += normalized.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__

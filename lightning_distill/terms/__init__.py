@@ -1,6 +1,6 @@
 """Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
 
-from lightning_distill.terms.base import DistillationTerm, arguments_of, as_terms, makers_of
+from lightning_distill.terms.base import DistillationTerm, arguments_of, as_terms, connected, makers_of
 from lightning_distill.terms.cross_tokenizer import CrossTokenizerDistillation
 from lightning_distill.terms.encoders import (
     AttentionDistillation,
@@ -25,5 +25,6 @@ __all__ = [
     "SequenceDistillation",
     "arguments_of",
     "as_terms",
+    "connected",
     "makers_of",
 ]

@@ -16,6 +16,7 @@ from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule, Setting
 
 LossCallable = Callable[..., Tensor]
+TeacherLayers = Callable[[str], Sequence[nn.Module]]
 _MISSING = object()
 
 
@@ -117,6 +118,14 @@ class DistillationTerm(nn.Module):
         """
         return None
 
+    def connect(self, layers: TeacherLayers | None) -> None:
+        """Learn where the teachers' layers are, before the first step.
+
+        Args:
+            layers: Returns the layers of a name, one of each teacher; ``None`` if the teacher is not a network of its
+                own.
+        """
+
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the parts that depend on the features' shapes, once for each owner, before the first use.
 
@@ -217,7 +226,7 @@ class DistillationTerm(nn.Module):
         return _MISSING
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_relatives"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_relatives", "_layers")}
 
 
 def _is_empty(value: Any) -> bool:
@@ -264,6 +273,18 @@ def as_terms(terms: Any, default: Callable[[DistillationLoss | None], Distillati
 def arguments_of(terms: Sequence[DistillationTerm]) -> dict[str, Any]:
     """The keyword arguments that terms ask for in the teacher's call."""
     return {name: value for term in terms for name, value in term.teacher_arguments.items()}
+
+
+def connected(terms: Sequence[DistillationTerm], source: Any) -> Sequence[DistillationTerm]:
+    """The terms, which know the layers of the teachers from now on.
+
+    Args:
+        terms: The terms of one owner.
+        source: The teacher; one without a method ``layers`` has no network of its own.
+    """
+    for term in terms:
+        term.remake(term.connect, getattr(source, "layers", None))
+    return terms
 
 
 def makers_of(terms: Sequence[DistillationTerm]) -> list[Callable[[Call, Sequence[nn.Module]], Call | None]]:

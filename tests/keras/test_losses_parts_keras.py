@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -9,10 +10,19 @@ import numpy as np
 import pytest
 import torch
 from keras import ops
-from keras_loss_cases import differentiated
+from keras_loss_cases import as_array, differentiated
+from keras_nets import assert_same_logs, assert_same_weights
 from loss_case import golden_arrays, golden_index
 
-from keras_distill import FactorTransferLoss, functional
+from distill_core.margins import margins_of
+from keras_distill import (
+    DistillModel,
+    FactorTransferLoss,
+    FeatureDistillation,
+    MarginReLULoss,
+    SelfDistillation,
+    functional,
+)
 
 HAS_FLOAT64 = keras.backend.result_type("float64", "float64") == "float64"
 DTYPE = "float64" if HAS_FLOAT64 else "float32"
@@ -21,6 +31,42 @@ DTYPE = "float64" if HAS_FLOAT64 else "float32"
 def last(array: Any) -> np.ndarray[Any, Any]:
     """A map in Keras' layout."""
     return np.moveaxis(np.asarray(array), 1, -1)
+
+
+def network(channels: int, seed: int, name: str) -> keras.Model:
+    """Inputs (N, 3, 3, 2); layers "conv", "norm" before the ReLU, and the classifier "head"."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((3, 3, 2))
+    maps = keras.layers.Conv2D(channels, 1, name="conv")(inputs)
+    random = {name: keras.initializers.RandomNormal(seed=seed) for name in ("gamma", "beta")}
+    settings = {f"{name}_initializer": initializer for name, initializer in random.items()}
+    maps = keras.layers.BatchNormalization(name="norm", **settings)(maps)
+    pooled = keras.layers.GlobalAveragePooling2D(name="pool")(keras.layers.ReLU(name="relu")(maps))
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(pooled), name=name)
+
+
+def distilled(*terms: Any, teacher: Any = None) -> DistillModel:
+    model = DistillModel(network(4, 1, "student"), teacher or network(4, 2, "teacher"), list(terms))
+    model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
+    return model
+
+
+def fitted(model: DistillModel, epochs: int, start: int = 0) -> dict[str, list[float]]:
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((8, 3, 3, 2)).astype("float32"), random.standard_normal((8, 3)).astype("float32")
+    return model.fit(x, y, 4, epochs, initial_epoch=start, shuffle=False, verbose=0).history
+
+
+def assert_resumes(make: Any, path: Path) -> None:
+    """Two epochs equal one epoch, a file, and another epoch."""
+    straight, first = make(), make()
+    logs = fitted(straight, 2)
+    fitted(first, 1)
+    first.save(path / "model.keras")
+    second = keras.models.load_model(path / "model.keras")
+    second.teacher = first.teacher
+    assert_same_logs(fitted(second, 2, 1), {key: values[1:] for key, values in logs.items()}, 1e-5)
+    assert_same_weights(second, straight, 1e-6)
 
 
 class Called:
@@ -95,3 +141,104 @@ def test_bad_settings_of_factor_transfer_raise(settings: Any, error: type[Except
 def test_factors_without_an_inner_dimension_raise() -> None:
     with pytest.raises(ValueError, match=r"Expected factors to have an inner dimension\. Received: shape \(3,\)"):
         functional.factor_transfer(ops.ones(3), ops.ones(3))
+
+
+# Margin ReLU ------------------------------------------------------------------------------------------------------
+
+
+def test_margin_relu_is_the_published_distance_over_its_sum() -> None:
+    """The reference adds over all numbers and divides by 1000 and by the examples."""
+    entry = golden_index("ofd")[0]
+    arrays, tolerance = golden_arrays(entry), entry["tolerance_suggested"][DTYPE]
+    loss = MarginReLULoss(margins=arrays["margin"].ravel().tolist(), dtype=DTYPE)
+    factor = arrays["student_feat"][0].size / 1000
+
+    result = differentiated(loss, last(arrays["student_feat"]), last(arrays["teacher_feat"]), DTYPE)
+
+    np.testing.assert_allclose(factor * result.value, arrays["loss"], **tolerance)
+    np.testing.assert_allclose(factor * result.student, last(arrays["grad_student_feat"]), **tolerance)
+
+
+def margins_read(model: DistillModel) -> Any:
+    return as_array(model.terms[0].learned[0].layer.margins)
+
+
+def margins_in(teacher: keras.Model) -> Any:
+    norm = teacher.get_layer("norm")
+    return np.array(margins_of(as_array(norm.gamma), as_array(norm.beta)))
+
+
+def test_the_term_takes_the_margins_from_the_teachers_batch_normalisation() -> None:
+    model = distilled(FeatureDistillation("norm", "norm", MarginReLULoss()))
+
+    np.testing.assert_allclose(margins_read(model), margins_in(model.teacher), rtol=1e-5)
+    assert not model.terms[0].trainable_variables
+
+
+def test_a_new_teacher_brings_its_own_margins() -> None:
+    model = distilled(FeatureDistillation("norm", "norm", MarginReLULoss()))
+    fitted(model, 1)
+
+    model.teacher = network(4, 7, "other")
+    fitted(model, 1)
+
+    np.testing.assert_allclose(margins_read(model), margins_in(model.teacher), rtol=1e-5)
+
+
+def test_a_model_with_margins_goes_on_from_its_file(tmp_path: Path) -> None:
+    assert_resumes(lambda: distilled(FeatureDistillation("norm", "norm", MarginReLULoss())), tmp_path)
+
+
+def test_a_file_keeps_the_margins(tmp_path: Path) -> None:
+    model = distilled(FeatureDistillation("norm", "norm", MarginReLULoss()))
+    fitted(model, 1)  # Keras loads the optimizer of a trained model only
+    model.save(tmp_path / "model.keras")
+
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+
+    np.testing.assert_array_equal(margins_read(loaded), margins_read(model))
+
+
+def test_layers_without_scale_and_shift_have_the_margins_of_a_standard_normal() -> None:
+    norm = keras.layers.BatchNormalization(scale=False, center=False)
+    norm.build((None, 3))
+    loss = MarginReLULoss()
+    loss.build((None, 3), (None, 3))
+    loss.read_teacher(lambda name: norm)
+
+    np.testing.assert_allclose(as_array(loss.layer.margins), np.full(3, -0.79788456), rtol=1e-6)
+
+
+def test_margins_that_cannot_be_read_raise() -> None:
+    teachers = [network(4, seed, f"teacher{seed}") for seed in (3, 4)]
+    with pytest.raises(ValueError, match=r"teacher's layer to be a batch normalisation\. Name the batch .* a Conv2D"):
+        distilled(FeatureDistillation("conv", "conv", MarginReLULoss()))
+    with pytest.raises(
+        ValueError, match=r"`margins` to be given where no term reads them from the teacher\. Pass them"
+    ):
+        MarginReLULoss()(ops.ones((2, 3)), ops.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"one teacher for term 'norm', whose loss takes numbers .*\. Received: 2"):
+        distilled(FeatureDistillation("norm", "norm", MarginReLULoss()), teacher=teachers)
+    with pytest.raises(ValueError, match=r"`teacher` to be a model for term 'norm', whose loss takes numbers from its"):
+        DistillModel(network(4, 1, "student"), None, SelfDistillation("norm", "conv", MarginReLULoss()))
+
+
+def test_given_margins_need_no_teacher() -> None:
+    loss = MarginReLULoss(margins=(-1.0,) * 4)
+    model = DistillModel(network(4, 1, "student"), None, SelfDistillation("norm", "conv", loss))
+    model.compile("sgd", "mse", jit_compile=False)
+
+    assert fitted(model, 1)["norm_loss"][0] > 0
+
+
+@pytest.mark.parametrize("margins", [[0.5, -1.0], []])
+def test_margins_above_zero_raise(margins: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"Expected `margins` to be numbers that are at most 0\. Received: margins="):
+        MarginReLULoss(margins=margins)
+
+
+def test_margins_that_do_not_fit_the_channels_raise() -> None:
+    with pytest.raises(ValueError, match=r"`margins` to have one number for each of the 3 channels\. Received: shape"):
+        MarginReLULoss(margins=(-1.0, -1.0))(ops.ones((2, 3)), ops.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"Expected features to have channels\. Received: shape \(3,\)"):
+        functional.margin_relu_distance(ops.ones(3), ops.ones(3), margins=ops.zeros(3))
