@@ -134,11 +134,15 @@ class LiveTeachers:
         Raises:
             ValueError: If a teacher has no such module.
         """
-        found = [recorder.find(name) for recorder in self._recorders]
-        for network, module in zip(self.modules(), found, strict=False):
+        modules = []
+        for recorder in self._recorders:
+            module = recorder.find(name)
             if module is None:
-                raise ValueError(checks.message(f"the teacher to have a layer {name!r}", type(network).__name__))
-        return [module for module in found if module is not None]
+                expected = f"the teacher to have a layer {name!r}"
+                remedy = checks.closest(name, [path for path, _ in recorder.root.named_modules()])
+                raise ValueError(checks.message(expected, type(recorder.root).__name__, remedy))
+            modules.append(module)
+        return modules
 
     def hold(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Freeze the networks on a device, in a precision if none was chosen; further calls do nothing."""

@@ -20,7 +20,7 @@ MakeTrainer = Callable[..., Trainer]
 TERMS: dict[str, Callable[[], Any]] = {
     "margin_relu": lambda: FeatureDistillation("norm", "norm", MarginReLULoss(), weight=0.1),
 }
-# What the callback's state holds of each term; nothing of it is in the student's.
+# The parts of each term in the callback's state; the student's state holds none of them.
 LEARNED: dict[str, set[str]] = {"margin_relu": {"adapters"}}
 every_term = pytest.mark.parametrize("name", TERMS)
 
