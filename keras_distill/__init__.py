@@ -45,6 +45,7 @@ Yang 2022, arXiv:2204.06986          PixelRelationLoss            functional.pix
 Heo 2019, arXiv:1811.03233           ActivationBoundaryLoss       functional.activation_boundary
 Heo 2019, arXiv:1904.01866           MarginReLULoss               functional.margin_relu_distance
 Yim 2017 (CVPR)                      SolutionFlowLoss             functional.solution_flow
+Chen 2021, arXiv:2104.09044          HierarchicalContextLoss      functional.hierarchical_context
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pearson_feature
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information
 Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.masked_generative
@@ -103,6 +104,7 @@ from keras_distill.losses import (
     FeatureMapTransferLoss,
     GeneralizedJSDLoss,
     HardTargetLoss,
+    HierarchicalContextLoss,
     InterChannelCorrelationLoss,
     ListwiseKLLoss,
     LocalizationLoss,
@@ -141,6 +143,7 @@ from keras_distill.terms import (
     DistillationTerm,
     FeatureDistillation,
     LogitsDistillation,
+    ReviewDistillation,
     SelfDistillation,
     SequenceDistillation,
 )
@@ -175,6 +178,7 @@ __all__ = [
     "FeatureMapTransferLoss",
     "GeneralizedJSDLoss",
     "HardTargetLoss",
+    "HierarchicalContextLoss",
     "InterChannelCorrelationLoss",
     "IntermediateLayersKnowledgeDistillationLoss",
     "IntermediateLayersKnowledgeDistillationLossConfig",
@@ -197,6 +201,7 @@ __all__ = [
     "ProbabilisticTransferLoss",
     "RelationalLoss",
     "ReverseKLLoss",
+    "ReviewDistillation",
     "SelfDistillation",
     "SequenceDistillation",
     "SimilarityPreservingLoss",

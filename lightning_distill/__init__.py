@@ -43,6 +43,7 @@ Yang 2022, arXiv:2204.06986          PixelRelationLoss            functional.pix
 Heo 2019, arXiv:1811.03233           ActivationBoundaryLoss       functional.activation_boundary
 Heo 2019, arXiv:1904.01866           MarginReLULoss               functional.margin_relu_distance
 Yim 2017 (CVPR)                      SolutionFlowLoss             functional.solution_flow
+Chen 2021, arXiv:2104.09044          HierarchicalContextLoss      functional.hierarchical_context
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pearson_feature
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information
 Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.masked_generative
@@ -95,6 +96,7 @@ from lightning_distill.terms import (
     FusedLinearDistillation,
     HiddenStatesDistillation,
     LogitsDistillation,
+    ReviewDistillation,
     SelfDistillation,
     SequenceDistillation,
 )
@@ -138,6 +140,7 @@ __all__ = [
     "KnowledgeDistillationLossConfig",
     "LogitsDistillation",
     "OnPolicyDistillation",
+    "ReviewDistillation",
     "SelfDistillation",
     "SelfKnowledgeDistillationLoss",
     "SelfKnowledgeDistillationLossConfig",

@@ -263,6 +263,21 @@ FEATURE_CASES += [
         "margin_relu_tokens", losses.MarginReLULoss, oracle.margin_relu, (2, 4, 3), settings={"margins": (-1.0,) * 3}
     ),
     LossCase(
+        "hierarchical_context",
+        losses.HierarchicalContextLoss,
+        oracle.hierarchical_context,
+        (2, 3, 3, 5),
+        over="neighbourhood",
+    ),
+    LossCase(
+        "hierarchical_context_tokens",
+        losses.HierarchicalContextLoss,
+        oracle.hierarchical_context,
+        (2, 7, 3),
+        settings={"levels": (3, 1)},
+        over="neighbourhood",
+    ),
+    LossCase(
         "solution_flow",
         losses.SolutionFlowLoss,
         oracle.solution_flow,

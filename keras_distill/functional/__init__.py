@@ -14,6 +14,7 @@ from keras_distill.functional import (
     logits,
     margins,
     normalized,
+    pyramids,
     relations,
     retrieval,
     targets,
@@ -30,6 +31,7 @@ from keras_distill.functional.logit_relations import *
 from keras_distill.functional.logits import *
 from keras_distill.functional.margins import *
 from keras_distill.functional.normalized import *
+from keras_distill.functional.pyramids import *
 from keras_distill.functional.relations import *
 from keras_distill.functional.retrieval import *
 from keras_distill.functional.targets import *
@@ -47,6 +49,7 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += margins.__all__
 __all__ += normalized.__all__
+__all__ += pyramids.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

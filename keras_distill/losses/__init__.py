@@ -15,6 +15,7 @@ from keras_distill.losses import (
     logits,
     margins,
     normalized,
+    pyramids,
     relations,
     retrieval,
     targets,
@@ -32,6 +33,7 @@ from keras_distill.losses.logit_relations import *
 from keras_distill.losses.logits import *
 from keras_distill.losses.margins import *
 from keras_distill.losses.normalized import *
+from keras_distill.losses.pyramids import *
 from keras_distill.losses.relations import *
 from keras_distill.losses.retrieval import *
 from keras_distill.losses.targets import *
@@ -50,6 +52,7 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += margins.__all__
 __all__ += normalized.__all__
+__all__ += pyramids.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

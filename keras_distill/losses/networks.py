@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import keras
+from keras import ops
 
 from keras_distill import checks
 
@@ -32,6 +33,36 @@ class Network(keras.layers.Layer):
         for part in self.parts:
             feature = part(feature)
         return feature
+
+
+class BatchNormalized(keras.layers.Layer):
+    """A convolution of maps without bias, and a batch normalisation with the statistics of the batch, always.
+
+    Args:
+        channels: Channels of its output.
+        kernel: Width and height of the convolution.
+        **kwargs: Settings of a layer.
+    """
+
+    def __init__(self, channels: int, kernel: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        settings = {"use_bias": False, "padding": "same", "data_format": "channels_last", "dtype": self.dtype}
+        self.convolution = keras.layers.Conv2D(channels, kernel, **settings)
+        self.channels = channels
+
+    def build(self, shape: Any) -> None:
+        """Build the convolution, and make the scale and the shift."""
+        self.convolution.build(shape)
+        self.scale = self.add_weight(name="scale", shape=(self.channels,), initializer="ones", dtype=self.dtype)
+        self.shift = self.add_weight(name="shift", shape=(self.channels,), initializer="zeros", dtype=self.dtype)
+        self.built = True
+
+    def call(self, feature: Any) -> Any:
+        """The normalised map."""
+        mapped = self.convolution(feature)
+        mean = ops.mean(mapped, axis=(0, 1, 2), keepdims=True)
+        variance = ops.mean(ops.square(mapped - mean), axis=(0, 1, 2), keepdims=True)
+        return (mapped - mean) / ops.sqrt(variance + 1e-5) * self.scale + self.shift
 
 
 def wide_layer(rank: int, channels: int | None, activation: Any, dtype: Any) -> keras.layers.Layer:

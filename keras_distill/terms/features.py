@@ -204,11 +204,7 @@ class FeatureDistillation(LossTerm):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistillationTerm:
         """The term that :meth:`get_config` describes."""
-        taps: dict[str, Any] = {
-            side: [Tap(**tap) for tap in config[side]] for side in ("student_layer", "teacher_layer")
-        }
-        rest = {key: value for key, value in config.items() if key not in taps}
-        return cls(**taps, **deserialized(rest))
+        return cls(**taps_and_settings(config, "student_layer", "teacher_layer"))
 
     def get_shapes(self) -> dict[str, Any] | None:
         """The shapes and layouts that the adapters were made from."""
@@ -296,7 +292,7 @@ class FeatureDistillation(LossTerm):
         masks = [student.mask_of(feature), source.mask_of(target)]
         student_layout, teacher_layout = self._built_for[index][2:] if self._built_for else (None, None)
         target = ops.stop_gradient(ops.convert_to_tensor(target))  # stored features are arrays
-        feature, target = arranged(_widened(feature), student_layout), arranged(_widened(target), teacher_layout)
+        feature, target = arranged(widened(feature), student_layout), arranged(widened(target), teacher_layout)
         adapter = self._adapters[index] if self._adapters else None
         if adapter is not None:
             feature = adapter(feature, training=student.training)
@@ -391,7 +387,13 @@ def as_taps(layers: Layers) -> list[Tap]:
     return [Tap.of(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
 
 
-def _widened(feature: Any) -> Any:
+def taps_and_settings(config: dict[str, Any], *sides: str) -> dict[str, Any]:
+    """The arguments of a term's constructor from its config, whose entries for the two sides are lists of taps."""
+    taps = {side: [Tap(**tap) for tap in config[side]] for side in sides}
+    return {**deserialized({key: value for key, value in config.items() if key not in taps}), **taps}
+
+
+def widened(feature: Any) -> Any:
     """The feature, cast to float32 if it is in half precision: 1e4 squared overflows float16."""
     narrow = keras.backend.standardize_dtype(feature.dtype) in ("float16", "bfloat16")
     return ops.cast(feature, "float32") if narrow else feature

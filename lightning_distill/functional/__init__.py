@@ -15,6 +15,7 @@ from lightning_distill.functional import (
     logits,
     margins,
     normalized,
+    pyramids,
     relations,
     retrieval,
     targets,
@@ -32,6 +33,7 @@ from lightning_distill.functional.logit_relations import *
 from lightning_distill.functional.logits import *
 from lightning_distill.functional.margins import *
 from lightning_distill.functional.normalized import *
+from lightning_distill.functional.pyramids import *
 from lightning_distill.functional.relations import *
 from lightning_distill.functional.retrieval import *
 from lightning_distill.functional.targets import *
@@ -50,6 +52,7 @@ __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += margins.__all__
 __all__ += normalized.__all__
+__all__ += pyramids.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

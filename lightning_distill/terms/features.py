@@ -184,7 +184,7 @@ class FeatureDistillation(DistillationTerm):
         match = self.requires
         maps = self.reads_maps and self._adapter[0] != "linear" and adapted.ndim == target.ndim == 4
         if match.positions_must_match and maps:
-            target = _resized(widened(target), adapted)
+            target = resized(widened(target), adapted)
         if match.channels_must_match and match.positions_must_match and adapted.shape != target.shape:
             raise ValueError(
                 f"Expected student feature {student_tap.layer!r} and teacher feature {teacher_tap.layer!r} to have"
@@ -278,7 +278,7 @@ def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:
     return [Tap.of(layer) for layer in ([layers] if isinstance(layers, (str, Tap)) else layers)]
 
 
-def _resized(teacher: Tensor, student: Tensor) -> Tensor:
+def resized(teacher: Tensor, student: Tensor) -> Tensor:
     """The teacher's map at the student's height and width: averaged down, interpolated up."""
     size = student.shape[-2:]
     if teacher.shape[-2:] == size:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from keras import ops
-from keras_loss_cases import as_array, differentiated
+from keras_loss_cases import as_array, differentiated, keras_kernel
 from keras_nets import assert_same_logs, assert_same_weights
 from loss_case import golden_arrays, golden_index
 
@@ -19,10 +19,14 @@ from keras_distill import (
     DistillModel,
     FactorTransferLoss,
     FeatureDistillation,
+    HierarchicalContextLoss,
     MarginReLULoss,
+    ReviewDistillation,
     SelfDistillation,
     functional,
 )
+from keras_distill.terms import review as keras_review
+from lightning_distill.terms import review as lightning_review
 
 HAS_FLOAT64 = keras.backend.result_type("float64", "float64") == "float64"
 DTYPE = "float64" if HAS_FLOAT64 else "float32"
@@ -34,14 +38,15 @@ def last(array: Any) -> np.ndarray[Any, Any]:
 
 
 def network(channels: int, seed: int, name: str) -> keras.Model:
-    """Inputs (N, 3, 3, 2); layers "conv", "norm" before the ReLU, and the classifier "head"."""
+    """Inputs (N, 3, 3, 2); layers "conv", "norm" before a ReLU, "body" with smaller maps, and "head"."""
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((3, 3, 2))
     maps = keras.layers.Conv2D(channels, 1, name="conv")(inputs)
     random = {name: keras.initializers.RandomNormal(seed=seed) for name in ("gamma", "beta")}
     settings = {f"{name}_initializer": initializer for name, initializer in random.items()}
-    maps = keras.layers.BatchNormalization(name="norm", **settings)(maps)
-    pooled = keras.layers.GlobalAveragePooling2D(name="pool")(keras.layers.ReLU(name="relu")(maps))
+    maps = keras.layers.ReLU(name="relu")(keras.layers.BatchNormalization(name="norm", **settings)(maps))
+    maps = keras.layers.Conv2D(2 * channels, 2, 2, "same", activation="relu", name="body")(maps)
+    pooled = keras.layers.GlobalAveragePooling2D(name="pool")(maps)
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(pooled), name=name)
 
 
@@ -242,3 +247,105 @@ def test_margins_that_do_not_fit_the_channels_raise() -> None:
         MarginReLULoss(margins=(-1.0, -1.0))(ops.ones((2, 3)), ops.ones((2, 3)))
     with pytest.raises(ValueError, match=r"Expected features to have channels\. Received: shape \(3,\)"):
         functional.margin_relu_distance(ops.ones(3), ops.ones(3), margins=ops.zeros(3))
+
+
+# Review -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", golden_index("reviewkd_hcl"), ids=lambda entry: entry["case"])
+def test_hierarchical_context_added_over_layers_is_the_published_loss(entry: dict[str, Any]) -> None:
+    arrays, tolerance = golden_arrays(entry), entry["tolerance_suggested"][DTYPE]
+    values = []
+    for name in entry["student_inputs"]:
+        pair = last(arrays[name]), last(arrays[name.replace("student", "teacher")])
+        result = differentiated(HierarchicalContextLoss(dtype=DTYPE), *pair, DTYPE)
+        np.testing.assert_allclose(result.student, last(arrays[f"grad_{name}"]), **tolerance)
+        values.append(float(result.value))
+
+    np.testing.assert_allclose(sum(values), arrays["loss"], **tolerance)
+
+
+def test_the_parts_of_a_review_give_the_numbers_of_pytorch() -> None:
+    random = np.random.default_rng(0)
+    sizes, channels, wide = [(5, 6), (3, 3), (2, 1)], (2, 3, 4), (3, 5, 2)
+    features = [random.standard_normal((4, *size, width)) for size, width in zip(sizes, channels, strict=True)]
+    ours = lightning_review._Review(channels, wide, 3)
+    theirs = keras_review._Review(wide, 3, dtype="float32")
+    theirs.build([feature.shape for feature in features])
+    for kind in ("squeeze", "spread"):
+        for (convolution, norm), part in zip(getattr(ours, kind), getattr(theirs, kind), strict=True):
+            torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+            part.convolution.kernel.assign(keras_kernel(convolution.weight.detach().numpy(), 4))
+            part.scale.assign(norm.weight.detach().numpy())
+            part.shift.assign(norm.bias.detach().numpy())
+    for attention, part in zip(ours.attention, theirs.attention, strict=True):
+        part.kernel.assign(keras_kernel(attention.weight.detach().numpy(), 4))
+        part.bias.assign(attention.bias.detach().numpy())
+
+    expected = ours.double()([torch.as_tensor(np.moveaxis(feature, -1, 1)) for feature in features])
+    results = theirs([ops.convert_to_tensor(feature, "float32") for feature in features])
+
+    for result, reference in zip(results, expected, strict=True):
+        np.testing.assert_allclose(as_array(result), last(reference.detach()), rtol=0, atol=5e-6)
+
+
+def test_a_review_trains_its_parts_and_goes_on_from_its_file(tmp_path: Path) -> None:
+    def make() -> DistillModel:
+        return distilled(ReviewDistillation(["norm", "body"], ["norm", "body"]), teacher=network(5, 2, "teacher"))
+
+    model = make()
+    before = [as_array(variable) for variable in model.terms[0].trainable_variables]
+    fitted(model, 1)
+    after = [as_array(variable) for variable in model.terms[0].trainable_variables]
+
+    assert len(before) == 2 * 3 + 2 + 2 * 3
+    assert all((a != b).any() for a, b in zip(before, after, strict=True))
+    assert len(model.student.weights) == len(network(4, 1, "plain").weights)
+    assert_resumes(make, tmp_path)
+
+
+def test_a_review_is_the_sum_over_its_layers_of_resized_maps() -> None:
+    inputs = keras.Input((4, 4, 2))
+    maps = keras.layers.Conv2D(3, 1, 2, name="norm")(inputs)
+    small = keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(maps))
+    inputs = keras.Input((4, 4, 2))
+    maps = keras.layers.Conv2D(3, 1, name="norm")(inputs)
+    large = keras.Model(inputs, keras.layers.GlobalAveragePooling2D(name="pool")(maps))
+
+    model = DistillModel(small, large, ReviewDistillation(["norm"], ["norm"]))
+    model.compile("sgd", "mse", jit_compile=False)
+    x = np.random.default_rng(0).standard_normal((4, 4, 4, 2)).astype("float32")
+    value = model.evaluate(x, np.zeros((4, 3)), verbose=0, return_dict=True)["review_loss"]
+
+    (fused,) = model.terms[0].adapters[0]([model.student.get_layer("norm")(x)])
+    target = ops.average_pool(model.teacher.get_layer("norm")(x), 2)
+    expected = HierarchicalContextLoss()(target, fused)
+    assert value == pytest.approx(float(as_array(expected)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: ReviewDistillation(["a", "b"], ["a"]), ValueError, r"name the same number of layers, at least one"),
+        (lambda: ReviewDistillation(["a"], ["a"], channels=0), ValueError, r"`channels` to be at least 1\. Received"),
+        (
+            lambda: ReviewDistillation(["a"], ["a"], FactorTransferLoss()),
+            TypeError,
+            r"`loss` to be a loss on two maps without parameters of its own\. Use it in a FeatureDistillation\. Receiv",
+        ),
+        (
+            lambda: distilled(ReviewDistillation(["norm", "head"], ["norm", "head"])),
+            ValueError,
+            r"layers 'head' and 'head' to return maps \(N, H, W, C\)\. Received: \(None, 3\) and \(None, 3\)",
+        ),
+        (lambda: HierarchicalContextLoss(levels=(4, 0)), ValueError, r"Expected `levels` to be at least 1\. Received"),
+        (
+            lambda: functional.hierarchical_context(ops.ones((2, 3)), ops.ones((2, 3))),
+            ValueError,
+            r"`student` to have positions of known sizes, and 3 to 5 dimensions\. Received: shape \(2, 3\)",
+        ),
+    ],
+)
+def test_bad_settings_of_a_review_raise(make: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()

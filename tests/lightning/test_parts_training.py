@@ -14,14 +14,15 @@ from parts_nets import Network
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distill import DistillCallback, FeatureDistillation, MarginReLULoss
+from lightning_distill import DistillCallback, FeatureDistillation, MarginReLULoss, ReviewDistillation
 
 MakeTrainer = Callable[..., Trainer]
 TERMS: dict[str, Callable[[], Any]] = {
     "margin_relu": lambda: FeatureDistillation("norm", "norm", MarginReLULoss(), weight=0.1),
+    "review": lambda: ReviewDistillation(["norm", "body"], ["norm", "body"]),
 }
 # The parts of each term in the callback's state; the student's state holds none of them.
-LEARNED: dict[str, set[str]] = {"margin_relu": {"adapters"}}
+LEARNED: dict[str, set[str]] = {"margin_relu": {"adapters"}, "review": {"adapters"}}
 every_term = pytest.mark.parametrize("name", TERMS)
 
 
