@@ -14,7 +14,7 @@ from keras_distill.comparison import StepLosses, compared_scores
 from keras_distill.recording import Call, Recorder, probed, symbolic
 from keras_distill.schedules import Progress
 from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs, joint_inputs, with_call
-from keras_distill.terms import DistillationTerm, TermState, as_terms
+from keras_distill.terms import DistillationTerm, TermState, as_terms, in_teachers
 from keras_distill.terms.weighing import scalar
 
 
@@ -95,8 +95,7 @@ class DistillStep:
         before, taps_before = self.teachers, [term.teacher_taps for term in self.terms]
         self.version += 1
         try:
-            for term in self.terms:
-                term.in_teacher(models[0] if models else None)
+            in_teachers(self.terms, models)
             taps = [tap for term in self.terms for tap in term.teacher_taps]
             self.teachers = [LiveTeacher(model, taps, self.teacher_dtype) for model in models]
             self._check_teacher()

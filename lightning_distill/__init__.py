@@ -41,11 +41,14 @@ Shu 2021, arXiv:2011.13256           ChannelWiseLoss              functional.cha
 Zheng 2022, arXiv:2102.12252         LocalizationLoss             functional.localization
 Yang 2022, arXiv:2204.06986          PixelRelationLoss            functional.pixel_relation
 Heo 2019, arXiv:1811.03233           ActivationBoundaryLoss       functional.activation_boundary
+Heo 2019, arXiv:1904.01866           MarginReLULoss               functional.margin_relu_distance
 Yim 2017 (CVPR)                      SolutionFlowLoss             functional.solution_flow
+Chen 2021, arXiv:2104.09044          HierarchicalContextLoss      functional.hierarchical_context
 Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pearson_feature
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information
 Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.masked_generative
 Miles 2023, arXiv:2303.11098         SimpleRecipeLoss             functional.log_sum_distance
+Kim 2018, arXiv:1802.04977           FactorTransferLoss           functional.factor_transfer
 Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss        functional.neuron_selectivity
 Kornblith 2019, arXiv:1905.00414     CKALoss                      functional.centered_kernel_alignment
 Sun 2019, arXiv:1908.09355           PatientLoss                  functional.normalized_mse
@@ -94,6 +97,7 @@ from lightning_distill.terms import (
     FusedLinearDistillation,
     HiddenStatesDistillation,
     LogitsDistillation,
+    ReviewDistillation,
     SelfDistillation,
     SequenceDistillation,
 )
@@ -139,6 +143,7 @@ __all__ = [
     "Normalize",
     "OnPolicyDistillation",
     "PCAProjection",
+    "ReviewDistillation",
     "SelfDistillation",
     "SelfKnowledgeDistillationLoss",
     "SelfKnowledgeDistillationLossConfig",

@@ -17,7 +17,7 @@ from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
 from lightning_distill.teachers.source import LiveTeachers, TeacherSource
-from lightning_distill.terms import DistillationTerm, LogitsDistillation
+from lightning_distill.terms import DistillationTerm, LogitsDistillation, connected
 from lightning_distill.terms.counting import TokenShare, over_calls
 from lightning_distill.terms.skipped_heads import SkippedHeads, check_not_compiled
 
@@ -87,12 +87,12 @@ class DistillStep:
         read_logits: Callable[[Any], Tensor],
         never_called: Callable[[], str],
     ) -> None:
-        self.settings, self.terms, self.student, self.source, self.learned = settings, terms, student, source, learned
+        self.settings, self.student, self.source, self.learned = settings, student, source, learned
+        self.terms = connected(terms, source)
         self._labels, self._read_logits, self._never_called = labels, read_logits, never_called
         self.scheduler = Scheduler(terms, settings)
         self.parts: dict[str, Tensor] = {}
-        self.batch_size, self.own_text = 0, False
-        self.share = TokenShare()
+        self.batch_size, self.own_text, self.share = 0, False, TokenShare()
         self.unlogged: Tensor | None = None
         self.counted: dict[str, Tensor] = {}
         self._heads: SkippedHeads | None = None

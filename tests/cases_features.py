@@ -253,6 +253,31 @@ FEATURE_CASES += [
         zero_at_identity=False,
     ),
     LossCase(
+        "margin_relu",
+        losses.MarginReLULoss,
+        oracle.margin_relu,
+        (2, 3, 2, 3),
+        settings={"margins": (-0.5, -1.5, 0.0)},
+    ),
+    LossCase(
+        "margin_relu_tokens", losses.MarginReLULoss, oracle.margin_relu, (2, 4, 3), settings={"margins": (-1.0,) * 3}
+    ),
+    LossCase(
+        "hierarchical_context",
+        losses.HierarchicalContextLoss,
+        oracle.hierarchical_context,
+        (2, 3, 3, 5),
+        over="neighbourhood",
+    ),
+    LossCase(
+        "hierarchical_context_tokens",
+        losses.HierarchicalContextLoss,
+        oracle.hierarchical_context,
+        (2, 7, 3),
+        settings={"levels": (3, 1)},
+        over="neighbourhood",
+    ),
+    LossCase(
         "solution_flow",
         losses.SolutionFlowLoss,
         oracle.solution_flow,

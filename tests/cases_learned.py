@@ -67,7 +67,36 @@ def _simple_recipe(name: str, student: tuple[int, ...], teacher: tuple[int, ...]
     )
 
 
+def _factors(name: str, student: tuple[int, ...], teacher: tuple[int, ...], **settings: float) -> LossCase:
+    narrow, wide = (shape[channel_axis(np.empty(shape))] for shape in (student, teacher))
+    factor = int(settings.get("rate", 0.5) * wide)
+    kernel = (3,) * (len(student) - 2)
+    shapes = {}
+    for network, channels in (
+        ("translator", (narrow, narrow, factor, factor)),
+        ("paraphraser", (wide, wide, factor, factor)),
+        ("restorer", (factor, factor, wide, wide)),
+    ):
+        for index in range(3):
+            shapes[f"{network}.{2 * index}.weight"] = (channels[index + 1], channels[index], *kernel)
+            shapes[f"{network}.{2 * index}.bias"] = (channels[index + 1],)
+    return LossCase(
+        name,
+        losses.FactorTransferLoss,
+        oracle.factor_transfer,
+        student,
+        teacher,
+        settings=settings,
+        zero_at_identity=False,
+        over="neighbourhood" if len(student) > 2 else "positions",
+        parameters=_drawn(shapes, 0.3),
+    )
+
+
 LEARNED_CASES = [
+    _factors("factor_transfer", (2, 3, 2, 3), (2, 4, 2, 3)),
+    _factors("factor_transfer_tokens", (2, 4, 3), (2, 4, 2), rate=1.5, power=2.0),
+    _factors("factor_transfer_vectors", (3, 4), (3, 5), factor_weight=2.0, reconstruction_weight=0.5),
     # Variances far above eps, so that the loss is positive, as the generic tests expect of all losses.
     _simple_recipe("simple_recipe", (5, 3, 2, 3), (5, 4, 2, 3), eps=1e-8),
     _simple_recipe("simple_recipe_vectors", (5, 4), (5, 3), power=3.0, eps=1e-7),

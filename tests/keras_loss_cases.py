@@ -76,8 +76,9 @@ def variable_of(loss: Any, name: str) -> keras.Variable:
     """A parameter by its name in PyTorch, where the functions between the layers count too: mean.2 is the second."""
     if name == "rho":
         return loss.layer.rho
-    _, *index, kind = name.split(".")
-    return getattr(loss.layer.parts[int(*index) // 2], {"weight": "kernel", "bias": "bias"}[kind])
+    first, *index, kind = name.split(".")
+    network = getattr(loss.layer, first, loss.layer)  # a loss of several networks has them as attributes
+    return getattr(network.parts[int(*index) // 2], {"weight": "kernel", "bias": "bias"}[kind])
 
 
 def keras_kernel(weight: NDArray[Any], rank: int) -> NDArray[Any]:

@@ -234,6 +234,39 @@ def activation_boundary(student: Array, teacher: Array, *, margin: float = 1.0) 
     return float(total / student.size)
 
 
+def margin_relu(student: Array, teacher: Array, *, margins: Sequence[float]) -> float:
+    """Heo et al. 2019: 0 where s <= t <= 0, else (s - t)^2, with t no less than its channel's margin; mean."""
+    total = 0.0
+    for s, t in zip(rows(student, None), rows(teacher, None), strict=True):
+        for a, b, margin in zip(s, t, margins, strict=True):
+            b = max(float(b), margin)
+            total += 0.0 if a <= b <= 0 else (float(a) - b) ** 2
+    return total / student.size
+
+
+def hierarchical_context(student: Array, teacher: Array, *, levels: Sequence[int] = (4, 2, 1)) -> float:
+    """Chen et al. 2021: mean squares of the maps and of averages over l x l cells, with weights 1, 1/2, 1/4 ..."""
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        difference = np.moveaxis(s - t, channel_axis(student) - 1, 0)
+        sizes = difference.shape[1:]
+        squares, weights = float((difference**2).mean()), 1.0
+        for index, level in enumerate(level for level in levels if level < max(sizes)):
+            cells = [min(level, size) for size in sizes]
+            means = []
+            for channel in difference:
+                for cell in np.ndindex(*cells):
+                    part = [
+                        slice(i * size // count, math.ceil((i + 1) * size / count))
+                        for i, size, count in zip(cell, sizes, cells, strict=True)
+                    ]
+                    means.append(float(channel[tuple(part)].mean()))
+            squares += 0.5 ** (index + 1) * sum(mean**2 for mean in means) / len(means)
+            weights += 0.5 ** (index + 1)
+        total += squares / weights
+    return total / len(student)
+
+
 def solution_flow(student: Array, teacher: Array) -> float:
     """Yim et al. 2017: mean squared difference of G = F1 F2^T / P; the two layers are parts of the channels."""
     values = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from oracle import Array, channel_axis
@@ -89,3 +89,76 @@ def log_sum_distance(
         normalized.append(columns)
     pairs = [pair for columns in zip(*normalized, strict=True) for pair in zip(*columns, strict=True)]
     return math.log(sum(abs(s - t) ** power for s, t in pairs))
+
+
+def network(example: Array, parameters: Parameters, name: str) -> Array:
+    """Convolutions of width 3 with leaky ReLUs of 0.1 behind them; channels first."""
+    for index in (0, 2, 4):
+        example = convolution(example, parameters[f"{name}.{index}.weight"], parameters[f"{name}.{index}.bias"])
+        example = np.where(example > 0, example, 0.1 * example)
+    return example
+
+
+def factor_transfer(
+    student: Array,
+    teacher: Array,
+    *,
+    parameters: Parameters,
+    rate: float = 0.5,
+    power: float = 1.0,
+    factor_weight: float = 1.0,
+    reconstruction_weight: float = 1.0,
+) -> float:
+    """Kim et al. 2018: mean |T(s) / length - P(t) / length|^p, plus mean (R(P(t)) - t)^2, which trains P and R."""
+    distance = error = 0.0
+    axis = channel_axis(student) - 1 if student.ndim > 2 else 0
+    for s, t in zip(student, teacher, strict=True):
+        s, t = (np.moveaxis(example, axis, 0) for example in (s, t))
+        factor = network(t, parameters, "paraphraser")
+        units = []
+        for vector in (network(s, parameters, "translator").ravel(), factor.ravel()):
+            length = math.sqrt(sum(float(value) ** 2 for value in vector))
+            units.append([float(value) / length for value in vector])
+        distance += sum(abs(a - b) ** power for a, b in zip(*units, strict=True)) / factor.size
+        restored = network(factor, parameters, "restorer")
+        error += sum(float(a - b) ** 2 for a, b in zip(restored.ravel(), t.ravel(), strict=True)) / t.size
+    return (factor_weight * distance + reconstruction_weight * error) / len(student)
+
+
+def normalized(maps: Array, scale: Array, shift: Array) -> Array:
+    """Each channel of (N, C, H, W) with the mean and the biased variance of the batch, eps 1e-5."""
+    result = np.empty_like(maps)
+    for channel in range(maps.shape[1]):
+        values = maps[:, channel]
+        deviation = math.sqrt(float(((values - values.mean()) ** 2).mean()) + 1e-5)
+        result[:, channel] = scale[channel] * (values - values.mean()) / deviation + shift[channel]
+    return result
+
+
+def review(students: Sequence[Array], parameters: Parameters) -> list[Array]:
+    """Chen et al. 2021: fused maps from the deepest to the shallowest, in the order of the students' maps."""
+    fused: Array | None = None
+    results: list[Array] = []
+    for index in reversed(range(len(students))):
+        feature = students[index]
+        count, _, *size = feature.shape
+        matrix = parameters[f"squeeze.{index}.0.weight"][:, :, 0, 0]
+        mapped = np.einsum("oc,nchw->nohw", matrix, feature)
+        norm = [parameters[f"squeeze.{index}.1.{name}"] for name in ("weight", "bias")]
+        current = normalized(mapped, *norm)
+        if fused is not None:
+            rows, columns = (
+                [i * old // new for i in range(new)] for new, old in zip(size, fused.shape[2:], strict=True)
+            )
+            fused = fused[:, :, rows][:, :, :, columns]
+            weight, bias = (parameters[f"attention.{index}.{name}"] for name in ("weight", "bias"))
+            both = np.concatenate([current, fused], axis=1)
+            scores = np.einsum("oc,nchw->nohw", weight[:, :, 0, 0], both) + bias[:, None, None]
+            factors = 1 / (1 + np.exp(-scores))
+            current = current * factors[:, :1] + fused * factors[:, 1:]
+        fused = current
+        kernel = parameters[f"spread.{index}.0.weight"]
+        spread = np.stack([convolution(current[n], kernel, np.zeros(len(kernel))) for n in range(count)])
+        norm = [parameters[f"spread.{index}.1.{name}"] for name in ("weight", "bias")]
+        results.insert(0, normalized(spread, *norm))
+    return results

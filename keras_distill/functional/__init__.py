@@ -7,11 +7,14 @@ from keras_distill.functional import (
     attention,
     dense,
     divergences,
+    factors,
     features,
     learned,
     logit_relations,
     logits,
+    margins,
     normalized,
+    pyramids,
     relations,
     retrieval,
     targets,
@@ -21,11 +24,14 @@ from keras_distill.functional.activations import *
 from keras_distill.functional.attention import *
 from keras_distill.functional.dense import *
 from keras_distill.functional.divergences import *
+from keras_distill.functional.factors import *
 from keras_distill.functional.features import *
 from keras_distill.functional.learned import *
 from keras_distill.functional.logit_relations import *
 from keras_distill.functional.logits import *
+from keras_distill.functional.margins import *
 from keras_distill.functional.normalized import *
+from keras_distill.functional.pyramids import *
 from keras_distill.functional.relations import *
 from keras_distill.functional.retrieval import *
 from keras_distill.functional.targets import *
@@ -36,11 +42,14 @@ __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += dense.__all__
 __all__ += divergences.__all__
+__all__ += factors.__all__
 __all__ += features.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
+__all__ += margins.__all__
 __all__ += normalized.__all__
+__all__ += pyramids.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -246,11 +246,28 @@ def resized(teacher: Any, student: Sequence[int | None]) -> Any:
         array([0.5, 2.5], dtype=float32)
     """
     for axis in (1, 2):
-        size, target_size = teacher.shape[axis], student[axis]
-        if size is not None and target_size is not None and size != target_size:
-            matrix = ops.cast(_resizing(size, target_size), teacher.dtype)
-            teacher = ops.moveaxis(ops.tensordot(matrix, teacher, axes=[[1], [axis]]), 0, axis)
+        target_size = student[axis]
+        if teacher.shape[axis] is not None and target_size is not None:
+            teacher = averaged(teacher, axis, target_size)
     return teacher
+
+
+def averaged(feature: Any, axis: int, target_size: int) -> Any:
+    """Resize one dimension to a size, by averaging to a smaller one or by interpolation to a larger one.
+
+    Args:
+        feature: Any shape, whose size along the axis is known.
+        axis: The dimension.
+        target_size: Its new size.
+
+    Returns:
+        The feature; unchanged if it has this size.
+    """
+    size = feature.shape[axis]
+    if size == target_size:
+        return feature
+    matrix = ops.cast(_resizing(size, target_size), feature.dtype)
+    return ops.moveaxis(ops.tensordot(matrix, feature, axes=[[1], [axis]]), 0, axis)
 
 
 def _resizing(size: int, target_size: int) -> np.ndarray[Any, Any]:

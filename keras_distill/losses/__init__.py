@@ -8,11 +8,14 @@ from keras_distill.losses import (
     base,
     dense,
     divergences,
+    factors,
     features,
     learned,
     logit_relations,
     logits,
+    margins,
     normalized,
+    pyramids,
     relations,
     retrieval,
     targets,
@@ -23,11 +26,14 @@ from keras_distill.losses.attention import *
 from keras_distill.losses.base import *
 from keras_distill.losses.dense import *
 from keras_distill.losses.divergences import *
+from keras_distill.losses.factors import *
 from keras_distill.losses.features import *
 from keras_distill.losses.learned import *
 from keras_distill.losses.logit_relations import *
 from keras_distill.losses.logits import *
+from keras_distill.losses.margins import *
 from keras_distill.losses.normalized import *
+from keras_distill.losses.pyramids import *
 from keras_distill.losses.relations import *
 from keras_distill.losses.retrieval import *
 from keras_distill.losses.targets import *
@@ -39,11 +45,14 @@ __all__ += attention.__all__
 __all__ += base.__all__
 __all__ += dense.__all__
 __all__ += divergences.__all__
+__all__ += factors.__all__
 __all__ += features.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
+__all__ += margins.__all__
 __all__ += normalized.__all__
+__all__ += pyramids.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

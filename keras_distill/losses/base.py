@@ -18,7 +18,7 @@ __all__ = ["DistillationLoss", "FunctionLoss"]
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Nine attributes describe it to a term:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Ten attributes describe it to a term:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -30,6 +30,8 @@ class DistillationLoss(keras.losses.Loss):
       classes drawn at random gives an unbiased one.
     - ``learned``: :meth:`build` makes parameters in ``layer``. A FeatureDistillation builds a copy of the loss for each
       pair of layers, and treats it as it does adapters.
+    - ``reads_teacher``: :meth:`read_teacher` takes numbers from layers of the teacher. Each pair of layers then has a
+      copy of the loss too.
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
     - ``gives``: ``"positions"`` if ``call`` returns one value for each position (the shape of the student's tensor
       without its last dimension), ``"examples"`` if it returns one value for each example, ``"batch"`` if it compares
@@ -54,6 +56,7 @@ class DistillationLoss(keras.losses.Loss):
     positions_must_match: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
+    reads_teacher: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
@@ -79,6 +82,18 @@ class DistillationLoss(keras.losses.Loss):
 
         Raises:
             ValueError: If the loss cannot compare features of these shapes.
+        """
+
+    def read_teacher(self, layer_of: Callable[[str | None], keras.layers.Layer]) -> None:
+        """Take numbers from layers of the teacher, for a loss with ``reads_teacher = True``; after :meth:`build`.
+
+        Called again for a new teacher. A file of the model keeps what is stored in weights of ``layer``.
+
+        Args:
+            layer_of: Returns the teacher's layer of a name; ``None`` is the layer that the term names.
+
+        Raises:
+            ValueError: If a layer is not of the kind that the loss reads.
         """
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
 
 import keras
 from keras import ops
@@ -12,10 +12,10 @@ from keras import ops
 from keras_distill import checks
 from keras_distill.functional.learned import log_sum_distance, masked_generative, variational_information
 from keras_distill.losses.base import DistillationLoss
+from keras_distill.losses.networks import Network, built, check_ranks, wide_layer
 
 __all__ = ["MaskedGenerativeLoss", "SimpleRecipeLoss", "VariationalInformationLoss"]
 
-_CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
 _SMALLEST_VARIANCE = 1e-5
 
 
@@ -73,10 +73,10 @@ class VariationalInformationLoss(DistillationLoss):
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
         """Make the mean and the variances for features of these shapes, replacing earlier ones."""
-        _check_ranks(student, teacher)
+        check_ranks(student, teacher)
         wide, kinds = teacher[-1], ("relu", "relu", None)
         layers = [keras.layers.Dense(wide, kind, use_bias=False, dtype=self.dtype) for kind in kinds]
-        self.layer = _Network(layers, name="mean", dtype=self.dtype)
+        self.layer = Network(layers, name="mean", dtype=self.dtype)
         excess = self.initial_variance - _SMALLEST_VARIANCE
         # the inverse of softplus, in the form that neither overflows nor cancels
         rho = keras.initializers.Constant(excess + math.log(-math.expm1(-excess)))
@@ -86,11 +86,11 @@ class VariationalInformationLoss(DistillationLoss):
     @property
     def variance(self) -> Any:
         """Variance of each channel of the teacher, shape ``(C,)``."""
-        return ops.softplus(_built(self.layer).rho) + _SMALLEST_VARIANCE
+        return ops.softplus(built(self.layer).rho) + _SMALLEST_VARIANCE
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per position."""
-        mean = _built(self.layer)
+        mean = built(self.layer)
         return variational_information(y_pred, y_true, mean=mean, variance=self.variance, per_position=True)
 
 
@@ -154,12 +154,12 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
         """Make the generator for features of these shapes, replacing an earlier one."""
-        _check_ranks(student, teacher)
+        check_ranks(student, teacher)
         if self.mask == "spatial" and len(student) < 3:
             expected = "the student's feature to have positions for mask='spatial'"
             raise ValueError(checks.message(expected, f"shape {tuple(student)}", "Pass mask='channel'."))
-        layers = [_wide_layer(len(teacher), teacher[-1], kind, self.dtype) for kind in ("relu", None)]
-        self.layer = _Network(layers, name="generator", dtype=self.dtype)
+        layers = [wide_layer(len(teacher), teacher[-1], kind, self.dtype) for kind in ("relu", None)]
+        self.layer = Network(layers, name="generator", dtype=self.dtype)
         if self.mask_ratio > 0:
             self.layer.seed_generator = keras.random.SeedGenerator()
             self.layer.seed_state = self.layer.seed_generator.state  # a weight too, which files keep
@@ -167,7 +167,7 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per example."""
-        generator = _built(self.layer)
+        generator = built(self.layer)
         return masked_generative(y_pred, y_true, generator=generator, mask=self._drawn(y_pred))
 
     def _drawn(self, student: Any) -> Any:
@@ -176,7 +176,7 @@ class MaskedGenerativeLoss(DistillationLoss):
             return None
         *outer, channels = ops.shape(student)
         shape = (outer[0], *[1] * (len(outer) - 1), channels) if self.mask == "channel" else (*outer, 1)
-        drawn = keras.random.uniform(shape, dtype="float32", seed=_built(self.layer).seed_generator)
+        drawn = keras.random.uniform(shape, dtype="float32", seed=built(self.layer).seed_generator)
         return drawn >= self.mask_ratio
 
 
@@ -246,51 +246,9 @@ class SimpleRecipeLoss(DistillationLoss):
             expected = "`student` and `teacher` to have examples and channels"
             raise ValueError(checks.message(expected, f"{tuple(student)} and {tuple(teacher)}"))
         projection = keras.layers.Dense(teacher[-1], use_bias=False, dtype=self.dtype)
-        self.layer = _Network([projection], name="projection", dtype=self.dtype)
+        self.layer = Network([projection], name="projection", dtype=self.dtype)
         self.layer.build((student[0], student[-1]))
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """A scalar."""
-        return log_sum_distance(y_pred, y_true, projection=_built(self.layer), power=self.power, eps=self.eps)
-
-
-class _Network(keras.layers.Layer):
-    """Layers one after the other."""
-
-    def __init__(self, layers: Sequence[keras.layers.Layer], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.parts = list(layers)
-        self.supports_masking = True
-
-    def build(self, shape: Any) -> None:
-        for part in self.parts:
-            part.build(shape)
-            shape = part.compute_output_shape(shape)
-        self.built = True
-
-    def call(self, feature: Any) -> Any:
-        for part in self.parts:
-            feature = part(feature)
-        return feature
-
-
-def _wide_layer(rank: int, channels: int | None, activation: str | None, dtype: Any) -> keras.layers.Layer:
-    """A convolution of width 3; for vectors, which have no positions, a dense layer."""
-    if rank == 2:
-        return keras.layers.Dense(channels, activation, dtype=dtype)
-    settings = {"padding": "same", "data_format": "channels_last", "activation": activation, "dtype": dtype}
-    return _CONVOLUTIONS[rank](channels, 3, **settings)
-
-
-def _check_ranks(student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
-    if len(student) != len(teacher) or not 2 <= len(student) <= 5:
-        expected = "`student` and `teacher` to have the same number of dimensions, 2 to 5"
-        received = f"{tuple(student)} and {tuple(teacher)}"
-        raise ValueError(checks.message(expected, received, "Pass adapter=<a layer>."))
-
-
-def _built(layer: Any) -> Any:
-    if layer is None:
-        remedy = "Call loss.build(student.shape, teacher.shape) once, or use the loss in a FeatureDistillation."
-        raise ValueError(checks.message("the loss to be built before it is called", "no parameters", remedy))
-    return layer
+        return log_sum_distance(y_pred, y_true, projection=built(self.layer), power=self.power, eps=self.eps)

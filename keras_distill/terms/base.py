@@ -297,6 +297,24 @@ class DistillationTerm:
         self.__dict__.update({**state, "_settings": Settings(**state["_settings"])})
 
 
+def in_teachers(terms: Sequence[DistillationTerm], models: Sequence[keras.Model]) -> None:
+    """Let the terms of one owner name layers by their paths in its teachers, which have the same layers.
+
+    Args:
+        terms: The terms.
+        models: The teachers; an empty list restores the taps that the user passed.
+
+    Raises:
+        ValueError: If a tap does not name one layer of the first teacher, or there are several teachers and a loss
+            takes numbers from a teacher's layers.
+    """
+    for term in terms:
+        if len(models) > 1 and getattr(getattr(term, "requires", None), "reads_teacher", False):
+            expected = f"one teacher for term {term.name!r}, whose loss takes numbers from the teacher's layers"
+            raise ValueError(checks.message(expected, f"{len(models)}", "Use another loss, or one teacher."))
+        term.in_teacher(models[0] if models else None)
+
+
 def _unknown_settings(kind: str, unknown: dict[str, Any]) -> str:
     name = next(iter(unknown))
     remedy = ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -18,7 +19,7 @@ from keras_distill.losses import (
     DistillationLoss,
     FeatureDistance,
 )
-from keras_distill.recording import Call, Tap
+from keras_distill.recording import Call, Tap, find_layer
 from keras_distill.schedules import Schedule, deserialized
 from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.layouts import KINDS, arranged, known_layout
@@ -65,6 +66,8 @@ class FeatureDistillation(LossTerm):
     References:
         Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
     """
+
+    _find_in_teacher: Callable[[Any], keras.layers.Layer] | None = None
 
     def __init__(
         self,
@@ -127,7 +130,30 @@ class FeatureDistillation(LossTerm):
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make the adapters from the shapes of the features."""
         self._build_adapters([self._described(index, student, teacher) for index in range(len(self.pairs))])
+        self._read_teacher()
         self.check_calls(student, teacher)
+
+    def in_teacher(self, teacher: keras.Model | None) -> None:
+        """Let the taps name the layers of a teacher, whose numbers the loss reads again if it does."""
+        super().in_teacher(teacher)
+        # a function: Keras would track a model in an attribute
+        self._find_in_teacher = None if teacher is None else lambda layer: find_layer(teacher, layer, "teacher")[1]
+        if teacher is not None and self._learned:
+            self._read_teacher()
+
+    def _read_teacher(self) -> None:
+        """Let the copies of a loss take numbers from the teacher's layers."""
+        if self.requires.reads_teacher:
+            for loss, (_, tap) in zip(self._learned, self.pairs, strict=True):
+                loss.read_teacher(functools.partial(self._teacher_layer, tap))
+
+    def _teacher_layer(self, tap: Tap, name: str | None) -> keras.layers.Layer:
+        """The teacher's layer of a name; None is the tapped layer."""
+        if self._find_in_teacher is None:
+            expected = f"`teacher` to be a model for term {self.name!r}, whose loss takes numbers from its layers"
+            remedy = "Pass the model, or the numbers to the loss."
+            raise ValueError(checks.message(expected, f"no teacher, and {self.loss!r}", remedy))
+        return self._find_in_teacher(tap.layer if name is None else name)
 
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the adapted features fit the teacher's, also if the teacher was replaced after the build."""
@@ -157,7 +183,7 @@ class FeatureDistillation(LossTerm):
         losses = self._learned or [self.loss_of(student)] * len(pairs)
         values = []
         for loss, (feature, target, masks) in zip(losses, pairs, strict=True):
-            if isinstance(loss, DistillationLoss) and self.requires.learned:
+            if isinstance(loss, DistillationLoss) and self._learned:
                 loss = copied(loss)
                 loss.training = student.training
             values.append(weigh(loss, feature, target, masks=masks, **settings))
@@ -178,11 +204,7 @@ class FeatureDistillation(LossTerm):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DistillationTerm:
         """The term that :meth:`get_config` describes."""
-        taps: dict[str, Any] = {
-            side: [Tap(**tap) for tap in config[side]] for side in ("student_layer", "teacher_layer")
-        }
-        rest = {key: value for key, value in config.items() if key not in taps}
-        return cls(**taps, **deserialized(rest))
+        return cls(**taps_and_settings(config, "student_layer", "teacher_layer"))
 
     def get_shapes(self) -> dict[str, Any] | None:
         """The shapes and layouts that the adapters were made from."""
@@ -202,11 +224,11 @@ class FeatureDistillation(LossTerm):
                 setting = None
             maps = len(student) >= 4 if kind is None else kind == "map"
             self._adapters.append(make_adapter(setting, student, teacher, tap.name, maps=maps))
-        if self.requires.learned:
+        if self.requires.learned or self.requires.reads_teacher:
             self._learned = [copied(self.loss) for _ in shapes]
             for loss, adapter, (student, teacher, _) in zip(self._learned, self._adapters, shapes, strict=True):
                 loss.build(student if adapter is None else adapter.compute_output_shape(student), teacher)
-            self._learned_layers = [loss.layer for loss in self._learned]
+            self._learned_layers = [loss.layer for loss in self._learned if loss.layer is not None]
         self._built_for = pairs
 
     def _raw(self, index: int, student: Call, teacher: Call) -> tuple[tuple[Call, Any], tuple[Call, Any]]:
@@ -270,7 +292,7 @@ class FeatureDistillation(LossTerm):
         masks = [student.mask_of(feature), source.mask_of(target)]
         student_layout, teacher_layout = self._built_for[index][2:] if self._built_for else (None, None)
         target = ops.stop_gradient(ops.convert_to_tensor(target))  # stored features are arrays
-        feature, target = arranged(_widened(feature), student_layout), arranged(_widened(target), teacher_layout)
+        feature, target = arranged(widened(feature), student_layout), arranged(widened(target), teacher_layout)
         adapter = self._adapters[index] if self._adapters else None
         if adapter is not None:
             feature = adapter(feature, training=student.training)
@@ -365,7 +387,13 @@ def as_taps(layers: Layers) -> list[Tap]:
     return [Tap.of(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
 
 
-def _widened(feature: Any) -> Any:
+def taps_and_settings(config: dict[str, Any], *sides: str) -> dict[str, Any]:
+    """The arguments of a term's constructor from its config, whose entries for the two sides are lists of taps."""
+    taps = {side: [Tap(**tap) for tap in config[side]] for side in sides}
+    return {**deserialized({key: value for key, value in config.items() if key not in taps}), **taps}
+
+
+def widened(feature: Any) -> Any:
     """The feature, cast to float32 if it is in half precision: 1e4 squared overflows float16."""
     narrow = keras.backend.standardize_dtype(feature.dtype) in ("float16", "bfloat16")
     return ops.cast(feature, "float32") if narrow else feature

@@ -8,11 +8,14 @@ from lightning_distill.losses import (
     base,
     dense,
     divergences,
+    factors,
     features,
     learned,
     logit_relations,
     logits,
+    margins,
     normalized,
+    pyramids,
     relations,
     retrieval,
     targets,
@@ -23,11 +26,14 @@ from lightning_distill.losses.attention import *
 from lightning_distill.losses.base import *
 from lightning_distill.losses.dense import *
 from lightning_distill.losses.divergences import *
+from lightning_distill.losses.factors import *
 from lightning_distill.losses.features import *
 from lightning_distill.losses.learned import *
 from lightning_distill.losses.logit_relations import *
 from lightning_distill.losses.logits import *
+from lightning_distill.losses.margins import *
 from lightning_distill.losses.normalized import *
+from lightning_distill.losses.pyramids import *
 from lightning_distill.losses.relations import *
 from lightning_distill.losses.retrieval import *
 from lightning_distill.losses.targets import *
@@ -39,11 +45,14 @@ __all__ += attention.__all__
 __all__ += base.__all__
 __all__ += dense.__all__
 __all__ += divergences.__all__
+__all__ += factors.__all__
 __all__ += features.__all__
 __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
+__all__ += margins.__all__
 __all__ += normalized.__all__
+__all__ += pyramids.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -18,7 +18,7 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Eight attributes describe it to a term:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Nine attributes describe it to a term:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -30,6 +30,8 @@ class DistillationLoss(nn.Module):
       classes drawn at random gives an unbiased one.
     - ``learned``: :meth:`build` makes parameters. A FeatureDistillation builds a copy of the loss for each pair of
       layers, and treats it as it does adapters.
+    - ``reads_teacher``: :meth:`read_teacher` takes numbers from layers of the teacher. Every pair of layers then has a
+      copy of the loss too.
     - ``class_scores``: both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
     Every loss of this package also takes ``mask=``, a bool tensor that is True where an example ``(N,)`` or a position
@@ -51,6 +53,7 @@ class DistillationLoss(nn.Module):
     positions_must_match: ClassVar[bool] = True
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
+    reads_teacher: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
@@ -79,6 +82,16 @@ class DistillationLoss(nn.Module):
 
         Raises:
             ValueError: If the loss cannot compare features of these shapes.
+        """
+
+    def read_teacher(self, layer_of: Callable[[str | None], nn.Module]) -> None:
+        """Take numbers from layers of the teacher, for a loss with ``reads_teacher = True``; before :meth:`build`.
+
+        Args:
+            layer_of: Returns the teacher's layer of a name; ``None`` is the layer that the term names.
+
+        Raises:
+            ValueError: If a layer is not of the kind that the loss reads.
         """
 
     def extra_repr(self) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Final, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +13,10 @@ from lightning_distill import checks
 from lightning_distill.functional.learned import log_sum_distance, masked_generative, variational_information
 from lightning_distill.functional.vectors import channels_at, over_examples, positions_mask, without
 from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.networks import LAYERS, built, channel_dim, channels_first, check_ranks, wide_layer
 
 __all__ = ["MaskedGenerativeLoss", "SimpleRecipeLoss", "VariationalInformationLoss"]
 
-T = TypeVar("T")
-_LAYERS: Final[dict[int, Any]] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _SMALLEST_VARIANCE = 1e-5
 
 
@@ -69,10 +67,10 @@ class VariationalInformationLoss(DistillationLoss):
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
         """Make the mean and the variances for features of these shapes, replacing earlier ones."""
-        _check_ranks(student, teacher)
-        layer, wide = _LAYERS[len(teacher)], teacher[_channels(teacher)]
+        check_ranks(student, teacher)
+        layer, wide = LAYERS[len(teacher)], teacher[channel_dim(teacher)]
         size = {} if layer is nn.Linear else {"kernel_size": 1}
-        first, *others = (layer(n, wide, **size, bias=False) for n in (student[_channels(student)], wide, wide))
+        first, *others = (layer(n, wide, **size, bias=False) for n in (student[channel_dim(student)], wide, wide))
         self.mean = nn.Sequential(first, *(part for other in others for part in (nn.ReLU(), other)))
         excess = self.initial_variance - _SMALLEST_VARIANCE
         # the inverse of softplus, in the form that neither overflows nor cancels
@@ -81,11 +79,11 @@ class VariationalInformationLoss(DistillationLoss):
     @property
     def variance(self) -> Tensor:
         """Variance of each channel of the teacher, shape ``(C,)``."""
-        return F.softplus(_built(self.rho)) + _SMALLEST_VARIANCE
+        return F.softplus(built(self.rho)) + _SMALLEST_VARIANCE
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
-        mean = _channels_first(_built(self.mean))
+        mean = channels_first(built(self.mean))
         return variational_information(student, teacher, mean=mean, variance=self.variance, mask=mask, reduction="mean")
 
 
@@ -139,18 +137,17 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
         """Make the generator for features of these shapes, replacing an earlier one."""
-        _check_ranks(student, teacher)
+        check_ranks(student, teacher)
         if self.mask == "spatial" and len(student) < 3:
             expected = "the student's feature to have positions for mask='spatial'"
             raise ValueError(checks.message(expected, f"shape {tuple(student)}", "Pass mask='channel'."))
-        layer, wide = _LAYERS[len(teacher)], teacher[_channels(teacher)]
-        size = {} if layer is nn.Linear else {"kernel_size": 3, "padding": 1}
-        first = layer(student[_channels(student)], wide, **size)
-        self.generator = nn.Sequential(first, nn.ReLU(), layer(wide, wide, **size))
+        rank, wide = len(teacher), teacher[channel_dim(teacher)]
+        first = wide_layer(rank, student[channel_dim(student)], wide)
+        self.generator = nn.Sequential(first, nn.ReLU(), wide_layer(rank, wide, wide))
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
-        network, drawn = _channels_first(_built(self.generator)), self._drawn(student)
+        network, drawn = channels_first(built(self.generator)), self._drawn(student)
         positions = positions_mask(mask, student)
         # Positions that do not count are set to 0 before the generator, like the padding at the edges, and after it,
         # like the teacher's.
@@ -225,37 +222,9 @@ class SimpleRecipeLoss(DistillationLoss):
         if min(len(student), len(teacher)) < 2:
             expected = "`student` and `teacher` to have examples and channels"
             raise ValueError(checks.message(expected, f"{tuple(student)} and {tuple(teacher)}"))
-        self.projection = nn.Linear(student[_channels(student)], teacher[_channels(teacher)], bias=False)
+        self.projection = nn.Linear(student[channel_dim(student)], teacher[channel_dim(teacher)], bias=False)
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
-        projection = _built(self.projection)
+        projection = built(self.projection)
         return log_sum_distance(student, teacher, projection=projection, power=self.power, eps=self.eps, mask=mask)
-
-
-def _channels(shape: torch.Size) -> int:
-    return 1 if len(shape) >= 4 else -1
-
-
-def _check_ranks(student: torch.Size, teacher: torch.Size) -> None:
-    if len(student) != len(teacher) or len(student) not in _LAYERS:
-        expected = "`student` and `teacher` to have the same number of dimensions, 2 to 5"
-        raise ValueError(checks.message(expected, f"{tuple(student)} and {tuple(teacher)}", "Pass adapter=<a module>."))
-
-
-def _built(part: T | None) -> T:
-    if part is None:
-        remedy = "Call loss.build(student.shape, teacher.shape) once, or use the loss in a FeatureDistillation."
-        raise ValueError(checks.message("the loss to be built before it is called", "no parameters", remedy))
-    return part
-
-
-def _channels_first(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network for features with their channels anywhere."""
-
-    def apply(feature: Tensor) -> Tensor:
-        dim = channels_at(feature)
-        mapped: Tensor = network(feature.movedim(dim, 1)).movedim(1, dim)
-        return mapped
-
-    return apply

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lightning_distill import compat
+from lightning_distill import checks, compat
 from lightning_distill.recording import Call, Recorder, Recording, Tap, first_tensor, map_tensors
 from lightning_distill.recording.arguments import drop_capturing_hooks, has_capturing_hooks
 from lightning_distill.recording.calls import changed
@@ -143,6 +143,22 @@ class LiveTeachers:
         if module is None:
             raise ValueError(f"Expected one teacher with a layer {name!r}, but there are several or it has none.")
         return module
+
+    def layers(self, name: str) -> list[nn.Module]:
+        """The modules of that name, one of each teacher.
+
+        Raises:
+            ValueError: If a teacher has no such module.
+        """
+        modules = []
+        for recorder in self._recorders:
+            module = recorder.find(name)
+            if module is None:
+                expected = f"the teacher to have a layer {name!r}"
+                remedy = checks.closest(name, [path for path, _ in recorder.root.named_modules()])
+                raise ValueError(checks.message(expected, type(recorder.root).__name__, remedy))
+            modules.append(module)
+        return modules
 
     def hold(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Freeze the networks on a device, in a precision if none was chosen; further calls do nothing."""

@@ -1,6 +1,6 @@
 """Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
 
-from lightning_distill.terms.base import DistillationTerm, as_terms, teacher_inputs_of
+from lightning_distill.terms.base import DistillationTerm, as_terms, connected, teacher_inputs_of
 from lightning_distill.terms.cross_tokenizer import CrossTokenizerDistillation
 from lightning_distill.terms.encoders import (
     AttentionDistillation,
@@ -10,6 +10,7 @@ from lightning_distill.terms.encoders import (
 from lightning_distill.terms.features import FeatureDistillation, SelfDistillation
 from lightning_distill.terms.fused_linear import FusedLinearDistillation
 from lightning_distill.terms.logits import LogitsDistillation
+from lightning_distill.terms.review import ReviewDistillation
 from lightning_distill.terms.tokens import SequenceDistillation
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "FusedLinearDistillation",
     "HiddenStatesDistillation",
     "LogitsDistillation",
+    "ReviewDistillation",
     "SelfDistillation",
     "SequenceDistillation",
     "as_terms",
+    "connected",
     "teacher_inputs_of",
 ]

@@ -17,6 +17,7 @@ from lightning_distill.schedules import Schedule, Setting
 from lightning_distill.teachers.inputs import Place, TeacherInputs
 
 LossCallable = Callable[..., Tensor]
+TeacherLayers = Callable[[str], Sequence[nn.Module]]
 _MISSING = object()
 
 
@@ -118,6 +119,14 @@ class DistillationTerm(nn.Module):
         """
         return None
 
+    def connect(self, layers: TeacherLayers | None) -> None:
+        """Learn where the teachers' layers are, before the first step.
+
+        Args:
+            layers: Returns the layers of a name, one of each teacher; ``None`` if the teacher is not a network of its
+                own.
+        """
+
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the parts that depend on the features' shapes, once for each owner, before the first use.
 
@@ -218,7 +227,7 @@ class DistillationTerm(nn.Module):
         return _MISSING
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_relatives"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_relatives", "_layers")}
 
 
 def _is_empty(value: Any) -> bool:
@@ -273,3 +282,15 @@ def teacher_inputs_of(terms: Sequence[DistillationTerm], place: Place, chosen: b
     arguments = {name: value for term in terms for name, value in term.teacher_arguments.items()}
     makers = [term.teacher_call for term in terms if type(term).teacher_call is not DistillationTerm.teacher_call]
     return TeacherInputs(place, arguments, makers, chosen)
+
+
+def connected(terms: Sequence[DistillationTerm], source: Any) -> Sequence[DistillationTerm]:
+    """The terms, which know the layers of the teachers from now on.
+
+    Args:
+        terms: The terms of one owner.
+        source: The teacher; one without a method ``layers`` has no network of its own.
+    """
+    for term in terms:
+        term.remake(term.connect, getattr(source, "layers", None))
+    return terms

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from lightning_distill.adapters import AdapterFactory, aligned, make_adapter, po
 from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule
-from lightning_distill.terms.base import DistillationTerm, LossCallable
+from lightning_distill.terms.base import DistillationTerm, LossCallable, TeacherLayers
 from lightning_distill.terms.losses import (
     Mask,
     check_held,
@@ -70,6 +71,7 @@ class FeatureDistillation(DistillationTerm):
     """
 
     shares_adapter = False  # whether all pairs of layers have one adapter
+    _layers: TeacherLayers | None = None
     reads_maps = True  # whether features of four dimensions are maps (N, C, H, W)
 
     def __init__(
@@ -119,17 +121,23 @@ class FeatureDistillation(DistillationTerm):
         if kind == "auto" and not self.requires.channels_must_match:
             kind = None
         for teacher in teachers:
-            for index, (student_tap, _) in enumerate(self._pairs):
+            for index, (student_tap, teacher_tap) in enumerate(self._pairs):
                 feature, target = self._features(index, student, teacher)
                 if index == 0 or not self.shares_adapter:
                     adapter = make_adapter(kind, feature.shape, target.shape, student_tap.layer)
                     # under autocast parameters stay in float32; without it they must have the feature's own precision
                     dtype = torch.float32 if torch.is_autocast_enabled(feature.device.type) else feature.dtype
                     adapters.append(adapter.to(device=feature.device, dtype=dtype))
-                if self.requires.learned:
-                    learned.append(self._built_loss(adapters[-1], feature, target))
+                if self.requires.learned or self.requires.reads_teacher:
+                    layer_of = functools.partial(self._teacher_layer, teacher.teacher, teacher_tap)
+                    learned.append(self._built_loss(adapters[-1], feature, target, layer_of))
                 fitted.append(adapters[-1].train())
         self.adapters, self.learned, self._fitted = adapters, learned, fitted
+
+    def connect(self, layers: TeacherLayers | None) -> None:
+        """Learn where the teachers' layers are, if the loss reads numbers from them."""
+        if self.requires.reads_teacher:
+            self._layers = layers
 
     def reset(self) -> None:
         """Drop the adapters, and the parameters of the loss."""
@@ -145,15 +153,28 @@ class FeatureDistillation(DistillationTerm):
             features, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return value_of(self.loss, self.requires, features, targets, labels, mask)
         first = teacher.teacher * len(pairs)
-        losses = self.learned[first : first + len(pairs)] if self.requires.learned else [self.loss] * len(pairs)
+        losses = self.learned[first : first + len(pairs)] if len(self.learned) else [self.loss] * len(pairs)
         values = [value_of(loss, self.requires, *pair, labels, mask) for loss, pair in zip(losses, pairs, strict=True)]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
-    def _built_loss(self, adapter: nn.Module, student: Tensor, teacher: Tensor) -> nn.Module:
+    def _teacher_layer(self, index: int, tap: Tap, name: str | None) -> nn.Module:
+        """The layer of a name of one teacher; ``None`` is the tapped layer."""
+        if self._layers is None:
+            raise ValueError(
+                f"Expected `teacher` to be a network for term {self.name!r}, whose loss {self.loss!r} takes numbers"
+                " from the teacher's layers, but it is not. Pass the network, or the numbers to the loss."
+            )
+        return self._layers(tap.layer if name is None else name)[index]
+
+    def _built_loss(
+        self, adapter: nn.Module, student: Tensor, teacher: Tensor, layer_of: Callable[[str | None], nn.Module]
+    ) -> nn.Module:
         """The copy of a learned loss for one pair of layers."""
         with torch.no_grad():
             adapted = adapter.eval()(student)
         loss: DistillationLoss = copy.deepcopy(self.loss)
+        if self.requires.reads_teacher:
+            loss.read_teacher(layer_of)
         loss.build(adapted.shape, teacher.shape)
         # in the precision in which the features will be compared
         dtype = torch.promote_types(torch.promote_types(adapted.dtype, teacher.dtype), torch.float32)
@@ -166,7 +187,7 @@ class FeatureDistillation(DistillationTerm):
         match = self.requires
         maps = self.reads_maps and self._adapter[0] != "linear" and adapted.ndim == target.ndim == 4
         if match.positions_must_match and maps:
-            target = _resized(widened(target), adapted)
+            target = resized(widened(target), adapted)
         if match.channels_must_match and match.positions_must_match and adapted.shape != target.shape:
             raise ValueError(
                 f"Expected student feature {student_tap.layer!r} and teacher feature {teacher_tap.layer!r} to have"
@@ -274,7 +295,7 @@ def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:
     return [Tap.of(layer) for layer in ([layers] if isinstance(layers, (str, Tap)) else layers)]
 
 
-def _resized(teacher: Tensor, student: Tensor) -> Tensor:
+def resized(teacher: Tensor, student: Tensor) -> Tensor:
     """The teacher's map at the student's height and width: averaged down, interpolated up."""
     size = student.shape[-2:]
     if teacher.shape[-2:] == size:

@@ -237,6 +237,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     assert any_channels == {
         "AttentionRelationLoss",
         "AttentionTransferLoss",
+        "FactorTransferLoss",
         "NeuronSelectivityLoss",
         "PixelRelationLoss",
         "SimpleRecipeLoss",
@@ -256,6 +257,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     assert losses.CorrelationCongruenceLoss(kernel="neighbour").channels_must_match
     assert {name for name, loss in public.items() if loss.several_layers} == {"SolutionFlowLoss"}
     assert {name for name, loss in public.items() if loss.learned} == {
+        "FactorTransferLoss",
         "MaskedGenerativeLoss",
         "SimpleRecipeLoss",
         "VariationalInformationLoss",

@@ -1,0 +1,85 @@
+"""Losses and terms with parts of their own in training: two epochs equal one epoch, a file, and another epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nets
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from parts_nets import Network
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_distill import DistillCallback, FeatureDistillation, MarginReLULoss, ReviewDistillation
+
+MakeTrainer = Callable[..., Trainer]
+TERMS: dict[str, Callable[[], Any]] = {
+    "margin_relu": lambda: FeatureDistillation("norm", "norm", MarginReLULoss(), weight=0.1),
+    "review": lambda: ReviewDistillation(["norm", "body"], ["norm", "body"]),
+}
+# The parts of each term in the callback's state; the student's state holds none of them.
+LEARNED: dict[str, set[str]] = {"margin_relu": {"adapters"}, "review": {"adapters"}}
+every_term = pytest.mark.parametrize("name", TERMS)
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Network(3, seed=1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class SeedSteps(Callback):
+    """Makes what a loss draws depend on the step alone; a resumed run cannot have the old random state."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(100 + trainer.global_step)
+
+
+def data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 2, 3, 3, generator=generator), torch.randint(3, (8,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=4)
+
+
+def fit(trainer: MakeTrainer, name: str, epochs: int, path: Path | None = None) -> tuple[Any, Module, DistillCallback]:
+    module, callback = Module(), DistillCallback(Network(4), TERMS[name](), student="model", validate=False)
+    runs = trainer(max_epochs=epochs, callbacks=[callback, SeedSteps()])
+    torch.manual_seed(0)
+    runs.fit(module, data(), ckpt_path=path)
+    return runs, module, callback
+
+
+@every_term
+def test_a_resumed_run_ends_where_a_straight_one_does(trainer: MakeTrainer, name: str, tmp_path: Path) -> None:
+    _, straight, whole = fit(trainer, name, 2)
+    runs, first, begun = fit(trainer, name, 1)
+    runs.save_checkpoint(tmp_path / "last.ckpt")
+    _, second, resumed = fit(trainer, name, 2, tmp_path / "last.ckpt")
+
+    assert nets.same(straight.state_dict(), second.state_dict())
+    assert not nets.same(straight.state_dict(), first.state_dict())
+    expected, actual, before = (callback.adapter_state()["adapters"] for callback in (whole, resumed, begun))
+    for term, values in expected.items():
+        assert values.keys() == actual[term].keys()
+        assert {key.split(".")[0] for key in values} == LEARNED[name]
+        assert all(torch.equal(value, actual[term][key]) for key, value in values.items())
+        trained = dict(whole.terms[0].named_parameters())
+        assert not any(torch.equal(values[key], before[term][key]) for key in trained)
+
+
+@every_term
+def test_the_student_s_state_is_that_of_a_plain_network(trainer: MakeTrainer, name: str) -> None:
+    _, module, callback = fit(trainer, name, 1)
+
+    assert module.model.state_dict().keys() == Network(3).state_dict().keys()
+    assert nets.same(nets.snapshot(callback.teacher), nets.snapshot(Network(4)))
