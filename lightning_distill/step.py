@@ -14,6 +14,7 @@ from lightning_distill.adapters.follower import world_size
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.recording import Call, find_labels, first_tensor
+from lightning_distill.recording.outputs import tensors_in
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
 from lightning_distill.teachers.self_teacher import SelfSource
@@ -335,12 +336,12 @@ class DistillStep:
         resting = [term for term in self.terms if not term.active]
         rest: Tensor | float = 0.0
         for call in calls:
-            places = [(tap.layer, tap.where) for term in resting for tap in term.student_taps]
-            runs = [run for place in places for run in call.runs.get(place, [])]
-            outputs = [call.output] if any(not term.student_taps for term in resting) else []
-            for value in [*(run[0] for run in runs), *outputs]:
-                if isinstance(value, Tensor) and value.requires_grad:
-                    rest = rest + value.reshape(-1)[:0].sum()
+            taps = [tap for term in resting for tap in term.student_taps]
+            runs = [run for tap in taps for run in call.runs.get((tap.layer, tap.where), [])]
+            whole = call.output if any(not term.student_taps for term in resting) else None
+            for tensor in tensors_in([*(run[0] for run in runs), whole]):
+                if tensor.requires_grad:
+                    rest = rest + tensor.reshape(-1)[:0].sum()
         return rest
 
     def measure(self, batch: Any, losses: bool = True) -> tuple[dict[str, Tensor], list[Pair]]:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_core.requires import Requires
@@ -25,6 +24,9 @@ from lightning_distill.terms.losses import (
     value_of,
     widened,
 )
+from lightning_distill.terms.maps import paired_levels, resized, resized_mask
+
+Pairs = list[tuple[Tap, Tap]]
 
 
 class FeatureDistillation(DistillationTerm):
@@ -32,7 +34,10 @@ class FeatureDistillation(DistillationTerm):
 
     A teacher map (N, C, H, W) of another height or width than the student's is resized to it: averaged down,
     interpolated up. The adapters take their shapes from the first batch. A loss with parameters of its own does too,
-    and every pair of layers has a copy of it.
+    and every pair of layers has a copy of it. The value is the mean over the pairs of layers.
+
+    The levels of a feature pyramid are one pair each: pass ``Tap("backbone.fpn", output="*")`` for both networks.
+    Levels of the same name are compared, or in their order where they have no names.
 
     Args:
         student_layer: Name of a layer of the student, such as ``"layer3.0"``, or a :class:`Tap`, or a list of them.
@@ -46,8 +51,9 @@ class FeatureDistillation(DistillationTerm):
             called with the shapes of both features.
         name: Name in logs and checkpoints; ``None`` takes the student layer's.
         mask: Where a batch keeps the mask of the positions that count: a key such as ``"attention_mask"``, an index, or
-            a function of the batch. Shape ``(N,)`` or ``(N, L)``.
-        ignore_index: Positions with this label do not count; ``None`` reads no labels.
+            a function of the batch. Shape ``(N,)``, ``(N, L)`` or ``(N, H, W)``; a position of a smaller map counts if
+            at least half of its pixels do.
+        ignore_index: Positions with this label do not count, such as void pixels; ``None`` reads no labels.
 
     Attributes:
         adapters: The adapters, by teacher and then by layer; empty before the first step.
@@ -92,6 +98,7 @@ class FeatureDistillation(DistillationTerm):
             checks.one_of("adapter", adapter, ("auto", "linear", "conv1x1"))
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         self._pairs = [*zip(student_taps, teacher_taps, strict=True)]
+        self._spreads = any(tap.spreads for tap in (*student_taps, *teacher_taps))
         self.loss = FeatureDistance(loss) if isinstance(loss, str) else checked_loss(loss)  # type: ignore[arg-type]
         self.requires = Requires.of(self.loss)
         if self.requires.learned and any(True for _ in self.loss.parameters()):
@@ -115,7 +122,7 @@ class FeatureDistillation(DistillationTerm):
         if kind == "auto" and not self.requires.channels_must_match:
             kind = None
         for teacher in teachers:
-            for index, (student_tap, teacher_tap) in enumerate(self._pairs):
+            for index, (student_tap, teacher_tap) in enumerate(self._levels(student, teacher)):
                 feature, target = self._feature(student, student_tap), self._target(student, teacher, teacher_tap)
                 if index == 0 or not self.shares_adapter:
                     adapter = make_adapter(kind, feature.shape, target.shape, student_tap.layer)
@@ -136,13 +143,17 @@ class FeatureDistillation(DistillationTerm):
         mask = self._mask(student, labels)
         for tap in self.teacher_taps:
             check_held(teacher.held.get((tap.layer, tap.where)), mask, self.name)
-        pairs = [self._pair(index, student, teacher) for index in range(len(self._pairs))]
+        levels = self._levels(student, teacher)
+        first = teacher.teacher * len(levels)
+        pairs = [self._pair(first + index, taps, student, teacher) for index, taps in enumerate(levels)]
         if self.requires.several_layers:
             features, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return value_of(self.loss, self.requires, features, targets, labels, mask)
-        first = teacher.teacher * len(pairs)
         losses = self.learned[first : first + len(pairs)] if self.requires.learned else [self.loss] * len(pairs)
-        values = [value_of(loss, self.requires, *pair, labels, mask) for loss, pair in zip(losses, pairs, strict=True)]
+        values = [
+            value_of(loss, self.requires, *pair, labels, self._fitted_mask(mask, pair[0]))
+            for loss, pair in zip(losses, pairs, strict=True)
+        ]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
     def _built_loss(self, adapter: nn.Module, student: Tensor, teacher: Tensor) -> nn.Module:
@@ -155,15 +166,25 @@ class FeatureDistillation(DistillationTerm):
         dtype = torch.promote_types(torch.promote_types(adapted.dtype, teacher.dtype), torch.float32)
         return loss.to(device=adapted.device, dtype=dtype).train()
 
-    def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
-        student_tap, teacher_tap = self._pairs[index]
+    def _levels(self, student: Call, teacher: Call) -> Pairs:
+        """The pairs of taps, with one for each level of a pyramid."""
+        if not self._spreads:
+            return self._pairs
+        pairs: Pairs = []
+        for student_tap, teacher_tap in self._pairs:
+            pairs += paired_levels(student, student_tap, teacher, teacher_tap)
+        return pairs
+
+    def _pair(self, index: int, taps: tuple[Tap, Tap], student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
+        """The adapted feature of the student and the feature of the teacher, through the adapter of that index."""
+        student_tap, teacher_tap = taps
         feature = self._feature(student, student_tap)
         target = self._target(student, teacher, teacher_tap)
-        adapted = self._fitted[teacher.teacher * len(self._pairs) + index](feature)
+        adapted = self._fitted[index](feature)
         match = self.requires
         maps = self.reads_maps and self._adapter[0] != "linear" and adapted.ndim == target.ndim == 4
         if match.positions_must_match and maps:
-            target = _resized(widened(target), adapted)
+            target = resized(widened(target), adapted)
         if match.channels_must_match and match.positions_must_match and adapted.shape != target.shape:
             raise ValueError(
                 f"Expected student feature {student_tap.layer!r} and teacher feature {teacher_tap.layer!r} to have"
@@ -179,6 +200,10 @@ class FeatureDistillation(DistillationTerm):
     def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
         """The feature that the student's is compared with."""
         return teacher.feature(tap)
+
+    def _fitted_mask(self, mask: Tensor | None, feature: Tensor) -> Tensor | None:
+        """The mask at the positions of a feature."""
+        return resized_mask(mask, feature) if self.reads_maps else mask
 
     def _mask(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count; ``None`` if all do."""
@@ -249,19 +274,12 @@ class SelfDistillation(FeatureDistillation):
         )
         self.student_taps, self.teacher_taps = [tap for pair in self._pairs for tap in pair], ()
 
+    def _levels(self, student: Call, teacher: Call) -> Pairs:
+        return super()._levels(student, student)
+
     def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
         return student.feature(tap).detach()
 
 
 def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:
     return [Tap.of(layer) for layer in ([layers] if isinstance(layers, (str, Tap)) else layers)]
-
-
-def _resized(teacher: Tensor, student: Tensor) -> Tensor:
-    """The teacher's map at the student's height and width: averaged down, interpolated up."""
-    size = student.shape[-2:]
-    if teacher.shape[-2:] == size:
-        return teacher
-    smaller = (min(teacher.shape[-2], size[0]), min(teacher.shape[-1], size[1]))
-    teacher = F.adaptive_avg_pool2d(teacher, smaller)
-    return teacher if smaller == size else F.interpolate(teacher, size, mode="bilinear", align_corners=False)
