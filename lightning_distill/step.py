@@ -339,9 +339,8 @@ class DistillStep:
             taps = [tap for term in resting for tap in term.student_taps]
             runs = [run for tap in taps for run in call.runs.get((tap.layer, tap.where), [])]
             whole = call.output if any(not term.student_taps for term in resting) else None
-            for tensor in tensors_in([*(run[0] for run in runs), whole]):
-                if tensor.requires_grad:
-                    rest = rest + tensor.reshape(-1)[:0].sum()
+            values = tensors_in([*(run[0] for run in runs), whole])
+            rest = sum((value.reshape(-1)[:0].sum() for value in values if value.requires_grad), rest)
         return rest
 
     def measure(self, batch: Any, losses: bool = True) -> tuple[dict[str, Tensor], list[Pair]]:
