@@ -20,6 +20,7 @@ class Requires:
         linear_in_teacher: Its gradient is linear in the teacher's probabilities at temperature 1, so that classes drawn
             at random give an unbiased one.
         learned: The loss has parameters of its own, made once the shapes are known.
+        needs_boxes: The foreground weights of the batch's boxes are the third argument.
         class_scores: Both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
     Example:
@@ -36,6 +37,7 @@ class Requires:
     merges_classes: bool = False
     linear_in_teacher: bool = False
     learned: bool = False
+    needs_boxes: bool = False
     class_scores: bool = False
 
     @classmethod

@@ -123,11 +123,11 @@ class DistillStep:
             ValueError: With the closest layer names.
         """
         taps: dict[str, list[tuple[str, Any]]] = {}
-        for side in ("student", "teacher"):
+        for side, kind in (("student", "recorded_taps"), ("teacher", "teacher_taps")):
             taps[side] = [
                 (f"terms[{index}].{side}_layer", tap)
                 for index, term in enumerate(self.terms)
-                for tap in getattr(term, f"{side}_taps")
+                for tap in getattr(term, kind)
             ]
         readers = [term for term in self.terms if term.needs_teacher]
         reader = next((term.name for term in readers), None)

@@ -18,7 +18,7 @@ __all__ = ["DistillationLoss", "FunctionLoss"]
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Nine attributes describe it to a term:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Ten attributes describe it to a term:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -30,6 +30,7 @@ class DistillationLoss(keras.losses.Loss):
       classes drawn at random gives an unbiased one.
     - ``learned``: :meth:`build` makes parameters in ``layer``. A FeatureDistillation builds a copy of the loss for each
       pair of layers, and treats it as it does adapters.
+    - ``needs_boxes``: ``y_true`` is the pair of the teacher's tensor and the weights of the batch's boxes.
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
     - ``gives``: ``"positions"`` if ``call`` returns one value for each position (the shape of the student's tensor
       without its last dimension), ``"examples"`` if it returns one value for each example, ``"batch"`` if it compares
@@ -56,6 +57,7 @@ class DistillationLoss(keras.losses.Loss):
     learned: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
+    needs_boxes: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None

@@ -86,11 +86,11 @@ class VariationalInformationLoss(DistillationLoss):
     @property
     def variance(self) -> Any:
         """Variance of each channel of the teacher, shape ``(C,)``."""
-        return ops.softplus(_built(self.layer).rho) + _SMALLEST_VARIANCE
+        return ops.softplus(built(self.layer).rho) + _SMALLEST_VARIANCE
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per position."""
-        mean = _built(self.layer)
+        mean = built(self.layer)
         return variational_information(y_pred, y_true, mean=mean, variance=self.variance, per_position=True)
 
 
@@ -167,7 +167,7 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value per example."""
-        generator = _built(self.layer)
+        generator = built(self.layer)
         return masked_generative(y_pred, y_true, generator=generator, mask=self._drawn(y_pred))
 
     def _drawn(self, student: Any) -> Any:
@@ -176,7 +176,7 @@ class MaskedGenerativeLoss(DistillationLoss):
             return None
         *outer, channels = ops.shape(student)
         shape = (outer[0], *[1] * (len(outer) - 1), channels) if self.mask == "channel" else (*outer, 1)
-        drawn = keras.random.uniform(shape, dtype="float32", seed=_built(self.layer).seed_generator)
+        drawn = keras.random.uniform(shape, dtype="float32", seed=built(self.layer).seed_generator)
         return drawn >= self.mask_ratio
 
 
@@ -251,7 +251,7 @@ class SimpleRecipeLoss(DistillationLoss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """A scalar."""
-        return log_sum_distance(y_pred, y_true, projection=_built(self.layer), power=self.power, eps=self.eps)
+        return log_sum_distance(y_pred, y_true, projection=built(self.layer), power=self.power, eps=self.eps)
 
 
 class _Network(keras.layers.Layer):
@@ -289,7 +289,12 @@ def _check_ranks(student: Sequence[int | None], teacher: Sequence[int | None]) -
         raise ValueError(checks.message(expected, received, "Pass adapter=<a layer>."))
 
 
-def _built(layer: Any) -> Any:
+def built(layer: Any) -> Any:
+    """The layer of a learned loss.
+
+    Raises:
+        ValueError: If it was not made yet.
+    """
     if layer is None:
         remedy = "Call loss.build(student.shape, teacher.shape) once, or use the loss in a FeatureDistillation."
         raise ValueError(checks.message("the loss to be built before it is called", "no parameters", remedy))

@@ -6,6 +6,7 @@ from lightning_distill.functional import (
     activations,
     attention,
     dense,
+    detection,
     divergences,
     features,
     fused_linear,
@@ -21,6 +22,7 @@ from lightning_distill.functional import (
 from lightning_distill.functional.activations import *
 from lightning_distill.functional.attention import *
 from lightning_distill.functional.dense import *
+from lightning_distill.functional.detection import *
 from lightning_distill.functional.divergences import *
 from lightning_distill.functional.features import *
 from lightning_distill.functional.fused_linear import *
@@ -37,6 +39,7 @@ __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += dense.__all__
+__all__ += detection.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += fused_linear.__all__

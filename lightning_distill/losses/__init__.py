@@ -7,6 +7,7 @@ from lightning_distill.losses import (
     attention,
     base,
     dense,
+    detection,
     divergences,
     features,
     learned,
@@ -22,6 +23,7 @@ from lightning_distill.losses.activations import *
 from lightning_distill.losses.attention import *
 from lightning_distill.losses.base import *
 from lightning_distill.losses.dense import *
+from lightning_distill.losses.detection import *
 from lightning_distill.losses.divergences import *
 from lightning_distill.losses.features import *
 from lightning_distill.losses.learned import *
@@ -38,6 +40,7 @@ __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += base.__all__
 __all__ += dense.__all__
+__all__ += detection.__all__
 __all__ += divergences.__all__
 __all__ += features.__all__
 __all__ += learned.__all__

@@ -18,7 +18,7 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Eight attributes describe it to a term:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Nine attributes describe it to a term:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -30,6 +30,8 @@ class DistillationLoss(nn.Module):
       classes drawn at random gives an unbiased one.
     - ``learned``: :meth:`build` makes parameters. A FeatureDistillation builds a copy of the loss for each pair of
       layers, and treats it as it does adapters.
+    - ``needs_boxes``: the weights of the batch's boxes at the positions of a map are the third argument; see
+      :func:`lightning_distill.functional.foreground_weights`.
     - ``class_scores``: both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
     Every loss of this package also takes ``mask=``, a bool tensor that is True where an example ``(N,)`` or a position
@@ -53,6 +55,7 @@ class DistillationLoss(nn.Module):
     learned: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
+    needs_boxes: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
 
     def __init__(self) -> None:

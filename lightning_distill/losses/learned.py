@@ -81,11 +81,11 @@ class VariationalInformationLoss(DistillationLoss):
     @property
     def variance(self) -> Tensor:
         """Variance of each channel of the teacher, shape ``(C,)``."""
-        return F.softplus(_built(self.rho)) + _SMALLEST_VARIANCE
+        return F.softplus(built(self.rho)) + _SMALLEST_VARIANCE
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
-        mean = _channels_first(_built(self.mean))
+        mean = _channels_first(built(self.mean))
         return variational_information(student, teacher, mean=mean, variance=self.variance, mask=mask, reduction="mean")
 
 
@@ -150,7 +150,7 @@ class MaskedGenerativeLoss(DistillationLoss):
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
-        network, drawn = _channels_first(_built(self.generator)), self._drawn(student)
+        network, drawn = _channels_first(built(self.generator)), self._drawn(student)
         positions = positions_mask(mask, student)
         # Positions that do not count are set to 0 before the generator, like the padding at the edges, and after it,
         # like the teacher's.
@@ -229,7 +229,7 @@ class SimpleRecipeLoss(DistillationLoss):
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
-        projection = _built(self.projection)
+        projection = built(self.projection)
         return log_sum_distance(student, teacher, projection=projection, power=self.power, eps=self.eps, mask=mask)
 
 
@@ -243,7 +243,12 @@ def _check_ranks(student: torch.Size, teacher: torch.Size) -> None:
         raise ValueError(checks.message(expected, f"{tuple(student)} and {tuple(teacher)}", "Pass adapter=<a module>."))
 
 
-def _built(part: T | None) -> T:
+def built(part: T | None) -> T:
+    """A learned part of a loss.
+
+    Raises:
+        ValueError: If it was not made yet.
+    """
     if part is None:
         remedy = "Call loss.build(student.shape, teacher.shape) once, or use the loss in a FeatureDistillation."
         raise ValueError(checks.message("the loss to be built before it is called", "no parameters", remedy))

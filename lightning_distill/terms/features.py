@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from distill_core.requires import Requires
 from lightning_distill import checks
 from lightning_distill.adapters import AdapterFactory, make_adapter
+from lightning_distill.functional.detection import foreground_weights
 from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
+from lightning_distill.recording.boxes import BoxPlace, check_pixels, find_boxes
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable
 from lightning_distill.terms.losses import (
@@ -27,6 +29,7 @@ from lightning_distill.terms.losses import (
 from lightning_distill.terms.maps import paired_levels, resized, resized_mask
 
 Pairs = list[tuple[Tap, Tap]]
+Boxes = tuple[list[Tensor], tuple[int, int]]
 
 
 class FeatureDistillation(DistillationTerm):
@@ -54,6 +57,10 @@ class FeatureDistillation(DistillationTerm):
             a function of the batch. Shape ``(N,)``, ``(N, L)`` or ``(N, H, W)``; a position of a smaller map counts if
             at least half of its pixels do.
         ignore_index: Positions with this label do not count, such as void pixels; ``None`` reads no labels.
+        boxes: Where a batch keeps the boxes of each image, in pixels of the student's input: a key, an index, or a
+            function of the batch that returns a list of tensors ``(M, 4)`` or of dicts with ``"boxes"``. For a network
+            that resizes its images itself, a tap on the layer that does: ``Tap("transform")`` for the detectors of
+            torchvision. A loss that needs boxes gets their weights; for any other the positions in boxes count alone.
 
     Attributes:
         adapters: The adapters, by teacher and then by layer; empty before the first step.
@@ -86,6 +93,7 @@ class FeatureDistillation(DistillationTerm):
         name: str | None = None,
         mask: Mask | None = None,
         ignore_index: int | None = None,
+        boxes: BoxPlace | None = None,
     ) -> None:
         student_taps, teacher_taps = _taps(student_layer), _taps(teacher_layer)
         super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in student_taps) or "features")
@@ -106,9 +114,21 @@ class FeatureDistillation(DistillationTerm):
                 f"Expected `loss` not to be built yet, but got {type(self.loss).__name__} with parameters. Pass a new"
                 " one: the term builds a copy for each pair of layers."
             )
-        if mask is not None or ignore_index is not None:
+        if self.requires.needs_boxes and boxes is None:
+            raise ValueError(
+                f"Expected `boxes` to say where a batch keeps its boxes, which {type(self.loss).__name__} needs, but"
+                " got boxes=None. Pass a key, an index, a function of the batch, or a tap on the layer that resizes"
+                " images."
+            )
+        if boxes is not None and self.requires.several_layers:
+            raise ValueError(
+                f"Expected `boxes` to be None for {type(self.loss).__name__}, which compares several layers at once,"
+                f" but got boxes={boxes!r}. Use a loss on single layers."
+            )
+        if mask is not None or ignore_index is not None or (boxes is not None and not self.requires.needs_boxes):
             check_takes_mask(self.loss)
-        self.mask, self.ignore_index = mask, ignore_index
+        self.mask, self.ignore_index, self.boxes = mask, ignore_index, boxes
+        self.student_values = (boxes,) if isinstance(boxes, Tap) else ()
         self.needs_labels = self.requires.needs_labels or ignore_index is not None
         self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
         self.adapters = nn.ModuleList()
@@ -117,6 +137,8 @@ class FeatureDistillation(DistillationTerm):
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the adapters from the features of a first call."""
+        if self.boxes is not None and (student.args or student.kwargs):  # a process without a batch builds from shapes
+            check_pixels(*find_boxes(student, self.boxes))
         adapters, learned, fitted = nn.ModuleList(), nn.ModuleList(), []
         kind = self._adapter[0]
         if kind == "auto" and not self.requires.channels_must_match:
@@ -149,9 +171,10 @@ class FeatureDistillation(DistillationTerm):
         if self.requires.several_layers:
             features, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return value_of(self.loss, self.requires, features, targets, labels, mask)
+        boxes = None if self.boxes is None else find_boxes(student, self.boxes)
         losses = self.learned[first : first + len(pairs)] if self.requires.learned else [self.loss] * len(pairs)
         values = [
-            value_of(loss, self.requires, *pair, labels, self._fitted_mask(mask, pair[0]))
+            value_of(loss, self.requires, *pair, labels, *self._weighed(mask, boxes, pair[0]))
             for loss, pair in zip(losses, pairs, strict=True)
         ]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
@@ -201,9 +224,23 @@ class FeatureDistillation(DistillationTerm):
         """The feature that the student's is compared with."""
         return teacher.feature(tap)
 
-    def _fitted_mask(self, mask: Tensor | None, feature: Tensor) -> Tensor | None:
-        """The mask at the positions of a feature."""
-        return resized_mask(mask, feature) if self.reads_maps else mask
+    def _weighed(self, mask: Tensor | None, boxes: Boxes | None, feature: Tensor) -> tuple[Tensor | None, ...]:
+        """The mask at the positions of a feature, and the weights of the boxes for a loss that needs them."""
+        mask = resized_mask(mask, feature) if self.reads_maps else mask
+        if boxes is None:
+            return (mask,)
+        if feature.ndim != 4:
+            raise ValueError(
+                f"Expected term {self.name!r} to compare maps (N, C, H, W), since it has boxes, but got a feature of"
+                f" shape {tuple(feature.shape)}. Tap another layer, or leave out `boxes`."
+            )
+        each, image_size = boxes
+        map_size = (feature.shape[-2], feature.shape[-1])
+        weights = foreground_weights([corners.to(feature.device) for corners in each], image_size, map_size)
+        if self.requires.needs_boxes:
+            return mask, weights
+        inside = weights > 0
+        return (inside if mask is None else inside & _by_position(mask, inside),)
 
     def _mask(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count; ``None`` if all do."""
@@ -279,6 +316,11 @@ class SelfDistillation(FeatureDistillation):
 
     def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
         return student.feature(tap).detach()
+
+
+def _by_position(mask: Tensor, positions: Tensor) -> Tensor:
+    """A mask of examples or of positions as one of positions."""
+    return mask.view(-1, 1, 1) if mask.ndim == 1 else mask.view(positions.shape)
 
 
 def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:

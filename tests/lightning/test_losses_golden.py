@@ -18,7 +18,7 @@ from lightning_distill.losses import FeatureDistance
 pytestmark = pytest.mark.tensors
 
 # Sums over layers or over queries, keys and values: test_losses_attention.py has them.
-LEARNED = ("vid", "mgd", "srd")  # with parameters: test_losses_learned.py has them
+LEARNED = ("vid", "mgd", "srd", "fgd")  # with parameters: test_losses_learned.py has them
 # From hidden states or over tokens: tests/language/test_fused_linear_golden.py has them.
 OF_TOKENS = ("alpha_beta", "alpha_beta_paper", "fused_linear_jsd", "fused_linear_kl")
 OF_TOKENS += ("gkd_jsd", "symmetric_kl", "token_ce", "token_kl")
