@@ -89,6 +89,7 @@ from lightning_distill.teachers import SelfTeacher, load_teacher
 from lightning_distill.terms import (
     AttentionDistillation,
     AttentionRelationDistillation,
+    CrossHeadDistillation,
     CrossTokenizerDistillation,
     DistillationTerm,
     FeatureDistillation,
@@ -121,6 +122,7 @@ __all__ = [
     "Call",
     "CausalLMDistillModule",
     "CompressionManager",
+    "CrossHeadDistillation",
     "CrossTokenizerDistillation",
     "DistillCallback",
     "DistillModule",

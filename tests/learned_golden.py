@@ -46,7 +46,7 @@ def narrowed(array: NDArray[Any], like: NDArray[Any]) -> NDArray[Any]:
 def focal_global_settings(reference: Mapping[str, float]) -> dict[str, float]:
     """Our settings of FocalGlobalLoss from the reference's."""
     names = {"foreground": "alpha", "background": "beta", "attention": "gamma", "context": "lambda"}
-    weights = {f"{ours}_weight": reference[f"{theirs}_fgd"] for ours, theirs in names.items()}
+    weights = {f"{setting}_weight": reference[f"{letter}_fgd"] for setting, letter in names.items()}
     return {"temperature": reference["temp"], **weights}
 
 

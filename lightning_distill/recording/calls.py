@@ -119,6 +119,7 @@ class Call:
         skipped: The call's skipped head and the loss made there, if a term skips heads.
         random_state: State of the generators before the call, if it may have to be made again.
         parameters: Names of the network's parameters, in order.
+        network: The teacher's network, if the answer is not a stored one.
     """
 
     args: tuple[Any, ...]
@@ -139,6 +140,7 @@ class Call:
     skipped: Any = field(default=None, repr=False)
     random_state: Any = field(default=None, repr=False)
     parameters: tuple[str, ...] = field(default=(), repr=False)
+    network: Any = field(default=None, repr=False)
     input_versions: Versions = field(default_factory=list, repr=False)
     output_versions: Versions = field(default_factory=list, repr=False)
     runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = field(default_factory=dict, repr=False)
@@ -213,7 +215,7 @@ class Call:
         return tensor
 
     def levels(self, tap: Tap) -> list[Tap]:
-        """The taps that a tap stands for: with ``output="*"`` one for each tensor at its place, else itself.
+        """The taps that a tap stands for: with ``output="*"`` one for each tensor at its place, else the tap itself.
 
         Raises:
             ValueError: If the layer did not run once, or there is not a dict, list or tuple of tensors.
@@ -222,7 +224,10 @@ class Call:
             return [tap]
         value, place = self.recorded(tap), f"{self.who} layer {tap.layer!r}"
         outer = tap.output[:-1] if isinstance(tap.output, tuple) else ()
-        entries = entries_of(entry_at(value, outer))
+        inner = entry_at(value, outer)
+        if isinstance(inner, Tensor):  # a pyramid of one level
+            return [replace(tap, output=outer or None)]
+        entries = entries_of(inner)
         if not entries or not all(isinstance(entry, Tensor) for entry in entries.values()):
             names = f" of {list(entries_of(value))}" if entries_of(value) else ""
             raise ValueError(

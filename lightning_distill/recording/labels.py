@@ -69,7 +69,7 @@ def find_mask(batch: Any, where: str | int | Callable[[Any], Tensor], argument: 
 
 
 def entry_of_batch(batch: Any, where: str | int | Callable[[Any], Any]) -> Any:
-    """What a batch has at a key, a field name or an index, or a function of it returns; ``None`` if nothing."""
+    """The entry of a batch at a key, field name or index, or the value of a function of it; ``None`` if missing."""
     return where(batch) if callable(where) else _entry(batch, where)
 
 

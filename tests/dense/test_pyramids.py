@@ -97,6 +97,14 @@ def test_the_path_to_a_pyramid_may_be_nested() -> None:
     assert total == pytest.approx((sum(map(F.mse_loss, maps, targets)) / 2).item(), rel=1e-5)
 
 
+def test_a_single_map_is_a_pyramid_of_one_level() -> None:
+    fine = Tap("neck.fine", output="*")
+
+    assert value(FeatureDistillation(fine, fine), Net(3, 0), Net(3, 1))[0] == pytest.approx(
+        value(FeatureDistillation("neck.fine", "neck.fine"), Net(3, 0), Net(3, 1))[0], rel=1e-6
+    )
+
+
 def test_a_loss_with_several_layers_gets_the_lists_of_levels() -> None:
     class Counting:
         several_layers = True
@@ -172,12 +180,6 @@ def test_a_trainer_trains_the_adapters_of_all_levels() -> None:
             {},
             r"Expected student layer 'neck' and teacher layer 'neck' to return the same levels for output='\*', but got"
             r" \['0', 'pool'\] and \['fine', 'coarse'\]. Name the levels to compare: \[Tap\('neck', output='0'\), ...",
-        ),
-        (
-            {"kind": lambda maps: maps[0]},
-            {},
-            r"Expected the output of student layer 'neck' to hold a dict, list or tuple of tensors for output='\*', but"
-            r" got Tensor. Pass the path to it, such as output=\('feature_maps', '\*'\), or leave out `output`.",
         ),
         (
             {"kind": lambda maps: (maps, None)},

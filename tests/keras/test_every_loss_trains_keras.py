@@ -72,7 +72,7 @@ def test_every_public_loss_has_a_row() -> None:
 
 
 def test_k22_a_loss_that_needs_boxes_is_refused_in_a_term() -> None:
-    """K22: a loop of one's own calls it."""
+    """K22: a custom loop calls it."""
     with pytest.raises(ValueError, match=r"Expected `loss` to need no boxes in a term\. Call it in a loop of your own"):
         FeatureDistillation("body", "body", losses.FocalGlobalLoss())
 
