@@ -10,7 +10,7 @@ import numpy as np
 class PrincipalComponents:
     """Mean and principal components of features.
 
-    The sign of a component is that which makes its largest number positive, so that it does not depend on the machine.
+    The sign of a component makes its largest number positive, so that it does not depend on the machine.
 
     Args:
         features: The features, ``(N, D)``.

@@ -42,6 +42,8 @@ softmax over channels                FeatureDistance("kl")        functional.fea
 Shu 2021, arXiv:2011.13256           ChannelWiseLoss              functional.channel_wise_kl
 Zheng 2022, arXiv:2102.12252         LocalizationLoss             functional.localization
 Yang 2022, arXiv:2204.06986          PixelRelationLoss            functional.pixel_relation
+Yang 2022, arXiv:2111.11837          FocalGlobalLoss              functional.focal_global, foreground_weights
+Wang 2023, arXiv:2306.11369          QualityFocalLoss             functional.quality_focal
 Heo 2019, arXiv:1811.03233           ActivationBoundaryLoss       functional.activation_boundary
 Heo 2019, arXiv:1904.01866           MarginReLULoss               functional.margin_relu_distance
 Yim 2017 (CVPR)                      SolutionFlowLoss             functional.solution_flow
@@ -103,6 +105,7 @@ from keras_distill.losses import (
     FactorTransferLoss,
     FeatureDistance,
     FeatureMapTransferLoss,
+    FocalGlobalLoss,
     GeneralizedJSDLoss,
     HardTargetLoss,
     HierarchicalContextLoss,
@@ -121,6 +124,7 @@ from keras_distill.losses import (
     PearsonFeatureLoss,
     PixelRelationLoss,
     ProbabilisticTransferLoss,
+    QualityFocalLoss,
     RelationalLoss,
     ReverseKLLoss,
     SimilarityPreservingLoss,
@@ -177,6 +181,7 @@ __all__ = [
     "FeatureDistance",
     "FeatureDistillation",
     "FeatureMapTransferLoss",
+    "FocalGlobalLoss",
     "GeneralizedJSDLoss",
     "HardTargetLoss",
     "HierarchicalContextLoss",
@@ -201,6 +206,7 @@ __all__ = [
     "PearsonFeatureLoss",
     "PixelRelationLoss",
     "ProbabilisticTransferLoss",
+    "QualityFocalLoss",
     "RelationalLoss",
     "ReverseKLLoss",
     "ReviewDistillation",

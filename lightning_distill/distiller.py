@@ -122,7 +122,7 @@ class Distiller:
         return DistillStep(
             self,
             self.terms,
-            StudentFinder(self.student, [tap for term in self.terms for tap in term.student_taps], ""),
+            StudentFinder(self.student, [tap for term in self.terms for tap in term.recorded_taps], ""),
             as_source(
                 self.teacher,
                 taps,

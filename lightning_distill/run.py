@@ -67,7 +67,7 @@ class Run:
         self.learned.allowed = not compat.has_strategy(trainer, "DeepSpeedStrategy")
         self.learned.seed = trainer.strategy.broadcast(torch.initial_seed())  # processes may be seeded differently
         taps = [tap for term in terms for tap in term.teacher_taps]
-        student = StudentFinder(module, [tap for term in terms for tap in term.student_taps], callback.student)
+        student = StudentFinder(module, [tap for term in terms for tap in term.recorded_taps], callback.student)
         self.step = DistillStep(
             callback,
             terms,

@@ -14,6 +14,7 @@ from lightning_distill.adapters.follower import world_size
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.recording import Call, find_labels, first_tensor
+from lightning_distill.recording.outputs import tensors_in
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
 from lightning_distill.teachers.source import LiveTeachers, TeacherSource
@@ -121,11 +122,11 @@ class DistillStep:
             ValueError: With the closest layer names.
         """
         taps: dict[str, list[tuple[str, Any]]] = {}
-        for side in ("student", "teacher"):
+        for side, kind in (("student", "recorded_taps"), ("teacher", "teacher_taps")):
             taps[side] = [
                 (f"terms[{index}].{side}_layer", tap)
                 for index, term in enumerate(self.terms)
-                for tap in getattr(term, f"{side}_taps")
+                for tap in getattr(term, kind)
             ]
         readers = [term for term in self.terms if term.needs_teacher]
         reader = next((term.name for term in readers), None)
@@ -333,12 +334,11 @@ class DistillStep:
         resting = [term for term in self.terms if not term.active]
         rest: Tensor | float = 0.0
         for call in calls:
-            places = [(tap.layer, tap.where) for term in resting for tap in term.student_taps]
-            runs = [run for place in places for run in call.runs.get(place, [])]
-            outputs = [call.output] if any(not term.student_taps for term in resting) else []
-            for value in [*(run[0] for run in runs), *outputs]:
-                if isinstance(value, Tensor) and value.requires_grad:
-                    rest = rest + value.reshape(-1)[:0].sum()
+            taps = [tap for term in resting for tap in term.student_taps]
+            runs = [run for tap in taps for run in call.runs.get((tap.layer, tap.where), [])]
+            whole = call.output if any(not term.student_taps for term in resting) else None
+            values = tensors_in([*(run[0] for run in runs), whole])
+            rest = sum((value.reshape(-1)[:0].sum() for value in values if value.requires_grad), rest)
         return rest
 
     def measure(self, batch: Any, losses: bool = True) -> tuple[dict[str, Tensor], list[Pair]]:

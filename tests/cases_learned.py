@@ -93,10 +93,44 @@ def _factors(name: str, student: tuple[int, ...], teacher: tuple[int, ...], **se
     )
 
 
+def _focal_global(name: str, shape: tuple[int, ...], **settings: float) -> LossCase:
+    channels, narrow = shape[1], max(shape[1] // 2, 1)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for who in ("student_context", "teacher_context"):
+        for layer, kernel in (
+            ("attention", (1, channels)),
+            ("reduce", (narrow, channels)),
+            ("expand", (channels, narrow)),
+        ):
+            shapes[f"{who}.{layer}.weight"] = (*kernel, 1, 1)
+            shapes[f"{who}.{layer}.bias"] = kernel[:1]
+        shapes[f"{who}.norm.weight"] = shapes[f"{who}.norm.bias"] = (narrow, 1, 1)
+    return LossCase(
+        name,
+        losses.FocalGlobalLoss,
+        oracle.focal_global,
+        shape,
+        settings=settings,
+        zero_at_identity=False,
+        over="examples",
+        parameters=_drawn(shapes, 0.7),
+    )
+
+
 LEARNED_CASES = [
     _factors("factor_transfer", (2, 3, 2, 3), (2, 4, 2, 3)),
     _factors("factor_transfer_tokens", (2, 4, 3), (2, 4, 2), rate=1.5, power=2.0),
     _factors("factor_transfer_vectors", (3, 4), (3, 5), factor_weight=2.0, reconstruction_weight=0.5),
+    _focal_global("focal_global", (2, 4, 2, 3)),
+    _focal_global(
+        "focal_global_weights",
+        (2, 5, 3, 2),
+        temperature=0.9,
+        foreground_weight=0.3,
+        background_weight=0.2,
+        attention_weight=0.1,
+        context_weight=0.05,
+    ),
     # Variances far above eps, so that the loss is positive, as the generic tests expect of all losses.
     _simple_recipe("simple_recipe", (5, 3, 2, 3), (5, 4, 2, 3), eps=1e-8),
     _simple_recipe("simple_recipe_vectors", (5, 4), (5, 3), power=3.0, eps=1e-7),

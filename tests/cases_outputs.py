@@ -268,6 +268,25 @@ TARGETS = [
         on_logits=True,
         shift_invariant=False,
     ),
+    LossCase(
+        "quality_focal",
+        losses.QualityFocalLoss,
+        oracle.quality_focal,
+        (4, 5),
+        # Case s2 has weights: test_losses_dense.py has it.
+        golden=(Golden("cross_kd", settings=lambda ref: {"power": ref["beta"]}, cases=("s1",)),),
+        on_logits=True,
+        shift_invariant=False,
+    ),
+    LossCase(
+        "quality_focal_maps",
+        losses.QualityFocalLoss,
+        oracle.quality_focal,
+        (2, 3, 2, 2),
+        settings={"power": 2.0},
+        on_logits=True,
+        shift_invariant=False,
+    ),
 ]
 
 MAPS = [

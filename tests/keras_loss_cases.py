@@ -24,6 +24,7 @@ logits_cases = pytest.mark.parametrize("case", [c for c in KERAS_CASES if c.on_l
 every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 # The settings that PyTorch's losses and functions alone have: Keras is channels-last.
 LAYOUT = ("class_dim", "channel_dim")
+KINDS = {"weight": "kernel", "bias": "bias"}  # of a layer's variables, in PyTorch and in Keras
 # Their four dimensions are heads, queries and keys in both halves, and no map with channels.
 NO_MAPS = ("AttentionMapLoss",)
 
@@ -69,7 +70,8 @@ def fill(loss: Any, parameters: Mapping[str, NDArray[Any]]) -> None:
     """Set a learned loss's parameters, given by the names and in the layout of PyTorch's state_dict."""
     for name, array in parameters.items():
         variable = variable_of(loss, name)
-        variable.assign(keras_kernel(array, len(variable.shape)) if name.endswith("weight") else array)
+        is_kernel = name.endswith("weight")
+        variable.assign(keras_kernel(array, len(variable.shape)) if is_kernel else array.reshape(variable.shape))
 
 
 def variable_of(loss: Any, name: str) -> keras.Variable:
@@ -77,8 +79,11 @@ def variable_of(loss: Any, name: str) -> keras.Variable:
     if name == "rho":
         return loss.layer.rho
     first, *index, kind = name.split(".")
+    if first.endswith("context"):
+        part = getattr(getattr(loss.layer, first), *index)
+        return getattr(part, {"weight": "gamma", "bias": "beta"}[kind] if index == ["norm"] else KINDS[kind])
     network = getattr(loss.layer, first, loss.layer)  # a loss of several networks has them as attributes
-    return getattr(network.parts[int(*index) // 2], {"weight": "kernel", "bias": "bias"}[kind])
+    return getattr(network.parts[int(*index) // 2], KINDS[kind])
 
 
 def keras_kernel(weight: NDArray[Any], rank: int) -> NDArray[Any]:
@@ -103,6 +108,8 @@ def called(loss: Any, student: Any, teacher: Any, labels: Any = None) -> Any:
     """The value of a loss, in its own order of arguments."""
     if getattr(loss, "several_layers", False):
         return loss(layers_of(teacher), layers_of(student))
+    if getattr(loss, "needs_boxes", False):
+        return loss((teacher, ops.where(ops.convert_to_tensor(teacher)[..., 0] > 0, 0.25, 0.0)), student)
     if not loss.needs_labels:
         return loss(teacher, student)
     labels = class_indices(as_array(teacher)) if labels is None else labels

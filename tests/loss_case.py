@@ -66,6 +66,11 @@ class Labelled(nn.Module):
         return self.loss(student, teacher, labels, mask=mask)
 
 
+def foreground_of(teacher: Tensor) -> Tensor:
+    """Weights of boxes that follow a position wherever a test moves it: where its first channel is positive."""
+    return torch.where(teacher[:, 0] > 0, 0.25, 0.0)
+
+
 def layers_of(feature: Tensor) -> tuple[Tensor, ...]:
     """Two layers of a network, made from one feature: the first half of its channels, and the others."""
     return feature.tensor_split(2, dim=1 if feature.ndim >= 4 else -1)
@@ -96,7 +101,8 @@ class Learned(nn.Module):
         dtype = torch.promote_types(student.dtype, torch.float32)
         if (first.dtype, first.device) != (dtype, student.device):
             self.loss.to(student.device, dtype)
-        return self.loss(student, teacher, mask=mask)
+        third = (foreground_of(teacher.detach()),) if self.loss.needs_boxes else ()
+        return self.loss(student, teacher, *third, mask=mask)
 
 
 @dataclass(frozen=True)

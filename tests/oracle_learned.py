@@ -162,3 +162,64 @@ def review(students: Sequence[Array], parameters: Parameters) -> list[Array]:
         norm = [parameters[f"spread.{index}.1.{name}"] for name in ("weight", "bias")]
         results.insert(0, normalized(spread, *norm))
     return results
+
+
+def focal_global(
+    student: Array,
+    teacher: Array,
+    *,
+    parameters: Parameters,
+    foreground: Array | None = None,
+    temperature: float = 0.5,
+    foreground_weight: float = 1e-3,
+    background_weight: float = 5e-4,
+    attention_weight: float = 1e-3,
+    context_weight: float = 5e-6,
+) -> float:
+    """Yang et al. 2022 (FGD), equations 2 to 11: sums over positions and channels, mean over the examples.
+
+    Without weights of boxes the positions whose first channel of the teacher is positive have 1/4, the others 0.
+    """
+    weights = np.where(teacher[:, 0] > 0, 0.25, 0.0) if foreground is None else foreground
+    total = 0.0
+    for f_s, f_t, scale in zip(student, teacher, weights, strict=True):
+        channels, height, width = f_t.shape
+        places = [(i, j) for i in range(height) for j in range(width)]
+        outside = sum(1 for i, j in places if scale[i, j] == 0)
+        a_s, c_s = _attention(f_s, temperature)
+        a_t, c_t = _attention(f_t, temperature)
+        g_s, g_t = (_with_context(f, parameters, f"{who}_context") for f, who in ((f_s, "student"), (f_t, "teacher")))
+        for i, j in places:
+            weight = foreground_weight * scale[i, j]
+            if scale[i, j] == 0:
+                weight = background_weight / outside
+            for c in range(channels):
+                total += weight * a_t[i, j] * c_t[c] * (f_s[c, i, j] - f_t[c, i, j]) ** 2
+                total += context_weight * (g_s[c, i, j] - g_t[c, i, j]) ** 2
+            total += attention_weight * abs(a_s[i, j] - a_t[i, j])
+        total += attention_weight * sum(abs(s - t) for s, t in zip(c_s, c_t, strict=True))
+    return float(total / len(student))
+
+
+def _attention(feature: Array, temperature: float) -> tuple[Array, Array]:
+    """Equations 4 to 6: softmax of the mean sizes over positions and over channels, times their numbers."""
+    channels, height, width = feature.shape
+    by_place = np.exp(np.abs(feature).sum(0) / channels / temperature)
+    by_channel = np.exp(np.abs(feature).sum((1, 2)) / (height * width) / temperature)
+    return height * width * by_place / by_place.sum(), channels * by_channel / by_channel.sum()
+
+
+def _with_context(feature: Array, parameters: Parameters, name: str) -> Array:
+    """Equation 10: F + W2(ReLU(LN(W1(sum_j softmax_j(Wk F)_j F_j))))."""
+
+    def convolved(vector: Array, layer: str) -> Array:
+        weight = parameters[f"{name}.{layer}.weight"].reshape(-1, len(vector))
+        return matrix_times(weight, vector) + parameters[f"{name}.{layer}.bias"]
+
+    columns = feature.reshape(len(feature), -1).T
+    scores = np.array([math.exp(convolved(column, "attention")[0]) for column in columns])
+    read = sum(score * column for score, column in zip(scores / scores.sum(), columns, strict=True))
+    narrow = convolved(read, "reduce")
+    narrow = (narrow - narrow.mean()) / math.sqrt(narrow.var() + 1e-5)
+    narrow = narrow * parameters[f"{name}.norm.weight"].ravel() + parameters[f"{name}.norm.bias"].ravel()
+    return feature + convolved(np.maximum(narrow, 0), "expand")[:, None, None]

@@ -299,3 +299,13 @@ def localization(student: Array, teacher: Array, *, temperature: float = 10.0) -
     """LD: T^2 KL over the bins of an edge, mean over the edges of all boxes."""
     pairs = softened(student, teacher, temperature, -1)
     return mean([temperature**2 * kl(p_t, p_s) for p_s, p_t in pairs])
+
+
+def quality_focal(student: Array, teacher: Array, *, power: float = 1.0, class_dim: int = -1) -> float:
+    """CrossKD: |sigmoid(s) - sigmoid(t)|^power times the binary cross entropy, mean over everything."""
+    values = []
+    for s, t in zip(student.ravel(), teacher.ravel(), strict=True):
+        score, answer = 1 / (1 + math.exp(-s)), 1 / (1 + math.exp(-t))
+        entropy = -answer * math.log(score) - (1 - answer) * math.log(1 - score)
+        values.append(abs(score - answer) ** power * entropy)
+    return mean(values)

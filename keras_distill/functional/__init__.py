@@ -6,6 +6,7 @@ from keras_distill.functional import (
     activations,
     attention,
     dense,
+    detection,
     divergences,
     factors,
     features,
@@ -23,6 +24,7 @@ from keras_distill.functional import (
 from keras_distill.functional.activations import *
 from keras_distill.functional.attention import *
 from keras_distill.functional.dense import *
+from keras_distill.functional.detection import *
 from keras_distill.functional.divergences import *
 from keras_distill.functional.factors import *
 from keras_distill.functional.features import *
@@ -41,6 +43,7 @@ __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += dense.__all__
+__all__ += detection.__all__
 __all__ += divergences.__all__
 __all__ += factors.__all__
 __all__ += features.__all__

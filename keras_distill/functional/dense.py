@@ -16,7 +16,7 @@ __all__ = ["localization", "pixel_relation"]
 _BINS = ("student_bins", "teacher_bins")
 
 
-def localization(student_bins: Any, teacher_bins: Any, *, temperature: Any = 10.0) -> Any:
+def localization(student_bins: Any, teacher_bins: Any, *, temperature: Any = 10.0, bins: int | None = None) -> Any:
     r"""Kullback-Leibler divergence between the two models' distributions over the bins of each edge of a box.
 
     .. math:: T^2 \sum_b p^t_b (\log p^t_b - \log p^s_b), \qquad p = \mathrm{softmax}(z / T)
@@ -29,6 +29,8 @@ def localization(student_bins: Any, teacher_bins: Any, *, temperature: Any = 10.
             ``(N, ..., 4, B)`` with B of 2 or more.
         teacher_bins: The teacher's scores for the same boxes, same shape.
         temperature: Softening of both distributions, greater than 0; a scalar variable may be changed while training.
+        bins: Number of bins B where edges and bins share the last dimension, as in the output of a head:
+            ``(N, H, W, 4 B)`` or ``(N, ..., 4 B)``. None where they have a dimension each.
 
     Returns:
         Divergence in nats times :math:`T^2`, one value per edge: shape ``(N, ..., 4)``.
@@ -47,14 +49,24 @@ def localization(student_bins: Any, teacher_bins: Any, *, temperature: Any = 10.
         four. The authors' code takes the mean over the bins as well, which divides by their number.
     """
     student, teacher = prepare(student_bins, teacher_bins, _BINS)
+    if bins is not None:
+        student, teacher = (_split_bins(scores, bins) for scores in (student, teacher))
     checks.same_shape(student, teacher, names=_BINS, remedy="Both models must have the same boxes and bins.")
     shape = tuple(student.shape)
     if len(shape) < 3 or shape[-2] != 4 or (shape[-1] is not None and shape[-1] < 2):
         expected = "`student_bins` to have 2 bins or more for each of 4 edges, shape (N, ..., 4, B)"
-        remedy = "From a map (N, H, W, 4 B) take keras.ops.reshape(bins, (-1, H, W, 4, B))."
+        remedy = "Pass bins=<number of bins> for the output of a head, (N, H, W, 4 B) or (N, ..., 4 B)."
         raise ValueError(checks.message(expected, f"shape {shape}", remedy))
     temperature = prepare_temperature(temperature, student)
     return softmax_divergence(student / temperature, teacher / temperature) * temperature**2
+
+
+def _split_bins(scores: Any, bins: int) -> Any:
+    """Scores with a dimension for the edges and one for the bins, last."""
+    if len(scores.shape) < 2 or scores.shape[-1] != 4 * bins:
+        expected = f"`student_bins` and `teacher_bins` to have {bins} bins for each of 4 edges in the last dimension"
+        raise ValueError(checks.message(expected, f"shape {tuple(scores.shape)}"))
+    return ops.reshape(scores, (*ops.shape(scores)[:-1], 4, bins))
 
 
 def pixel_relation(student: Any, teacher: Any, *, temperature: Any = 0.1) -> Any:

@@ -32,6 +32,7 @@ class DistillationLoss(keras.losses.Loss):
       pair of layers, and treats it as it does adapters.
     - ``reads_teacher``: :meth:`read_teacher` takes numbers from layers of the teacher. Each pair of layers then has a
       copy of the loss too.
+    - ``needs_boxes``: ``y_true`` is the pair of the teacher's tensor and the weights of the batch's boxes.
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
     - ``gives``: ``"positions"`` if ``call`` returns one value for each position (the shape of the student's tensor
       without its last dimension), ``"examples"`` if it returns one value for each example, ``"batch"`` if it compares
@@ -59,6 +60,7 @@ class DistillationLoss(keras.losses.Loss):
     reads_teacher: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
+    needs_boxes: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import keras
 
+from keras_distill import checks
 from keras_distill.functional.dense import localization, pixel_relation
 from keras_distill.losses.base import FormulaLoss
 from keras_distill.schedules import Schedule
@@ -28,6 +29,8 @@ class LocalizationLoss(FormulaLoss):
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        bins: Number of bins B where edges and bins share the last dimension, as in the output of a head:
+            ``(N, H, W, 4 B)`` or ``(N, ..., 4 B)``. None where they have a dimension each.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
         dtype: Precision of the computation, at least float32; ``None`` is ``keras.config.floatx()``.
@@ -37,8 +40,8 @@ class LocalizationLoss(FormulaLoss):
         and bottom edge, of the teacher, then the student.
 
     Raises:
-        TypeError: If the temperature is not a number or a schedule.
-        ValueError: If the temperature is not greater than 0.
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0, or ``bins`` is less than 2.
 
     Example:
         >>> student = [[[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.0]]]
@@ -58,12 +61,17 @@ class LocalizationLoss(FormulaLoss):
         self,
         temperature: float | Schedule = 10.0,
         *,
+        bins: int | None = None,
         reduction: str | None = "sum_over_batch_size",
         name: str = "localization_loss",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.temperature = self._setting("temperature", temperature)
+        if bins is not None:
+            checks.integer("bins", bins)
+            checks.at_least("bins", bins, 2)
+        self._fix(bins=bins)
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from distill_core.requires import Requires
+from keras_distill import checks
 from keras_distill.losses import DistillationLoss
 from keras_distill.recording import Call
 from keras_distill.terms.base import DistillationTerm
@@ -31,6 +32,9 @@ class LossTerm(DistillationTerm):
     def __init__(self, loss: keras.losses.Loss, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.requires = Requires.of(loss)
+        if self.requires.needs_boxes:
+            remedy = "Call it in a loop of your own: loss((teacher_map, foreground_weights), student_map)."
+            raise ValueError(checks.message("`loss` to need no boxes in a term", f"a {type(loss).__name__}", remedy))
         self.needs_labels = self.requires.needs_labels
         self._has_temperature = _is_number(getattr(loss, "temperature", None))
         self._variable_settings: list[str] = []

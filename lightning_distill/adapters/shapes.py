@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -49,12 +50,17 @@ class _ShapedCall(Call):
     """A call with known shapes only: its features are zeros."""
 
     features: dict[Tap, Tensor]
+    spread: dict[Tap, list[Tap]]
     image: tuple[int, int] | None = None
 
     @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images that the network was called with."""
         return self.image
+
+    def levels(self, tap: Tap) -> list[Tap]:
+        """The levels of a pyramid that were noted."""
+        return self.spread[tap] if tap in self.spread else super().levels(tap)
 
     def feature(self, tap: Tap) -> Tensor:
         """Zeros in the shape of the feature."""
@@ -91,11 +97,12 @@ def calls_of(term: Learner, shapes: Shapes, device: torch.device) -> tuple[Call,
 
 
 def _side(call: Call, taps: Sequence[Tap]) -> dict[str, Any]:
-    return {
-        "taps": [_shape(call.feature(tap)) for tap in taps],
-        "output": _shapes_in(call.output),
-        "image": call.image_size,
-    }
+    # only of a pyramid is the output noted too: another may be a function, which could not be sent to other processes
+    read = [
+        [(level.output if tap.spreads else None, _shape(call.feature(level))) for level in call.levels(tap)]
+        for tap in taps
+    ]
+    return {"taps": read, "output": _shapes_in(call.output), "image": call.image_size}
 
 
 def _shapes_in(value: Any) -> Any:
@@ -125,7 +132,11 @@ def _zeros(shapes: Any, device: torch.device) -> Any:
 
 def _shaped(side: dict[str, Any], taps: Sequence[Tap], device: torch.device, who: str, teacher: int) -> Call:
     call = _ShapedCall((), {}, output=_zeros(side["output"], device), who=who, teacher=teacher)
-    features = [_zeros(shape, device) for shape in side["taps"]]
-    call.features = dict(zip(taps, features, strict=True))
+    call.features, call.spread = {}, {}
+    for tap, levels in zip(taps, side["taps"], strict=True):
+        call.spread[tap] = [replace(tap, output=output) if tap.spreads else tap for output, _ in levels]
+        call.features |= {
+            level: _zeros(shape, device) for level, (_, shape) in zip(call.spread[tap], levels, strict=True)
+        }
     call.image = side["image"]
     return call

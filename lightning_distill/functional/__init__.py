@@ -6,6 +6,7 @@ from lightning_distill.functional import (
     activations,
     attention,
     dense,
+    detection,
     divergences,
     factors,
     features,
@@ -24,6 +25,7 @@ from lightning_distill.functional import (
 from lightning_distill.functional.activations import *
 from lightning_distill.functional.attention import *
 from lightning_distill.functional.dense import *
+from lightning_distill.functional.detection import *
 from lightning_distill.functional.divergences import *
 from lightning_distill.functional.factors import *
 from lightning_distill.functional.features import *
@@ -43,6 +45,7 @@ __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += dense.__all__
+__all__ += detection.__all__
 __all__ += divergences.__all__
 __all__ += factors.__all__
 __all__ += features.__all__

@@ -24,6 +24,7 @@ def localization(
     teacher_bins: Tensor,
     *,
     temperature: float = 10.0,
+    bins: int | None = None,
     mask: Tensor | None = None,
     reduction: Reduction = "none",
 ) -> Tensor:
@@ -39,6 +40,8 @@ def localization(
             ``(N, ..., 4, B)`` with B of 2 or more.
         teacher_bins: The teacher's scores for the same boxes, same shape.
         temperature: Softening of both distributions, greater than 0.
+        bins: Number of bins B where edges and bins share a dimension, as in the output of a head: dimension 1 of maps
+            ``(N, 4 B, H, W)``, else the last, ``(N, ..., 4 B)``. None where they have a dimension each.
         mask: True where a box or an edge counts, shape ``(N,)``, ``(N, ...)`` or ``(N, ..., 4)``; None where all count.
         reduction: ``"none"`` for one value per edge, ``"mean"`` for their mean.
 
@@ -58,17 +61,29 @@ def localization(
         Zheng et al. 2022 (LD), section 3, arXiv:2102.12252; deviation: a value for each edge, where the paper adds the
         four. The authors' code takes the mean over the bins as well, which divides by their number.
     """
-    for name, bins in zip(_BINS, (student_bins, teacher_bins), strict=True):
-        checks.floating(name, bins)
+    for name, scores in zip(_BINS, (student_bins, teacher_bins), strict=True):
+        checks.floating(name, scores)
+    if bins is not None:
+        student_bins, teacher_bins = (_split_bins(scores, bins) for scores in (student_bins, teacher_bins))
     checks.same_shape(student_bins, teacher_bins, names=_BINS, remedy="Both models must have the same boxes and bins.")
     shape = tuple(student_bins.shape)
     if len(shape) < 3 or shape[-2] != 4 or shape[-1] < 2:
         expected = "`student_bins` to have 2 bins or more for each of 4 edges, shape (N, ..., 4, B)"
-        remedy = "From a map (N, 4 B, H, W) take bins.unflatten(1, (4, -1)).movedim((1, 2), (-2, -1))."
+        remedy = "Pass bins=<number of bins> for the output of a head, (N, 4 B, H, W) or (N, ..., 4 B)."
         raise ValueError(checks.message(expected, f"shape {shape}", remedy))
     return soft_target_kl(
         student_bins, teacher_bins, temperature=temperature, class_dim=-1, mask=mask, reduction=reduction
     )
+
+
+def _split_bins(scores: Tensor, bins: int) -> Tensor:
+    """Scores with a dimension for the edges and one for the bins, last."""
+    dim = 1 if scores.ndim == 4 else scores.ndim - 1
+    if scores.ndim < 2 or scores.shape[dim] != 4 * bins:
+        expected = f"`student_bins` and `teacher_bins` to have {bins} bins for each of 4 edges in dimension {dim}"
+        raise ValueError(checks.message(expected, f"shape {tuple(scores.shape)}"))
+    each = scores.reshape(*scores.shape[:dim], 4, bins, *scores.shape[dim + 1 :])
+    return each.movedim((dim, dim + 1), (-2, -1))
 
 
 def pixel_relation(student: Tensor, teacher: Tensor, *, temperature: float = 0.1, mask: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from lightning_distill.losses import (
     attention,
     base,
     dense,
+    detection,
     divergences,
     factors,
     features,
@@ -25,6 +26,7 @@ from lightning_distill.losses.activations import *
 from lightning_distill.losses.attention import *
 from lightning_distill.losses.base import *
 from lightning_distill.losses.dense import *
+from lightning_distill.losses.detection import *
 from lightning_distill.losses.divergences import *
 from lightning_distill.losses.factors import *
 from lightning_distill.losses.features import *
@@ -44,6 +46,7 @@ __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += base.__all__
 __all__ += dense.__all__
+__all__ += detection.__all__
 __all__ += divergences.__all__
 __all__ += factors.__all__
 __all__ += features.__all__

@@ -32,6 +32,8 @@ class DistillationLoss(nn.Module):
       layers, and treats it as it does adapters.
     - ``reads_teacher``: :meth:`read_teacher` takes numbers from layers of the teacher. Every pair of layers then has a
       copy of the loss too.
+    - ``needs_boxes``: the weights of the batch's boxes at the positions of a map are the third argument; see
+      :func:`lightning_distill.functional.foreground_weights`.
     - ``class_scores``: both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
     Every loss of this package also takes ``mask=``, a bool tensor that is True where an example ``(N,)`` or a position
@@ -56,6 +58,7 @@ class DistillationLoss(nn.Module):
     reads_teacher: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
+    needs_boxes: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
 
     def __init__(self) -> None:

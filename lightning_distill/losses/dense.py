@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from lightning_distill import checks
 from lightning_distill.functional.dense import localization, pixel_relation
 from lightning_distill.losses.base import FormulaLoss
 from lightning_distill.schedules import Schedule
@@ -25,14 +26,16 @@ class LocalizationLoss(FormulaLoss):
 
     Args:
         temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        bins: Number of bins B where edges and bins share a dimension, as in the output of a head: dimension 1 of maps
+            ``(N, 4 B, H, W)``, else the last, ``(N, ..., 4 B)``. None where they have a dimension each.
 
     Returns:
         A scalar, in nats times :math:`T^2`, when called with scores ``(N, ..., 4, B)`` of the bins of left, top, right
         and bottom edge, of the student, then the teacher.
 
     Raises:
-        TypeError: If the temperature is not a number or a schedule.
-        ValueError: If the temperature is not greater than 0.
+        TypeError: If a setting has the wrong type.
+        ValueError: If the temperature is not greater than 0, or ``bins`` is less than 2.
 
     Example:
         >>> import torch
@@ -49,9 +52,13 @@ class LocalizationLoss(FormulaLoss):
     positions_must_match: ClassVar[bool] = False
     _formula = staticmethod(localization)
 
-    def __init__(self, temperature: float | Schedule = 10.0) -> None:
+    def __init__(self, temperature: float | Schedule = 10.0, *, bins: int | None = None) -> None:
         super().__init__()
         self.temperature = self._setting("temperature", temperature)
+        if bins is not None:
+            checks.integer("bins", bins)
+            checks.at_least("bins", bins, 2)
+        self._fix(bins=bins)
 
 
 class PixelRelationLoss(FormulaLoss):

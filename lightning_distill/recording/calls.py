@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.compat import version_of
-from lightning_distill.recording.outputs import map_tensors, select, tensors_in
+from lightning_distill.recording.outputs import entries_of, entry_at, map_tensors, select, tensors_in
 
 Versions = list[tuple[Tensor, int]]
 
@@ -25,7 +25,8 @@ class Tap:
             network.
         output: Which part of the layer's output: an index of a tuple or list, a key of a dict or a field of a
             dataclass, a tuple of these for nested outputs, or a callable that picks a tensor. ``None`` takes the
-            obvious tensor and refuses to guess.
+            obvious tensor and refuses to guess. ``"*"``, or a tuple that ends with it, stands for every tensor of a
+            dict, list or tuple, such as the levels of a feature pyramid.
         call: Which call of the layer, from 0, where one forward pass runs it several times.
         where: ``"output"`` reads the layer's output, ``"input"`` its input.
         layout: ``"channels_last"`` for maps ``(N, H, W, C)``, as some Swin transformers have inside; they are read as
@@ -84,6 +85,11 @@ class Tap:
             expected = f"{place} to return more than {self.prefix_tokens} tokens, shape (N, L, D)"
             raise ValueError(checks.message(expected, f"shape {tuple(feature.shape)}", "Correct `prefix_tokens`."))
         return feature[:, self.prefix_tokens :]
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the tap stands for every tensor of a dict, list or tuple."""
+        return (self.output[-1:] if isinstance(self.output, tuple) else (self.output,)) == ("*",)
 
     @classmethod
     def of(cls, layer: str | Tap) -> Tap:
@@ -148,6 +154,7 @@ class Call:
         skipped: The call's skipped head and the loss made there, if a term skips heads.
         random_state: State of the generators before the call, if it may have to be made again.
         parameters: Names of the network's parameters, in order.
+        network: The teacher's network, if the answer is not a stored one.
     """
 
     args: tuple[Any, ...]
@@ -168,6 +175,7 @@ class Call:
     skipped: Any = field(default=None, repr=False)
     random_state: Any = field(default=None, repr=False)
     parameters: tuple[str, ...] = field(default=(), repr=False)
+    network: Any = field(default=None, repr=False)
     input_versions: Versions = field(default_factory=list, repr=False)
     output_versions: Versions = field(default_factory=list, repr=False)
     runs: dict[tuple[str, str], list[tuple[Any, Versions]]] = field(default_factory=dict, repr=False)
@@ -241,6 +249,37 @@ class Call:
             )
         return tensor
 
+    def levels(self, tap: Tap) -> list[Tap]:
+        """The taps that a tap stands for: with ``output="*"`` one for each tensor at its place, else the tap itself.
+
+        Raises:
+            ValueError: If the layer did not run once, or there is not a dict, list or tuple of tensors.
+        """
+        if not tap.spreads:
+            return [tap]
+        value, place = self.recorded(tap), f"{self.who} layer {tap.layer!r}"
+        outer = tap.output[:-1] if isinstance(tap.output, tuple) else ()
+        inner = entry_at(value, outer)
+        if isinstance(inner, Tensor):  # a pyramid of one level
+            return [replace(tap, output=outer or None)]
+        entries = entries_of(inner)
+        if not entries or not all(isinstance(entry, Tensor) for entry in entries.values()):
+            names = f" of {list(entries_of(value))}" if entries_of(value) else ""
+            raise ValueError(
+                f"Expected the {tap.where} of {place} to hold a dict, list or tuple of tensors for"
+                f" output={tap.output!r}, but got {type(value).__name__}{names}. Pass the path to it, such as"
+                " output=('feature_maps', '*'), or leave out `output`."
+            )
+        return [replace(tap, output=(*outer, key) if outer else key) for key in entries]
+
+    def recorded(self, tap: Tap) -> Any:
+        """All that a tapped layer returned, or was called with, whatever the tap's ``output`` is.
+
+        Raises:
+            ValueError: If the layer did not run, or ran more than once without a call index.
+        """
+        return self._run(tap)[0]
+
     def feature(self, tap: Tap) -> Tensor:
         """The tensor that a tap reads.
 
@@ -254,25 +293,10 @@ class Call:
             ValueError: If the layer did not run, ran more than once without a call index, was changed in place after
                 it was read, gives no obvious tensor, or carries no gradient where the call needs one.
         """
-        runs = self.runs.get((tap.layer, tap.where), [])
-        if not runs and tap.layer == "":
-            whole = self.output if tap.where == "output" else inputs_of(self.args, self.kwargs)
-            runs = [(whole, self.input_versions if tap.where == "input" else self.output_versions)]
-        if len(runs) == 1 and not tap.call and tap.output is None and isinstance(runs[0][0], Tensor):
-            value, versions = runs[0]  # the most common case
-            if not changed(versions):
-                return self._arranged(self._with_gradient(value, tap.layer), tap)
+        value, versions = self._run(tap)
+        if tap.output is None and isinstance(value, Tensor) and not changed(versions):  # the most common case
+            return self._arranged(self._with_gradient(value, tap.layer), tap)
         place = f"{self.who} layer {tap.layer!r}"
-        if not runs:
-            raise ValueError(f"Expected {place} to run in the {self.who}'s forward pass, but it did not. Tap another.")
-        if tap.call is None and len(runs) > 1:
-            raise ValueError(
-                f"Expected {place} to run once in a forward pass, but it ran {len(runs)} times."
-                f" Pass Tap({tap.layer!r}, call=0) to call={len(runs) - 1}."
-            )
-        if (tap.call or 0) >= len(runs):
-            raise ValueError(f"Expected `call` to be below {len(runs)}, the runs of {place}, but got call={tap.call}.")
-        value, versions = runs[tap.call or 0]
         picked = select(value, tap.output, f"the {tap.where} of {place}", first=tap.layer != "")
         if changed(versions, picked):
             raise ValueError(
@@ -293,6 +317,25 @@ class Call:
             if tensor.ndim == 4 and tensor.is_floating_point():
                 return (tensor.shape[2], tensor.shape[3])
         return None
+
+    def _run(self, tap: Tap) -> tuple[Any, Versions]:
+        runs = self.runs.get((tap.layer, tap.where), [])
+        if not runs and tap.layer == "":
+            whole = self.output if tap.where == "output" else inputs_of(self.args, self.kwargs)
+            runs = [(whole, self.input_versions if tap.where == "input" else self.output_versions)]
+        if len(runs) == 1 and not tap.call:  # the most common case
+            return runs[0]
+        place = f"{self.who} layer {tap.layer!r}"
+        if not runs:
+            raise ValueError(f"Expected {place} to run in the {self.who}'s forward pass, but it did not. Tap another.")
+        if tap.call is None:
+            raise ValueError(
+                f"Expected {place} to run once in a forward pass, but it ran {len(runs)} times."
+                f" Pass Tap({tap.layer!r}, call=0) to call={len(runs) - 1}."
+            )
+        if tap.call >= len(runs):
+            raise ValueError(f"Expected `call` to be below {len(runs)}, the runs of {place}, but got call={tap.call}.")
+        return runs[tap.call]
 
     def check_input(self) -> None:
         """Raise if the network's input was changed in place after the call, so that the teacher would get other values.

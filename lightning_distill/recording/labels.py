@@ -33,7 +33,7 @@ def find_labels(batch: Any, where: str | int | Callable[[Any], Tensor] | None) -
     labels: Any = None
     unnamed = isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields")
     if where is not None:
-        labels = _at(batch, where)
+        labels = entry_of_batch(batch, where)
     elif unnamed:
         labels = batch[1] if len(batch) == 2 else None  # of three or more the second may well be an index or a weight
     else:
@@ -59,7 +59,7 @@ def find_mask(batch: Any, where: str | int | Callable[[Any], Tensor], argument: 
     Raises:
         ValueError: If the batch has no mask at that place.
     """
-    mask = _at(batch, where)
+    mask = entry_of_batch(batch, where)
     if not isinstance(mask, Tensor):
         raise ValueError(
             f"Expected `{argument}` to say where a batch keeps its mask, but got {argument}={where!r} and a batch of"
@@ -68,7 +68,8 @@ def find_mask(batch: Any, where: str | int | Callable[[Any], Tensor], argument: 
     return mask
 
 
-def _at(batch: Any, where: str | int | Callable[[Any], Tensor]) -> Any:
+def entry_of_batch(batch: Any, where: str | int | Callable[[Any], Any]) -> Any:
+    """The entry of a batch at a key, field name or index, or the value of a function of it; ``None`` if missing."""
     return where(batch) if callable(where) else _entry(batch, where)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -45,9 +45,7 @@ def select(value: Any, output: Output, value_name: str, *, first: bool = False) 
     elif isinstance(value, Tensor):
         raise ValueError(f"Expected `output` to be None where {value_name} is a tensor, but got output={output!r}.")
     elif output is not None:
-        picked = value
-        for key in output if isinstance(output, tuple) else (output,):
-            picked = _entry(picked, key)
+        picked = entry_at(value, output if isinstance(output, tuple) else (output,))
     else:
         tensors = {key: entry for key, entry in entries.items() if isinstance(entry, Tensor) and entry.ndim > 0}
         if "logits" in entries:
@@ -79,6 +77,13 @@ def entries_of(value: Any) -> dict[Any, Any]:
     if is_dataclass(value) and not isinstance(value, type):
         return {entry.name: getattr(value, entry.name) for entry in fields(value)}
     return {}
+
+
+def entry_at(value: Any, keys: Iterable[Any]) -> Any:
+    """The entry at a path of keys, or ``None``."""
+    for key in keys:
+        value = _entry(value, key)
+    return value
 
 
 def _entry(value: Any, key: Any) -> Any:

@@ -222,13 +222,13 @@ class LiveTeachers:
                 "Expected `teacher` to leave its input as it is, but it was changed in place, and the student's"
                 " backward pass and other teachers need it. Build the teacher's first layer with inplace=False."
             )
-        answers = []
+        answers, networks = [], list(self.modules())
         for index, single in enumerate(output if self._several else [output]):
             recorded = self._recorders[index].calls if self._recorders else []
             # an override may answer without calling the teacher, and then has no features
             answer = recorded[-1] if recorded else Call((), {}, who="teacher")
             answer.output, answer.teacher, answer.read_logits = single, index, call.read_logits
-            answer.args, answer.kwargs = shown.args, shown.kwargs
+            answer.args, answer.kwargs, answer.network = shown.args, shown.kwargs, networks[index]
             answers.append(answer)
         return answers
 

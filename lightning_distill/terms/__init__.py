@@ -1,6 +1,7 @@
 """Terms: a loss at a place in the two networks, with a weight and perhaps an adapter."""
 
 from lightning_distill.terms.base import DistillationTerm, as_terms, connected, teacher_inputs_of
+from lightning_distill.terms.cross_head import CrossHeadDistillation
 from lightning_distill.terms.cross_tokenizer import CrossTokenizerDistillation
 from lightning_distill.terms.encoders import (
     AttentionDistillation,
@@ -16,6 +17,7 @@ from lightning_distill.terms.tokens import SequenceDistillation
 __all__ = [
     "AttentionDistillation",
     "AttentionRelationDistillation",
+    "CrossHeadDistillation",
     "CrossTokenizerDistillation",
     "DistillationTerm",
     "FeatureDistillation",

@@ -40,6 +40,8 @@ class DistillationTerm(nn.Module):
     Attributes:
         student_taps: Layers of the student that the term reads.
         teacher_taps: Layers of the teacher that the term reads.
+        student_values: Layers of the student whose whole outputs or inputs are recorded too, for ``Call.recorded``,
+            such as the proposals of a detector.
         needs_labels: Whether :meth:`forward` is called with the batch's labels.
         needs_teacher: Whether the term reads the teacher at all, and not the student alone.
         counts_tokens: Whether the term is a mean over the tokens of an optimizer step. Then :meth:`forward` returns the
@@ -68,6 +70,7 @@ class DistillationTerm(nn.Module):
 
     student_taps: Sequence[Tap] = ()
     teacher_taps: Sequence[Tap] = ()
+    student_values: Sequence[Tap] = ()
     needs_labels: bool = False
     needs_teacher: bool = True
     compares_class_scores: bool = False
@@ -90,6 +93,11 @@ class DistillationTerm(nn.Module):
     def logged_names(self) -> list[str]:
         """Names of the values that the term logs."""
         return [f"{self.name}_loss"]
+
+    @property
+    def recorded_taps(self) -> list[Tap]:
+        """All layers of the student to record."""
+        return [*self.student_taps, *self.student_values]
 
     @property
     def active(self) -> bool:

@@ -295,8 +295,7 @@ class AttentionDistillation(_LayerByLayer):
         maps = maps.unsqueeze(1) if maps.ndim == 3 else maps
         return maps.mean(1, keepdim=True) if self.average_heads else maps
 
-    def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
-        taps = self._pairs[index]
+    def _pair(self, index: int, taps: tuple[Tap, Tap], student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         student_map, teacher_map = self._feature(student, taps[0]), self._target(student, teacher, taps[1])
         if student_map.shape != teacher_map.shape:
             heads = student_map.shape[1] != teacher_map.shape[1]

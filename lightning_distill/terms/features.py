@@ -7,14 +7,15 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill_core.requires import Requires
 from lightning_distill import checks
 from lightning_distill.adapters import AdapterFactory, aligned, make_adapter, pooled
+from lightning_distill.functional.detection import foreground_weights
 from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
+from lightning_distill.recording.boxes import BoxPlace, check_pixels, find_boxes
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable, TeacherLayers
 from lightning_distill.terms.losses import (
@@ -26,6 +27,10 @@ from lightning_distill.terms.losses import (
     value_of,
     widened,
 )
+from lightning_distill.terms.maps import paired_levels, resized, resized_mask
+
+Pairs = list[tuple[Tap, Tap]]
+Boxes = tuple[list[Tensor], tuple[int, int]]
 
 
 class FeatureDistillation(DistillationTerm):
@@ -35,7 +40,10 @@ class FeatureDistillation(DistillationTerm):
     interpolated up. With ``adapter="auto"`` tokens (N, L, D) of an image are compared with a map, or with tokens of
     another number, as maps of their patches: class and register tokens are left out, and the larger map is resized to
     the smaller. The adapters take their shapes from the first batch. A loss with parameters of its own does too, and
-    every pair of layers has a copy of it.
+    every pair of layers has a copy of it. The value is the mean over the pairs of layers.
+
+    The levels of a feature pyramid are one pair each: pass ``Tap("backbone.fpn", output="*")`` for both networks.
+    Levels of the same name are compared, or in their order where they have no names.
 
     Args:
         student_layer: Name of a layer of the student, such as ``"layer3.0"``, or a :class:`Tap`, or a list of them.
@@ -50,8 +58,13 @@ class FeatureDistillation(DistillationTerm):
             shapes of both features.
         name: Name in logs and checkpoints; ``None`` takes the student layer's.
         mask: Where a batch keeps the mask of the positions that count: a key such as ``"attention_mask"``, an index, or
-            a function of the batch. Shape ``(N,)`` or ``(N, L)``.
-        ignore_index: Positions with this label do not count; ``None`` reads no labels.
+            a function of the batch. Shape ``(N,)``, ``(N, L)`` or ``(N, H, W)``; a position of a smaller map counts if
+            at least half of its pixels do.
+        ignore_index: Positions with this label do not count, such as void pixels; ``None`` reads no labels.
+        boxes: Where a batch keeps the boxes of each image, in pixels of the student's input: a key, an index, or a
+            function of the batch that returns a list of tensors ``(M, 4)`` or of dicts with ``"boxes"``. For a network
+            that resizes its images itself, a tap on the layer that does: ``Tap("transform")`` for the detectors of
+            torchvision. A loss that needs boxes gets their weights; for any other the positions in boxes count alone.
 
     Attributes:
         adapters: The adapters, by teacher and then by layer; empty before the first step.
@@ -85,6 +98,7 @@ class FeatureDistillation(DistillationTerm):
         name: str | None = None,
         mask: Mask | None = None,
         ignore_index: int | None = None,
+        boxes: BoxPlace | None = None,
     ) -> None:
         student_taps, teacher_taps = _taps(student_layer), _taps(teacher_layer)
         super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in student_taps) or "features")
@@ -98,6 +112,7 @@ class FeatureDistillation(DistillationTerm):
             checks.one_of("adapter", adapter, kinds)
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         self._pairs = [*zip(student_taps, teacher_taps, strict=True)]
+        self._spreads = any(tap.spreads for tap in (*student_taps, *teacher_taps))
         self.loss = FeatureDistance(loss) if isinstance(loss, str) else checked_loss(loss)  # type: ignore[arg-type]
         self.requires = Requires.of(self.loss)
         if self.requires.learned and any(True for _ in self.loss.parameters()):
@@ -105,9 +120,21 @@ class FeatureDistillation(DistillationTerm):
                 f"Expected `loss` not to be built yet, but got {type(self.loss).__name__} with parameters. Pass a new"
                 " one: the term builds a copy for each pair of layers."
             )
-        if mask is not None or ignore_index is not None:
+        if self.requires.needs_boxes and boxes is None:
+            raise ValueError(
+                f"Expected `boxes` to say where a batch keeps its boxes, which {type(self.loss).__name__} needs, but"
+                " got boxes=None. Pass a key, an index, a function of the batch, or a tap on the layer that resizes"
+                " images."
+            )
+        if boxes is not None and self.requires.several_layers:
+            raise ValueError(
+                f"Expected `boxes` to be None for {type(self.loss).__name__}, which compares several layers at once,"
+                f" but got boxes={boxes!r}. Use a loss on single layers."
+            )
+        if mask is not None or ignore_index is not None or (boxes is not None and not self.requires.needs_boxes):
             check_takes_mask(self.loss)
-        self.mask, self.ignore_index = mask, ignore_index
+        self.mask, self.ignore_index, self.boxes = mask, ignore_index, boxes
+        self.student_values = (boxes,) if isinstance(boxes, Tap) else ()
         self.needs_labels = self.requires.needs_labels or ignore_index is not None
         self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
         self.adapters = nn.ModuleList()
@@ -116,13 +143,16 @@ class FeatureDistillation(DistillationTerm):
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the adapters from the features of a first call."""
+        if self.boxes is not None and (student.args or student.kwargs):  # a process without a batch builds from shapes
+            check_pixels(*find_boxes(student, self.boxes))
         adapters, learned, fitted = nn.ModuleList(), nn.ModuleList(), []
         kind = self._adapter[0]
         if kind == "auto" and not self.requires.channels_must_match:
             kind = None
         for teacher in teachers:
-            for index, (student_tap, teacher_tap) in enumerate(self._pairs):
-                feature, target = self._features(index, student, teacher)
+            for index, taps in enumerate(self._levels(student, teacher)):
+                student_tap, teacher_tap = taps
+                feature, target = self._features(taps, student, teacher)
                 if index == 0 or not self.shares_adapter:
                     adapter = make_adapter(kind, feature.shape, target.shape, student_tap.layer)
                     # under autocast parameters stay in float32; without it they must have the feature's own precision
@@ -148,13 +178,18 @@ class FeatureDistillation(DistillationTerm):
         mask = self._mask(student, labels)
         for tap in self.teacher_taps:
             check_held(teacher.held.get((tap.layer, tap.where)), mask, self.name)
-        pairs = [self._pair(index, student, teacher) for index in range(len(self._pairs))]
+        levels = self._levels(student, teacher)
+        first = teacher.teacher * len(levels)
+        pairs = [self._pair(first + index, taps, student, teacher) for index, taps in enumerate(levels)]
         if self.requires.several_layers:
             features, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return value_of(self.loss, self.requires, features, targets, labels, mask)
-        first = teacher.teacher * len(pairs)
+        boxes = None if self.boxes is None else find_boxes(student, self.boxes)
         losses = self.learned[first : first + len(pairs)] if len(self.learned) else [self.loss] * len(pairs)
-        values = [value_of(loss, self.requires, *pair, labels, mask) for loss, pair in zip(losses, pairs, strict=True)]
+        values = [
+            value_of(loss, self.requires, *pair, labels, *self._weighed(mask, boxes, pair[0]))
+            for loss, pair in zip(losses, pairs, strict=True)
+        ]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
 
     def _teacher_layer(self, index: int, tap: Tap, name: str | None) -> nn.Module:
@@ -180,10 +215,20 @@ class FeatureDistillation(DistillationTerm):
         dtype = torch.promote_types(torch.promote_types(adapted.dtype, teacher.dtype), torch.float32)
         return loss.to(device=adapted.device, dtype=dtype).train()
 
-    def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
-        student_tap, teacher_tap = self._pairs[index]
-        feature, target = self._features(index, student, teacher)
-        adapted = self._fitted[teacher.teacher * len(self._pairs) + index](feature)
+    def _levels(self, student: Call, teacher: Call) -> Pairs:
+        """The pairs of taps, with one for each level of a pyramid."""
+        if not self._spreads:
+            return self._pairs
+        pairs: Pairs = []
+        for student_tap, teacher_tap in self._pairs:
+            pairs += paired_levels(student, student_tap, teacher, teacher_tap)
+        return pairs
+
+    def _pair(self, index: int, taps: tuple[Tap, Tap], student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
+        """The adapted feature of the student and the feature of the teacher, through the adapter of that index."""
+        student_tap, teacher_tap = taps
+        feature, target = self._features(taps, student, teacher)
+        adapted = self._fitted[index](feature)
         match = self.requires
         maps = self.reads_maps and self._adapter[0] != "linear" and adapted.ndim == target.ndim == 4
         if match.positions_must_match and maps:
@@ -196,9 +241,9 @@ class FeatureDistillation(DistillationTerm):
             )
         return adapted, target
 
-    def _features(self, index: int, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
+    def _features(self, taps: tuple[Tap, Tap], student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         """The student's feature before its adapter, and the feature that it is compared with, in one form."""
-        student_tap, teacher_tap = self._pairs[index]
+        student_tap, teacher_tap = taps
         feature, target = self._feature(student, student_tap), self._target(student, teacher, teacher_tap)
         setting, match = self._adapter[0], self.requires
         if setting not in ("auto", "pool") or not self.reads_maps:
@@ -217,6 +262,24 @@ class FeatureDistillation(DistillationTerm):
     def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
         """The feature that the student's is compared with."""
         return teacher.feature(tap)
+
+    def _weighed(self, mask: Tensor | None, boxes: Boxes | None, feature: Tensor) -> tuple[Tensor | None, ...]:
+        """The mask at the positions of a feature, and the weights of the boxes for a loss that needs them."""
+        mask = resized_mask(mask, feature) if self.reads_maps else mask
+        if boxes is None:
+            return (mask,)
+        if feature.ndim != 4:
+            raise ValueError(
+                f"Expected term {self.name!r} to compare maps (N, C, H, W), since it has boxes, but got a feature of"
+                f" shape {tuple(feature.shape)}. Tap another layer, or leave out `boxes`."
+            )
+        each, image_size = boxes
+        map_size = (feature.shape[-2], feature.shape[-1])
+        weights = foreground_weights([corners.to(feature.device) for corners in each], image_size, map_size)
+        if self.requires.needs_boxes:
+            return mask, weights
+        inside = weights > 0
+        return (inside if mask is None else inside & _by_position(mask, inside),)
 
     def _mask(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count; ``None`` if all do."""
@@ -287,19 +350,17 @@ class SelfDistillation(FeatureDistillation):
         )
         self.student_taps, self.teacher_taps = [tap for pair in self._pairs for tap in pair], ()
 
+    def _levels(self, student: Call, teacher: Call) -> Pairs:
+        return super()._levels(student, student)
+
     def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
         return student.feature(tap).detach()
 
 
+def _by_position(mask: Tensor, positions: Tensor) -> Tensor:
+    """A mask of examples or of positions as one of positions."""
+    return mask.view(-1, 1, 1) if mask.ndim == 1 else mask.view(positions.shape)
+
+
 def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:
     return [Tap.of(layer) for layer in ([layers] if isinstance(layers, (str, Tap)) else layers)]
-
-
-def resized(teacher: Tensor, student: Tensor) -> Tensor:
-    """The teacher's map at the student's height and width: averaged down, interpolated up."""
-    size = student.shape[-2:]
-    if teacher.shape[-2:] == size:
-        return teacher
-    smaller = (min(teacher.shape[-2], size[0]), min(teacher.shape[-1], size[1]))
-    teacher = F.adaptive_avg_pool2d(teacher, smaller)
-    return teacher if smaller == size else F.interpolate(teacher, size, mode="bilinear", align_corners=False)

@@ -23,10 +23,14 @@ from lightning_distill.terms.losses import (
     counted_positions,
     value_of,
 )
+from lightning_distill.terms.maps import resized, resized_mask
 
 
 class LogitsDistillation(DistillationTerm):
     """A loss between the logits of the two networks.
+
+    Logits may be maps (N, C, H, W), as in segmentation. A teacher's map of another height or width than the student's
+    is resized to it: averaged down, interpolated up.
 
     If a network's output has several tensors and none of them is named ``"logits"``, ``output`` must name one. For
     several outputs use one term each, with distinct names.
@@ -39,9 +43,10 @@ class LogitsDistillation(DistillationTerm):
         output: Which tensor of the networks' outputs: an index, a key or field name, or a function of the output; a
             pair of the student's and the teacher's where they differ. ``None`` takes the logits.
         mask: Where a batch keeps the mask of the positions that count: a key such as ``"attention_mask"``, an index, or
-            a function of the batch. Shape ``(N,)``, ``(N, L)`` or ``(N, H, W)``.
+            a function of the batch. Shape ``(N,)``, ``(N, L)`` or ``(N, H, W)``; a position of a smaller map counts if
+            at least half of its pixels do.
         ignore_index: Positions with this label do not count, as in ``torch.nn.CrossEntropyLoss``; ``None`` reads no
-            labels.
+            labels. The labels may have more pixels than the logits.
 
     Raises:
         TypeError: If ``loss`` cannot be called, or is a class.
@@ -88,16 +93,22 @@ class LogitsDistillation(DistillationTerm):
         return dim
 
     def pair(self, student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
-        """The logits of the two calls.
+        """The logits of the two calls, the teacher's maps at the height and width of the student's.
 
         Raises:
             ValueError: If an output has no logits at the place that ``output`` names.
         """
-        return student.output_at(self._output(0)), teacher.output_at(self._output(1))
+        student_logits, teacher_logits = student.output_at(self._output(0)), teacher.output_at(self._output(1))
+        if self.class_dim in (None, 1) and student_logits.ndim == teacher_logits.ndim == 4:
+            teacher_logits = resized(teacher_logits, student_logits)
+        return student_logits, teacher_logits
 
     def positions(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count, a bool tensor, or ``None`` for all."""
-        return counted_positions(student, self.mask, self.ignore_index, labels)
+        mask = counted_positions(student, self.mask, self.ignore_index, labels)
+        if mask is None or mask.ndim != 3 or self.class_dim not in (None, 1):
+            return mask
+        return resized_mask(mask, student.output_at(self._output(0)))
 
     def check_scores(self, student: Call, teacher: Call) -> None:
         """Raise if an output holds probabilities, which a loss on logits would soften once more.

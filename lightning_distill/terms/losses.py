@@ -141,6 +141,7 @@ def value_of(
     teacher: Tensor | list[Tensor],
     labels: Tensor | None,
     mask: Tensor | None = None,
+    foreground: Tensor | None = None,
 ) -> Tensor:
     """A loss computed in float32 or better, averaged if it is not a scalar.
 
@@ -150,7 +151,8 @@ def value_of(
     first = student if isinstance(student, Tensor) else student[0]
     if not isinstance(loss, DistillationLoss):  # the library's losses widen their inputs themselves
         student, teacher = _widened(student), _widened(teacher)
-    arguments = (student, teacher, labels) if requires.needs_labels else (student, teacher)
+    third = [labels] if requires.needs_labels else [foreground] if requires.needs_boxes else []
+    arguments = (student, teacher, *third)
     keywords = {} if mask is None else {"mask": mask}
     if torch.is_autocast_enabled(first.device.type):
         with torch.autocast(first.device.type, enabled=False):

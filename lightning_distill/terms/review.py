@@ -13,8 +13,9 @@ from lightning_distill.losses import DistillationLoss, HierarchicalContextLoss
 from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import LossCallable
-from lightning_distill.terms.features import FeatureDistillation, resized
+from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.losses import value_of, widened
+from lightning_distill.terms.maps import resized
 
 
 class ReviewDistillation(FeatureDistillation):

@@ -71,7 +71,13 @@ def test_every_public_loss_has_a_row() -> None:
     assert {case.loss.__name__ for case in KERAS_CASES} == set(ONE_EACH)
 
 
-@pytest.mark.parametrize("case", ONE_EACH.values(), ids=str)
+def test_k22_a_loss_that_needs_boxes_is_refused_in_a_term() -> None:
+    """K22: a custom loop calls it."""
+    with pytest.raises(ValueError, match=r"Expected `loss` to need no boxes in a term\. Call it in a loop of your own"):
+        FeatureDistillation("body", "body", losses.FocalGlobalLoss())
+
+
+@pytest.mark.parametrize("case", [case for case in ONE_EACH.values() if not case.loss.needs_boxes], ids=str)
 def test_k22_a_loaded_model_ends_where_a_straight_run_does(case: LossCase, tmp_path: Path) -> None:
     """K22: student, adapters, parameters of the loss, and logs."""
     straight, first = distilled(case), distilled(case)

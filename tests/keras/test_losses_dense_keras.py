@@ -7,15 +7,19 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 from keras import ops
-from keras_loss_cases import as_array
+from keras_loss_cases import as_array, fill
+from learned_golden import focal_global_parameters, focal_global_settings, published_weights
 from loss_case import golden_arrays, golden_index
 
+import lightning_distill
 from keras_distill import (
     ActivationBoundaryLoss,
     AlphaBetaLoss,
     DistillModel,
     FeatureDistillation,
+    FocalGlobalLoss,
     HardTargetLoss,
     ListwiseKLLoss,
     LocalizationLoss,
@@ -70,13 +74,57 @@ def test_boxes_of_weight_zero_do_not_count_in_a_term() -> None:
     assert value == pytest.approx(float(loss(teacher[counted], student[counted])), rel=1e-5)
 
 
-def test_boxes_of_a_map_are_those_that_the_error_says_how_to_make() -> None:
-    bins = drawn(2, 5, 6, 4 * 3)
-    words = r"From a map \(N, H, W, 4 B\) take keras\.ops\.reshape\(bins, \(-1, H, W, 4, B\)\)"
-    with pytest.raises(ValueError, match=words):
-        LocalizationLoss()(bins, bins)
+def test_boxes_of_a_map_have_their_edges_and_bins_in_one_dimension() -> None:
+    student, teacher = drawn(2, 5, 6, 4 * 3), drawn(2, 5, 6, 4 * 3, seed=1)
+    with pytest.raises(ValueError, match=r"Pass bins=<number of bins> for the output of a head, \(N, H, W, 4 B\)"):
+        LocalizationLoss()(teacher, student)
 
-    assert float(LocalizationLoss()(*[ops.reshape(bins, (-1, 5, 6, 4, 3))] * 2)) == pytest.approx(0, abs=1e-6)
+    value = float(LocalizationLoss(bins=3)(teacher, student))
+
+    boxes = [ops.reshape(bins, (-1, 5, 6, 4, 3)) for bins in (teacher, student)]
+    assert value == pytest.approx(float(LocalizationLoss()(*boxes)), rel=1e-6)
+
+
+def test_other_numbers_of_bins_are_refused() -> None:
+    words = r"Expected `student_bins` and `teacher_bins` to have 4 bins for each of 4 edges in the last dimension"
+    with pytest.raises(ValueError, match=words):
+        LocalizationLoss(bins=4)(drawn(2, 12), drawn(2, 12))
+
+
+def test_weights_of_boxes_are_those_of_the_other_half() -> None:
+    boxes = np.array(
+        [[[0, 0, 9, 17], [3, 4, 30, 20], [5, 5, 5, 9]], [[8, 8, 16, 16], [-1, -1, -1, -1], [0, 0, 32, 24]]]
+    )
+
+    weights = as_array(functional.foreground_weights(ops.convert_to_tensor(boxes), (24, 32), (6, 7)))
+
+    expected = lightning_distill.functional.foreground_weights(torch.tensor(boxes), (24, 32), (6, 7))
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert (weights == 0).any()
+
+
+def test_images_may_have_different_numbers_of_boxes() -> None:
+    boxes = [np.array([[0.0, 0.0, 8.0, 8.0]], "float32"), np.zeros((0, 4), "float32")]
+
+    weights = as_array(functional.foreground_weights(boxes, (16, 16), (2, 2)))
+
+    assert weights.tolist() == [[[1, 0], [0, 0]], [[0, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize("entry", golden_index("fgd"), ids=lambda entry: entry["case"])
+def test_focal_and_global_distillation_equals_the_published_implementation(entry: dict) -> None:
+    """Where the channels differ, the reference's own alignment is an adapter: here it is applied first."""
+    arrays, settings = golden_arrays(entry), entry["hyperparameters"]
+    student, teacher = (np.moveaxis(arrays[f"{side}_feat"], 1, -1) for side in ("student", "teacher"))
+    if "param_align.weight" in arrays:
+        student = student @ arrays["param_align.weight"][:, :, 0, 0].T + arrays["param_align.bias"]
+    loss = FocalGlobalLoss(**focal_global_settings(settings), dtype="float32")
+    loss.build(student.shape, teacher.shape)
+    fill(loss, focal_global_parameters(arrays))
+
+    value = loss((teacher.astype("float32"), published_weights(arrays).numpy()), student.astype("float32"))
+
+    np.testing.assert_allclose(float(value), arrays["loss"], **entry["tolerance_suggested"]["float32"])
 
 
 def test_a_ramp_is_part_of_the_config_and_its_number_is_not() -> None:

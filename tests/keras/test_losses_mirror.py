@@ -178,7 +178,8 @@ def test_functions_that_are_parts_of_a_loss_are_the_same_in_both_halves(name: st
 @logits_cases
 def test_probabilities_have_the_value_of_their_logits(case: LossCase) -> None:
     student, teacher = (to_keras(case, array).astype("float32") for array in case.inputs())
-    probability = ops.sigmoid if case.loss.__name__ == "BinarySoftTargetLoss" else ops.softmax
+    of_classes = case.loss.__name__ in ("BinarySoftTargetLoss", "QualityFocalLoss")
+    probability = ops.sigmoid if of_classes else ops.softmax
     if case.loss.__name__ == "LogitMSELoss":  # the logits themselves are compared: those that are logarithms
         student, teacher = (as_array(ops.log_softmax(array)).astype("float32") for array in (student, teacher))
     labels = class_indices(teacher)

@@ -32,7 +32,7 @@ class Shaped(nn.Module):
             self.body = nn.Sequential(nn.Linear(4, math.prod(shape[1:])), nn.Unflatten(1, shape[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+        return self.body(x.flatten(1))
 
 
 class Module(LightningModule):
@@ -61,14 +61,26 @@ def data(case: LossCase) -> DataLoader[Any]:
     classes, rest = shape[dim], [length for index, length in enumerate(shape) if index not in (0, dim)]
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(classes, (size, *rest), generator=generator)
-    return DataLoader(TensorDataset(torch.randn(size, 4, generator=generator), labels), batch_size=shape[0])
+    inputs = torch.randn(size, 4, generator=generator)
+    if case.loss.needs_boxes:
+        inputs = inputs[:, :, None, None]  # images of one pixel
+    return DataLoader(TensorDataset(inputs, labels), batch_size=shape[0])
+
+
+def whole_images(batch: Any) -> list[Tensor]:
+    """One box for each image, as large as the image."""
+    return [torch.tensor([[0.0, 0.0, 1.0, 1.0]])] * len(batch[0])
 
 
 def distilled(case: LossCase) -> DistillCallback:
     loss = case.loss(**{"mask_ratio": 0.5, **case.settings} if "mask" in case.settings else case.settings)
-    weight = {"weight": 0.1}
     layers = ["body", "body"] if loss.several_layers else "body"
-    term = LogitsDistillation(loss, **weight) if case.on_logits else FeatureDistillation(layers, layers, loss, **weight)
+    boxes = {"boxes": whole_images} if loss.needs_boxes else {}
+    term = (
+        LogitsDistillation(loss, weight=0.1)
+        if case.on_logits
+        else FeatureDistillation(layers, layers, loss, weight=0.1, **boxes)
+    )
     # no task: what changes the student is the loss
     return DistillCallback(Shaped(case.shapes[1], seed=2), term, student="model", task_weight=0.0, validate=False)
 

@@ -35,12 +35,12 @@ def test_edges_weighted_by_the_score_of_their_box(entry: dict) -> None:
 
 
 def test_boxes_of_a_map_are_those_of_its_rows() -> None:
-    """The way from a head's map to boxes that the error names, and a mask of the boxes."""
+    """With a mask of the positions."""
     student, teacher = logits(5, 2, 4 * 3, 2, 2)
     boxes = [bins.unflatten(1, (4, -1)).movedim((1, 2), (-2, -1)) for bins in (student, teacher)]
     mask = torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.5
 
-    value = LocalizationLoss(3.0)(*boxes, mask=mask)
+    value = LocalizationLoss(3.0, bins=3)(student, teacher, mask=mask)
 
     expected = functional.soft_target_kl(boxes[0][mask], boxes[1][mask], temperature=3.0, reduction="mean")
     torch.testing.assert_close(value, expected)
@@ -55,12 +55,12 @@ def test_boxes_of_a_map_are_those_of_its_rows() -> None:
         ),
         (
             ((8, 5), (8, 5)),
-            r"2 bins or more for each of 4 edges, shape \(N, \.\.\., 4, B\), but got shape \(8, 5\)\. From",
+            r"2 bins or more for each of 4 edges, shape \(N, \.\.\., 4, B\), but got shape \(8, 5\)\. Pass bins",
         ),
         (((2, 20, 4, 3), (2, 20, 4, 1)), r"`student_bins` and `teacher_bins` to have equal shapes"),
         (
             ((2, 12, 5, 5), (2, 12, 5, 5)),
-            r"2 bins or more for each of 4 edges, .* but got shape \(2, 12, 5, 5\)\. From a map",
+            r"2 bins or more for each of 4 edges, .* but got shape \(2, 12, 5, 5\)\. Pass bins=",
         ),
     ],
     ids=["bins", "rows", "one bin", "map"],
@@ -150,3 +150,43 @@ def test_layers_between_which_nothing_flows_raise(student: list, teacher: list, 
 def test_a_bad_margin_raises(margin: float) -> None:
     with pytest.raises(ValueError, match=rf"Expected `margin` to be greater than 0, but got margin={margin}\."):
         ActivationBoundaryLoss(margin=margin)
+
+
+def test_edges_and_bins_of_rows_may_share_a_dimension() -> None:
+    student, teacher = logits(5, 2, 7, 4 * 3)
+
+    value = LocalizationLoss(bins=3)(student, teacher)
+
+    torch.testing.assert_close(value, LocalizationLoss()(student.view(2, 7, 4, 3), teacher.view(2, 7, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((2, 12, 4, 4), r"to have 4 bins for each of 4 edges in dimension 1, but got shape \(2, 12, 4, 4\)\."),
+        ((2, 12), r"to have 4 bins for each of 4 edges in dimension 1, but got shape \(2, 12\)\."),
+    ],
+)
+def test_other_numbers_of_bins_are_refused(shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LocalizationLoss(bins=4)(torch.ones(shape), torch.ones(shape))
+
+
+def test_one_bin_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Expected `bins` to be at least 2, but got bins=1\."):
+        LocalizationLoss(bins=1)
+
+
+@pytest.mark.parametrize("entry", golden_index("cross_kd"), ids=lambda entry: entry["case"])
+def test_quality_focal_loss_equals_the_published_implementation_with_weights_of_places(entry: dict) -> None:
+    tensors, settings = leaves(entry), entry["hyperparameters"]
+    rows = functional.quality_focal(tensors["student_logits"], tensors["teacher_logits"], power=settings["beta"])
+
+    classes = tensors["student_logits"].shape[1]
+    if settings["avg_factor"] is None:
+        total = settings["loss_weight"] * rows.mean()
+    else:
+        weights = tensors["weight"]
+        total = settings["loss_weight"] * classes * (rows * weights).sum() / settings["avg_factor"]
+
+    check(total, entry, tensors)

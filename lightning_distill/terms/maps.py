@@ -1,0 +1,78 @@
+"""Maps (N, C, H, W) of different sizes, the masks of their positions, and the levels of feature pyramids."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_distill.recording import Call, Tap
+
+
+def resized(teacher: Tensor, student: Tensor) -> Tensor:
+    """The teacher's map at the student's height and width: averaged down, interpolated up."""
+    size = student.shape[-2:]
+    if teacher.shape[-2:] == size:
+        return teacher
+    smaller = (min(teacher.shape[-2], size[0]), min(teacher.shape[-1], size[1]))
+    teacher = F.adaptive_avg_pool2d(teacher, smaller)
+    return teacher if smaller == size else F.interpolate(teacher, size, mode="bilinear", align_corners=False)
+
+
+def resized_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
+    """A mask ``(N, H, W)`` of the labels' pixels as one of a map's positions; any other mask is returned unchanged.
+
+    A position of a smaller map counts if at least half of its pixels do.
+
+    Args:
+        mask: A bool tensor, or ``None``.
+        feature: The map, shape ``(N, C, H', W')``.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.tensor([[[True, False, False, False], [True, False, False, True]]])
+        >>> resized_mask(mask, torch.zeros(1, 8, 1, 2))
+        tensor([[[ True, False]]])
+    """
+    if mask is None or mask.ndim != 3 or feature.ndim != 4 or mask.shape in (feature.shape[:3], _positions(feature)):
+        return mask
+    size = feature.shape[-2:]
+    smaller = (min(mask.shape[-2], size[0]), min(mask.shape[-1], size[1]))
+    counted = F.adaptive_avg_pool2d(mask.float().unsqueeze(1), smaller) >= 0.5
+    if smaller != size:
+        counted = F.interpolate(counted.float(), size, mode="nearest-exact") > 0
+    return counted.squeeze(1)
+
+
+def _positions(feature: Tensor) -> tuple[int, ...]:
+    return (feature.shape[0], *feature.shape[2:])
+
+
+def paired_levels(student: Call, student_tap: Tap, teacher: Call, teacher_tap: Tap) -> list[tuple[Tap, Tap]]:
+    """The pairs of levels of two pyramids: by name if both are dicts, else in order.
+
+    Args:
+        student: The student's call.
+        student_tap: The student's pyramid, a tap with ``output="*"``.
+        teacher: The call that holds the teacher's.
+        teacher_tap: The teacher's pyramid.
+
+    Raises:
+        ValueError: If the two do not have the same levels.
+    """
+    students, teachers = student.levels(student_tap), teacher.levels(teacher_tap)
+    names = [[_name(tap) for tap in taps] for taps in (students, teachers)]
+    named = all(isinstance(name, str) for name in (*names[0], *names[1]))
+    if len(students) != len(teachers) or (named and set(names[0]) != set(names[1])):
+        raise ValueError(
+            f"Expected student layer {student_tap.layer!r} and teacher layer {teacher_tap.layer!r} to return the same"
+            f" levels for output='*', but got {names[0]} and {names[1]}. Name the levels to compare:"
+            f" [Tap({student_tap.layer!r}, output={names[0][0]!r}), ...]."
+        )
+    if named:
+        by_name = dict(zip(names[1], teachers, strict=True))
+        teachers = [by_name[name] for name in names[0]]
+    return [*zip(students, teachers, strict=True)]
+
+
+def _name(tap: Tap) -> object:
+    return tap.output[-1] if isinstance(tap.output, tuple) else tap.output
