@@ -5,6 +5,7 @@
 from lightning_distill.functional import (
     activations,
     attention,
+    classifiers,
     dense,
     divergences,
     factors,
@@ -23,6 +24,7 @@ from lightning_distill.functional import (
 )
 from lightning_distill.functional.activations import *
 from lightning_distill.functional.attention import *
+from lightning_distill.functional.classifiers import *
 from lightning_distill.functional.dense import *
 from lightning_distill.functional.divergences import *
 from lightning_distill.functional.factors import *
@@ -42,6 +44,7 @@ from lightning_distill.functional.vocabularies import *
 __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
+__all__ += classifiers.__all__
 __all__ += dense.__all__
 __all__ += divergences.__all__
 __all__ += factors.__all__
