@@ -79,7 +79,7 @@ def fit(model: Encoder, loader: DataLoader[Tensor], epochs: int, *callbacks: Dis
 
 
 @torch.no_grad()
-def found(model: nn.Module, pairs: Tensor) -> float:
+def share_at_first(model: nn.Module, pairs: Tensor) -> float:
     """The share of docstrings whose code has the highest score of 100."""
     return float(torch.cat([model(some).argmax(1) == 0 for some in pairs.split(100)]).float().mean())
 
@@ -89,18 +89,18 @@ def main(epochs: int = 12) -> dict[str, float]:
     seed_everything(0, verbose=False)
     training, test = docstrings()
     teacher = fit(Encoder(3, 48), training, epochs)
-    scores = {"teacher, 3 layers of width 48": found(teacher, test)}
+    scores = {"teacher, 3 layers of width 48": share_at_first(teacher, test)}
     embeddings = torch.cat([teacher.embed(pairs.flatten(0, 1)) for pairs in training]).detach()
     ranking = [LogitsDistillation(ListwiseKLLoss()), LogitsDistillation(MarginMSELoss(), weight=0.02, name="margins")]
     hint = FeatureDistillation("pooled", "pooled", adapter=PCAProjection(embeddings))
     for name, layers, width in (("1 layer", 1, 48), ("width 24", 3, 24)):
         seed_everything(1, verbose=False)
         student = Encoder(layers, width)
-        scores[f"student of {name} alone"] = found(fit(copy.deepcopy(student), training, epochs), test)
+        scores[f"student of {name} alone"] = share_at_first(fit(copy.deepcopy(student), training, epochs), test)
         if layers == 1:  # layer reduction: it starts as the teacher's first layer
             student.load_state_dict(teacher.state_dict(), strict=False)
         distill = DistillCallback(teacher, [*ranking, hint], student="model", validate=False)
-        scores[f"student of {name} distilled"] = found(fit(student, training, epochs, distill), test)
+        scores[f"student of {name} distilled"] = share_at_first(fit(student, training, epochs, distill), test)
     return show("Code of a docstring", scores)
 
 

@@ -50,6 +50,7 @@ Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pea
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information
 Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.masked_generative
 Miles 2023, arXiv:2303.11098         SimpleRecipeLoss             functional.log_sum_distance
+Yang 2021 (SRRL, ICLR)               SoftmaxRegressionLoss        functional.softmax_regression
 Kim 2018, arXiv:1802.04977           FactorTransferLoss           functional.factor_transfer
 Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss        functional.neuron_selectivity
 Kornblith 2019, arXiv:1905.00414     CKALoss                      functional.centered_kernel_alignment

@@ -117,7 +117,29 @@ def _focal_global(name: str, shape: tuple[int, ...], **settings: float) -> LossC
     )
 
 
+def _softmax_regression(name: str, student: tuple[int, ...], teacher: tuple[int, ...], **settings: float) -> LossCase:
+    narrow, wide = (shape[channel_axis(np.empty(shape))] for shape in (student, teacher))
+    drawn = _drawn(
+        {"connector.weight": (wide, narrow), "scale": (wide,), "shift": (wide,), "classifier": (5, wide)}, 0.7
+    )
+    return LossCase(
+        name,
+        losses.SoftmaxRegressionLoss,
+        oracle.softmax_regression,
+        student,
+        teacher,
+        settings=settings,
+        zero_at_identity=False,
+        over="batch",
+        per_example=False,
+        classifier=drawn.pop("classifier"),
+        parameters=drawn,
+    )
+
+
 LEARNED_CASES = [
+    _softmax_regression("softmax_regression", (5, 3, 2, 3), (5, 4, 2, 3)),
+    _softmax_regression("softmax_regression_vectors", (5, 3), (5, 4), feature_weight=0.5, regression_weight=2.0),
     _factors("factor_transfer", (2, 3, 2, 3), (2, 4, 2, 3)),
     _factors("factor_transfer_tokens", (2, 4, 3), (2, 4, 2), rate=1.5, power=2.0),
     _factors("factor_transfer_vectors", (3, 4), (3, 5), factor_weight=2.0, reconstruction_weight=0.5),

@@ -63,6 +63,11 @@ def filled(case: LossCase, loss: Any) -> Any:
     if case.parameters is not None:
         loss.build(*(to_keras(case, np.empty(shape)).shape for shape in case.shapes))
         fill(loss, case.parameters)
+    if case.classifier is not None:
+        layer = keras.layers.Dense(len(case.classifier), dtype=loss.dtype)
+        layer.build((None, case.classifier.shape[1]))
+        layer.kernel.assign(case.classifier.T)
+        loss.read_teacher(lambda name: layer)
     return loss
 
 
@@ -76,8 +81,8 @@ def fill(loss: Any, parameters: Mapping[str, NDArray[Any]]) -> None:
 
 def variable_of(loss: Any, name: str) -> keras.Variable:
     """A parameter by its name in PyTorch, where the functions between the layers count too: mean.2 is the second."""
-    if name == "rho":
-        return loss.layer.rho
+    if "." not in name:
+        return getattr(loss.layer, name)
     first, *index, kind = name.split(".")
     if first.endswith("context"):
         part = getattr(getattr(loss.layer, first), *index)

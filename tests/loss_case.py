@@ -90,8 +90,14 @@ class SeveralLayers(nn.Module):
 class Learned(nn.Module):
     """A loss with its parameters fixed, in the precision and on the device of what it is called with."""
 
-    def __init__(self, loss: losses.DistillationLoss, parameters: Arrays, *shapes: tuple[int, ...]) -> None:
+    def __init__(
+        self, loss: losses.DistillationLoss, parameters: Arrays, classifier: Any, *shapes: tuple[int, ...]
+    ) -> None:
         super().__init__()
+        if classifier is not None:
+            layer = nn.Linear(*classifier.shape[::-1]).double()
+            layer.weight.data.copy_(torch.as_tensor(classifier))
+            loss.read_teacher(lambda name: layer)
         loss.build(*(torch.Size(shape) for shape in shapes))
         loss.double().load_state_dict({name: torch.as_tensor(array) for name, array in parameters.items()})
         self.loss = loss
@@ -125,6 +131,7 @@ class LossCase:
     over: str = "positions"
     per_example: bool = True  # whether the loss of a batch is the mean over its examples
     parameters: Arrays | None = None  # of a learned loss, by the names of PyTorch's state_dict
+    classifier: NDArray[Any] | None = None  # weight (K, C) of the teacher's linear classifier, for losses that read it
     # Whether the gradient grows with the cube of the features: at 1e4 it is more than float16 holds, by the formula.
     steep: bool = False
     detached: bool = False  # whether the oracle's ``frozen`` is the student at which a factor without gradient is taken
@@ -145,7 +152,7 @@ class LossCase:
         """The loss with other settings; called with the two tensors only, even where it needs labels."""
         loss = self.loss(**settings)
         if self.parameters is not None:
-            return Learned(loss, self.parameters, *self.shapes)
+            return Learned(loss, self.parameters, self.classifier, *self.shapes)
         if loss.several_layers:
             return SeveralLayers(loss)
         return Labelled(loss) if loss.needs_labels else loss
@@ -157,6 +164,8 @@ class LossCase:
             settings["labels"] = labels.numpy()
         if self.parameters is not None:
             settings["parameters"] = self.parameters
+        if self.classifier is not None:
+            settings["classifier"] = self.classifier
         if self.detached:
             settings["frozen"] = student if frozen is None else frozen
         return self.oracle(student, teacher, **settings)

@@ -125,6 +125,29 @@ def factor_transfer(
     return (factor_weight * distance + reconstruction_weight * error) / len(student)
 
 
+def softmax_regression(
+    student: Array,
+    teacher: Array,
+    *,
+    parameters: Parameters,
+    classifier: Array,
+    feature_weight: float = 1.0,
+    regression_weight: float = 1.0,
+) -> float:
+    """SRRL: squared difference of averaged features, and of their logits; the student's behind linear, BN, ReLU."""
+    mapped = np.stack([matrix_times(parameters["connector.weight"], vector) for vector in vectors(student)])
+    connected = normalized(mapped[:, :, None, None], parameters["scale"], parameters["shift"])[:, :, 0, 0]
+    connected = np.maximum(connected, 0).reshape(len(student), -1, mapped.shape[1])
+    targets = vectors(teacher).reshape(len(teacher), -1, mapped.shape[1])
+    total = 0.0
+    for s, t in zip(connected, targets, strict=True):
+        difference = s.mean(axis=0) - t.mean(axis=0)
+        logits = matrix_times(classifier, difference)
+        total += feature_weight * sum(float(value) ** 2 for value in difference) / len(difference)
+        total += regression_weight * sum(float(value) ** 2 for value in logits) / len(logits)
+    return total / len(student)
+
+
 def normalized(maps: Array, scale: Array, shift: Array) -> Array:
     """Each channel of (N, C, H, W) with the mean and the biased variance of the batch, eps 1e-5."""
     result = np.empty_like(maps)

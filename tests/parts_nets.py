@@ -1,9 +1,14 @@
-"""A small convolutional network with the places that losses with parts of their own read."""
+"""A small convolutional network with the places that losses with parts of their own read, and a step with them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from loss_case import golden_arrays
 from torch import Tensor, nn
+
+from lightning_distill import Distiller, losses
 
 
 class Network(nn.Module):
@@ -21,3 +26,25 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.pool(self.body(self.norm(self.conv(x)).relu())).flatten(1))
+
+
+def built(loss: losses.DistillationLoss, *shapes: tuple[int, ...]) -> Any:
+    loss.build(*(torch.Size(shape) for shape in (shapes if len(shapes) == 2 else shapes * 2)))
+    return loss.double()
+
+
+def one_step(teacher: Any, *terms: Any, student: nn.Module | None = None) -> list[Any]:
+    """The terms of a distiller after one step, in which the student learns."""
+    student = Network(4, seed=1) if student is None else student
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with Distiller(student, teacher, list(terms)) as distiller:
+        distiller.follow(optimizer)
+        with distiller.record():
+            output = student(torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+        distiller.total(output.square().mean(), None).backward()
+        optimizer.step()
+        return distiller.terms
+
+
+def tensors_of(entry: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(array) for name, array in golden_arrays(entry).items()}

@@ -5,6 +5,7 @@
 from keras_distill.functional import (
     activations,
     attention,
+    classifiers,
     dense,
     detection,
     divergences,
@@ -23,6 +24,7 @@ from keras_distill.functional import (
 )
 from keras_distill.functional.activations import *
 from keras_distill.functional.attention import *
+from keras_distill.functional.classifiers import *
 from keras_distill.functional.dense import *
 from keras_distill.functional.detection import *
 from keras_distill.functional.divergences import *
@@ -42,6 +44,7 @@ from keras_distill.functional.vocabularies import *
 __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
+__all__ += classifiers.__all__
 __all__ += dense.__all__
 __all__ += detection.__all__
 __all__ += divergences.__all__

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare
-from keras_distill.functional.vectors import centred, flattened, or_one, per_example, spread_or_one
+from keras_distill.functional.vectors import averaged, centred, flattened, or_one, per_example, spread_or_one
 
 __all__ = ["log_sum_distance", "masked_generative", "variational_information"]
 
@@ -145,16 +145,11 @@ def log_sum_distance(
     if len(shapes[0]) < 2 or len(shapes[1]) < 2 or checks.shapes_differ(shapes[0][:1], shapes[1][:1]):
         expected = "`student` and `teacher` to have the same number of examples and a dimension of channels"
         raise ValueError(checks.message(expected, f"{shapes[0]} and {shapes[1]}"))
-    student, teacher = (_averaged(feature) for feature in (student, teacher))
+    student, teacher = (averaged(feature) for feature in (student, teacher))
     projected = projection(student)
     checks.same_shape(projected, teacher, names=("projection(student)", "teacher"), remedy=_REMEDY)
     apart = ops.abs(_batch_normalized(projected, eps) - _batch_normalized(teacher, eps))
     return ops.log(or_one(ops.sum(ops.power(apart, power))))
-
-
-def _averaged(feature: Any) -> Any:
-    """Channel vectors averaged over the positions, shape ``(N, C)``."""
-    return feature if len(feature.shape) == 2 else ops.mean(feature, axis=tuple(range(1, len(feature.shape) - 1)))
 
 
 def _batch_normalized(rows: Any, eps: float) -> Any:

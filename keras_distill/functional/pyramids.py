@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_distill import checks
 from keras_distill.functional.inputs import prepare_equal
-from keras_distill.functional.vectors import averaged, per_example
+from keras_distill.functional.vectors import per_example, resized_along
 
 __all__ = ["hierarchical_context"]
 
@@ -59,6 +59,6 @@ def hierarchical_context(student: Any, teacher: Any, *, levels: Sequence[int] = 
             total += weight
             pooled = difference
             for axis, size in enumerate(sizes, start=1):
-                pooled = averaged(pooled, axis, min(level, size))
+                pooled = resized_along(pooled, axis, min(level, size))
             values = values + weight * per_example(ops.square(pooled))
     return values / total

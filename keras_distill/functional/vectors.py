@@ -68,6 +68,18 @@ def per_example(values: Any) -> Any:
     return ops.mean(values, axis=tuple(range(1, len(values.shape)))) if len(values.shape) > 1 else values
 
 
+def averaged(feature: Any) -> Any:
+    """Channel vectors averaged over the positions.
+
+    Args:
+        feature: Shape ``(N, C)``, ``(N, L, C)`` or ``(N, H, W, C)``.
+
+    Returns:
+        Shape ``(N, C)``.
+    """
+    return feature if len(feature.shape) == 2 else ops.mean(feature, axis=tuple(range(1, len(feature.shape) - 1)))
+
+
 def check_positions(student: Any, teacher: Any) -> None:
     """Check that two features have the same examples and positions; their channels may differ.
 
@@ -248,11 +260,11 @@ def resized(teacher: Any, student: Sequence[int | None]) -> Any:
     for axis in (1, 2):
         target_size = student[axis]
         if teacher.shape[axis] is not None and target_size is not None:
-            teacher = averaged(teacher, axis, target_size)
+            teacher = resized_along(teacher, axis, target_size)
     return teacher
 
 
-def averaged(feature: Any, axis: int, target_size: int) -> Any:
+def resized_along(feature: Any, axis: int, target_size: int) -> Any:
     """Resize one dimension to a size, by averaging to a smaller one or by interpolation to a larger one.
 
     Args:

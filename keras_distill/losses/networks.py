@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import keras
@@ -95,3 +95,46 @@ def built(layer: Any) -> Any:
         remedy = "Call loss.build(student.shape, teacher.shape) once, or use the loss in a FeatureDistillation."
         raise ValueError(checks.message("the loss to be built before it is called", "no parameters", remedy))
     return layer
+
+
+def linear_classifier(
+    layer_of: Callable[[str | None], keras.layers.Layer], name: str | None, channels: int | None
+) -> keras.layers.Dense:
+    """The Dense layer of a teacher that takes features with so many channels.
+
+    Args:
+        layer_of: Returns the teacher's layer of a name; ``""`` is the whole model.
+        name: Name of the classifier; ``None`` takes the only Dense layer that fits.
+        channels: Channels of the feature.
+
+    Returns:
+        The layer.
+
+    Raises:
+        ValueError: If no layer fits, or several do.
+    """
+
+    def fits(layer: Any) -> bool:
+        return isinstance(layer, keras.layers.Dense) and layer.built and layer.kernel.shape[0] == channels
+
+    layer = layer_of("" if name is None else name)
+    if fits(layer):
+        return layer
+    if name is not None or not isinstance(layer, keras.Model):
+        expected = f"the teacher's classifier to be a Dense layer of {channels} inputs, the channels of its feature"
+        remedy = "Name the Dense layer, and the feature that goes into it."
+        raise ValueError(checks.message(expected, f"a {type(layer).__name__}, classifier={name!r}", remedy))
+    fitting = [inner for inner in _inner_layers(layer) if fits(inner)]
+    if len(fitting) != 1:
+        expected = f"the teacher to have one Dense layer of {channels} inputs, the channels of its feature"
+        remedy = "Pass classifier=<the name of the layer behind the feature>."
+        names = ", ".join(inner.name for inner in fitting) or "none"
+        raise ValueError(checks.message(expected, f"{len(fitting)}: {names}", remedy))
+    return fitting[0]
+
+
+def _inner_layers(layer: Any) -> Iterator[Any]:
+    """The layers of a model and of the models in it."""
+    for inner in getattr(layer, "layers", ()):
+        yield inner
+        yield from _inner_layers(inner)

@@ -167,6 +167,6 @@ class _Review(keras.layers.Layer):
 def _enlarged(feature: Any, like: Any) -> Any:
     """The map at the height and width of another one, by its nearest positions."""
     for axis in (1, 2):
-        size, wanted = ops.shape(feature)[axis], ops.shape(like)[axis]
-        feature = ops.take(feature, ops.arange(wanted) * size // wanted, axis=axis)
+        size, new_size = ops.shape(feature)[axis], ops.shape(like)[axis]
+        feature = ops.take(feature, ops.arange(new_size) * size // new_size, axis=axis)
     return feature

@@ -5,6 +5,7 @@
 from lightning_distill.functional import (
     activations,
     attention,
+    classifiers,
     dense,
     detection,
     divergences,
@@ -24,6 +25,7 @@ from lightning_distill.functional import (
 )
 from lightning_distill.functional.activations import *
 from lightning_distill.functional.attention import *
+from lightning_distill.functional.classifiers import *
 from lightning_distill.functional.dense import *
 from lightning_distill.functional.detection import *
 from lightning_distill.functional.divergences import *
@@ -44,6 +46,7 @@ from lightning_distill.functional.vocabularies import *
 __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
+__all__ += classifiers.__all__
 __all__ += dense.__all__
 __all__ += detection.__all__
 __all__ += divergences.__all__

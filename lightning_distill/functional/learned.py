@@ -11,6 +11,7 @@ from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare
 from lightning_distill.functional.primitives import or_one, precise
 from lightning_distill.functional.vectors import (
+    averaged,
     centred,
     channels_at,
     examples_of,
@@ -172,7 +173,7 @@ def log_sum_distance(
     if student.ndim < 2 or teacher.ndim < 2 or len(student) != len(teacher):
         expected = "`student` and `teacher` to have the same number of examples and a dimension of channels"
         raise ValueError(checks.message(expected, f"{tuple(student.shape)} and {tuple(teacher.shape)}"))
-    student, teacher = (_averaged(feature, positions_mask(mask, feature)) for feature in (student, teacher))
+    student, teacher = (averaged(feature, positions_mask(mask, feature)) for feature in (student, teacher))
     if mask is not None:
         counts = examples_of(mask)
         student, teacher = student[counts], teacher[counts]
@@ -184,17 +185,6 @@ def log_sum_distance(
         return or_one(apart.abs().pow(power).sum()).log()
 
     return of_counted(distance, student, teacher)
-
-
-def _averaged(feature: Tensor, positions: Tensor | None) -> Tensor:
-    """Channel vectors averaged over the positions that count, shape ``(N, C)``."""
-    if feature.ndim == 2:
-        return feature
-    vectors = feature.movedim(channels_at(feature), -1).flatten(1, -2)
-    if positions is None:
-        return vectors.mean(dim=1)
-    counts = positions.flatten(1).unsqueeze(-1)
-    return torch.where(counts, vectors, 0.0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
 
 
 def _batch_normalized(rows: Tensor, eps: float) -> Tensor:

@@ -223,6 +223,25 @@ def per_example(values: Tensor) -> Tensor:
     return values.mean(dim=tuple(range(1, values.ndim))) if values.ndim > 1 else values
 
 
+def averaged(feature: Tensor, positions: Tensor | None) -> Tensor:
+    """Channel vectors averaged over the positions that count.
+
+    Args:
+        feature: Shape ``(N, C)``, ``(N, L, C)`` or ``(N, C, H, W)``.
+        positions: True where a position counts, the shape without the channels; None where all count.
+
+    Returns:
+        Shape ``(N, C)``; zeros where no position counts.
+    """
+    if feature.ndim == 2:
+        return feature
+    vectors = feature.movedim(channels_at(feature), -1).flatten(1, -2)
+    if positions is None:
+        return vectors.mean(dim=1)
+    counts = positions.flatten(1).unsqueeze(-1)
+    return torch.where(counts, vectors, 0.0).sum(dim=1) / counts.sum(dim=1).clamp(min=1)
+
+
 def channels_at(feature: Tensor, channel_dim: int | None = None) -> int:
     """Dimension of the channels: 1 for maps of four or more dimensions, else the last.
 

@@ -6,6 +6,7 @@ from lightning_distill.losses import (
     activations,
     attention,
     base,
+    classifiers,
     dense,
     detection,
     divergences,
@@ -25,6 +26,7 @@ from lightning_distill.losses import (
 from lightning_distill.losses.activations import *
 from lightning_distill.losses.attention import *
 from lightning_distill.losses.base import *
+from lightning_distill.losses.classifiers import *
 from lightning_distill.losses.dense import *
 from lightning_distill.losses.detection import *
 from lightning_distill.losses.divergences import *
@@ -45,6 +47,7 @@ __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += base.__all__
+__all__ += classifiers.__all__
 __all__ += dense.__all__
 __all__ += detection.__all__
 __all__ += divergences.__all__

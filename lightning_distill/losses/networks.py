@@ -66,3 +66,33 @@ def channels_first(network: nn.Module) -> Callable[[Tensor], Tensor]:
         return mapped
 
     return apply
+
+
+def linear_classifier(layer_of: Callable[[str | None], nn.Module], name: str | None, channels: int) -> nn.Linear:
+    """The linear classifier of a teacher that takes features with so many channels.
+
+    Args:
+        layer_of: Returns the teacher's layer of a name; ``""`` is the whole network.
+        name: Name of the classifier; ``None`` takes the only linear layer that fits.
+        channels: Channels of the feature.
+
+    Raises:
+        ValueError: If no layer fits, or several do.
+    """
+    layer = layer_of("" if name is None else name)
+    if name is not None or isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and layer.in_features == channels:
+            return layer
+        expected = f"the teacher's classifier to be a linear layer of {channels} inputs, the channels of its feature"
+        got = f"classifier={name!r}, {layer}" if isinstance(layer, nn.Linear) else type(layer).__name__
+        raise ValueError(checks.message(expected, got, "Name the linear layer, and the feature that goes into it."))
+    fitting = {
+        path: module
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and module.in_features == channels
+    }
+    if len(fitting) != 1:
+        expected = f"the teacher to have one linear layer of {channels} inputs, the channels of its feature"
+        remedy = "Pass classifier=<the name of the layer behind the feature>."
+        raise ValueError(checks.message(expected, f"{len(fitting)}: {', '.join(fitting) or 'none'}", remedy))
+    return next(iter(fitting.values()))

@@ -241,6 +241,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "NeuronSelectivityLoss",
         "PixelRelationLoss",
         "SimpleRecipeLoss",
+        "SoftmaxRegressionLoss",
         "UniversalLogitLoss",
         "VariationalInformationLoss",
         *of_candidates,
@@ -250,6 +251,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "AttentionRelationLoss",
         "InterChannelCorrelationLoss",
         "SimpleRecipeLoss",
+        "SoftmaxRegressionLoss",
         "SolutionFlowLoss",
         *of_candidates,
         *of_examples,
@@ -260,8 +262,10 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "FactorTransferLoss",
         "MaskedGenerativeLoss",
         "SimpleRecipeLoss",
+        "SoftmaxRegressionLoss",
         "VariationalInformationLoss",
     }
+    assert {name for name, loss in public.items() if loss.reads_teacher} == {"MarginReLULoss", "SoftmaxRegressionLoss"}
 
 
 @every_case

@@ -14,15 +14,22 @@ from parts_nets import Network
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distill import DistillCallback, FeatureDistillation, MarginReLULoss, ReviewDistillation
+from lightning_distill import (
+    DistillCallback,
+    FeatureDistillation,
+    MarginReLULoss,
+    ReviewDistillation,
+    SoftmaxRegressionLoss,
+)
 
 MakeTrainer = Callable[..., Trainer]
 TERMS: dict[str, Callable[[], Any]] = {
     "margin_relu": lambda: FeatureDistillation("norm", "norm", MarginReLULoss(), weight=0.1),
+    "softmax_regression": lambda: FeatureDistillation("body", "body", SoftmaxRegressionLoss()),
     "review": lambda: ReviewDistillation(["norm", "body"], ["norm", "body"]),
 }
 # The parts of each term in the callback's state; the student's state holds none of them.
-LEARNED: dict[str, set[str]] = {"margin_relu": {"adapters"}, "review": {"adapters"}}
+LEARNED: dict[str, set[str]] = {"margin_relu": {"adapters"}, "review": {"adapters"}, "softmax_regression": {"learned"}}
 every_term = pytest.mark.parametrize("name", TERMS)
 
 
