@@ -24,7 +24,9 @@ from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
 from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
+from lightning_distill.teachers.route import Place as Route
 from lightning_distill.terms import LogitsDistillation, as_terms
+from lightning_distill.terms.mixing import TeacherMix, Weights
 
 
 class DistillCallback(Callback):
@@ -49,8 +51,8 @@ class DistillCallback(Callback):
 
     Args:
         teacher: The network to match, called with the student's inputs; a list of networks, over which each term is
-            averaged; a :class:`SelfTeacher`; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a
-            teacher. A network is frozen while the Trainer runs, then restored.
+            averaged unless the next arguments say otherwise; a :class:`SelfTeacher`; a :class:`TeacherCache` of its
+            outputs; or ``None`` if no term needs a teacher. A network is frozen while the Trainer runs, then restored.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a
             ``LogitsDistillation``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
@@ -64,6 +66,12 @@ class DistillCallback(Callback):
         teacher_inputs: The teacher's inputs, if they are not the student's: the key or index of them in the batch, or a
             function from the student's inputs (its only argument, the tuple of its arguments, or the dict of its
             keyword arguments) to the teacher's, in the same forms.
+        teacher_weights: A weight for each of several teachers, 0 or greater, numbers or schedules, divided by their
+            sum; ``"entropy"`` for weights by each teacher's confidence in each example; ``None`` for equal weights.
+        mix: ``"losses"`` is the weighted mean of the losses to each teacher, ``"probabilities"`` one loss to the
+            weighted mean of their softened probabilities, ``"logits"`` one loss to the weighted mean of their logits.
+        route: Where a batch keeps the index of the teacher that each example belongs to: a key, an index, or a function
+            of the batch, an integer tensor ``(N,)``. Each teacher then runs on its own examples alone.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, independent of the Trainer's.
         on_policy: Lets the student write the text of some batches of a language model; see
             :class:`OnPolicyDistillation`. The default of ``terms`` is then a :class:`SequenceDistillation` with a
@@ -82,6 +90,7 @@ class DistillCallback(Callback):
     Attributes:
         terms: The terms, with their adapters.
         teacher: The teacher, or a container of several.
+        mix: How several teachers are weighted and mixed.
 
     Raises:
         ValueError: If a setting is not as above.
@@ -115,6 +124,9 @@ class DistillCallback(Callback):
         task_weight: float | Schedule = 1.0,
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_inputs: Place = None,
+        teacher_weights: Weights = None,
+        mix: str = "losses",
+        route: Route | None = None,
         teacher_dtype: torch.dtype | str | None = None,
         on_policy: OnPolicyDistillation | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
@@ -132,6 +144,7 @@ class DistillCallback(Callback):
                 f" prog_bar={prog_bar!r}. Drop one of the two."
             )
         self._run: Run | None = None
+        self.mix = TeacherMix(teacher_weights, mix, route)
         self.teacher = teacher
         default = LogitsDistillation if on_policy is None else reverse_term
         self.terms = [term.owned() for term in as_terms(terms, default)]
@@ -164,7 +177,9 @@ class DistillCallback(Callback):
                 "Expected `teacher` to stay the same while a Trainer runs, but got another one. Load its weights into"
                 " the teacher, teacher.load_state_dict(...), or set it between two fits."
             )
-        self._teacher = as_teacher(teacher)
+        teacher = as_teacher(teacher)
+        self.mix.check_teacher(teacher)
+        self._teacher = teacher
 
     def loss(self, calls: int | slice | None = None) -> Tensor:
         """The weighted distillation loss of the student's calls so far in this ``training_step``, a scalar.

@@ -17,6 +17,7 @@ from lightning_distill.schedules import Schedule
 from lightning_distill.teachers import TeacherEnsemble
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.terms import DistillationTerm
+from lightning_distill.terms.mixing import TeacherMix
 
 Plain = str | int | float | bool | None
 
@@ -38,6 +39,7 @@ class Settings(Protocol):
     task_weight: Any
     schedules: dict[str, Schedule]
     on_policy: OnPolicyDistillation | None
+    mix: TeacherMix
 
     def teacher_forward(self, call: Call) -> Any:
         """The teacher's output for a call of the student."""
@@ -77,6 +79,7 @@ def settings_of(callback: Any) -> dict[str, Plain]:
         "teacher_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "student": callback.student,
         "task_weight": callback.schedules.get("task_weight", callback.task_weight),
+        **callback.mix.settings(),
     }
     if (on_policy := callback.on_policy) is not None:
         names = ("fraction", "max_new_tokens", "temperature", "seed")

@@ -26,6 +26,8 @@ from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
 from lightning_distill.teachers import SelfTeacher
 from lightning_distill.teachers.inputs import Place
+from lightning_distill.teachers.route import Place as Route
+from lightning_distill.terms.mixing import Weights
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
@@ -49,6 +51,9 @@ class DistillModule(LightningModule):
         lr_scheduler: Makes the learning rate scheduler from the optimizer; it steps once an epoch.
         labels: As in :class:`DistillCallback`.
         teacher_inputs: As in :class:`DistillCallback`.
+        teacher_weights: As in :class:`DistillCallback`.
+        mix: As in :class:`DistillCallback`.
+        route: As in :class:`DistillCallback`.
         teacher_dtype: As in :class:`DistillCallback`.
         on_policy: As in :class:`DistillCallback`.
         adapter_optimizer: As in :class:`DistillCallback`.
@@ -79,6 +84,9 @@ class DistillModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_inputs: Place = None,
+        teacher_weights: Weights = None,
+        mix: str = "losses",
+        route: Route | None = None,
         teacher_dtype: torch.dtype | str | None = None,
         on_policy: OnPolicyDistillation | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
@@ -98,6 +106,9 @@ class DistillModule(LightningModule):
             task_weight=task_weight,
             labels=labels,
             teacher_inputs=teacher_inputs,
+            teacher_weights=teacher_weights,
+            mix=mix,
+            route=route,
             teacher_dtype=teacher_dtype,
             on_policy=on_policy,
             adapter_optimizer=adapter_optimizer,

@@ -79,11 +79,13 @@ class Run:
                 callback.teacher_forward,
                 callback.teacher_dtype,
                 TeacherInputs(callback.teacher_inputs, arguments_of(terms), makers_of(terms)),
+                callback.mix.route,
             ),
             self.learned,
             labels=callback.labels,
             read_logits=callback.logits,
             never_called=student.never_called,
+            mix=callback.mix,
         )
         of_terms = [name for term in terms for name in term.logged_names]
         self._names = ["loss", "task_loss", "distillation_loss", *of_terms]

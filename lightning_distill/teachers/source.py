@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_distill import compat
 from lightning_distill.recording import Call, Recorder, Recording, Tap, first_tensor, map_tensors
@@ -16,6 +16,7 @@ from lightning_distill.recording.arguments import drop_capturing_hooks, has_capt
 from lightning_distill.recording.calls import changed
 from lightning_distill.teachers.hold import Hold
 from lightning_distill.teachers.inputs import TeacherInputs
+from lightning_distill.teachers.route import Route, rows_of, shown_rows
 from lightning_distill.teachers.self_teacher import SelfTeacher
 from lightning_distill.teachers.without_network import WithoutNetwork
 
@@ -68,11 +69,23 @@ class TeacherSource(Protocol):
 
 
 class TeacherEnsemble(nn.ModuleList):
-    """Several teachers that are called with the same input; it returns their outputs in a list."""
+    """Several teachers that are called with the same input; it returns their outputs in a list.
+
+    Attributes:
+        rows: The examples of each teacher while a route is followed; ``None`` calls every teacher with all of them.
+    """
+
+    rows: Sequence[Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """The output of every teacher."""
-        return [teacher(*args, **kwargs) for teacher in self]
+        """The output of every teacher, ``None`` for a teacher without examples."""
+        if self.rows is None:
+            return [teacher(*args, **kwargs) for teacher in self]
+        number = len(first_tensor(args, kwargs))
+        return [
+            teacher(*rows_of(args, part, number), **rows_of(kwargs, part, number)) if len(part) else None
+            for teacher, part in zip(self, self.rows, strict=True)
+        ]
 
 
 class LiveTeachers:
@@ -84,6 +97,7 @@ class LiveTeachers:
         forward: The teacher's output for a call of the student; a list of outputs for an ensemble.
         dtype: The precision that the teachers compute in.
         inputs: Makes the teachers' inputs from the student's call; ``None`` takes the student's.
+        route: Says which examples of a call each of several teachers answers for; ``None`` is all of them.
 
     Attributes:
         held: The hold on the networks.
@@ -98,8 +112,9 @@ class LiveTeachers:
         forward: Callable[[Call], Any],
         dtype: torch.dtype | None = None,
         inputs: TeacherInputs | None = None,
+        route: Route | None = None,
     ) -> None:
-        self._inputs = inputs or TeacherInputs(None, {})
+        self._inputs, self._route = inputs or TeacherInputs(None, {}), route
         self._several = isinstance(module, TeacherEnsemble)
         networks = list(module.children()) if self._several else [module]
         self.module, self.held = module, Hold(module, dtype)
@@ -183,7 +198,8 @@ class LiveTeachers:
         if fixed or (self._own_dtype and not torch.is_autocast_enabled(device.type)):
             shown = replace(shown, args=self.cast(shown.args), kwargs=self.cast(shown.kwargs))
         # not inference_mode: its tensors could not be saved for the backward
-        with torch.no_grad(), surroundings, Recording(self._recorders):
+        rows = None if self._route is None else self._route.rows(call, len(list(self.modules())))
+        with torch.no_grad(), surroundings, Recording(self._recorders), self._parted(rows):
             output = self._output(shown)
         if changed(call.input_versions):
             raise ValueError(
@@ -197,8 +213,22 @@ class LiveTeachers:
             answer = recorded[-1] if recorded else Call((), {}, who="teacher")
             answer.output, answer.teacher, answer.read_logits = single, index, call.read_logits
             answer.args, answer.kwargs = shown.args, shown.kwargs
+            answer.rows = None if rows is None else rows[index]
             answers.append(answer)
         return answers
+
+    @contextmanager
+    def _parted(self, rows: Sequence[Tensor] | None) -> Iterator[None]:
+        """A context in which each of several teachers is called with its own examples."""
+        if rows is None:
+            yield
+            return
+        ensemble = cast(TeacherEnsemble, self.module)
+        ensemble.rows = shown_rows(rows, all_answer=bool(self._recorders))
+        try:
+            yield
+        finally:
+            ensemble.rows = None
 
     def _output(self, call: Call) -> Any:
         try:
@@ -263,6 +293,7 @@ def as_source(
     forward: Callable[[Call], Any],
     dtype: torch.dtype | None,
     inputs: TeacherInputs | None = None,
+    route: Route | None = None,
 ) -> TeacherSource:
     """The source of a teacher that :func:`as_teacher` has returned.
 
@@ -272,6 +303,7 @@ def as_source(
         forward: The teacher's output for a call of the student.
         dtype: The precision of networks.
         inputs: Makes the teacher's inputs from the student's call; ``None`` takes the student's.
+        route: Says which examples each of several networks answers for.
 
     Raises:
         ValueError: If other inputs are given for a cache, which holds the outputs already.
@@ -279,7 +311,7 @@ def as_source(
     if teacher is None:
         return NoTeacher()
     if isinstance(teacher, nn.Module):
-        return LiveTeachers(teacher, taps, forward, dtype, inputs)
+        return LiveTeachers(teacher, taps, forward, dtype, inputs, route)
     if isinstance(teacher, SelfTeacher):
         if dtype is not None:
             raise ValueError(

@@ -42,6 +42,21 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float, mask: Ten
     return each.mean() if mask is None else each[mask].mean()
 
 
+def mixed(teachers: Sequence[Tensor], weights: Tensor, temperature: float) -> Tensor:
+    """Logits of the weighted mean of the teachers' softened probabilities."""
+    return (
+        temperature
+        * sum(w * (z.float() / temperature).softmax(-1) for w, z in zip(weights, teachers, strict=True)).log()
+    )
+
+
+def confidence(teachers: Sequence[Tensor]) -> Tensor:
+    """Weights by the inverse of each teacher's perplexity, for each row, (teachers, rows, 1)."""
+    probabilities = [z.float().softmax(-1) for z in teachers]
+    scores = torch.stack([1 / (-(p * p.log()).sum(-1, keepdim=True)).exp() for p in probabilities])
+    return scores / scores.sum(0)
+
+
 def likeliest(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """The same where only the likeliest of the teacher's classes is known, and the others share the rest evenly."""
     best = teacher.argmax(-1, keepdim=True)
