@@ -10,19 +10,17 @@ from weakref import ref
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_distill import checks, compat
 from lightning_distill.adapters import OptimizerCallable
-from lightning_distill.cache import TeacherCache
-from lightning_distill.distiller import Terms
-from lightning_distill.hparams import log_hyperparameters, settings_of
+from lightning_distill.hparams import Teacher, Terms, log_hyperparameters, settings_of
 from lightning_distill.mailbox import Mailbox
 from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
-from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
+from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.teachers.route import Place as Route
 from lightning_distill.terms import LogitsDistillation, as_terms
@@ -117,7 +115,7 @@ class DistillCallback(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
+        teacher: Teacher,
         terms: Terms = None,
         *,
         student: str | Sequence[str] | None = None,
@@ -171,7 +169,7 @@ class DistillCallback(Callback):
         return self._teacher
 
     @teacher.setter
-    def teacher(self, teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None) -> None:
+    def teacher(self, teacher: Teacher) -> None:
         if self._run is not None:
             raise MisconfigurationException(
                 "Expected `teacher` to stay the same while a Trainer runs, but got another one. Load its weights into"
@@ -232,9 +230,9 @@ class DistillCallback(Callback):
         return select(output, None, "the model's output")
 
     def adapter_state(self) -> dict[str, Any]:
-        """The adapters by term and their optimizer's state, as checkpoints hold them; empty without adapters."""
+        """The adapters, their optimizer's state and a teacher's average, as checkpoints hold them, or nothing."""
         if self._run is not None:
-            return self._run.learned.state_dict()
+            return self._run.step.state_dict()
         if (sent := self._mailbox.receive()) is not None:  # from a process that this one has spawned
             self._state = sent
         return self._state
@@ -256,8 +254,9 @@ class DistillCallback(Callback):
         state = self.adapter_state()
         if self._last_module is not None and self._last_module() is not pl_module:
             state = {}  # another module's
-        adapters = {"adapters": state["adapters"]} if state else {}  # a new fit starts with a fresh optimizer
-        self._run = Run(self, trainer, pl_module, stage, adapters)
+        # a new fit starts with a fresh optimizer
+        kept = {name: value for name, value in state.items() if name in ("adapters", "teacher")}
+        self._run = Run(self, trainer, pl_module, stage, kept)
         self._last_module = ref(pl_module)
         if stage == "fit" and self.logs:
             log_hyperparameters(trainer, settings_of(self))
@@ -297,7 +296,7 @@ class DistillCallback(Callback):
         # its last learning rate would stay
         self._state = copy.deepcopy(checkpoint.get("callbacks", {}).get(self.state_key, {}))
         if self._run is not None:
-            self._run.learned.load_state_dict(self._state)
+            self._run.step.load_state_dict(self._state)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """At the end: remove every patch and hook, and restore the teacher."""
@@ -344,7 +343,7 @@ class DistillCallback(Callback):
         if self._run is not None:
             run, self._run = self._run, None
             run.close()
-            self._state = run.learned.state_dict()
+            self._state = run.step.state_dict()
 
     def __repr__(self) -> str:
         teacher = type(self.teacher).__name__

@@ -12,24 +12,21 @@ from torch.optim import Optimizer
 
 from lightning_distill import checks
 from lightning_distill.adapters.learned import LearnedParts
-from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.data import IndexedBatch
 from lightning_distill.compat import HookGuards, is_compiled
-from lightning_distill.losses import DistillationLoss
+from lightning_distill.hparams import Teacher, Terms
 from lightning_distill.on_policy import LoopTexts, OnPolicyBatches, OnPolicyDistillation, process_number, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
 from lightning_distill.step import DistillStep, Labels, StepCalls
-from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
+from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place, TeacherInputs
+from lightning_distill.teachers.make import as_source, shared_parameter
 from lightning_distill.teachers.route import Place as Route
-from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import DistillationTerm, LogitsDistillation, arguments_of, as_terms, makers_of
+from lightning_distill.terms import LogitsDistillation, arguments_of, as_terms, makers_of
 from lightning_distill.terms.counting import LoopWindow
 from lightning_distill.terms.mixing import TeacherMix, Weights
-
-Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
 
 
 class Distiller:
@@ -91,7 +88,7 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
+        teacher: Teacher,
         terms: Terms = None,
         *,
         task_weight: float | Schedule = 1.0,
@@ -351,7 +348,7 @@ class Distiller:
         Raises:
             ValueError: If the optimizer cannot be cloned. Pass :meth:`parameters` to an optimizer of your own instead.
         """
-        self._learned.follow(optimizer, scaler)
+        self._step.follow(optimizer, scaler)
 
     def state_dict(self) -> dict[str, Any]:
         """The adapters, their optimizer's state and the number of steps; empty without adapters and schedules.
@@ -360,7 +357,7 @@ class Distiller:
         """
         count = {"step": self._count} if self._counts and self._step.scheduler else {}
         texts = {} if self._texts is None else {"texts": self._texts.count}
-        return {**self._learned.state_dict(), **count, **texts}
+        return {**self._step.state_dict(), **count, **texts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state. The adapters are made with the next batch, which has their shapes.
@@ -368,7 +365,7 @@ class Distiller:
         Args:
             state: A state that :meth:`state_dict` has returned; an empty one starts with fresh adapters.
         """
-        self._learned.load_state_dict(state)
+        self._step.load_state_dict(state)
         self._count = state.get("step", 0)
         if self._texts is not None:
             self._texts.count = state.get("texts", 0)
@@ -385,9 +382,10 @@ class Distiller:
         if self._guards is not None:
             self._guards.undo()
         self._guards, self._looked = None, False
-        parts = self._step.parts
+        parts, average = self._step.parts, self._step.source.state_dict()
         self._step = self._new_step()  # the student may have changed meanwhile
         self._step.parts = parts
+        self._step.source.load_state_dict(average)
 
     def __enter__(self) -> Distiller:
         return self

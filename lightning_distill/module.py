@@ -16,15 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill.adapters import OptimizerCallable
-from lightning_distill.cache import TeacherCache
 from lightning_distill.callback import DistillCallback
-from lightning_distill.distiller import Terms
+from lightning_distill.hparams import Teacher, Terms
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording.arguments import takes
 from lightning_distill.recording.batches import call_with, inputs_in, split_batch
 from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
-from lightning_distill.teachers import SelfTeacher
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.teachers.route import Place as Route
 from lightning_distill.terms.mixing import Weights
@@ -75,7 +73,7 @@ class DistillModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
+        teacher: Teacher,
         terms: Terms = None,
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,

@@ -28,8 +28,9 @@ from lightning_distill.recording.batches import kept
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress
 from lightning_distill.step import DistillStep, StepCalls
+from lightning_distill.teachers import EMATeacher
 from lightning_distill.teachers.inputs import TeacherInputs
-from lightning_distill.teachers.source import as_source, shared_parameter
+from lightning_distill.teachers.make import as_source, shared_parameter
 from lightning_distill.terms import arguments_of, makers_of
 from lightning_distill.terms.counting import token_sizes
 from lightning_distill.texts import TrainerTexts
@@ -104,7 +105,7 @@ class Run:
         self._checked = not (compat.overrides(module, "configure_model") or compat.overrides(module, "setup"))
         if self._checked:
             self._check()
-        self.learned.load_state_dict(state)
+        self.step.load_state_dict(state)
         try:
             self._begin(stage)
         except BaseException:
@@ -113,6 +114,11 @@ class Run:
 
     def _check(self) -> None:
         self.step.check()
+        sharding = [name for name in ("DeepSpeedStrategy", "FSDPStrategy") if compat.has_strategy(self.trainer, name)]
+        if sharding and isinstance(self.callback.teacher, EMATeacher):
+            raise MisconfigurationException(
+                f"Expected DDP or one device with an EMATeacher, but got {sharding[0]}, which shards the student."
+            )
         if self._texts is not None:
             self._texts.check(self.step.source.stored, self.callback.teacher_inputs)
         name = shared_parameter(self.step.student.root, self.step.source)
@@ -284,15 +290,16 @@ class Run:
         for optimizer in wrapped if isinstance(wrapped, list) else [wrapped]:
             groups = bare(optimizer).param_groups
             if any(id(parameter) in trained for group in groups for parameter in group["params"]):
-                self.learned.follow(cast(Optimizer, optimizer))
+                self.step.follow(cast(Optimizer, optimizer))
                 return
 
     def _before_optimizer_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Called by every optimizer step, after the backward pass and after the gradients are unscaled."""
         optimizer = kwargs["optimizer"] if "optimizer" in kwargs else args[1]
-        if self.trainer.world_size > 1 and self._in_step:
+        if (self.trainer.world_size > 1 or self.step.source.moves) and self._in_step:
             # in manual optimization another process may have called `loss` already, and waits in this step
             self._follow_the_students()
+        self.step.source.before_step()
         follower, trainer = self.learned.follower, self.trainer
         if follower is not None and bare(optimizer) is follower.leader:
             follower.prepare(getattr(trainer.precision_plugin, "scaler", None))

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_distill.adapters.follower import world_size
+from lightning_distill.adapters.follower import bare, world_size
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.student import StudentFinder
@@ -93,7 +94,8 @@ class DistillStep:
         self.settings, self.terms, self.student, self.source, self.learned = settings, terms, student, source, learned
         self._labels, self._read_logits, self._never_called = labels, read_logits, never_called
         self.mix = mix or TeacherMix()
-        self.scheduler = Scheduler(terms, settings, self.mix.scheduled)
+        self.scheduler = Scheduler(terms, settings, [*self.mix.scheduled, *source.scheduled])
+        source.meet(student)
         self.parts: dict[str, Tensor] = {}
         self.batch_size, self.own_text = 0, False
         self.share = TokenShare()
@@ -126,6 +128,26 @@ class DistillStep:
         """
         check_step(self.terms, self.student, self.source, self.mix)
 
+    def follow(self, leader: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Let the learned parts, and a teacher that moves, step with the student's optimizer.
+
+        Args:
+            leader: The optimizer, bare or wrapped by Lightning or Fabric.
+            scaler: The gradient scaler of a hand-written loop.
+        """
+        self.learned.follow(leader, scaler)
+        self.source.follow(bare(leader))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the learned parts and of the teacher; empty if they have none."""
+        teacher = self.source.state_dict()
+        return {**self.learned.state_dict(), **({"teacher": teacher} if teacher else {})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state, or start again if it is empty."""
+        self.learned.load_state_dict({name: value for name, value in state.items() if name != "teacher"})
+        self.source.load_state_dict(state.get("teacher", {}))
+
     def record(self, needs_grad: bool = True, features: bool = True, batch: Any = None) -> AbstractContextManager[None]:
         """A context in which the student's calls are recorded.
 
@@ -134,6 +156,8 @@ class DistillStep:
             features: Whether to keep the features at the tapped layers.
             batch: The batch, for a term that makes its loss while the student is called.
         """
+        if needs_grad:
+            self.source.before_step()  # a copy of the student is made before a call updates its statistics
         asking = [term for term in self.terms if term.active or not needs_grad]  # validation measures all terms
         arguments = {name: value for term in asking for name, value in term.student_arguments.items()}
         recording = self.student.recording(needs_grad, features, arguments)
@@ -228,6 +252,7 @@ class DistillStep:
         if not calls:
             raise ValueError(self._never_called())
         self.learned.check_trained()
+        self.source.check_followed()
         values = self._values(active, calls, batch, step_calls)
         weighted, shared = [], []
         for term in active:

@@ -103,6 +103,10 @@ class Builder:
                 "Expected `views` to be 1 and `transform_seed` None for rows with keys, but got"
                 f" views={views} and transform_seed={transform_seed}. Leave out `key`."
             )
+        if not isinstance(teacher, nn.Module):
+            raise CacheError(
+                f"Expected `teacher` to be a module, whose outputs stay the same, but got {type(teacher).__name__}."
+            )
         self.teacher, self.dataset = teacher, dataset
         self.forward = forward
         self.taps = [Tap.of(layer) for layer in layers]

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_distill.teachers.fixed import FixedTeacher
 
-class WithoutNetwork:
+
+class WithoutNetwork(FixedTeacher):
     """Base of the sources that have no network of their own: nothing is held, moved, frozen or recorded."""
 
     live, stored = True, False

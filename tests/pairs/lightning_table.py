@@ -34,6 +34,7 @@ from torch.utils.data import Dataset
 from lightning_distill import (
     DecoupledKDLoss,
     DistillationTerm,
+    EMATeacher,
     FeatureDistillation,
     LogitsDistillation,
     MaskedGenerativeLoss,
@@ -110,6 +111,7 @@ class Feature:
         task_weight: The weight of the task loss, by hand.
         length: Length of sequences, for data that are sequences.
         draws: Whether it draws random numbers in a step.
+        decay: The decay of the teacher, if it is the student's average, by hand.
     """
 
     terms: Callable[[], Any]
@@ -121,6 +123,7 @@ class Feature:
     task_weight: Callable[[Place], float] = lambda place: 1.0
     length: int | None = None
     draws: bool = False
+    decay: Callable[[Place], float] | None = None
 
     def rows(self) -> Rows:
         return Rows(self.length)
@@ -211,6 +214,16 @@ def _losses_by_confidence(result, ask, batch, place, learned):
         for weight, teacher in zip(weights, teachers, strict=True):
             values.append(weight[row, 0] * soft_targets(result["logits"][row : row + 1], teacher[row : row + 1], 4.0))
     return sum(values) / len(result["logits"])
+
+
+def _average(result, ask, batch, place, learned):
+    return _logits(result, lambda _: ask(None), batch, place, learned)
+
+
+def _average_with_layers(result, ask, batch, place, learned):
+    teacher = ask(None)
+    logits = soft_targets(result["logits"], teacher["logits"], 4.0)
+    return 0.5 * logits + 2.0 * squared(result["body"], teacher["body"])
 
 
 def _routed(result, ask, batch, place, learned):
@@ -329,6 +342,15 @@ FEATURES: dict[str, Feature] = {
         lambda: None, _losses_by_confidence, teacher=_two, settings={"teacher_weights": "entropy"}
     ),
     "route": Feature(_adapter_terms, _routed, teacher=_two, settings={"route": lambda batch: batch["labels"] % 2}),
+    "moving average": Feature(
+        _adapter_terms, _average_with_layers, teacher=lambda: EMATeacher(0.6), decay=lambda place: 0.6
+    ),
+    "moving average with a decay over the fraction": Feature(
+        lambda: None,
+        _average,
+        teacher=lambda: EMATeacher(Linear(0.2, 0.9)),
+        decay=lambda place: line(0.2, 0.9, place.fraction),
+    ),
     "views": Feature(_adapter_terms, _with_adapter, views=(lambda x: x, lambda x: 1 - x)),
     "views and labels": Feature(
         lambda: LogitsDistillation(DecoupledKDLoss(3.0, nontarget_weight=2.0), weight=0.5),
