@@ -83,7 +83,7 @@ from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call, Tap
-from lightning_distill.teachers import EMATeacher, SelfTeacher, load_teacher
+from lightning_distill.teachers import CallableTeacher, EMATeacher, SelfTeacher, load_teacher
 from lightning_distill.terms import (
     AttentionDistillation,
     AttentionRelationDistillation,
@@ -117,6 +117,7 @@ __all__ = [
     "AttentionRelationDistillation",
     "CacheError",
     "Call",
+    "CallableTeacher",
     "CausalLMDistillModule",
     "CompressionManager",
     "CrossTokenizerDistillation",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_distill.recording import Call, Tap
+from lightning_distill.teachers.callable_teacher import takes_arrays
 from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.moving_average import EMATeacher
 from lightning_distill.teachers.route import Route
@@ -28,6 +29,11 @@ def as_teacher(teacher: Any) -> Any:
     if teacher is None or isinstance(teacher, (nn.Module, SelfTeacher, EMATeacher)) or hasattr(teacher, "as_source"):
         return teacher
     if isinstance(teacher, (str, bytes, dict)) or not isinstance(teacher, Sequence):
+        if not isinstance(teacher, type) and (callable(teacher) or takes_arrays(teacher)):
+            raise TypeError(
+                f"Expected `teacher` to be a module or a sequence of modules, but got teacher={teacher!r}. Wrap a"
+                " function, a session or an estimator: CallableTeacher(function)."
+            )
         got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"teacher={teacher!r}"
         raise TypeError(
             f"Expected `teacher` to be a module or a sequence of modules, but got {got}."
@@ -36,7 +42,9 @@ def as_teacher(teacher: Any) -> Any:
     if not teacher:
         raise ValueError("Expected `teacher` to be at least one module, but got an empty sequence. Pass a network.")
     if wrong := [type(network).__name__ for network in teacher if not isinstance(network, nn.Module)]:
-        raise TypeError(f"Expected `teacher` to hold modules only, but got {wrong[0]}. Pass networks.")
+        raise TypeError(
+            f"Expected `teacher` to hold modules only, but got {wrong[0]}. Pass networks, or CallableTeacher(function)."
+        )
     return TeacherEnsemble(teacher)
 
 
