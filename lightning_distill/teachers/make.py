@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_distill.recording import Call, Tap
 from lightning_distill.teachers.callable_teacher import takes_arrays
+from lightning_distill.teachers.hold import modules_of_student
 from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.moving_average import EMATeacher
 from lightning_distill.teachers.route import Route
@@ -121,15 +122,8 @@ def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
         student: The student, or the module that contains it.
         source: The teacher.
     """
-    teachers = set(source.modules()) - {student}
-    trained, waiting, seen = set(), [student], set()
-    while waiting:
-        module = waiting.pop()
-        if module in teachers or module in seen:
-            continue
-        seen.add(module)
-        waiting += module.children()
-        trained |= {id(parameter) for parameter in module.parameters(recurse=False) if parameter.requires_grad}
+    own = modules_of_student(student, source.modules())
+    trained = {id(p) for module in own for p in module.parameters(recurse=False) if p.requires_grad}
     if not trained:  # everything that the student trains is inside the teacher
         trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
     for network in source.modules():

@@ -17,7 +17,7 @@ from lightning_distill.recording.arguments import drop_capturing_hooks, has_capt
 from lightning_distill.recording.calls import changed
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.teachers.fixed import FixedTeacher
-from lightning_distill.teachers.hold import Hold
+from lightning_distill.teachers.hold import Hold, modules_of_student
 from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.route import Route, rows_of, shown_rows
 from lightning_distill.teachers.without_network import WithoutNetwork
@@ -150,7 +150,12 @@ class LiveTeachers(FixedTeacher):
         self._forward = forward
         self._recorders = [Recorder(network, taps, "teacher") for network in networks] if taps else []
         self._own_dtype: torch.dtype | None = None
+        self._student: StudentFinder | None = None
         self._without_capturing: list[nn.Module] = []  # transformers adds hooks where terms read hidden states
+
+    def meet(self, student: StudentFinder) -> None:
+        """Take note of the student, which may share modules with the teacher."""
+        self._student = student
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a teacher lacks a layer.
@@ -176,6 +181,8 @@ class LiveTeachers(FixedTeacher):
         """Freeze the networks on a device, in a precision if none was chosen; further calls do nothing."""
         if self.held.taken:
             return
+        if self._student is not None:
+            self.held.shared = modules_of_student(self._student.root, self.modules()) & set(self.module.modules())
         self.held.take(device, dtype)
         self._inputs.look_at(self.modules())
         self._without_capturing = [network for network in self.modules() if not has_capturing_hooks(network)]
@@ -228,7 +235,7 @@ class LiveTeachers(FixedTeacher):
             shown = replace(shown, args=self.cast(shown.args), kwargs=self.cast(shown.kwargs))
         # not inference_mode: its tensors could not be saved for the backward
         rows = None if self._route is None else self._route.rows(call, len(list(self.modules())))
-        with torch.no_grad(), surroundings, Recording(self._recorders), self._parted(rows):
+        with torch.no_grad(), surroundings, self.held.evaluated(), Recording(self._recorders), self._parted(rows):
             output = self._output(shown)
         if changed(call.input_versions):
             raise ValueError(
