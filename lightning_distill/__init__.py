@@ -90,7 +90,7 @@ from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call, Tap
-from lightning_distill.teachers import Normalize, SelfTeacher, load_teacher
+from lightning_distill.teachers import CallableTeacher, EMATeacher, Normalize, SelfTeacher, load_teacher
 from lightning_distill.terms import (
     AttentionDistillation,
     AttentionRelationDistillation,
@@ -126,6 +126,7 @@ __all__ = [
     "AttentionRelationDistillation",
     "CacheError",
     "Call",
+    "CallableTeacher",
     "CausalLMDistillModule",
     "CompressionManager",
     "CrossHeadDistillation",
@@ -137,6 +138,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationTerm",
     "Distiller",
+    "EMATeacher",
     "FeatureDistillation",
     "FusedLinearDistillation",
     "HiddenStatesDistillation",

@@ -10,21 +10,21 @@ from weakref import ref
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_distill import checks, compat
 from lightning_distill.adapters import OptimizerCallable
-from lightning_distill.cache import TeacherCache
-from lightning_distill.distiller import Terms
-from lightning_distill.hparams import log_hyperparameters, settings_of
+from lightning_distill.hparams import Teacher, Terms, log_hyperparameters, settings_of
 from lightning_distill.mailbox import Mailbox
 from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
-from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
+from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
+from lightning_distill.teachers.route import Place as Route
 from lightning_distill.terms import LogitsDistillation, as_terms
+from lightning_distill.terms.mixing import TeacherMix, Weights
 
 
 class DistillCallback(Callback):
@@ -49,8 +49,8 @@ class DistillCallback(Callback):
 
     Args:
         teacher: The network to match, called with the student's inputs; a list of networks, over which each term is
-            averaged; a :class:`SelfTeacher`; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a
-            teacher. A network is frozen while the Trainer runs, then restored.
+            averaged unless the next arguments say otherwise; a :class:`SelfTeacher`; a :class:`TeacherCache` of its
+            outputs; or ``None`` if no term needs a teacher. A network is frozen while the Trainer runs, then restored.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a
             ``LogitsDistillation``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
@@ -65,6 +65,12 @@ class DistillCallback(Callback):
         teacher_inputs: The teacher's inputs, if they are not the student's: the key or index of them in the batch, or a
             function from the student's inputs (its only argument, the tuple of its arguments, or the dict of its
             keyword arguments) to the teacher's, in the same forms.
+        teacher_weights: A weight for each of several teachers, 0 or greater, numbers or schedules, divided by their
+            sum; ``"entropy"`` for weights by each teacher's confidence in each example; ``None`` for equal weights.
+        mix: ``"losses"`` is the weighted mean of the losses to each teacher, ``"probabilities"`` one loss to the
+            weighted mean of their softened probabilities, ``"logits"`` one loss to the weighted mean of their logits.
+        route: Where a batch keeps the index of the teacher that each example belongs to: a key, an index, or a function
+            of the batch, an integer tensor ``(N,)``. Each teacher then runs on its own examples alone.
         teacher_dtype: The teacher's precision, such as ``"bfloat16"``, independent of the Trainer's.
         on_policy: Lets the student write the text of some batches of a language model; see
             :class:`OnPolicyDistillation`. The default of ``terms`` is then a :class:`SequenceDistillation` with a
@@ -83,6 +89,7 @@ class DistillCallback(Callback):
     Attributes:
         terms: The terms, with their adapters.
         teacher: The teacher, or a container of several.
+        mix: How several teachers are weighted and mixed.
 
     Raises:
         ValueError: If a setting is not as above.
@@ -109,13 +116,16 @@ class DistillCallback(Callback):
 
     def __init__(
         self,
-        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
+        teacher: Teacher,
         terms: Terms = None,
         *,
         student: str | Sequence[str] | None = None,
         task_weight: float | Schedule = 1.0,
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_inputs: Place = None,
+        teacher_weights: Weights = None,
+        mix: str = "losses",
+        route: Route | None = None,
         teacher_dtype: torch.dtype | str | None = None,
         on_policy: OnPolicyDistillation | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
@@ -133,6 +143,7 @@ class DistillCallback(Callback):
                 f" prog_bar={prog_bar!r}. Drop one of the two."
             )
         self._run: Run | None = None
+        self.mix = TeacherMix(teacher_weights, mix, route)
         self.teacher = teacher
         default = LogitsDistillation if on_policy is None else reverse_term
         self.terms = [term.owned() for term in as_terms(terms, default)]
@@ -159,13 +170,15 @@ class DistillCallback(Callback):
         return self._teacher
 
     @teacher.setter
-    def teacher(self, teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None) -> None:
+    def teacher(self, teacher: Teacher) -> None:
         if self._run is not None:
             raise MisconfigurationException(
                 "Expected `teacher` to stay the same while a Trainer runs, but got another one. Load its weights into"
                 " the teacher, teacher.load_state_dict(...), or set it between two fits."
             )
-        self._teacher = as_teacher(teacher)
+        teacher = as_teacher(teacher)
+        self.mix.check_teacher(teacher)
+        self._teacher = teacher
 
     def loss(self, calls: int | slice | None = None) -> Tensor:
         """The weighted distillation loss of the student's calls so far in this ``training_step``, a scalar.
@@ -223,9 +236,9 @@ class DistillCallback(Callback):
         return select(output, None, "the model's output")
 
     def adapter_state(self) -> dict[str, Any]:
-        """The adapters by term and their optimizer's state, as checkpoints hold them; empty without adapters."""
+        """The adapters, their optimizer's state and a teacher's average, as checkpoints hold them, or nothing."""
         if self._run is not None:
-            return self._run.learned.state_dict()
+            return self._run.step.state_dict()
         if (sent := self._mailbox.receive()) is not None:  # from a process that this one has spawned
             self._state = sent
         return self._state
@@ -247,8 +260,9 @@ class DistillCallback(Callback):
         state = self.adapter_state()
         if self._last_module is not None and self._last_module() is not pl_module:
             state = {}  # another module's
-        adapters = {"adapters": state["adapters"]} if state else {}  # a new fit starts with a fresh optimizer
-        self._run = Run(self, trainer, pl_module, stage, adapters)
+        # a new fit starts with a fresh optimizer
+        kept = {name: value for name, value in state.items() if name in ("adapters", "teacher")}
+        self._run = Run(self, trainer, pl_module, stage, kept)
         self._last_module = ref(pl_module)
         if stage == "fit" and self.logs:
             log_hyperparameters(trainer, settings_of(self))
@@ -288,7 +302,7 @@ class DistillCallback(Callback):
         # its last learning rate would stay
         self._state = copy.deepcopy(checkpoint.get("callbacks", {}).get(self.state_key, {}))
         if self._run is not None:
-            self._run.learned.load_state_dict(self._state)
+            self._run.step.load_state_dict(self._state)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """At the end: remove every patch and hook, and restore the teacher."""
@@ -335,7 +349,7 @@ class DistillCallback(Callback):
         if self._run is not None:
             run, self._run = self._run, None
             run.close()
-            self._state = run.learned.state_dict()
+            self._state = run.step.state_dict()
 
     def __repr__(self) -> str:
         teacher = type(self.teacher).__name__

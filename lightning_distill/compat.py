@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -92,6 +93,11 @@ def unwrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper of DDP, torch.compile or Fabric; ``None`` if it is not such a wrapper."""
     inside = [module._modules.get(name) for name in ("module", "_orig_mod", "_forward_module")]
     return next((inner for inner in inside if inner is not None), None)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is a wrapper of DDP, torch.compile or Fabric around a network."""
+    return isinstance(module, DistributedDataParallel) or is_of_fabric(module) or "_orig_mod" in module._modules
 
 
 def is_of_fabric(module: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,22 +12,21 @@ from torch.optim import Optimizer
 
 from lightning_distill import checks
 from lightning_distill.adapters.learned import LearnedParts
-from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.data import IndexedBatch
 from lightning_distill.compat import HookGuards, is_compiled, redefined
-from lightning_distill.losses import DistillationLoss
+from lightning_distill.hparams import Teacher, Terms
 from lightning_distill.on_policy import LoopTexts, OnPolicyBatches, OnPolicyDistillation, process_number, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
 from lightning_distill.step import DistillStep, Labels, StepCalls
-from lightning_distill.teachers import SelfTeacher, as_dtype, as_teacher
+from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
-from lightning_distill.teachers.source import as_source, shared_parameter
-from lightning_distill.terms import DistillationTerm, LogitsDistillation, as_terms, teacher_inputs_of
-from lightning_distill.terms.counting import TokenShare, count_window
-
-Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
+from lightning_distill.teachers.make import as_source, shared_parameter
+from lightning_distill.teachers.route import Place as Route
+from lightning_distill.terms import LogitsDistillation, as_terms, teacher_inputs_of
+from lightning_distill.terms.counting import LoopWindow
+from lightning_distill.terms.mixing import TeacherMix, Weights
 
 
 class Distiller:
@@ -35,7 +34,8 @@ class Distiller:
 
     .. math:: \text{total} = w_{task} \, L_{task} + \sum_i w_i \, D_i(A_i(F^{student}_i), F^{teacher}_i)
 
-    With several teachers each term is averaged over them. A weight of 0 skips the work behind it.
+    With several teachers each term is averaged over them, unless ``mix`` or ``route`` say otherwise. A weight of 0
+    skips the work behind it.
 
     Args:
         student: The network that is called in the step.
@@ -48,6 +48,11 @@ class Distiller:
         teacher_inputs: The teacher's inputs, if they are not the student's: the key or index of them in the batch, or a
             function from the student's inputs (its only argument, the tuple of its arguments, or the dict of its
             keyword arguments) to the teacher's, in the same forms.
+        teacher_weights: A weight for each of several teachers, 0 or greater, numbers or schedules, divided by their
+            sum; ``"entropy"`` for weights by each teacher's confidence in each example; ``None`` for equal weights.
+        mix: ``"losses"``, ``"probabilities"`` or ``"logits"``, as in :class:`DistillCallback`.
+        route: Where a batch keeps the index of the teacher that each example belongs to: a key, an index, or a function
+            of the batch. Pass the batch to :meth:`total`.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; ``None`` takes that of the
             surrounding code.
         on_policy: Lets the student write the text of some batches, in :meth:`continued`. The default of ``terms`` is
@@ -83,17 +88,22 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
+        teacher: Teacher,
         terms: Terms = None,
         *,
         task_weight: float | Schedule = 1.0,
         labels: Labels = None,
         teacher_inputs: Place = None,
+        teacher_weights: Weights = None,
+        mix: str = "losses",
+        route: Route | None = None,
         teacher_dtype: torch.dtype | str | None = None,
         on_policy: OnPolicyDistillation | None = None,
     ) -> None:
         self.task_weight, self.on_policy = task_weight, on_policy
         self.student, self._teacher = student, as_teacher(teacher)
+        self._mix = TeacherMix(teacher_weights, mix, route)
+        self._mix.check_teacher(self._teacher)
         default = LogitsDistillation if on_policy is None else reverse_term
         self.terms = [term.owned() for term in as_terms(terms, default)]
         self._dtype, self._labels, self._inputs = as_dtype(teacher_dtype), labels, teacher_inputs
@@ -101,8 +111,7 @@ class Distiller:
         self._guards: HookGuards | None = None
         self._looked = False  # whether the networks were searched for compiled ones
         self._count, self._counts = 0, True  # steps so far, and whether they are counted here
-        self._divisors: dict[str, Tensor] = {}  # inside `window`
-        self._counted: dict[int, dict[str, Tensor]] = {}  # tokens of its batches, by their ids
+        self._window = LoopWindow()
         self._step = self._new_step()
         self._step.check()
         self._texts: LoopTexts | None = None
@@ -129,11 +138,13 @@ class Distiller:
                 lambda call: self.teacher_forward(call),
                 self._dtype,
                 teacher_inputs_of(self.terms, self._inputs, redefined(self, "teacher_forward")),
+                self._mix.route,
             ),
             self._learned,
             labels=self._labels,
             read_logits=lambda output: self.logits(output),
             never_called=lambda: self._never_called(),
+            mix=self._mix,
         )
 
     # Methods to override ---------------------------------------------------------------------------------------------
@@ -234,8 +245,7 @@ class Distiller:
         """The batch and its stored answers; takes its share of the tokens."""
         self._step.own_text = self._texts is not None and self._texts.is_own(batch)
         batch, stored = self._step.source.unpack(batch)
-        counted = self._counted.get(id(batch), {})
-        self._step.share = TokenShare(self._divisors, counted)
+        self._step.share = self._window.share(batch)
         return batch, stored
 
     def _total(self, task_loss: Tensor, batch: Any, step_calls: StepCalls) -> Tensor:
@@ -244,8 +254,7 @@ class Distiller:
             self._count += 1  # also without a schedule: one may be assigned later
         return self._step.total(task_loss, batch, step_calls)
 
-    @contextmanager
-    def window(self, batches: Sequence[Any]) -> Iterator[None]:
+    def window(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
         """A context for the micro-batches of one optimizer step.
 
         In it, terms on tokens are the mean over the tokens of all these batches and all processes, if the gradients are
@@ -270,17 +279,8 @@ class Distiller:
             ...             task_loss = student(tokens).mean()
             ...         (distiller.total(task_loss, tokens) / len(batches)).backward()
         """
-        if not batches:
-            raise ValueError("Expected `batches` to hold the micro-batches of an optimizer step, but got none.")
-        terms = [term for term in self.terms if term.counts_tokens]
-        if terms:
-            plain = [batch.batch if isinstance(batch, IndexedBatch) else batch for batch in batches]
-            self._divisors, counted = count_window(terms, plain, self._labels, self.student)
-            self._counted = {id(batch): numbers for batch, numbers in zip(plain, counted, strict=True)}
-        try:
-            yield
-        finally:
-            self._divisors, self._counted = {}, {}
+        plain = [batch.batch if isinstance(batch, IndexedBatch) else batch for batch in batches]
+        return self._window.opened(self.terms, plain, self._labels, self.student)
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set the scheduled values before a step. Schedules over steps count the calls of :meth:`total` instead.
@@ -348,7 +348,7 @@ class Distiller:
         Raises:
             ValueError: If the optimizer cannot be cloned. Pass :meth:`parameters` to an optimizer of your own instead.
         """
-        self._learned.follow(optimizer, scaler)
+        self._step.follow(optimizer, scaler)
 
     def state_dict(self) -> dict[str, Any]:
         """The adapters, their optimizer's state and the number of steps; empty without adapters and schedules.
@@ -357,7 +357,7 @@ class Distiller:
         """
         count = {"step": self._count} if self._counts and self._step.scheduler else {}
         texts = {} if self._texts is None else {"texts": self._texts.count}
-        return {**self._learned.state_dict(), **count, **texts}
+        return {**self._step.state_dict(), **count, **texts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a saved state. The adapters are made with the next batch, which has their shapes.
@@ -365,7 +365,7 @@ class Distiller:
         Args:
             state: A state that :meth:`state_dict` has returned; an empty one starts with fresh adapters.
         """
-        self._learned.load_state_dict(state)
+        self._step.load_state_dict(state)
         self._count = state.get("step", 0)
         if self._texts is not None:
             self._texts.count = state.get("texts", 0)
@@ -382,9 +382,10 @@ class Distiller:
         if self._guards is not None:
             self._guards.undo()
         self._guards, self._looked = None, False
-        parts = self._step.parts
+        parts, average = self._step.parts, self._step.source.state_dict()
         self._step = self._new_step()  # the student may have changed meanwhile
         self._step.parts = parts
+        self._step.source.load_state_dict(average)
 
     def __enter__(self) -> Distiller:
         return self

@@ -7,17 +7,22 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill import compat
 from lightning_distill.adapters import OptimizerCallable
+from lightning_distill.cache import TeacherCache
+from lightning_distill.losses import DistillationLoss
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call
 from lightning_distill.schedules import Schedule
-from lightning_distill.teachers import TeacherEnsemble
+from lightning_distill.teachers import EMATeacher, SelfTeacher, TeacherEnsemble
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.terms import DistillationTerm
+from lightning_distill.terms.mixing import TeacherMix
 
+Teacher = nn.Module | SelfTeacher | EMATeacher | TeacherCache | Sequence[nn.Module] | None
+Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
 Plain = str | int | float | bool | None
 
 
@@ -38,6 +43,7 @@ class Settings(Protocol):
     task_weight: Any
     schedules: dict[str, Schedule]
     on_policy: OnPolicyDistillation | None
+    mix: TeacherMix
 
     @property
     def distils_alone(self) -> bool:
@@ -81,6 +87,7 @@ def settings_of(callback: Any) -> dict[str, Plain]:
         "teacher_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "student": callback.student,
         "task_weight": callback.schedules.get("task_weight", callback.task_weight),
+        **callback.mix.settings(),
     }
     if (on_policy := callback.on_policy) is not None:
         names = ("fraction", "max_new_tokens", "temperature", "seed")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_distill import checks
 from lightning_distill.adapters import OptimizerCallable
-from lightning_distill.distiller import Terms
 from lightning_distill.functional.inputs import IGNORE_INDEX
+from lightning_distill.hparams import Terms
 from lightning_distill.losses import ReverseKLLoss
 from lightning_distill.module import DistillModule, LRSchedulerCallable
 from lightning_distill.on_policy import OnPolicyDistillation

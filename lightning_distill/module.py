@@ -17,16 +17,16 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill import checks
 from lightning_distill.adapters import OptimizerCallable
-from lightning_distill.cache import TeacherCache
 from lightning_distill.callback import DistillCallback
-from lightning_distill.distiller import Terms
+from lightning_distill.hparams import Teacher, Terms
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording.arguments import takes
 from lightning_distill.recording.batches import call_with, has_labels, inputs_in, split_batch
 from lightning_distill.recording.outputs import select
 from lightning_distill.schedules import Schedule
-from lightning_distill.teachers import SelfTeacher
 from lightning_distill.teachers.inputs import Place
+from lightning_distill.teachers.route import Place as Route
+from lightning_distill.terms.mixing import Weights
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
@@ -51,6 +51,9 @@ class DistillModule(LightningModule):
         lr_scheduler: Makes the learning rate scheduler from the optimizer; it steps once an epoch.
         labels: As in :class:`DistillCallback`.
         teacher_inputs: As in :class:`DistillCallback`.
+        teacher_weights: As in :class:`DistillCallback`.
+        mix: As in :class:`DistillCallback`.
+        route: As in :class:`DistillCallback`.
         teacher_dtype: As in :class:`DistillCallback`.
         on_policy: As in :class:`DistillCallback`.
         adapter_optimizer: As in :class:`DistillCallback`.
@@ -72,7 +75,7 @@ class DistillModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | SelfTeacher | TeacherCache | Sequence[nn.Module] | None,
+        teacher: Teacher,
         terms: Terms = None,
         *,
         task_loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
@@ -81,6 +84,9 @@ class DistillModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         labels: str | int | Callable[[Any], Tensor] | None = None,
         teacher_inputs: Place = None,
+        teacher_weights: Weights = None,
+        mix: str = "losses",
+        route: Route | None = None,
         teacher_dtype: torch.dtype | str | None = None,
         on_policy: OnPolicyDistillation | None = None,
         adapter_optimizer: OptimizerCallable | None = None,
@@ -100,6 +106,9 @@ class DistillModule(LightningModule):
             task_weight=task_weight,
             labels=labels,
             teacher_inputs=teacher_inputs,
+            teacher_weights=teacher_weights,
+            mix=mix,
+            route=route,
             teacher_dtype=teacher_dtype,
             on_policy=on_policy,
             adapter_optimizer=adapter_optimizer,

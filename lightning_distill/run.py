@@ -28,7 +28,8 @@ from lightning_distill.recording.batches import kept
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress
 from lightning_distill.step import DistillStep, StepCalls
-from lightning_distill.teachers.source import as_source, shared_parameter
+from lightning_distill.teachers import EMATeacher
+from lightning_distill.teachers.make import as_source, shared_parameter
 from lightning_distill.terms import teacher_inputs_of
 from lightning_distill.terms.counting import token_sizes
 from lightning_distill.texts import TrainerTexts
@@ -78,11 +79,13 @@ class Run:
                 callback.teacher_forward,
                 callback.teacher_dtype,
                 teacher_inputs_of(terms, callback.teacher_inputs, compat.redefined(callback, "teacher_forward")),
+                callback.mix.route,
             ),
             self.learned,
             labels=callback.labels,
             read_logits=callback.logits,
             never_called=student.never_called,
+            mix=callback.mix,
         )
         of_terms = [name for term in terms for name in term.logged_names]
         self._names = ["loss", "task_loss", "distillation_loss", *of_terms]
@@ -101,7 +104,7 @@ class Run:
         self._checked = not (compat.overrides(module, "configure_model") or compat.overrides(module, "setup"))
         if self._checked:
             self._check()
-        self.learned.load_state_dict(state)
+        self.step.load_state_dict(state)
         try:
             self._begin(stage)
         except BaseException:
@@ -110,6 +113,11 @@ class Run:
 
     def _check(self) -> None:
         self.step.check()
+        sharding = [name for name in ("DeepSpeedStrategy", "FSDPStrategy") if compat.has_strategy(self.trainer, name)]
+        if sharding and isinstance(self.callback.teacher, EMATeacher):
+            raise MisconfigurationException(
+                f"Expected DDP or one device with an EMATeacher, but got {sharding[0]}, which shards the student."
+            )
         if self._texts is not None:
             self._texts.check(self.step.source.stored, self.callback.teacher_inputs)
         name = shared_parameter(self.step.student.root, self.step.source)
@@ -122,7 +130,9 @@ class Run:
 
     def _begin(self, stage: str) -> None:
         trainer, callback = self.trainer, self.callback
-        self._check_prog_bar()
+        known = [*self._names, *(f"val_{name}" for name in self._names), "val_teacher_agreement"]
+        for name in callback.prog_bar:
+            checks.one_of("prog_bar", name, [*known, *self.step.scheduler.names])
         # not by the precision plugin, which replaces layers under some settings and could not be undone
         dtype = _TRUE_PRECISIONS.get(str(trainer.precision_plugin.precision))
         self.step.source.hold(trainer.strategy.root_device, dtype)
@@ -141,19 +151,10 @@ class Run:
                 "Expected a teacher network with validate=True, but got a cache, which has no outputs for the"
                 " validation data: nothing is measured in validation. Pass validate=None."
             )
-        if (
-            callback.validate is not False
-            and callback.logs
-            and self.step.source.live
-            and compat.overrides(self.module, "validation_step")
-        ):
+        measured = callback.validate is not False and callback.logs and self.step.source.live
+        if measured and compat.overrides(self.module, "validation_step"):
             self._validates = self._measures = True
             self._patches.append(patch_step(trainer.strategy, "validation_step", self.validation_step))
-
-    def _check_prog_bar(self) -> None:
-        known = [*self._names, *(f"val_{name}" for name in self._names), "val_teacher_agreement"]
-        for name in self.callback.prog_bar:
-            checks.one_of("prog_bar", name, [*known, *self.step.scheduler.names])
 
     def close(self) -> None:
         """Undo every patch, and restore the teacher to its state before the run."""
@@ -285,15 +286,16 @@ class Run:
         for optimizer in wrapped if isinstance(wrapped, list) else [wrapped]:
             groups = bare(optimizer).param_groups
             if any(id(parameter) in trained for group in groups for parameter in group["params"]):
-                self.learned.follow(cast(Optimizer, optimizer))
+                self.step.follow(cast(Optimizer, optimizer))
                 return
 
     def _before_optimizer_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Called by every optimizer step, after the backward pass and after the gradients are unscaled."""
         optimizer = kwargs["optimizer"] if "optimizer" in kwargs else args[1]
-        if self.trainer.world_size > 1 and self._in_step:
+        if (self.trainer.world_size > 1 or self.step.source.moves) and self._in_step:
             # in manual optimization another process may have called `loss` already, and waits in this step
             self._follow_the_students()
+        self.step.source.before_step()
         follower, trainer = self.learned.follower, self.trainer
         if follower is not None and bare(optimizer) is follower.leader:
             follower.prepare(getattr(trainer.precision_plugin, "scaler", None))

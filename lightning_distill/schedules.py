@@ -32,10 +32,11 @@ class Scheduler:
     Args:
         terms: The terms.
         owner: The object with the task weight, and perhaps with settings for text of the student.
+        others: Further objects with schedules, each with the prefix of their names in the logs.
     """
 
-    def __init__(self, terms: Sequence[nn.Module], owner: Any) -> None:
-        self._terms, self._owner = terms, owner
+    def __init__(self, terms: Sequence[nn.Module], owner: Any, others: Sequence[tuple[str, Any]] = ()) -> None:
+        self._terms, self._owner, self._others = terms, owner, others
 
     def __bool__(self) -> bool:
         return any(True for _ in self._scheduled())
@@ -55,8 +56,9 @@ class Scheduler:
         for name, schedule in self._owner.schedules.items():
             yield name, self._owner, name, schedule
         on_policy = getattr(self._owner, "on_policy", None)
-        for name, schedule in on_policy.schedules.items() if on_policy is not None else ():
-            yield f"on_policy_{name}", on_policy, name, schedule
+        for prefix, other in [*self._others] if on_policy is None else [("on_policy", on_policy), *self._others]:
+            for name, schedule in other.schedules.items():
+                yield f"{prefix}_{name}", other, name, schedule
         for term in self._terms:
             for path, module in term.named_modules():
                 schedules = module.__dict__.get("schedules")

@@ -9,17 +9,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_distill.adapters.follower import world_size
+from lightning_distill.adapters.follower import bare, world_size
 from lightning_distill.adapters.learned import LearnedParts
-from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.outputs import tensors_in
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Scheduler
+from lightning_distill.step_checks import check_step
 from lightning_distill.teachers.source import LiveTeachers, TeacherSource
 from lightning_distill.terms import DistillationTerm, LogitsDistillation, connected
 from lightning_distill.terms.counting import TokenShare, over_calls
+from lightning_distill.terms.mixing import TeacherMix
 from lightning_distill.terms.skipped_heads import SkippedHeads, check_not_compiled
 
 Pair = tuple[Tensor, Tensor, Tensor | None]
@@ -64,6 +66,7 @@ class DistillStep:
         labels: Where a batch keeps its labels.
         read_logits: From a network's output to its logits.
         never_called: The error message where the student was not called.
+        mix: How the answers of several teachers become the value of a term; ``None`` takes the mean over them.
 
     Attributes:
         parts: The detached parts of the last total.
@@ -87,11 +90,14 @@ class DistillStep:
         labels: Labels,
         read_logits: Callable[[Any], Tensor],
         never_called: Callable[[], str],
+        mix: TeacherMix | None = None,
     ) -> None:
         self.settings, self.student, self.source, self.learned = settings, student, source, learned
         self.terms = connected(terms, source)
         self._labels, self._read_logits, self._never_called = labels, read_logits, never_called
-        self.scheduler = Scheduler(terms, settings)
+        self.mix = mix or TeacherMix()
+        self.scheduler = Scheduler(terms, settings, [*self.mix.scheduled, *source.scheduled])
+        source.meet(student)
         self.parts: dict[str, Tensor] = {}
         self.batch_size, self.own_text, self.share = 0, False, TokenShare()
         self.unlogged: Tensor | None = None
@@ -121,35 +127,27 @@ class DistillStep:
         Raises:
             ValueError: With the closest layer names.
         """
-        taps: dict[str, list[tuple[str, Any]]] = {}
-        for side, kind in (("student", "recorded_taps"), ("teacher", "teacher_taps")):
-            taps[side] = [
-                (f"terms[{index}].{side}_layer", tap)
-                for index, term in enumerate(self.terms)
-                for tap in getattr(term, kind)
-            ]
-        readers = [term for term in self.terms if term.needs_teacher]
-        reader = next((term.name for term in readers), None)
-        output_reader = next((term.name for term in readers if not term.teacher_taps), None)
-        skipping = [term.name for term in self.terms if term.skips_heads]
-        if len(skipping) > 1:
-            raise ValueError(
-                f"Expected one term to skip the heads, but got {skipping}. Use one FusedLinearDistillation."
-            )
-        if skipping and not isinstance(self.source, LiveTeachers):
-            raise ValueError(
-                f"Expected `teacher` to be a network for term {skipping[0]!r}, which reads what goes into its head, but"
-                " it is not. Use SequenceDistillation."
-            )
-        bound = next((term.name for term in self.terms if term.needs_network), None)
-        if bound is not None and self.source.stored:
-            raise ValueError(
-                f"Expected `teacher` to be a network for term {bound!r}, which reads what a cache does not hold, but"
-                " got a cache. Pass the network. For layers build the cache with layers=[...], for FeatureDistillation."
-            )
-        self.source.check(taps["teacher"], reader, output_reader)
-        self.source.check_student(self.student.root)
-        self.student.check(taps["student"])
+        check_step(self.terms, self.student, self.source, self.mix)
+
+    def follow(self, leader: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Let the learned parts, and a teacher that moves, step with the student's optimizer.
+
+        Args:
+            leader: The optimizer, bare or wrapped by Lightning or Fabric.
+            scaler: The gradient scaler of a hand-written loop.
+        """
+        self.learned.follow(leader, scaler)
+        self.source.follow(bare(leader))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the learned parts and of the teacher; empty if they have none."""
+        teacher = self.source.state_dict()
+        return {**self.learned.state_dict(), **({"teacher": teacher} if teacher else {})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state, or start again if it is empty."""
+        self.learned.load_state_dict({name: value for name, value in state.items() if name != "teacher"})
+        self.source.load_state_dict(state.get("teacher", {}))
 
     def record(self, needs_grad: bool = True, features: bool = True, batch: Any = None) -> AbstractContextManager[None]:
         """A context in which the student's calls are recorded.
@@ -159,6 +157,8 @@ class DistillStep:
             features: Whether to keep the features at the tapped layers.
             batch: The batch, for a term that makes its loss while the student is called.
         """
+        if needs_grad:
+            self.source.before_step()  # a copy of the student is made before a call updates its statistics
         asking = [term for term in self.terms if term.active or not needs_grad]  # validation measures all terms
         arguments = {name: value for term in asking for name, value in term.student_arguments.items()}
         recording = self.student.recording(needs_grad, features, arguments)
@@ -253,6 +253,7 @@ class DistillStep:
         if not calls:
             raise ValueError(self._never_called())
         self.learned.check_trained()
+        self.source.check_followed()
         values = self._values(active, calls, batch, step_calls)
         weighted, shared = [], []
         for term in active:
@@ -293,7 +294,7 @@ class DistillStep:
             if self._unchecked:
                 self._check_scores(active, call, answers)
             for term in active:
-                values[term.name] += [term(call, answer, labels) for answer in answers]
+                values[term.name] += self.mix.values(term, call, answers, labels)
         return values
 
     def _prepare(self, call: Call, batch: Any) -> None:
@@ -305,7 +306,8 @@ class DistillStep:
         for term in active:
             if isinstance(term, LogitsDistillation) and term.name in self._unchecked:
                 self._unchecked.discard(term.name)
-                for answer in answers:
+                # the teachers of a route have answered for some of the examples alone
+                for answer in answers if self.mix.route is None else self.mix.seen(term, answers):
                     term.check_scores(call, answer)
 
     def answers(self, call: Call, stored: Any = None, asks: bool = True) -> list[Call]:
@@ -350,8 +352,7 @@ class DistillStep:
 
         Returns:
             The loss of each term whose parts exist. If a term compares class scores, also for each call the logits of
-            both sides and the mask of the positions that count; for several teachers the log of their mean
-            probabilities.
+            both sides and the mask of the positions that count; for several teachers their mixture.
 
         Raises:
             ValueError: If an output does not fit.
@@ -371,13 +372,9 @@ class DistillStep:
                 self.learned.build([term for term in measured if self.learned.waits(term)], call, answers)
                 for term in measured:
                     if self.learned.made(term) and not (term.needs_labels and labels is None):
-                        values.setdefault(term.name, []).extend(term(call, answer, labels) for answer in answers)
+                        values.setdefault(term.name, []).extend(self.mix.values(term, call, answers, labels))
                 if isinstance(scored, LogitsDistillation):
-                    student_logits, teacher_logits = scored.pair(call, answers[0])
-                    if len(answers) > 1:
-                        each = torch.stack([scored.pair(call, answer)[1].float() for answer in answers])
-                        dim = resolve_class_dim(student_logits, scored.class_dim)
-                        teacher_logits = each.softmax(dim if dim < 0 else dim + 1).mean(0).log()
+                    student_logits, teacher_logits = self.mix.scores(scored, call, answers)
                     pairs.append((student_logits.detach(), teacher_logits, scored.positions(call, labels)))
                 self.counted = call.counted
             return {name: torch.stack(each).mean() for name, each in values.items()}, pairs

@@ -17,7 +17,7 @@ ROOMS = {
         ("losses", "metrics", "recording"),
         ("adapters", "teachers", "heads"),
         ("terms", "measures"),
-        ("cache", "on_policy", "windows"),
+        ("cache", "on_policy", "windows", "step_checks"),
         ("hparams", "step", "texts"),
         ("distiller", "run"),
         ("callback",),
@@ -55,6 +55,7 @@ KNOW_NO_TRAINER = (
     "functional",
     "on_policy",
     "step",
+    "step_checks",
     "schedules",
 )
 

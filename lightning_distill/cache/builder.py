@@ -101,6 +101,10 @@ class Builder:
                 "Expected `views` to be 1 and `transform_seed` None for rows with keys, but got"
                 f" views={views} and transform_seed={transform_seed}. Leave out `key`."
             )
+        if not isinstance(teacher, nn.Module):
+            raise CacheError(
+                f"Expected `teacher` to be a module, whose outputs stay the same, but got {type(teacher).__name__}."
+            )
         self.teacher, self.dataset = teacher, dataset
         self.forward, self.teacher_inputs = forward, teacher_inputs
         # features are kept as the layers return them: the terms' own taps arrange them when they are read

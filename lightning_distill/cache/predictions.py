@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_SMALLEST = 1e-7  # of the probabilities whose logarithms are taken
+from lightning_distill.teachers.callable_teacher import array_function
 
 
 class Predictor(nn.Module):
@@ -30,7 +30,7 @@ class Predictor(nn.Module):
 
     def __init__(self, predict: Any, name: str) -> None:
         super().__init__()
-        self._predict = _function(predict)
+        self._predict = array_function(predict)
         self.register_buffer("name", torch.tensor(list(name.encode()), dtype=torch.uint8))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -49,31 +49,3 @@ class Predictor(nn.Module):
                 f" got {predictions.dtype} of shape {predictions.shape}."
             )
         return torch.as_tensor(predictions.astype("float32"))
-
-
-def _function(predict: Any) -> Any:
-    if hasattr(predict, "predict_proba"):
-        return lambda inputs: _logarithms(predict.predict_proba(inputs))
-    if hasattr(predict, "run") and hasattr(predict, "get_inputs"):
-        (place, *others) = predict.get_inputs()
-        if others:
-            raise TypeError(
-                f"Expected an ONNX session with one input, but got {[place.name, *(other.name for other in others)]}."
-                " Pass a function that feeds them."
-            )
-        return lambda inputs: predict.run(None, {place.name: inputs})[0]
-    if hasattr(predict, "predict"):
-        return predict.predict
-    if callable(predict):
-        return predict
-    raise TypeError(
-        f"Expected `predict` to be a function, an ONNX session or an estimator, but got a {type(predict).__name__}."
-    )
-
-
-def _logarithms(probabilities: Any) -> Any:
-    if isinstance(probabilities, list):  # of several outputs, which scikit-learn returns one by one
-        raise TypeError(
-            "Expected `predict_proba` to return one array, but got several. Pass a function that picks one."
-        )
-    return np.log(np.maximum(probabilities, _SMALLEST))

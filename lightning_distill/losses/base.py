@@ -125,10 +125,20 @@ class FormulaLoss(DistillationLoss):
         """Loss of a batch, a scalar."""
         return self._value(student, teacher, mask=mask)
 
-    def _value(self, *tensors: Tensor, mask: Tensor | None) -> Tensor:
+    @property
+    def has_rows(self) -> bool:
+        """Whether the loss has a value for each row, so that :meth:`rows` may be called."""
+        own = {vars(kind)["forward"] for kind in (FormulaLoss, LabelledLoss)}
+        return not self._of_batch and type(self).forward in own
+
+    def rows(self, *tensors: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of each row, 0 where a row does not count, for a loss with :attr:`has_rows`."""
+        return self._value(*tensors, mask=mask, reduction="none")
+
+    def _value(self, *tensors: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
         settings = {name: getattr(self, name) for name in self._shown}
         if not self._of_batch:
-            settings["reduction"] = "mean"
+            settings["reduction"] = reduction
         return type(self)._formula(*tensors, mask=mask, **settings)
 
 

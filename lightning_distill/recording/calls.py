@@ -140,6 +140,7 @@ class Call:
         output: Its output.
         who: ``"student"`` or ``"teacher"``, for messages.
         teacher: Which of several teachers answered, from 0.
+        rows: Examples of the student's call that the teacher answered for, int64 indices; ``None`` is all of them.
         trains: Whether gradients must flow back into the call, so that reading a tensor without them is an error.
         read_logits: Picks the logits from the output.
         batch: The batch of the step, as the training or validation step received it; ``None`` where it is not known.
@@ -162,6 +163,7 @@ class Call:
     output: Any = None
     who: str = "student"
     teacher: int = 0
+    rows: Tensor | None = field(default=None, repr=False)
     trains: bool = False
     read_logits: Callable[[Any], Tensor] | None = None
     batch: Any = field(default=None, repr=False)

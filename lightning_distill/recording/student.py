@@ -36,6 +36,16 @@ class StudentFinder:
         """Whether the user has named the student."""
         return self._student is not None
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether the student consists of several networks that are called one after the other."""
+        return not (self._student is None or isinstance(self._student, str) or len(self._student) == 1)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the student is known: named, or seen in a step."""
+        return self.named or self._student_recorder is not None
+
     def _named(self) -> Recorder:
         paths = [self._student] if isinstance(self._student, str) else list(self._student or [])
         modules = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, finalize
 
@@ -39,6 +40,22 @@ class _State:
                 module._buffers[name] = before
 
 
+def modules_of_student(student: nn.Module, teachers: Iterable[nn.Module]) -> set[nn.Module]:
+    """The modules of the student, without those that are only inside a teacher that it holds.
+
+    Args:
+        student: The student, or the module that contains it.
+        teachers: The teachers; the module may keep one in an attribute.
+    """
+    held, waiting, own = set(teachers) - {student}, [student], set()
+    while waiting:
+        module = waiting.pop()
+        if module not in held and module not in own:
+            own.add(module)
+            waiting += module.children()
+    return own
+
+
 class Hold:
     """Keeps a teacher in eval mode, without gradients, on a device and in a precision.
 
@@ -49,6 +66,10 @@ class Hold:
     Args:
         module: The teacher, or several in a container.
         dtype: The precision that the teacher computes in; ``None`` takes that of the surrounding code.
+
+    Attributes:
+        shared: Modules that belong to the student too, such as a frozen encoder. They keep their modes and are not
+            restored: the student's owner decides on them. Set it before :meth:`take`.
     """
 
     # by module and not by teacher: two callbacks may share one network, alone in one and among several in the other
@@ -56,6 +77,7 @@ class Hold:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module, self.dtype = module, dtype
+        self.shared: set[nn.Module] = set()
         self._modules: list[nn.Module] = []
         self._scripts: list[nn.Module] = []
         self._taken = False
@@ -74,12 +96,18 @@ class Hold:
             dtype: The precision where it has none of its own; ``None`` leaves it as it is.
 
         Raises:
-            ValueError: If another holder has it in another precision, or it cannot be moved.
+            ValueError: If another holder has it in another precision, it cannot be moved, or it shares modules with the
+                student and has a precision of its own.
         """
         if self._taken:
             return
+        if self.dtype is not None and any(tensor.dtype != self.dtype for tensor in self._shared_parameters()):
+            raise ValueError(
+                f"Expected `teacher_dtype` to be None for a teacher that shares modules with the student, but got"
+                f" {self.dtype}, which would convert the student's too. Pass copy.deepcopy(teacher)."
+            )
         dtype = self.dtype or dtype
-        modules = list(self.module.modules())
+        modules = [module for module in self.module.modules() if module not in self.shared]
         for module in modules:  # before anything is stored, so that an error leaves nothing behind
             state = self._held.get(module)
             if state is not None and state.dtype != dtype:
@@ -97,14 +125,41 @@ class Hold:
         self._taken = True
         # a hold that is dropped without a release restores the teacher too
         self._end = finalize(self, _release, modules)
+        modes = [(module, module.training) for module in self.shared]
         with contextlib.suppress(NotImplementedError):  # an exported program keeps the mode that it was traced in
             self.module.eval()
+        _set_modes(modes)
         self.still()
         try:
             self._move(device, dtype)
         except BaseException:
             self.release()
             raise
+
+    def _shared_parameters(self) -> Iterator[Tensor]:
+        return (parameter for module in self.shared for parameter in module.parameters(recurse=False))
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """A context for a call of the teacher: the modules that it shares with the student are in eval mode too.
+
+        Raises:
+            ValueError: If one of them is trained, so that the teacher would change with the student.
+        """
+        if not self.shared:
+            yield
+            return
+        if any(parameter.requires_grad for parameter in self._shared_parameters()):
+            raise ValueError(
+                "Expected the modules that teacher and student share to stay frozen, but they are trained now, so that"
+                " the teacher would change too. Pass copy.deepcopy(teacher)."
+            )
+        modes = [(module, module.training) for module in self.shared]
+        _set_modes([(module, False) for module in self.shared])
+        try:
+            yield
+        finally:
+            _set_modes(modes)
 
     def _move(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         if _is_dispatched(self.module):  # its parts are on several devices, and its hooks move the inputs
@@ -139,6 +194,12 @@ class Hold:
                 if parameter.requires_grad:
                     with contextlib.suppress(RuntimeError):  # a frozen program has constants
                         parameter.requires_grad_(False)
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        if module.training != training:
+            module.training = training
 
 
 def _release(modules: list[nn.Module]) -> None:

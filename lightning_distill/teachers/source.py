@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_distill import checks, compat
 from lightning_distill.recording import Call, Recorder, Recording, Tap, first_tensor, map_tensors
 from lightning_distill.recording.arguments import drop_capturing_hooks, has_capturing_hooks
 from lightning_distill.recording.calls import changed
+from lightning_distill.recording.student import StudentFinder
 from lightning_distill.teachers.configs import check_images
-from lightning_distill.teachers.hold import Hold
+from lightning_distill.teachers.fixed import FixedTeacher
+from lightning_distill.teachers.hold import Hold, modules_of_student
 from lightning_distill.teachers.inputs import TeacherInputs
-from lightning_distill.teachers.self_teacher import SelfTeacher
+from lightning_distill.teachers.route import Route, rows_of, shown_rows
 from lightning_distill.teachers.without_network import WithoutNetwork
 
 
@@ -27,10 +30,37 @@ class TeacherSource(Protocol):
     Attributes:
         live: Whether it can answer any input, so that validation can be measured.
         stored: Whether the answers come with the batches of a Trainer's training loader.
+        moves: Whether the teacher changes with the steps of the student's optimizer.
     """
 
     live: bool
     stored: bool
+    moves: bool
+
+    @property
+    def scheduled(self) -> list[tuple[str, Any]]:
+        """Objects with settings that may be schedules, each with the prefix of their names in logs."""
+
+    def meet(self, student: StudentFinder) -> None:
+        """Take note of the student, once."""
+
+    def follow(self, leader: Optimizer) -> None:
+        """Take note of the student's optimizer, whose steps a teacher may follow."""
+
+    def unfollow(self) -> None:
+        """Stop following the optimizer."""
+
+    def before_step(self) -> None:
+        """Called before the student is called in a step, and before its optimizer steps."""
+
+    def check_followed(self) -> None:
+        """Raise if an optimizer is missing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to save; empty for a teacher that does not change."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state, or from the start if it is empty."""
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if it lacks an output or a layer that the terms read.
@@ -76,14 +106,26 @@ class TeacherSource(Protocol):
 
 
 class TeacherEnsemble(nn.ModuleList):
-    """Several teachers that are called with the same input; it returns their outputs in a list."""
+    """Several teachers that are called with the same input; it returns their outputs in a list.
+
+    Attributes:
+        rows: The examples of each teacher while a route is followed; ``None`` calls every teacher with all of them.
+    """
+
+    rows: Sequence[Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """The output of every teacher."""
-        return [teacher(*args, **kwargs) for teacher in self]
+        """The output of every teacher, ``None`` for a teacher without examples."""
+        if self.rows is None:
+            return [teacher(*args, **kwargs) for teacher in self]
+        number = len(first_tensor(args, kwargs))
+        return [
+            teacher(*rows_of(args, part, number), **rows_of(kwargs, part, number)) if len(part) else None
+            for teacher, part in zip(self, self.rows, strict=True)
+        ]
 
 
-class LiveTeachers:
+class LiveTeachers(FixedTeacher):
     """One network or several, run without gradients on the student's arguments.
 
     Args:
@@ -92,6 +134,7 @@ class LiveTeachers:
         forward: The teacher's output for a call of the student; a list of outputs for an ensemble.
         dtype: The precision that the teachers compute in.
         inputs: Makes the teachers' inputs from the student's call; ``None`` takes the student's.
+        route: Says which examples of a call each of several teachers answers for; ``None`` is all of them.
 
     Attributes:
         held: The hold on the networks.
@@ -106,15 +149,21 @@ class LiveTeachers:
         forward: Callable[[Call], Any],
         dtype: torch.dtype | None = None,
         inputs: TeacherInputs | None = None,
+        route: Route | None = None,
     ) -> None:
-        self._inputs = inputs or TeacherInputs(None, {})
+        self._inputs, self._route = inputs or TeacherInputs(None, {}), route
         self._several = isinstance(module, TeacherEnsemble)
         networks = list(module.children()) if self._several else [module]
         self.module, self.held = module, Hold(module, dtype)
         self._forward = forward
         self._recorders = [Recorder(network, taps, "teacher") for network in networks] if taps else []
         self._own_dtype: torch.dtype | None = None
+        self._student: StudentFinder | None = None
         self._without_capturing: list[nn.Module] = []  # transformers adds hooks where terms read hidden states
+
+    def meet(self, student: StudentFinder) -> None:
+        """Take note of the student, which may share modules with the teacher."""
+        self._student = student
 
     def check(self, taps: Sequence[tuple[str, Tap]], reader: str | None, output_reader: str | None) -> None:
         """Raise if a teacher lacks a layer.
@@ -164,6 +213,8 @@ class LiveTeachers:
         """Freeze the networks on a device, in a precision if none was chosen; further calls do nothing."""
         if self.held.taken:
             return
+        if self._student is not None:
+            self.held.shared = modules_of_student(self._student.root, self.modules()) & set(self.module.modules())
         self.held.take(device, dtype)
         self._inputs.look_at(self.modules())
         self._without_capturing = [network for network in self.modules() if not has_capturing_hooks(network)]
@@ -215,7 +266,8 @@ class LiveTeachers:
         if fixed or (self._own_dtype and not torch.is_autocast_enabled(device.type)):
             shown = replace(shown, args=self.cast(shown.args), kwargs=self.cast(shown.kwargs))
         # not inference_mode: its tensors could not be saved for the backward
-        with torch.no_grad(), surroundings, Recording(self._recorders):
+        rows = None if self._route is None else self._route.rows(call, len(list(self.modules())))
+        with torch.no_grad(), surroundings, self.held.evaluated(), Recording(self._recorders), self._parted(rows):
             output = self._output(shown)
         if changed(call.input_versions):
             raise ValueError(
@@ -229,8 +281,22 @@ class LiveTeachers:
             answer = recorded[-1] if recorded else Call((), {}, who="teacher")
             answer.output, answer.teacher, answer.read_logits = single, index, call.read_logits
             answer.args, answer.kwargs, answer.network = shown.args, shown.kwargs, networks[index]
+            answer.rows = None if rows is None else rows[index]
             answers.append(answer)
         return answers
+
+    @contextmanager
+    def _parted(self, rows: Sequence[Tensor] | None) -> Iterator[None]:
+        """A context in which each of several teachers is called with its own examples."""
+        if rows is None:
+            yield
+            return
+        ensemble = cast(TeacherEnsemble, self.module)
+        ensemble.rows = shown_rows(rows, all_answer=bool(self._recorders))
+        try:
+            yield
+        finally:
+            ensemble.rows = None
 
     def _output(self, call: Call) -> Any:
         try:
@@ -263,109 +329,3 @@ class NoTeacher(WithoutNetwork):
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """An empty answer."""
         return [Call((), {}, who="teacher", read_logits=call.read_logits)]
-
-
-def as_teacher(teacher: Any) -> Any:
-    """The teacher as one object: several networks become an ensemble; anything else is returned unchanged.
-
-    Raises:
-        TypeError: If something in it is not a module.
-        ValueError: If it is an empty sequence.
-    """
-    if isinstance(teacher, nn.ModuleList) and not isinstance(teacher, TeacherEnsemble):  # it has no forward
-        teacher = list(teacher)
-    if teacher is None or isinstance(teacher, (nn.Module, SelfTeacher)) or hasattr(teacher, "as_source"):
-        return teacher
-    if isinstance(teacher, (str, bytes, dict)) or not isinstance(teacher, Sequence):
-        got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"teacher={teacher!r}"
-        raise TypeError(
-            f"Expected `teacher` to be a module or a sequence of modules, but got {got}."
-            " Use load_teacher(checkpoint, model) for a file."
-        )
-    if not teacher:
-        raise ValueError("Expected `teacher` to be at least one module, but got an empty sequence. Pass a network.")
-    if wrong := [type(network).__name__ for network in teacher if not isinstance(network, nn.Module)]:
-        raise TypeError(f"Expected `teacher` to hold modules only, but got {wrong[0]}. Pass networks.")
-    return TeacherEnsemble(teacher)
-
-
-def as_source(
-    teacher: Any,
-    taps: Sequence[Tap],
-    forward: Callable[[Call], Any],
-    dtype: torch.dtype | None,
-    inputs: TeacherInputs | None = None,
-) -> TeacherSource:
-    """The source of a teacher that :func:`as_teacher` has returned.
-
-    Args:
-        teacher: A network, an ensemble, the student itself, a cache, or ``None``.
-        taps: The layers of the teacher that terms read.
-        forward: The teacher's output for a call of the student.
-        dtype: The precision of networks.
-        inputs: Makes the teacher's inputs from the student's call; ``None`` takes the student's.
-
-    Raises:
-        ValueError: If other inputs are given for a cache, which holds the outputs already.
-    """
-    if teacher is None:
-        return NoTeacher()
-    if isinstance(teacher, nn.Module):
-        return LiveTeachers(teacher, taps, forward, dtype, inputs)
-    if isinstance(teacher, SelfTeacher):
-        if dtype is not None:
-            raise ValueError(
-                f"Expected `teacher_dtype` to be None with a SelfTeacher, which has the student's precision, but got"
-                f" teacher_dtype={dtype}."
-            )
-        return teacher.source(forward, inputs or TeacherInputs(None, {}))
-    if inputs is not None and inputs.place is not None:
-        raise ValueError(
-            "Expected `teacher_inputs` to be None with a cache, which holds the teacher's outputs already, but got"
-            f" teacher_inputs={inputs.place!r}. Pass it to TeacherCache.build."
-        )
-    source: TeacherSource = teacher.as_source()
-    return source
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from its name.
-
-    Raises:
-        ValueError: If the name is not that of a floating point dtype.
-    """
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise ValueError(
-            f"Expected `teacher_dtype` to be a floating point dtype, but got teacher_dtype={dtype!r}."
-            " Pass 'bfloat16', 'float16', 'float32' or 'float64'."
-        )
-    return named
-
-
-def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
-    """Name of a parameter that the student trains and the teacher has too, or ``None``.
-
-    A teacher that is a part of the student's module (``self.teacher``) does not count as the student's, and frozen
-    parameters may be shared.
-
-    Args:
-        student: The student, or the module that contains it.
-        source: The teacher.
-    """
-    teachers = set(source.modules()) - {student}
-    trained, waiting, seen = set(), [student], set()
-    while waiting:
-        module = waiting.pop()
-        if module in teachers or module in seen:
-            continue
-        seen.add(module)
-        waiting += module.children()
-        trained |= {id(parameter) for parameter in module.parameters(recurse=False) if parameter.requires_grad}
-    if not trained:  # everything that the student trains is inside the teacher
-        trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
-    for network in source.modules():
-        for name, parameter in network.named_parameters():
-            if id(parameter) in trained:
-                return name
-    return None

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_distill.teachers.fixed import FixedTeacher
 
-class WithoutNetwork:
+
+class WithoutNetwork(FixedTeacher):
     """Base of the sources that have no network of their own: nothing is held, moved, frozen or recorded."""
 
     live, stored = True, False
-
-    def check_student(self, student: nn.Module) -> None:
-        """No-op: any student will do."""
 
     def hold(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """No-op: no network."""

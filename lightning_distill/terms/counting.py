@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -88,6 +89,44 @@ class TokenShare(NamedTuple):
 
     divisors: Mapping[str, Tensor] = MappingProxyType({})
     counted: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class LoopWindow:
+    """The tokens of an optimizer step in a hand-written loop."""
+
+    def __init__(self) -> None:
+        self._divisors: dict[str, Tensor] = {}
+        self._counted: dict[int, dict[str, Tensor]] = {}  # by the ids of the batches
+
+    def share(self, batch: Any) -> TokenShare:
+        """The tokens, as a batch sees them."""
+        return TokenShare(self._divisors, self._counted.get(id(batch), {}))
+
+    @contextmanager
+    def opened(
+        self, terms: Sequence[DistillationTerm], batches: Sequence[Any], label_place: Any, student: nn.Module
+    ) -> Iterator[None]:
+        """A context for the micro-batches of one optimizer step; see :meth:`Distiller.window`.
+
+        Args:
+            terms: The terms.
+            batches: The micro-batches of this process.
+            label_place: Where the owner of the terms says that a batch keeps its labels.
+            student: The student.
+
+        Raises:
+            ValueError: If ``batches`` is empty, or as :func:`count_tokens`.
+        """
+        if not batches:
+            raise ValueError("Expected `batches` to hold the micro-batches of an optimizer step, but got none.")
+        counting = [term for term in terms if term.counts_tokens]
+        if counting:
+            self._divisors, counted = count_window(counting, batches, label_place, student)
+            self._counted = {id(batch): numbers for batch, numbers in zip(batches, counted, strict=True)}
+        try:
+            yield
+        finally:
+            self._divisors, self._counted = {}, {}
 
 
 def over_calls(

@@ -142,14 +142,17 @@ def value_of(
     labels: Tensor | None,
     mask: Tensor | None = None,
     foreground: Tensor | None = None,
+    *,
+    mean: bool = True,
 ) -> Tensor:
-    """A loss computed in float32 or better, averaged if it is not a scalar.
+    """A loss computed in float32 or better, averaged if it is not a scalar and ``mean`` is True.
 
     Raises:
         TypeError: If the loss does not return a tensor.
     """
     first = student if isinstance(student, Tensor) else student[0]
-    if not isinstance(loss, DistillationLoss):  # the library's losses widen their inputs themselves
+    owner = getattr(loss, "__self__", loss)  # of a method
+    if not isinstance(owner, DistillationLoss):  # the library's losses widen their inputs themselves
         student, teacher = _widened(student), _widened(teacher)
     third = [labels] if requires.needs_labels else [foreground] if requires.needs_boxes else []
     arguments = (student, teacher, *third)
@@ -161,7 +164,7 @@ def value_of(
         value = loss(*arguments, **keywords)
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected `loss` to return a tensor, but got {type(value).__name__}.")
-    return value if value.ndim == 0 else value.mean()
+    return value if value.ndim == 0 or not mean else value.mean()
 
 
 def widened(value: Tensor) -> Tensor:

@@ -193,6 +193,12 @@ def test_the_wrapper_of_fabric_is_distinguished_from_a_plain_module() -> None:
     assert not compat.is_of_fabric(nn.Linear(2, 2))
 
 
+def test_wrappers_of_fabric_and_of_the_compiler_are_wrappers() -> None:
+    assert compat.is_wrapper(Fabric(accelerator="cpu", devices=1).setup(nn.Linear(2, 2)))
+    assert compat.is_wrapper(torch.compile(nn.Linear(2, 2)))
+    assert not compat.is_wrapper(nn.Linear(2, 2))
+
+
 def test_hook_guards_are_held_until_the_last_holder_lets_go() -> None:
     from torch._dynamo import config
 

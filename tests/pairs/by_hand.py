@@ -6,6 +6,7 @@ these formulas; :class:`Hand` is the loop around it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,21 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float, mask: Ten
     target = (teacher.float() / temperature).softmax(-1)
     each = (target * (target.log() - (student.float() / temperature).log_softmax(-1))).sum(-1) * temperature**2
     return each.mean() if mask is None else each[mask].mean()
+
+
+def mixed(teachers: Sequence[Tensor], weights: Tensor, temperature: float) -> Tensor:
+    """Logits of the weighted mean of the teachers' softened probabilities."""
+    return (
+        temperature
+        * sum(w * (z.float() / temperature).softmax(-1) for w, z in zip(weights, teachers, strict=True)).log()
+    )
+
+
+def confidence(teachers: Sequence[Tensor]) -> Tensor:
+    """Weights by the inverse of each teacher's perplexity, for each row, (teachers, rows, 1)."""
+    probabilities = [z.float().softmax(-1) for z in teachers]
+    scores = torch.stack([1 / (-(p * p.log()).sum(-1, keepdim=True)).exp() for p in probabilities])
+    return scores / scores.sum(0)
 
 
 def likeliest(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -149,6 +165,8 @@ class Hand:
         task_weight: The task loss's weight at a place.
         optimizer: Makes the optimizer.
         dtype: The precision in which the teacher has answered, whatever the student's.
+        decay: Share of the old values in each update of the student's average, at a place; ``None`` keeps no average.
+        average: The average of an earlier training, by name.
     """
 
     formula: Formula
@@ -160,12 +178,17 @@ class Hand:
         parameters, lr=0.1, momentum=0.9
     )
     dtype: torch.dtype | None = None
+    decay: Callable[[Place], float] | None = None
+    average: dict[str, Tensor] | None = None
     losses: list[float] = field(default_factory=list)
     tasks: list[float] = field(default_factory=list)
     after: list[dict[str, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.learned = {key: value.clone().requires_grad_() for key, value in self.learned.items()}
+        self.teacher = copy.deepcopy(self.student)
+        if self.average is not None:
+            self.teacher.load_state_dict(self.average)
 
     def distillation(self, batch: Batch, place: Place, distils: bool = True) -> tuple[Tensor, Tensor]:
         """The task loss and the weighted distillation loss of a batch, means over the views."""
@@ -176,7 +199,7 @@ class Hand:
             result = outputs(self.student, x)
             tasks.append(cross_entropy(result["logits"], batch["labels"]))
             if distils:
-                ask = lambda teacher, dtype=self.dtype, x=x: asked(teacher, x, dtype)  # noqa: E731
+                ask = lambda teacher, dtype=self.dtype, x=x: asked(teacher or self.teacher, x, dtype)  # noqa: E731
                 values.append(self.formula(result, ask, batch, place, self.learned))
         return torch.stack(tasks).mean(), torch.stack(values).mean()
 
@@ -224,6 +247,11 @@ class Hand:
                 if any(parameter.grad is not None for parameter in learned):
                     torch.nn.utils.clip_grad_norm_(learned, clip)
             optimizer.step()
+            if self.decay is not None:
+                decay = self.decay(batches[-1][1])
+                with torch.no_grad():
+                    for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                        old.copy_(decay * old + (1 - decay) * new)
             self.after.append({name: value.detach().clone() for name, value in self.student.named_parameters()})
         return self
 

@@ -143,7 +143,8 @@ class Cell:
         feature = self.feature
         torch.manual_seed(7)
         dtype = None if feature.cache is None else torch.float32  # in which the cache was built
-        settings = {"views": feature.views, "task_weight": feature.task_weight, "dtype": dtype, **settings}
+        own = {"views": feature.views, "task_weight": feature.task_weight, "decay": feature.decay, "dtype": dtype}
+        settings = {**own, **settings}
         return Hand(feature.formula, student() if model is None else model, start, **settings)
 
     def first_values(self) -> dict[str, Tensor]:
@@ -182,6 +183,9 @@ class Cell:
         ended = {name.removeprefix("_orig_mod."): value for name, value in ended.items()}
         same(ended, hand.after[-1] if final is None else final, tolerance)
         same(learned(distill), hand.values(), tolerance)
+        if self.feature.decay is not None:
+            average = distill.adapter_state()["teacher"]["average"]
+            same(average, {name: value.detach() for name, value in hand.teacher.named_parameters()}, tolerance)
 
     def clean(self, trainer: Trainer, module: LightningModule) -> None:
         """Assert that nothing is left on the module or the Trainer's objects."""

@@ -178,7 +178,8 @@ def exception_in_a_step_and_a_second_fit(cell: Cell) -> None:
     trainer, watch = cell.fit(module, distill)
     if first.learned:
         same(watch.start or {}, first.values())
-    hand = cell.hand(watch, fresh=False, model=first.student).train(cell.steps())
+    average = None if first.decay is None else first.teacher.state_dict()
+    hand = cell.hand(watch, fresh=False, model=first.student, average=average).train(cell.steps())
     cell.equal(hand, watch, distill, module, tolerance=5e-6)
     cell.clean(trainer, module)
 

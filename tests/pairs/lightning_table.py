@@ -17,10 +17,12 @@ from pairs.by_hand import (
     Batch,
     Formula,
     Place,
+    confidence,
     decoupled,
     generated,
     likeliest,
     line,
+    mixed,
     soft_targets,
     squared,
     variational,
@@ -32,6 +34,7 @@ from torch.utils.data import Dataset
 from lightning_distill import (
     DecoupledKDLoss,
     DistillationTerm,
+    EMATeacher,
     FeatureDistillation,
     LogitsDistillation,
     MaskedGenerativeLoss,
@@ -53,6 +56,10 @@ def first_teacher() -> Mlp:
 
 def second_teacher() -> Mlp:
     return Mlp(6, seed=2)
+
+
+def _two() -> list[Mlp]:
+    return [first_teacher(), second_teacher()]
 
 
 class Rows(Dataset[Batch]):
@@ -104,6 +111,7 @@ class Feature:
         task_weight: The weight of the task loss, by hand.
         length: Length of sequences, for data that are sequences.
         draws: Whether it draws random numbers in a step.
+        decay: The decay of the teacher, if it is the student's average, by hand.
     """
 
     terms: Callable[[], Any]
@@ -115,6 +123,7 @@ class Feature:
     task_weight: Callable[[Place], float] = lambda place: 1.0
     length: int | None = None
     draws: bool = False
+    decay: Callable[[Place], float] | None = None
 
     def rows(self) -> Rows:
         return Rows(self.length)
@@ -173,6 +182,62 @@ def _two_teachers(result, ask, batch, place, learned):
     logits = [soft_targets(result["logits"], ask(teacher)["logits"], 4.0) for teacher in teachers]
     features = [_adapted(result, ask, learned, teacher, index) for index, teacher in enumerate(teachers)]
     return 0.5 * sum(logits) / 2 + 2.0 * sum(features) / 2
+
+
+def _weighted_teachers(result, ask, batch, place, learned):
+    shares = torch.tensor([3.0, line(1.0, 0.0, place.fraction)])
+    teachers = [first_teacher(), second_teacher()]
+    logits = [soft_targets(result["logits"], ask(teacher)["logits"], 4.0) for teacher in teachers]
+    features = [_adapted(result, ask, learned, teacher, index) for index, teacher in enumerate(teachers)]
+    values = [0.5 * logit + 2.0 * feature for logit, feature in zip(logits, features, strict=True)]
+    return sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True))
+
+
+def _both(ask):
+    return [ask(first_teacher())["logits"], ask(second_teacher())["logits"]]
+
+
+def _mixed_probabilities(result, ask, batch, place, learned):
+    return soft_targets(result["logits"], mixed(_both(ask), torch.tensor([0.7, 0.3]), 4.0), 4.0)
+
+
+def _mixed_logits(result, ask, batch, place, learned):
+    teachers = _both(ask)
+    weights = confidence(teachers)
+    return soft_targets(result["logits"], sum(w * z.float() for w, z in zip(weights, teachers, strict=True)), 4.0)
+
+
+def _losses_by_confidence(result, ask, batch, place, learned):
+    teachers = _both(ask)
+    weights, values = confidence(teachers), []
+    for row in range(len(result["logits"])):
+        for weight, teacher in zip(weights, teachers, strict=True):
+            values.append(weight[row, 0] * soft_targets(result["logits"][row : row + 1], teacher[row : row + 1], 4.0))
+    return sum(values) / len(result["logits"])
+
+
+def _average(result, ask, batch, place, learned):
+    return _logits(result, lambda _: ask(None), batch, place, learned)
+
+
+def _average_with_layers(result, ask, batch, place, learned):
+    teacher = ask(None)
+    logits = soft_targets(result["logits"], teacher["logits"], 4.0)
+    return 0.5 * logits + 2.0 * squared(result["body"], teacher["body"])
+
+
+def _routed(result, ask, batch, place, learned):
+    values = []
+    for index, teacher in enumerate([first_teacher(), second_teacher()]):
+        rows = (batch["labels"] % 2 == index).nonzero()[:, 0]
+        if len(rows) == 0:
+            continue
+        part = {name: value[rows] for name, value in result.items()}
+        answer = {name: value[rows] for name, value in ask(teacher).items()}
+        value = 0.5 * soft_targets(part["logits"], answer["logits"], 4.0)
+        value = value + 2.0 * _adapted(part, lambda _, answer=answer: answer, learned, teacher, index)
+        values.append(len(rows) / len(batch["labels"]) * value)
+    return sum(values)
 
 
 def _top_k(result, ask, batch, place, learned):
@@ -258,6 +323,34 @@ FEATURES: dict[str, Feature] = {
     ),
     "cache by key": Feature(_adapter_terms, _with_adapter, cache={"layers": ["body"], "key": content_key}),
     "several teachers": Feature(_adapter_terms, _two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
+    "weighted teachers": Feature(
+        _adapter_terms,
+        _weighted_teachers,
+        teacher=_two,
+        settings={"teacher_weights": [3.0, Linear(1.0, 0.0)]},
+    ),
+    "mixture of probabilities": Feature(
+        lambda: None,
+        _mixed_probabilities,
+        teacher=_two,
+        settings={"teacher_weights": [7, 3], "mix": "probabilities"},
+    ),
+    "mixture of logits by confidence": Feature(
+        lambda: None, _mixed_logits, teacher=_two, settings={"teacher_weights": "entropy", "mix": "logits"}
+    ),
+    "losses by confidence": Feature(
+        lambda: None, _losses_by_confidence, teacher=_two, settings={"teacher_weights": "entropy"}
+    ),
+    "route": Feature(_adapter_terms, _routed, teacher=_two, settings={"route": lambda batch: batch["labels"] % 2}),
+    "moving average": Feature(
+        _adapter_terms, _average_with_layers, teacher=lambda: EMATeacher(0.6), decay=lambda place: 0.6
+    ),
+    "moving average with a decay over the fraction": Feature(
+        lambda: None,
+        _average,
+        teacher=lambda: EMATeacher(Linear(0.2, 0.9)),
+        decay=lambda place: line(0.2, 0.9, place.fraction),
+    ),
     "views": Feature(_adapter_terms, _with_adapter, views=(lambda x: x, lambda x: 1 - x)),
     "views and labels": Feature(
         lambda: LogitsDistillation(DecoupledKDLoss(3.0, nontarget_weight=2.0), weight=0.5),

@@ -116,6 +116,12 @@ def full(parameter: Any) -> Any:
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().tolist()
 
 
+def average(distill: DistillCallback) -> dict[str, torch.Tensor]:
+    """The moving average that teaches, by name."""
+    values: dict[str, torch.Tensor] = distill.adapter_state().get("teacher", {}).get("average", {})
+    return values
+
+
 class Runs:
     """The runs of one feature.
 
@@ -152,6 +158,7 @@ class Runs:
             "start": None if watch.start is None else {key: value.tolist() for key, value in watch.start.items()},
             "student": {name: full(value) for name, value in module.model.named_parameters()},
             "learned": {key: value.tolist() for key, value in learned(distill).items()},
+            "average": {key: value.tolist() for key, value in average(distill).items()},
             "batches": [batch["x"].tolist() for batch in watch.batches],
         }
 
@@ -188,6 +195,13 @@ class Runs:
         distill = self.callback()
         return self.fit(Sharded(self.name), distill, fsdp(), Rests(distill), max_epochs=1)
 
+    def sharded_average(self) -> dict[str, Any]:
+        try:
+            self.fit(Sharded(self.name), self.callback(), fsdp())
+        except ValueError as error:
+            return {"error": str(error)}
+        return {"error": None}
+
     def skipping(self) -> dict[str, Any]:
         try:
             self.fit(Skips(self.name), self.callback(), ddp())
@@ -201,12 +215,19 @@ CASES: dict[str, tuple[str, ...]] = {
     "plain": tuple(FEATURES),
     "unused": ("adapter", "self-distillation"),
     "accumulation": ("adapter", "cache", "temperature over the fraction", "variational information"),
-    "resting": CONSTANT,
+    "resting": (*CONSTANT, "moving average"),
     "resting_and_accumulating": ("adapter", "several teachers", "self-distillation"),
-    "manual": CONSTANT,
-    "resumed": ("adapter", "adapter with a weight over the fraction", "cache", "variational information"),
+    "manual": (*CONSTANT, "moving average"),
+    "resumed": (
+        "adapter",
+        "adapter with a weight over the fraction",
+        "cache",
+        "variational information",
+        "moving average",
+    ),
     "sharded": ("logits", "adapter", "several teachers", "variational information", "self-distillation", "cache"),
     "sharded_and_resting": ("adapter", "self-distillation"),
+    "sharded_average": ("moving average",),
     "skipping": ("adapter",),  # last: Lightning ends the run of both processes
 }
 

@@ -15,7 +15,8 @@ from processes import run_processes
 from torch import Tensor
 
 SCRIPT = Path(__file__).parent / "lightning_two_processes.py"
-CELLS = [(feature, case) for case, features in CASES.items() if case != "skipping" for feature in features]
+REFUSED = ("skipping", "sharded_average")
+CELLS = [(feature, case) for case, features in CASES.items() if case not in REFUSED for feature in features]
 pytestmark = [pytest.mark.distributed]
 
 
@@ -54,6 +55,7 @@ def by_hand(name: str, case: str, ended: list[dict[str, Any]]) -> Hand:
         views=feature.views,
         task_weight=feature.task_weight,
         dtype=None if feature.cache is None else torch.float32,
+        decay=feature.decay,
     )
     return hand.train(
         steps,
@@ -72,8 +74,16 @@ def test_two_processes_equal_one_that_sees_all_batches(pair, feature: str, case:
         close(ended[rank]["losses"], hand.losses[rank::2][skipped:], 5e-6)
         same(tensors(ended[rank]["student"]), hand.after[-1], 5e-6)
         same(tensors(ended[rank]["learned"]), hand.values(), 5e-6)
+        if hand.decay is not None:
+            same(tensors(ended[rank]["average"]), hand.teacher.state_dict(), 5e-6)
     assert ended[0]["student"] == ended[1]["student"]
     assert ended[0]["learned"] == ended[1]["learned"]
+    assert ended[0]["average"] == ended[1]["average"]
+
+
+def test_the_average_of_a_sharded_student_is_refused_in_both_processes(pair) -> None:
+    for rank in pair:
+        assert "is a shard of FSDP. Use DDP, or one device" in rank["sharded_average/moving average"]["error"]
 
 
 def test_a_step_without_a_loss_is_refused_by_lightning_in_both_processes(pair) -> None:

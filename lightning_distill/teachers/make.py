@@ -1,0 +1,133 @@
+"""From what a user passes as the teacher to a source of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_distill.recording import Call, Tap
+from lightning_distill.teachers.callable_teacher import takes_arrays
+from lightning_distill.teachers.hold import modules_of_student
+from lightning_distill.teachers.inputs import TeacherInputs
+from lightning_distill.teachers.moving_average import EMATeacher
+from lightning_distill.teachers.route import Route
+from lightning_distill.teachers.self_teacher import SelfTeacher
+from lightning_distill.teachers.source import LiveTeachers, NoTeacher, TeacherEnsemble, TeacherSource
+
+
+def as_teacher(teacher: Any) -> Any:
+    """The teacher as one object: several networks become an ensemble; anything else is returned unchanged.
+
+    Raises:
+        TypeError: If something in it is not a module.
+        ValueError: If it is an empty sequence.
+    """
+    if isinstance(teacher, nn.ModuleList) and not isinstance(teacher, TeacherEnsemble):  # it has no forward
+        teacher = list(teacher)
+    if teacher is None or isinstance(teacher, (nn.Module, SelfTeacher, EMATeacher)) or hasattr(teacher, "as_source"):
+        return teacher
+    if isinstance(teacher, (str, bytes, dict)) or not isinstance(teacher, Sequence):
+        if not isinstance(teacher, type) and (callable(teacher) or takes_arrays(teacher)):
+            raise TypeError(
+                f"Expected `teacher` to be a module or a sequence of modules, but got teacher={teacher!r}. Wrap a"
+                " function, a session or an estimator: CallableTeacher(function)."
+            )
+        got = f"the class {teacher.__name__}" if isinstance(teacher, type) else f"teacher={teacher!r}"
+        raise TypeError(
+            f"Expected `teacher` to be a module or a sequence of modules, but got {got}."
+            " Use load_teacher(checkpoint, model) for a file."
+        )
+    if not teacher:
+        raise ValueError("Expected `teacher` to be at least one module, but got an empty sequence. Pass a network.")
+    if wrong := [type(network).__name__ for network in teacher if not isinstance(network, nn.Module)]:
+        raise TypeError(
+            f"Expected `teacher` to hold modules only, but got {wrong[0]}. Pass networks, or CallableTeacher(function)."
+        )
+    return TeacherEnsemble(teacher)
+
+
+def as_source(
+    teacher: Any,
+    taps: Sequence[Tap],
+    forward: Callable[[Call], Any],
+    dtype: torch.dtype | None,
+    inputs: TeacherInputs | None = None,
+    route: Route | None = None,
+) -> TeacherSource:
+    """The source of a teacher that :func:`as_teacher` has returned.
+
+    Args:
+        teacher: A network, an ensemble, the student itself, its moving average, a cache, or ``None``.
+        taps: The layers of the teacher that terms read.
+        forward: The teacher's output for a call of the student.
+        dtype: The precision of networks.
+        inputs: Makes the teacher's inputs from the student's call; ``None`` takes the student's.
+        route: Says which examples each of several networks answers for.
+
+    Raises:
+        ValueError: If other inputs are given for a cache, which holds the outputs already.
+    """
+    if teacher is None:
+        return NoTeacher()
+    if isinstance(teacher, nn.Module):
+        return LiveTeachers(teacher, taps, forward, dtype, inputs, route)
+    if isinstance(teacher, SelfTeacher):
+        if dtype is not None:
+            raise ValueError(
+                f"Expected `teacher_dtype` to be None with a SelfTeacher, which has the student's precision, but got"
+                f" teacher_dtype={dtype}."
+            )
+        return teacher.source(forward, inputs or TeacherInputs(None, {}))
+    if isinstance(teacher, EMATeacher):
+        if dtype is not None:
+            raise ValueError(
+                "Expected `teacher_dtype` to be None with an EMATeacher, which has the student's precision, but got"
+                f" teacher_dtype={dtype}."
+            )
+        return teacher.source(taps, forward, inputs)
+    if inputs is not None and inputs.place is not None:
+        raise ValueError(
+            "Expected `teacher_inputs` to be None with a cache, which holds the teacher's outputs already, but got"
+            f" teacher_inputs={inputs.place!r}. Pass it to TeacherCache.build."
+        )
+    source: TeacherSource = teacher.as_source()
+    return source
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name.
+
+    Raises:
+        ValueError: If the name is not that of a floating point dtype.
+    """
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ValueError(
+            f"Expected `teacher_dtype` to be a floating point dtype, but got teacher_dtype={dtype!r}."
+            " Pass 'bfloat16', 'float16', 'float32' or 'float64'."
+        )
+    return named
+
+
+def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
+    """Name of a parameter that the student trains and the teacher has too, or ``None``.
+
+    A teacher that is a part of the student's module (``self.teacher``) does not count as the student's, and frozen
+    parameters may be shared.
+
+    Args:
+        student: The student, or the module that contains it.
+        source: The teacher.
+    """
+    own = modules_of_student(student, source.modules())
+    trained = {id(p) for module in own for p in module.parameters(recurse=False) if p.requires_grad}
+    if not trained:  # everything that the student trains is inside the teacher
+        trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    for network in source.modules():
+        for name, parameter in network.named_parameters():
+            if id(parameter) in trained:
+                return name
+    return None
