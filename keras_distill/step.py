@@ -11,9 +11,10 @@ from keras import ops
 
 from keras_distill import backends, checks, compat
 from keras_distill.comparison import StepLosses, compared_scores
-from keras_distill.recording import Call, Recorder, probed, symbolic
+from keras_distill.ensemble import Ensemble
+from keras_distill.recording import Call, Recorder, probed
 from keras_distill.schedules import Progress
-from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs, joint_inputs, with_call
+from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs
 from keras_distill.terms import DistillationTerm, TermState, as_terms
 from keras_distill.terms.weighing import scalar
 
@@ -44,7 +45,7 @@ class DistillStep:
         terms: The step's own terms.
         states: The numbers and weights of these terms, one layer for each term.
         recorder: Records the student.
-        teachers: The teachers with their recorders.
+        ensemble: The teachers.
         working_names: Names of the terms in the graph that is being traced or run, None outside of such graphs.
         version: Counts the teachers that were assigned: a graph of an earlier teacher must not be used again.
 
@@ -74,34 +75,37 @@ class DistillStep:
         self.terms = [term.owned(student) for term in as_terms(terms)]
         self.states: list[TermState] = [term.state for term in self.terms if term.state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
-        self.teacher_inputs = teacher_inputs
+        self.ensemble = Ensemble(self.recorder, self.teacher_dtype, teacher_inputs)
         self.working_names: tuple[str, ...] | None = None
         self.version = 0
         self._advanced = False
         self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
-        self.teachers: list[LiveTeacher] = []
         self.teacher = teacher
         self.build_from_models()
 
     @property
+    def teachers(self) -> list[LiveTeacher]:
+        """The teachers with their recorders."""
+        return self.ensemble.live
+
+    @property
     def teacher(self) -> Any:
         """The teacher, a list of several teachers, or None. It can be replaced at any time by assignment."""
-        models = [live.model for live in self.teachers]
+        models = self.ensemble.models
         return models if len(models) > 1 else next(iter(models), None)
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         models = as_teachers(teacher, self.student)
-        before, taps_before = self.teachers, [term.teacher_taps for term in self.terms]
+        before, taps_before = self.ensemble.live, [term.teacher_taps for term in self.terms]
         self.version += 1
         try:
             for term in self.terms:
                 term.in_teacher(models[0] if models else None)
-            taps = [tap for term in self.terms for tap in term.teacher_taps]
-            self.teachers = [LiveTeacher(model, taps, self.teacher_dtype) for model in models]
+            self.ensemble.assign(models, self.terms)
             self._check_teacher()
         except BaseException:  # keep the teacher that fits
-            self.teachers = before
+            self.ensemble.live = before
             for term, term_taps in zip(self.terms, taps_before, strict=True):
                 term.teacher_taps = term_taps
             raise
@@ -170,14 +174,14 @@ class DistillStep:
             return
         student = probed(self.recorder, chosen_inputs(self.student, inputs))
         if teacher is None and self.teachers and any(term.needs_teacher for term in waiting):
-            teacher = self._probed_teacher(inputs)
+            teacher = self.ensemble.probe(inputs)[0]
         self._build_terms(waiting, student, teacher)
 
     def build_from_models(self) -> None:
         """Build at once if student and teachers know their inputs, so that errors are raised by the constructor."""
-        inputs = compat.input_structure(self.student)
-        if inputs is not None and all(compat.input_structure(live.model) is not None for live in self.teachers):
-            self.build(joint_inputs(inputs, [live.model for live in self.teachers]))
+        inputs = self.ensemble.joint_inputs(compat.input_structure(self.student))
+        if inputs is not None:
+            self.build(inputs)
 
     def build_from_config(self, configs: Mapping[str, Any]) -> None:
         """Make the adapters of a saved model.
@@ -300,7 +304,12 @@ class DistillStep:
             self.build(x, teacher)
         elif not all(term.built for term in terms):
             self._build_from(student, teacher)
-        calls = self._teacher_calls(x, student, teacher) if reads_teacher else []
+        calls = []
+        if teacher is not None and reads_teacher:
+            teacher.training = student.training
+            calls = [teacher]
+        elif reads_teacher:
+            calls = self.ensemble.calls(x, student)
         total, values = zero, {}
         for term in terms:
             weights = sample_weight if term.use_sample_weight else None
@@ -338,10 +347,10 @@ class DistillStep:
             ValueError: If it does not.
         """
         built = [term for term in self.terms if term.built and term.needs_teacher]
-        inputs, models = compat.input_structure(self.student), [live.model for live in self.teachers]
-        known = all(compat.input_structure(model) is not None for model in models)
-        if built and inputs is not None and self.teachers and known and self.teacher_inputs is None:
-            student, teacher = probed(self.recorder, inputs), self._probed_teacher(joint_inputs(inputs, models))
+        inputs = compat.input_structure(self.student)
+        joint = self.ensemble.joint_inputs(inputs) if built and self.teachers and self.ensemble.hook is None else None
+        if joint is not None:
+            student, teacher = probed(self.recorder, inputs), self.ensemble.probe(joint)[0]
             for term in built:
                 term.check_calls(student, teacher)
 
@@ -359,27 +368,6 @@ class DistillStep:
         student.inputs, student.training = student.inputs if x is None else x, training
         student.decided = self.working_names is not None or backends.executes_eagerly()
         return student, x
-
-    def _teacher_calls(self, x: Any, student: Call, teacher: Call | None) -> list[Call]:
-        if teacher is not None:
-            teacher.training = student.training
-            return [teacher]
-        if x is None:
-            remedy = "Pass `x`, or the student's output unchanged."
-            raise ValueError(checks.message("the inputs of the batch, for the teacher", "x=None", remedy))
-        if self.teacher_inputs is not None:
-            x = with_call(self.teacher_inputs, x, student)
-        return [live.answer(x) for live in self.teachers]
-
-    def _probed_teacher(self, inputs: Any) -> Call:
-        hook, live = self.teacher_inputs, self.teachers[0]
-        if hook is not None:
-
-            def for_teacher(tensors: Any) -> Any:
-                return with_call(hook, tensors, self.recorder.forward(tensors, training=False))
-
-            inputs = compat.output_spec(for_teacher, symbolic(inputs))
-        return probed(live.recorder, chosen_inputs(live.model, inputs))
 
     def _build_from(self, student: Call, teacher: Call | None) -> None:
         """Make the adapters from calls, if the inputs are unknown."""

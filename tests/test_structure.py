@@ -35,7 +35,7 @@ ROOMS = {
         ("losses", "metrics", "recording"),
         ("adapters", "targets", "teachers"),
         ("terms",),
-        ("cache", "comparison"),
+        ("cache", "comparison", "ensemble"),
         ("step",),
         ("callbacks", "students", "untracked"),
         ("execution",),
