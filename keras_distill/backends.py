@@ -88,6 +88,32 @@ def check_batch(student: Any, teacher: Any) -> None:
         tf.debugging.assert_equal(tf.shape(student)[0], tf.shape(teacher)[0], words)
 
 
+def within_range(indices: Any, count: int, words: str) -> Any:
+    """The indices, checked to be from 0 to ``count - 1``; under XLA and JAX, which have no errors, unchecked.
+
+    Args:
+        indices: Integers.
+        count: Number of things that they choose from.
+        words: The message of the error.
+
+    Returns:
+        The indices.
+
+    Raises:
+        ValueError: If an index is outside; in a graph an error of TensorFlow with the same words.
+    """
+    known = values_of(indices)
+    if known is not None:
+        if ((known < 0) | (known >= count)).any():
+            raise ValueError(f"{words} Received: {sorted(set(known.tolist()))}")
+    elif keras.backend.backend() == "tensorflow" and not isinstance(indices, keras.KerasTensor):
+        import tensorflow as tf
+
+        with tf.control_dependencies([tf.debugging.assert_equal((indices >= 0) & (indices < count), True, words)]):
+            return tf.identity(indices)
+    return indices
+
+
 def likeliest(logits: Any) -> Any:
     """The class with the highest score in each row, the first one if several are equal.
 
@@ -133,6 +159,16 @@ def on_host(function: Callable[..., Any], tensors: Sequence[Any], example_shape:
 
     result_type = jax.ShapeDtypeStruct((rows, *example_shape), dtype)
     return jax.pure_callback(function, result_type, *map(jax.lax.stop_gradient, tensors))
+
+
+def clear_gradients(variables: Sequence[keras.Variable]) -> None:
+    """Drop the gradients that torch keeps on the values of variables.
+
+    Args:
+        variables: The variables.
+    """
+    for variable in variables:
+        variable.value.grad = None
 
 
 def with_mask(tensor: Any, mask: Any) -> Any:

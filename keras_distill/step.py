@@ -10,13 +10,14 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks, compat
-from keras_distill.comparison import StepLosses, compared_scores
-from keras_distill.ensemble import Ensemble
+from keras_distill.comparison import StepLosses
+from keras_distill.ensemble import Answers, Ensemble
+from keras_distill.mixing import TeacherMix
 from keras_distill.recording import Call, Recorder, probed
-from keras_distill.schedules import Progress
+from keras_distill.schedules import Progress, Schedule
+from keras_distill.states import NumbersState
 from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs
-from keras_distill.terms import DistillationTerm, TermState, as_terms
-from keras_distill.terms.weighing import scalar
+from keras_distill.terms import DistillationTerm, as_terms
 
 
 class DistillStep:
@@ -39,11 +40,14 @@ class DistillStep:
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
         teacher_inputs: Called with the batch's inputs and, if it takes a second argument, the student's call; returns
             the teacher's inputs. With None the teacher gets the student's inputs.
+        teacher_weights: As for :class:`DistillModel`.
+        mix: As for :class:`DistillModel`.
+        route: As for :class:`DistillModel`; the inputs are those that :meth:`losses` gets as ``x``.
 
     Attributes:
         student: The student.
         terms: The step's own terms.
-        states: The numbers and weights of these terms, one layer for each term.
+        states: The numbers and weights of these terms, and the weights of the teachers, as layers.
         recorder: Records the student.
         ensemble: The teachers.
         working_names: Names of the terms in the graph that is being traced or run, None outside of such graphs.
@@ -70,12 +74,17 @@ class DistillStep:
         *,
         teacher_dtype: Any = None,
         teacher_inputs: Callable[..., Any] | None = None,
+        teacher_weights: Sequence[float | Schedule] | str | None = None,
+        mix: str = "losses",
+        route: str | int | Callable[[Any], Any] | None = None,
     ) -> None:
         self.student, self.teacher_dtype = student, checked_dtype(teacher_dtype)
         self.terms = [term.owned(student) for term in as_terms(terms)]
-        self.states: list[TermState] = [term.state for term in self.terms if term.state is not None]
+        combination = TeacherMix(teacher_weights, mix, route)
+        states = [*(term.state for term in self.terms), combination.state]
+        self.states: list[NumbersState] = [state for state in states if state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
-        self.ensemble = Ensemble(self.recorder, self.teacher_dtype, teacher_inputs)
+        self.ensemble = Ensemble(self.recorder, self.teacher_dtype, teacher_inputs, combination)
         self.working_names: tuple[str, ...] | None = None
         self.version = 0
         self._advanced = False
@@ -97,17 +106,13 @@ class DistillStep:
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         models = as_teachers(teacher, self.student)
-        before, taps_before = self.ensemble.live, [term.teacher_taps for term in self.terms]
+        before = self.ensemble.models
         self.version += 1
         try:
-            for term in self.terms:
-                term.in_teacher(models[0] if models else None)
             self.ensemble.assign(models, self.terms)
             self._check_teacher()
         except BaseException:  # keep the teacher that fits
-            self.ensemble.live = before
-            for term, term_taps in zip(self.terms, taps_before, strict=True):
-                term.teacher_taps = term_taps
+            self.ensemble.assign(before, self.terms)
             raise
 
     @property
@@ -174,8 +179,9 @@ class DistillStep:
             return
         student = probed(self.recorder, chosen_inputs(self.student, inputs))
         if teacher is None and self.teachers and any(term.needs_teacher for term in waiting):
-            teacher = self.ensemble.probe(inputs)[0]
-        self._build_terms(waiting, student, teacher)
+            self._build_terms(waiting, student, self.ensemble.probe(inputs))
+        else:
+            self._build_terms(waiting, student, [student if teacher is None else teacher])
 
     def build_from_models(self) -> None:
         """Build at once if student and teachers know their inputs, so that errors are raised by the constructor."""
@@ -222,9 +228,13 @@ class DistillStep:
         Raises:
             ValueError: If a schedule needs a position that is not passed.
         """
-        for term in self.terms:
-            for name, schedule in term.schedules.items():
-                term.follow(name, schedule.at(Progress(step, epoch, fraction)))
+        progress = Progress(step, epoch, fraction)
+        owners: list[DistillationTerm | TeacherMix] = [*self.terms, self.ensemble.mix]
+        for owner in owners:
+            for name, schedule in owner.schedules.items():
+                owner.follow(name, schedule.at(progress))
+        if self.ensemble.mix.state is not None:
+            self.ensemble.mix.state.sync()
         self._advanced = True
 
     def losses(
@@ -253,8 +263,9 @@ class DistillStep:
         Raises:
             ValueError: If the teacher or a call of :meth:`advance` is missing, or ``output`` was not recorded.
         """
-        if training and not self._advanced and any(term.schedules for term in self.terms):
-            expected = "a call of `advance` before a training step, because a term has a schedule"
+        scheduled = self.ensemble.mix.schedules or any(term.schedules for term in self.terms)
+        if training and not self._advanced and scheduled:
+            expected = "a call of `advance` before a training step, because a setting has a schedule"
             raise ValueError(checks.message(expected, "none", "Call step.advance(number_of_steps_so_far)."))
         compared = self.compare(output, x, labels, sample_weight, teacher=teacher, training=training)
         values = {f"{name}_loss": value for name, value in compared.values.items()}
@@ -304,26 +315,18 @@ class DistillStep:
             self.build(x, teacher)
         elif not all(term.built for term in terms):
             self._build_from(student, teacher)
-        calls = []
-        if teacher is not None and reads_teacher:
-            teacher.training = student.training
-            calls = [teacher]
-        elif reads_teacher:
-            calls = self.ensemble.calls(x, student)
+        answers = self.ensemble.answers(x, student, teacher) if reads_teacher else Answers([])
         total, values = zero, {}
         for term in terms:
             weights = sample_weight if term.use_sample_weight else None
-            sources = calls if term.needs_teacher else [student]
-            each = [
-                ops.cast(scalar(term.compute(student, call, labels=labels, sample_weight=weights)), dtype)
-                for call in sources
-            ]
-            value = sum(each) / len(each) if len(each) > 1 else each[0]
+            value = ops.cast(self.ensemble.value(term, student, answers, labels, weights), dtype)
             weight = ops.cast(term.state.number("weight"), dtype)  # type: ignore[union-attr]
             values[term.name] = value
             # in evaluation, and in a graph that the user traces, the weight may be 0: 0 times infinity would be NaN
             total = total + ops.where(weight > 0, weight * value, zero)
-        scores = compared_scores(self.terms, student, calls, sample_weight, labels) if with_scores and calls else None
+        scores = None
+        if with_scores and answers.calls:
+            scores = self.ensemble.scores(self.terms, student, answers, labels, sample_weight)
         return StepLosses(total, values, scores)
 
     def _working(self, training: bool) -> list[DistillationTerm]:
@@ -350,9 +353,10 @@ class DistillStep:
         inputs = compat.input_structure(self.student)
         joint = self.ensemble.joint_inputs(inputs) if built and self.teachers and self.ensemble.hook is None else None
         if joint is not None:
-            student, teacher = probed(self.recorder, inputs), self.ensemble.probe(joint)[0]
+            student, calls = probed(self.recorder, inputs), self.ensemble.probe(joint)
             for term in built:
-                term.check_calls(student, teacher)
+                for number, call in enumerate(calls):
+                    term.for_teacher(number).check_calls(student, call)
 
     def _student_call(
         self, output: Any, x: Any, student: Call | None, terms: Sequence[DistillationTerm], training: bool
@@ -373,11 +377,11 @@ class DistillStep:
         """Make the adapters from calls, if the inputs are unknown."""
         for term in self.terms:
             if not term.built and (teacher is not None or not term.needs_teacher):
-                self._build_terms([term], student, teacher)
+                self._build_terms([term], student, [student if teacher is None else teacher])
 
-    def _build_terms(self, terms: Sequence[DistillationTerm], student: Call, teacher: Call | None) -> None:
+    def _build_terms(self, terms: Sequence[DistillationTerm], student: Call, teachers: Sequence[Call]) -> None:
         for term in terms:
-            term.build_from_calls(student, student if teacher is None else teacher)
+            term.build_for(student, teachers if term.needs_teacher else [student])
             self._adopt(term)
             for tap in term.trained_taps:
                 self._behind[tap.key] = student.facts_of(student.feature(tap)).behind

@@ -13,6 +13,7 @@ from keras_distill import backends, checks
 from keras_distill.recording import looks_like
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class CallableTeacher(keras.Model):
     """A teacher that is a function of NumPy arrays: an ONNX session, ``predict_proba``, a torch module.
 
@@ -51,8 +52,8 @@ class CallableTeacher(keras.Model):
         dtype: str = "float32",
         name: str = "callable_teacher",
     ) -> None:
-        given: Any = function
-        if not callable(given) or isinstance(given, (keras.layers.Layer, type)):
+        argument: Any = function
+        if not callable(argument) or isinstance(argument, (keras.layers.Layer, type)):
             remedy = "A Keras model is a teacher itself; of a class, make an object."
             raise TypeError(checks.message("`function` to be a function of arrays", f"{function!r}", remedy))
         sizes = tuple(output_shape) if isinstance(output_shape, (list, tuple)) else ()
