@@ -146,6 +146,7 @@ from keras_distill.model import DistillModel
 from keras_distill.recording import Call, Tap
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
+from keras_distill.teachers import CallableTeacher
 from keras_distill.terms import (
     DistillationTerm,
     FeatureDistillation,
@@ -165,6 +166,7 @@ __all__ = [
     "CKALoss",
     "CacheError",
     "Call",
+    "CallableTeacher",
     "ChannelWiseLoss",
     "CompressionManager",
     "CorrelationCongruenceLoss",

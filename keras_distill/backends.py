@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -88,6 +88,32 @@ def check_batch(student: Any, teacher: Any) -> None:
         tf.debugging.assert_equal(tf.shape(student)[0], tf.shape(teacher)[0], words)
 
 
+def within_range(indices: Any, count: int, words: str) -> Any:
+    """The indices, checked to be from 0 to ``count - 1``; under XLA and JAX, which have no errors, unchecked.
+
+    Args:
+        indices: Integers.
+        count: Number of things that they choose from.
+        words: The message of the error.
+
+    Returns:
+        The indices.
+
+    Raises:
+        ValueError: If an index is outside; in a graph an error of TensorFlow with the same words.
+    """
+    known = values_of(indices)
+    if known is not None:
+        if ((known < 0) | (known >= count)).any():
+            raise ValueError(f"{words} Received: {sorted(set(known.tolist()))}")
+    elif keras.backend.backend() == "tensorflow" and not isinstance(indices, keras.KerasTensor):
+        import tensorflow as tf
+
+        with tf.control_dependencies([tf.debugging.assert_equal((indices >= 0) & (indices < count), True, words)]):
+            return tf.identity(indices)
+    return indices
+
+
 def likeliest(logits: Any) -> Any:
     """The class with the highest score in each row, the first one if several are equal.
 
@@ -103,6 +129,46 @@ def likeliest(logits: Any) -> Any:
 
     # ops.argmax first separates -0.0 from 0.0 in several passes, whose time shows in a step of a few milliseconds
     return tf.argmax(logits, axis=-1, output_type=tf.int32)
+
+
+def on_host(function: Callable[..., Any], tensors: Sequence[Any], example_shape: Sequence[int], dtype: str) -> Any:
+    """Call a function of NumPy arrays in a step, also in a graph; the result has no gradient.
+
+    Args:
+        function: Called with one array for each tensor; returns an array ``(N, *example_shape)`` of this dtype.
+        tensors: Tensors ``(N, ...)``, at least one.
+        example_shape: Shape of the result without its first dimension.
+        dtype: Precision of the result.
+
+    Returns:
+        A tensor.
+    """
+    tensors = [ops.convert_to_tensor(tensor) for tensor in tensors]
+    rows = tensors[0].shape[0]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        result = tf.numpy_function(function, tensors, tf.as_dtype(dtype))
+        result.set_shape((rows, *example_shape))
+        return result
+    if keras.backend.backend() == "torch":
+        if tensors[0].device.type == "meta":  # Keras infers shapes
+            return ops.zeros((rows, *example_shape), dtype)
+        return ops.convert_to_tensor(function(*(tensor.detach().cpu().numpy() for tensor in tensors)), dtype)
+    import jax
+
+    result_type = jax.ShapeDtypeStruct((rows, *example_shape), dtype)
+    return jax.pure_callback(function, result_type, *map(jax.lax.stop_gradient, tensors))
+
+
+def clear_gradients(variables: Sequence[keras.Variable]) -> None:
+    """Drop the gradients that torch keeps on the values of variables.
+
+    Args:
+        variables: The variables.
+    """
+    for variable in variables:
+        variable.value.grad = None
 
 
 def with_mask(tensor: Any, mask: Any) -> Any:

@@ -249,7 +249,11 @@ def scheduled_settings(model: Any) -> list[tuple[str, Schedule, Callable[[float]
     Returns:
         For each setting its name in the logs, its schedule, and a function that sets it.
     """
-    own = [(name, schedule, functools.partial(model.follow, name)) for name, schedule in model.schedules.items()]
+    own = [
+        (name, schedule, functools.partial(owner.follow, name))
+        for owner in (model, model.step.ensemble.mix)
+        for name, schedule in owner.schedules.items()
+    ]
     return own + [
         (f"{term.name}_{name}", schedule, functools.partial(term.follow, name))
         for term in model.terms

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_distill import checks
+from keras_distill.functional.mixtures import confidence_weights, mixture_logits
 from keras_distill.metrics import TeacherAgreement, TeacherMetric
-from keras_distill.recording import Call
 from keras_distill.terms import DistillationTerm, LogitsDistillation
 from keras_distill.terms.logits import Scores
 
@@ -82,38 +81,21 @@ def refuse_compiled(metrics: Iterable[Any]) -> None:
             raise ValueError(checks.message(expected, f"{name}, which compares it with the teacher", remedy))
 
 
-def compared_scores(
-    terms: Sequence[DistillationTerm],
-    student: Call,
-    calls: Sequence[Call],
-    sample_weight: Any = None,
-    labels: Any = None,
-) -> list[Scores]:
-    """Logits of student and teacher, from the first term on class scores.
+def mean_scores(scores: Sequence[Scores], shares: Any = None) -> Any:
+    """The teacher's logits; of several teachers the logits of the weighted mean of their probabilities.
 
     Args:
-        terms: The terms.
-        student: The student's call.
-        calls: The teachers' calls, at least one.
-        sample_weight: The batch's sample weights.
-        labels: The batch's labels.
+        scores: The scores of each teacher.
+        shares: The weights of the teachers ``(K,)``, which sum to 1; None weighs them by confidence.
 
     Returns:
-        One entry for each output that the term compares; empty if no term compares class scores.
+        Logits, or a :class:`TopK` of a single teacher.
     """
-    for term in terms:
-        if isinstance(term, LogitsDistillation):
-            pairs = list(zip(*(term.scores(student, call, sample_weight, labels) for call in calls), strict=True))
-            if pairs:
-                return [pair[0]._replace(teacher=_mean_logits(pair)) for pair in pairs]
-    return []
-
-
-def _mean_logits(scores: Sequence[Scores]) -> Any:
-    """The teacher's logits; of several teachers the logits of their mean probabilities."""
     if len(scores) == 1:
         return scores[0].teacher
-    logits = ops.stack([score.teacher for score in scores])
-    if len(logits.shape) > 2 and logits.shape[-1] != 1:
-        return ops.logsumexp(ops.log_softmax(logits, axis=-1), axis=0) - math.log(len(scores))
-    return ops.logsumexp(ops.log_sigmoid(logits), axis=0) - ops.logsumexp(ops.log_sigmoid(-logits), axis=0)
+    logits = [score.teacher for score in scores]
+    if len(logits[0].shape) > 1 and logits[0].shape[-1] != 1:
+        return mixture_logits(logits, confidence_weights(logits) if shares is None else shares)
+    pairs = [ops.stack([logit, ops.zeros_like(logit)], axis=-1) for logit in logits]  # the scores of both classes
+    mixture = mixture_logits(pairs, confidence_weights(pairs) if shares is None else shares)
+    return mixture[..., 0] - mixture[..., 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -13,12 +13,14 @@ from keras_distill import backends, checks, compat
 from keras_distill.callbacks import fit_callbacks, with_callbacks
 from keras_distill.comparison import chosen_metrics, refuse_compiled
 from keras_distill.execution import StepFunction, leave_out_xla, warn_of_accumulation
+from keras_distill.files import ModelInFiles
 from keras_distill.metrics import LossParts, TeacherMetric
 from keras_distill.recording import Call
-from keras_distill.schedules import Schedule, deserialized, first_value, serialized
+from keras_distill.schedules import Schedule, first_value
 from keras_distill.step import DistillStep
 from keras_distill.students import (
     check_arguments,
+    check_route,
     check_student,
     check_term_names,
     check_token_labels,
@@ -32,11 +34,10 @@ from keras_distill.targets import (
     weights_of,
 )
 from keras_distill.terms import DistillationTerm
-from keras_distill.untracked import ModelWithTeacher
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class DistillModel(ModelWithTeacher):
+class DistillModel(ModelInFiles):
     r"""A student that learns from a teacher, trained like any Keras model.
 
     .. math:: L = w_{task} L_{task} + \sum_i w_i D_i(A_i(F^s_i), F^t_i) + R
@@ -53,8 +54,8 @@ class DistillModel(ModelWithTeacher):
 
     Args:
         student: The model to train.
-        teacher: A trained model that takes the same inputs, or a list of several, over which each term is averaged.
-            None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can be set later:
+        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, or a list of several. None if
+            no term needs a teacher, or if the data holds :class:`DistillTargets`. It can be set later:
             ``model.teacher = teacher``.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. The model makes copies, in ``model.terms``, that share
             their settings with the terms that you pass.
@@ -66,6 +67,12 @@ class DistillModel(ModelWithTeacher):
             the outputs, masks and sample weights of the first term that compares class scores. None is
             ``[TeacherAgreement()]`` if there is such a term; ``[]`` measures nothing.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
+        teacher_weights: Weights of several teachers, a list of numbers or schedules, which are divided by their sum;
+            ``"entropy"`` weighs the teachers in each example by their confidence; None weighs all alike.
+        mix: The average over several teachers, of ``"losses"`` or, for terms on logits, ``"probabilities"`` (one
+            loss to the mean of the softened probabilities) or ``"logits"`` (one loss to the mean of the logits).
+        route: A key or an index of the inputs, or a function of them: the index of each example's teacher, integers
+            ``(N,)``. The loss of an example is then that to its own teacher. All teachers run on the whole batch.
         save_teacher: Whether files of this model contain the teacher.
         name: Name of the model.
         **kwargs: Further settings of ``keras.Model``.
@@ -103,6 +110,9 @@ class DistillModel(ModelWithTeacher):
         evaluate_distillation: bool = True,
         teacher_metrics: TeacherMetric | Sequence[TeacherMetric] | None = None,
         teacher_dtype: Any = None,
+        teacher_weights: Sequence[float | Schedule] | str | None = None,
+        mix: str = "losses",
+        route: str | int | Callable[[Any], Any] | None = None,
         save_teacher: bool = False,
         name: str = "distill_model",
         **kwargs: Any,
@@ -120,7 +130,10 @@ class DistillModel(ModelWithTeacher):
         hook = self.teacher_inputs if type(self).teacher_inputs is not DistillModel.teacher_inputs else None
         if hook is None and teacher is not None:
             warn_of_augmentation(student)
-        self.step = DistillStep(student, teacher, terms, teacher_dtype=teacher_dtype, teacher_inputs=hook)
+        self.step = DistillStep(
+            student, teacher, terms, teacher_dtype=teacher_dtype, teacher_inputs=hook,
+            teacher_weights=teacher_weights, mix=mix, route=route,
+        )  # fmt: skip
         check_term_names(self.step.terms, student)
         self.terms, self.term_states, self.schedules = self.step.terms, self.step.states, schedules
         self.evaluate_distillation, self.save_teacher = evaluate_distillation, save_teacher
@@ -221,6 +234,7 @@ class DistillModel(ModelWithTeacher):
         check_class_weight(arguments.get("class_weight"), targets, data)
         check_stored_logits(self.terms, targets, data)
         check_token_labels(self.terms, data, targets)
+        check_route(self.step.ensemble, data)
         before, self.fitting = self.fitting, True
         try:
             return with_callbacks(super().fit, fit_callbacks(self, data), arguments)
@@ -337,50 +351,7 @@ class DistillModel(ModelWithTeacher):
                 logs.update(result if isinstance(result, dict) else {metric.name: result})
         return logs
 
-    # Files --------------------------------------------------------------------------------------------------------
-
-    def get_config(self) -> dict[str, Any]:
-        """Settings of the constructor, ready for JSON; they include the teacher only if ``save_teacher`` is True."""
-        serialize, metrics = keras.saving.serialize_keras_object, self.loss_parts.teacher_metrics
-        return {
-            "name": self.name,
-            "trainable": self.trainable,
-            "dtype": serialize(self.dtype_policy),
-            "student": serialize(self.student),
-            "teacher": serialize(self.teacher) if self.save_teacher and self.teacher is not None else None,
-            "terms": [serialize(term) for term in self.terms],
-            "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
-            "evaluate_distillation": self.evaluate_distillation,
-            "teacher_metrics": [serialize(metric) for metric in metrics] if self.must_compare or not metrics else None,
-            "teacher_dtype": self.step.teacher_dtype,
-            "save_teacher": self.save_teacher,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> DistillModel:
-        """The model that :meth:`get_config` describes."""
-        restored = {
-            key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
-            for key, value in config.items()
-            if key in ("student", "teacher", "terms", "teacher_metrics") and value is not None
-        }
-        return cls(**deserialized({key: value for key, value in config.items() if key not in restored}), **restored)
-
-    def get_build_config(self) -> dict[str, Any] | None:
-        """The shapes from which the terms can make their adapters without a teacher."""
-        return {"terms": {term.name: term.get_shapes() for term in self.terms if term.built}}
-
-    def build_from_config(self, config: dict[str, Any]) -> None:
-        """Make the adapters of a saved model."""
-        self.step.build_from_config((config or {}).get("terms", {}))
-        self.built = True
-
     # Inside -------------------------------------------------------------------------------------------------------
-
-    def load_own_variables(self, store: Any) -> None:
-        """Load this model's own variable, the task weight."""
-        super().load_own_variables(store)
-        self._task_weight = backends.same_or_loaded(self._task_weight, self.task_weight_variable)
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """As in Keras; on JAX it builds the terms first, because a step on JAX cannot create variables."""

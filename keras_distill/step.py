@@ -10,12 +10,14 @@ import keras
 from keras import ops
 
 from keras_distill import backends, checks, compat
-from keras_distill.comparison import StepLosses, compared_scores
-from keras_distill.recording import Call, Recorder, probed, symbolic
-from keras_distill.schedules import Progress
-from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs, joint_inputs, with_call
-from keras_distill.terms import DistillationTerm, TermState, as_terms, in_teachers
-from keras_distill.terms.weighing import scalar
+from keras_distill.comparison import StepLosses
+from keras_distill.ensemble import Answers, Ensemble
+from keras_distill.mixing import TeacherMix
+from keras_distill.recording import Call, Recorder, probed
+from keras_distill.schedules import Progress, Schedule
+from keras_distill.states import NumbersState
+from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs
+from keras_distill.terms import DistillationTerm, as_terms
 
 
 class DistillStep:
@@ -38,13 +40,16 @@ class DistillStep:
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
         teacher_inputs: Called with the batch's inputs and, if it takes a second argument, the student's call; returns
             the teacher's inputs. With None the teacher gets the student's inputs.
+        teacher_weights: As for :class:`DistillModel`.
+        mix: As for :class:`DistillModel`.
+        route: As for :class:`DistillModel`; the inputs are those that :meth:`losses` gets as ``x``.
 
     Attributes:
         student: The student.
         terms: The step's own terms.
-        states: The numbers and weights of these terms, one layer for each term.
+        states: The numbers and weights of these terms, and the weights of the teachers, as layers.
         recorder: Records the student.
-        teachers: The teachers with their recorders.
+        ensemble: The teachers.
         working_names: Names of the terms in the graph that is being traced or run, None outside of such graphs.
         version: Counts the teachers that were assigned: a graph of an earlier teacher must not be used again.
 
@@ -69,40 +74,45 @@ class DistillStep:
         *,
         teacher_dtype: Any = None,
         teacher_inputs: Callable[..., Any] | None = None,
+        teacher_weights: Sequence[float | Schedule] | str | None = None,
+        mix: str = "losses",
+        route: str | int | Callable[[Any], Any] | None = None,
     ) -> None:
         self.student, self.teacher_dtype = student, checked_dtype(teacher_dtype)
         self.terms = [term.owned(student) for term in as_terms(terms)]
-        self.states: list[TermState] = [term.state for term in self.terms if term.state is not None]
+        combination = TeacherMix(teacher_weights, mix, route)
+        states = [*(term.state for term in self.terms), combination.state]
+        self.states: list[NumbersState] = [state for state in states if state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
-        self.teacher_inputs = teacher_inputs
+        self.ensemble = Ensemble(self.recorder, self.teacher_dtype, teacher_inputs, combination)
         self.working_names: tuple[str, ...] | None = None
         self.version = 0
         self._advanced = False
         self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
-        self.teachers: list[LiveTeacher] = []
         self.teacher = teacher
         self.build_from_models()
 
     @property
+    def teachers(self) -> list[LiveTeacher]:
+        """The teachers with their recorders."""
+        return self.ensemble.live
+
+    @property
     def teacher(self) -> Any:
         """The teacher, a list of several teachers, or None. It can be replaced at any time by assignment."""
-        models = [live.model for live in self.teachers]
+        models = self.ensemble.models
         return models if len(models) > 1 else next(iter(models), None)
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         models = as_teachers(teacher, self.student)
-        before, taps_before = self.teachers, [term.teacher_taps for term in self.terms]
+        before = self.ensemble.models
         self.version += 1
         try:
-            in_teachers(self.terms, models)
-            taps = [tap for term in self.terms for tap in term.teacher_taps]
-            self.teachers = [LiveTeacher(model, taps, self.teacher_dtype) for model in models]
+            self.ensemble.assign(models, self.terms)
             self._check_teacher()
         except BaseException:  # keep the teacher that fits
-            self.teachers = before
-            for term, term_taps in zip(self.terms, taps_before, strict=True):
-                term.teacher_taps = term_taps
+            self.ensemble.assign(before, self.terms)
             raise
 
     @property
@@ -169,14 +179,15 @@ class DistillStep:
             return
         student = probed(self.recorder, chosen_inputs(self.student, inputs))
         if teacher is None and self.teachers and any(term.needs_teacher for term in waiting):
-            teacher = self._probed_teacher(inputs)
-        self._build_terms(waiting, student, teacher)
+            self._build_terms(waiting, student, self.ensemble.probe(inputs))
+        else:
+            self._build_terms(waiting, student, [student if teacher is None else teacher])
 
     def build_from_models(self) -> None:
         """Build at once if student and teachers know their inputs, so that errors are raised by the constructor."""
-        inputs = compat.input_structure(self.student)
-        if inputs is not None and all(compat.input_structure(live.model) is not None for live in self.teachers):
-            self.build(joint_inputs(inputs, [live.model for live in self.teachers]))
+        inputs = self.ensemble.joint_inputs(compat.input_structure(self.student))
+        if inputs is not None:
+            self.build(inputs)
 
     def build_from_config(self, configs: Mapping[str, Any]) -> None:
         """Make the adapters of a saved model.
@@ -217,9 +228,13 @@ class DistillStep:
         Raises:
             ValueError: If a schedule needs a position that is not passed.
         """
-        for term in self.terms:
-            for name, schedule in term.schedules.items():
-                term.follow(name, schedule.at(Progress(step, epoch, fraction)))
+        progress = Progress(step, epoch, fraction)
+        owners: list[DistillationTerm | TeacherMix] = [*self.terms, self.ensemble.mix]
+        for owner in owners:
+            for name, schedule in owner.schedules.items():
+                owner.follow(name, schedule.at(progress))
+        if self.ensemble.mix.state is not None:
+            self.ensemble.mix.state.sync()
         self._advanced = True
 
     def losses(
@@ -248,8 +263,9 @@ class DistillStep:
         Raises:
             ValueError: If the teacher or a call of :meth:`advance` is missing, or ``output`` was not recorded.
         """
-        if training and not self._advanced and any(term.schedules for term in self.terms):
-            expected = "a call of `advance` before a training step, because a term has a schedule"
+        scheduled = self.ensemble.mix.schedules or any(term.schedules for term in self.terms)
+        if training and not self._advanced and scheduled:
+            expected = "a call of `advance` before a training step, because a setting has a schedule"
             raise ValueError(checks.message(expected, "none", "Call step.advance(number_of_steps_so_far)."))
         compared = self.compare(output, x, labels, sample_weight, teacher=teacher, training=training)
         values = {f"{name}_loss": value for name, value in compared.values.items()}
@@ -299,21 +315,18 @@ class DistillStep:
             self.build(x, teacher)
         elif not all(term.built for term in terms):
             self._build_from(student, teacher)
-        calls = self._teacher_calls(x, student, teacher) if reads_teacher else []
+        answers = self.ensemble.answers(x, student, teacher) if reads_teacher else Answers([])
         total, values = zero, {}
         for term in terms:
             weights = sample_weight if term.use_sample_weight else None
-            sources = calls if term.needs_teacher else [student]
-            each = [
-                ops.cast(scalar(term.compute(student, call, labels=labels, sample_weight=weights)), dtype)
-                for call in sources
-            ]
-            value = sum(each) / len(each) if len(each) > 1 else each[0]
+            value = ops.cast(self.ensemble.value(term, student, answers, labels, weights), dtype)
             weight = ops.cast(term.state.number("weight"), dtype)  # type: ignore[union-attr]
             values[term.name] = value
             # in evaluation, and in a graph that the user traces, the weight may be 0: 0 times infinity would be NaN
             total = total + ops.where(weight > 0, weight * value, zero)
-        scores = compared_scores(self.terms, student, calls, sample_weight, labels) if with_scores and calls else None
+        scores = None
+        if with_scores and answers.calls:
+            scores = self.ensemble.scores(self.terms, student, answers, labels, sample_weight)
         return StepLosses(total, values, scores)
 
     def _working(self, training: bool) -> list[DistillationTerm]:
@@ -337,12 +350,13 @@ class DistillStep:
             ValueError: If it does not.
         """
         built = [term for term in self.terms if term.built and term.needs_teacher]
-        inputs, models = compat.input_structure(self.student), [live.model for live in self.teachers]
-        known = all(compat.input_structure(model) is not None for model in models)
-        if built and inputs is not None and self.teachers and known and self.teacher_inputs is None:
-            student, teacher = probed(self.recorder, inputs), self._probed_teacher(joint_inputs(inputs, models))
+        inputs = compat.input_structure(self.student)
+        joint = self.ensemble.joint_inputs(inputs) if built and self.teachers and self.ensemble.hook is None else None
+        if joint is not None:
+            student, calls = probed(self.recorder, inputs), self.ensemble.probe(joint)
             for term in built:
-                term.check_calls(student, teacher)
+                for number, call in enumerate(calls):
+                    term.for_teacher(number).check_calls(student, call)
 
     def _student_call(
         self, output: Any, x: Any, student: Call | None, terms: Sequence[DistillationTerm], training: bool
@@ -359,36 +373,15 @@ class DistillStep:
         student.decided = self.working_names is not None or backends.executes_eagerly()
         return student, x
 
-    def _teacher_calls(self, x: Any, student: Call, teacher: Call | None) -> list[Call]:
-        if teacher is not None:
-            teacher.training = student.training
-            return [teacher]
-        if x is None:
-            remedy = "Pass `x`, or the student's output unchanged."
-            raise ValueError(checks.message("the inputs of the batch, for the teacher", "x=None", remedy))
-        if self.teacher_inputs is not None:
-            x = with_call(self.teacher_inputs, x, student)
-        return [live.answer(x) for live in self.teachers]
-
-    def _probed_teacher(self, inputs: Any) -> Call:
-        hook, live = self.teacher_inputs, self.teachers[0]
-        if hook is not None:
-
-            def for_teacher(tensors: Any) -> Any:
-                return with_call(hook, tensors, self.recorder.forward(tensors, training=False))
-
-            inputs = compat.output_spec(for_teacher, symbolic(inputs))
-        return probed(live.recorder, chosen_inputs(live.model, inputs))
-
     def _build_from(self, student: Call, teacher: Call | None) -> None:
         """Make the adapters from calls, if the inputs are unknown."""
         for term in self.terms:
             if not term.built and (teacher is not None or not term.needs_teacher):
-                self._build_terms([term], student, teacher)
+                self._build_terms([term], student, [student if teacher is None else teacher])
 
-    def _build_terms(self, terms: Sequence[DistillationTerm], student: Call, teacher: Call | None) -> None:
+    def _build_terms(self, terms: Sequence[DistillationTerm], student: Call, teachers: Sequence[Call]) -> None:
         for term in terms:
-            term.build_from_calls(student, student if teacher is None else teacher)
+            term.build_for(student, teachers if term.needs_teacher else [student])
             self._adopt(term)
             for tap in term.trained_taps:
                 self._behind[tap.key] = student.facts_of(student.feature(tap)).behind

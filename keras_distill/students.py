@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_distill import checks
+from keras_distill.ensemble import Ensemble
 from keras_distill.recording import sublayers
 from keras_distill.targets import split_targets
 from keras_distill.terms import DistillationTerm, SequenceDistillation
@@ -112,6 +114,23 @@ def check_token_labels(terms: Sequence[DistillationTerm], data: Any, targets: An
         labels, _ = split_targets(batch[1])
         for term in waiting:
             term.check_labels(batch[0], labels)
+
+
+def check_route(ensemble: Ensemble, data: Any) -> None:
+    """Check the teachers that a route names in arrays: under XLA a step cannot raise an error.
+
+    Args:
+        ensemble: The teachers.
+        data: The ``x`` argument of ``fit``; other data than arrays are left alone.
+
+    Raises:
+        ValueError: If the route names a teacher that does not exist.
+    """
+    arrays = isinstance(data, (dict, list, tuple, np.ndarray)) and all(
+        isinstance(part, np.ndarray) for part in keras.tree.flatten(data)
+    )
+    if ensemble.mix.route is not None and ensemble.live and arrays:
+        ensemble.mix.teacher_of(data, len(ensemble.live), None)
 
 
 def _first_rows(part: Any) -> Any:

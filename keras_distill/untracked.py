@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_distill import checks
+from keras_distill import backends, checks
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets, stored_targets
 
@@ -34,6 +34,16 @@ class ModelWithTeacher(keras.Model):
     def teacher(self, teacher: Any) -> None:
         self.step.teacher = teacher
 
+    @property
+    def teacher_weights(self) -> Any:
+        """The weights of several teachers: numbers, ``"entropy"``, or None; assign numbers to change them."""
+        mix = self.step.ensemble.mix
+        return "entropy" if mix.by_entropy else mix.weights and list(mix.weights)
+
+    @teacher_weights.setter
+    def teacher_weights(self, weights: Any) -> None:
+        self.step.ensemble.mix.assign(weights)
+
     def teacher_targets(self, inputs: Any, labels: Any = None) -> DistillTargets:
         """Targets with the teacher's outputs for a batch, so that the teacher runs once instead of in every epoch.
 
@@ -58,7 +68,7 @@ class ModelWithTeacher(keras.Model):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in Keras, except that the teacher does not become a layer of this model."""
-        if name == "teacher":
+        if name in ("teacher", "teacher_weights"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -66,6 +76,13 @@ class ModelWithTeacher(keras.Model):
     def __dir__(self) -> list[str]:
         """All attributes, without the teacher unless it is saved: Keras saves the listed ones."""
         return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """On torch, where Keras calls it in each step: clear the gradients of all weights.
+
+        torch knows the weights of a Keras model by their paths, which two adapters may share.
+        """
+        backends.clear_gradients(self.trainable_variables)
 
     @property
     def non_trainable_variables(self) -> list[keras.Variable]:

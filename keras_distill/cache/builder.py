@@ -18,6 +18,7 @@ from distill_core.store import CacheError, Manifest, Writer, begin, check_folder
 from keras_distill import compat
 from keras_distill.cache.views import Augmentation, data_fingerprint
 from keras_distill.recording import Recorder, Tap, probed
+from keras_distill.teachers import CallableTeacher
 
 
 class Builder:
@@ -148,5 +149,10 @@ def teacher_fingerprint(teacher: keras.Model) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    if isinstance(teacher, CallableTeacher):
+        raise CacheError(
+            "Expected the teacher of a cache to be a Keras model, which its weights identify, but got a function."
+            " Store the function's outputs with TeacherCache.from_arrays."
+        )
     weights = [keras.ops.convert_to_numpy(weight) for weight in teacher.weights]
     return fingerprint([type(teacher).__qualname__, *weights])

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_distill import checks
-from keras_distill.terms.base import DistillationTerm, in_teachers
-from keras_distill.terms.features import FeatureDistillation, SelfDistillation
+from keras_distill.terms.base import DistillationTerm
+from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.logits import LogitsDistillation
 from keras_distill.terms.loss_term import LossTerm
 from keras_distill.terms.review import ReviewDistillation
 from keras_distill.terms.state import TermState
 from keras_distill.terms.tokens import SequenceDistillation
 from keras_distill.terms.weighing import weigh
+from keras_distill.terms.within import SelfDistillation
 
 __all__ = [
     "DistillationTerm",
@@ -25,7 +26,6 @@ __all__ = [
     "SequenceDistillation",
     "TermState",
     "as_terms",
-    "in_teachers",
     "weigh",
 ]
 

@@ -268,18 +268,40 @@ class DistillationTerm:
     def take_numbers(self) -> None:
         """Let an owner's copy compute with the owner's variables."""
 
-    def in_teacher(self, teacher: keras.Model | None) -> None:
-        """Let ``teacher_taps`` name the layers by their paths in a teacher.
+    def in_teachers(self, teachers: Sequence[keras.Model]) -> None:
+        """Let ``teacher_taps`` name the layers by their paths in the first of several teachers.
 
         Args:
-            teacher: The teacher; None restores the taps that the user passed.
+            teachers: The teachers; an empty list restores the taps that the user passed.
 
         Raises:
-            ValueError: If a tap does not name one layer of the teacher.
+            ValueError: If a tap does not name one layer of a teacher.
         """
+        self.teacher_taps = self._taps_in(teachers[0] if teachers else None)
+
+    def for_teacher(self, number: int) -> DistillationTerm:
+        """The part of the term that reads one of several teachers: its taps and, if features differ, its adapters."""
+        return self
+
+    def parts(self) -> list[tuple[str, DistillationTerm]]:
+        """The term and its parts for further teachers, each with a prefix for what it owns."""
+        return [("part", self)]
+
+    def build_for(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Make the layers and weights, and check that all teachers fit.
+
+        Args:
+            student: A call of the student, which may be symbolic.
+            teachers: A call of each teacher.
+        """
+        self.build_from_calls(student, teachers[0])
+        for teacher in teachers[1:]:
+            self.check_calls(student, teacher)
+
+    def _taps_in(self, teacher: keras.Model | None) -> list[Tap]:
         origin = self._origin or self
         taps = origin.teacher_taps
-        self.teacher_taps = list(taps if teacher is None else [tap.within(teacher, "teacher") for tap in taps])
+        return list(taps if teacher is None else [tap.within(teacher, "teacher") for tap in taps])
 
     def _store(self, name: str, value: float) -> None:
         self._settings[name] = value
@@ -295,24 +317,6 @@ class DistillationTerm:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "_settings": Settings(**state["_settings"])})
-
-
-def in_teachers(terms: Sequence[DistillationTerm], models: Sequence[keras.Model]) -> None:
-    """Let the terms of one owner name layers by their paths in its teachers, which have the same layers.
-
-    Args:
-        terms: The terms.
-        models: The teachers; an empty list restores the taps that the user passed.
-
-    Raises:
-        ValueError: If a tap does not name one layer of the first teacher, or there are several teachers and a loss
-            takes numbers from a teacher's layers.
-    """
-    for term in terms:
-        if len(models) > 1 and getattr(getattr(term, "requires", None), "reads_teacher", False):
-            expected = f"one teacher for term {term.name!r}, whose loss takes numbers from the teacher's layers"
-            raise ValueError(checks.message(expected, f"{len(models)}", "Use another loss, or one teacher."))
-        term.in_teacher(models[0] if models else None)
 
 
 def _unknown_settings(kind: str, unknown: dict[str, Any]) -> str:

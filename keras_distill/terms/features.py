@@ -1,4 +1,4 @@
-"""Terms on inner layers, of both models or of the student alone."""
+"""Terms on inner layers of both models."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from keras import ops
 from keras_distill import checks
 from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter
 from keras_distill.functional.vectors import resized
-from keras_distill.losses import (
-    AttentionMapLoss,
-    AttentionRelationLoss,
-    DistillationLoss,
-    FeatureDistance,
-)
+from keras_distill.losses import AttentionMapLoss, AttentionRelationLoss, DistillationLoss, FeatureDistance
 from keras_distill.recording import Call, Tap, find_layer
 from keras_distill.schedules import Schedule, deserialized
 from keras_distill.terms.base import DistillationTerm
-from keras_distill.terms.layouts import KINDS, arranged, known_layout
+from keras_distill.terms.layouts import KINDS, arranged, known_layout, widened
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
 from keras_distill.terms.loss_term import LossTerm, copied
 from keras_distill.terms.weighing import weigh
@@ -67,7 +62,7 @@ class FeatureDistillation(LossTerm):
         Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
     """
 
-    _find_in_teacher: Callable[[Any], keras.layers.Layer] | None = None
+    _find_in_teacher: Callable[[Any], tuple[str, keras.layers.Layer]] | None = None
 
     def __init__(
         self,
@@ -102,16 +97,83 @@ class FeatureDistillation(LossTerm):
         self._learned: list[Any] = []
         self._learned_layers: list[keras.layers.Layer] = []
         self._built_for: list[Any] = []
+        self._further: list[FeatureDistillation] = []  # the parts for teachers after the first
 
     @property
     def adapters(self) -> list[keras.layers.Layer | None]:
-        """Adapters in the order of pairs, of the model that owns this copy or of the first model that uses the term."""
-        return self._in_a_model()._adapters
+        """Adapters in the order of pairs, of the model that owns this copy or of the first model that uses the term.
+
+        If the features of several teachers differ, each teacher has its own, those of the first teacher first.
+        """
+        term = self._in_a_model()
+        return [adapter for part in (term, *term.own_parts) for adapter in part._adapters]
 
     @property
     def learned(self) -> list[Any]:
-        """Built copies of a learned loss, in the order of pairs, of the same model; empty for other losses."""
-        return self._in_a_model()._learned
+        """Built copies of a learned loss, in the same order, of the same model; empty for other losses."""
+        term = self._in_a_model()
+        return [loss for part in (term, *term.own_parts) for loss in part._learned]
+
+    @property
+    def own_parts(self) -> list[FeatureDistillation]:
+        """The parts for further teachers that have adapters of their own, because the teachers' features differ."""
+        return [part for part in self._further if part._built_for is not self._built_for]
+
+    def in_teachers(self, teachers: Sequence[keras.Model]) -> None:
+        """Let the taps name the layers by their paths in each teacher, as in :class:`DistillationTerm`.
+
+        Raises:
+            ValueError: If a tap does not name one layer of a teacher, the adapters were made for other teachers, or
+                there are several and the loss takes numbers from a teacher's layers.
+        """
+        if len(teachers) > 1 and self.requires.reads_teacher:
+            expected = f"one teacher for term {self.name!r}, whose loss takes numbers from the teacher's layers"
+            raise ValueError(checks.message(expected, f"{len(teachers)}", "Use another loss, or one teacher."))
+        further = list(teachers[1:]) if self.needs_teacher else []
+        if teachers and self.own_parts and len(further) != len(self._further):
+            expected = f"{len(self._further) + 1} teachers, for each of which term {self.name!r} has adapters"
+            raise ValueError(checks.message(expected, f"{len(teachers)}", "Make a new DistillModel."))
+        taps = [self._taps_in(teacher) for teacher in (*teachers[:1], *further)]
+        super().in_teachers(teachers)
+        if not self.own_parts:
+            self._further = [self._part(self) for _ in further]
+        for part, part_taps in zip(self._further, taps[1:], strict=False):
+            part.teacher_taps = part_taps
+        # a function: Keras would track a model in an attribute
+        self._find_in_teacher = functools.partial(find_layer, teachers[0], who="teacher") if teachers else None
+        if teachers and self._learned:
+            self._read_teacher()
+
+    def for_teacher(self, number: int) -> FeatureDistillation:
+        """The part of the term that reads one of several teachers."""
+        return self._further[number - 1] if number and self._further else self
+
+    def parts(self) -> list[tuple[str, DistillationTerm]]:
+        """The term and its parts for further teachers, each with a prefix for what it owns."""
+        return [("part", self), *((f"teacher{index}", part) for index, part in enumerate(self._further, start=1))]
+
+    def build_for(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Make the adapters, for each teacher its own if the teachers' features differ."""
+        self.build_from_calls(student, teachers[0])
+        pairs = list(zip(self._further, teachers[1:], strict=False))  # stored outputs are those of one teacher
+        own = any(part._features(student, call) != self._features(student, teachers[0]) for part, call in pairs)
+        self._further = [self._part(part) for part in self._further]
+        for part, call in zip(self._further, teachers[1:], strict=False):
+            if own:
+                part.build_from_calls(student, call)
+            else:
+                part.check_calls(student, call)
+
+    def _part(self, reads: FeatureDistillation) -> FeatureDistillation:
+        """A part with this term's adapters that reads the places of another part."""
+        part: FeatureDistillation = object.__new__(type(self))
+        part.__dict__.update({**vars(self), "_further": [], "teacher_taps": reads.teacher_taps})
+        return part
+
+    def _features(self, student: Call, teacher: Call) -> list[Any]:
+        """The shapes without the batch, and the layouts, that decide whether two teachers can share adapters."""
+        described = [self._described(index, student, teacher) for index in range(len(self.pairs))]
+        return [(own[1:], other[1:], *layouts) for own, other, *layouts in described]
 
     def _in_a_model(self) -> FeatureDistillation:
         first = self._settings.first()
@@ -133,14 +195,6 @@ class FeatureDistillation(LossTerm):
         self._read_teacher()
         self.check_calls(student, teacher)
 
-    def in_teacher(self, teacher: keras.Model | None) -> None:
-        """Let the taps name the layers of a teacher, whose numbers the loss reads again if it does."""
-        super().in_teacher(teacher)
-        # a function: Keras would track a model in an attribute
-        self._find_in_teacher = None if teacher is None else lambda layer: find_layer(teacher, layer, "teacher")[1]
-        if teacher is not None and self._learned:
-            self._read_teacher()
-
     def _read_teacher(self) -> None:
         """Let the copies of a loss take numbers from the teacher's layers."""
         if self.requires.reads_teacher:
@@ -153,7 +207,7 @@ class FeatureDistillation(LossTerm):
             expected = f"`teacher` to be a model for term {self.name!r}, whose loss takes numbers from its layers"
             remedy = "Pass the model, or the numbers to the loss."
             raise ValueError(checks.message(expected, f"no teacher, and {self.loss!r}", remedy))
-        return self._find_in_teacher(tap.layer if name is None else name)
+        return self._find_in_teacher(tap.layer if name is None else name)[1]
 
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the adapted features fit the teacher's, also if the teacher was replaced after the build."""
@@ -208,11 +262,15 @@ class FeatureDistillation(LossTerm):
 
     def get_shapes(self) -> dict[str, Any] | None:
         """The shapes and layouts that the adapters were made from."""
-        return {"pairs": self._built_for} if self.built else None
+        further = [part._built_for for part in self.own_parts]
+        return {"pairs": self._built_for, **({"further": further} if further else {})} if self.built else None
 
     def build_from_shapes(self, config: dict[str, Any]) -> None:
         """Make the adapters from the shapes of a saved model."""
         self._build_adapters(config["pairs"])
+        self._further = [self._part(self) for _ in config.get("further", ())]
+        for part, pairs in zip(self._further, config.get("further", ()), strict=True):
+            part._build_adapters(pairs)
 
     def _build_adapters(self, pairs: list[Any]) -> None:
         # tuples, because a factory may compare shapes, and files hold lists
@@ -327,61 +385,6 @@ class FeatureDistillation(LossTerm):
             raise ValueError(checks.message(expected, f"{tuple(mapped)} and {tuple(teacher_shape)}", remedy))
 
 
-@keras.saving.register_keras_serializable(package="keras_distill")
-class SelfDistillation(FeatureDistillation):
-    """A loss between shallow layers of the student and a deep layer of the student, for a network with several exits.
-
-    The shallow layers learn from the deep layer, whose feature has no gradient. It needs no teacher: pass
-    ``teacher=None`` if it is the only term.
-
-    Args:
-        student_layer: The shallow layer, or several.
-        teacher_layer: The deep layer of the same network, one for all shallow layers or one for each.
-        loss: As for :class:`FeatureDistillation`. For exits that return logits use a loss on logits.
-        weight: Factor of the term in the total loss, a number or a schedule.
-        adapter: As for :class:`FeatureDistillation`.
-        use_sample_weight: Whether the batch's sample weights are applied to the term.
-        name: Name in logs and files; ``None`` takes the shallow layers' names.
-        **kwargs: Further settings of :class:`DistillationTerm`.
-
-    Raises:
-        ValueError: As for :class:`FeatureDistillation`.
-        TypeError: If ``loss`` cannot be called.
-
-    Example:
-        >>> from keras_distill import SoftTargetLoss
-        >>> SelfDistillation(["exit1", "exit2"], "exit3", SoftTargetLoss(temperature=3.0), weight=0.5).name
-        'exit1_exit2'
-
-    References:
-        Zhang et al. (2019). Be Your Own Teacher, arXiv:1905.08094.
-    """
-
-    needs_teacher = False
-
-    @property
-    def pairs(self) -> list[tuple[Tap, Tap]]:
-        """The pairs of taps that are compared, a shallow and a deep one of the student."""
-        number = len(self.student_taps) // 2
-        return list(zip(self.student_taps[:number], self.student_taps[number:], strict=True))
-
-    def build_from_calls(self, student: Call, teacher: Call) -> None:
-        """Make the adapters from the shapes of the student's features."""
-        super().build_from_calls(student, student)
-
-    def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
-        """The loss without its weight, a scalar."""
-        return super().compute(student, student, labels, sample_weight)
-
-    def _paired_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> tuple[list[Tap], list[Tap]]:
-        """The taps in the order of pairs; a single deep layer is the target of every shallow one."""
-        return student_taps, teacher_taps * len(student_taps) if len(teacher_taps) == 1 else teacher_taps
-
-    def _store_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> None:
-        """Set the taps, all of the student."""
-        self.student_taps, self.teacher_taps = [*student_taps, *teacher_taps], []
-
-
 def as_taps(layers: Layers) -> list[Tap]:
     """One layer or several as taps."""
     return [Tap.of(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
@@ -391,9 +394,3 @@ def taps_and_settings(config: dict[str, Any], *sides: str) -> dict[str, Any]:
     """The arguments of a term's constructor from its config, whose entries for the two sides are lists of taps."""
     taps = {side: [Tap(**tap) for tap in config[side]] for side in sides}
     return {**deserialized({key: value for key, value in config.items() if key not in taps}), **taps}
-
-
-def widened(feature: Any) -> Any:
-    """The feature, cast to float32 if it is in half precision: 1e4 squared overflows float16."""
-    narrow = keras.backend.standardize_dtype(feature.dtype) in ("float16", "bfloat16")
-    return ops.cast(feature, "float32") if narrow else feature

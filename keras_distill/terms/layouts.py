@@ -54,3 +54,9 @@ def arranged(feature: Any, layout: str | None) -> Any:
         _, length, heads, width = feature.shape
         return ops.reshape(feature, (-1, ops.shape(feature)[1] if length is None else length, heads * width))
     return feature
+
+
+def widened(feature: Any) -> Any:
+    """The feature, cast to float32 if it is in half precision: 1e4 squared overflows float16."""
+    narrow = keras.backend.standardize_dtype(feature.dtype) in ("float16", "bfloat16")
+    return ops.cast(feature, "float32") if narrow else feature

@@ -14,8 +14,8 @@ from keras_distill.losses import HierarchicalContextLoss
 from keras_distill.losses.networks import BatchNormalized
 from keras_distill.recording import Call
 from keras_distill.schedules import Schedule
-from keras_distill.terms.features import FeatureDistillation, Layers, taps_and_settings, widened
-from keras_distill.terms.layouts import KINDS, arranged
+from keras_distill.terms.features import FeatureDistillation, Layers, taps_and_settings
+from keras_distill.terms.layouts import KINDS, arranged, widened
 from keras_distill.terms.logits import LossLike
 from keras_distill.terms.weighing import weigh
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 
-from keras_distill import backends, checks
+from keras_distill import checks
+from keras_distill.states import NumbersState
 
 
 class Settings(dict[str, Any]):
@@ -37,71 +38,54 @@ class Settings(dict[str, Any]):
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class TermState(keras.layers.Layer):
+class TermState(NumbersState):
     """Numbers, adapters and learned losses of one term in one model, as a layer that Keras tracks, saves and trains.
-
-    The settings are Python numbers, which decide what is traced. Graphs read copies of them from variables.
 
     Args:
         term: The owner's copy of the term.
-
-    Attributes:
-        variables_by_name: The variables of the numbers.
-        numbers_written: The Python numbers that the variables hold.
     """
 
     def __init__(self, term: Any) -> None:
-        super().__init__(name=term.name, autocast=False, trainable=term.trainable)
-        self.term, self.numbers_written = term, dict(term.numbers())
-        self.variables_by_name = {
-            name: self.add_weight(
-                name=name,
-                shape=(),
-                dtype="float32",
-                trainable=False,
-                autocast=False,
-                initializer=keras.initializers.Constant(value),
-            )
-            for name, value in self.numbers_written.items()
-        }
-        self.built = True
+        super().__init__(term.numbers(), name=term.name, trainable=term.trainable)
+        self.term = term
+
+    def current(self) -> Mapping[str, float]:
+        """The settings of the term."""
+        numbers: Mapping[str, float] = self.term.numbers()
+        return numbers
+
+    def take(self, numbers: Mapping[str, float]) -> None:
+        """Set the term's settings to the numbers of a file."""
+        for name, value in numbers.items():
+            self.term._store(name, value)
+        self.term._settings.changed()
 
     def sync(self) -> None:
-        """Write the numbers that have changed into the variables."""
+        """Write the settings that have changed into the variables."""
         trainable: bool = self.term.trainable
         if super().trainable != trainable:
             self.trainable = trainable
-        for name, value in self.term.numbers().items():
-            if self.numbers_written[name] != value:
-                self.variables_by_name[name].assign(value)
-                self.numbers_written[name] = value
-
-    def number(self, name: str) -> Any:
-        """A setting as a scalar tensor."""
-        return keras.ops.convert_to_tensor(self.variables_by_name[name])
+        super().sync()
 
     def adopt(self) -> None:
         """Track the layers and variables that the term has made for its owner, in attributes and in lists."""
         shared = {id(value) for value in vars(self.term._origin).values() if not isinstance(value, keras.layers.Layer)}
-        own = {name: value for name, value in vars(self.term).items() if id(value) not in shared and value is not self}
         tracked: set[int] = set()
-        for name, value in own.items():
-            if isinstance(value, (list, tuple)):
-                layers = [part for part in value if isinstance(part, keras.layers.Layer)]
-                if layers:
-                    setattr(self, f"part_{name}", layers)
+        for prefix, part in self.term.parts():
+            own = {name: value for name, value in vars(part).items() if id(value) not in shared and value is not self}
+            for name, value in own.items():
+                layers = [layer for layer in value if isinstance(layer, keras.layers.Layer)] if _is_list(value) else []
+                if layers and not {id(layer) for layer in layers} <= tracked:
+                    setattr(self, f"{prefix}_{name}", layers)
                     tracked |= {id(layer) for layer in layers}
-        for name, value in own.items():
-            if isinstance(value, (keras.layers.Layer, keras.Variable)) and id(value) not in tracked:
-                setattr(self, f"part_{name}", value)
+            for name, value in own.items():
+                if isinstance(value, (keras.layers.Layer, keras.Variable)) and id(value) not in tracked:
+                    setattr(self, f"{prefix}_{name}", value)
+                    tracked.add(id(value))
 
-    def load_own_variables(self, store: Any) -> None:
-        """Load the numbers of a file, and set the term's settings to them."""
-        super().load_own_variables(store)
-        for name, variable in self.variables_by_name.items():
-            self.numbers_written[name] = backends.same_or_loaded(self.numbers_written[name], variable)
-            self.term._store(name, self.numbers_written[name])
-        self.term._settings.changed()
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def layer_copy(layer: keras.layers.Layer, weights: Any, who: str) -> keras.layers.Layer:

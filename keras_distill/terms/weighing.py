@@ -72,7 +72,7 @@ def weigh(
     weights = _fitted(sample_weight, rank, sizes)
     if mask is not None:
         fits = len(mask.shape) <= rank
-        mask = ops.broadcast_to(_expanded(mask, rank), ops.shape(values)) if fits else None
+        mask = ops.broadcast_to(expanded(mask, rank), ops.shape(values)) if fits else None
         if weights is not None:  # on torch Keras multiplies them by the mask in place
             weights = ops.copy(ops.broadcast_to(weights, ops.shape(values)))
     reduced = compat.reduce_weighted_values(
@@ -130,7 +130,7 @@ def row_weights(logits: Any, masks: Sequence[Any], sample_weight: Any) -> Any:
     """
     rank = max(len(logits.shape) - 1, 1)
     kept = [ops.cast(mask, "float32") for mask in masks if mask is not None and len(mask.shape) <= rank]
-    factors = [_expanded(mask, rank) for mask in kept]
+    factors = [expanded(mask, rank) for mask in kept]
     if sample_weight is not None:
         factors.append(_fitted(sample_weight, rank, tuple(logits.shape)[:rank]))
     # Keras divides by the sum of the weights: one weight for several rows must stand there for each of them
@@ -172,10 +172,11 @@ def _fitted(sample_weight: Any, rank: int, sizes: tuple[int | None, ...]) -> Any
     if len(shape) > rank or checks.shapes_differ(shape, sizes[: len(shape)]):
         expected = f"`sample_weight` to have one weight for each example, or for each of the values {sizes}"
         raise ValueError(checks.message(expected, f"shape {tuple(sample_weight.shape)}"))
-    return _expanded(weights, rank)
+    return expanded(weights, rank)
 
 
-def _expanded(tensor: Any, rank: int) -> Any:
+def expanded(tensor: Any, rank: int) -> Any:
+    """The tensor with dimensions of size 1 appended, up to this rank."""
     for _ in range(rank - len(tensor.shape)):
         tensor = ops.expand_dims(tensor, axis=-1)
     return tensor
@@ -185,7 +186,7 @@ def zeroed(tensor: Any, mask: Any) -> Any:
     """The tensor with zeros at the positions that do not count."""
     if len(tensor.shape) < len(mask.shape):
         return tensor
-    return ops.where(_expanded(mask, len(tensor.shape)), tensor, ops.zeros_like(tensor))
+    return ops.where(expanded(mask, len(tensor.shape)), tensor, ops.zeros_like(tensor))
 
 
 def in_precision(loss: keras.losses.Loss, tensors: Any) -> Any:

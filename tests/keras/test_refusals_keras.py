@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a layer as the teacher": (
         TypeError,
         lambda: DistillModel(net(), keras.layers.Dense(3)),
-        "Wrap a layer or a function: keras.Sequential([layer]). Received: a Dense",
+        "Wrap the layer: keras.Sequential([layer]). Received: a Dense",
     ),
     "one logit for a softmax": (
         ValueError,

@@ -236,3 +236,14 @@ def test_a_teacher_of_one_row_is_never_broadcast_over_the_batch(jit: bool) -> No
     model.compile("sgd", jit_compile=jit)
     with pytest.raises(Exception, match=r"the same number of examples|[Rr]eshape"):
         model.fit(X, **FIT)
+
+
+def test_two_adapters_of_the_same_name_and_weights_train_alike() -> None:
+    """On torch, Keras cleared the gradient of only one of two weights that share a path."""
+    terms = [FeatureDistillation("hidden", "hidden", name=name) for name in ("first", "second")]
+    model = distilled(terms)
+    first, second = (term.adapters[0] for term in model.terms)
+    second.set_weights(first.get_weights())
+    model.fit(X, Y, epochs=3, **FIT)
+    for own, other in zip(first.get_weights(), second.get_weights(), strict=True):
+        np.testing.assert_array_equal(own, other)

@@ -95,6 +95,7 @@ class Feature:
         hand: Computes the weighted sum of the terms for a batch, by plain operations, from the twin, x, y and the step.
         settings: Settings of the model.
         teachers: Number of teachers.
+        widths: Their widths.
         stored: Whether the targets hold the teacher's outputs.
         tokens: Whether the models tag tokens.
         tolerance: The smallest tolerance: a graph rounds to bfloat16 in other places than eager steps.
@@ -105,6 +106,7 @@ class Feature:
     hand: Callable[..., Any]
     settings: dict[str, Any] = field(default_factory=dict)
     teachers: int = 1
+    widths: tuple[int, int] = (6, 6)
     stored: bool = False
     tokens: bool = False
     tolerance: float = 0.0
@@ -114,7 +116,7 @@ class Feature:
         """A new model with the same weights each time."""
         keras.utils.set_random_seed(3)
         made = tagger if self.tokens else network
-        held = [made(6, f"teacher{number}", "float32") for number in range(max(self.teachers, 1))]
+        held = [made(self.widths[number], f"teacher{number}", "float32") for number in range(max(self.teachers, 1))]
         teacher = [None, held[0], held][min(self.teachers, 2)]
         model = DistillModel(made(4, "student"), None if self.stored else teacher, self.terms(), **self.settings)
         model.held = _Hidden(held)
@@ -173,6 +175,46 @@ def several(twin: Any, x: Any, y: Any, step: float) -> Any:
     return sum(ops.mean(kl(z, teacher_logits(twin, x, number))) for number in (0, 1)) / 2
 
 
+def weighed(twin: Any, x: Any, y: Any, step: float) -> Any:
+    weights = 1.0 + (0.0 - 1.0) * min(step / 4, 1.0), 0.5
+    z = twin.student(x)
+    losses = [ops.mean(kl(z, teacher_logits(twin, x, number))) for number in (0, 1)]
+    return (weights[0] * losses[0] + weights[1] * losses[1]) / sum(weights)
+
+
+def to_a_mixture(twin: Any, x: Any, y: Any, step: float) -> Any:
+    """One divergence to 0.75 of the first teacher's softened probabilities and 0.25 of the second's."""
+    first, second = (ops.softmax(teacher_logits(twin, x, number) / 4.0) for number in (0, 1))
+    target = 0.75 * first + 0.25 * second
+    log_s = ops.log_softmax(ops.cast(twin.student(x), "float32") / 4.0)
+    return 16.0 * ops.mean(ops.sum(target * (ops.log(target) - log_s), axis=-1))
+
+
+def by_confidence(twin: Any, x: Any, y: Any, step: float) -> Any:
+    logits = [teacher_logits(twin, x, number) for number in (0, 1)]
+    first, second = (-ops.sum(ops.softmax(z) * ops.log_softmax(z), axis=-1) for z in logits)
+    z = twin.student(x)
+    return ops.mean((second * kl(z, logits[0]) + first * kl(z, logits[1])) / (first + second))
+
+
+@keras.saving.register_keras_serializable(package="pairs")
+def by_sign(inputs: Any) -> Any:
+    return ops.cast(inputs[:, 0] > 0, "int32")
+
+
+def by_route(twin: Any, x: Any, y: Any, step: float) -> Any:
+    """The logits of each example's own teacher, and adapters of each teacher, whose features differ."""
+    second, z = x[:, 0] > 0, twin.student(x)
+    logits = ops.where(second[:, None], teacher_logits(twin, x, 1), teacher_logits(twin, x, 0))
+    feature = inner(twin.student, x, "hidden")[0]
+    targets = [inner(model, x, "hidden")[0] for model in twin.held.models]
+    gaps = [
+        ops.mean(ops.square(adapter(feature) - target), axis=-1)
+        for adapter, target in zip(twin.terms[1].adapters, targets, strict=True)
+    ]
+    return ops.mean(kl(z, logits)) + 2.0 * ops.mean(ops.where(second, gaps[1], gaps[0]))
+
+
 def adapted(twin: Any, x: Any, y: Any, step: float) -> Any:
     [adapter], feature = twin.terms[0].adapters, inner(twin.student, x, "hidden")[0]
     return 2.0 * ops.mean(ops.square(adapter(feature) - inner(twin.held.models[0], x, "hidden")[0]))
@@ -227,6 +269,25 @@ FEATURES: dict[str, Feature] = {
     ),
     "stored targets": Feature(lambda: [LogitsDistillation()], plain, stored=True),
     "several teachers": Feature(lambda: [LogitsDistillation()], several, teachers=2),
+    "weights of teachers": Feature(
+        lambda: [LogitsDistillation()], weighed, teachers=2, settings={"teacher_weights": [in_steps(1.0, 0.0), 0.5]}
+    ),
+    "a mixture of teachers": Feature(
+        lambda: [LogitsDistillation()],
+        to_a_mixture,
+        teachers=2,
+        settings={"teacher_weights": [3.0, 1.0], "mix": "probabilities"},
+    ),
+    "teachers by confidence": Feature(
+        lambda: [LogitsDistillation()], by_confidence, teachers=2, settings={"teacher_weights": "entropy"}
+    ),
+    "a teacher for each example": Feature(
+        lambda: [LogitsDistillation(), FeatureDistillation("hidden", "hidden", weight=2.0)],
+        by_route,
+        teachers=2,
+        widths=(6, 8),
+        settings={"route": by_sign},
+    ),
     "adapters": Feature(lambda: [FeatureDistillation("hidden", "hidden", weight=2.0)], adapted),
     "learned losses": Feature(
         lambda: [FeatureDistillation("hidden", "hidden", VariationalInformationLoss(), weight=0.5)], learned

@@ -1,0 +1,71 @@
+"""The config and the variables that files of a DistillModel hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_distill import backends
+from keras_distill.metrics import LossParts
+from keras_distill.schedules import Schedule, deserialized, serialized
+from keras_distill.terms import DistillationTerm
+from keras_distill.untracked import ModelWithTeacher
+
+
+@keras.saving.register_keras_serializable(package="keras_distill")
+class ModelInFiles(ModelWithTeacher):
+    """Base of :class:`keras_distill.DistillModel`: what its files hold."""
+
+    student: keras.Model
+    terms: list[DistillationTerm]
+    schedules: dict[str, Schedule]
+    evaluate_distillation: bool
+    must_compare: bool
+    loss_parts: LossParts
+    task_weight_variable: keras.Variable
+    _task_weight: float
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON; they include the teacher only if ``save_teacher`` is True."""
+        serialize, metrics = keras.saving.serialize_keras_object, self.loss_parts.teacher_metrics
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "dtype": serialize(self.dtype_policy),
+            "student": serialize(self.student),
+            "teacher": serialize(self.teacher) if self.save_teacher and self.teacher is not None else None,
+            "terms": [serialize(term) for term in self.terms],
+            "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
+            "evaluate_distillation": self.evaluate_distillation,
+            "teacher_metrics": [serialize(metric) for metric in metrics] if self.must_compare or not metrics else None,
+            "teacher_dtype": self.step.teacher_dtype,
+            **self.step.ensemble.mix.settings(),
+            "save_teacher": self.save_teacher,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> ModelInFiles:
+        """The model that :meth:`get_config` describes."""
+        restored = {
+            key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+            for key, value in config.items()
+            if key in ("student", "teacher", "terms", "teacher_metrics") and value is not None
+        }
+        if isinstance(config.get("teacher_weights"), list):
+            restored["teacher_weights"] = [deserialized({"": weight})[""] for weight in config["teacher_weights"]]
+        return cls(**deserialized({key: value for key, value in config.items() if key not in restored}), **restored)
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """The shapes from which the terms can make their adapters without a teacher."""
+        return {"terms": {term.name: term.get_shapes() for term in self.terms if term.built}}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Make the adapters of a saved model."""
+        self.step.build_from_config((config or {}).get("terms", {}))
+        self.built = True
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load this model's own variable, the task weight."""
+        super().load_own_variables(store)
+        self._task_weight = backends.same_or_loaded(self._task_weight, self.task_weight_variable)

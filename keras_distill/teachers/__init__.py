@@ -1,0 +1,16 @@
+"""Teachers: models and functions that run in inference mode and without gradient."""
+
+from keras_distill.teachers.checked import as_teachers, checked_dtype
+from keras_distill.teachers.inputs import chosen_inputs, joint_inputs, with_call
+from keras_distill.teachers.live import LiveTeacher
+from keras_distill.teachers.outside import CallableTeacher
+
+__all__ = [
+    "CallableTeacher",
+    "LiveTeacher",
+    "as_teachers",
+    "checked_dtype",
+    "chosen_inputs",
+    "joint_inputs",
+    "with_call",
+]

@@ -1,0 +1,62 @@
+"""The inputs that each model takes of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_distill import compat
+from keras_distill.recording import Call
+
+
+def chosen_inputs(model: keras.Model, inputs: Any) -> Any:
+    """The inputs that a model declares, taken from a dict that may hold more.
+
+    Without this, Keras would pass the first entry in sorted order to a functional model with a single input, whatever
+    the name of that input.
+
+    Args:
+        model: The student or the teacher.
+        inputs: A batch.
+
+    Returns:
+        The entries that the model takes; inputs that are not a dict are returned as they are.
+    """
+    structure = compat.input_structure(model)
+    if not isinstance(inputs, dict) or structure is None:
+        return inputs
+    if isinstance(structure, dict):
+        return {key: inputs[key] for key in structure if key in inputs}
+    names: Sequence[str] = [tensor.name for tensor in keras.tree.flatten(structure)]
+    if all(name in inputs for name in names):
+        return keras.tree.pack_sequence_as(structure, [inputs[name] for name in names])
+    return inputs
+
+
+def joint_inputs(inputs: Any, teachers: Sequence[keras.Model]) -> Any:
+    """The student's symbolic inputs, together with named inputs that only a teacher has: a batch holds both.
+
+    Args:
+        inputs: The student's symbolic inputs in their structure.
+        teachers: The teachers.
+
+    Returns:
+        A dict if a teacher has further inputs, else ``inputs``.
+    """
+    if not isinstance(inputs, (dict, keras.KerasTensor)):
+        return inputs
+    structures = [compat.input_structure(model) for model in teachers]
+    of_teachers = {name: tensor for named in structures if isinstance(named, dict) for name, tensor in named.items()}
+    of_student = inputs if isinstance(inputs, dict) else {inputs.name: inputs}
+    return {**of_teachers, **of_student} if of_teachers.keys() - of_student.keys() else inputs
+
+
+def with_call(hook: Callable[..., Any], inputs: Any, call: Call) -> Any:
+    """Call the user's ``teacher_inputs`` with the inputs and, if it takes a second argument, the student's call."""
+    kinds = [parameter.kind for parameter in inspect.signature(hook).parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    takes_call = inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in positional for kind in kinds) > 1
+    return hook(inputs, call) if takes_call else hook(inputs)

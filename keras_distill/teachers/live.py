@@ -1,0 +1,51 @@
+"""A teacher that runs on each batch, in inference mode and without gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from keras_distill import compat
+from keras_distill.recording import Call, Recorder, Tap, sublayers
+from keras_distill.teachers.inputs import chosen_inputs
+
+
+class LiveTeacher:
+    """A teacher that runs on each batch.
+
+    Args:
+        model: The teacher; its weights and flags are not changed.
+        taps: The places to read.
+        dtype: Precision that it computes in; None keeps the model's own.
+
+    Raises:
+        ValueError: If a tap does not name one layer of the model.
+    """
+
+    def __init__(self, model: keras.Model, taps: Iterable[Tap], dtype: str | None = None) -> None:
+        self.model, self.dtype = model, dtype
+        self.recorder = Recorder(model, taps, "teacher")
+        self._layers: list[Any] = []  # all layers, once the model is built
+
+    def answer(self, inputs: Any) -> Call:
+        """Run the teacher without gradient.
+
+        Args:
+            inputs: The teacher's inputs; a dict may hold more than the teacher takes.
+
+        Returns:
+            The call.
+        """
+        inputs = chosen_inputs(self.model, inputs)
+        layers = self._layers or [self.model, *(layer for _, layer in sublayers(self.model))]
+        stateful = any(getattr(layer, "stateful", False) for layer in layers)
+        if stateful and not self.model.built:
+            self.model(inputs, training=False)
+        self._layers = layers if self.model.built else []
+        unchanged = compat.discarded_changes() if stateful else contextlib.nullcontext()
+        with compat.untaped(), unchanged, compat.computed_in(layers, self.dtype):
+            call = self.recorder.forward(inputs, training=False)
+        return call.without_gradient()
