@@ -120,9 +120,9 @@ def logits(output: Any) -> Tensor:
     return scores
 
 
-def show(title: str, results: dict[str, float]) -> dict[str, float]:
-    """Print accuracies, and hand them on."""
-    table = Table("", "accuracy", title=title)
+def show(title: str, results: dict[str, float], measure: str = "accuracy") -> dict[str, float]:
+    """Print accuracies or other shares, and hand them on."""
+    table = Table("", measure, title=title)
     for name, value in results.items():
         table.add_row(name, f"{100 * value:.1f} %")
     Console().print(table)
