@@ -83,6 +83,7 @@ from distill_core.store import CacheError
 from keras_distill import functional, losses, metrics, schedules
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
+from keras_distill.images import Normalize
 from keras_distill.losses import (
     ActivationBoundaryLoss,
     AlphaBetaLoss,
@@ -184,6 +185,7 @@ __all__ = [
     "MinifinetuningLoss",
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
+    "Normalize",
     "NormalizedKDLoss",
     "PatientLoss",
     "PearsonFeatureLoss",

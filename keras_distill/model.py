@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -31,6 +31,7 @@ from keras_distill.targets import (
     split_targets,
     weights_of,
 )
+from keras_distill.teachers import checked_hook, with_call
 from keras_distill.terms import DistillationTerm
 from keras_distill.untracked import ModelWithTeacher
 
@@ -65,6 +66,9 @@ class DistillModel(ModelWithTeacher):
         teacher_metrics: Metrics that compare the student with the teacher, such as ``[TeacherDivergence()]``. They get
             the outputs, masks and sample weights of the first term that compares class scores. None is
             ``[TeacherAgreement()]`` if there is such a term; ``[]`` measures nothing.
+        teacher_inputs: Makes the teacher's inputs from the batch's: a function such as ``Normalize.between(...)``,
+            called with the inputs and, if it takes a second argument, the student's call. A subclass may override the
+            method of this name instead. With None the teacher gets the student's inputs.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
         save_teacher: Whether files of this model contain the teacher.
         name: Name of the model.
@@ -102,6 +106,7 @@ class DistillModel(ModelWithTeacher):
         task_weight: float | Schedule = 1.0,
         evaluate_distillation: bool = True,
         teacher_metrics: TeacherMetric | Sequence[TeacherMetric] | None = None,
+        teacher_inputs: Callable[..., Any] | None = None,
         teacher_dtype: Any = None,
         save_teacher: bool = False,
         name: str = "distill_model",
@@ -117,7 +122,8 @@ class DistillModel(ModelWithTeacher):
         kwargs.setdefault("autocast", False)  # the inputs reach both models as they are
         super().__init__(name=name, **kwargs)
         self.student = student
-        hook = self.teacher_inputs if type(self).teacher_inputs is not DistillModel.teacher_inputs else None
+        overridden = self.teacher_inputs if type(self).teacher_inputs is not DistillModel.teacher_inputs else None
+        hook, self._given_inputs = checked_hook(teacher_inputs, overridden), teacher_inputs
         if hook is None and teacher is not None:
             warn_of_augmentation(student)
         self.step = DistillStep(student, teacher, terms, teacher_dtype=teacher_dtype, teacher_inputs=hook)
@@ -169,7 +175,7 @@ class DistillModel(ModelWithTeacher):
     # Hooks to override --------------------------------------------------------------------------------------------
 
     def teacher_inputs(self, x: Any, call: Call) -> Any:
-        """The teacher's inputs; override it for another resolution, other tokens, or the student's augmentation.
+        """The teacher's inputs; override it, or pass ``teacher_inputs``, if they are not the student's.
 
         Args:
             x: Inputs of the batch.
@@ -178,7 +184,7 @@ class DistillModel(ModelWithTeacher):
         Returns:
             The teacher's inputs. From a dict each model takes the entries that it has inputs for.
         """
-        return x
+        return x if self._given_inputs is None else with_call(self._given_inputs, x, call)
 
     def task_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
         """The compiled loss without the regularisers; override it for a custom loss.
@@ -352,6 +358,7 @@ class DistillModel(ModelWithTeacher):
             "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,
             "teacher_metrics": [serialize(metric) for metric in metrics] if self.must_compare or not metrics else None,
+            "teacher_inputs": serialize(self._given_inputs),
             "teacher_dtype": self.step.teacher_dtype,
             "save_teacher": self.save_teacher,
         }
@@ -362,7 +369,7 @@ class DistillModel(ModelWithTeacher):
         restored = {
             key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
             for key, value in config.items()
-            if key in ("student", "teacher", "terms", "teacher_metrics") and value is not None
+            if key in ("student", "teacher", "terms", "teacher_metrics", "teacher_inputs") and value is not None
         }
         return cls(**deserialized({key: value for key, value in config.items() if key not in restored}), **restored)
 

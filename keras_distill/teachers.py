@@ -153,6 +153,30 @@ def joint_inputs(inputs: Any, teachers: Sequence[keras.Model]) -> Any:
     return {**of_teachers, **of_student} if of_teachers.keys() - of_student.keys() else inputs
 
 
+def checked_hook(argument: Any, method: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The function that makes the teacher's inputs.
+
+    Args:
+        argument: The argument ``teacher_inputs``.
+        method: The method of that name that a subclass overrides, or None.
+
+    Returns:
+        One of them, or None.
+
+    Raises:
+        TypeError: If the argument cannot be called.
+        ValueError: If there are two.
+    """
+    if argument is not None and (not callable(argument) or isinstance(argument, type)):
+        expected = "`teacher_inputs` to be a function of the batch's inputs, or None"
+        remedy = "Pass Normalize.between(student=(mean, std), teacher=(mean, std)), or a function."
+        raise TypeError(checks.message(expected, f"teacher_inputs={argument!r}", remedy))
+    if argument is not None and method is not None:
+        expected = "`teacher_inputs` to be None in a subclass that overrides the method of this name"
+        raise ValueError(checks.message(expected, f"teacher_inputs={argument!r}", "Use one of the two."))
+    return method if argument is None else argument
+
+
 def with_call(hook: Callable[..., Any], inputs: Any, call: Call) -> Any:
     """Call the user's ``teacher_inputs`` with the inputs and, if it takes a second argument, the student's call."""
     kinds = [parameter.kind for parameter in inspect.signature(hook).parameters.values()]

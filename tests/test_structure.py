@@ -33,7 +33,7 @@ ROOMS = {
         ("backends",),
         ("functional", "schedules"),
         ("losses", "metrics", "recording"),
-        ("adapters", "targets", "teachers"),
+        ("adapters", "images", "targets", "teachers"),
         ("terms",),
         ("cache", "comparison"),
         ("step",),

@@ -248,9 +248,24 @@ def resized(teacher: Any, student: Sequence[int | None]) -> Any:
     for axis in (1, 2):
         size, target_size = teacher.shape[axis], student[axis]
         if size is not None and target_size is not None and size != target_size:
-            matrix = ops.cast(_resizing(size, target_size), teacher.dtype)
-            teacher = ops.moveaxis(ops.tensordot(matrix, teacher, axes=[[1], [axis]]), 0, axis)
+            teacher = multiplied(_resizing(size, target_size), teacher, axis)
     return teacher
+
+
+def multiplied(matrix: np.ndarray[Any, Any], feature: Any, axis: int) -> Any:
+    """A matrix times every line of a feature along one of its dimensions.
+
+    Args:
+        matrix: Shape ``(M, L)``.
+        feature: Any shape, of size L at ``axis``.
+        axis: The dimension.
+
+    Returns:
+        The feature, of size M at ``axis``.
+    """
+    # not tensordot, whose symbolic form cannot leave the number of examples open
+    product = ops.matmul(ops.moveaxis(feature, axis, -1), ops.cast(matrix.T, feature.dtype))
+    return ops.moveaxis(product, -1, axis)
 
 
 def _resizing(size: int, target_size: int) -> np.ndarray[Any, Any]:

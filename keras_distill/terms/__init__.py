@@ -7,9 +7,10 @@ from typing import Any
 
 from keras_distill import checks
 from keras_distill.terms.base import DistillationTerm
-from keras_distill.terms.features import FeatureDistillation, SelfDistillation
+from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.logits import LogitsDistillation
 from keras_distill.terms.loss_term import LossTerm
+from keras_distill.terms.self_distillation import SelfDistillation
 from keras_distill.terms.state import TermState
 from keras_distill.terms.tokens import SequenceDistillation
 from keras_distill.terms.weighing import weigh

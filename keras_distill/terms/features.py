@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter
+from keras_distill.adapters import ADAPTERS, AdapterFactory, Side, aligned, make_adapter, pooled
 from keras_distill.functional.vectors import resized
 from keras_distill.losses import (
     AttentionMapLoss,
@@ -21,7 +21,7 @@ from keras_distill.losses import (
 from keras_distill.recording import Call, Tap
 from keras_distill.schedules import Schedule, deserialized
 from keras_distill.terms.base import DistillationTerm
-from keras_distill.terms.layouts import KINDS, arranged, known_layout
+from keras_distill.terms.layouts import KINDS, arranged, known_layout, without_prefix
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
 from keras_distill.terms.loss_term import LossTerm, copied
 from keras_distill.terms.weighing import weigh
@@ -34,7 +34,9 @@ class FeatureDistillation(LossTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
     If the teacher's map (N, H, W, C) has another height or width than the student's, it is resized to the student's:
-    averaged to a smaller size, interpolated to a larger one. The meaning of the axes follows from the layers, or from
+    averaged to a smaller size, interpolated to a larger one. With ``adapter="auto"`` tokens (N, L, C) of an image are
+    compared with a map, or with tokens of another number, as maps of their patches: class and register tokens are left
+    out, and the larger map is resized to the smaller. The meaning of the axes follows from the layers, or from
     ``Tap(layout=...)``. Adapters, and losses with parameters of their own, take their shapes from the models; each pair
     of layers has its own copy of such a loss.
 
@@ -47,8 +49,9 @@ class FeatureDistillation(LossTerm):
             adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (none if the channels agree, else a 1x1 convolution for maps and a dense layer for vectors
-            and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which the first model trains and other
-            models copy, or a factory called with the shapes of both features, channels last.
+            and token sequences), ``"pool"`` (the means of both features over their positions, and then as ``"auto"``),
+            ``None``, ``"linear"``, ``"conv1x1"``, a layer, which the first model trains and other models copy, or a
+            factory called with the shapes of both features, channels last.
         use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files; ``None`` takes the student layer's name, ``"blocks_1"`` for ``"blocks.1"``.
         **kwargs: Further settings of :class:`DistillationTerm`.
@@ -99,6 +102,7 @@ class FeatureDistillation(LossTerm):
         self._learned: list[Any] = []
         self._learned_layers: list[keras.layers.Layer] = []
         self._built_for: list[Any] = []
+        self._images: list[Any] = []
 
     @property
     def adapters(self) -> list[keras.layers.Layer | None]:
@@ -126,6 +130,7 @@ class FeatureDistillation(LossTerm):
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make the adapters from the shapes of the features."""
+        self._images = [[student.image, teacher.image] for _ in self.pairs]
         self._build_adapters([self._described(index, student, teacher) for index in range(len(self.pairs))])
         self.check_calls(student, teacher)
 
@@ -139,11 +144,26 @@ class FeatureDistillation(LossTerm):
             self._check(mapped, teacher_shape, index)
 
     def _described(self, index: int, student: Call, teacher: Call) -> list[Any]:
-        """The shapes of a pair of arranged features, then their layouts."""
+        """The shapes of a pair of features in one form, then their layouts."""
         features = self._raw(index, student, teacher)
         layouts = self._layouts(index, *features)
-        shapes = [list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)]
+        arranged_pair = [arranged(tensor, layout) for (_, tensor), layout in zip(features, layouts, strict=True)]
+        shapes = [list(feature.shape) for feature in self._in_one_form(index, arranged_pair, features)]
         return [*shapes, *layouts]
+
+    def _in_one_form(self, index: int, features: Sequence[Any], sides: Any) -> tuple[Any, Any]:
+        """A pair of arranged features without prefix tokens, and tokens beside a map as a map."""
+        known = self._images[index] if self._images else (None, None)
+        both = []
+        for tap, feature, (call, _), image in zip(self.pairs[index], features, sides, known, strict=True):
+            place = f"{call.who} feature {tap.name!r}"
+            both.append(Side(without_prefix(tap, feature, place), place, tap.prefix_tokens, call.image or image))
+        if self.adapter == "pool":
+            return pooled(both[0]), pooled(both[1])
+        match = self.requires
+        if self.adapter != "auto" or not (match.channels_must_match or match.positions_must_match):
+            return both[0].feature, both[1].feature
+        return aligned(both[0], both[1], match.positions_must_match)
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
@@ -186,10 +206,12 @@ class FeatureDistillation(LossTerm):
 
     def get_shapes(self) -> dict[str, Any] | None:
         """The shapes and layouts that the adapters were made from."""
-        return {"pairs": self._built_for} if self.built else None
+        return {"pairs": self._built_for, "images": self._images} if self.built else None
 
     def build_from_shapes(self, config: dict[str, Any]) -> None:
         """Make the adapters from the shapes of a saved model."""
+        sizes = config.get("images") or [[None, None]] * len(config["pairs"])
+        self._images = [[None if size is None else tuple(size) for size in pair] for pair in sizes]
         self._build_adapters(config["pairs"])
 
     def _build_adapters(self, pairs: list[Any]) -> None:
@@ -200,7 +222,8 @@ class FeatureDistillation(LossTerm):
             setting = self.adapter
             if setting == "auto" and (not self.requires.channels_must_match or kind == "scores"):
                 setting = None
-            maps = len(student) >= 4 if kind is None else kind == "map"
+            # pooled maps have become vectors, and tokens of four dimensions a map
+            maps = len(student) > 2 and (kind == "map" or (kind != "scores" and len(student) >= 4))
             self._adapters.append(make_adapter(setting, student, teacher, tap.name, maps=maps))
         if self.requires.learned:
             self._learned = [copied(self.loss) for _ in shapes]
@@ -248,7 +271,8 @@ class FeatureDistillation(LossTerm):
                 )
                 raise ValueError(checks.message(expected, f"shapes {shapes[0]} and {shapes[1]}", remedy))
         kinds = [KINDS.get(layout) for layout in layouts]
-        if all(kinds) and kinds[0] != kinds[1]:
+        mixes = self.adapter in ("auto", "pool") and set(kinds) == {"tokens", "map"}
+        if all(kinds) and kinds[0] != kinds[1] and not mixes:
             expected = f"student feature {taps[0].name!r} and teacher feature {taps[1].name!r} to be of one kind"
             remedy = "If a layout is wrong, pass Tap(layout=...)."
             raise ValueError(checks.message(expected, f"{layouts[0]} and {layouts[1]}", remedy))
@@ -266,11 +290,17 @@ class FeatureDistillation(LossTerm):
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Any, Any, Any]:
         """The adapted feature, the teacher's feature resized to its positions, and the masks of both."""
-        (_, feature), (source, target) = self._raw(index, student, teacher)
+        sides = self._raw(index, student, teacher)
+        (_, feature), (source, target) = sides
         masks = [student.mask_of(feature), source.mask_of(target)]
         student_layout, teacher_layout = self._built_for[index][2:] if self._built_for else (None, None)
         target = ops.stop_gradient(ops.convert_to_tensor(target))  # stored features are arrays
-        feature, target = arranged(_widened(feature), student_layout), arranged(_widened(target), teacher_layout)
+        before = arranged(_widened(feature), student_layout), arranged(_widened(target), teacher_layout)
+        feature, target = self._in_one_form(index, before, sides)
+        masks = [_of_patches(tap, mask) for tap, mask in zip(self.pairs[index], masks, strict=True)]
+        if any(mask is not None for mask in masks) and len(feature.shape) != len(before[0].shape):
+            expected = f"tokens without a mask for term {self.name!r}, which compares maps or means over positions"
+            raise ValueError(checks.message(expected, "a mask", "Pass another adapter."))
         adapter = self._adapters[index] if self._adapters else None
         if adapter is not None:
             feature = adapter(feature, training=student.training)
@@ -305,64 +335,14 @@ class FeatureDistillation(LossTerm):
             raise ValueError(checks.message(expected, f"{tuple(mapped)} and {tuple(teacher_shape)}", remedy))
 
 
-@keras.saving.register_keras_serializable(package="keras_distill")
-class SelfDistillation(FeatureDistillation):
-    """A loss between shallow layers of the student and a deep layer of the student, for a network with several exits.
-
-    The shallow layers learn from the deep layer, whose feature has no gradient. It needs no teacher: pass
-    ``teacher=None`` if it is the only term.
-
-    Args:
-        student_layer: The shallow layer, or several.
-        teacher_layer: The deep layer of the same network, one for all shallow layers or one for each.
-        loss: As for :class:`FeatureDistillation`. For exits that return logits use a loss on logits.
-        weight: Factor of the term in the total loss, a number or a schedule.
-        adapter: As for :class:`FeatureDistillation`.
-        use_sample_weight: Whether the batch's sample weights are applied to the term.
-        name: Name in logs and files; ``None`` takes the shallow layers' names.
-        **kwargs: Further settings of :class:`DistillationTerm`.
-
-    Raises:
-        ValueError: As for :class:`FeatureDistillation`.
-        TypeError: If ``loss`` cannot be called.
-
-    Example:
-        >>> from keras_distill import SoftTargetLoss
-        >>> SelfDistillation(["exit1", "exit2"], "exit3", SoftTargetLoss(temperature=3.0), weight=0.5).name
-        'exit1_exit2'
-
-    References:
-        Zhang et al. (2019). Be Your Own Teacher, arXiv:1905.08094.
-    """
-
-    needs_teacher = False
-
-    @property
-    def pairs(self) -> list[tuple[Tap, Tap]]:
-        """The pairs of taps that are compared, a shallow and a deep one of the student."""
-        number = len(self.student_taps) // 2
-        return list(zip(self.student_taps[:number], self.student_taps[number:], strict=True))
-
-    def build_from_calls(self, student: Call, teacher: Call) -> None:
-        """Make the adapters from the shapes of the student's features."""
-        super().build_from_calls(student, student)
-
-    def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
-        """The loss without its weight, a scalar."""
-        return super().compute(student, student, labels, sample_weight)
-
-    def _paired_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> tuple[list[Tap], list[Tap]]:
-        """The taps in the order of pairs; a single deep layer is the target of every shallow one."""
-        return student_taps, teacher_taps * len(student_taps) if len(teacher_taps) == 1 else teacher_taps
-
-    def _store_taps(self, student_taps: list[Tap], teacher_taps: list[Tap]) -> None:
-        """Set the taps, all of the student."""
-        self.student_taps, self.teacher_taps = [*student_taps, *teacher_taps], []
-
-
 def as_taps(layers: Layers) -> list[Tap]:
     """One layer or several as taps."""
     return [Tap.of(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
+
+
+def _of_patches(tap: Tap, mask: Any) -> Any:
+    """A mask of tokens without those that a tap leaves out."""
+    return mask[:, tap.prefix_tokens :] if mask is not None and tap.prefix_tokens else mask
 
 
 def _widened(feature: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Final
 import keras
 from keras import ops
 
+from keras_distill import checks
 from keras_distill.recording import Facts, Tap
 
 # The kind of feature that each layout becomes when it is arranged.
@@ -54,3 +55,25 @@ def arranged(feature: Any, layout: str | None) -> Any:
         _, length, heads, width = feature.shape
         return ops.reshape(feature, (-1, ops.shape(feature)[1] if length is None else length, heads * width))
     return feature
+
+
+def without_prefix(tap: Tap, feature: Any, place: str) -> Any:
+    """Tokens without those that a tap leaves out.
+
+    Args:
+        tap: The place.
+        feature: The arranged feature.
+        place: The feature, for messages.
+
+    Returns:
+        The feature.
+
+    Raises:
+        ValueError: If it has another number of dimensions, or fewer tokens.
+    """
+    if tap.prefix_tokens is None:
+        return feature
+    if len(feature.shape) != 3 or (feature.shape[1] is not None and feature.shape[1] <= tap.prefix_tokens):
+        expected = f"{place} to have more than {tap.prefix_tokens} tokens, shape (N, L, C)"
+        raise ValueError(checks.message(expected, f"shape {tuple(feature.shape)}", "Correct `prefix_tokens`."))
+    return feature[:, tap.prefix_tokens :]
