@@ -48,6 +48,7 @@ Cao 2022, arXiv:2207.02039           PearsonFeatureLoss           functional.pea
 Ahn 2019, arXiv:1904.05835           VariationalInformationLoss   functional.variational_information
 Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.masked_generative
 Miles 2023, arXiv:2303.11098         SimpleRecipeLoss             functional.log_sum_distance
+Fang 2021, arXiv:2101.04731          QueueSimilarityLoss          functional.queue_similarity
 Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss        functional.neuron_selectivity
 Kornblith 2019, arXiv:1905.00414     CKALoss                      functional.centered_kernel_alignment
 Sun 2019, arXiv:1908.09355           PatientLoss                  functional.normalized_mse
@@ -115,6 +116,7 @@ from keras_distill.losses import (
     PearsonFeatureLoss,
     PixelRelationLoss,
     ProbabilisticTransferLoss,
+    QueueSimilarityLoss,
     RelationalLoss,
     ReverseKLLoss,
     SimilarityPreservingLoss,
@@ -191,6 +193,7 @@ __all__ = [
     "PearsonFeatureLoss",
     "PixelRelationLoss",
     "ProbabilisticTransferLoss",
+    "QueueSimilarityLoss",
     "RelationalLoss",
     "ReverseKLLoss",
     "SelfDistillation",

@@ -74,8 +74,8 @@ def fill(loss: Any, parameters: Mapping[str, NDArray[Any]]) -> None:
 
 def variable_of(loss: Any, name: str) -> keras.Variable:
     """A parameter by its name in PyTorch, where the functions between the layers count too: mean.2 is the second."""
-    if name == "rho":
-        return loss.layer.rho
+    if name in ("rho", "queue"):
+        return getattr(loss.layer, name)
     _, *index, kind = name.split(".")
     return getattr(loss.layer.parts[int(*index) // 2], {"weight": "kernel", "bias": "bias"}[kind])
 

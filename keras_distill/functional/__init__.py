@@ -12,6 +12,7 @@ from keras_distill.functional import (
     logit_relations,
     logits,
     normalized,
+    queues,
     relations,
     retrieval,
     targets,
@@ -26,6 +27,7 @@ from keras_distill.functional.learned import *
 from keras_distill.functional.logit_relations import *
 from keras_distill.functional.logits import *
 from keras_distill.functional.normalized import *
+from keras_distill.functional.queues import *
 from keras_distill.functional.relations import *
 from keras_distill.functional.retrieval import *
 from keras_distill.functional.targets import *
@@ -41,6 +43,7 @@ __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
+__all__ += queues.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

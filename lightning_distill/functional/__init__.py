@@ -13,6 +13,7 @@ from lightning_distill.functional import (
     logit_relations,
     logits,
     normalized,
+    queues,
     relations,
     retrieval,
     targets,
@@ -28,6 +29,7 @@ from lightning_distill.functional.learned import *
 from lightning_distill.functional.logit_relations import *
 from lightning_distill.functional.logits import *
 from lightning_distill.functional.normalized import *
+from lightning_distill.functional.queues import *
 from lightning_distill.functional.relations import *
 from lightning_distill.functional.retrieval import *
 from lightning_distill.functional.targets import *
@@ -44,6 +46,7 @@ __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
+__all__ += queues.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -13,6 +13,7 @@ from lightning_distill.losses import (
     logit_relations,
     logits,
     normalized,
+    queues,
     relations,
     retrieval,
     targets,
@@ -28,6 +29,7 @@ from lightning_distill.losses.learned import *
 from lightning_distill.losses.logit_relations import *
 from lightning_distill.losses.logits import *
 from lightning_distill.losses.normalized import *
+from lightning_distill.losses.queues import *
 from lightning_distill.losses.relations import *
 from lightning_distill.losses.retrieval import *
 from lightning_distill.losses.targets import *
@@ -44,6 +46,7 @@ __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += normalized.__all__
+__all__ += queues.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -257,6 +257,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     assert {name for name, loss in public.items() if loss.several_layers} == {"SolutionFlowLoss"}
     assert {name for name, loss in public.items() if loss.learned} == {
         "MaskedGenerativeLoss",
+        "QueueSimilarityLoss",
         "SimpleRecipeLoss",
         "VariationalInformationLoss",
     }
