@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,7 +31,13 @@ class Grid(NamedTuple):
 
 
 @lru_cache
-def find_grid(tokens: int, image: tuple[int, int] | None, prefix: int | None, place: str) -> Grid:
+def find_grid(
+    tokens: int,
+    image: tuple[int, int] | None,
+    prefix: int | None,
+    place: str,
+    message: Callable[..., str] = message,
+) -> Grid:
     """The grid of a sequence of tokens.
 
     A patch covers the same number of pixels in both directions, so a grid has the proportions of the image. If the
@@ -42,6 +49,7 @@ def find_grid(tokens: int, image: tuple[int, int] | None, prefix: int | None, pl
         image: Height and width of the network's input; None allows square grids alone.
         prefix: Number of tokens before the patches; None tries 0 to 5.
         place: The feature, for messages.
+        message: Makes the text of an error.
 
     Returns:
         The grid.

@@ -54,6 +54,7 @@ Yang 2022, arXiv:2205.01529          MaskedGenerativeLoss         functional.mas
 Miles 2023, arXiv:2303.11098         SimpleRecipeLoss             functional.log_sum_distance
 Yang 2021 (SRRL, ICLR)               SoftmaxRegressionLoss        functional.softmax_regression
 Kim 2018, arXiv:1802.04977           FactorTransferLoss           functional.factor_transfer
+Fang 2021, arXiv:2101.04731          QueueSimilarityLoss          functional.queue_similarity
 Huang 2017, arXiv:1707.01219         NeuronSelectivityLoss        functional.neuron_selectivity
 Kornblith 2019, arXiv:1905.00414     CKALoss                      functional.centered_kernel_alignment
 Sun 2019, arXiv:1908.09355           PatientLoss                  functional.normalized_mse
@@ -90,6 +91,7 @@ from keras_distill import functional, losses, metrics, schedules
 from keras_distill.adapters import PCAProjection
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
+from keras_distill.images import Normalize
 from keras_distill.losses import (
     ActivationBoundaryLoss,
     AlphaBetaLoss,
@@ -126,6 +128,7 @@ from keras_distill.losses import (
     PixelRelationLoss,
     ProbabilisticTransferLoss,
     QualityFocalLoss,
+    QueueSimilarityLoss,
     RelationalLoss,
     ReverseKLLoss,
     SimilarityPreservingLoss,
@@ -204,6 +207,7 @@ __all__ = [
     "MinifinetuningLoss",
     "MultiLevelLogitLoss",
     "NeuronSelectivityLoss",
+    "Normalize",
     "NormalizedKDLoss",
     "PCAProjection",
     "PatientLoss",
@@ -211,6 +215,7 @@ __all__ = [
     "PixelRelationLoss",
     "ProbabilisticTransferLoss",
     "QualityFocalLoss",
+    "QueueSimilarityLoss",
     "RelationalLoss",
     "ReverseKLLoss",
     "ReviewDistillation",

@@ -39,6 +39,7 @@ class ModelInFiles(ModelWithTeacher):
             "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,
             "teacher_metrics": [serialize(metric) for metric in metrics] if self.must_compare or not metrics else None,
+            "teacher_inputs": serialize(self._given_inputs),
             "teacher_dtype": self.step.teacher_dtype,
             **self.step.ensemble.mix.settings(),
             "save_teacher": self.save_teacher,
@@ -50,7 +51,7 @@ class ModelInFiles(ModelWithTeacher):
         restored = {
             key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
             for key, value in config.items()
-            if key in ("student", "teacher", "terms", "teacher_metrics") and value is not None
+            if key in ("student", "teacher", "terms", "teacher_metrics", "teacher_inputs") and value is not None
         }
         if isinstance(config.get("teacher_weights"), list):
             restored["teacher_weights"] = [deserialized({"": weight})[""] for weight in config["teacher_weights"]]

@@ -33,6 +33,7 @@ from keras_distill.targets import (
     split_targets,
     weights_of,
 )
+from keras_distill.teachers import checked_hook, with_call
 from keras_distill.terms import DistillationTerm
 
 
@@ -66,6 +67,9 @@ class DistillModel(ModelInFiles):
         teacher_metrics: Metrics that compare the student with the teacher, such as ``[TeacherDivergence()]``. They get
             the outputs, masks and sample weights of the first term that compares class scores. None is
             ``[TeacherAgreement()]`` if there is such a term; ``[]`` measures nothing.
+        teacher_inputs: Makes the teacher's inputs from the batch's: a function such as ``Normalize.between(...)``,
+            called with the inputs and, if it takes a second argument, the student's call. A subclass may override the
+            method of this name instead. With None the teacher gets the student's inputs.
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
         teacher_weights: Weights of several teachers, a list of numbers or schedules, which are divided by their sum;
             ``"entropy"`` weighs the teachers in each example by their confidence; None weighs all alike.
@@ -109,6 +113,7 @@ class DistillModel(ModelInFiles):
         task_weight: float | Schedule = 1.0,
         evaluate_distillation: bool = True,
         teacher_metrics: TeacherMetric | Sequence[TeacherMetric] | None = None,
+        teacher_inputs: Callable[..., Any] | None = None,
         teacher_dtype: Any = None,
         teacher_weights: Sequence[float | Schedule] | str | None = None,
         mix: str = "losses",
@@ -127,7 +132,8 @@ class DistillModel(ModelInFiles):
         kwargs.setdefault("autocast", False)  # the inputs reach both models as they are
         super().__init__(name=name, **kwargs)
         self.student = student
-        hook = self.teacher_inputs if type(self).teacher_inputs is not DistillModel.teacher_inputs else None
+        overridden = self.teacher_inputs if type(self).teacher_inputs is not DistillModel.teacher_inputs else None
+        hook, self._given_inputs = checked_hook(teacher_inputs, overridden), teacher_inputs
         if hook is None and teacher is not None:
             warn_of_augmentation(student)
         self.step = DistillStep(
@@ -182,7 +188,7 @@ class DistillModel(ModelInFiles):
     # Hooks to override --------------------------------------------------------------------------------------------
 
     def teacher_inputs(self, x: Any, call: Call) -> Any:
-        """The teacher's inputs; override it for another resolution, other tokens, or the student's augmentation.
+        """The teacher's inputs; override it, or pass ``teacher_inputs``, if they are not the student's.
 
         Args:
             x: Inputs of the batch.
@@ -191,7 +197,7 @@ class DistillModel(ModelInFiles):
         Returns:
             The teacher's inputs. From a dict each model takes the entries that it has inputs for.
         """
-        return x
+        return x if self._given_inputs is None else with_call(self._given_inputs, x, call)
 
     def task_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool) -> Any:
         """The compiled loss without the regularisers; override it for a custom loss.

@@ -153,6 +153,15 @@ LEARNED_CASES = [
         attention_weight=0.1,
         context_weight=0.05,
     ),
+    LossCase(
+        "queue_similarity",
+        losses.QueueSimilarityLoss,
+        oracle.queue_similarity,
+        (4, 5),
+        settings={"size": 10, "student_temperature": 0.5, "teacher_temperature": 0.3},
+        zero_at_identity=False,
+        parameters=_drawn({"queue": (10, 5)}, 1.0),
+    ),
     # Variances far above eps, so that the loss is positive, as the generic tests expect of all losses.
     _simple_recipe("simple_recipe", (5, 3, 2, 3), (5, 4, 2, 3), eps=1e-8),
     _simple_recipe("simple_recipe_vectors", (5, 4), (5, 3), power=3.0, eps=1e-7),

@@ -100,10 +100,10 @@ class Learned(nn.Module):
             loss.read_teacher(lambda name: layer)
         loss.build(*(torch.Size(shape) for shape in shapes))
         loss.double().load_state_dict({name: torch.as_tensor(array) for name, array in parameters.items()})
-        self.loss = loss
+        self.loss = loss.eval()  # a queue stays as it is
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        first = next(self.loss.parameters())
+        first = next(iter(self.loss.state_dict().values()))
         dtype = torch.promote_types(student.dtype, torch.float32)
         if (first.dtype, first.device) != (dtype, student.device):
             self.loss.to(student.device, dtype)

@@ -246,3 +246,35 @@ def _with_context(feature: Array, parameters: Parameters, name: str) -> Array:
     narrow = (narrow - narrow.mean()) / math.sqrt(narrow.var() + 1e-5)
     narrow = narrow * parameters[f"{name}.norm.weight"].ravel() + parameters[f"{name}.norm.bias"].ravel()
     return feature + convolved(np.maximum(narrow, 0), "expand")[:, None, None]
+
+
+def queue_similarity(
+    student: Array,
+    teacher: Array,
+    *,
+    parameters: Parameters,
+    size: int,
+    student_temperature: float = 0.2,
+    teacher_temperature: float = 0.01,
+) -> float:
+    """SEED, equations 4 and 5: - sum_j p_t(j) log p_s(j), the softmaxes over the dot products of vectors of length 1
+    with the queue and the teacher's own embedding; mean over the examples."""
+
+    def length_one(vector: Array) -> list[float]:
+        length = math.sqrt(sum(float(value) ** 2 for value in vector))
+        return [float(value) / length for value in vector]
+
+    def softmax(embedding: list[float], entries: list[list[float]], temperature: float) -> list[float]:
+        scores = [sum(a * b for a, b in zip(embedding, entry, strict=True)) / temperature for entry in entries]
+        exponentials = [math.exp(score - max(scores)) for score in scores]
+        return [value / sum(exponentials) for value in exponentials]
+
+    queue = [length_one(entry) for entry in parameters["queue"]]
+    assert len(queue) == size
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        entries = [length_one(t), *queue]
+        p_student = softmax(length_one(s), entries, student_temperature)
+        p_teacher = softmax(length_one(t), entries, teacher_temperature)
+        total -= sum(p * math.log(q) for p, q in zip(p_teacher, p_student, strict=True))
+    return total / len(student)

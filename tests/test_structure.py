@@ -33,7 +33,7 @@ ROOMS = {
         ("backends",),
         ("functional", "schedules", "states"),
         ("losses", "metrics", "recording"),
-        ("adapters", "targets", "teachers"),
+        ("adapters", "images", "targets", "teachers"),
         ("terms",),
         ("cache", "comparison", "mixing"),
         ("mixed_calls",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from distill_core.columns import Array
 from distill_core.locks import locked
+from distill_core.normalization import identity_of
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer, begin, check_folder, fingerprint
 from keras_distill import compat
@@ -33,6 +34,7 @@ class Builder:
         views: Number of augmented views of each item.
         augmentation: Augments the items; None leaves them unchanged.
         batch_size: Number of items in a batch.
+        teacher_inputs: Makes the teacher's inputs of a batch; None takes the batch.
         shard_bytes: Approximate size of a shard.
 
     Raises:
@@ -52,11 +54,13 @@ class Builder:
         augmentation: Augmentation | None,
         batch_size: int,
         shard_bytes: int,
+        teacher_inputs: Callable[[Any], Any] | None = None,
     ) -> None:
         self.taps = [Tap.of(layer) for layer in layers]
         if not outputs and not self.taps:
             raise CacheError("Expected something to keep, but got outputs=False and no layers. Name layers.")
         self.inputs, self.outputs, self.batch_size, self.augmentation = inputs, outputs, batch_size, augmentation
+        self.teacher_inputs = teacher_inputs
         self.recorder, self.length = Recorder(teacher, self.taps, "teacher"), len(keras.tree.flatten(inputs)[0])
         if augmentation is not None:
             augmentation.check(inputs)
@@ -72,7 +76,7 @@ class Builder:
             shard_rows=batch_size,
             arrays=arrays,
             layers={f"feature{index}": f"{tap.name}|{tap.where}" for index, tap in enumerate(self.taps)},
-            teacher={"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)},
+            teacher=described_teacher(teacher, teacher_inputs),
             data={
                 "fingerprint": data_fingerprint(inputs, augmentation),
                 "transform_seed": None if augmentation is None else augmentation.seed,
@@ -108,6 +112,11 @@ class Builder:
 
     def _inputs(self, start: int, stop: int) -> Any:
         """The teacher's inputs for some rows."""
+        inputs = self._batch(start, stop)
+        return inputs if self.teacher_inputs is None else self.teacher_inputs(inputs)
+
+    def _batch(self, start: int, stop: int) -> Any:
+        """The items of some rows."""
         if self.augmentation is None:
             return keras.tree.map_structure(lambda array: keras.ops.convert_to_tensor(array[start:stop]), self.inputs)
         # a batch may begin in one view and end in the next
@@ -138,6 +147,20 @@ class Builder:
                 "Expected the teacher's outputs to be logits with top_k, but got probabilities of a softmax or sigmoid."
                 " Leave out the last softmax or sigmoid."
             )
+
+
+def described_teacher(teacher: keras.Model, teacher_inputs: Any = None) -> dict[str, Any]:
+    """The entry of a teacher in the manifest.
+
+    Args:
+        teacher: The teacher.
+        teacher_inputs: Makes its inputs; None for those of the data.
+
+    Raises:
+        CacheError: If ``teacher_inputs`` cannot be recognized in another process.
+    """
+    described = {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)}
+    return described if teacher_inputs is None else {**described, "inputs": identity_of(teacher_inputs)}
 
 
 def teacher_fingerprint(teacher: keras.Model) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -14,9 +14,9 @@ from distill_core.columns import Ragged
 from distill_core.keys import digests
 from distill_core.remote import building, open_reader
 from distill_core.storage import Storage
-from distill_core.store import CacheError, Manifest, Reader
+from distill_core.store import CacheError, Manifest, Reader, check_teacher
 from distill_core.terminal import short
-from keras_distill.cache.builder import Builder, teacher_fingerprint
+from keras_distill.cache.builder import Builder, described_teacher
 from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
 from keras_distill.cache.positions import TokenPlaces, padded
 from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
@@ -60,12 +60,15 @@ class TeacherCache:
         return self.reader.manifest
 
     @classmethod
-    def open(cls, path: str | PathLike[str], *, teacher: keras.Model | None = None) -> TeacherCache:
+    def open(
+        cls, path: str | PathLike[str], *, teacher: keras.Model | None = None, teacher_inputs: Any = None
+    ) -> TeacherCache:
         """Open a cache that was built before.
 
         Args:
             path: The folder, or a URL of fsspec such as ``"s3://bucket/cache"``.
             teacher: The Keras model that the cache must come from; None skips this check.
+            teacher_inputs: The maker of the teacher's inputs that it must come from, beside ``teacher``.
 
         Returns:
             The cache.
@@ -74,8 +77,8 @@ class TeacherCache:
             CacheError: If the cache is incomplete, or comes from another teacher.
         """
         cache = cls(open_reader(path))
-        if teacher is not None and teacher_fingerprint(teacher) != cache.manifest.teacher["fingerprint"]:
-            raise CacheError(f"Expected {path} to be of this teacher, but it was built with another. Build it again.")
+        if teacher is not None:
+            check_teacher(cache.manifest.teacher, described_teacher(teacher, teacher_inputs), path)
         return cache
 
     @classmethod
@@ -95,6 +98,7 @@ class TeacherCache:
         transform: Transform | None = None,
         transform_seed: int | None = None,
         batch_size: int = 64,
+        teacher_inputs: Callable[[Any], Any] | None = None,
         resume: bool = True,
         shard_bytes: int = 64 * 2**20,
     ) -> TeacherCache:
@@ -102,7 +106,7 @@ class TeacherCache:
 
         Args:
             teacher: The teacher, which must have one output; it runs in inference mode.
-            inputs: The teacher's inputs: an array of all items, or several arrays in a list or dict.
+            inputs: The student's inputs: an array of all items, or several arrays in a list or dict.
             path: The folder, or a URL of fsspec: the cache is then built in a local folder and copied there.
             layers: Layers whose features are kept.
             outputs: Whether the outputs are kept.
@@ -119,6 +123,9 @@ class TeacherCache:
                 ``np.random.default_rng(seed)``, or pass it as the seed of ``tf.image.stateless_random_crop``.
             transform_seed: Seed from which these numbers are drawn, for each item and view.
             batch_size: Number of items in a batch of the teacher.
+            teacher_inputs: Makes the teacher's inputs of a batch, as in :class:`DistillModel`: a function such as
+                ``Normalize.between(...)``. Its settings, or the source of a function of a module, are remembered: other
+                inputs are another teacher.
             resume: Whether a build that was begun, or is complete, is continued; only complete shards are kept.
             shard_bytes: Approximate size of a shard.
 
@@ -143,6 +150,7 @@ class TeacherCache:
             augmentation=requested(transform, transform_seed, views),
             batch_size=batch_size,
             shard_bytes=shard_bytes,
+            teacher_inputs=teacher_inputs,
         )
         with building(path) as folder:
             builder.write(folder, resume)
@@ -205,7 +213,7 @@ class TeacherCache:
         named, layers = named_arrays(keras.tree.map_structure(_as_array, arrays))
         if (key is None) != (keys is None):
             raise CacheError(f"Expected `key` and `keys` to be given together, but got key={key!r}. Pass both or none.")
-        known = teacher and {"class": type(teacher).__qualname__, "fingerprint": teacher_fingerprint(teacher)}
+        known = teacher and described_teacher(teacher)
         manifest = manifest_of_outputs(
             len(next(iter(named.values()))),
             layers,

@@ -17,6 +17,7 @@ from keras_distill.functional import (
     margins,
     normalized,
     pyramids,
+    queues,
     relations,
     retrieval,
     targets,
@@ -36,6 +37,7 @@ from keras_distill.functional.logits import *
 from keras_distill.functional.margins import *
 from keras_distill.functional.normalized import *
 from keras_distill.functional.pyramids import *
+from keras_distill.functional.queues import *
 from keras_distill.functional.relations import *
 from keras_distill.functional.retrieval import *
 from keras_distill.functional.targets import *
@@ -56,6 +58,7 @@ __all__ += logits.__all__
 __all__ += margins.__all__
 __all__ += normalized.__all__
 __all__ += pyramids.__all__
+__all__ += queues.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -278,8 +278,23 @@ def resized_along(feature: Any, axis: int, target_size: int) -> Any:
     size = feature.shape[axis]
     if size == target_size:
         return feature
-    matrix = ops.cast(_resizing(size, target_size), feature.dtype)
-    return ops.moveaxis(ops.tensordot(matrix, feature, axes=[[1], [axis]]), 0, axis)
+    return multiplied(_resizing(size, target_size), feature, axis)
+
+
+def multiplied(matrix: np.ndarray[Any, Any], feature: Any, axis: int) -> Any:
+    """A matrix times every line of a feature along one of its dimensions.
+
+    Args:
+        matrix: Shape ``(M, L)``.
+        feature: Any shape, of size L at ``axis``.
+        axis: The dimension.
+
+    Returns:
+        The feature, of size M at ``axis``.
+    """
+    # not tensordot, whose symbolic form cannot leave the number of examples open
+    product = ops.matmul(ops.moveaxis(feature, axis, -1), ops.cast(matrix.T, feature.dtype))
+    return ops.moveaxis(product, -1, axis)
 
 
 def _resizing(size: int, target_size: int) -> np.ndarray[Any, Any]:

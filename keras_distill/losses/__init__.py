@@ -18,6 +18,7 @@ from keras_distill.losses import (
     margins,
     normalized,
     pyramids,
+    queues,
     relations,
     retrieval,
     targets,
@@ -38,6 +39,7 @@ from keras_distill.losses.logits import *
 from keras_distill.losses.margins import *
 from keras_distill.losses.normalized import *
 from keras_distill.losses.pyramids import *
+from keras_distill.losses.queues import *
 from keras_distill.losses.relations import *
 from keras_distill.losses.retrieval import *
 from keras_distill.losses.targets import *
@@ -59,6 +61,7 @@ __all__ += logits.__all__
 __all__ += margins.__all__
 __all__ += normalized.__all__
 __all__ += pyramids.__all__
+__all__ += queues.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

@@ -31,6 +31,7 @@ class Call:
             outputs are compared one by one; a subclassed model may return anything.
         masks: Masks of tensors that no longer carry their own, by the id of the tensor.
         inputs: The inputs of the batch, None if they are unknown.
+        image: Height and width of the images that the model was called with, None without images or if unknown.
 
     Example:
         >>> Call(output=[1.0, 2.0]).output
@@ -48,6 +49,7 @@ class Call:
     declared: bool = True
     masks: dict[int, Any] = field(default_factory=dict)
     inputs: Any = None
+    image: tuple[int, int] | None = None
 
     def feature(self, tap: Tap) -> Any:
         """The tensor at a tap.
@@ -104,4 +106,26 @@ class Call:
             trouble=self.trouble,
             declared=self.declared,
             masks=masks,
+            image=self.image,
         )
+
+
+def image_size(inputs: Any) -> tuple[int, int] | None:
+    """Height and width of the images among a model's inputs.
+
+    Args:
+        inputs: The inputs, images ``(N, H, W, C)`` or as ``keras.config.image_data_format()`` says.
+
+    Returns:
+        The first size that is known, or None.
+
+    Example:
+        >>> image_size({"image": ops.ones((2, 8, 6, 3)), "scale": ops.ones((2,))})
+        (8, 6)
+    """
+    first = 1 if keras.config.image_data_format() == "channels_last" else 2
+    for tensor in keras.tree.flatten(inputs):
+        shape = tuple(getattr(tensor, "shape", ()))
+        if len(shape) == 4 and None not in shape[first : first + 2]:
+            return (shape[first], shape[first + 1])
+    return None

@@ -17,7 +17,7 @@ from typing import Any
 import keras
 
 from keras_distill import compat
-from keras_distill.recording.calls import Call
+from keras_distill.recording.calls import Call, image_size
 from keras_distill.recording.facts import Facts, facts_of
 from keras_distill.recording.taps import Place, Tap, find_layer
 
@@ -320,4 +320,5 @@ class Recorder:
                 trouble[place] = reason
         facts = {} if record is None else record.facts
         declared = isinstance(self.model, keras.Sequential) or compat.input_structure(self.model) is not None
-        return Call(output, runs, who=self.who, trouble=trouble, facts=facts, declared=declared)
+        image = None if record is None else image_size(record.inputs)
+        return Call(output, runs, who=self.who, trouble=trouble, facts=facts, declared=declared, image=image)

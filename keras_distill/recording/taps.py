@@ -30,14 +30,16 @@ class Tap:
         layout: Meaning of the axes if it does not follow from the layers: ``"channels_last"`` or ``"channels_first"``
             for maps, ``"tokens"`` for ``(N, L, C)``, ``"heads"`` for ``(N, L, heads, C)`` of an attention layer's
             queries, keys and values, ``"scores"`` for attention maps ``(N, heads, L, L)``.
+        prefix_tokens: Number of class and register tokens at the beginning of tokens ``(N, L, C)``, which are left out.
+            ``None`` leaves out none, except where an adapter needs the patches alone and finds their number.
 
     Raises:
-        TypeError: If ``layer`` is neither a string nor a layer.
-        ValueError: If ``where`` or ``layout`` is not one of those above, or ``call`` is negative.
+        TypeError: If ``layer`` is neither a string nor a layer, or ``prefix_tokens`` is not an int.
+        ValueError: If ``where`` or ``layout`` is not one of those above, or ``call`` or ``prefix_tokens`` is negative.
 
     Example:
         >>> Tap("backbone/block2", call=1)
-        Tap(layer='backbone/block2', output=None, call=1, where='output', layout=None)
+        Tap(layer='backbone/block2', output=None, call=1, where='output', layout=None, prefix_tokens=None)
     """
 
     layer: str | keras.layers.Layer
@@ -45,6 +47,7 @@ class Tap:
     call: int | None = None
     where: Literal["output", "input"] = "output"
     layout: str | None = None
+    prefix_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.layer, (str, keras.layers.Layer)):
@@ -55,6 +58,9 @@ class Tap:
             checks.one_of("layout", self.layout, LAYOUTS)
         if self.call is not None and (type(self.call) is not int or self.call < 0):
             raise ValueError(checks.message("`call` to be 0 or greater", f"call={self.call!r}"))
+        if self.prefix_tokens is not None:
+            checks.integer("prefix_tokens", self.prefix_tokens)
+            checks.non_negative("prefix_tokens", self.prefix_tokens)
 
     @classmethod
     def of(cls, layer: str | keras.layers.Layer | Tap) -> Tap:
@@ -95,8 +101,9 @@ class Tap:
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON; a layer is named by its path."""
-        layout = {} if self.layout is None else {"layout": self.layout}
-        return {"layer": self.name, "output": self.output, "call": self.call, "where": self.where, **layout}
+        optional = {"layout": self.layout, "prefix_tokens": self.prefix_tokens}
+        passed = {name: value for name, value in optional.items() if value is not None}
+        return {"layer": self.name, "output": self.output, "call": self.call, "where": self.where, **passed}
 
 
 def select(value: Any, output: int | str | None, name: str) -> Any:

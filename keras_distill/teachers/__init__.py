@@ -1,7 +1,7 @@
 """Teachers: models and functions that run in inference mode and without gradient."""
 
 from keras_distill.teachers.checked import as_teachers, checked_dtype
-from keras_distill.teachers.inputs import chosen_inputs, joint_inputs, with_call
+from keras_distill.teachers.inputs import checked_hook, chosen_inputs, joint_inputs, with_call
 from keras_distill.teachers.live import LiveTeacher
 from keras_distill.teachers.outside import CallableTeacher
 
@@ -10,6 +10,7 @@ __all__ = [
     "LiveTeacher",
     "as_teachers",
     "checked_dtype",
+    "checked_hook",
     "chosen_inputs",
     "joint_inputs",
     "with_call",

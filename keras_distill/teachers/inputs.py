@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_distill import compat
+from keras_distill import checks, compat
 from keras_distill.recording import Call
 
 
@@ -52,6 +52,30 @@ def joint_inputs(inputs: Any, teachers: Sequence[keras.Model]) -> Any:
     of_teachers = {name: tensor for named in structures if isinstance(named, dict) for name, tensor in named.items()}
     of_student = inputs if isinstance(inputs, dict) else {inputs.name: inputs}
     return {**of_teachers, **of_student} if of_teachers.keys() - of_student.keys() else inputs
+
+
+def checked_hook(argument: Any, method: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """The function that makes the teacher's inputs.
+
+    Args:
+        argument: The argument ``teacher_inputs``.
+        method: The method of that name that a subclass overrides, or None.
+
+    Returns:
+        One of them, or None.
+
+    Raises:
+        TypeError: If the argument cannot be called.
+        ValueError: If there are two.
+    """
+    if argument is not None and (not callable(argument) or isinstance(argument, type)):
+        expected = "`teacher_inputs` to be a function of the batch's inputs, or None"
+        remedy = "Pass Normalize.between(student=(mean, std), teacher=(mean, std)), or a function."
+        raise TypeError(checks.message(expected, f"teacher_inputs={argument!r}", remedy))
+    if argument is not None and method is not None:
+        expected = "`teacher_inputs` to be None in a subclass that overrides the method of this name"
+        raise ValueError(checks.message(expected, f"teacher_inputs={argument!r}", "Use one of the two."))
+    return method if argument is None else argument
 
 
 def with_call(hook: Callable[..., Any], inputs: Any, call: Call) -> Any:

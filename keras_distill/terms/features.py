@@ -11,13 +11,13 @@ import keras
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.adapters import ADAPTERS, AdapterFactory, make_adapter
+from keras_distill.adapters import ADAPTERS, AdapterFactory, Side, aligned, make_adapter, pooled
 from keras_distill.functional.vectors import resized
-from keras_distill.losses import AttentionMapLoss, AttentionRelationLoss, DistillationLoss, FeatureDistance
+from keras_distill.losses import DistillationLoss
 from keras_distill.recording import Call, Tap, find_layer
 from keras_distill.schedules import Schedule, deserialized
 from keras_distill.terms.base import DistillationTerm
-from keras_distill.terms.layouts import KINDS, arranged, known_layout, widened
+from keras_distill.terms.layouts import KINDS, arranged, layouts_of_pair, widened, without_prefix
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
 from keras_distill.terms.loss_term import LossTerm, copied
 from keras_distill.terms.weighing import weigh
@@ -30,7 +30,9 @@ class FeatureDistillation(LossTerm):
     """A loss between a feature of the student, mapped by an adapter, and a feature of the teacher.
 
     If the teacher's map (N, H, W, C) has another height or width than the student's, it is resized to the student's:
-    averaged to a smaller size, interpolated to a larger one. The meaning of the axes follows from the layers, or from
+    averaged to a smaller size, interpolated to a larger one. With ``adapter="auto"`` tokens (N, L, C) of an image are
+    compared with a map, or with tokens of another number, as maps of their patches: class and register tokens are left
+    out, and the larger map is resized to the smaller. The meaning of the axes follows from the layers, or from
     ``Tap(layout=...)``. Adapters, and losses with parameters of their own, take their shapes from the models; each pair
     of layers has its own copy of such a loss.
 
@@ -43,8 +45,9 @@ class FeatureDistillation(LossTerm):
             adapters.
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: ``"auto"`` (none if the channels agree, else a 1x1 convolution for maps and a dense layer for vectors
-            and token sequences), ``None``, ``"linear"``, ``"conv1x1"``, a layer, which the first model trains and other
-            models copy, or a factory called with the shapes of both features, channels last.
+            and token sequences), ``"pool"`` (the means of both features over their positions, and then as ``"auto"``),
+            ``None``, ``"linear"``, ``"conv1x1"``, a layer, which the first model trains and other models copy, or a
+            factory called with the shapes of both features, channels last.
         use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files; ``None`` takes the student layer's name, ``"blocks_1"`` for ``"blocks.1"``.
         **kwargs: Further settings of :class:`DistillationTerm`.
@@ -98,6 +101,7 @@ class FeatureDistillation(LossTerm):
         self._learned_layers: list[keras.layers.Layer] = []
         self._built_for: list[Any] = []
         self._further: list[FeatureDistillation] = []  # the parts for teachers after the first
+        self._images: list[Any] = []
 
     @property
     def adapters(self) -> list[keras.layers.Layer | None]:
@@ -191,6 +195,7 @@ class FeatureDistillation(LossTerm):
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Make the adapters from the shapes of the features."""
+        self._images = [[student.image, teacher.image] for _ in self.pairs]
         self._build_adapters([self._described(index, student, teacher) for index in range(len(self.pairs))])
         self._read_teacher()
         self.check_calls(student, teacher)
@@ -219,11 +224,26 @@ class FeatureDistillation(LossTerm):
             self._check(mapped, teacher_shape, index)
 
     def _described(self, index: int, student: Call, teacher: Call) -> list[Any]:
-        """The shapes of a pair of arranged features, then their layouts."""
+        """The shapes of a pair of features in one form, then their layouts."""
         features = self._raw(index, student, teacher)
         layouts = self._layouts(index, *features)
-        shapes = [list(arranged(tensor, layout).shape) for (_, tensor), layout in zip(features, layouts, strict=True)]
+        arranged_pair = [arranged(tensor, layout) for (_, tensor), layout in zip(features, layouts, strict=True)]
+        shapes = [list(feature.shape) for feature in self._in_one_form(index, arranged_pair, features)]
         return [*shapes, *layouts]
+
+    def _in_one_form(self, index: int, features: Sequence[Any], sides: Any) -> tuple[Any, Any]:
+        """A pair of arranged features without prefix tokens, and tokens beside a map as a map."""
+        known = self._images[index] if self._images else (None, None)
+        both = []
+        for tap, feature, (call, _), image in zip(self.pairs[index], features, sides, known, strict=True):
+            place = f"{call.who} feature {tap.name!r}"
+            both.append(Side(without_prefix(tap, feature, place), place, tap.prefix_tokens, call.image or image))
+        if self.adapter == "pool":
+            return pooled(both[0]), pooled(both[1])
+        match = self.requires
+        if self.adapter != "auto" or not (match.channels_must_match or match.positions_must_match):
+            return both[0].feature, both[1].feature
+        return aligned(both[0], both[1], match.positions_must_match)
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
@@ -262,15 +282,23 @@ class FeatureDistillation(LossTerm):
 
     def get_shapes(self) -> dict[str, Any] | None:
         """The shapes and layouts that the adapters were made from."""
-        further = [part._built_for for part in self.own_parts]
-        return {"pairs": self._built_for, **({"further": further} if further else {})} if self.built else None
+        if not self.built:
+            return None
+        further = [{"pairs": part._built_for, "images": part._images} for part in self.own_parts]
+        return {"pairs": self._built_for, "images": self._images, **({"further": further} if further else {})}
 
     def build_from_shapes(self, config: dict[str, Any]) -> None:
         """Make the adapters from the shapes of a saved model."""
+        further = config.get("further", ())
+        self._build_pairs(config)
+        self._further = [self._part(self) for _ in further]
+        for part, shapes in zip(self._further, further, strict=True):
+            part._build_pairs(shapes)
+
+    def _build_pairs(self, config: dict[str, Any]) -> None:
+        sizes = config.get("images") or [[None, None]] * len(config["pairs"])
+        self._images = [[None if size is None else tuple(size) for size in pair] for pair in sizes]
         self._build_adapters(config["pairs"])
-        self._further = [self._part(self) for _ in config.get("further", ())]
-        for part, pairs in zip(self._further, config.get("further", ()), strict=True):
-            part._build_adapters(pairs)
 
     def _build_adapters(self, pairs: list[Any]) -> None:
         # tuples, because a factory may compare shapes, and files hold lists
@@ -280,7 +308,8 @@ class FeatureDistillation(LossTerm):
             setting = self.adapter
             if setting == "auto" and (not self.requires.channels_must_match or kind == "scores"):
                 setting = None
-            maps = len(student) >= 4 if kind is None else kind == "map"
+            # pooled maps have become vectors, and tokens of four dimensions a map
+            maps = len(student) > 2 and (kind == "map" or (kind != "scores" and len(student) >= 4))
             self._adapters.append(make_adapter(setting, student, teacher, tap.name, maps=maps))
         if self.requires.learned or self.requires.reads_teacher:
             self._learned = [copied(self.loss) for _ in shapes]
@@ -295,62 +324,23 @@ class FeatureDistillation(LossTerm):
         return (student, student.feature(student_tap)), (teacher, teacher.feature(teacher_tap))
 
     def _layouts(self, index: int, student: tuple[Call, Any], teacher: tuple[Call, Any]) -> list[str | None]:
-        """The layouts of a pair of features, None if unknown.
-
-        Raises:
-            ValueError: If an unknown layout matters, or the layouts do not fit each other or the loss.
-        """
-        taps = self.pairs[index]
-        layouts = [
-            known_layout(tap, tensor, call.facts_of(tensor))
-            for tap, (call, tensor) in zip(taps, (student, teacher), strict=True)
-        ]
-        shapes = [tuple(tensor.shape) for _, tensor in (student, teacher)]
-        ranks = [len(shape) for shape in shapes]
-        if layouts[1] is None and taps[1].key in teacher[0].features and ranks[0] == ranks[1]:
-            layouts[1] = layouts[0]  # stored features have no layout: assume the student's
-        declared = self._declared_layout()
-        for side in (0, 1):
-            if layouts[side] is None and ranks[side] == 4:
-                layouts[side] = declared
-        unknown = [tap.name for tap, layout, rank in zip(taps, layouts, ranks, strict=True) if not layout and rank >= 4]
-        if unknown:
-            # an adapter of the last axis is safe if the positions agree; resizing, or a loss over some axes, is not
-            positions = checks.shapes_differ(shapes[0][1:-1], shapes[1][1:-1])
-            elementwise = isinstance(self.loss, FeatureDistance) and self.loss.kind in ("mse", "l1", "smooth_l1")
-            equal = not checks.shapes_differ(shapes[0][1:], shapes[1][1:])
-            plain = keras.config.image_data_format() == "channels_last" or (elementwise and equal)
-            custom = not isinstance(self.adapter, (str, type(None)))  # a custom adapter may change positions too
-            if (positions and self.requires.positions_must_match and not custom) or not plain:
-                expected = f"the meaning of the axes of {' and '.join(map(repr, unknown))} to be known"
-                remedy = (
-                    f'Pass Tap({unknown[0]!r}, layout=...): "channels_last", "channels_first", "heads" or "scores".'
-                )
-                raise ValueError(checks.message(expected, f"shapes {shapes[0]} and {shapes[1]}", remedy))
-        kinds = [KINDS.get(layout) for layout in layouts]
-        if all(kinds) and kinds[0] != kinds[1]:
-            expected = f"student feature {taps[0].name!r} and teacher feature {taps[1].name!r} to be of one kind"
-            remedy = "If a layout is wrong, pass Tap(layout=...)."
-            raise ValueError(checks.message(expected, f"{layouts[0]} and {layouts[1]}", remedy))
-        implied_kind = KINDS.get(declared)
-        if implied_kind == "scores" and any(kind not in (None, implied_kind) for kind in kinds):
-            expected = f"two attention maps for {type(self.loss).__name__}"
-            raise ValueError(checks.message(expected, f"{layouts[0]} and {layouts[1]}", 'Tap("mha", output=1) is one.'))
-        return layouts
-
-    def _declared_layout(self) -> str | None:
-        """The layout of four dimensions that a loss implies."""
-        if isinstance(self.loss, AttentionMapLoss):
-            return "scores"
-        return "heads" if isinstance(self.loss, AttentionRelationLoss) else None
+        """The layouts of a pair of features, None if unknown."""
+        settings = {"loss": self.loss, "positions": self.requires.positions_must_match, "adapter": self.adapter}
+        return layouts_of_pair(self.pairs[index], student, teacher, **settings)
 
     def _pair(self, index: int, student: Call, teacher: Call) -> tuple[Any, Any, Any]:
         """The adapted feature, the teacher's feature resized to its positions, and the masks of both."""
-        (_, feature), (source, target) = self._raw(index, student, teacher)
+        sides = self._raw(index, student, teacher)
+        (_, feature), (source, target) = sides
         masks = [student.mask_of(feature), source.mask_of(target)]
         student_layout, teacher_layout = self._built_for[index][2:] if self._built_for else (None, None)
         target = ops.stop_gradient(ops.convert_to_tensor(target))  # stored features are arrays
-        feature, target = arranged(widened(feature), student_layout), arranged(widened(target), teacher_layout)
+        before = arranged(widened(feature), student_layout), arranged(widened(target), teacher_layout)
+        feature, target = self._in_one_form(index, before, sides)
+        masks = [_of_patches(tap, mask) for tap, mask in zip(self.pairs[index], masks, strict=True)]
+        if any(mask is not None for mask in masks) and len(feature.shape) != len(before[0].shape):
+            expected = f"tokens without a mask for term {self.name!r}, which compares maps or means over positions"
+            raise ValueError(checks.message(expected, "a mask", "Pass another adapter."))
         adapter = self._adapters[index] if self._adapters else None
         if adapter is not None:
             feature = adapter(feature, training=student.training)
@@ -394,3 +384,8 @@ def taps_and_settings(config: dict[str, Any], *sides: str) -> dict[str, Any]:
     """The arguments of a term's constructor from its config, whose entries for the two sides are lists of taps."""
     taps = {side: [Tap(**tap) for tap in config[side]] for side in sides}
     return {**deserialized({key: value for key, value in config.items() if key not in taps}), **taps}
+
+
+def _of_patches(tap: Tap, mask: Any) -> Any:
+    """A mask of tokens without those that a tap leaves out."""
+    return mask[:, tap.prefix_tokens :] if mask is not None and tap.prefix_tokens else mask

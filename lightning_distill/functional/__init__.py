@@ -18,6 +18,7 @@ from lightning_distill.functional import (
     margins,
     normalized,
     pyramids,
+    queues,
     relations,
     retrieval,
     targets,
@@ -38,6 +39,7 @@ from lightning_distill.functional.logits import *
 from lightning_distill.functional.margins import *
 from lightning_distill.functional.normalized import *
 from lightning_distill.functional.pyramids import *
+from lightning_distill.functional.queues import *
 from lightning_distill.functional.relations import *
 from lightning_distill.functional.retrieval import *
 from lightning_distill.functional.targets import *
@@ -59,6 +61,7 @@ __all__ += logits.__all__
 __all__ += margins.__all__
 __all__ += normalized.__all__
 __all__ += pyramids.__all__
+__all__ += queues.__all__
 __all__ += relations.__all__
 __all__ += retrieval.__all__
 __all__ += targets.__all__

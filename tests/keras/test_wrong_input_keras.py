@@ -105,7 +105,8 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
         ValueError,
         lambda: DistillModel(student(), tokens(), FeatureDistillation("hidden", "hidden")),
         "Expected the features of student layer 'hidden' and its teacher layer to have the same number of dimensions,"
-        " 2 or more. Pass adapter=<a layer, or a factory of the two shapes>. Received: (None, 8) and (None, 2, 3)",
+        ' 2 or more. Pass adapter="pool", which compares the means over the positions, or name the pooling layer that'
+        " follows, or a layer of the other model that returns positions. Received: (None, 8) and (None, 2, 3)",
     ),
     "other classes": (
         ValueError,
@@ -231,7 +232,8 @@ SETTINGS: dict[str, tuple[type[Exception], Make, str]] = {
     "adapter": (
         ValueError,
         lambda: FeatureDistillation("hidden", "hidden", adapter="conv"),
-        "Expected `adapter` to be one of 'auto', 'linear', 'conv1x1'. Closest: 'conv1x1'. Received: adapter='conv'",
+        "Expected `adapter` to be one of 'auto', 'pool', 'linear', 'conv1x1'. Closest: 'conv1x1'."
+        " Received: adapter='conv'",
     ),
     "pairs": (
         ValueError,

@@ -262,6 +262,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "FactorTransferLoss",
         "FocalGlobalLoss",
         "MaskedGenerativeLoss",
+        "QueueSimilarityLoss",
         "SimpleRecipeLoss",
         "SoftmaxRegressionLoss",
         "VariationalInformationLoss",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distill_core.grids import Grid, find_grid, smoothing_matrix
 from lightning_distill import Call, Distiller, FeatureDistillation, Tap, TeacherCache
+from lightning_distill.adapters.shapes import calls_of, describe
 from lightning_distill.losses import AttentionTransferLoss, SimilarityPreservingLoss, VariationalInformationLoss
 from lightning_distill.recording import Recorder, Recording
 
@@ -198,6 +199,25 @@ def test_a_cache_keeps_tokens_and_serves_them_as_a_map(tmp_path: Path) -> None:
     with cached.record():
         cnn(images)
     torch.testing.assert_close(cached.loss(batch), expected)
+
+
+@pytest.mark.parametrize("image", [(16, 16), (8, 32)])
+def test_a_process_without_a_batch_makes_its_parts_from_the_shapes_and_the_size_of_the_images(image: Any) -> None:
+    cnn, vit, images = Convolutions(), Patches(), torch.randn(2, 3, *image)
+    term = FeatureDistillation("maps", "tokens", VariationalInformationLoss())
+    distiller = Distiller(cnn, vit, term, task_weight=0)
+    with distiller.record():
+        cnn(images)
+    (student,) = distiller._step.student.find()
+    answers = distiller._step.answers(student)
+    owned = distiller.terms[0]
+    distiller.loss()
+    expected = {name: value.shape for name, value in owned.state_dict().items()}
+    owned.remake(owned.reset)
+    shapes = describe(owned, student, answers)
+    owned.remake(owned.build, *calls_of(owned, shapes, torch.device("cpu")))
+    assert expected
+    assert {name: value.shape for name, value in owned.state_dict().items()} == expected
 
 
 def test_half_precision_is_resized_in_float32() -> None:
