@@ -81,6 +81,7 @@ from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
+from lightning_distill.mutual import MutualLearning
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call, Tap
 from lightning_distill.teachers import CallableTeacher, EMATeacher, SelfTeacher, load_teacher
@@ -137,6 +138,7 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
     "LogitsDistillation",
+    "MutualLearning",
     "OnPolicyDistillation",
     "SelfDistillation",
     "SelfKnowledgeDistillationLoss",

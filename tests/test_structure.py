@@ -21,7 +21,7 @@ ROOMS = {
         ("hparams", "step", "texts"),
         ("distiller", "run"),
         ("callback",),
-        ("module",),
+        ("module", "mutual"),
         ("language_module",),
         ("launcher",),
         ("demo", "config_errors"),
