@@ -76,6 +76,7 @@ if _problem := unusable("lightning_distill", "torch", "lightning", "torchmetrics
 from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
+from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
 from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
@@ -149,6 +150,7 @@ __all__ = [
     "TeacherAgreement",
     "TeacherCache",
     "TeacherDivergence",
+    "assistant_chain",
     "content_key",
     "functional",
     "load_teacher",

@@ -22,7 +22,7 @@ ROOMS = {
         ("distiller", "run"),
         ("callback",),
         ("module", "mutual"),
-        ("language_module",),
+        ("language_module", "chain"),
         ("launcher",),
         ("demo", "config_errors"),
         ("fitting", "export"),
