@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from mutual_in_processes import module as pair_module
 from processes import run_processes
+from teachers_in_processes import module as pair_module
 from tiny import CLASSES, INPUTS, Mlp, dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -110,7 +110,7 @@ def test_a_student_has_the_gradient_of_its_own_loss_alone() -> None:
 
 @pytest.mark.distributed
 def test_two_processes_equal_one_that_sees_all_batches(tmp_path: Path) -> None:
-    ended = run_processes(Path(__file__).parents[1] / "mutual_in_processes.py", "mutual", 2, tmp_path)
+    ended = run_processes(Path(__file__).parents[1] / "teachers_in_processes.py", "mutual", 2, tmp_path)
     assert ended[0] == ended[1]
     whole = pair_module()
     Trainer(max_epochs=2, **QUIET).fit(whole, DataLoader(dataset(16), batch_size=8))
