@@ -95,15 +95,21 @@ class Gradients(Callback):
             self.noted = [[p.grad.clone() for p in student.parameters()] for student in pl_module.students]
 
 
-def test_a_student_has_the_gradient_of_its_own_loss_alone() -> None:
+def squared(student: Tensor, peer: Tensor) -> Tensor:
+    """A loss of the user's own, which leaves gradients to both."""
+    return (student - peer).square().mean()
+
+
+@pytest.mark.parametrize(("own", "formula"), [(None, divergence), (squared, squared)])
+def test_a_student_has_the_gradient_of_its_own_loss_alone(own, formula) -> None:
     noted = Gradients()
-    module = MutualLearning(students()[:2], task_weight=0)
+    module = MutualLearning(students()[:2], None if own is None else LogitsDistillation(own), task_weight=0)
     Trainer(max_steps=2, callbacks=[noted], **QUIET).fit(module, loader())
     networks = students()[:2]
     x, _ = next(iter(loader()))
     outputs = [network(x) for network in networks]
     for index, network in enumerate(networks):
-        loss = divergence(outputs[index], outputs[1 - index])
+        loss = formula(outputs[index], outputs[1 - index].detach())
         for value, target in zip(noted.noted[index], torch.autograd.grad(loss, network.parameters()), strict=True):
             torch.testing.assert_close(value, target, rtol=1e-5, atol=1e-7)
 
