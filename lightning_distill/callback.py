@@ -96,6 +96,7 @@ class DistillCallback(Callback):
         TypeError: If the teacher is not a module, or a term is not a :class:`DistillationTerm`.
 
     Example:
+        >>> from torch import nn
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning.pytorch import Trainer
         >>> quiet = dict(
