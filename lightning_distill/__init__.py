@@ -84,11 +84,13 @@ from lightning_distill import functional, losses, metrics, schedules
 from lightning_distill.adapters import PCAProjection
 from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
+from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
 from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
+from lightning_distill.mutual import MutualLearning
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call, Tap
 from lightning_distill.teachers import CallableTeacher, EMATeacher, Normalize, SelfTeacher, load_teacher
@@ -148,6 +150,7 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
     "LogitsDistillation",
+    "MutualLearning",
     "Normalize",
     "OnPolicyDistillation",
     "PCAProjection",
@@ -161,6 +164,7 @@ __all__ = [
     "TeacherAgreement",
     "TeacherCache",
     "TeacherDivergence",
+    "assistant_chain",
     "content_key",
     "functional",
     "load_teacher",

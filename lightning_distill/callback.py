@@ -49,8 +49,9 @@ class DistillCallback(Callback):
 
     Args:
         teacher: The network to match, called with the student's inputs; a list of networks, over which each term is
-            averaged unless the next arguments say otherwise; a :class:`SelfTeacher`; a :class:`TeacherCache` of its
-            outputs; or ``None`` if no term needs a teacher. A network is frozen while the Trainer runs, then restored.
+            averaged unless the next arguments say otherwise; an :class:`EMATeacher`, :class:`CallableTeacher` or
+            :class:`SelfTeacher`; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a teacher. A
+            network is frozen while the Trainer runs, then restored.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a
             ``LogitsDistillation``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
@@ -96,6 +97,7 @@ class DistillCallback(Callback):
         TypeError: If the teacher is not a module, or a term is not a :class:`DistillationTerm`.
 
     Example:
+        >>> from torch import nn
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from lightning.pytorch import Trainer
         >>> quiet = dict(

@@ -22,7 +22,7 @@ from lightning_distill.hparams import Teacher, Terms
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording.arguments import takes
 from lightning_distill.recording.batches import call_with, has_labels, inputs_in, split_batch
-from lightning_distill.recording.outputs import select
+from lightning_distill.recording.outputs import obvious
 from lightning_distill.schedules import Schedule
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.teachers.route import Place as Route
@@ -199,17 +199,10 @@ class DistillModule(LightningModule):
         inputs, labels = split_batch(batch, self.distill.labels)
         output = call_with(self, self._of_student(inputs))
         # your own task loss may need the whole output of a network without obvious logits
-        logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else _obvious(output)
+        logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else obvious(output)
         loss = self.task_loss(logits, labels)
         self.log(name, loss, prog_bar=True, batch_size=len(labels))
         return loss
-
-
-def _obvious(output: Any) -> Any:
-    try:
-        return select(output, None, "the student's output")
-    except ValueError:
-        return output
 
 
 def _with_distillation(configure: Callable[[Any], Any]) -> Callable[[Any], list[Callback]]:

@@ -158,7 +158,8 @@ class AverageSource(FixedTeacher):
         student = _plain(self._student.root) if self._student is not None else nn.Module()
         _check_student(student)
         try:
-            network = copy.deepcopy(student)
+            with torch.inference_mode(False):  # the copies are updated later, outside it
+                network = copy.deepcopy(student)
         except Exception as error:
             raise ValueError(
                 f"Expected the student of an EMATeacher to be one that copy.deepcopy can copy, but got {error}"

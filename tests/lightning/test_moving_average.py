@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from processes import run_processes
 from tiny import INPUTS, Classifier, Mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +22,7 @@ from lightning_distill import (
     FeatureDistillation,
     FusedLinearDistillation,
     TeacherCache,
+    compat,
 )
 from lightning_distill.schedules import Linear
 
@@ -168,6 +172,33 @@ def test_a_resumed_fit_has_the_average_of_the_checkpoint_to_the_bit(tmp_path) ->
         values = second.state_dict()
         assert all(torch.equal(value, values[name]) for name, value in first.state_dict().items())
     assert whole_run.state_dict().keys() == Classifier(Normalized()).state_dict().keys()
+
+
+@pytest.mark.distributed
+def test_the_average_is_the_same_in_all_processes_with_its_statistics(tmp_path) -> None:
+    ended = run_processes(Path(__file__).parents[1] / "teachers_in_processes.py", "average", 2, tmp_path)
+    assert ended[0] == ended[1]
+    assert ended[0]["norm.num_batches_tracked"] == 4
+    assert ended[0]["norm.running_mean"] != [0.0] * 5
+
+
+def test_an_average_that_was_first_asked_in_inference_mode_can_be_updated() -> None:
+    student = Normalized()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    with Distiller(student, EMATeacher(0.5)) as distiller:
+        distiller.follow(optimizer)
+        with torch.inference_mode(), distiller.record(needs_grad=False):
+            student(batches()[0])
+        with torch.inference_mode():
+            assert len(distiller.agree()) == 1
+        trained(distiller, student, optimizer, batches(2))
+        assert not torch.equal(distiller.teacher.network.body.weight, student.body.weight)
+
+
+def test_strategies_that_shard_the_student_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "has_strategy", lambda trainer, name: name == "DeepSpeedStrategy")
+    with pytest.raises(MisconfigurationException, match="DDP or one device with an EMATeacher, but got DeepSpeed"):
+        fit()
 
 
 def test_the_average_predicts_after_the_fit() -> None:

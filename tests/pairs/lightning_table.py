@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_distill import (
+    CallableTeacher,
     DecoupledKDLoss,
     DistillationTerm,
     EMATeacher,
@@ -182,6 +183,10 @@ def _two_teachers(result, ask, batch, place, learned):
     logits = [soft_targets(result["logits"], ask(teacher)["logits"], 4.0) for teacher in teachers]
     features = [_adapted(result, ask, learned, teacher, index) for index, teacher in enumerate(teachers)]
     return 0.5 * sum(logits) / 2 + 2.0 * sum(features) / 2
+
+
+def _array_function(x):
+    return first_teacher()(torch.from_numpy(x)).detach().float().numpy()
 
 
 def _weighted_teachers(result, ask, batch, place, learned):
@@ -342,6 +347,9 @@ FEATURES: dict[str, Feature] = {
         lambda: None, _losses_by_confidence, teacher=_two, settings={"teacher_weights": "entropy"}
     ),
     "route": Feature(_adapter_terms, _routed, teacher=_two, settings={"route": lambda batch: batch["labels"] % 2}),
+    "function": Feature(
+        lambda: None, _logits, teacher=lambda: CallableTeacher(_array_function, arrays=True, batch_size=4)
+    ),
     "moving average": Feature(
         _adapter_terms, _average_with_layers, teacher=lambda: EMATeacher(0.6), decay=lambda place: 0.6
     ),
