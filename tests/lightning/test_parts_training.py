@@ -18,6 +18,7 @@ from lightning_distill import (
     DistillCallback,
     FeatureDistillation,
     MarginReLULoss,
+    ReusedClassifierDistillation,
     ReviewDistillation,
     SoftmaxRegressionLoss,
 )
@@ -26,10 +27,16 @@ MakeTrainer = Callable[..., Trainer]
 TERMS: dict[str, Callable[[], Any]] = {
     "margin_relu": lambda: FeatureDistillation("norm", "norm", MarginReLULoss(), weight=0.1),
     "softmax_regression": lambda: FeatureDistillation("body", "body", SoftmaxRegressionLoss()),
+    "reused_classifier": lambda: ReusedClassifierDistillation("body", "body"),
     "review": lambda: ReviewDistillation(["norm", "body"], ["norm", "body"]),
 }
 # The parts of each term in the callback's state; the student's state holds none of them.
-LEARNED: dict[str, set[str]] = {"margin_relu": {"adapters"}, "review": {"adapters"}, "softmax_regression": {"learned"}}
+LEARNED: dict[str, set[str]] = {
+    "margin_relu": {"adapters"},
+    "reused_classifier": {"adapters"},
+    "review": {"adapters"},
+    "softmax_regression": {"learned"},
+}
 every_term = pytest.mark.parametrize("name", TERMS)
 
 
@@ -88,5 +95,6 @@ def test_a_resumed_run_ends_where_a_straight_one_does(trainer: MakeTrainer, name
 def test_the_student_s_state_is_that_of_a_plain_network(trainer: MakeTrainer, name: str) -> None:
     _, module, callback = fit(trainer, name, 1)
 
+    assert all(getattr(term, "_layers", None) is None for term in callback.terms)
     assert module.model.state_dict().keys() == Network(3).state_dict().keys()
     assert nets.same(nets.snapshot(callback.teacher), nets.snapshot(Network(4)))
