@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from parts_nets import Network, one_step, tensors_of
 from torch import Tensor, nn
 
 from lightning_distill import Call, Distiller, ReusedClassifierDistillation, Tap
+from lightning_distill.adapters.shapes import calls_of, describe
 
 PLACE = ("body", "output")
 
@@ -131,6 +133,25 @@ def test_vectors_are_projected_by_linear_maps() -> None:
 
     expected = teacher.head(copy.deepcopy(term.adapters[0]).eval()(student.body(inputs())))
     torch.testing.assert_close(term.deployable(student, teacher)(inputs()), expected)
+
+
+def test_a_process_without_a_batch_makes_the_projector_from_the_shapes() -> None:
+    teacher = Network(4)
+    student_call, teacher_call = calls(torch.randn(4, 6, 2, 2).requires_grad_(), torch.randn(4, 8, 2, 2))
+    teacher_call.output = teacher.head(teacher_call.feature(Tap("body")).mean((2, 3)))
+    projectors = []
+    for shaped in (False, True):
+        term = ReusedClassifierDistillation("body", "body")
+        term.connect(lambda name: [teacher.head if name == "head" else teacher])
+        student_side, teachers = student_call, [teacher_call]
+        if shaped:
+            shapes = describe(term, student_call, [teacher_call])
+            student_side, teachers = calls_of(term, shapes, torch.device("cpu"))
+        torch.manual_seed(0)
+        term.build(student_side, teachers)
+        projectors.append(term.state_dict())
+
+    assert nets.same(*projectors)
 
 
 @pytest.mark.parametrize(
