@@ -120,10 +120,10 @@ def fit_from(cache: Any, trainer: MakeTrainer, term: Any) -> Module:
 def test_a_cache_serves_a_loss_whose_margins_are_given(trainer: MakeTrainer, cache: TeacherCache) -> None:
     norm = Network(4).norm
     margins = margins_of(norm.weight.tolist(), norm.bias.tolist())
-    given = fit_from(cache, trainer, FeatureDistillation("norm", "norm", MarginReLULoss(margins=margins)))
+    cached = fit_from(cache, trainer, FeatureDistillation("norm", "norm", MarginReLULoss(margins=margins)))
     live = fit_from(Network(4), trainer, FeatureDistillation("norm", "norm", MarginReLULoss()))
 
-    for value, expected in zip(given.parameters(), live.parameters(), strict=True):
+    for value, expected in zip(cached.parameters(), live.parameters(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
