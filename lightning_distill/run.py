@@ -30,7 +30,7 @@ from lightning_distill.schedules import Progress
 from lightning_distill.step import DistillStep, StepCalls
 from lightning_distill.teachers import EMATeacher
 from lightning_distill.teachers.make import as_source, shared_parameter
-from lightning_distill.terms import teacher_inputs_of
+from lightning_distill.terms import connected, teacher_inputs_of
 from lightning_distill.terms.counting import token_sizes
 from lightning_distill.texts import TrainerTexts
 from lightning_distill.windows import TokenWindow
@@ -165,6 +165,7 @@ class Run:
             self._cached.close()
             self._cached = None
         self.learned.unfollow()
+        connected(self.step.terms, None)
         self.step.release()
         self.step.student.close()
         self.step.source.release()

@@ -26,9 +26,9 @@ def network(channels: int, seed: int, name: str) -> keras.Model:
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((3, 3, 2))
     maps = keras.layers.Conv2D(channels, 1, name="conv")(inputs)
-    random = {name: keras.initializers.RandomNormal(seed=seed) for name in ("gamma", "beta")}
+    random = {name: keras.initializers.RandomNormal(stddev=1.0, seed=seed) for name in ("gamma", "beta")}
     settings = {f"{name}_initializer": initializer for name, initializer in random.items()}
-    maps = keras.layers.ReLU(name="relu")(keras.layers.BatchNormalization(name="norm", **settings)(maps))
+    maps = keras.layers.ReLU(name="relu")(keras.layers.BatchNormalization(momentum=0.9, name="norm", **settings)(maps))
     maps = keras.layers.Conv2D(2 * channels, 2, 2, "same", activation="relu", name="body")(maps)
     pooled = keras.layers.GlobalAveragePooling2D(name="pool")(maps)
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(pooled), name=name)

@@ -10,6 +10,7 @@ from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.logits import LogitsDistillation
 from keras_distill.terms.loss_term import LossTerm
+from keras_distill.terms.reused_classifier import ReusedClassifierDistillation
 from keras_distill.terms.review import ReviewDistillation
 from keras_distill.terms.state import TermState
 from keras_distill.terms.tokens import SequenceDistillation
@@ -21,6 +22,7 @@ __all__ = [
     "FeatureDistillation",
     "LogitsDistillation",
     "LossTerm",
+    "ReusedClassifierDistillation",
     "ReviewDistillation",
     "SelfDistillation",
     "SequenceDistillation",

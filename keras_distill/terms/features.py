@@ -65,6 +65,7 @@ class FeatureDistillation(LossTerm):
         Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
     """
 
+    one_teacher = False  # whether the term takes numbers from the layers of its only teacher
     _find_in_teacher: Callable[[Any], tuple[str, keras.layers.Layer]] | None = None
 
     def __init__(
@@ -128,10 +129,10 @@ class FeatureDistillation(LossTerm):
 
         Raises:
             ValueError: If a tap does not name one layer of a teacher, the adapters were made for other teachers, or
-                there are several and the loss takes numbers from a teacher's layers.
+                there are several and the term takes numbers from a teacher's layers.
         """
-        if len(teachers) > 1 and self.requires.reads_teacher:
-            expected = f"one teacher for term {self.name!r}, whose loss takes numbers from the teacher's layers"
+        if len(teachers) > 1 and (self.one_teacher or self.requires.reads_teacher):
+            expected = f"one teacher for term {self.name!r}, which takes numbers from the teacher's layers"
             raise ValueError(checks.message(expected, f"{len(teachers)}", "Use another loss, or one teacher."))
         further = list(teachers[1:]) if self.needs_teacher else []
         if teachers and self.own_parts and len(further) != len(self._further):

@@ -193,7 +193,7 @@ class LiveTeachers(FixedTeacher):
             raise ValueError(f"Expected one teacher with a layer {name!r}, but there are several or it has none.")
         return module
 
-    def layers(self, name: str) -> list[nn.Module]:
+    def layers_named(self, name: str) -> list[nn.Module]:
         """The modules of that name, one of each teacher.
 
         Raises:

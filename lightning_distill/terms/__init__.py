@@ -11,6 +11,7 @@ from lightning_distill.terms.encoders import (
 from lightning_distill.terms.features import FeatureDistillation, SelfDistillation
 from lightning_distill.terms.fused_linear import FusedLinearDistillation
 from lightning_distill.terms.logits import LogitsDistillation
+from lightning_distill.terms.reused_classifier import ReusedClassifierDistillation
 from lightning_distill.terms.review import ReviewDistillation
 from lightning_distill.terms.tokens import SequenceDistillation
 
@@ -24,6 +25,7 @@ __all__ = [
     "FusedLinearDistillation",
     "HiddenStatesDistillation",
     "LogitsDistillation",
+    "ReusedClassifierDistillation",
     "ReviewDistillation",
     "SelfDistillation",
     "SequenceDistillation",

@@ -297,8 +297,8 @@ def connected(terms: Sequence[DistillationTerm], source: Any) -> Sequence[Distil
 
     Args:
         terms: The terms of one owner.
-        source: The teacher; one without a method ``layers`` has no network of its own.
+        source: The teacher; one without a method ``layers_named`` has no network of its own.
     """
     for term in terms:
-        term.remake(term.connect, getattr(source, "layers", None))
+        term.remake(term.connect, getattr(source, "layers_named", None))
     return terms

@@ -97,10 +97,23 @@ def test_margins_that_cannot_be_read_raise() -> None:
         ValueError, match=r"`margins` to be given where no term reads them from the teacher\. Pass them"
     ):
         MarginReLULoss()(ops.ones((2, 3)), ops.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"one teacher for term 'norm', whose loss takes numbers .*\. Received: 2"):
+    with pytest.raises(ValueError, match=r"one teacher for term 'norm', which takes numbers .*\. Received: 2"):
         distilled(FeatureDistillation("norm", "norm", MarginReLULoss()), teacher=teachers)
     with pytest.raises(ValueError, match=r"`teacher` to be a model for term 'norm', whose loss takes numbers from its"):
         DistillModel(network(4, 1, "student"), None, SelfDistillation("norm", "conv", MarginReLULoss()))
+
+
+def test_targets_without_a_teacher_serve_margins_that_are_given_or_known() -> None:
+    x, y = np.random.default_rng(0).standard_normal((8, 3, 3, 2)).astype("float32"), np.zeros((8, 3), "float32")
+    known = distilled(FeatureDistillation("norm", "norm", MarginReLULoss()))
+    targets = known.teacher_targets(x, y)
+    known.teacher = None
+    known.fit(x, targets, 4, 1, verbose=0)
+
+    unknown = DistillModel(network(4, 1, "student"), None, FeatureDistillation("norm", "norm", MarginReLULoss()))
+    unknown.compile("sgd", "mse", jit_compile=False)
+    with pytest.raises(ValueError, match=r"`teacher` to be a model for term 'norm', whose loss takes numbers from its"):
+        unknown.fit(x, targets, 4, 1, verbose=0)
 
 
 def test_given_margins_need_no_teacher() -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.tensors
 
 # Sums over layers or over queries, keys and values: test_losses_attention.py has them.
 # With parameters: test_losses_learned.py and test_losses_parts.py have them.
-LEARNED = ("vid", "mgd", "srd", "factor_transfer", "ofd", "ofd_margin", "reviewkd_hcl", "srrl", "fgd")
+LEARNED = ("vid", "mgd", "srd", "factor_transfer", "ofd", "ofd_margin", "reviewkd_hcl", "simkd", "srrl", "fgd")
 # From hidden states or over tokens: tests/language/test_fused_linear_golden.py has them.
 OF_TOKENS = ("alpha_beta", "alpha_beta_paper", "fused_linear_jsd", "fused_linear_kl")
 OF_TOKENS += ("gkd_jsd", "symmetric_kl", "token_ce", "token_kl")

@@ -14,22 +14,31 @@ from parts_nets import Network
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from distill_core.margins import margins_of
 from lightning_distill import (
     DistillCallback,
     FeatureDistillation,
     MarginReLULoss,
+    ReusedClassifierDistillation,
     ReviewDistillation,
     SoftmaxRegressionLoss,
+    TeacherCache,
 )
 
 MakeTrainer = Callable[..., Trainer]
 TERMS: dict[str, Callable[[], Any]] = {
     "margin_relu": lambda: FeatureDistillation("norm", "norm", MarginReLULoss(), weight=0.1),
     "softmax_regression": lambda: FeatureDistillation("body", "body", SoftmaxRegressionLoss()),
+    "reused_classifier": lambda: ReusedClassifierDistillation("body", "body"),
     "review": lambda: ReviewDistillation(["norm", "body"], ["norm", "body"]),
 }
 # The parts of each term in the callback's state; the student's state holds none of them.
-LEARNED: dict[str, set[str]] = {"margin_relu": {"adapters"}, "review": {"adapters"}, "softmax_regression": {"learned"}}
+LEARNED: dict[str, set[str]] = {
+    "margin_relu": {"adapters"},
+    "reused_classifier": {"adapters"},
+    "review": {"adapters"},
+    "softmax_regression": {"learned"},
+}
 every_term = pytest.mark.parametrize("name", TERMS)
 
 
@@ -88,5 +97,45 @@ def test_a_resumed_run_ends_where_a_straight_one_does(trainer: MakeTrainer, name
 def test_the_student_s_state_is_that_of_a_plain_network(trainer: MakeTrainer, name: str) -> None:
     _, module, callback = fit(trainer, name, 1)
 
+    assert all(getattr(term, "_layers", None) is None for term in callback.terms)
     assert module.model.state_dict().keys() == Network(3).state_dict().keys()
     assert nets.same(nets.snapshot(callback.teacher), nets.snapshot(Network(4)))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
+    settings = {"layers": ["norm", "body"], "dtype": "float32", "batch_size": 4, "progress": False}
+    return TeacherCache.build(Network(4), data().dataset, tmp_path_factory.mktemp("cache"), **settings)
+
+
+def fit_from(cache: Any, trainer: MakeTrainer, term: Any) -> Module:
+    module = Module()
+    callback = DistillCallback(cache, term, student="model", validate=False)
+    runs = trainer(max_epochs=2, callbacks=[callback, SeedSteps()])
+    torch.manual_seed(0)
+    runs.fit(module, data())
+    return module
+
+
+def test_a_cache_serves_a_loss_whose_margins_are_given(trainer: MakeTrainer, cache: TeacherCache) -> None:
+    norm = Network(4).norm
+    margins = margins_of(norm.weight.tolist(), norm.bias.tolist())
+    cached = fit_from(cache, trainer, FeatureDistillation("norm", "norm", MarginReLULoss(margins=margins)))
+    live = fit_from(Network(4), trainer, FeatureDistillation("norm", "norm", MarginReLULoss()))
+
+    for value, expected in zip(cached.parameters(), live.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        FeatureDistillation("norm", "norm", MarginReLULoss()),
+        FeatureDistillation("body", "body", SoftmaxRegressionLoss()),
+        ReusedClassifierDistillation("body", "body"),
+    ],
+    ids=["margin_relu", "softmax_regression", "reused_classifier"],
+)
+def test_a_cache_without_the_teacher_s_layers_raises(trainer: MakeTrainer, cache: TeacherCache, term: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected `teacher` to be a network for term .*, but it is not\. Pass the "):
+        fit_from(cache, trainer, term)
