@@ -133,7 +133,7 @@ from keras_distill.model import DistillModel
 from keras_distill.recording import Call, Tap
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
-from keras_distill.teachers import CallableTeacher
+from keras_distill.teachers import CallableTeacher, EMATeacher
 from keras_distill.terms import (
     DistillationTerm,
     FeatureDistillation,
@@ -167,6 +167,7 @@ __all__ = [
     "DistillationLoss",
     "DistillationScheduler",
     "DistillationTerm",
+    "EMATeacher",
     "FeatureDistance",
     "FeatureDistillation",
     "FeatureMapTransferLoss",
