@@ -83,6 +83,7 @@ from distill_core.store import CacheError
 from keras_distill import functional, losses, metrics, schedules
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
+from keras_distill.chains import assistant_chain
 from keras_distill.losses import (
     ActivationBoundaryLoss,
     AlphaBetaLoss,
@@ -130,6 +131,7 @@ from keras_distill.losses import (
 )
 from keras_distill.metrics import TeacherAgreement, TeacherDivergence
 from keras_distill.model import DistillModel
+from keras_distill.mutual import MutualLearning
 from keras_distill.recording import Call, Tap
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
@@ -186,6 +188,7 @@ __all__ = [
     "MaskedGenerativeLoss",
     "MinifinetuningLoss",
     "MultiLevelLogitLoss",
+    "MutualLearning",
     "NeuronSelectivityLoss",
     "NormalizedKDLoss",
     "PatientLoss",
@@ -212,6 +215,7 @@ __all__ = [
     "UniversalLogitLoss",
     "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
+    "assistant_chain",
     "functional",
     "losses",
     "metrics",
