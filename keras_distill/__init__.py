@@ -91,6 +91,7 @@ from keras_distill import functional, losses, metrics, schedules
 from keras_distill.adapters import PCAProjection
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
+from keras_distill.chains import assistant_chain
 from keras_distill.images import Normalize
 from keras_distill.losses import (
     ActivationBoundaryLoss,
@@ -146,10 +147,11 @@ from keras_distill.losses import (
 )
 from keras_distill.metrics import TeacherAgreement, TeacherDivergence
 from keras_distill.model import DistillModel
+from keras_distill.mutual import MutualLearning
 from keras_distill.recording import Call, Tap
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
-from keras_distill.teachers import CallableTeacher
+from keras_distill.teachers import CallableTeacher, EMATeacher
 from keras_distill.terms import (
     DistillationTerm,
     FeatureDistillation,
@@ -185,6 +187,7 @@ __all__ = [
     "DistillationLoss",
     "DistillationScheduler",
     "DistillationTerm",
+    "EMATeacher",
     "FactorTransferLoss",
     "FeatureDistance",
     "FeatureDistillation",
@@ -207,6 +210,7 @@ __all__ = [
     "MaskedGenerativeLoss",
     "MinifinetuningLoss",
     "MultiLevelLogitLoss",
+    "MutualLearning",
     "NeuronSelectivityLoss",
     "Normalize",
     "NormalizedKDLoss",
@@ -240,6 +244,7 @@ __all__ = [
     "UniversalLogitLoss",
     "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
+    "assistant_chain",
     "functional",
     "losses",
     "metrics",

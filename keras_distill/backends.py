@@ -161,6 +161,20 @@ def on_host(function: Callable[..., Any], tensors: Sequence[Any], example_shape:
     return jax.pure_callback(function, result_type, *map(jax.lax.stop_gradient, tensors))
 
 
+def value_of(variable: keras.Variable) -> Any:
+    """A copy of a variable's value, without gradient and without a cast to the precision of a layer.
+
+    On torch a value is changed in place, and on TensorFlow it is the variable itself.
+
+    Args:
+        variable: The variable.
+
+    Returns:
+        A tensor.
+    """
+    return ops.stop_gradient(ops.copy(ops.convert_to_tensor(variable, variable.dtype)))
+
+
 def clear_gradients(variables: Sequence[keras.Variable]) -> None:
     """Drop the gradients that torch keeps on the values of variables.
 

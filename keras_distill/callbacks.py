@@ -14,7 +14,9 @@ from keras_distill import checks, compat
 from keras_distill.schedules import Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
 from keras_distill.targets import EpochData
 
-_PARAMETERS = ("weight", "temperature", "task_weight")
+_PARAMETERS = ("weight", "temperature", "task_weight", "decay")
+
+_LOGGED = {"decay": "teacher_decay"}
 
 
 class _Following(keras.callbacks.Callback):
@@ -82,7 +84,8 @@ class DistillationScheduler(_Following):
     and the optimizer from ``load_model``, continues the schedule.
 
     Args:
-        parameter: ``"weight"`` or ``"temperature"`` of a term, or ``"task_weight"``.
+        parameter: ``"weight"`` or ``"temperature"`` of a term, ``"task_weight"``, or ``"decay"`` of an
+            :class:`EMATeacher`.
         schedule: A schedule, such as ``schedules.Linear(8.0, 1.0)``; or a function that returns the new value. It is
             called with the epoch, counted from 0, and, if it takes a second argument, the current value.
         term: Name of the term; required if several terms have the parameter.
@@ -141,7 +144,9 @@ class DistillationScheduler(_Following):
         return float(getattr(self._owner, self.parameter))
 
     def _log_name(self) -> str:
-        return self.parameter if self.parameter == "task_weight" else f"{self._owner.name}_{self.parameter}"
+        if self.parameter in ("task_weight", "decay"):
+            return _LOGGED.get(self.parameter, self.parameter)
+        return f"{self._owner.name}_{self.parameter}"
 
     def _find_owner(self) -> Any:
         terms = getattr(self.model, "terms", None)
@@ -150,6 +155,12 @@ class DistillationScheduler(_Following):
         if self.parameter == "task_weight":
             self._check_free(self.model.schedules)
             return self.model
+        if self.parameter == "decay":
+            moving = self.model.step.moving
+            if moving is None:
+                raise ValueError(checks.message("an EMATeacher, whose `decay` is scheduled", "another teacher"))
+            self._check_free(moving.schedules)
+            return moving
         fitting = [term for term in terms if self.term in (None, term.name) and hasattr(term, self.parameter)]
         if len(fitting) == 1:
             self._check_free(fitting[0].schedules)
@@ -249,9 +260,11 @@ def scheduled_settings(model: Any) -> list[tuple[str, Schedule, Callable[[float]
     Returns:
         For each setting its name in the logs, its schedule, and a function that sets it.
     """
+    moving = model.step.moving
+    owners = [model, model.step.ensemble.mix, *([] if moving is None else [moving])]
     own = [
-        (name, schedule, functools.partial(owner.follow, name))
-        for owner in (model, model.step.ensemble.mix)
+        (_LOGGED.get(name, name), schedule, functools.partial(owner.follow, name))
+        for owner in owners
         for name, schedule in owner.schedules.items()
     ]
     return own + [

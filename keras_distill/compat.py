@@ -33,6 +33,8 @@ __all__ = [
     "get_tensor_attr",
     "in_symbolic_scope",
     "input_structure",
+    "iterations_counter",
+    "kept_losses",
     "model_supports_jit",
     "output_spec",
     "raw_iterations",
@@ -102,9 +104,14 @@ def set_direction(metric: keras.metrics.Metric, direction: str) -> None:
 
 def raw_iterations(optimizer: Any) -> tuple[int, int]:
     """Number of batches that an optimizer has processed, and how many it accumulates for one step."""
+    counter, accumulated = iterations_counter(optimizer)
+    return int(keras.ops.convert_to_numpy(counter)), accumulated
+
+
+def iterations_counter(optimizer: Any) -> tuple[keras.Variable, int]:
+    """The variable that counts the batches of an optimizer, and how many it accumulates for one step."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    batches = int(keras.ops.convert_to_numpy(optimizer._iterations))
-    return batches, optimizer.gradient_accumulation_steps or 1
+    return optimizer._iterations, optimizer.gradient_accumulation_steps or 1
 
 
 def first_batch(batches: Any) -> Any:
@@ -137,13 +144,34 @@ def untaped() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def discarded_changes() -> Iterator[None]:
-    """A context that discards assignments to variables, so that a stateful teacher does not change."""
+def discarded_changes(values: Sequence[tuple[keras.Variable, Any]] = ()) -> Iterator[None]:
+    """A context that discards assignments to variables, so that a stateful teacher does not change.
+
+    Args:
+        values: Pairs of a variable and a tensor that layers read in its place.
+    """
     outer = get_stateless_scope() if in_stateless_scope() else None
-    with keras.StatelessScope() as scope:
+    with keras.StatelessScope(values) as scope:
         if outer is not None:
-            scope.state_mapping.update(outer.state_mapping)
+            scope.state_mapping = {**outer.state_mapping, **scope.state_mapping}
         yield
+
+
+@contextlib.contextmanager
+def kept_losses(layers: Sequence[Any]) -> Iterator[None]:
+    """A context after which the layers have their losses of the last call again: each call of a model clears them.
+
+    Args:
+        layers: The layers.
+    """
+    losses = [(layer, list(layer._losses), set(layer._loss_ids)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, values, ids in losses:
+            layer._losses[:] = values
+            layer._loss_ids.clear()
+            layer._loss_ids.update(ids)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,15 @@ from keras_distill.comparison import mean_scores
 from keras_distill.mixed_calls import mixed, routed, rows_of, times, weights_by_confidence
 from keras_distill.mixing import TeacherMix
 from keras_distill.recording import Call, Recorder, probed, symbolic
-from keras_distill.teachers import CallableTeacher, LiveTeacher, chosen_inputs, joint_inputs, with_call
+from keras_distill.teachers import (
+    AveragedTeacher,
+    CallableTeacher,
+    EMATeacher,
+    LiveTeacher,
+    chosen_inputs,
+    joint_inputs,
+    with_call,
+)
 from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
 from keras_distill.terms.logits import Scores
 from keras_distill.terms.weighing import scalar
@@ -53,24 +61,32 @@ class Ensemble:
         """The teachers."""
         return [live.model for live in self.live]
 
-    def assign(self, models: Sequence[keras.Model], terms: Sequence[DistillationTerm]) -> None:
+    @property
+    def moving(self) -> EMATeacher | None:
+        """The teacher, if it is a moving average of the student."""
+        teacher = self.live[0].teacher if self.live else None
+        return teacher if isinstance(teacher, EMATeacher) else None
+
+    def assign(self, teachers: Sequence[Any], terms: Sequence[DistillationTerm]) -> None:
         """Use other teachers from now on.
 
         Args:
-            models: The teachers.
+            teachers: Models, or one moving average of the student.
             terms: The terms that read them.
 
         Raises:
             ValueError: If a tap does not name one layer of a teacher, or the settings do not fit the teachers.
         """
+        models = [teacher.student if isinstance(teacher, EMATeacher) else teacher for teacher in teachers]
         if models:
             self.mix.check(len(models), terms)
         for term in terms:
             term.in_teachers(models)
         self.live = []
-        for number, model in enumerate(models):
+        for number, teacher in enumerate(teachers):
             taps = [tap for term in terms for tap in term.for_teacher(number).teacher_taps]
-            self.live.append(LiveTeacher(model, taps, self.dtype))
+            kind: Any = AveragedTeacher if isinstance(teacher, EMATeacher) else LiveTeacher
+            self.live.append(kind(teacher, taps, self.dtype))
         from_logits = any(
             isinstance(term, LogitsDistillation) and getattr(term.loss, "from_logits", None) is True for term in terms
         )
@@ -103,6 +119,9 @@ class Ensemble:
                 expected = "live teachers with `teacher_weights`, `mix` or `route`"
                 remedy = "Leave these arguments out."
                 raise ValueError(checks.message(expected, "the outputs of one teacher in `DistillTargets`", remedy))
+            if self.moving is not None:
+                expected = "a live teacher, because the weights of an EMATeacher change"
+                raise ValueError(checks.message(expected, "`DistillTargets`", "Train on the labels alone."))
             stored.training = student.training
             return Answers([stored])
         if x is None:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_distill import checks, compat
+from keras_distill import backends, checks, compat
 from keras_distill.callbacks import scheduled_settings
 from keras_distill.schedules import Progress
 from keras_distill.terms import SequenceDistillation
@@ -58,6 +58,10 @@ class StepFunction:
                 result = self.made[signature](*self._with_numbers(args))
         finally:
             step.working_names = parts.now = None
+        if self._training and step.moving is not None and not step.moving.followed:
+            expected = "the step to update the EMATeacher"
+            remedy = "Call super().train_step(...), or self.step.update_teacher() after the optimizer's step."
+            raise ValueError(checks.message(expected, f"a custom `train_step` of {type(model).__name__}", remedy))
         logs, *rest = result if isinstance(result, tuple) else (result,)
         return self._completed(dict(logs), rest)
 
@@ -127,6 +131,36 @@ class StepFunction:
             for variable, value in zip(self.model.non_trainable_variables, fixed, strict=True)
         ]
         return ((trainable, fixed, *others), *rest)
+
+
+def followed_by_average(model: Any, train: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Run a training step; then a teacher that is the average of the student follows, if the weights have changed.
+
+    Args:
+        model: The DistillModel.
+        train: Keras' training step.
+        args: Its arguments; on JAX the state of the step, then the data.
+
+    Returns:
+        The result of the step; on JAX with the new averages in the state.
+    """
+    moving = model.step.moving
+    if moving is None or model.optimizer is None:
+        return train(*args)
+    counter, accumulated = compat.iterations_counter(model.optimizer)
+    if keras.backend.backend() != "jax":
+        before = backends.value_of(counter)
+        result = train(*args)
+        moving.update(backends.value_of(counter) // accumulated != before // accumulated)
+        return result
+    place = [id(variable) for variable in model.optimizer.variables].index(id(counter))
+    before = args[0][2][place]
+    logs, (trainable, fixed, optimizer, metrics) = train(*args)
+    variables = [*model.trainable_variables, *model.non_trainable_variables]
+    with keras.StatelessScope(list(zip(variables, [*trainable, *fixed], strict=True))) as scope:
+        moving.update(optimizer[place] // accumulated != before // accumulated)
+    fixed = [scope.get_current_value(variable) for variable in model.non_trainable_variables]
+    return logs, (trainable, fixed, optimizer, metrics)
 
 
 def leave_out_xla(model: Any) -> None:

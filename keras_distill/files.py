@@ -29,12 +29,13 @@ class ModelInFiles(ModelWithTeacher):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON; they include the teacher only if ``save_teacher`` is True."""
         serialize, metrics = keras.saving.serialize_keras_object, self.loss_parts.teacher_metrics
+        in_file = (self.save_teacher and self.teacher is not None) or self.step.moving is not None
         return {
             "name": self.name,
             "trainable": self.trainable,
             "dtype": serialize(self.dtype_policy),
             "student": serialize(self.student),
-            "teacher": serialize(self.teacher) if self.save_teacher and self.teacher is not None else None,
+            "teacher": serialize(self.teacher) if in_file else None,
             "terms": [serialize(term) for term in self.terms],
             "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,

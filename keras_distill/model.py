@@ -12,7 +12,7 @@ from keras import ops
 from keras_distill import backends, checks, compat
 from keras_distill.callbacks import fit_callbacks, with_callbacks
 from keras_distill.comparison import chosen_metrics, refuse_compiled
-from keras_distill.execution import StepFunction, leave_out_xla, warn_of_accumulation
+from keras_distill.execution import StepFunction, followed_by_average, leave_out_xla, warn_of_accumulation
 from keras_distill.files import ModelInFiles
 from keras_distill.metrics import LossParts, TeacherMetric
 from keras_distill.recording import Call
@@ -21,9 +21,11 @@ from keras_distill.step import DistillStep
 from keras_distill.students import (
     check_arguments,
     check_route,
+    check_saved,
     check_student,
     check_term_names,
     check_token_labels,
+    check_trained,
     warn_of_augmentation,
 )
 from keras_distill.targets import (
@@ -55,9 +57,9 @@ class DistillModel(ModelInFiles):
 
     Args:
         student: The model to train.
-        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, or a list of several. None if
-            no term needs a teacher, or if the data holds :class:`DistillTargets`. It can be set later:
-            ``model.teacher = teacher``.
+        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, a list of several, or an
+            :class:`EMATeacher`. None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can
+            be set later, ``model.teacher = teacher``, unless it is an EMATeacher.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. The model makes copies, in ``model.terms``, that share
             their settings with the terms that you pass.
         task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; a number can be assigned during
@@ -124,6 +126,7 @@ class DistillModel(ModelInFiles):
     ) -> None:
         check_arguments(kwargs)
         check_student(student, teacher)
+        check_saved(save_teacher, teacher)
         schedules: dict[str, Schedule] = {}
         task_weight = first_value("task_weight", task_weight, checks.non_negative, schedules)
         for switch, value in {"evaluate_distillation": evaluate_distillation, "save_teacher": save_teacher}.items():
@@ -267,22 +270,28 @@ class DistillModel(ModelInFiles):
 
     def make_train_function(self, force: bool = False) -> Any:
         """Make the function of a training step, with one graph for each set of computed terms."""
+        self.begin_average()
         if force or self.train_function is None:
             leave_out_xla(self)
             warn_of_accumulation(self)
             if self.loss is None or (self.task_weight == 0 and "task_weight" not in self.schedules):
-                self.step.check_trained()
+                check_trained(self.step)
             function = StepFunction(self, super().make_train_function, "train_function", training=True)
             self.train_function = function
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Any:
         """Make the function of an evaluation step."""
+        self.begin_average()
         if force or self.test_function is None:
             leave_out_xla(self)
             function = StepFunction(self, super().make_test_function, "test_function", training=False)
             self.test_function = function
         return self.test_function
+
+    def train_step(self, *args: Any) -> Any:
+        """As in Keras; then an :class:`EMATeacher` follows the student."""
+        return followed_by_average(self, super().train_step, args)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True

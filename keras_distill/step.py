@@ -16,7 +16,7 @@ from keras_distill.mixing import TeacherMix
 from keras_distill.recording import Call, Recorder, probed
 from keras_distill.schedules import Progress, Schedule
 from keras_distill.states import NumbersState
-from keras_distill.teachers import LiveTeacher, as_teachers, checked_dtype, chosen_inputs
+from keras_distill.teachers import EMATeacher, LiveTeacher, as_teachers, checked_dtype, chosen_inputs
 from keras_distill.terms import DistillationTerm, as_terms
 
 
@@ -40,8 +40,8 @@ class DistillStep:
         teacher_dtype: Precision that the teacher computes in, such as ``"bfloat16"``; None keeps the model's own.
         teacher_inputs: Called with the batch's inputs and, if it takes a second argument, the student's call; returns
             the teacher's inputs. With None the teacher gets the student's inputs.
-        teacher_weights: As for :class:`DistillModel`.
-        mix: As for :class:`DistillModel`.
+        teacher_weights: As for :class:`DistillModel`, like ``mix``.
+        mix: The kind of the average.
         route: As for :class:`DistillModel`; the inputs are those that :meth:`losses` gets as ``x``.
 
     Attributes:
@@ -51,6 +51,7 @@ class DistillStep:
         recorder: Records the student.
         ensemble: The teachers.
         working_names: Names of the terms in the graph that is being traced or run, None outside of such graphs.
+        behind: The layers behind the student's taps, by the key of the tap.
         version: Counts the teachers that were assigned: a graph of an earlier teacher must not be used again.
 
     Raises:
@@ -81,15 +82,18 @@ class DistillStep:
         self.student, self.teacher_dtype = student, checked_dtype(teacher_dtype)
         self.terms = [term.owned(student) for term in as_terms(terms)]
         combination = TeacherMix(teacher_weights, mix, route)
-        states = [*(term.state for term in self.terms), combination.state]
+        if isinstance(teacher, EMATeacher):
+            teacher = teacher.owned(student)
+        average = teacher.state if isinstance(teacher, EMATeacher) else None
+        states = [*(term.state for term in self.terms), combination.state, average]
         self.states: list[NumbersState] = [state for state in states if state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
         self.ensemble = Ensemble(self.recorder, self.teacher_dtype, teacher_inputs, combination)
         self.working_names: tuple[str, ...] | None = None
         self.version = 0
         self._advanced = False
-        self._behind: dict[str, Any] = {}  # layers behind the student's taps, by the key of the tap
-        self.teacher = teacher
+        self.behind: dict[str, Any] = {}
+        self._assign(as_teachers(teacher, student, moving=True))
         self.build_from_models()
 
     @property
@@ -100,16 +104,39 @@ class DistillStep:
     @property
     def teacher(self) -> Any:
         """The teacher, a list of several teachers, or None. It can be replaced at any time by assignment."""
-        models = self.ensemble.models
-        return models if len(models) > 1 else next(iter(models), None)
+        teachers = [live.teacher for live in self.ensemble.live]
+        return teachers if len(teachers) > 1 else next(iter(teachers), None)
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
-        models = as_teachers(teacher, self.student)
-        before = self.ensemble.models
+        if self.moving is not None:
+            expected = "`teacher` not to be assigned in the place of an EMATeacher, which files of the model hold"
+            raise ValueError(checks.message(expected, f"a {type(teacher).__name__}", "Make a new DistillModel."))
+        self._assign(as_teachers(teacher, self.student))
+
+    @property
+    def moving(self) -> EMATeacher | None:
+        """The teacher, if it is a moving average of the student."""
+        return self.ensemble.moving
+
+    def update_teacher(self, stepped: Any = True) -> None:
+        """Move an :class:`EMATeacher` towards the student: call it after each step of the optimizer in your own loop.
+
+        Args:
+            stepped: Whether the optimizer has changed the weights, a bool or a scalar tensor.
+        """
+        if self.moving is not None:
+            self.moving.update(stepped)
+
+    def _owners(self) -> list[Any]:
+        """The objects whose settings may have schedules."""
+        return [*self.terms, self.ensemble.mix, *filter(None, [self.moving])]
+
+    def _assign(self, teachers: list[Any]) -> None:
+        before = [live.teacher for live in self.ensemble.live]
         self.version += 1
         try:
-            self.ensemble.assign(models, self.terms)
+            self.ensemble.assign(teachers, self.terms)
             self._check_teacher()
         except BaseException:  # keep the teacher that fits
             self.ensemble.assign(before, self.terms)
@@ -182,6 +209,8 @@ class DistillStep:
             self._build_terms(waiting, student, self.ensemble.probe(inputs))
         else:
             self._build_terms(waiting, student, [student if teacher is None else teacher])
+        if self.moving is not None:
+            self.moving.build()
 
     def build_from_models(self) -> None:
         """Build at once if student and teachers know their inputs, so that errors are raised by the constructor."""
@@ -200,22 +229,8 @@ class DistillStep:
                 if configs[term.name] is not None:
                     term.build_from_shapes(configs[term.name])
                 self._adopt(term)
-
-    def check_trained(self) -> None:
-        """Check that a term trains the student.
-
-        If a term reads frozen layers, its adapter still learns and its loss falls, but the student does not change.
-
-        Raises:
-            ValueError: If every term reads frozen layers that have only frozen layers before them.
-        """
-        taps = [tap for term in self.terms for tap in term.trained_taps or (None,)]
-        behind = [None if tap is None else self._behind.get(tap.key) for tap in taps]
-        if all(layers and not any(layer.trainable_variables for layer in layers) for layers in behind):
-            names = ", ".join(repr(tap.name) for tap in taps if tap is not None)
-            expected = "a term, or a loss on labels, that trains the student"
-            remedy = "Unfreeze a layer, name one after the frozen ones, or pass a loss to `compile`."
-            raise ValueError(checks.message(expected, f"terms on {names} alone, frozen with all layers before", remedy))
+        if self.moving is not None:
+            self.moving.build()
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set the scheduled weights and temperatures before a step of your own loop. ``fit`` sets them itself.
@@ -229,8 +244,7 @@ class DistillStep:
             ValueError: If a schedule needs a position that is not passed.
         """
         progress = Progress(step, epoch, fraction)
-        owners: list[DistillationTerm | TeacherMix] = [*self.terms, self.ensemble.mix]
-        for owner in owners:
+        for owner in self._owners():
             for name, schedule in owner.schedules.items():
                 owner.follow(name, schedule.at(progress))
         if self.ensemble.mix.state is not None:
@@ -263,8 +277,7 @@ class DistillStep:
         Raises:
             ValueError: If the teacher or a call of :meth:`advance` is missing, or ``output`` was not recorded.
         """
-        scheduled = self.ensemble.mix.schedules or any(term.schedules for term in self.terms)
-        if training and not self._advanced and scheduled:
+        if training and not self._advanced and any(owner.schedules for owner in self._owners()):
             expected = "a call of `advance` before a training step, because a setting has a schedule"
             raise ValueError(checks.message(expected, "none", "Call step.advance(number_of_steps_so_far)."))
         compared = self.compare(output, x, labels, sample_weight, teacher=teacher, training=training)
@@ -313,8 +326,9 @@ class DistillStep:
             raise ValueError(checks.message("a teacher to learn from", "teacher=None", remedy))
         if x is not None:
             self.build(x, teacher)
-        elif not all(term.built for term in terms):
-            self._build_from(student, teacher)
+        elif not all(term.built for term in terms):  # the inputs are unknown
+            waiting = [t for t in self.terms if not t.built and (teacher is not None or not t.needs_teacher)]
+            self._build_terms(waiting, student, [student if teacher is None else teacher])
         answers = self.ensemble.answers(x, student, teacher) if reads_teacher else Answers([])
         total, values = zero, {}
         for term in terms:
@@ -373,18 +387,12 @@ class DistillStep:
         student.decided = self.working_names is not None or backends.executes_eagerly()
         return student, x
 
-    def _build_from(self, student: Call, teacher: Call | None) -> None:
-        """Make the adapters from calls, if the inputs are unknown."""
-        for term in self.terms:
-            if not term.built and (teacher is not None or not term.needs_teacher):
-                self._build_terms([term], student, [student if teacher is None else teacher])
-
     def _build_terms(self, terms: Sequence[DistillationTerm], student: Call, teachers: Sequence[Call]) -> None:
         for term in terms:
             term.build_for(student, teachers if term.needs_teacher else [student])
             self._adopt(term)
             for tap in term.trained_taps:
-                self._behind[tap.key] = student.facts_of(student.feature(tap)).behind
+                self.behind[tap.key] = student.facts_of(student.feature(tap)).behind
 
     def _adopt(self, term: DistillationTerm) -> None:
         term.built = True

@@ -12,7 +12,9 @@ import numpy as np
 from keras_distill import checks
 from keras_distill.ensemble import Ensemble
 from keras_distill.recording import sublayers
+from keras_distill.step import DistillStep
 from keras_distill.targets import split_targets
+from keras_distill.teachers import EMATeacher
 from keras_distill.terms import DistillationTerm, SequenceDistillation
 
 _OWN_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
@@ -68,6 +70,41 @@ def check_student(student: Any, teacher: Any) -> None:
         expected = "DistillModel(student, teacher), the student first"
         remedy = "keras.distillation.Distiller takes the teacher first: exchange the two."
         raise ValueError(checks.message(expected, f"student {student.name!r} and teacher {teacher.name!r}", remedy))
+
+
+def check_trained(step: DistillStep) -> None:
+    """Check that a term trains the student.
+
+    If a term reads frozen layers, its adapter still learns and its loss falls, but the student does not change.
+
+    Args:
+        step: The step, built.
+
+    Raises:
+        ValueError: If every term reads frozen layers that have only frozen layers before them.
+    """
+    taps = [tap for term in step.terms for tap in term.trained_taps or (None,)]
+    behind = [None if tap is None else step.behind.get(tap.key) for tap in taps]
+    if all(layers and not any(layer.trainable_variables for layer in layers) for layers in behind):
+        names = ", ".join(repr(tap.name) for tap in taps if tap is not None)
+        expected = "a term, or a loss on labels, that trains the student"
+        remedy = "Unfreeze a layer, name one after the frozen ones, or pass a loss to `compile`."
+        raise ValueError(checks.message(expected, f"terms on {names} alone, frozen with all layers before", remedy))
+
+
+def check_saved(save_teacher: bool, teacher: Any) -> None:
+    """Refuse ``save_teacher`` with a teacher that files hold in any case.
+
+    Args:
+        save_teacher: Whether files contain the teacher.
+        teacher: The ``teacher`` argument.
+
+    Raises:
+        ValueError: If the teacher is an :class:`EMATeacher`.
+    """
+    if save_teacher and isinstance(teacher, EMATeacher):
+        expected = "`save_teacher` to be False with an EMATeacher, whose average is saved in any case"
+        raise ValueError(checks.message(expected, "save_teacher=True", "Leave it out."))
 
 
 def check_term_names(terms: Sequence[DistillationTerm], student: keras.Model) -> None:

@@ -57,8 +57,11 @@ class ModelWithTeacher(keras.Model):
             Labels, and the teacher's output and features.
 
         Raises:
-            ValueError: If the model does not have exactly one teacher.
+            ValueError: If the model does not have exactly one teacher, or it is an :class:`EMATeacher`.
         """
+        if self.step.moving is not None:
+            expected = "a teacher that does not change, for stored outputs"
+            raise ValueError(checks.message(expected, f"{self.teacher!r}", "Train with the live teacher."))
         if len(self.step.teachers) != 1:
             received = f"{len(self.step.teachers)} teachers" if self.step.teachers else "teacher=None"
             remedy = "Make the targets of each teacher separately." if self.step.teachers else "Set `model.teacher`."
@@ -76,6 +79,11 @@ class ModelWithTeacher(keras.Model):
     def __dir__(self) -> list[str]:
         """All attributes, without the teacher unless it is saved: Keras saves the listed ones."""
         return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
+
+    def begin_average(self) -> None:
+        """Let an :class:`EMATeacher` that had no update yet begin with the student's present weights."""
+        if self.step.moving is not None:
+            self.step.moving.begin()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """On torch, where Keras calls it in each step: clear the gradients of all weights.

@@ -8,14 +8,16 @@ from typing import Any
 import keras
 
 from keras_distill import checks
+from keras_distill.teachers.average import EMATeacher
 
 
-def as_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
+def as_teachers(teacher: Any, student: keras.Model, *, moving: bool = False) -> list[Any]:
     """Check the teachers and put them into a list.
 
     Args:
         teacher: A model, several, or None.
         student: The student, which cannot be its own teacher.
+        moving: Whether the teacher may be an :class:`EMATeacher`.
 
     Returns:
         The models; an empty list for None.
@@ -31,7 +33,12 @@ def as_teachers(teacher: Any, student: keras.Model) -> list[keras.Model]:
         raise ValueError(
             checks.message("`teacher` to be a model, or a list of at least one", "teacher=[]", "Pass None.")
         )
-    for model in several:
+    averages = [model for model in several if isinstance(model, EMATeacher)]
+    if averages and (len(several) > 1 or not moving):
+        place = "beside other teachers" if len(several) > 1 else "here"
+        expected = "an EMATeacher to be the only teacher, passed to DistillModel or DistillStep when it is made"
+        raise ValueError(checks.message(expected, f"{averages[0]!r} {place}"))
+    for model in () if averages else several:
         if not isinstance(model, keras.Model):
             remedy = ""
             if isinstance(model, str):

@@ -30,6 +30,11 @@ class LiveTeacher:
         self.recorder = Recorder(model, taps, "teacher")
         self._layers: list[Any] = []  # all layers, once the model is built
 
+    @property
+    def teacher(self) -> Any:
+        """The teacher as the user passed it."""
+        return self.model
+
     def answer(self, inputs: Any) -> Call:
         """Run the teacher without gradient.
 

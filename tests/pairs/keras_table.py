@@ -15,6 +15,7 @@ from keras_distill import (
     DecoupledKDLoss,
     DistillModel,
     DistillTargets,
+    EMATeacher,
     FeatureDistillation,
     LogitsDistillation,
     SelfDistillation,
@@ -96,6 +97,7 @@ class Feature:
         settings: Settings of the model.
         teachers: Number of teachers.
         widths: Their widths.
+        moving: Whether the teacher is the average of the student.
         stored: Whether the targets hold the teacher's outputs.
         tokens: Whether the models tag tokens.
         tolerance: The smallest tolerance: a graph rounds to bfloat16 in other places than eager steps.
@@ -107,6 +109,7 @@ class Feature:
     settings: dict[str, Any] = field(default_factory=dict)
     teachers: int = 1
     widths: tuple[int, int] = (6, 6)
+    moving: bool = False
     stored: bool = False
     tokens: bool = False
     tolerance: float = 0.0
@@ -117,8 +120,12 @@ class Feature:
         keras.utils.set_random_seed(3)
         made = tagger if self.tokens else network
         held = [made(self.widths[number], f"teacher{number}", "float32") for number in range(max(self.teachers, 1))]
-        teacher = [None, held[0], held][min(self.teachers, 2)]
+        teacher: Any = [None, held[0], held][min(self.teachers, 2)]
+        if self.moving:
+            held, teacher = [made(4, "average")], EMATeacher(0.8)
         model = DistillModel(made(4, "student"), None if self.stored else teacher, self.terms(), **self.settings)
+        if self.moving:
+            held[0].set_weights(model.student.get_weights())
         model.held = _Hidden(held)
         compile_model(model, **compiled)
         return model
@@ -215,6 +222,18 @@ def by_route(twin: Any, x: Any, y: Any, step: float) -> Any:
     return ops.mean(kl(z, logits)) + 2.0 * ops.mean(ops.where(second, gaps[1], gaps[0]))
 
 
+def followed(twin: Any, x: Any, y: Any, step: float) -> Any:
+    """The divergence to the average of the student's weights, which `by_hand` moves."""
+    return ops.mean(kl(twin.student(x), twin.held.models[0](x)))
+
+
+def move(twin: Any) -> None:
+    """One step of the average, 0.8 of it and 0.2 of the student."""
+    average = twin.held.models[0]
+    pairs = zip(average.get_weights(), twin.student.get_weights(), strict=True)
+    average.set_weights([0.8 * own + 0.2 * other for own, other in pairs])
+
+
 def adapted(twin: Any, x: Any, y: Any, step: float) -> Any:
     [adapter], feature = twin.terms[0].adapters, inner(twin.student, x, "hidden")[0]
     return 2.0 * ops.mean(ops.square(adapter(feature) - inner(twin.held.models[0], x, "hidden")[0]))
@@ -288,6 +307,7 @@ FEATURES: dict[str, Feature] = {
         widths=(6, 8),
         settings={"route": by_sign},
     ),
+    "a moving average": Feature(lambda: [LogitsDistillation()], followed, moving=True),
     "adapters": Feature(lambda: [FeatureDistillation("hidden", "hidden", weight=2.0)], adapted),
     "learned losses": Feature(
         lambda: [FeatureDistillation("hidden", "hidden", VariationalInformationLoss(), weight=0.5)], learned
@@ -341,4 +361,6 @@ def by_hand(
         variables = twin.trainable_variables
         pairs = zip(tape.gradient(total, variables), variables, strict=True)
         optimizer.apply_gradients([(gradient, variable) for gradient, variable in pairs if gradient is not None])
+        if feature.moving:
+            move(twin)
     return twin.student.get_weights()
