@@ -94,9 +94,9 @@ def logits(output: Any) -> Tensor:
     return scores
 
 
-def show(title: str, results: dict[str, float]) -> dict[str, float]:
-    """Print accuracies, and hand them on."""
-    table = Table("", "accuracy", title=title)
+def show(title: str, results: dict[str, float], measure: str = "accuracy") -> dict[str, float]:
+    """Print accuracies, or another measure from 0 to 1, and hand them on."""
+    table = Table("", measure, title=title)
     for name, value in results.items():
         table.add_row(name, f"{100 * value:.1f} %")
     Console().print(table)
