@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from scenes import KINDS, VOID, Scenes, Segmenter, Steps, listed, loader, stacked
+from scenes import KINDS, VOID, Scenes, Segmenter, Steps, close, listed, loader, stacked
 from torch import Tensor, nn
 
 from lightning_distill import (
@@ -139,7 +139,7 @@ def test_a_one_stage_detector_learns_from_the_raw_outputs_of_the_teacher_s_head(
     expected = sum(F.mse_loss(adapter(m), t) for adapter, m, t in pairs) / 2
     expected += quality_focal(outputs["cls_logits"], answers["cls_logits"]).mean()
     expected += F.l1_loss(outputs["bbox_regression"], answers["bbox_regression"])
-    torch.testing.assert_close(total, expected)
+    close(total, expected)
 
 
 @pytest.mark.parametrize("make", [retinanet, ssd])
@@ -154,7 +154,7 @@ def test_the_student_s_pyramid_runs_through_the_teacher_s_head(make: Any) -> Non
     maps, _ = head_outputs(student)
     crossed = teacher.head([adapter(m) for adapter, m in zip(distiller.terms[0].adapters, maps, strict=True)])
     _, answers = head_outputs(teacher)
-    torch.testing.assert_close(total, 2 * quality_focal(crossed["cls_logits"], answers["cls_logits"]).mean())
+    close(total, 2 * quality_focal(crossed["cls_logits"], answers["cls_logits"]).mean())
 
 
 def test_boxes_of_the_resized_images_weigh_the_pyramid() -> None:
@@ -171,7 +171,7 @@ def test_boxes_of_the_resized_images_weigh_the_pyramid() -> None:
     for adapter, loss, feature, target in zip(owned.adapters, owned.learned, maps, teacher_maps, strict=True):
         larger = [target["boxes"] * 48 / 32 for target in targets]  # the images are padded to 64 x 64
         expected += loss(adapter(feature), target, foreground_weights(larger, (64, 64), feature.shape[2:]))
-    torch.testing.assert_close(total, expected / 2)
+    close(total, expected / 2)
 
 
 class SharedProposals(DistillCallback):
@@ -215,7 +215,7 @@ def test_a_two_stage_detector_learns_about_its_own_proposals() -> None:
     answers, corners = teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(pooled))
     scores, boxes = seen["student"]
     assert len(scores) == len(answers) == sum(map(len, seen["proposals"]))
-    torch.testing.assert_close(total, SoftTargetLoss(1.0)(scores, answers) + F.l1_loss(boxes, corners))
+    close(total, SoftTargetLoss(1.0)(scores, answers) + F.l1_loss(boxes, corners))
 
 
 def test_proposals_are_shared_under_a_trainer() -> None:
@@ -310,7 +310,7 @@ def test_deeplab_learns_the_probabilities_of_the_labelled_pixels() -> None:
 
     logs, answers = (F.log_softmax(net(batch)["out"] / 4, 1) for net in (student, teacher))
     expected = 16 * (answers.exp() * (answers - logs)).sum(1)[masks != VOID].mean()
-    torch.testing.assert_close(total, expected)
+    close(total, expected)
 
 
 def test_deeplab_trains_under_a_trainer() -> None:

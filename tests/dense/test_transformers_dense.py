@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from scenes import KINDS, VOID, Scenes, with_boxes
+from scenes import KINDS, VOID, Scenes, close, with_boxes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -123,7 +123,7 @@ def test_segformer_learns_at_the_resolution_of_its_scores_from_the_labelled_pixe
     logs, answers = (F.log_softmax(net(batch["pixel_values"]).logits, 1) for net in (student, teacher.eval()))
     counted = F.avg_pool2d((batch["labels"] != VOID).float(), 4) >= 0.5
     assert logs.shape[2:] == (8, 8)
-    torch.testing.assert_close(total, (answers.exp() * (answers - logs)).sum(1)[counted].mean())
+    close(total, (answers.exp() * (answers - logs)).sum(1)[counted].mean())
 
 
 def test_the_states_of_segformer_s_encoder_are_a_pyramid() -> None:
@@ -135,7 +135,7 @@ def test_the_states_of_segformer_s_encoder_are_a_pyramid() -> None:
     assert len(term.adapters) == 2
     maps = [net.segformer(batch["pixel_values"], output_hidden_states=True).hidden_states for net in (student, teacher)]
     losses = [F.mse_loss(adapter(s), t) for adapter, s, t in zip(term.adapters, *maps, strict=True)]
-    torch.testing.assert_close(total, sum(losses) / 2)
+    close(total, sum(losses) / 2)
 
 
 def test_segformer_s_features_run_through_the_teacher_s_decoder() -> None:
@@ -151,7 +151,7 @@ def test_segformer_s_features_run_through_the_teacher_s_decoder() -> None:
     logs, targets = F.log_softmax(crossed, 1), F.log_softmax(answers, 1)
     counted = F.avg_pool2d((batch["labels"] != VOID).float(), 4) >= 0.5
     expected = (targets.exp() * (targets - logs)).sum(1)[counted].mean()
-    torch.testing.assert_close(total, expected)
+    close(total, expected)
 
 
 def test_segformer_trains_under_a_trainer() -> None:
@@ -177,7 +177,7 @@ def test_the_scores_of_detr_s_queries_are_those_of_both_heads() -> None:
     total, _ = total_of(student, teacher, LogitsDistillation(QualityFocalLoss()), batch)
 
     scores, answers = (net(batch["pixel_values"]).logits for net in (student, teacher.eval()))
-    torch.testing.assert_close(total, QualityFocalLoss()(scores, answers))
+    close(total, QualityFocalLoss()(scores, answers))
 
 
 def test_detr_trains_under_a_trainer() -> None:
