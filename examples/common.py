@@ -121,7 +121,7 @@ def logits(output: Any) -> Tensor:
 
 
 def show(title: str, results: dict[str, float], measure: str = "accuracy") -> dict[str, float]:
-    """Print accuracies or other shares, and hand them on."""
+    """Print accuracies, or another measure from 0 to 1, and hand them on."""
     table = Table("", measure, title=title)
     for name, value in results.items():
         table.add_row(name, f"{100 * value:.1f} %")

@@ -11,11 +11,20 @@ import keras
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHARED = {"common", "networks", "compression"}
+SHARED = {"common", "networks", "compression", "scenes"}
 RECIPES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem not in SHARED)
 # Epochs that are enough to be clearly better than chance, and how good that is.
-EPOCHS = {"question_answering": 4, "bert_to_bilstm": 2, "bert_to_blendcnn": 2, "tensorflow_images": 4, "speech_ctc": 5}
+EPOCHS = {
+    "question_answering": 4,
+    "bert_to_bilstm": 2,
+    "bert_to_blendcnn": 2,
+    "tensorflow_images": 4,
+    "detection": 6,
+    "segmentation": 4,
+    "speech_ctc": 5,
+}
 CHANCE = {"bert_to_bilstm": 0.25, "bert_to_blendcnn": 0.25, "question_answering": 0.01}
+CHANCE |= {"detection": 0.01, "segmentation": 0.14}  # the background is easy
 CHANCE |= {"sentence_encoder": 0.01, "speech_ctc": 0.01}
 CHANCE |= dict.fromkeys(("litgpt_style", "huggingface_language_model"), 0.2)  # a quarter of the bytes are spaces
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.compat import version_of
 from lightning_distill.recording.outputs import entries_of, entry_at, map_tensors, select, tensors_in
+from lightning_distill.recording.predictions import check_scores
 
 Versions = list[tuple[Tensor, int]]
 
@@ -155,7 +156,7 @@ class Call:
         skipped: The call's skipped head and the loss made there, if a term skips heads.
         random_state: State of the generators before the call, if it may have to be made again.
         parameters: Names of the network's parameters, in order.
-        network: The teacher's network, if the answer is not a stored one.
+        network: The network; ``None`` for stored answers.
     """
 
     args: tuple[Any, ...]
@@ -231,6 +232,7 @@ class Call:
         Raises:
             ValueError: As for :attr:`logits`.
         """
+        check_scores(self.output, self.who, self.network)
         if output is None and self.read_logits is not None:
             picked = self.read_logits(self.output)
         else:

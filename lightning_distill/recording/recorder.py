@@ -274,6 +274,7 @@ class Recorder:
                 input_versions=versions,
                 random_state=state,
                 parameters=self._parameters,
+                network=self.root,
             )
         )
         return with_arguments(self.root, args, kwargs, self._arguments) if self._arguments else None

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
-from scenes import VOID, Net, Scenes, Segmenter, loader, stacked, with_boxes
+from scenes import VOID, Net, Scenes, Segmenter, close, loader, stacked, with_boxes
 from torch import Tensor, nn
 
 from lightning_distill import (
@@ -52,7 +52,7 @@ def test_the_predictions_of_all_levels_are_compared() -> None:
     assert [tuple(adapter.weight.shape) for adapter in term.adapters] == [(5, 3, 1, 1)] * 2
     crossed = teacher.head([adapter(m) for adapter, m in zip(term.adapters, into_head(student), strict=True)])
     losses = [quality_focal(a, b).mean() for a, b in zip(crossed, teacher.head(into_head(teacher)), strict=True)]
-    torch.testing.assert_close(total, sum(losses) / 2)
+    close(total, sum(losses) / 2)
 
 
 def test_a_head_may_be_cut_where_each_level_runs_through_it() -> None:
@@ -70,7 +70,7 @@ def test_a_head_may_be_cut_where_each_level_runs_through_it() -> None:
         crossed = teacher.head.scores(adapter(student.head.tower(feature)))
         expected = teacher.head.scores(teacher.head.tower(target).relu())
         losses.append(SoftTargetLoss(1.0)(crossed, expected))
-    torch.testing.assert_close(total, sum(losses) / 2)
+    close(total, sum(losses) / 2)
 
 
 def test_gradients_reach_the_student_s_features_and_neither_the_teacher_nor_the_student_s_head() -> None:
@@ -136,7 +136,7 @@ def test_several_teachers_have_a_head_and_adapters_each() -> None:
         pair = adapters[2 * number : 2 * number + 2]
         crossed = teacher.head([adapter(m) for adapter, m in zip(pair, into_head(student), strict=True)])
         losses += [F.mse_loss(a, b) for a, b in zip(crossed, teacher.head(into_head(teacher)), strict=True)]
-    torch.testing.assert_close(total, sum(losses) / 4)
+    close(total, sum(losses) / 4)
 
 
 def test_void_pixels_do_not_count_at_any_level() -> None:
@@ -149,7 +149,7 @@ def test_void_pixels_do_not_count_at_any_level() -> None:
     for a, b in zip(teacher.head(into_head(student)), teacher.head(into_head(teacher)), strict=True):
         counted = F.adaptive_avg_pool2d((BATCH["labels"] != VOID).float(), a.shape[2:]) >= 0.5
         losses.append((a - b).square().mean(1)[counted].mean())
-    torch.testing.assert_close(total, sum(losses) / 2)
+    close(total, sum(losses) / 2)
 
 
 def test_positions_in_boxes_count_alone() -> None:
@@ -214,7 +214,7 @@ def test_the_teacher_s_head_is_called_as_in_the_teacher(form: str) -> None:
     adapters = distiller.terms[0].adapters
     maps = [adapter(m) for adapter, m in zip(adapters, student.base.neck(IMAGES).values(), strict=True)]
     crossed = TwoArguments.forward(teacher.head, *maps)
-    torch.testing.assert_close(total, F.mse_loss(crossed, teacher(IMAGES)))
+    close(total, F.mse_loss(crossed, teacher(IMAGES)))
 
 
 # In a training --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from learned_golden import focal_global_parameters, focal_global_settings, published_weights
 from lightning.pytorch import Trainer
 from loss_case import golden_arrays, golden_index
-from scenes import Net, Scenes, Segmenter, loader, with_boxes
+from scenes import Net, Scenes, Segmenter, close, loader, with_boxes
 from torch import Tensor, nn
 
 from lightning_distill import DistillCallback, Distiller, FeatureDistillation, FocalGlobalLoss, SolutionFlowLoss, Tap
@@ -47,7 +47,7 @@ def test_weights_equal_a_count_of_the_cells_of_each_box(map_size: tuple[int, int
 
     weights = foreground_weights(boxes, (12, 20), map_size)
 
-    torch.testing.assert_close(weights, torch.stack([weights_by_hand(each, (12, 20), map_size) for each in boxes]))
+    close(weights, torch.stack([weights_by_hand(each, (12, 20), map_size) for each in boxes]))
 
 
 def test_boxes_without_an_area_do_not_count() -> None:
@@ -155,7 +155,7 @@ def test_other_losses_count_the_positions_in_boxes_alone() -> None:
         inside = torch.stack([weights_by_hand(boxes, (16, 16), feature.shape[2:]) for boxes in BATCH["boxes"]]) > 0
         apart = (feature - teacher.neck(BATCH["images"])[name]).square().mean(1)
         expected.append(apart[inside].mean())
-    torch.testing.assert_close(total, sum(expected) / 2)
+    close(total, sum(expected) / 2)
 
 
 def test_boxes_and_a_mask_of_images_count_together() -> None:
@@ -166,7 +166,7 @@ def test_boxes_and_a_mask_of_images_count_together() -> None:
 
     inside = weights_by_hand(BATCH["boxes"][0], (16, 16), (8, 8)) > 0
     apart = (student.neck.fine(BATCH["images"]) - teacher.neck.fine(BATCH["images"])).square().mean(1)
-    torch.testing.assert_close(total, apart[0][inside].mean())
+    close(total, apart[0][inside].mean())
 
 
 class Resizing(nn.Module):
@@ -200,7 +200,7 @@ def test_boxes_of_images_that_the_network_resizes_are_read_by_a_tap() -> None:
     inputs = student.transform(images, None)[0]
     apart = (student.net.neck.fine(inputs) - teacher.net.neck.fine(inputs)).square().mean(1)
     inside = torch.stack([weights_by_hand(boxes / 2, (8, 16), (4, 8)) for boxes in BATCH["boxes"]]) > 0
-    torch.testing.assert_close(total, apart[inside].mean())
+    close(total, apart[inside].mean())
 
 
 def test_a_list_of_images_needs_a_tap() -> None:
