@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import plain_operators  # noqa: F401 - before Lightning, which imports torchvision where it is installed
-
 # isort: split
 import numpy as np
 import pytest

@@ -1,13 +1,11 @@
-"""The compiled operators of torchvision in plain PyTorch, where its wheel has none: beside a CPU build of torch.
-
-The import of this module gives them.
-"""
+"""The compiled operators of torchvision in plain PyTorch, where its wheel has none: beside a CPU build of torch."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +14,19 @@ from torch import Tensor
 _KEPT: list[Any] = []  # a library that is collected takes its operators with it
 
 
-def give_operators_to_torchvision() -> None:
-    """Where torchvision is installed without operators, no import works, Lightning's included."""
-    if importlib.util.find_spec("torchvision") is None:
-        return
+def has_torchvision() -> bool:
+    """Import torchvision, from the folder where ``make install`` puts it, and give it the operators that it lacks."""
+    sys.path.append(str(Path(sys.prefix) / "vision"))
+    try:
+        if importlib.util.find_spec("torchvision") is None:
+            return False
+        _import()
+    finally:
+        sys.path.pop()
+    return True
+
+
+def _import() -> None:
     try:
         importlib.import_module("torchvision")
         return
@@ -51,6 +58,3 @@ def nms(dets: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         common = (high - low).clamp(min=0).prod(1)
         waiting = rest[common / (areas[best] + areas[rest] - common) <= iou_threshold]
     return torch.stack(kept) if kept else waiting
-
-
-give_operators_to_torchvision()

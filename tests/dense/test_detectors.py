@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from plain_operators import has_torchvision
 from scenes import KINDS, VOID, Scenes, Segmenter, Steps, close, listed, loader, stacked
 from torch import Tensor, nn
 
@@ -26,8 +26,8 @@ from lightning_distill import (
 )
 from lightning_distill.functional import foreground_weights, quality_focal
 
-if find_spec("torchvision") is None:
-    pytest.skip("torchvision is not installed", allow_module_level=True)
+if not has_torchvision():
+    pytest.skip("torchvision is not installed; `make install` brings it", allow_module_level=True)
 
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
