@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# isort: split
 import numpy as np
 import pytest
 import torch
