@@ -382,10 +382,11 @@ def test_a_step_that_returned_none_holds_nothing(trainer: MakeTrainer) -> None:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             left.append(pl_module.model.alive(collect=False))
 
-    def step(module: Any, batch: Any, batch_idx: int) -> None:
-        module.model(batch[0])
+    def step(module: Any, batch: Any, batch_idx: int) -> Any:
+        output = module.model(batch[0])
+        return output.sum() if batch_idx == 2 else None  # an epoch without any loss is refused
 
     callback = DistillCallback(nets.teacher(), FeatureDistillation("layer2", "layer2"))
     module = nets.StepModule(nets.make(Watched, 1), step)
     trainer(max_epochs=1, callbacks=[Look(), callback]).fit(module, nets.loader())
-    assert left == [0, 0, 0]
+    assert left[:2] == [0, 0]

@@ -228,6 +228,22 @@ def test_no_other_file_uses_a_private_name_of_torch_or_lightning() -> None:
     assert {path: names for path, names in foreign.items() if names} == {}
 
 
+def test_a_method_is_redefined_by_a_subclass_or_on_the_object() -> None:
+    class Base:
+        def hook(self) -> None:
+            """The method."""
+
+    class Child(Base):
+        def hook(self) -> None:
+            """Another."""
+
+    changed = Base()
+    changed.hook = lambda: None  # type: ignore[method-assign]
+    assert not compat.redefined(Base(), "hook")
+    assert compat.redefined(Child(), "hook")
+    assert compat.redefined(changed, "hook")
+
+
 def test_every_function_of_compat_has_a_test() -> None:
     files = Path(__file__), Path(__file__).with_name("test_compat_torch.py")
     source = "".join(file.read_text(encoding="utf-8") for file in files)
