@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare, prepare_logits, reduced
-from lightning_distill.functional.primitives import LEAST_SCORE, precise
+from lightning_distill.functional.primitives import LEAST_SCORE, precise, softened
 from lightning_distill.functional.vectors import over_examples, positions_mask, without
 
 __all__ = ["focal_global", "foreground_weights", "quality_focal"]
@@ -60,8 +60,7 @@ def quality_focal(
     """
     checks.at_least("power", power, 1)
     student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask, at_least=1)
-    if counts is not None:
-        student, teacher = (torch.where(counts.unsqueeze(dim), logits, 0.0) for logits in (student, teacher))
+    student, teacher = (softened(logits, 1.0, counts, dim) for logits in (student, teacher))
     answers = teacher.sigmoid()
     entropies = F.binary_cross_entropy_with_logits(student, answers, reduction="none")
     values = (student.sigmoid() - answers).abs().pow(power) * entropies

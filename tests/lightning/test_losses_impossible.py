@@ -21,7 +21,7 @@ SOFTMAX = [
     or case.name in ("kl", "kl_over_positions", "attention_kl")
 ]
 # Where an impossible class still is one of those that the loss averages over or correlates.
-COUNTS_CLASSES = ("DISTLoss", "MultiLevelLogitLoss", "BinarySoftTargetLoss")
+COUNTS_CLASSES = ("DISTLoss", "MultiLevelLogitLoss", "BinarySoftTargetLoss", "QualityFocalLoss")
 every_case = pytest.mark.parametrize("case", SOFTMAX, ids=str)
 every_temperature = pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0])
 
