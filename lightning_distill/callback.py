@@ -370,6 +370,7 @@ class DistillCallback(Callback):
         other.__dict__.update(kept, **fresh)
         if isinstance(self._teacher, EMATeacher):  # of the copy's own student
             other._teacher = copy.deepcopy(self._teacher, memo)
+        other.mix = copy.deepcopy(self.mix, memo)
         other.terms = [copy.deepcopy(term, memo) for term in self.terms]
         for term in other.terms:
             term.remake(term.reset)

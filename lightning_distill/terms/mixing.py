@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -83,6 +84,11 @@ class TeacherMix:
                 "Expected neither `teacher_weights` nor `mix` where a route gives each example one teacher, but got"
                 f" teacher_weights={weights!r} and mix={mix!r}. Leave them out."
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TeacherMix:
+        other = copy.copy(self)  # not deeply: the function of a route may hold networks
+        other.weights = copy.deepcopy(self.weights, memo)
+        return other
 
     @property
     def plain(self) -> bool:

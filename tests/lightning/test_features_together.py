@@ -25,12 +25,15 @@ from lightning_distill import (
     LogitsDistillation,
     MarginReLULoss,
     MutualLearning,
+    ReusedClassifierDistillation,
     SelfDistillation,
     Tap,
     TeacherCache,
+    assistant_chain,
 )
 from lightning_distill.cache import CacheError
 from lightning_distill.functional.mixtures import mean_logits
+from lightning_distill.schedules import Linear
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -258,3 +261,17 @@ def test_self_distillation_takes_no_numbers_from_the_layers_of_a_teacher(teacher
 def test_students_that_teach_each_other_have_no_term_that_is_trained() -> None:
     with pytest.raises(ValueError, match="terms on outputs without parameters of their own in MutualLearning"):
         MutualLearning([Mlp(5), Mlp(5, seed=1)], [LogitsDistillation(), SelfDistillation("body", "head")])
+
+
+def test_a_student_without_a_classifier_of_its_own_is_no_assistant() -> None:
+    term = ReusedClassifierDistillation("act", "act", classifier="head")
+    with pytest.raises(ValueError, match="terms that train the whole student, who teaches the next one"):
+        assistant_chain([Mlp(7), Mlp(6), Mlp(5)], term, trainer=lambda: Trainer(**QUIET), folder="chain")
+
+
+def test_a_copy_of_a_callback_has_teacher_weights_of_its_own() -> None:
+    distill = DistillCallback([Mlp(5, seed=1), Mlp(6, seed=2)], teacher_weights=[1.0, Linear(1.0, 0.0)])
+    copied = copy.deepcopy(distill)
+    copied.mix.weights[0].weight = 3.0
+    assert distill.mix.shares() == [0.5, 0.5]
+    assert copied.mix.shares() == [0.75, 0.25]
