@@ -263,7 +263,7 @@ def test_students_that_teach_each_other_have_no_term_that_is_trained() -> None:
         MutualLearning([Mlp(5), Mlp(5, seed=1)], [LogitsDistillation(), SelfDistillation("body", "head")])
 
 
-def test_a_student_without_a_classifier_of_its_own_is_no_assistant() -> None:
+def test_a_student_without_a_classifier_of_its_own_is_refused_as_an_assistant() -> None:
     term = ReusedClassifierDistillation("act", "act", classifier="head")
     with pytest.raises(ValueError, match="terms that train the whole student, who teaches the next one"):
         assistant_chain([Mlp(7), Mlp(6), Mlp(5)], term, trainer=lambda: Trainer(**QUIET), folder="chain")
