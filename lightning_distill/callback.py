@@ -20,7 +20,7 @@ from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
-from lightning_distill.teachers import as_dtype, as_teacher
+from lightning_distill.teachers import EMATeacher, as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.teachers.route import Place as Route
 from lightning_distill.terms import LogitsDistillation, as_terms
@@ -368,6 +368,9 @@ class DistillCallback(Callback):
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
         fresh: dict[str, Any] = {"_run": None, "_last_module": None, "_state": {}, "_mailbox": Mailbox()}
         other.__dict__.update(kept, **fresh)
+        if isinstance(self._teacher, EMATeacher):  # of the copy's own student
+            other._teacher = copy.deepcopy(self._teacher, memo)
+        other.mix = copy.deepcopy(self.mix, memo)
         other.terms = [copy.deepcopy(term, memo) for term in self.terms]
         for term in other.terms:
             term.remake(term.reset)

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_distill.hparams import Terms
 from lightning_distill.module import DistillModule
 from lightning_distill.teachers import load_teacher
+from lightning_distill.terms import LogitsDistillation, ReusedClassifierDistillation, as_terms
 
 
 def assistant_chain(
@@ -50,7 +51,7 @@ def assistant_chain(
 
     Raises:
         ValueError: If there are fewer than two networks, one of them stands twice, ``trainer`` makes the same Trainer
-            twice, or a kept stage is of other networks.
+            twice, a kept stage is of other networks, or a term leaves a student's own classifier untrained.
         TypeError: If ``trainer`` is not a function, or a network not a module.
         RuntimeError: If a fit ends before it is finished, such as by an interrupt.
 
@@ -74,6 +75,7 @@ def assistant_chain(
         Mirzadeh et al. (2020). Improved Knowledge Distillation via Teacher Assistant. arXiv:1902.03393.
     """
     _check(networks, trainer)
+    _check_terms(terms)
     made: list[Trainer] = []
     for number, (teacher, student) in enumerate(pairwise(networks), start=1):
         stage = Path(folder) / f"stage_{number}"
@@ -127,3 +129,12 @@ def _check(networks: Sequence[nn.Module], trainer: Any) -> None:
             f"Expected `trainer` to be a function that makes a Trainer, one for each stage, but got a"
             f" {type(trainer).__name__}. Pass lambda: Trainer(max_epochs=10)."
         )
+
+
+def _check_terms(terms: Terms) -> None:
+    for term in as_terms(terms, LogitsDistillation):
+        if isinstance(term, ReusedClassifierDistillation):
+            raise ValueError(
+                f"Expected terms that train the whole student, who teaches the next one, but {term.name!r} leaves its"
+                " classifier untrained. Use a DistillModule for each stage, and teach with `deployable`."
+            )

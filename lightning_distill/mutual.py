@@ -94,7 +94,14 @@ class MutualLearning(LightningModule):
 
     def _new_distillers(self) -> list[Distiller]:
         settings: dict[str, Any] = {"task_weight": self._task_weight, "labels": self.labels}
-        return [Distiller(student, cast(Any, _Peers()), self._terms[0], **settings) for student in self.students]
+        made = [Distiller(student, cast(Any, _Peers()), self._terms[0], **settings) for student in self.students]
+        for term in made[0].terms:
+            if term.student_taps or any(True for _ in term.parameters()):
+                raise ValueError(
+                    "Expected terms on outputs without parameters of their own in MutualLearning, but got"
+                    f" {type(term).__name__} {term.name!r}. Use LogitsDistillation."
+                )
+        return made
 
     def on_fit_start(self) -> None:
         """Prepares the training.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -293,8 +293,9 @@ class DistillStep:
             self.learned.build(active, call, answers)
             if self._unchecked:
                 self._check_scores(active, call, answers)
-            for term in active:
-                values[term.name] += self.mix.values(term, call, answers, labels)
+            with nullcontext() if call.trains else self.learned.evaluated():
+                for term in active:
+                    values[term.name] += self.mix.values(term, call, answers, labels)
         return values
 
     def _prepare(self, call: Call, batch: Any) -> None:
@@ -370,8 +371,9 @@ class DistillStep:
                 measured = self.terms if losses else []
                 # adapters of a checkpoint are made here too, for validation without training
                 self.learned.build([term for term in measured if self.learned.waits(term)], call, answers)
-                for term in measured:
-                    if self.learned.made(term) and not (term.needs_labels and labels is None):
+                measured = [term for term in measured if not (term.needs_labels and labels is None)]
+                with self.learned.evaluated():
+                    for term in filter(self.learned.made, measured):
                         values.setdefault(term.name, []).extend(self.mix.values(term, call, answers, labels))
                 if isinstance(scored, LogitsDistillation):
                     student_logits, teacher_logits = self.mix.scores(scored, call, answers)

@@ -43,17 +43,19 @@ def aligned(student: Side, teacher: Side, positions: bool = True) -> tuple[Tenso
     return _in_the_smaller(*maps) if positions else (maps[0], maps[1])
 
 
-def pooled(side: Side) -> Tensor:
+def pooled(side: Side, other: Side) -> Tensor:
     """The mean of a feature over its positions, shape ``(N, D)``; class and register tokens of an image are left out.
 
     Args:
         side: The call, the tap and the feature.
+        other: The other network's, which tells whether stored answers are those to images.
 
     Raises:
         ValueError: If it is not known how many tokens of an image are patches.
     """
     call, _, feature = side
-    if feature.ndim == 3 and call.image_size is not None:
+    stored = not (call.args or call.kwargs)
+    if feature.ndim == 3 and (other[0] if stored else call).image_size is not None:
         feature = _as_map(side)
     if feature.ndim <= 2:
         return feature

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,8 +68,9 @@ class LearnedParts:
             return
         for term in active:
             if term.name in self._unmade:
-                self._shapes[term.name] = describe(term, student, teachers)
-                self._make(term, student, teachers)
+                read = teachers if term.needs_teacher else teachers[:1]  # which stands for all, or for none
+                self._shapes[term.name] = describe(term, student, read)
+                self._make(term, student, read)
         self._train()
 
     def _make(self, term: Learner, student: Call, teachers: Sequence[Call]) -> None:
@@ -199,6 +201,18 @@ class LearnedParts:
             self._follower = None
             self._saved = {**self._saved, **kept}
         self._leader = None
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """A context with the parts in eval mode, as the student is in validation; everywhere else they train."""
+        modes = [(module, module.training) for term in self.terms for module in term.modules()]
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def made(self, term: Learner) -> bool:
         """Whether a term's parts exist, so that it can be called."""

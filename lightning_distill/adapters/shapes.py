@@ -20,6 +20,7 @@ class Learner(Protocol):
     """The interface of a term for this package: its taps, and how its parts are made, saved and loaded."""
 
     name: str
+    needs_teacher: bool
     student_taps: Sequence[Tap]
     teacher_taps: Sequence[Tap]
 
@@ -38,6 +39,9 @@ class Learner(Protocol):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The parameters of the parts."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The term and all modules in it."""
 
     def state_dict(self) -> dict[str, Any]:
         """The values of the parts."""

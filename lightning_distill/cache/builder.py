@@ -109,6 +109,12 @@ class Builder:
         self.forward, self.teacher_inputs = forward, teacher_inputs
         # features are kept as the layers return them: the terms' own taps arrange them when they are read
         self.taps = [replace(Tap.of(layer), layout=None, prefix_tokens=None) for layer in layers]
+        places = [(tap.layer, tap.where) for tap in self.taps]
+        if twice := next((place for place in places if places.count(place) > 1), None):
+            raise CacheError(
+                f"Expected `layers` to name the {twice[1]} of each layer once, but got {twice[0]!r} twice. Build a"
+                " cache for each, or name the layers that follow."
+            )
         self.outputs, self.batch_size = outputs, batch_size
         self._num_workers, self._mask = num_workers, mask
         self.streamed = 0  # number of samples of a stream, once it has been read

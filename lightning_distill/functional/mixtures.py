@@ -85,7 +85,9 @@ def mean_logits(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
         tensor([[2.5000, 3.0000]])
     """
     scores = torch.stack([_widened(each) for each in logits])
-    return (scores * _over(weights, scores)).sum(0)
+    weights = _over(weights, scores)
+    # a class may have the score minus infinity, also with a teacher of weight 0
+    return torch.where(weights == 0, 0.0, scores * weights).sum(0)
 
 
 def _over(weights: Tensor, scores: Tensor) -> Tensor:

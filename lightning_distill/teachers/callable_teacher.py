@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -169,7 +170,7 @@ def array_function(predict: Any, argument: str = "predict") -> Callable[..., Any
             f" {predict.__name__}."
         )
     if hasattr(predict, "predict_proba"):
-        return lambda inputs: _logarithms(predict.predict_proba(inputs))
+        return functools.partial(_log_probabilities, predict)
     if _is_session(predict):
         (place, *others) = predict.get_inputs()
         if others:
@@ -177,7 +178,7 @@ def array_function(predict: Any, argument: str = "predict") -> Callable[..., Any
                 f"Expected an ONNX session with one input, but got {[place.name, *(other.name for other in others)]}."
                 " Pass a function that feeds them."
             )
-        return lambda inputs: predict.run(None, {place.name: inputs})[0]
+        return functools.partial(_run_session, predict, place.name)
     if callable(predict):
         function: Callable[..., Any] = predict
         return function
@@ -193,7 +194,12 @@ def _is_session(predict: Any) -> bool:
     return hasattr(predict, "run") and hasattr(predict, "get_inputs")
 
 
-def _logarithms(probabilities: Any) -> Any:
+def _run_session(session: Any, place: str, inputs: Any) -> Any:
+    return session.run(None, {place: inputs})[0]
+
+
+def _log_probabilities(estimator: Any, inputs: Any) -> Any:
+    probabilities = estimator.predict_proba(inputs)
     if isinstance(probabilities, list):  # of several outputs, which scikit-learn returns one by one
         raise TypeError(
             "Expected `predict_proba` to return one array, but got several. Pass a function that picks one."

@@ -92,6 +92,9 @@ class EMATeacher:
     def __deepcopy__(self, memo: dict[int, Any]) -> EMATeacher:
         return EMATeacher(self.schedules.get("decay", self.decay))  # of another training: it starts again
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_source": None}  # of this training
+
     def source(
         self, taps: Sequence[Tap], forward: Callable[[Call], Any], inputs: TeacherInputs | None
     ) -> AverageSource:
@@ -119,6 +122,7 @@ class AverageSource(FixedTeacher):
         self._named_taps: list[tuple[str, Tap]] = []
         self._live: LiveTeachers | None = None
         self._saved: dict[str, Tensor] = {}  # waits for the student
+        self._begun = False  # whether it has averaged, and does not only stand for the student in validation
         self._leader: Optimizer | None = None
         self._handles: list[Any] = []
 
@@ -167,7 +171,7 @@ class AverageSource(FixedTeacher):
         network.eval().requires_grad_(False)
         if self._saved:
             _restore(network, self._saved)
-            self._saved = {}
+            self._saved, self._begun = {}, True
         live = LiveTeachers(network, self._taps, self._forward, None, self._inputs)
         live.check(self._named_taps, None, None)
         self._teacher.network, self._teacher._source, self._live = network, self, live
@@ -191,8 +195,12 @@ class AverageSource(FixedTeacher):
 
     def before_step(self, *_: Any) -> None:
         """Make the average; a process may reach the optimizer's step without a call of the teacher."""
-        if self._live is None and self._student is not None and self._student.is_known:
-            self._make()
+        if self._begun or self._student is None or not self._student.is_known:
+            return
+        if self._live is not None and not self._saved:  # made in a validation, since when the student may have changed
+            _restore(self._live.module, _tensors(_plain(self._student.root)))
+        self._make()
+        self._begun = True
 
     def follow(self, leader: Optimizer) -> None:
         """Update the average after each step of this optimizer."""
@@ -223,7 +231,7 @@ class AverageSource(FixedTeacher):
 
     def state_dict(self) -> dict[str, Any]:
         """The average by the names of its parameters and buffers; empty before the first step."""
-        values = self._saved if self._live is None else _tensors(self._live.module)
+        values = self._saved if self._live is None or not self._begun else _tensors(self._live.module)
         return {"average": dict(values)} if values else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -234,7 +242,7 @@ class AverageSource(FixedTeacher):
     def _drop(self) -> None:
         if self._live is not None:
             self._live.release()
-        self._live = None
+        self._live, self._begun = None, False
         if self._teacher._source is self:
             self._teacher._source = None
 
@@ -246,8 +254,7 @@ class AverageSource(FixedTeacher):
     def release(self) -> None:
         """End the updates. The average stays in the teacher."""
         self.unfollow()
-        if self._live is not None:
-            self._saved = dict(_tensors(self._live.module))
+        self._saved = dict(self.state_dict().get("average", {}))
         self._drop()
 
     def answers(self, call: Call, stored: Any = None) -> list[Call]:

@@ -110,18 +110,23 @@ class TeacherEnsemble(nn.ModuleList):
 
     Attributes:
         rows: The examples of each teacher while a route is followed; ``None`` calls every teacher with all of them.
+        dtypes: The precision of each teacher's own, where they differ; ``None`` for one that takes the inputs as they
+            are.
     """
 
     rows: Sequence[Tensor] | None = None
+    dtypes: Sequence[torch.dtype | None] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The output of every teacher, ``None`` for a teacher without examples."""
-        if self.rows is None:
-            return [teacher(*args, **kwargs) for teacher in self]
-        number = len(first_tensor(args, kwargs))
+        inputs: list[tuple[tuple[Any, ...], dict[str, Any]] | None] = [(args, kwargs)] * len(self)
+        if self.rows is not None:
+            number = len(first_tensor(args, kwargs))
+            inputs = [rows_of((args, kwargs), part, number) if len(part) else None for part in self.rows]
+        dtypes = self.dtypes or [None] * len(self)
         return [
-            teacher(*rows_of(args, part, number), **rows_of(kwargs, part, number)) if len(part) else None
-            for teacher, part in zip(self, self.rows, strict=True)
+            None if each is None else _called(teacher, *each, dtype)
+            for teacher, each, dtype in zip(self, inputs, dtypes, strict=True)
         ]
 
 
@@ -218,10 +223,11 @@ class LiveTeachers(FixedTeacher):
         self.held.take(device, dtype)
         self._inputs.look_at(self.modules())
         self._without_capturing = [network for network in self.modules() if not has_capturing_hooks(network)]
-        dtypes = {tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()}
-        own = next(iter(dtypes)) if len(dtypes) == 1 else None
-        # a teacher that is kept in half or double precision computes in it, beside any student
-        self._own_dtype = own if own in (torch.float16, torch.bfloat16, torch.float64) else None
+        each = [_own_dtype(network) for network in self.modules()]
+        alike = len(set(each)) == 1
+        self._own_dtype = each[0] if alike else None
+        if self._several:
+            cast(TeacherEnsemble, self.module).dtypes = [None] * len(each) if alike else each
 
     def release(self) -> None:
         """Restore the networks to their state before the run."""
@@ -246,10 +252,7 @@ class LiveTeachers(FixedTeacher):
 
     def cast(self, value: Any) -> Any:
         """``value`` with its floating point tensors in the teacher's own precision, if it has one."""
-        dtype = self.held.dtype or self._own_dtype
-        if dtype is None:
-            return value
-        return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        return _in_precision(value, self.held.dtype or self._own_dtype)
 
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """The teachers' outputs and features for a call of the student."""
@@ -309,6 +312,30 @@ class LiveTeachers(FixedTeacher):
                 f"Expected `teacher` to have a `forward` of its own, but got {type(without_forward[0]).__name__}. Pass"
                 " the network inside it, such as module.model, or override `teacher_forward`."
             ) from error
+
+
+def _own_dtype(network: nn.Module) -> torch.dtype | None:
+    """The half or double precision that a network is kept in; it computes in it, beside any student."""
+    dtypes = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}
+    own = next(iter(dtypes)) if len(dtypes) == 1 else None
+    return own if own in (torch.float16, torch.bfloat16, torch.float64) else None
+
+
+def _in_precision(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return value
+    return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def _called(teacher: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None) -> Any:
+    """The output of one of several teachers in its own precision, as a single one would compute it."""
+    if dtype is None:
+        return teacher(*args, **kwargs)
+    kind, double = first_tensor(args, kwargs).device.type, dtype == torch.float64
+    if double or not torch.is_autocast_enabled(kind):
+        args, kwargs = _in_precision((args, kwargs), dtype)
+    with torch.autocast(kind, enabled=False) if double else nullcontext():
+        return teacher(*args, **kwargs)
 
 
 class NoTeacher(WithoutNetwork):

@@ -250,7 +250,7 @@ class FeatureDistillation(DistillationTerm):
             return feature, target
         sides = (student, student_tap, feature), (teacher if self.needs_teacher else student, teacher_tap, target)
         if setting == "pool":
-            return pooled(sides[0]), pooled(sides[1])
+            return pooled(*sides), pooled(*reversed(sides))
         if not (match.channels_must_match or match.positions_must_match):
             return feature, target
         return aligned(*sides, positions=match.positions_must_match)
@@ -352,6 +352,12 @@ class SelfDistillation(FeatureDistillation):
 
     def _levels(self, student: Call, teacher: Call) -> Pairs:
         return super()._levels(student, student)
+
+    def _teacher_layer(self, index: int, tap: Tap, name: str | None) -> nn.Module:
+        raise ValueError(
+            f"Expected `loss` to take no numbers from a teacher's layers in a SelfDistillation, but got {self.loss!r}."
+            " Pass the numbers to the loss, or another loss."
+        )
 
     def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
         return student.feature(tap).detach()

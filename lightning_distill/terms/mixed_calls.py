@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from lightning_distill.recording import Call, Tap
+from lightning_distill.teachers.route import rows_of
 
 
 def examples_of(answer: Call) -> Tensor:
@@ -44,13 +47,13 @@ def assembled(outputs: Sequence[Tensor | None], rows: Sequence[Tensor]) -> Tenso
                 f"Expected a teacher to answer for its {len(part)} examples under a route, but got an output of the"
                 f" shape {tuple(output.shape)}. The first dimension of its inputs and outputs must be the examples."
             )
-    first = pairs[0][0]
+    first, dtype = pairs[0][0], functools.reduce(torch.promote_types, [output.dtype for output, _ in pairs])
     if len({output.shape[1:] for output, _ in pairs}) > 1:
         shapes = [tuple(output.shape[1:]) for output, _ in pairs]
         raise ValueError(f"Expected all teachers of a route to have outputs of one shape, but got {shapes}.")
-    whole = first.new_empty((sum(len(part) for part in rows), *first.shape[1:]))
+    whole = first.new_empty((sum(len(part) for part in rows), *first.shape[1:]), dtype=dtype)
     for output, part in pairs:
-        whole[part.to(whole.device)] = output.to(device=whole.device, dtype=whole.dtype)
+        whole[part.to(whole.device)] = output.to(device=whole.device, dtype=dtype)
     return whole
 
 
@@ -94,7 +97,16 @@ class PartCall(Call):
     def of(cls, call: Call, rows: Tensor, number: int) -> PartCall:
         """These examples of a call that has so many."""
         kept = {"counted": call.counted, "logged": call.logged, "trains": call.trains}
-        return cls((), {}, rows=rows, whole=call, number=number, **kept)  # type: ignore[arg-type]
+        # the arguments are of all examples, and tell the size of their images
+        return cls(call.args, call.kwargs, rows=rows, whole=call, number=number, **kept)  # type: ignore[arg-type]
+
+    def levels(self, tap: Tap) -> list[Tap]:
+        """The levels of a pyramid."""
+        return self.whole.levels(tap)
+
+    def recorded(self, tap: Tap) -> Any:
+        """All that a layer returned for these examples."""
+        return rows_of(self.whole.recorded(tap), examples_of(self), self.number)
 
     def feature(self, tap: Tap) -> Tensor:
         """The feature of these examples."""

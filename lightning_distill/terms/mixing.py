@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from lightning_distill.terms.losses import value_of
 from lightning_distill.terms.mixed_calls import MixedCall, PartCall, alike, assembled, examples_of
 
 Weights = Sequence[float | Schedule] | str | None
+_POSITIONS = ("mask", "ignore_index", "boxes")  # settings of a term that choose positions of the whole batch
 
 
 class TeacherWeight:
@@ -83,6 +85,11 @@ class TeacherMix:
                 f" teacher_weights={weights!r} and mix={mix!r}. Leave them out."
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TeacherMix:
+        other = copy.copy(self)  # not deeply: the function of a route may hold networks
+        other.weights = copy.deepcopy(self.weights, memo)
+        return other
+
     @property
     def plain(self) -> bool:
         """Whether each term is averaged over the teachers."""
@@ -142,10 +149,10 @@ class TeacherMix:
                 )
             if self.mix != "losses" or self.by_entropy:
                 self._check_scores(term)
-            elif self.route and term.teacher_taps and (_set(term, "mask") or _set(term, "ignore_index")):
+            elif self.route and term.teacher_taps and any(_set(term, name) for name in _POSITIONS):
                 raise ValueError(
-                    f"Expected term {term.name!r} to have no mask and no ignore_index with a route, since it reads"
-                    " layers. Leave them out."
+                    f"Expected term {term.name!r} to have no mask, no ignore_index and no boxes with a route, since it"
+                    " reads layers. Leave them out."
                 )
 
     @property
@@ -205,7 +212,9 @@ class TeacherMix:
         Raises:
             ValueError: When it is read, if the teachers' logits differ in shape.
         """
-        if self.plain or not term.needs_teacher:
+        if not term.needs_teacher:
+            return list(answers[:1])
+        if self.plain:
             return list(answers)
         if self.route is not None:
             rows = [examples_of(answer) for answer in answers]
@@ -269,10 +278,12 @@ class TeacherMix:
         dim = resolve_class_dim(outputs[0], term.class_dim)
         weights = confidence_weights(outputs, dim).squeeze(dim if dim < 0 else dim + 1)
         rows = [value_of(term.loss.rows, term.requires, *pair, labels, mask, mean=False) for pair in pairs]
-        values = (weights * torch.stack(rows)).sum(0)
+        values = weights * torch.stack(rows)
         if mask is None:
-            return values.mean()
-        return values.sum() / rows_mask(mask, tuple(values.shape)).sum().clamp(min=1)
+            return values.sum(0).mean()
+        counted = rows_mask(mask, tuple(values.shape[1:]))
+        # a weight may be NaN where the teachers' scores do not count
+        return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
 
     def _mixed(self, term: Any, outputs: Sequence[Tensor], temperature: float, mix: str | None = None) -> Tensor:
         outputs = alike(outputs)

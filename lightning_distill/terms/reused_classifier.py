@@ -114,10 +114,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
         ((student_tap, teacher_tap),) = self._pairs
-        projector = self._fitted[0]
-        if projector.training != student.trains:
-            projector.train(student.trains)
-        feature, target = projector(student.feature(student_tap)), teacher.feature(teacher_tap)
+        feature, target = self._fitted[0](student.feature(student_tap)), teacher.feature(teacher_tap)
         if feature.ndim == 4:
             target = resized(widened(target), feature)
         return value_of(self.loss, self.requires, feature, target, labels)

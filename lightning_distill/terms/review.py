@@ -73,11 +73,11 @@ class ReviewDistillation(FeatureDistillation):
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the parts from the maps of a first call."""
-        features = [student.feature(tap) for tap, _ in self._pairs]
         adapters = nn.ModuleList()
         for teacher in teachers:
-            targets = [teacher.feature(tap) for _, tap in self._pairs]
-            for (student_tap, teacher_tap), feature, target in zip(self._pairs, features, targets, strict=True):
+            pairs = self._levels(student, teacher)
+            features, targets = [student.feature(tap) for tap, _ in pairs], [teacher.feature(tap) for _, tap in pairs]
+            for (student_tap, teacher_tap), feature, target in zip(pairs, features, targets, strict=True):
                 if feature.ndim != 4 or target.ndim != 4:
                     expected = f"layers {student_tap.layer!r} and {teacher_tap.layer!r} to return maps (N, C, H, W)"
                     raise ValueError(checks.message(expected, f"{tuple(feature.shape)} and {tuple(target.shape)}"))
@@ -89,9 +89,10 @@ class ReviewDistillation(FeatureDistillation):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, added over the layers, a scalar."""
-        fused = self._fitted[teacher.teacher]([student.feature(tap) for tap, _ in self._pairs])
+        pairs = self._levels(student, teacher)
+        fused = self._fitted[teacher.teacher]([student.feature(tap) for tap, _ in pairs])
         values = []
-        for feature, (_, tap) in zip(fused, self._pairs, strict=True):
+        for feature, (_, tap) in zip(fused, pairs, strict=True):
             target = resized(widened(teacher.feature(tap)), feature)
             values.append(value_of(self.loss, self.requires, feature, target, labels))
         return torch.stack(values).sum()

@@ -106,17 +106,22 @@ def test_the_deployable_student_exports_copies_and_pickles() -> None:
 
 def test_validation_uses_the_running_statistics_of_the_projector() -> None:
     student, teacher = Network(3, seed=1), Network(4)
-    (term,) = one_step(teacher, ReusedClassifierDistillation("body", "body"), student=student)
-    before = {name: value.clone() for name, value in term.state_dict().items()}
-    features = [torch.randn(4, 6, 2, 2), torch.randn(4, 8, 2, 2)]
+    with Distiller(student, teacher, ReusedClassifierDistillation("body", "body"), task_weight=0.0) as distiller:
+        distiller.follow(torch.optim.SGD(student.parameters(), lr=0.1))
 
-    validation = [Call.from_outputs(features={PLACE: feature}) for feature in features]
-    values = [term(*validation).item() for _ in range(2)]
+        def value(needs_grad: bool) -> float:
+            with distiller.record(needs_grad=needs_grad):
+                student(inputs())
+            return distiller.loss().item()
 
-    assert values[0] == values[1]
-    assert all(torch.equal(value, before[name]) for name, value in term.state_dict().items())
-    term(*calls(features[0].requires_grad_(), features[1]))
-    assert not torch.equal(term.state_dict()["adapters.0.1.running_mean"], before["adapters.0.1.running_mean"])
+        value(True)
+        (term,) = distiller.terms
+        before = {name: value.clone() for name, value in term.state_dict().items()}
+        student.eval()
+        assert value(False) == value(False)
+        assert all(torch.equal(value, before[name]) for name, value in term.state_dict().items())
+        value(True)
+        assert not torch.equal(term.state_dict()["adapters.0.1.running_mean"], before["adapters.0.1.running_mean"])
 
 
 def test_vectors_are_projected_by_linear_maps() -> None:

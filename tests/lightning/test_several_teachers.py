@@ -228,7 +228,11 @@ def test_settings_that_do_not_fit_are_refused(settings: dict, error: type[Except
         ({"mix": "probabilities"}, LogitsDistillation(LogitMSELoss()), "divergence of probabilities"),
         ({"mix": "probabilities"}, SoftTargetLoss(standardize=True), "divergence of probabilities"),
         ({"teacher_weights": "entropy"}, SequenceDistillation(), "a value for each example"),
-        ({"route": "source"}, FeatureDistillation("body", "body", mask="mask"), "no mask and no ignore_index"),
+        (
+            {"route": "source"},
+            FeatureDistillation("body", "body", mask="mask"),
+            "no mask, no ignore_index and no boxes",
+        ),
     ],
 )
 def test_terms_that_do_not_fit_are_refused_before_the_first_step(settings: dict, term: object, words: str) -> None:
