@@ -85,7 +85,8 @@ def mean_logits(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
         tensor([[2.5000, 3.0000]])
     """
     scores = torch.stack([_widened(each) for each in logits])
-    return (scores * _over(weights, scores)).sum(0)
+    weights = _over(weights, scores)
+    return torch.where(weights > 0, weights * scores, 0.0).sum(0)  # 0 times infinity would be NaN
 
 
 def _over(weights: Tensor, scores: Tensor) -> Tensor:

@@ -199,9 +199,9 @@ def to_a_mixture(twin: Any, x: Any, y: Any, step: float) -> Any:
 
 def by_confidence(twin: Any, x: Any, y: Any, step: float) -> Any:
     logits = [teacher_logits(twin, x, number) for number in (0, 1)]
-    first, second = (-ops.sum(ops.softmax(z) * ops.log_softmax(z), axis=-1) for z in logits)
+    first, second = (ops.exp(ops.sum(ops.softmax(z) * ops.log_softmax(z), axis=-1)) for z in logits)
     z = twin.student(x)
-    return ops.mean((second * kl(z, logits[0]) + first * kl(z, logits[1])) / (first + second))
+    return ops.mean((first * kl(z, logits[0]) + second * kl(z, logits[1])) / (first + second))
 
 
 @keras.saving.register_keras_serializable(package="pairs")
