@@ -21,6 +21,7 @@ class Requires:
             at random give an unbiased one.
         learned: The loss has parameters of its own, made once the shapes are known.
         reads_teacher: The loss takes numbers from layers of the teacher, before it is built.
+        keeps_teacher: The loss keeps earlier outputs of its teacher: each of several teachers needs a copy of its own.
         needs_boxes: The foreground weights of the batch's boxes are the third argument.
         class_scores: Both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
@@ -39,6 +40,7 @@ class Requires:
     linear_in_teacher: bool = False
     learned: bool = False
     reads_teacher: bool = False
+    keeps_teacher: bool = False
     needs_boxes: bool = False
     class_scores: bool = False
 

@@ -81,6 +81,8 @@ class Ensemble:
         if models:
             self.mix.check(len(models), terms)
         for term in terms:
+            if any(isinstance(teacher, EMATeacher) for teacher in teachers):
+                _check_layers_stay(term)
             term.in_teachers(models)
         self.live = []
         for number, teacher in enumerate(teachers):
@@ -238,3 +240,10 @@ class Ensemble:
 
             inputs = compat.output_spec(for_teacher, symbolic(inputs))
         return [probed(live.recorder, chosen_inputs(live.model, inputs)) for live in self.live]
+
+
+def _check_layers_stay(term: DistillationTerm) -> None:
+    """Raise if a term takes numbers from layers of a teacher whose weights change in every step."""
+    if isinstance(term, FeatureDistillation) and term.reads_layers:
+        expected = f"a teacher whose weights stay for term {term.name!r}, which takes numbers from its layers"
+        raise ValueError(checks.message(expected, "an EMATeacher", "Use another loss, or a trained teacher."))

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from distill_core.requires import Requires
 from keras_distill import backends, checks
 from keras_distill.losses import BinarySoftTargetLoss, DistillationLoss, FunctionLoss
 from keras_distill.schedules import Schedule, first_value, serialized
@@ -177,6 +178,10 @@ class TeacherMix:
         elif self.route is not None and not isinstance(term, (LogitsDistillation, FeatureDistillation)):
             expected = "terms on logits or features with a route"
             raise ValueError(checks.message(expected, kind, "Leave `route` out."))
+        elif self.route is not None and Requires.of(loss).keeps_teacher:
+            expected = "a loss that keeps nothing of the batch's other examples with a route"
+            received = f"{type(loss).__name__} in term {term.name!r}"
+            raise ValueError(checks.message(expected, received, "Leave `route` out."))
         if self.mix == "probabilities":
             merges = term.requires.merges_classes and not getattr(loss, "standardize", False)  # type: ignore[attr-defined]
             if not merges:

@@ -15,6 +15,7 @@ from keras_distill.functional import (
     logit_relations,
     logits,
     margins,
+    mixtures,
     normalized,
     pyramids,
     queues,
@@ -35,6 +36,7 @@ from keras_distill.functional.learned import *
 from keras_distill.functional.logit_relations import *
 from keras_distill.functional.logits import *
 from keras_distill.functional.margins import *
+from keras_distill.functional.mixtures import *
 from keras_distill.functional.normalized import *
 from keras_distill.functional.pyramids import *
 from keras_distill.functional.queues import *
@@ -56,6 +58,7 @@ __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += margins.__all__
+__all__ += mixtures.__all__
 __all__ += normalized.__all__
 __all__ += pyramids.__all__
 __all__ += queues.__all__

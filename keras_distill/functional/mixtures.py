@@ -16,32 +16,30 @@ __all__ = ["confidence_weights", "mean_logits", "mixture_logits"]
 def confidence_weights(logits: Sequence[Any]) -> Any:
     r"""Weights of several teachers for each row, by their confidence.
 
-    .. math:: w_k = \frac{1}{K - 1} \left(1 - \frac{H(p_k)}{\sum_j H(p_j)}\right), \qquad
-        H(p) = -\sum_c p_c \log p_c, \quad p_k = \mathrm{softmax}(z_k)
+    .. math:: w_k = \frac{\exp(-H(p_k))}{\sum_j \exp(-H(p_j))}, \qquad H(p) = -\sum_c p_c \log p_c, \quad
+        p_k = \mathrm{softmax}(z_k)
 
-    Where all teachers are certain, the weights are equal.
+    :math:`\exp(H)` is the perplexity, the number of classes that a teacher hesitates between: a teacher that hesitates
+    between four classes gets a quarter of the weight of one that is sure.
 
     Args:
-        logits: The scores of each of K teachers, at least two, all of the same shape ``(N, ..., C)``.
+        logits: The scores of each of K teachers, all of the same shape ``(N, ..., C)``; minus infinity is a probability
+            of 0.
 
     Returns:
         Shape ``(K, N, ...)``; the weights of a row sum to 1 over the teachers.
 
     Example:
-        >>> sure, unsure = ops.array([[100.0, 0.0, 0.0, 0.0]]), ops.array([[0.0, 0.0, -100.0, -100.0]])
-        >>> least = ops.zeros((1, 4))  # twice the entropy of `unsure`
-        >>> [round(float(weight[0]), 3) for weight in confidence_weights([sure, unsure, least])]
-        [0.5, 0.333, 0.167]
+        >>> sure, unsure = ops.array([[100.0, 0.0]]), ops.array([[0.0, 0.0]])
+        >>> [round(float(weight[0]), 4) for weight in confidence_weights([sure, unsure])]
+        [0.6667, 0.3333]
 
     References:
-        Kwon, Na, Lee, Kim (2020). Adaptive Knowledge Distillation Based on Entropy (ICASSP), equation 4.
+        Kwon et al. 2020, Adaptive Knowledge Distillation Based on Entropy (ICASSP): teachers of lower entropy have a
+        larger share. The exponential is a choice of this library, defined for every entropy, 0 included.
     """
     logs = ops.log_softmax(bounded(_stacked(logits)), axis=-1)
-    entropies = -ops.sum(ops.exp(logs) * logs, axis=-1)
-    total = ops.sum(entropies, axis=0, keepdims=True)
-    certain = total <= 0
-    shares = ops.where(certain, 1.0 / len(logits), entropies / ops.where(certain, ops.ones_like(total), total))
-    return (1.0 - shares) / (len(logits) - 1)
+    return ops.softmax(ops.sum(ops.exp(logs) * logs, axis=-1), axis=0)
 
 
 def mixture_logits(logits: Sequence[Any], weights: Any, *, temperature: Any = 1.0) -> Any:

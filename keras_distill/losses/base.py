@@ -18,7 +18,7 @@ __all__ = ["DistillationLoss", "FunctionLoss"]
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Ten attributes describe it to a term:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Twelve attributes describe it to a term:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -32,6 +32,8 @@ class DistillationLoss(keras.losses.Loss):
       pair of layers, and treats it as it does adapters.
     - ``reads_teacher``: :meth:`read_teacher` takes numbers from layers of the teacher. Each pair of layers then has a
       copy of the loss too.
+    - ``keeps_teacher``: it keeps earlier outputs of its teacher. Each of several teachers then has a copy of its own,
+      and a route, with which a teacher has only some examples of the batch, is refused.
     - ``needs_boxes``: ``y_true`` is the pair of the teacher's tensor and the weights of the batch's boxes.
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
     - ``gives``: ``"positions"`` if ``call`` returns one value for each position (the shape of the student's tensor
@@ -58,6 +60,7 @@ class DistillationLoss(keras.losses.Loss):
     several_layers: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     reads_teacher: ClassVar[bool] = False
+    keeps_teacher: ClassVar[bool] = False
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
     needs_boxes: ClassVar[bool] = False

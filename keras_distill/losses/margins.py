@@ -69,6 +69,7 @@ class MarginReLULoss(DistillationLoss):
             if not margins or max(margins) > 0:
                 raise ValueError(checks.message("`margins` to be numbers that are at most 0", f"margins={margins}"))
         self._fix(margins=margins)
+        self.reads_teacher = margins is None  # type: ignore[misc]  # given margins serve any teachers
 
     def build(self, student: Sequence[int | None], teacher: Sequence[int | None]) -> None:
         """Make room for the margins that come from the teacher, or from a file."""

@@ -27,7 +27,7 @@ class QueueSimilarityLoss(DistillationLoss):
     For embeddings of whole images, without labels. The queue holds the teacher's embeddings d of the last ``size``
     examples, and for each example its own. Inside a FeatureDistillation it is made and saved as adapters are. A
     training step adds the batch to the queue after it was compared, and the oldest entries leave it; evaluation changes
-    nothing. At first it holds random vectors, as in the authors' code. See
+    nothing. At first it holds random vectors, as in the authors' code. Each of several teachers has its own queue. See
     :func:`keras_distill.functional.queue_similarity`.
 
     Args:
@@ -58,6 +58,7 @@ class QueueSimilarityLoss(DistillationLoss):
     """
 
     learned: ClassVar[bool] = True
+    keeps_teacher: ClassVar[bool] = True
     gives: ClassVar[str] = "examples"
 
     def __init__(

@@ -65,7 +65,7 @@ class FeatureDistillation(LossTerm):
         Romero et al. (2015). FitNets: Hints for Thin Deep Nets. arXiv:1412.6550. The paper's factor 1/2 is left out.
     """
 
-    one_teacher = False  # whether the term takes numbers from the layers of its only teacher
+    one_teacher = False  # whether the term, not its loss, takes numbers from the layers of its only teacher
     _find_in_teacher: Callable[[Any], tuple[str, keras.layers.Layer]] | None = None
 
     def __init__(
@@ -120,6 +120,11 @@ class FeatureDistillation(LossTerm):
         return [loss for part in (term, *term.own_parts) for loss in part._learned]
 
     @property
+    def reads_layers(self) -> bool:
+        """Whether the term takes numbers from the layers of its only teacher."""
+        return self.one_teacher or self.requires.reads_teacher
+
+    @property
     def own_parts(self) -> list[FeatureDistillation]:
         """The parts for further teachers that have adapters of their own, because the teachers' features differ."""
         return [part for part in self._further if part._built_for is not self._built_for]
@@ -131,7 +136,7 @@ class FeatureDistillation(LossTerm):
             ValueError: If a tap does not name one layer of a teacher, the adapters were made for other teachers, or
                 there are several and the term takes numbers from a teacher's layers.
         """
-        if len(teachers) > 1 and (self.one_teacher or self.requires.reads_teacher):
+        if len(teachers) > 1 and self.reads_layers:
             expected = f"one teacher for term {self.name!r}, which takes numbers from the teacher's layers"
             raise ValueError(checks.message(expected, f"{len(teachers)}", "Use another loss, or one teacher."))
         further = list(teachers[1:]) if self.needs_teacher else []
@@ -161,10 +166,12 @@ class FeatureDistillation(LossTerm):
         """Make the adapters, for each teacher its own if the teachers' features differ."""
         self.build_from_calls(student, teachers[0])
         pairs = list(zip(self._further, teachers[1:], strict=False))  # stored outputs are those of one teacher
-        own = any(part._features(student, call) != self._features(student, teachers[0]) for part, call in pairs)
+        own = self.requires.keeps_teacher and bool(pairs)
+        own = own or any(part._features(student, call) != self._features(student, teachers[0]) for part, call in pairs)
         self._further = [self._part(part) for part in self._further]
         for part, call in zip(self._further, teachers[1:], strict=False):
             if own:
+                part._adapters, part._built_for, part._images = [], [], []  # not those of the first teacher
                 part.build_from_calls(student, call)
             else:
                 part.check_calls(student, call)
@@ -178,7 +185,8 @@ class FeatureDistillation(LossTerm):
     def _features(self, student: Call, teacher: Call) -> list[Any]:
         """The shapes without the batch, and the layouts, that decide whether two teachers can share adapters."""
         described = [self._described(index, student, teacher) for index in range(len(self.pairs))]
-        return [(own[1:], other[1:], *layouts) for own, other, *layouts in described]
+        raw = [tuple(teacher.feature(tap).shape[1:]) for tap in self.teacher_taps]  # a route joins them as they are
+        return [(shape, own[1:], other[1:], *rest) for shape, (own, other, *rest) in zip(raw, described, strict=True)]
 
     def _in_a_model(self) -> FeatureDistillation:
         first = self._settings.first()

@@ -16,6 +16,7 @@ from lightning_distill.functional import (
     logit_relations,
     logits,
     margins,
+    mixtures,
     normalized,
     pyramids,
     queues,
@@ -37,6 +38,7 @@ from lightning_distill.functional.learned import *
 from lightning_distill.functional.logit_relations import *
 from lightning_distill.functional.logits import *
 from lightning_distill.functional.margins import *
+from lightning_distill.functional.mixtures import *
 from lightning_distill.functional.normalized import *
 from lightning_distill.functional.pyramids import *
 from lightning_distill.functional.queues import *
@@ -59,6 +61,7 @@ __all__ += learned.__all__
 __all__ += logit_relations.__all__
 __all__ += logits.__all__
 __all__ += margins.__all__
+__all__ += mixtures.__all__
 __all__ += normalized.__all__
 __all__ += pyramids.__all__
 __all__ += queues.__all__

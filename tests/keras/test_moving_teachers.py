@@ -21,6 +21,8 @@ from keras_distill import (
     EMATeacher,
     FeatureDistillation,
     LogitsDistillation,
+    ReusedClassifierDistillation,
+    SoftmaxRegressionLoss,
     SoftTargetLoss,
 )
 from keras_distill.schedules import Linear
@@ -339,6 +341,18 @@ REFUSED: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "Expected a student of Keras layers without a state between batches, for an EMATeacher.",
     ),
     "a custom step": (ValueError, own_step, "Expected the step to update the EMATeacher. Call super().train_step(...)"),
+    "a loss that takes its numbers": (
+        ValueError,
+        lambda: DistillModel(
+            student(), EMATeacher(0.9), FeatureDistillation("hidden", "hidden", SoftmaxRegressionLoss())
+        ),
+        "Expected a teacher whose weights stay for term 'hidden', which takes numbers from its layers.",
+    ),
+    "its classifier reused": (
+        ValueError,
+        lambda: DistillModel(student(), EMATeacher(0.9), ReusedClassifierDistillation("hidden", "hidden")),
+        "Expected a teacher whose weights stay for term 'reused_classifier', which takes numbers from its layers.",
+    ),
     "a decay beside a schedule": (ValueError, set_by_hand, "Expected `decay` not to be assigned while it has a"),
     "a mixture of one": (
         ValueError,

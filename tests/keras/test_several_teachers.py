@@ -9,10 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 from keras import ops
 from keras_nets import cross_entropy, kl64, log_softmax64, numpy_of
 from keras_several import FIT, HEAT, SOURCE, Situation, X, Y, compiled, entropy, mlp, probabilities, soft, teachers
 
+import lightning_distill
 from keras_distill import (
     DistillModel,
     DistillStep,
@@ -22,6 +24,7 @@ from keras_distill import (
     LogitsDistillation,
     SelfDistillation,
     SoftTargetLoss,
+    functional,
 )
 from keras_distill.schedules import Linear
 
@@ -62,8 +65,8 @@ def test_logits_is_one_loss_to_the_weighted_mean_of_the_logits() -> None:
 
 
 def confidence(case: Situation) -> list[Any]:
-    entropies = np.stack([entropy(case.a), entropy(case.b)])
-    return list(1 - entropies / entropies.sum(0))  # K - 1 = 1
+    certainty = np.exp(-np.stack([entropy(case.a), entropy(case.b)]))
+    return list(certainty / certainty.sum(0))
 
 
 def test_entropy_weighs_the_teachers_in_each_example() -> None:
@@ -89,16 +92,41 @@ def test_entropy_weighs_the_probabilities_of_a_mixture() -> None:
     close(case.value(), HEAT**2 * rows.mean())
 
 
-def test_entropy_of_three_teachers_is_that_of_the_paper() -> None:
-    from keras_distill.functional.mixtures import confidence_weights
-
+def test_three_teachers_are_weighed_by_the_number_of_classes_that_each_hesitates_between() -> None:
     logits = [np.random.default_rng(seed).normal(size=(4, 5)) * (seed + 1) for seed in range(3)]
-    entropies = np.stack([entropy(each) for each in logits])
-    expected = (1 - entropies / entropies.sum(0)) / 2
-    weights = confidence_weights([ops.convert_to_tensor(each.astype("float32")) for each in logits])
-    np.testing.assert_allclose(numpy_of(weights), expected, rtol=1e-4)
-    certain = [ops.array([[1e4, 0.0, 0.0]])] * 3
-    np.testing.assert_allclose(numpy_of(confidence_weights(certain)), 1 / 3, rtol=1e-6)
+    certainty = np.exp(-np.stack([entropy(each) for each in logits]))
+    weights = functional.confidence_weights([ops.convert_to_tensor(each.astype("float32")) for each in logits])
+    np.testing.assert_allclose(numpy_of(weights), certainty / certainty.sum(0), rtol=1e-4)
+    forbidden = ops.array([[0.0, 0.0, -np.inf, -np.inf]])  # hesitates between two of four classes
+    sure, even = ops.array([[1e4, 0.0, 0.0, 0.0]]), ops.zeros((1, 4))
+    weights = functional.confidence_weights([sure, forbidden, even])
+    np.testing.assert_allclose(numpy_of(weights)[:, 0], np.array([4, 2, 1]) / 7, rtol=1e-6)
+    np.testing.assert_allclose(numpy_of(functional.confidence_weights([sure] * 3)), 1 / 3, rtol=1e-6)
+
+
+SCORES = np.random.default_rng(0).normal(size=(3, 4, 5)).astype("float32")
+TEACHERS = {
+    "three teachers": SCORES,
+    "teachers that are sure": 1e4 * SCORES,
+    "half precision": SCORES.astype("float16"),
+    "forbidden classes": np.where(np.arange(5) < 2, -np.inf, SCORES),
+}
+
+
+@pytest.mark.parametrize("scores", TEACHERS.values(), ids=list(TEACHERS))
+def test_several_teachers_are_mixed_alike_in_both_halves(scores: Any) -> None:
+    torch_half = lightning_distill.functional
+    scores = scores if scores.dtype == "float16" else scores.astype("float32")
+    each, tensors = [ops.convert_to_tensor(row) for row in scores], [torch.tensor(row) for row in scores]
+
+    weights, torch_weights = functional.confidence_weights(each), torch_half.confidence_weights(tensors)
+    np.testing.assert_allclose(numpy_of(weights), torch_weights[..., 0], rtol=1e-5)
+    for share, torch_share in [(weights, torch_weights), (ops.array([0.5, 0.5, 0.0]), torch.tensor([0.5, 0.5, 0.0]))]:
+        mixture = ops.softmax(functional.mixture_logits(each, share, temperature=2.0) / 2.0)
+        expected = (torch_half.mixture_logits(tensors, torch_share, temperature=2.0) / 2.0).softmax(-1)
+        np.testing.assert_allclose(numpy_of(mixture), expected, rtol=1e-5, atol=1e-7)
+        mean, expected = functional.mean_logits(each, share), torch_half.mean_logits(tensors, torch_share)
+        np.testing.assert_allclose(numpy_of(mean), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_mixture_softens_probabilities_of_models_that_end_in_a_softmax() -> None:

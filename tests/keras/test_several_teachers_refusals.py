@@ -21,6 +21,7 @@ from keras_distill import (
     FeatureDistillation,
     LogitMSELoss,
     LogitsDistillation,
+    QueueSimilarityLoss,
     RelationalLoss,
     ReverseKLLoss,
     SequenceDistillation,
@@ -126,6 +127,12 @@ REFUSED: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a route and a mixture": (ValueError, made(route="source", mix="logits"), "Leave them out."),
     "a number with a fraction as the route": (TypeError, made(route=0.5), "Expected `route` to be a key or an index"),
     "a route for a term of the user's": (ValueError, made(Gap(name="gap"), route="s"), "terms on logits or features"),
+    "a route for a queue": (
+        ValueError,
+        made(FeatureDistillation("hidden", "hidden", QueueSimilarityLoss(size=4)), route="source"),
+        "Expected a loss that keeps nothing of the batch's other examples with a route. Leave `route` out. Received:"
+        " QueueSimilarityLoss in term 'hidden'",
+    ),
     "a route for relations between adapters": (
         ValueError,
         lambda: Situation(FeatureDistillation("hidden", "hidden", RelationalLoss(), adapter="linear"), route="s").value(

@@ -68,6 +68,14 @@ FAMILIES = {
     "efficientnet": of_applications("EfficientNetV2B0", "block1a_project_activation"),
     "convnext": of_applications("ConvNeXtTiny", "convnext_tiny_stage_0_block_0_identity"),
 }
+
+
+@functools.cache
+def teacher_of(name: str) -> keras.Model:
+    """A teacher, which no test changes: some take long to make."""
+    return FAMILIES[name].make()
+
+
 PAIRS = [*itertools.product(FAMILIES, repeat=2)]
 
 
@@ -100,7 +108,7 @@ def test_two_steps_equal_a_loop_by_hand(student_name: str, teacher_name: str) ->
     pair = FAMILIES[student_name], FAMILIES[teacher_name]
     if student_name == teacher_name:  # tokens of equal number are compared one by one
         pair = tuple(replace(family, prefix=None) for family in pair)
-    student, teacher, batch = pair[0].make(), pair[1].make(), images()
+    student, teacher, batch = pair[0].make(), teacher_of(teacher_name), images()
     model = DistillModel(student, teacher, FeatureDistillation(pair[0].layer, pair[1].layer))
     model.compile(keras.optimizers.SGD(0.01), run_eagerly=True)
     own, others = (until(each, family.layer) for each, family in zip((student, teacher), pair, strict=True))

@@ -184,7 +184,8 @@ def test_functions_on_features_give_one_value_per_example() -> None:
 
 
 def test_functions_take_the_settings_by_keyword_only() -> None:
-    for name in {*functional.__all__} - {"foreground_weights"}:  # made from boxes, not from two models
+    # made from boxes, or from several teachers, not from two models
+    for name in {*functional.__all__} - {"foreground_weights", *functional.mixtures.__all__}:
         parameters = list(inspect.signature(getattr(functional, name)).parameters.values())
         each = 2 if name == "fused_linear_divergence" else 1  # hidden states and weight of each model
         assert parameters[0].name.startswith("student")

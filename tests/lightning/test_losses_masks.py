@@ -178,7 +178,8 @@ def test_a_mask_that_does_not_fit_raises(case: LossCase, mask: object, error: ty
 
 
 def test_every_function_takes_a_mask() -> None:
-    for name in {*functional.__all__} - {"foreground_weights"}:  # made from boxes, not from features
+    # made from boxes, or from several teachers, not from two models
+    for name in {*functional.__all__} - {"foreground_weights", *functional.mixtures.__all__}:
         assert "mask" in inspect.signature(getattr(functional, name)).parameters, name
 
 

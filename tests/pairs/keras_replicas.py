@@ -10,7 +10,7 @@ import tensorflow as tf
 [cpu] = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
-from pairs.keras_table import BATCH, EPOCHS, FEATURES  # noqa: E402
+from pairs.keras_together import BATCH, EPOCHS, FEATURES  # noqa: E402
 
 
 def main(path: str) -> None:
@@ -20,7 +20,11 @@ def main(path: str) -> None:
     for name, feature in FEATURES.items():
         with strategy.scope():
             model = feature.model(jit_compile=False)
-        model.fit(feature.x, feature.targets(model), BATCH, EPOCHS, verbose=0, shuffle=False)
+        try:
+            model.fit(feature.x, feature.targets(model), BATCH, EPOCHS, verbose=0, shuffle=False)
+        except ValueError as error:
+            report[name] = str(error)
+            continue
         report[name] = [weights.tolist() for weights in model.student.get_weights()]
     with open(path, "w") as file:
         json.dump(report, file)

@@ -27,6 +27,7 @@ from keras_distill.schedules import Linear
 RATE, EPOCHS, BATCH = 0.05, 2, 8
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(16, 6)).astype("float32"), RNG.integers(0, 3, 16).astype("int32")
+IMAGES = np.random.default_rng(1).normal(size=(16, 4, 4, 2)).astype("float32")
 IDS = RNG.integers(1, 9, (16, 5)).astype("int32")
 IDS[::2, 3:] = 0
 TAGS = RNG.integers(0, 3, (16, 5)).astype("int32")
@@ -97,11 +98,14 @@ class Feature:
         settings: Settings of the model.
         teachers: Number of teachers.
         widths: Their widths.
+        kind: Makes a network of a width, a name and a precision; None tags tokens or classifies rows.
+        teacher: Makes the teachers of the model from the networks; None uses them as they are.
         moving: Whether the teacher is the average of the student.
         stored: Whether the targets hold the teacher's outputs.
         tokens: Whether the models tag tokens.
         tolerance: The smallest tolerance: a graph rounds to bfloat16 in other places than eager steps.
         words: The error of a situation that cannot work, by the situation's name.
+        situations: The situations that the feature is put into; None is all of them.
     """
 
     terms: Callable[[], list[Any]]
@@ -109,18 +113,21 @@ class Feature:
     settings: dict[str, Any] = field(default_factory=dict)
     teachers: int = 1
     widths: tuple[int, int] = (6, 6)
+    kind: Callable[..., keras.Model] | None = None
+    teacher: Callable[[list[keras.Model]], Any] | None = None
     moving: bool = False
     stored: bool = False
     tokens: bool = False
     tolerance: float = 0.0
     words: dict[str, str] = field(default_factory=dict)
+    situations: tuple[str, ...] | None = None
 
     def model(self, **compiled: Any) -> DistillModel:
         """A new model with the same weights each time."""
         keras.utils.set_random_seed(3)
-        made = tagger if self.tokens else network
+        made = self.kind or (tagger if self.tokens else network)
         held = [made(self.widths[number], f"teacher{number}", "float32") for number in range(max(self.teachers, 1))]
-        teacher: Any = [None, held[0], held][min(self.teachers, 2)]
+        teacher: Any = [None, held[0], held][min(self.teachers, 2)] if self.teacher is None else self.teacher(held)
         if self.moving:
             held, teacher = [made(4, "average")], EMATeacher(0.8)
         model = DistillModel(made(4, "student"), None if self.stored else teacher, self.terms(), **self.settings)
@@ -132,6 +139,8 @@ class Feature:
 
     @property
     def x(self) -> Any:
+        if self.kind is not None:
+            return IMAGES
         return IDS if self.tokens else X
 
     @property
@@ -199,9 +208,9 @@ def to_a_mixture(twin: Any, x: Any, y: Any, step: float) -> Any:
 
 def by_confidence(twin: Any, x: Any, y: Any, step: float) -> Any:
     logits = [teacher_logits(twin, x, number) for number in (0, 1)]
-    first, second = (-ops.sum(ops.softmax(z) * ops.log_softmax(z), axis=-1) for z in logits)
+    first, second = (ops.exp(ops.sum(ops.softmax(z) * ops.log_softmax(z), axis=-1)) for z in logits)
     z = twin.student(x)
-    return ops.mean((second * kl(z, logits[0]) + first * kl(z, logits[1])) / (first + second))
+    return ops.mean((first * kl(z, logits[0]) + second * kl(z, logits[1])) / (first + second))
 
 
 @keras.saving.register_keras_serializable(package="pairs")

@@ -23,7 +23,8 @@ if keras.backend.backend() != "tensorflow":
 
 from pairs import keras_table as table  # noqa: E402
 from pairs import random_keras  # noqa: E402
-from pairs.keras_table import BATCH, EPOCHS, FEATURES, Feature, by_hand, compile_model  # noqa: E402
+from pairs.keras_table import Feature, by_hand, compile_model  # noqa: E402
+from pairs.keras_together import BATCH, EPOCHS, FEATURES  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -178,6 +179,9 @@ OTHER_PLACES = {
 }
 
 
+CASES = [(name, situation) for name in FEATURES for situation in FEATURES[name].situations or SITUATIONS]
+
+
 @pytest.fixture(autouse=True)
 def fresh() -> Any:
     policy = keras.config.dtype_policy()
@@ -187,8 +191,7 @@ def fresh() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize(("name", "situation"), CASES)
 def test_a_feature_in_a_situation_equals_the_loop_by_hand_or_is_refused_with_a_clear_error(
     name: str, situation: str, tmp_path: Path
 ) -> None:
@@ -216,8 +219,11 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_on_two_replicas_equals_the_loop_by_hand(name: str, replicas: Any) -> None:
-    tolerance = max(1e-5, FEATURES[name].tolerance)
+def test_a_feature_on_two_replicas_equals_the_loop_by_hand_or_is_refused(name: str, replicas: Any) -> None:
+    tolerance, words = max(1e-5, FEATURES[name].tolerance), FEATURES[name].words.get("replicas")
+    if words is not None:
+        assert words in replicas[name]
+        return
     for own, expected in zip(replicas[name], by_hand(name, halves=True), strict=True):
         np.testing.assert_allclose(own, expected, rtol=tolerance, atol=tolerance)
 
