@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import WORDS, lines, show
+from common import QUIET, WORDS, lines, show
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -23,10 +23,8 @@ from lightning_distill import (
 def bert(layers: int, width: int) -> nn.Module:
     """A small BERT with random weights. Attention maps need "eager", and a student without attention dropout."""
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 2 * width}
-    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(
-        vocab_size=WORDS, num_labels=4, num_attention_heads=4, attn_implementation="eager", **sizes, **dropout
-    )
+    rest = {"attn_implementation": "eager", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=WORDS, num_labels=4, num_attention_heads=4, **sizes, **rest)
     model: nn.Module = BertForSequenceClassification(config)
     return model
 
@@ -51,9 +49,7 @@ class Classifier(LightningModule):
 
 def fit(model: nn.Module, loader: Any, epochs: int, *callbacks: DistillCallback) -> nn.Module:
     """The model after a training by Lightning."""
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, callbacks=[*callbacks], **quiet)
-    trainer.fit(Classifier(model), loader)
+    Trainer(max_epochs=epochs, callbacks=[*callbacks], **QUIET).fit(Classifier(model), loader)
     return model.eval()
 
 

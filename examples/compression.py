@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from common import QUIET
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from networks import cnn
@@ -41,10 +42,7 @@ def distil(
 ) -> None:
     """Train a network with the callback and others beside it."""
     distill = DistillCallback(teacher, LogitsDistillation(weight=0.9), task_weight=0.1)
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(
-        max_epochs=epochs, callbacks=[distill, *callbacks], accelerator="cpu", enable_progress_bar=False, **quiet
-    )
+    trainer = Trainer(max_epochs=epochs, callbacks=[distill, *callbacks], **QUIET)
     trainer.fit(Student(network), loader)
 
 

@@ -9,31 +9,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import accuracy, digits, show, train
+from common import QUIET, accuracy, digits, show, train
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from networks import cnn
+from networks import ViT, cnn
 from torch import Tensor, nn
 
 from lightning_distill import DistillCallback, HardTargetLoss, LogitsDistillation
 
 
-class DeiT(nn.Module):
+class DeiT(ViT):
     """Two heads: one on the class token, and one on the distillation token, which learns from the teacher."""
 
-    def __init__(self, width: int = 32, layers: int = 2) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, 2, stride=2)
-        self.tokens = nn.Parameter(torch.randn(1, 2, width) * 0.02)
-        self.places = nn.Parameter(torch.randn(1, 18, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.heads = nn.ModuleDict({name: nn.Linear(width, 10) for name in ("classes", "distillation")})
+    def __init__(self) -> None:
+        super().__init__(class_tokens=2)
+        self.distilled_head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The logits of both heads, each (N, 10)."""
-        patches = self.patches(images).flatten(2).mT
-        x = self.layers(torch.cat([self.tokens.expand(len(images), -1, -1), patches], 1) + self.places)
-        return {name: head(x[:, index]) for index, (name, head) in enumerate(self.heads.items())}
+        tokens = self.encode(images)
+        return {"classes": self.head(tokens[:, 0]), "distillation": self.distilled_head(tokens[:, 1])}
 
 
 class Classifier(LightningModule):
@@ -65,7 +59,6 @@ def main(epochs: int = 8) -> dict[str, float]:
     training, test = digits()
     seed_everything(0, verbose=False)
     teacher = train(cnn(32), training, 2 * epochs)
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     term = LogitsDistillation(HardTargetLoss(), output=("distillation", None), weight=0.5)
     scores = {}
     for name, callbacks in (
@@ -74,7 +67,7 @@ def main(epochs: int = 8) -> dict[str, float]:
     ):
         seed_everything(1, verbose=False)
         model = DeiT()
-        trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, callbacks=callbacks, **quiet)
+        trainer = Trainer(max_epochs=epochs, callbacks=callbacks, **QUIET)
         trainer.fit(Classifier(model), training)
         heads = ("classes", "distillation") if callbacks else ("classes",)
         scores[f"student {name}"] = share_right(model.eval(), test, *heads)

@@ -1,14 +1,12 @@
 """Gradient boosting to a small network, over rows without labels: `python examples/gradient_boosting.py`.
 
-It prints: trees that know 1,000 labels 98 %; the network with these labels 85 %, with 8,000 answers of the trees 96 %.
+It prints: trees that know 1,000 labels 96 %; the network with these labels 85 %, with 8,000 answers of the trees 94 %.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from common import accuracy, show, train
+from common import QUIET, accuracy, show, train
 from lightning.pytorch import Trainer, seed_everything
 from sklearn.ensemble import HistGradientBoostingClassifier
 from torch import Tensor, nn
@@ -36,8 +34,10 @@ def main(epochs: int = 30) -> dict[str, float]:
     x, y = table(8 * LABELLED, seed=0)
     x_test, y_test = table(2000, seed=1)
     labelled = TensorDataset(x[:LABELLED], y[:LABELLED])
-    trees = HistGradientBoostingClassifier(random_state=0).fit(*(part.numpy() for part in labelled.tensors))
-    alone = train(network(), DataLoader(labelled, 64, shuffle=True), 8 * epochs)  # as many steps as the other
+    trees = HistGradientBoostingClassifier(max_iter=40, random_state=0).fit(
+        *(part.numpy() for part in labelled.tensors)
+    )
+    alone = train(network(), DataLoader(labelled, 128, shuffle=True), 8 * epochs)  # as many steps as the other
 
     student = network()
     distill = DistillModule(
@@ -47,9 +47,8 @@ def main(epochs: int = 30) -> dict[str, float]:
         task_weight=0,  # no labels
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
     )
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, **quiet)
-    trainer.fit(distill, DataLoader(x, 64, shuffle=True))
+    trainer = Trainer(max_epochs=epochs, **QUIET)
+    trainer.fit(distill, DataLoader(x, 128, shuffle=True))
 
     test = DataLoader(TensorDataset(x_test, y_test), 512)
     scores = {

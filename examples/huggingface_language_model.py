@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import show, sources
+from common import QUIET, show, sources
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -67,8 +67,7 @@ def main(epochs: int = 3) -> dict[str, float]:
     pretrained(alone, training, epochs)
     optimizer: Any = lambda parameters: torch.optim.AdamW(parameters, lr=3e-3)  # noqa: E731
     module = CausalLMDistillModule(student, teacher, task_weight=1.0, optimizer=optimizer)
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, **quiet).fit(module, training)
+    Trainer(max_epochs=epochs, **QUIET).fit(module, training)
     results = {"teacher": accuracy(teacher, test), "student alone": accuracy(alone, test)}
     return show("The next byte of Python code", {**results, "student distilled": accuracy(student, test)})
 

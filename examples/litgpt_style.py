@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import accuracy, show, sources
+from common import QUIET, accuracy, show, sources
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -48,8 +48,7 @@ class LanguageModel(LightningModule):
 
 def fit(model: GPT, loader: Any, epochs: int, callbacks: Sequence[Callback] = ()) -> GPT:
     """The model after a training by Lightning; the module is the same with a callback and without."""
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, callbacks=[*callbacks], **quiet)
+    trainer = Trainer(max_epochs=epochs, callbacks=[*callbacks], **QUIET)
     trainer.fit(LanguageModel(model), loader)
     return model.eval()
 

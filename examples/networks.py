@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from common import LENGTH, MODULES, WORDS
+import torch.nn.functional as F
+from common import BANDS, LENGTH, LETTERS, MODULES, PAIR_WORDS, WORDS
 from torch import Tensor, nn
 
 
@@ -21,6 +23,28 @@ def cnn(width: int) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(8 * width, 10),
     )
+
+
+class ViT(nn.Module):
+    """A small vision transformer for the digits, with one or more class tokens before its 16 patches."""
+
+    def __init__(self, width: int = 32, layers: int = 2, class_tokens: int = 1) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        self.tokens = nn.Parameter(torch.randn(1, class_tokens, width) * 0.02)
+        self.places = nn.Parameter(torch.randn(1, class_tokens + 16, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens (N, L, C), those of the classes first."""
+        patches = self.patches(images).flatten(2).mT
+        tokens: Tensor = self.layers(torch.cat([self.tokens.expand(len(images), -1, -1), patches], 1) + self.places)
+        return tokens
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encode(images)[:, 0])
 
 
 class Residual(nn.Module):
@@ -114,6 +138,34 @@ class BlendCNN(nn.Module):
         return self.head(torch.cat(pooled, 1))
 
 
+class Encoder(nn.Module):
+    """Scores (N, N) of each docstring for the code of every function in the batch, its own first."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(PAIR_WORDS, width, padding_idx=0)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True, norm_first=True)
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(layers))
+        self.pooled = nn.LayerNorm(width)
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (N, width): the mean over the words."""
+        padding = tokens == 0
+        x = self.words(tokens)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        means = x.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
+        embeddings: Tensor = self.pooled(means)
+        return embeddings
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Scores for pairs (N, 2, L) of a docstring and its function's code."""
+        queries, codes = F.normalize(self.embed(pairs.flatten(0, 1)), dim=-1).unflatten(0, (-1, 2)).unbind(1)
+        others = torch.arange(len(pairs))
+        return (self.scale * queries @ codes.T).gather(1, (others[:, None] + others) % len(pairs))
+
+
 class QuestionAnswering(nn.Module):
     """A DistilBERT encoder whose head scores each token as the start and as the end of the answer."""
 
@@ -131,6 +183,20 @@ class QuestionAnswering(nn.Module):
         """Scores (N, 2, L): of the start, of the end."""
         output = self.encoder(tokens, attention_mask=(tokens > 0).long())
         return torch.stack([output.start_logits, output.end_logits], 1)
+
+
+class Recogniser(nn.Module):
+    """Scores (N, T, 27) of the letters at each frame, the blank first."""
+
+    def __init__(self, width: int, layers: int, streaming: bool) -> None:
+        super().__init__()
+        self.layers = nn.GRU(BANDS, width, layers, batch_first=True, bidirectional=not streaming)
+        self.head = nn.Linear(width if streaming else 2 * width, len(LETTERS) + 1)
+
+    def forward(self, spectra: Tensor) -> Tensor:
+        """The scores."""
+        scores: Tensor = self.head(self.layers(spectra)[0])
+        return scores
 
 
 def _sizes() -> dict[str, Any]:

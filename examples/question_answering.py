@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import questions, show
+from common import QUIET, questions, show
 from lightning.pytorch import Trainer
 from networks import QuestionAnswering
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ def exact(model: nn.Module, loader: Any) -> float:
 
 def fit(module: DistillModule, loader: Any, test: Any, epochs: int) -> nn.Module:
     """The student after a training by Lightning."""
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, **quiet).fit(module, loader, test)
+    Trainer(max_epochs=epochs, **QUIET).fit(module, loader, test)
     return module.student.eval()
 
 

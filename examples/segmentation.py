@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import show
+from common import QUIET, show
 from lightning.pytorch import LightningModule, Trainer
 from scenes import VOID, Segmenter, draw, loader, mean_iou, segmentation_loss
 from torch import Tensor
@@ -38,8 +38,7 @@ def fit(width: int, scenes: list[Any], epochs: int, *callbacks: DistillCallback)
     """A trained network."""
     torch.manual_seed(0)
     module = Segmentation(width)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=epochs, callbacks=[*callbacks], accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer = Trainer(max_epochs=epochs, callbacks=[*callbacks], **QUIET)
     trainer.fit(module, loader(scenes))
     return module.eval()
 

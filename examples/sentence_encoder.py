@@ -7,12 +7,12 @@ teacher 36 %; a student of one of its three layers 28 % alone and 35 % distilled
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import PAIR_WORDS, docstrings, show
+from common import QUIET, docstrings, show
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from networks import Encoder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,34 +24,6 @@ from lightning_distill import (
     MarginMSELoss,
     PCAProjection,
 )
-
-
-class Encoder(nn.Module):
-    """Scores (N, N) of each docstring for the code of every function in the batch, its own first."""
-
-    def __init__(self, layers: int, width: int) -> None:
-        super().__init__()
-        self.words = nn.Embedding(PAIR_WORDS, width, padding_idx=0)
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True, norm_first=True)
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(layers))
-        self.pooled = nn.LayerNorm(width)
-        self.scale = nn.Parameter(torch.tensor(10.0))
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings (N, width): the mean over the words."""
-        padding = tokens == 0
-        x = self.words(tokens)
-        for layer in self.layers:
-            x = layer(x, src_key_padding_mask=padding)
-        means = x.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True)
-        embeddings: Tensor = self.pooled(means)
-        return embeddings
-
-    def forward(self, pairs: Tensor) -> Tensor:
-        """Scores for pairs (N, 2, L) of a docstring and its function's code."""
-        queries, codes = F.normalize(self.embed(pairs.flatten(0, 1)), dim=-1).unflatten(0, (-1, 2)).unbind(1)
-        others = torch.arange(len(pairs))
-        return (self.scale * queries @ codes.T).gather(1, (others[:, None] + others) % len(pairs))
 
 
 class Retriever(LightningModule):
@@ -72,8 +44,7 @@ class Retriever(LightningModule):
 
 def fit(model: Encoder, loader: DataLoader[Tensor], epochs: int, *callbacks: DistillCallback) -> Encoder:
     """The model after a training by Lightning."""
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, callbacks=[*callbacks], **quiet)
+    trainer = Trainer(max_epochs=epochs, callbacks=[*callbacks], **QUIET)
     trainer.fit(Retriever(model), loader)
     return model.eval()
 

@@ -5,11 +5,9 @@ It prints the share of the variance that the forecasts explain: teacher 94 %, st
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from common import show
+from common import QUIET, show
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -52,8 +50,7 @@ def fit(
     module = DistillModule(
         model, teacher or nn.Identity(), term, task_loss=F.mse_loss, task_weight=weight, optimizer=optimizer
     )
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, **quiet)
+    trainer = Trainer(max_epochs=epochs, **QUIET)
     trainer.fit(module, DataLoader(data, 64, shuffle=True))
     return model.eval()
 

@@ -24,7 +24,8 @@ def demo(arguments: argparse.Namespace) -> int:
     """
     if arguments.task == "language":
         return run_demo(_PROG, "lightning_distill.demo.language", arguments, data="tokenizers")
-    return run_demo(_PROG, "lightning_distill.demo", arguments)
+    module = "lightning_distill.demo.vision" if arguments.task == "vision" else "lightning_distill.demo"
+    return run_demo(_PROG, module, arguments)
 
 
 def fit(words: list[str] | None) -> int:

@@ -137,10 +137,11 @@ def _add_demo(commands: Any) -> None:
     )
     demo.add_argument(
         "--task",
-        choices=("digits", "language"),
+        choices=("digits", "language", "vision"),
         default="digits",
-        help="digits, or a small language model of Python's own sources, which needs the extra `language` and takes"
-        " about five minutes on two cores (%(default)s)",
+        help="digits; a small language model of Python's own sources, which needs the extra `language` and takes about"
+        " five minutes on two cores; or a vision transformer's tokens to a convolutional network, without labels, which"
+        " takes two (%(default)s)",
     )
 
 
