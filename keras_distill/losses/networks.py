@@ -13,6 +13,7 @@ from keras_distill import checks
 _CONVOLUTIONS: Final[dict[int, Any]] = {3: keras.layers.Conv1D, 4: keras.layers.Conv2D, 5: keras.layers.Conv3D}
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class Network(keras.layers.Layer):
     """Layers one after the other."""
 
@@ -35,6 +36,7 @@ class Network(keras.layers.Layer):
         return feature
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class BatchNormalized(keras.layers.Layer):
     """A convolution of maps without bias, and a batch normalisation with the statistics of the batch, always.
 

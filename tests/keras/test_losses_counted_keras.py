@@ -29,7 +29,7 @@ labelled_cases = pytest.mark.parametrize("case", LABELLED, ids=str)
 SOFTMAX = [case for case in KERAS_CASES if case.on_logits and case.loss.__name__ != "LogitMSELoss"]
 SOFTMAX += [case for case in KERAS_CASES if case.name in ("kl", "attention_kl")]
 # Where an impossible class still is one of those that the loss averages over or correlates.
-COUNTS_CLASSES = ("DISTLoss", "MultiLevelLogitLoss", "BinarySoftTargetLoss")
+COUNTS_CLASSES = ("DISTLoss", "MultiLevelLogitLoss", "BinarySoftTargetLoss", "QualityFocalLoss")
 
 
 @pytest.fixture(autouse=True)

@@ -73,7 +73,7 @@ def test_entropy_weighs_the_teachers_in_each_example() -> None:
     case = Situation(teacher_weights="entropy")
     first, second = confidence(case)
     close(case.value(), (first * kl64(case.z, case.a, HEAT) + second * kl64(case.z, case.b, HEAT)).mean())
-    assert first.max() > 0.6 > 0.4 > first.min()
+    assert first.max() - first.min() > 0.2  # the weights differ from example to example
 
 
 def test_entropy_multiplies_the_sample_weights() -> None:

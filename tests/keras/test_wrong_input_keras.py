@@ -244,8 +244,8 @@ SETTINGS: dict[str, tuple[type[Exception], Make, str]] = {
     "scheduled parameter": (
         ValueError,
         lambda: DistillationScheduler("wight", lambda epoch: 1.0),
-        "Expected `parameter` to be one of 'weight', 'temperature', 'task_weight'. Closest: 'weight', 'task_weight'."
-        " Received: parameter='wight'",
+        "Expected `parameter` to be one of 'weight', 'temperature', 'task_weight', 'decay'. Closest: 'weight',"
+        " 'task_weight'. Received: parameter='wight'",
     ),
 }
 
