@@ -30,7 +30,6 @@ from lightning_distill import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import scenes
 
 PYRAMID, INTO_HEAD = Tap("neck", output="*"), Tap("head", output="*", where="input")
 

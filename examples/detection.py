@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from common import QUIET, show
+from drawn_scenes import Detector, average_precision, detection_loss, draw, loader
 from lightning.pytorch import LightningModule, Trainer
-from scenes import Detector, average_precision, detection_loss, draw, loader
 from torch import Tensor
 
 from lightning_distill import CrossHeadDistillation, DistillCallback, FeatureDistillation, FocalGlobalLoss, Tap

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from common import QUIET, show
+from drawn_scenes import VOID, Segmenter, draw, loader, mean_iou, segmentation_loss
 from lightning.pytorch import LightningModule, Trainer
-from scenes import VOID, Segmenter, draw, loader, mean_iou, segmentation_loss
 from torch import Tensor
 
 from lightning_distill import ChannelWiseLoss, DistillCallback, LogitsDistillation, SoftTargetLoss

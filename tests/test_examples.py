@@ -11,7 +11,7 @@ import keras
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHARED = {"common", "networks", "compression", "scenes", "tables", "keras_common"}
+SHARED = {"common", "networks", "compression", "drawn_scenes", "tables", "keras_common"}
 RECIPES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem not in SHARED)
 # Epochs that are enough to be clearly better than chance, and how good that is.
 EPOCHS = {

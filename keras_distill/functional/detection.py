@@ -203,7 +203,11 @@ def _attentions(feature: Any, temperature: Any) -> tuple[Any, Any]:
     places = flattened(ops.mean(sizes, axis=-1), 1)
     channels = ops.mean(sizes, axis=(1, 2))
     places, channels = (
-        ops.cast(ops.shape(means)[1], feature.dtype) * ops.softmax(means / temperature, axis=-1)
-        for means in (places, channels)
+        ops.cast(ops.shape(means)[1], feature.dtype) * _softmax(means / temperature) for means in (places, channels)
     )
     return places, channels
+
+
+def _softmax(scores: Any) -> Any:
+    """The softmax over the last dimension, which may have one number alone: ``ops.softmax`` warns of that."""
+    return ops.exp(scores - ops.logsumexp(scores, axis=-1, keepdims=True))

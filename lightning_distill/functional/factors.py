@@ -48,6 +48,7 @@ def factor_transfer(
         ValueError: If the shapes differ or ``power`` is less than 1.
 
     Example:
+        >>> import torch
         >>> factor_transfer(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 0.0]]))
         tensor([0.6000])
 
