@@ -30,6 +30,7 @@ from lightning_distill import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import drawn_scenes as scenes
 
 PYRAMID, INTO_HEAD = Tap("neck", output="*"), Tap("head", output="*", where="input")
 
