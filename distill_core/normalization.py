@@ -15,18 +15,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 class Normalization:
-    """Base of both halves' ``Normalize``: a mean and a standard deviation for each channel, and a size.
-
-    Args:
-        mean: The means that are subtracted, one for each channel.
-        std: The standard deviations that are divided by, as many.
-        size: Height and width of the result: a number for both, a pair, or None to leave the size as it is.
-
-    Raises:
-        TypeError: If a setting has another type.
-        ValueError: If the lengths differ, a standard deviation is not greater than 0, or a size is not a whole number
-            of pixels.
-    """
+    """Base of both halves' ``Normalize``, which documents the settings and errors."""
 
     checks: ClassVar[Checks] = Checks(message)
 

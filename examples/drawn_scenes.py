@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import QUIET
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -219,3 +221,34 @@ def mean_iou(model: Callable[[Tensor], Tensor], batches: DataLoader[Any]) -> flo
             shared[kind] += (own & right).sum()
             either[kind] += (own | right).sum()
     return float((shared / either.clamp(min=1)).mean())
+
+
+class Module(LightningModule):
+    """A network of this file and its loss; it knows nothing of distillation."""
+
+    def __init__(self, network: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.net, self.loss = network, loss
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        return self.loss(self.net(batch["images"]), batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def fit(
+    make: Callable[[int], nn.Module],
+    loss: Callable[[Any, Any], Tensor],
+    width: int,
+    scenes: list[Scene],
+    epochs: int,
+    *callbacks: Callback,
+) -> nn.Module:
+    """A network of that width after a training by Lightning; callbacks know it as ``net``."""
+    torch.manual_seed(0)
+    module = Module(make(width), loss)
+    Trainer(max_epochs=epochs, callbacks=[*callbacks], **QUIET).fit(module, loader(scenes))
+    return module.net.eval()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from device import ACCELERATOR
 from lightning.pytorch import LightningModule, Trainer
+from plain_trainer import PLAIN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -90,14 +91,8 @@ class Module(LightningModule):
 
 
 def trained(module: Module, teacher: Any, terms: Any, epochs: int = 2, **settings: Any) -> Module:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     trainer = Trainer(
-        max_epochs=epochs, callbacks=[DistillCallback(teacher, terms)], accelerator=ACCELERATOR, **quiet, **settings
+        max_epochs=epochs, callbacks=[DistillCallback(teacher, terms)], accelerator=ACCELERATOR, **PLAIN, **settings
     )
     trainer.fit(module)
     return module

@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from device import ACCELERATOR
 from lightning.pytorch import LightningModule, Trainer
+from plain_trainer import PLAIN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_distill import DistillCallback, LogitMSELoss, LogitsDistillation, TeacherCache
 
 SAMPLES = 24
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": ACCELERATOR,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": ACCELERATOR}
 
 
 class Numbers(Dataset[Any]):

@@ -17,6 +17,7 @@ from device import ACCELERATOR, DEVICE, OnDevice
 from hypothesis import settings
 from lightning.pytorch import Trainer
 from lightning_utilities.core.inheritance import get_all_subclasses
+from plain_trainer import PLAIN
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_distill.compat import HookGuards
@@ -38,14 +39,7 @@ LAUNCHER_VARIABLES = (
     *("MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS"),
 )
 
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "accelerator": ACCELERATOR,
-    "devices": 1,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
+TRAINER_DEFAULTS: dict[str, Any] = {**PLAIN, "accelerator": ACCELERATOR, "devices": 1}
 
 
 def pytest_configure() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from plain_trainer import PLAIN
 from processes import run_as_process
 from tiny import CLASSES, INPUTS, Classifier, Mlp, dataset
 from torch import nn
@@ -21,7 +22,6 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillCallback, EMATeacher, MutualLearning
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
 def sgd(parameters):
@@ -53,7 +53,7 @@ class Normalized(nn.Module):
 
 def fit(fitted: LightningModule, *callbacks: Callback) -> None:
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
-    settings = {"accelerator": "cpu", "devices": 2, "max_epochs": 2, "use_distributed_sampler": False, **QUIET}
+    settings = {"accelerator": "cpu", "devices": 2, "max_epochs": 2, "use_distributed_sampler": False, **PLAIN}
     Trainer(strategy=strategy, callbacks=list(callbacks), **settings).fit(fitted, batches(RANK))
 
 

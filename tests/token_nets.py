@@ -8,19 +8,13 @@ from typing import Any
 import torch
 from device import ACCELERATOR
 from lightning.pytorch import LightningModule
+from plain_trainer import PLAIN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 VOCABULARY, LENGTH = 13, 9
 LENGTHS = (9, 2, 5, 7, 3, 9, 2, 6, 8, 4, 9, 2, 3, 9, 5, 2, 7, 2, 9, 9, 2, 4, 6, 5)  # of the sequences, in order
-QUIET: dict[str, Any] = {
-    "accelerator": ACCELERATOR,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "log_every_n_steps": 1,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": ACCELERATOR, "log_every_n_steps": 1}
 
 
 class CausalModel(nn.Module):

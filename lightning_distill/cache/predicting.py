@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from distill_core.store import CacheError
+from lightning_distill import compat
 from lightning_distill.teachers.hold import Hold
 
 
@@ -49,7 +50,8 @@ def predict(trainer: Trainer, teacher: nn.Module, device: torch.device | str | N
         raise TypeError(f"Expected `trainer` to be a Lightning Trainer, but got a {type(trainer).__name__}.")
     if device is not None:
         raise CacheError(f"Expected `device` to be None with `trainer`, which chooses it, but got device={device!r}.")
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not whole or compat.has_strategy(trainer, "DeepSpeedStrategy"):  # which Lightning derives from DDP's
         raise CacheError(
             "Expected `trainer` to run a whole teacher in each process, but got the strategy"
             f" {type(trainer.strategy).__name__}. Use one device, or strategy='ddp'."

@@ -9,20 +9,15 @@ import pytest
 import torch
 from cache_nets import network, table
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from plain_trainer import PLAIN
 from torch import nn
 
 from distill_core.store import CacheError
 from lightning_distill import TeacherCache
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "shard_bytes": 200, "progress": False}
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": "cpu"}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -41,6 +36,10 @@ class Watched(nn.Module):
         self.seen.add((torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None, self.training))
         output: torch.Tensor = self.network(x)
         return output
+
+
+class DeepSpeedStrategy(DDPStrategy):
+    """Lightning's own is of this kind and name, and needs another package."""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +94,10 @@ def test_the_trainers_processes_share_the_work(tmp_path: Path, plain: Path) -> N
         (
             {"trainer": Trainer(strategy=ModelParallelStrategy(), devices=1, **QUIET)},
             "a whole teacher in each process, but got the strategy ModelParallelStrategy",
+        ),
+        (
+            {"trainer": Trainer(strategy=DeepSpeedStrategy(), devices=2, **QUIET)},
+            "a whole teacher in each process, but got the strategy DeepSpeedStrategy",
         ),
         ({"trainer": Trainer(**QUIET), "device": "cpu"}, "Expected `device` to be None with `trainer`"),
     ],

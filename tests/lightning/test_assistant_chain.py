@@ -8,19 +8,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from plain_trainer import PLAIN
 from tiny import Mlp, dataset
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillModule, FeatureDistillation, LogitsDistillation, assistant_chain, load_teacher
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": "cpu"}
 
 
 def networks() -> list[Mlp]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from plain_trainer import PLAIN
 from tiny import CLASSES, INPUTS, Classifier, Mlp, ValidatedClassifier, dataset, loader
 from torch import Tensor, nn
 
@@ -35,14 +36,7 @@ from lightning_distill.cache import CacheError
 from lightning_distill.functional.mixtures import mean_logits
 from lightning_distill.schedules import Linear
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": "cpu", "num_sanity_val_steps": 0}
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 SOURCE = torch.tensor([0, 1, 0, 1, 1, 0])
 X = torch.randn(6, INPUTS, generator=torch.Generator().manual_seed(1))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from plain_trainer import PLAIN
 
 from distill_core.cli import TRACEBACK_HINT
 from distill_core.cli.lightning import main
@@ -19,7 +20,6 @@ pytestmark = [
 ]
 Capture = pytest.CaptureFixture[str]
 Fit = Callable[..., tuple[int, list[str], list[str]]]
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 LOGITS = "lightning_distill.LogitsDistillation"
 MODULE = """
 from tiny import Data, Mlp
@@ -65,7 +65,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Fit
         values = {
             "model": {"class_path": changes.pop("model", "lightning_distill.DistillModule"), "init_args": init_args},
             "data": {"class_path": "tiny.Data"},
-            "trainer": {"max_epochs": 1, "accelerator": "cpu", **QUIET, **(trainer or {})},
+            "trainer": {"max_epochs": 1, "accelerator": "cpu", **PLAIN, **(trainer or {})},
             **changes,
         }
         (tmp_path / "fit.yaml").write_text(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from plain_trainer import PLAIN
 from processes import run_processes
 from tiny import INPUTS, Classifier, Mlp
 from torch import Tensor, nn
@@ -26,14 +28,7 @@ from lightning_distill import (
 )
 from lightning_distill.schedules import Linear
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "num_sanity_val_steps": 0,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": "cpu", "num_sanity_val_steps": 0}
 
 
 class Normalized(nn.Module):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from plain_trainer import PLAIN
 from processes import run_processes
 from teachers_in_processes import module as pair_module
 from tiny import CLASSES, INPUTS, Mlp, dataset
@@ -19,14 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_distill import FeatureDistillation, LogitsDistillation, MutualLearning, SoftTargetLoss
 from lightning_distill.schedules import Linear
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "num_sanity_val_steps": 0,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": "cpu", "num_sanity_val_steps": 0}
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
 

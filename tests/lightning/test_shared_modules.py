@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from plain_trainer import PLAIN
 from tiny import INPUTS, Classifier, dataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -12,13 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillCallback, Distiller
 
 X = torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(2))
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": "cpu"}
 
 
 def make_encoder() -> nn.Sequential:

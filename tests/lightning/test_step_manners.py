@@ -15,6 +15,7 @@ from device import ACCELERATOR
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from plain_trainer import PLAIN
 from tiny import Classifier, Mlp, ValidatedClassifier, loader
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -182,14 +183,7 @@ class OldClassifier(pytorch_lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-QUIET: dict[str, Any] = {
-    "accelerator": ACCELERATOR,
-    "devices": 1,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": ACCELERATOR, "devices": 1}
 
 
 def test_l30_trainer_and_module_of_the_older_package_name_work_as_the_new_ones(tmp_path):

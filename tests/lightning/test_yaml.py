@@ -11,6 +11,7 @@ import torch
 import yaml
 from device import ACCELERATOR
 from lightning.pytorch.cli import LightningCLI
+from plain_trainer import PLAIN
 from tiny import Classifier, Data, Mlp, ValidatedClassifier, loader
 from torch import Tensor, nn
 
@@ -24,15 +25,7 @@ from lightning_distill import (
     Tap,
 )
 
-QUIET: dict[str, Any] = {
-    "accelerator": ACCELERATOR,
-    "devices": 1,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "max_epochs": 2,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": ACCELERATOR, "devices": 1, "max_epochs": 2}
 TEACHER: dict[str, Any] = {"class_path": "tiny.Mlp", "init_args": {"width": 7, "seed": 1}}
 TERMS: list[dict[str, Any]] = [
     {

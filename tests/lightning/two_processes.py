@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from plain_trainer import PLAIN
 from processes import SECONDS, run_as_process
 from tiny import Classifier, Mlp, ValidatedClassifier, dataset
 from torch import nn
@@ -26,15 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation
 
 ROWS, GLOBAL_BATCH, SHARES = 48, 8, (range(7), range(7, 13))  # SHARES: which validation rows each process sees
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 2,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "log_every_n_steps": 1,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": "cpu", "devices": 2, "log_every_n_steps": 1}
 
 
 class Spare(Mlp):

@@ -11,20 +11,13 @@ from device import ACCELERATOR
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pairs.by_hand import Batch, Hand, Place, cross_entropy, draw_alike, places
 from pairs.lightning_table import BATCH, FEATURES, ROWS, Feature, student
+from plain_trainer import PLAIN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillCallback
 
-QUIET: dict[str, Any] = {
-    "accelerator": ACCELERATOR,
-    "devices": 1,
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "num_sanity_val_steps": 0,
-}
+QUIET: dict[str, Any] = {**PLAIN, "accelerator": ACCELERATOR, "devices": 1, "num_sanity_val_steps": 0}
 FRESH: dict[str, dict[str, Tensor]] = {}  # the first values of every feature's learned parts, for the seed of the cells
 
 
