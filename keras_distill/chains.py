@@ -23,7 +23,7 @@ def assistant_chain(
 ) -> keras.Model:
     """Teach the first student, let it teach the second, and so on; each stage is a file in a folder.
 
-    A student that learns from a teacher of its own size learns more than from a much larger one. If the call is stopped
+    A student may learn more from a model of a size between the two than from a much larger one. If the call is stopped
     and made again, finished stages are read from their files, and the unfinished stage begins again. To continue within
     a stage, use ``keras.callbacks.BackupAndRestore`` in ``train``.
 
