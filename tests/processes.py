@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 TESTS = Path(__file__).parent
-SECONDS = 100  # until a process that hangs ends
+SECONDS = 240  # until a process that hangs ends; a machine that many share stands still for up to a minute
 
 
 def run_processes(script: Path, argument: str, count: int, folder: Path) -> list[dict[str, Any]]:
@@ -41,21 +42,34 @@ def run_processes(script: Path, argument: str, count: int, folder: Path) -> list
         logs.append(log)
     try:
         for process in processes:
-            process.wait(timeout=140)
+            process.wait(timeout=SECONDS + 40)
     finally:
         for process, log in zip(processes, logs, strict=True):
             process.kill()
             process.wait()
             log.close()
-    texts = [(folder / f"{argument}{rank}.log").read_text()[-4000:] for rank in range(count)]
-    assert [process.returncode for process in processes] == [0] * count, "\n\n".join(texts)
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * count, "\n\n".join(reports(folder, argument, codes))
     names = [f"{argument}{rank}.json" for rank in range(count)] if count > 1 else [f"{argument}.json"]
     return [json.loads((folder / name).read_text()) for name in names]
+
+
+def reports(folder: Path, argument: str, codes: list[int]) -> list[str]:
+    """The end of each process's log, and then the last lines of all.
+
+    An error in one process is a time-out in the other, and the record of a failed run often keeps nothing but its end.
+    """
+    logs = [(folder / f"{argument}{rank}.log").read_text() for rank in range(len(codes))]
+    summary = [f"process {rank} ended with code {code}:\n{logs[rank][-600:]}" for rank, code in enumerate(codes)]
+    return [log[-4000:] for log in logs] + summary
 
 
 def run_as_process(works: dict[str, Callable[[Path], None]]) -> None:
     """Do the work that the command line of a test's process names, in the folder that it names."""
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
+    # A thread of gloo that drops the last reference to a tensor takes a lock of the interpreter. Before Python 3.12, a
+    # worker of a data loader that is forked at that moment waits for this lock for ever (gh-112275).
+    os.register_at_fork(before=lambda: time.sleep(0.05))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     works[sys.argv[1]](Path(sys.argv[2]))
