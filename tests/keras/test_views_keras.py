@@ -283,6 +283,6 @@ def test_c24_a_progress_bar_counts_the_batches(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("workers", [-1, 1.5, True])
-def test_c24_workers_that_are_no_number_are_refused(tmp_path: Path, workers: Any) -> None:
+def test_c24_workers_must_be_a_number(tmp_path: Path, workers: Any) -> None:
     with pytest.raises(ValueError, match="Expected `workers` to be an int of 0 or more"):
         built(tmp_path, workers=workers)
