@@ -23,6 +23,7 @@ _GRID: Final = 12  # classes of a table of all pairs
 _EXAMPLES: Final = 24
 _PICTURES: Final = 600_000  # characters of all pictures together
 _CELLS: Final = 2500  # of the map of layers
+_MAP_CAPTION: Final = "Each square is a pair of layers: the stronger the colour, the more similar"
 _SQUARE: Final = Frame(width=164, height=160, left=30, bottom=18, top=6, right=12)
 
 
@@ -301,7 +302,12 @@ def layers(material: Material) -> Section:
     blocks: list[Block] = [table]
     if similarity.size <= _CELLS:
         blocks.insert(
-            0, Panels("Each square is a pair of layers; darker is more similar", [_layer_map(similarity)], wide=True)
+            0,
+            Panels(
+                _MAP_CAPTION,
+                [_layer_map(similarity)],
+                wide=True,
+            ),
         )
     else:
         blocks.append(Text(f"The map of {len(similarity)} by {similarity.shape[1]} layers is too large to draw."))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from distill_core import __version__
 from distill_core.guidance import behaviour, overview
@@ -58,6 +58,7 @@ def _render(material: Material) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_unbroken,
     )
     comparison = material.results.comparison
     seeds = comparison.get("seeds")
@@ -73,6 +74,11 @@ def _render(material: Material) -> str:
         made=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         version=__version__,
     )
+
+
+def _unbroken(value: Any) -> Any:
+    """Text in which a percent sign stays on the line of its number."""
+    return value.replace(" %", "\N{NO-BREAK SPACE}%") if isinstance(value, str) else value
 
 
 def _sections(material: Material) -> list[Section]:
