@@ -95,6 +95,7 @@ def write_folder(
     side: int = 8,
     classes: int = 5,
     epochs: int = 10,
+    names: list[str] | None = None,
     **changes: Any,
 ) -> Path:
     """A whole results folder of a classification; the same arguments give the same numbers."""
@@ -102,8 +103,8 @@ def write_folder(
     labels = random.integers(0, classes, examples)
     targets = np.eye(classes)[labels]
     teacher = 5 * targets + 1.4 * random.normal(size=(examples, classes))
-    settings = {"classes": [f"class {index}" for index in range(classes)]} | changes
-    write_comparison(folder, comparison(methods, seeds, **settings))
+    names = names or [f"class {index}" for index in range(classes)]
+    write_comparison(folder, comparison(methods, seeds, classes=names, **changes))
     save_predictions(folder, "teacher", teacher, labels)
     runs = []
     for method in methods:

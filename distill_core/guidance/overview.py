@@ -342,7 +342,7 @@ def method_of_measurement(material: Material) -> Section:
     facts = {
         "framework": {"lightning": "PyTorch Lightning", "keras": "Keras"}.get(str(comparison.get("kind")), UNKNOWN),
         "command": comparison.get("command"),
-        "seeds": ", ".join(map(str, comparison.get("seeds") or [])),
+        "seeds": ", ".join(map(str, results.seeds)),
         "commit": comparison.get("commit"),
         "fingerprint of the settings": comparison.get("fingerprint"),
         "machine": _joined(comparison.get("machine")),

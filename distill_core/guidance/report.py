@@ -60,14 +60,12 @@ def _render(material: Material) -> str:
         lstrip_blocks=True,
         finalize=_unbroken,
     )
-    comparison = material.results.comparison
-    seeds = comparison.get("seeds")
     return environment.get_template("report.html.jinja").render(
         title=f"Distillation report: {clipped(material.results.folder.resolve().name)}",
         metric=clipped(material.results.metric),
         better="higher is better" if material.results.higher_is_better else "lower is better",
         methods=len(material.results.methods),
-        seeds=len(seeds) if isinstance(seeds, list) else 0,
+        seeds=len(material.results.seeds),
         sentences=overview.verdict_sentences(material),
         merit=overview.figures_of_merit(material),
         sections=_sections(material),

@@ -97,6 +97,12 @@ class Results:
         return tuple(dict.fromkeys([*planned, *(run.method for run in self.runs)]))
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the comparison, or those of its runs where it names none."""
+        planned = self.comparison.get("seeds")
+        return tuple(planned) if isinstance(planned, list) else tuple(sorted({run.seed for run in self.runs}))
+
+    @property
     def distilled(self) -> tuple[str, ...]:
         """The methods that have a teacher."""
         return tuple(method for method in self.methods if method not in (ALONE, EQUAL_COMPUTE))
@@ -182,7 +188,7 @@ def read_results(folder: str | Path) -> Results:
         raise ValueError(message("`folder` to hold the results of a comparison", f"{str(folder)!r}, {kind}", _REMEDY))
     try:
         comparison = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(message(f"{file} to hold JSON", f"{error}", _REMEDY)) from None
     _check_comparison(file, comparison)
     problems: list[str] = []
@@ -244,7 +250,7 @@ def _read_runs(file: Path, problems: list[str]) -> list[RunRecord]:
         repeated[record.method] += (record.method, record.seed) in records
         records[record.method, record.seed] = record
     problems += [
-        f"{count} runs of {method} are recorded more than once: the last record counts."
+        f"Of {method}, {count} record{'s' * (count > 1)} of a seed replaced by a later one."
         for method, count in repeated.items()
         if count
     ]

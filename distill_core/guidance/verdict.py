@@ -12,7 +12,10 @@ from typing import Final
 from distill_core.guidance.results import ALONE, EQUAL_COMPUTE, Results, read_results
 
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; for more than these an expansion is exact to 1e-4.
-_QUANTILES: Final = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+_QUANTILES: Final = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314),
+)
 _NORMAL: Final = 1.959964
 BETTER, WORSE, UNCLEAR, UNTESTED = "better", "worse", "no clear difference", "not tested"
 
