@@ -127,10 +127,11 @@ def few_seeds(facts: Facts) -> tuple[str, str] | None:
 
 
 def keep_best(facts: Facts) -> tuple[str, str] | None:
-    """The best method is better than the student alone, and not behind it at equal compute."""
-    if facts.verdict != BETTER or facts.verdict_equal_compute == WORSE:
+    """The best method is better than the student alone, and the student alone with equal compute is not ahead."""
+    if facts.verdict != BETTER or facts.equal_compute_leads:
         return None
-    beside = " and at least as good with equal compute" if facts.verdict_equal_compute in (BETTER, UNCLEAR) else ""
+    endings = {BETTER: " and with equal compute", UNCLEAR: "; with equal compute the difference is not clear"}
+    beside = endings.get(facts.verdict_equal_compute or "", "")
     return (
         f"Keep “{facts.best}”.",
         f"It is better than the student alone after equal steps{beside}.",
@@ -148,12 +149,12 @@ def weak_teacher(facts: Facts) -> tuple[str, str] | None:
 
 
 def compute_first(facts: Facts) -> tuple[str, str] | None:
-    """The student alone with equal compute is ahead of the best method."""
+    """The student alone with equal compute has a better mean than the best method."""
     if not facts.equal_compute_leads:
         return None
     return (
         "Train the student alone for longer, or make the teacher cheaper with a cache of its outputs.",
-        f"With the compute of “{facts.best}” spent on more steps, the student alone is ahead.",
+        f"With the compute of “{facts.best}” spent on more steps, the student alone has the better mean.",
     )
 
 

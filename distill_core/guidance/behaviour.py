@@ -243,8 +243,8 @@ def examples(material: Material) -> Section:
     length = 0
     for place in differ[:_EXAMPLES]:
         row = int(index[place])
-        said = (("label", teacher.labels[row]), ("teacher", teacher_classes[row]), ("student", student_classes[row]))
-        answers = [(who, material.class_name(int(answer))) for who, answer in said]
+        voices = (("label", teacher.labels[row]), ("teacher", teacher_classes[row]), ("student", student_classes[row]))
+        answers = [(who, material.class_name(int(answer))) for who, answer in voices]
         if shown_as == "texts":
             pictures.append(Example(row, "", clipped(samples["texts"][place], 400), answers))
             continue

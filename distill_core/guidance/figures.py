@@ -103,7 +103,7 @@ def path(points: Sequence[tuple[float, float]], frame: Frame) -> str:
 
     Example:
         >>> path([(0, 0), (0.5, 1)], Frame(100, 100, 0, 0, 0, 0))
-        'M0.0 100.0L50.0 0.0'
+        'M0 100L50.0 0'
     """
     parts, pen = [], "M"
     for x, y in points:
@@ -181,6 +181,6 @@ def data_url(image: NDArray[np.uint8]) -> str:
 
 
 def _round_step(step: float) -> float:
-    """The next greater number of 1, 2, 2.5 and 5 times a power of ten."""
+    """The nearest number of 1, 2 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
+    return min((factor * power for factor in (1, 2, 5, 10)), key=lambda rounded: abs(math.log(rounded / step)))

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
-from distill_core.guidance.blocks import Lines, Marks, Panel, Panels, Row, Section, Table, Text
-from distill_core.guidance.figures import Axis, Frame, area, path, thinned
-from distill_core.guidance.material import Material, mean_curve
+from distill_core.guidance.blocks import Lines, Marks, Row, Section, Table, Text
+from distill_core.guidance.figures import Axis
+from distill_core.guidance.material import Material
 from distill_core.guidance.results import ALONE, EQUAL_COMPUTE
-from distill_core.guidance.verdict import BETTER, UNTESTED, WORSE, Difference
+from distill_core.guidance.verdict import BETTER, UNCLEAR, UNTESTED, WORSE, Difference
 from distill_core.guidance.wording import UNKNOWN, Numbers, clipped, count, duration, plural, shares, size
 
 _LISTED: Final = 40  # errors, warnings and problems, each kind
@@ -34,14 +34,18 @@ def verdict_sentences(material: Material) -> list[str]:
     if beside is None or not beside.seeds:
         return [f"No verdict: “{ALONE}” and “{clipped(verdict.best)}” have no finished seed in common."]
     name = f"“{clipped(verdict.best)}”"
+    compute = verdict.beside(EQUAL_COMPUTE)
+    alone = f"{name} is better than the student alone"
+    limits = {UNCLEAR: "but not clearly with equal compute", WORSE: "but worse with equal compute"}
+    limit = limits.get(compute.verdict, "") if compute else ""
     headlines = {
-        BETTER: f"Yes: {name} is better than the student alone.",
+        BETTER: f"Partly: {alone} after equal steps, {limit}." if limit else f"Yes: {alone}.",
         WORSE: f"No: even the best method, {name}, is worse than the student alone.",
         UNTESTED: f"One seed cannot tell: {name} is the best method, but the difference is not tested.",
     }
     sentences = [headlines.get(beside.verdict, f"No clear difference between {name} and the student alone.")]
     sentences.append(_difference_in_words(material, beside, "After equal steps"))
-    if compute := verdict.beside(EQUAL_COMPUTE):
+    if compute:
         sentences.append(_difference_in_words(material, compute, "With equal compute"))
     if len(results.distilled) > 1 and beside.seeds > 1:
         sentences.append(
@@ -78,7 +82,7 @@ def figures_of_merit(material: Material) -> list[tuple[str, str]]:
     ]
     ratio = _fraction(*(material.cost(model).get("parameters") for model in ("student", "teacher")))
     if ratio:
-        entries.append(("student's size", f"{ratio} of the teacher"))
+        entries.append(("parameters, student / teacher", ratio))
     return entries
 
 
@@ -124,77 +128,6 @@ def _difference_row(material: Material, item: Difference, axis: Axis) -> Row:
     )
     cells = (numbers.difference(item.mean) or "none", interval, str(item.seeds), item.verdict)
     return Row(clipped(item.method), cells, marks, strong=item.method == material.verdict.best)
-
-
-def curves(material: Material) -> Section:
-    """The section on the course of the training."""
-    results, numbers = material.results, material.numbers
-    name, title = "curves", "Curves"
-    means = {method: mean_curve(results.finished(method), results.metric) for method in results.methods}
-    means = {method: points for method, points in means.items() if points}
-    if not means:
-        reason = f"No finished run has recorded {clipped(results.metric)} during the training."
-        return Section(name, title, absent=reason)
-    teacher = results.teacher_value()
-    places = [place for points in means.values() for place, _ in points]
-    values = [value for points in means.values() for _, several in points for value in several]
-    x_axis, y_axis = Axis.of(places, count=4, margin=0), Axis.of([*values, teacher])
-    panels = [_curve_panel(material, method, means, x_axis, y_axis) for method in means]
-    legend = [("own", "the method: mean of the seeds; band: least to greatest")]
-    legend += [("base", ALONE)] if ALONE in means else []
-    legend += [("teacher", "teacher")] if math.isfinite(teacher) else []
-    epochs = thinned(sorted(set(places)), 11)
-    rows = [
-        Row(clipped(method), [numbers.value(statistics.fmean(known[e])) if e in known else "" for e in epochs])
-        for method, points in means.items()
-        for known in [dict(points)]
-    ]
-    table = Table(
-        f"Mean {clipped(results.metric)} by epoch",
-        ("method", *(f"{e:g}" for e in epochs)),
-        rows,
-        folded="Show the numbers",
-    )
-    unit = ", in percent" if numbers.percent else ""
-    lead = f"{clipped(results.metric)}{unit} by epoch. A curve that still rises at its end asks for a longer training."
-    return Section(name, title, lead, (Panels("", panels, legend), table))
-
-
-def _curve_panel(
-    material: Material,
-    method: str,
-    means: Mapping[str, list[tuple[float, list[float]]]],
-    x_axis: Axis,
-    y_axis: Axis,
-) -> Panel:
-    frame, numbers, teacher = Frame(), material.numbers, material.results.teacher_value()
-
-    def line(points: list[tuple[float, list[float]]], reduce: Any) -> list[tuple[float, float]]:
-        return [(x_axis.share(place), y_axis.share(reduce(values))) for place, values in thinned(points)]
-
-    points = means[method]
-    lines = [(path(line(points, statistics.fmean), frame), "own")]
-    if ALONE in means and method != ALONE:
-        lines.insert(0, (path(line(means[ALONE], statistics.fmean), frame), "base"))
-    if math.isfinite(teacher):
-        lines.insert(0, (path([(0, y_axis.share(teacher)), (1, y_axis.share(teacher))], frame), "teacher"))
-    bands = [(area(line(points, max), line(points, min), frame), "own")] if len(points[0][1]) > 1 else []
-    last, seeds = points[-1], len(points[0][1])
-    reached = numbers.value(statistics.fmean(last[1]))
-    label = (
-        f"{clipped(method)}: {clipped(material.results.metric)} from {numbers.value(statistics.fmean(points[0][1]))} at"
-        f" epoch {points[0][0]:g} to {reached} at epoch {last[0]:g}, mean of {plural(seeds, 'seed')}"
-    )
-    return Panel(
-        clipped(method),
-        label,
-        frame,
-        [(frame.x(x_axis.share(tick)), f"{tick:g}") for tick in x_axis.ticks],
-        [(frame.y(y_axis.share(tick)), numbers.tick(tick)) for tick in y_axis.ticks],
-        bands,
-        lines,
-        note=f"{reached} at the end",
-    )
 
 
 def outcomes(material: Material) -> Section:
@@ -255,7 +188,7 @@ def no_predictions(material: Material) -> str:
     if material.measurements.problems:
         return "The predictions of the runs cannot be used: see the problems at the end of this page."
     if not any(material.results.finished(method) for method in material.results.methods):
-        return "No run has finished, so that there are no predictions."
+        return "No run has finished: predictions are written at the end of a run."
     return "The comparison has stored no predictions; it does so for classification only."
 
 

@@ -10,6 +10,7 @@ from distill_core import __version__
 from distill_core.guidance import behaviour, overview
 from distill_core.guidance.advice import advise
 from distill_core.guidance.blocks import Section, Steps
+from distill_core.guidance.curves import curves
 from distill_core.guidance.material import Material, facts_of, gather
 from distill_core.guidance.wording import clipped
 from distill_core.installed import unusable
@@ -82,7 +83,7 @@ def _unbroken(value: Any) -> Any:
 def _sections(material: Material) -> list[Section]:
     return [
         Section("differences", "Differences", "", overview.differences(material)),
-        overview.curves(material),
+        curves(material),
         overview.outcomes(material),
         behaviour.calibration(material),
         behaviour.classes(material),

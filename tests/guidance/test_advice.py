@@ -49,7 +49,7 @@ CASES = {
     "failed_runs": ({"failed": 2}, {"failed": 0}, "2 runs failed"),
     "not_finite": ({"not_finite": ("a", "b")}, {}, "“a”, “b”"),
     "few_seeds": ({"seeds": 2}, {"seeds": 3}, "2 seeds in common"),
-    "keep_best": ({}, {"verdict_equal_compute": "worse"}, "at least as good with equal compute"),
+    "keep_best": ({}, {"equal_compute_leads": True}, "after equal steps and with equal compute."),
     "compute_first": ({"equal_compute_leads": True}, {}, "more steps"),
     "weak_teacher": ({"teacher_lead": 0.0}, {"teacher_lead": 0.001}, "not better than the student alone"),
     "little_imitation": ({"agreement": 0.869}, {"agreement": 0.871}, "86.9 %"),

@@ -55,6 +55,16 @@ def test_the_verdict_says_yes_with_its_interval(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("compute", "limit"),
+    [([0.79, 0.83, 0.80], "but not clearly with equal compute"), ([0.90, 0.91, 0.92], "but worse with equal compute")],
+)
+def test_the_verdict_is_limited_by_equal_compute(tmp_path: Path, compute: list[float], limit: str) -> None:
+    values = {ALONE: [0.70, 0.71, 0.72], EQUAL: compute, "a": [0.80, 0.82, 0.81]}
+    words = report(write_values(tmp_path, values)).words("verdict")
+    assert f"Partly: “a” is better than the student alone after equal steps, {limit}." in words
+
+
+@pytest.mark.parametrize(
     ("distilled", "headline"),
     [
         ([0.60, 0.62, 0.61], "No: even the best method, “a”, is worse than the student alone."),
