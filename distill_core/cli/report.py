@@ -46,14 +46,13 @@ def report(arguments: argparse.Namespace) -> int:
     Raises:
         ImportError: If Jinja2 is not installed or too old.
     """
-    from distill_core.guidance.report import write_report
+    from distill_core.guidance.report import FILE, write_report
 
-    prog = arguments.parser.prog
+    prog, output = arguments.parser.prog, arguments.output or arguments.folder / FILE
     try:
-        path = write_report(arguments.folder, arguments.output)
+        path = write_report(arguments.folder, output)
     except OSError as error:
-        output = None if arguments.output is None else str(arguments.output)
-        action = "write" if output is None or error.filename == output else "read"
+        action = "write" if error.filename == str(output) else "read"
         return fail(prog, _NAME, file_error(error, arguments.folder, action))
     except ValueError as error:
         return fail(prog, _NAME, error, code=2)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-_ROWS: Final = 4096  # rows in float64 at a time, so that a large validation set needs little memory
+_NUMBERS: Final = 2**22  # in float64 at a time, so that many rows or many classes need little memory
 BINS: Final = 15
 
 
@@ -241,5 +241,6 @@ def other_mass(logits: NDArray[Any]) -> float:
 
 
 def _blocks(*arrays: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
-    for start in range(0, len(arrays[0]), _ROWS):
-        yield tuple(array[start : start + _ROWS] for array in arrays)
+    rows = max(1, _NUMBERS // arrays[0].shape[1])
+    for start in range(0, len(arrays[0]), rows):
+        yield tuple(array[start : start + rows] for array in arrays)

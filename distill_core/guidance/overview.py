@@ -196,7 +196,7 @@ def _outcome_row(material: Material, method: str, values: Mapping[int, float], a
     results, numbers, measures = material.results, material.numbers, material.measurements.methods.get(method)
     runs = [run for run in results.runs if run.method == method]
     finished = len(results.finished(method))
-    state = f"{finished} of {max(len(runs), len(results.comparison.get('seeds') or []))}"
+    state = f"{finished} of {max(len(runs), len(results.seeds))}"
     if lost := finished - len(values):
         state += f", {lost} without a number"
     cells = [numbers.spread(list(values.values())) if values else "none", state]

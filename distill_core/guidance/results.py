@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from distill_core.checks import message
 
 FORMAT: Final = 1
+_LARGEST: Final = 1e100
 ALONE: Final = "student alone"
 EQUAL_COMPUTE: Final = "student alone, equal compute"
 _REMEDY: Final = "Pass the folder that a comparison of methods has written."
@@ -199,13 +200,17 @@ def read_results(folder: str | Path) -> Results:
 
 
 def number(value: Any) -> float:
-    """A number of a JSON file or of an array as a float; NaN for anything else.
+    """A number of a JSON file or of an array as a float; NaN for anything else, and for numbers of 1e100 and more.
+
+    A run with such a number has diverged, and sums of such numbers can overflow.
 
     Example:
         >>> number(3), number(None), number(True)
         (3.0, nan, nan)
     """
-    return math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) < _LARGEST:  # type: ignore[operator]
+        return math.nan
+    return float(value)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -16,8 +16,9 @@ from lightning_distill import TeacherAgreement, TeacherDivergence
 
 
 @pytest.fixture
-def models() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def models(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits of a student and a teacher, and labels: more rows than are computed at a time."""
+    monkeypatch.setattr(evaluation, "_NUMBERS", 6 * 1024)
     random = np.random.default_rng(0)
     labels = random.integers(0, 6, 5000)
     student, teacher = (random.normal(size=(5000, 6)) + strength * np.eye(6)[labels] for strength in (1.0, 3.0))

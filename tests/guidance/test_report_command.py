@@ -42,6 +42,13 @@ def test_a_file_that_cannot_be_written_is_named(folder: Path, capsys: Capture, h
 
 
 @pytest.mark.parametrize("half", MAINS)
+def test_a_folder_in_the_place_of_the_file_is_named(folder: Path, capsys: Capture, half: str) -> None:
+    (folder / "report.html").mkdir()
+    assert MAINS[half](["report", "results"]) == 1
+    assert capsys.readouterr().err == f"{half}-distill report: cannot write results/report.html: Is a directory\n"
+
+
+@pytest.mark.parametrize("half", MAINS)
 def test_without_jinja2_the_command_says_how_to_install_it(
     folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, half: str
 ) -> None:

@@ -226,6 +226,29 @@ def test_a_comparison_without_the_student_alone_has_no_baseline(tmp_path: Path) 
     assert "nothing can be compared" in page.words("differences")
 
 
+@pytest.mark.parametrize("value", [1e308, -math.inf, 10**400, "0.9", True, None, [0.9]])
+def test_a_value_that_cannot_be_a_metric_is_left_out(tmp_path: Path, value: Any) -> None:
+    write_comparison(tmp_path, comparison((ALONE, "a"), 2))
+    values = {ALONE: [0.5, 0.6], "a": [0.9, value]}
+    runs = [
+        run(method, seed, 0.5, metrics={"val_acc": each})
+        for method, several in values.items()
+        for seed, each in enumerate(several)
+    ]
+    write_runs(tmp_path, runs)
+    assert ["a", "90.0 %", "2 of 2, 1 without a number"] in report(tmp_path).rows("results")
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [1], {"metrics": [1], "cost": {"parameters": "x", "bytes": -1}}])
+def test_other_parts_of_a_wrong_type_are_not_known(tmp_path: Path, value: Any) -> None:
+    names = ["seeds", "machine", "versions", "settings", "classes", "teacher", "student", "command", "commit", "kind"]
+    write_comparison(tmp_path, comparison((ALONE, "a"), 1) | dict.fromkeys(names, value))
+    write_runs(tmp_path, [run(ALONE, 0, 0.5), run("a", 0, 0.6)])
+    page = report(tmp_path)
+    assert "framework not known" in page.words("measured")
+    assert ["a", "+10.00", "none", "1", "not tested"] in page.rows("differences")
+
+
 def test_warnings_are_counted(tmp_path: Path) -> None:
     write_comparison(tmp_path, comparison((ALONE, "a"), 2))
     write_runs(tmp_path, [run("a", seed, 0.5, warnings=["slow", f"only {seed}"]) for seed in range(2)])
