@@ -166,12 +166,12 @@ def test_no_extra_for_one_framework_pulls_another(built: Built) -> None:
     assert named("jax") == {"keras", "jax"}
     assert [
         name
-        for extra in ("cli", "export", "plots", "language", "launcher")
+        for extra in ("cli", "export", "plots", "language", "report", "launcher")
         for name in named(extra)
         if name in FRAMEWORKS
     ] == []
     (whole,) = [requirement for requirement in built.requirements if requirement.extras > {"keras"}]
-    assert whole.extras == {"lightning", "keras", "cli", "plots", "launcher"}
+    assert whole.extras == {"lightning", "keras", "cli", "plots", "report", "launcher"}
 
 
 def test_every_bound_of_a_package_is_the_same(built: Built) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from distill_core.guidance.blocks import Lines, Marks, Row, Section, Table, Text
 from distill_core.guidance.figures import Axis
 from distill_core.guidance.material import Material
-from distill_core.guidance.results import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.results import ALONE, EQUAL_COMPUTE, number
 from distill_core.guidance.verdict import BETTER, UNCLEAR, UNTESTED, WORSE, Difference
 from distill_core.guidance.wording import UNKNOWN, Numbers, clipped, count, duration, plural, shares, size
 
@@ -49,8 +49,7 @@ def verdict_sentences(material: Material) -> list[str]:
         sentences.append(_difference_in_words(material, compute, "With equal compute"))
     if len(results.distilled) > 1 and beside.seeds > 1:
         sentences.append(
-            f"It is the best of {len(results.distilled)} methods and was chosen by the same numbers, so that the"
-            " difference is likely to be a little too favourable."
+            f"The intervals are wide enough to be right together for all {len(results.distilled)} methods (Bonferroni)."
         )
     return sentences
 
@@ -89,6 +88,8 @@ def figures_of_merit(material: Material) -> list[tuple[str, str]]:
 def differences(material: Material) -> list[Table | Text]:
     """A table of differences for each baseline."""
     numbers, results = material.numbers, material.results
+    methods = len(results.distilled)
+    together = f", right together for all {methods} methods" if methods > 1 else ""
     blocks: list[Table | Text] = []
     for baseline, how in ((ALONE, "equal steps"), (EQUAL_COMPUTE, "equal compute")):
         rows = [item for item in material.verdict.differences if item.baseline == baseline]
@@ -100,7 +101,7 @@ def differences(material: Material) -> list[Table | Text]:
         blocks.append(
             Table(
                 f"{clipped(results.metric)} minus that of the student alone with {how}, same seeds{_in(numbers.unit)};"
-                f" line: 95 % interval; {better}",
+                f" line: 95 % interval{together}; {better}",
                 ("method", "difference", "95 % interval", "seeds", "verdict"),
                 [_difference_row(material, item, axis) for item in rows],
                 chart="differences",
@@ -278,6 +279,7 @@ def method_of_measurement(material: Material) -> Section:
         "seeds": ", ".join(map(str, results.seeds)),
         "commit": comparison.get("commit"),
         "fingerprint of the settings": comparison.get("fingerprint"),
+        "equal compute": _equal_compute(comparison.get("equal_compute")),
         "machine": _joined(comparison.get("machine")),
         "versions": _joined(comparison.get("versions")),
     }
@@ -300,6 +302,13 @@ def method_of_measurement(material: Material) -> Section:
         shown += [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         blocks.append(Lines(title, shown or ["None."]))
     return Section("measured", "How it was measured", "", blocks)
+
+
+def _equal_compute(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return ""
+    ratio = f"{number(entry.get('ratio')):.2f} times the steps"
+    return f"{ratio}, since a step of “{clipped(entry.get('method'))}” takes so much longer"
 
 
 def _joined(mapping: Any) -> str:

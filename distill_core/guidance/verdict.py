@@ -7,16 +7,10 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from distill_core.guidance.results import ALONE, EQUAL_COMPUTE, Results, read_results
+from distill_core.guidance.statistics import paired
 
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; for more than these an expansion is exact to 1e-4.
-_QUANTILES: Final = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314),
-)
-_NORMAL: Final = 1.959964
 BETTER, WORSE, UNCLEAR, UNTESTED = "better", "worse", "no clear difference", "not tested"
 
 
@@ -66,7 +60,8 @@ class Verdict:
 def verdict_of(folder: str | Path) -> Verdict:
     """The verdict on the methods of a comparison.
 
-    Runs of the same seed are compared, and the mean difference has a 95 % interval of Student's t.
+    Runs of the same seed are compared, and the mean difference has a 95 % interval of Student's t. With several methods
+    it is so wide that the intervals of all methods are right together (Bonferroni's correction).
 
     Args:
         folder: The results folder.
@@ -80,7 +75,14 @@ def verdict_of(folder: str | Path) -> Verdict:
     results = read_results(folder)
     text = results.comparison.get("verdict")
     differences = [
-        paired_difference(method, baseline, results.values(method), results.values(baseline), results.higher_is_better)
+        paired_difference(
+            method,
+            baseline,
+            results.values(method),
+            results.values(baseline),
+            results.higher_is_better,
+            max(1, len(results.distilled)),
+        )
         for baseline in (ALONE, EQUAL_COMPUTE)
         if baseline in results.methods
         for method in results.methods
@@ -95,6 +97,7 @@ def paired_difference(
     values: Mapping[int, float],
     baseline_values: Mapping[int, float],
     higher_is_better: bool = True,
+    comparisons: int = 1,
 ) -> Difference:
     """Mean and 95 % interval of the differences between runs of the same seed.
 
@@ -104,6 +107,7 @@ def paired_difference(
         values: The method's values by seed.
         baseline_values: The baseline's values by seed.
         higher_is_better: Whether a greater value is better.
+        comparisons: Number of intervals that shall all be right together with a probability of 95 %.
 
     Returns:
         The difference; its verdict is "better" or "worse" if the interval does not contain 0.
@@ -112,44 +116,14 @@ def paired_difference(
         >>> paired_difference("a", "b", {0: 0.8, 1: 0.9}, {0: 0.7, 1: 0.8}).verdict
         'better'
     """
-    seeds = sorted(values.keys() & baseline_values.keys())
-    if not seeds:
-        return Difference(method, baseline, 0)
-    gains = [values[seed] - baseline_values[seed] for seed in seeds]
-    mean = statistics.fmean(gains)
-    if len(seeds) == 1:
-        return Difference(method, baseline, 1, mean)
-    half = quantile(len(seeds) - 1) * statistics.stdev(gains) / math.sqrt(len(seeds))
-    low, high = mean - half, mean + half
-    clear = BETTER if (mean > 0) == higher_is_better else WORSE
-    return Difference(method, baseline, len(seeds), mean, low, high, UNCLEAR if low <= 0 <= high else clear)
-
-
-def quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution.
-
-    Args:
-        freedom: Degrees of freedom, 1 or more.
-
-    Returns:
-        The quantile, with an error below 0.0001.
-
-    Example:
-        >>> quantile(4)
-        2.7764
-
-    References:
-        Abramowitz and Stegun 1964, equation 26.7.5.
-    """
-    if freedom <= len(_QUANTILES):
-        return _QUANTILES[freedom - 1]
-    z = _NORMAL
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + math.fsum(term / float(freedom) ** power for power, term in enumerate(terms, 1))
+    seeds = len(values.keys() & baseline_values.keys())
+    gain = paired(values, baseline_values, comparisons=comparisons)
+    if gain is None:
+        return Difference(method, baseline, seeds)
+    if gain.margin is None:
+        return Difference(method, baseline, seeds, gain.mean)
+    verdict = (UNCLEAR, BETTER, WORSE)[gain.sign if higher_is_better else -gain.sign]
+    return Difference(method, baseline, seeds, gain.mean, gain.mean - gain.margin, gain.mean + gain.margin, verdict)
 
 
 def _best(results: Results) -> str | None:

@@ -27,9 +27,10 @@ class Numbers:
 
     @classmethod
     def of(cls, results: Results) -> Numbers:
-        """Percent for an accuracy whose values lie from 0 to 1, plain numbers for everything else."""
+        """Percent for shares of which more is better, such as accuracies, and plain numbers for everything else."""
         values = [value for method in results.methods for value in results.values(method).values()]
-        return cls("acc" in results.metric.lower() and all(0 <= value <= 1 for value in values))
+        values += [results.teacher_value()] if math.isfinite(results.teacher_value()) else []
+        return cls(results.higher_is_better and all(0 <= value <= 1 for value in values))
 
     def value(self, value: float) -> str:
         """A value.
@@ -48,10 +49,13 @@ class Numbers:
         Example:
             >>> Numbers(True).difference(-0.021), Numbers(False).difference(0.00123456)
             ('-2.10', '+0.001235')
+            >>> Numbers(True).difference(-1e-9)
+            '+0.00'
         """
         if not math.isfinite(value):
             return ""
-        return f"{100 * value:+.2f}" if self.percent else _plain(value, sign="+")
+        # adding 0.0 turns a rounded -0.0 into 0.0
+        return f"{round(100 * value, 2) + 0.0:+.2f}" if self.percent else _plain(value + 0.0, sign="+")
 
     @property
     def unit(self) -> str:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from lightning_distill import checks
 from lightning_distill.compat import Operators
 from lightning_distill.modes import evaluating
-from lightning_distill.recording import map_tensors
+from lightning_distill.recording import Call, map_tensors
 
 _PRODUCT: Final = re.compile("conv|mm|mv|dot|linear|rnn|lstm|gru|attention|encoder|einsum|outer|cdist")
 _WARM_UP: Final = 3
@@ -33,8 +33,8 @@ def costs(module: nn.Module, example: Any) -> dict[str, int | float | None]:
 
     Args:
         module: The model.
-        example: Its input for one example, with a batch dimension of 1: a tensor, a tuple of positional arguments or a
-            dict of keyword arguments. Tensors are moved to the model's device.
+        example: Its input for one example, with a batch dimension of 1: a tensor, a tuple of positional arguments, a
+            dict of keyword arguments, or a recorded :class:`Call`. Tensors are moved to the model's device.
 
     Returns:
         - ``parameters``: number of parameters, shared ones once.
@@ -58,18 +58,13 @@ def costs(module: nn.Module, example: Any) -> dict[str, int | float | None]:
     if any(is_lazy(parameter) for parameter in module.parameters()):
         remedy = "Run one batch through it first."
         raise ValueError(checks.message("`module` to have parameters of known shapes", "lazy parameters", remedy))
-    _check_example(example)
+    args, kwargs = _arguments(example)
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
-    inputs = map_tensors(example, lambda tensor: tensor.to(device))
+    args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.to(device))
 
     def call() -> None:
-        if isinstance(inputs, Mapping):
-            module(**inputs)
-        elif isinstance(inputs, tuple):
-            module(*inputs)
-        else:
-            module(inputs)
+        module(*args, **kwargs)
 
     with evaluating(module):
         multiply_adds = _multiply_adds(call)
@@ -85,14 +80,21 @@ def costs(module: nn.Module, example: Any) -> dict[str, int | float | None]:
     }
 
 
-def _check_example(example: Any) -> None:
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the example, which is checked."""
+    if isinstance(example, Call):
+        args, kwargs = example.args, example.kwargs
+    elif isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    else:
+        args, kwargs = example if isinstance(example, tuple) else (example,), {}
     tensors: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
         tensors.append(tensor)
         return tensor
 
-    map_tensors(example, note)
+    map_tensors((args, kwargs), note)
     if not tensors:
         expected = "`example` to be a tensor, or a tuple or dict with tensors"
         raise TypeError(checks.message(expected, f"example={type(example).__name__}"))
@@ -100,6 +102,7 @@ def _check_example(example: Any) -> None:
         got = f"a tensor of shape {tuple(tensors[0].shape)}"
         remedy = "Pass a slice of a batch, such as x[:1]."
         raise ValueError(checks.message("`example` to hold one example", got, remedy))
+    return args, kwargs
 
 
 def _multiply_adds(call: Callable[[], None]) -> int | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_distill import Call
 from lightning_distill.guidance.costs import costs
 
 
@@ -73,7 +74,9 @@ def test_inputs_may_have_names() -> None:
         def forward(self, *, tokens: torch.Tensor, scale: float) -> torch.Tensor:
             return tokens @ torch.ones(4, 2) * scale
 
-    assert costs(Named(), {"tokens": torch.ones(1, 4), "scale": 2.0})["multiply_adds"] == 8
+    inputs = {"tokens": torch.ones(1, 4), "scale": 2.0}
+    assert costs(Named(), inputs)["multiply_adds"] == 8
+    assert costs(Named(), Call((), inputs))["multiply_adds"] == 8
 
 
 @pytest.mark.parametrize(

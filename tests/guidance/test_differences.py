@@ -10,21 +10,24 @@ import pytest
 from results_folder import ALONE, EQUAL, comparison, run, write_comparison, write_runs
 from scipy import stats
 
-from distill_core.guidance.verdict import paired_difference, quantile, verdict_of
+from distill_core.guidance.verdict import paired_difference, verdict_of
 
 
-@pytest.mark.parametrize("freedom", [*range(1, 30), 100, 10_000])
-def test_quantiles_equal_those_of_scipy(freedom: int) -> None:
-    assert quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=1e-4)
-
-
-def test_the_interval_equals_that_of_scipy() -> None:
+@pytest.mark.parametrize("comparisons", [1, 3])
+def test_the_interval_equals_that_of_scipy(comparisons: int) -> None:
     random = np.random.default_rng(0)
     values, others = random.normal(0.9, 0.01, 6), random.normal(0.88, 0.01, 6)
-    difference = paired_difference("a", "b", dict(enumerate(values)), dict(enumerate(others)))
-    expected = stats.ttest_rel(values, others).confidence_interval(0.95)
-    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high), rel=1e-4)
+    pairs = dict(enumerate(values.tolist())), dict(enumerate(others.tolist()))
+    difference = paired_difference("a", "b", *pairs, comparisons=comparisons)
+    expected = stats.ttest_rel(values, others).confidence_interval(1 - 0.05 / comparisons)
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high), rel=1e-6)
     assert difference.mean == pytest.approx((values - others).mean())
+
+
+def test_the_intervals_of_several_methods_are_right_together(tmp_path: Path) -> None:
+    values = {ALONE: [0.70, 0.71, 0.72], "a": [0.80, 0.82, 0.81], "b": [0.70, 0.71, 0.72]}
+    difference = verdict_of(folder_of(tmp_path, values)).beside(ALONE)
+    assert difference.high - difference.mean == pytest.approx(stats.t.ppf(1 - 0.025 / 2, 2) * 0.01 / math.sqrt(3))
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,18 @@ def test_one_seed_has_a_difference_without_an_interval(tmp_path: Path) -> None:
     assert ["a", "+10.00", "none", "1", "not tested"] in page.rows("differences")
 
 
+def test_several_methods_have_intervals_that_are_right_together(tmp_path: Path) -> None:
+    page = report(write_values(tmp_path, {ALONE: [0.70, 0.71, 0.72], "a": [0.80, 0.82, 0.81], "b": [0.7, 0.7, 0.7]}))
+    assert "right together for all 2 methods (Bonferroni)" in page.words("verdict")
+    assert "95 % interval, right together for all 2 methods;" in page.words("differences")
+
+
+def test_the_compute_of_the_baseline_is_named(tmp_path: Path) -> None:
+    equal = {"ratio": 2.314, "method": "a", "seed": 0, "steps": 1000}
+    words = report(write_values(tmp_path, {ALONE: [0.7], "a": [0.8]}, equal_compute=equal)).words("measured")
+    assert "2.31 times the steps, since a step of “a” takes so much longer" in words
+
+
 def test_the_verdict_of_the_comparison_is_shown_as_it_stands(tmp_path: Path) -> None:
     values = {ALONE: [0.70], "a": [0.80]}
     words = report(write_values(tmp_path, values, verdict="It helped a little.\nSee below.")).words("verdict")
