@@ -1,5 +1,1 @@
-"""Guidance: did distillation help, and what to try next. No framework is imported."""
-
-from distill_core.guidance.report import write_report
-
-__all__ = ["write_report"]
+"""Guidance: which layers, which weight, and did distillation help. No framework is imported."""

@@ -10,9 +10,9 @@ import pytest
 from report_page import Page
 from results_folder import ALONE, EQUAL, comparison, run, save_predictions, write_comparison, write_folder, write_runs
 
-from distill_core.guidance import write_report
 from distill_core.guidance.figures import png
 from distill_core.guidance.material import facts_of, gather
+from distill_core.guidance.report import write_report
 
 
 def report(folder: Path) -> Page:

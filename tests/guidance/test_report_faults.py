@@ -12,7 +12,7 @@ import pytest
 from report_page import Page
 from results_folder import ALONE, METHODS, comparison, run, write_comparison, write_folder, write_runs
 
-from distill_core.guidance import write_report
+from distill_core.guidance.report import write_report
 from distill_core.guidance.results import read_results
 
 

@@ -10,7 +10,7 @@ import pytest
 from report_page import Page, contrast, mixed, themes
 from results_folder import ALONE, EQUAL, write_folder, write_layers
 
-from distill_core.guidance import write_report
+from distill_core.guidance.report import write_report
 
 SECTIONS = ["differences", "curves", "results", "calibration", "classes", "confusion", "examples", "layers"]
 SECTIONS += ["costs", "next", "measured"]
