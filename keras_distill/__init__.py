@@ -76,6 +76,7 @@ from typing import Any
 
 from distill_core import __version__ as __version__
 from distill_core.as_module import answer, is_run
+from distill_core.guidance.report import write_report
 from distill_core.installed import unusable
 
 if is_run("keras_distill"):  # `python -m keras_distill --help` ends here
@@ -250,6 +251,7 @@ __all__ = [
     "metrics",
     "prepare_compression",
     "schedules",
+    "write_report",
 ]
 
 # These names are imported on first use. Where the launcher's packages are not installed, a star import leaves them out.

@@ -73,6 +73,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_core import __version__ as __version__
 from distill_core.as_module import answer, is_run
+from distill_core.guidance.report import write_report
 from distill_core.installed import unusable
 
 if is_run("lightning_distill"):  # `python -m lightning_distill --help` ends here
@@ -174,6 +175,7 @@ __all__ = [
     "metrics",
     "prepare_compression",
     "schedules",
+    "write_report",
 ]
 __all__ += losses.__all__
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:  # recording, teachers and adapters use this module and know no Trainer
@@ -50,6 +51,23 @@ def applied(function: Any, *inputs: Any) -> Any:
 def without_subclasses() -> Any:
     """A context in which operations on tensors of subclasses do what they do on plain tensors."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context that notes the operators that run within it, such as ``torch.ops.aten.mm``.
+
+    Attributes:
+        seen: Each operator once, without its overload.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the operator and run it."""
+        self.seen.add(func.overloadpacket)
+        return func(*args, **(kwargs or {}))
 
 
 def as_kind(tensor: Tensor, kind: type[Tensor]) -> Any:

@@ -24,10 +24,10 @@ MAINS: dict[str, Main] = {"lightning": distill_core.cli.lightning.main, "keras":
 HEAVY = ("torch", "lightning", "tensorflow", "keras", "numpy", "jax", "pydantic", "yaml", "rich")
 HELP = {
     "lightning": [
-        *([], ["demo"], ["fit"], ["export"], ["validate-config"], ["completion"]),
+        *([], ["demo"], ["fit"], ["export"], ["validate-config"], ["report"], ["completion"]),
         *(["cache"], ["cache", "build"], ["cache", "info"]),
     ],
-    "keras": [[], ["demo"], ["export"], ["validate-config"], ["completion"]],
+    "keras": [[], ["demo"], ["export"], ["validate-config"], ["report"], ["completion"]],
 }
 
 

@@ -35,7 +35,7 @@ def script_of(half: str, shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], {"demo", "validate-config", "export", "completion"}),
+        ([], {"demo", "validate-config", "export", "report", "completion"}),
         (["completion"], {"bash", "zsh", "fish", "tcsh"}),
         (["export"], {"last.ckpt", "script"}),
     ],

@@ -44,6 +44,10 @@ BOTH: dict[str, tuple[list[str], int, str]] = {
     "export: an unknown form": (["export", "bad.yaml", "x.pb"], 2, "Expected OUTPUT to end with one of"),
     "export: onto a folder": (["export", "bad.yaml", "folder{output}"], 2, "but got the folder 'folder{output}'"),
     "export: onto itself": (["export", "same{output}", "same{output}"], 2, "Expected OUTPUT to be another file"),
+    "report: no folder": (["report"], 2, "the following arguments are required: FOLDER"),
+    "report: a missing folder": (["report", "no"], 2, "but got 'no', which is not a folder. Pass the folder that"),
+    "report: a folder of other things": (["report", "folder"], 2, "but got 'folder', without comparison.json."),
+    "report: a wrong file": (["report", "results"], 2, "comparison.json to hold JSON, but got Expecting"),
     "completion: no shell": (["completion"], 2, "the following arguments are required: shell"),
     "completion: an unknown shell": (["completion", "csh"], 2, "invalid choice: 'csh'"),
 }
@@ -57,6 +61,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv(SHOW_TRACEBACK, raising=False)
     (tmp_path / "file").write_text("a file")
     (tmp_path / "bad.yaml").write_text("model: [")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "comparison.json").write_text("model: [")
     (tmp_path / "key.yaml").write_text("modell: {name: x}")
     for name in ("folder", "folder.pt", "folder.keras"):
         (tmp_path / name).mkdir()

@@ -22,7 +22,7 @@ from test_project import BLOCK, ROOT, lower_bounds, read_setup
 import distill_core
 
 FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "keras", "tensorflow", "jax")
-EXTRAS = ("lightning", "keras", "jax", "cli", "export", "plots", "language", "launcher", "all", "dev")
+EXTRAS = ("lightning", "keras", "jax", "cli", "export", "plots", "language", "report", "launcher", "all", "dev")
 HALVES = ("lightning", "keras")
 PACKAGES = ("distill_core", "lightning_distill", "keras_distill")
 # The packages that only extras install; what a framework itself needs is not among them.
@@ -166,12 +166,12 @@ def test_no_extra_for_one_framework_pulls_another(built: Built) -> None:
     assert named("jax") == {"keras", "jax"}
     assert [
         name
-        for extra in ("cli", "export", "plots", "language", "launcher")
+        for extra in ("cli", "export", "plots", "language", "report", "launcher")
         for name in named(extra)
         if name in FRAMEWORKS
     ] == []
     (whole,) = [requirement for requirement in built.requirements if requirement.extras > {"keras"}]
-    assert whole.extras == {"lightning", "keras", "cli", "plots", "launcher"}
+    assert whole.extras == {"lightning", "keras", "cli", "plots", "report", "launcher"}
 
 
 def test_every_bound_of_a_package_is_the_same(built: Built) -> None:

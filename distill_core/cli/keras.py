@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from distill_core.cli import Parser, add_completion, add_demo, add_export, add_validate, new_parser, run
+from distill_core.cli.report import add_report
 
 _PROG: Final = "keras-distill"
 
@@ -73,5 +74,6 @@ def _parser() -> Parser:
         metavar="MODULE",
         help="a module of yours to import first, with the classes that the file names; may be repeated",
     )
+    add_report(commands, _PROG)
     add_completion(commands, _PROG)
     return parser

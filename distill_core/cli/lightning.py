@@ -18,6 +18,7 @@ from distill_core.cli import (
     new_parser,
     run,
 )
+from distill_core.cli.report import add_report
 
 _PROG: Final = "lightning-distill"
 _FIT_EXAMPLE: Final = """\
@@ -122,6 +123,7 @@ def _parser() -> Parser:
     _add_export(commands)
     add_validate(commands, _PROG, "lightning_distill.Distillation", work="lightning_distill.cli:validate_config")
     _add_cache(commands)
+    add_report(commands, _PROG)
     add_completion(commands, _PROG)
     return parser
 

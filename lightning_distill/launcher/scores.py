@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill_core.launcher import scores
 from lightning_distill import checks
 from lightning_distill.launcher.conf import Metric
+from lightning_distill.modes import evaluating
 from lightning_distill.recording import map_tensors, select
 from lightning_distill.recording.batches import call_with, split_batch
 
@@ -22,14 +23,8 @@ class BestStudent(scores.BestStudent):
     checks = checks
 
     def _evaluate(self, model: nn.Module) -> Any:
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return super()._evaluate(model)
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(model), torch.no_grad():
+            return super()._evaluate(model)
 
     def _copy(self, student: nn.Module) -> dict[str, Any]:
         copied: dict[str, Any] = map_tensors(dict(student.state_dict()), lambda tensor: tensor.detach().cpu().clone())

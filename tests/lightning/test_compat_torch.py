@@ -54,6 +54,12 @@ def test_a_tensor_of_another_class_is_plain_where_subclasses_are_put_aside() -> 
     assert not compat.IS_VIEW(number)
 
 
+def test_the_operators_of_a_context_are_noted_once_each() -> None:
+    with compat.Operators() as operators:
+        torch.ones(2, 3) @ torch.ones(3, 2) @ torch.ones(2, 2)
+    assert operators.seen == {torch.ops.aten.ones, torch.ops.aten.mm}
+
+
 def test_the_names_of_a_forwards_parameters_are_found_behind_decorators() -> None:
     class Decorated(nn.Module):
         @functools.wraps(lambda self, x, *, decoder_input_ids=None: x)

@@ -1,0 +1,1 @@
+"""Guidance for Keras models: what a model costs."""

@@ -1,0 +1,1 @@
+"""Guidance for PyTorch modules: what a model costs."""
