@@ -11,6 +11,7 @@ from keras import ops
 from distill_core.requires import Requires
 from keras_distill import backends, checks
 from keras_distill.losses import BinarySoftTargetLoss, DistillationLoss, FunctionLoss
+from keras_distill.recording.calls import entry_of_inputs
 from keras_distill.schedules import Schedule, first_value, serialized
 from keras_distill.states import NumbersState
 from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SequenceDistillation
@@ -273,16 +274,8 @@ class TeacherMix:
         Raises:
             ValueError: If the inputs do not hold it.
         """
-        place = self.route
-        if callable(place):
-            return place(inputs)
-        fits = isinstance(inputs, dict) if isinstance(place, str) else isinstance(inputs, (list, tuple))
-        if not fits or (place not in inputs if isinstance(place, str) else not -len(inputs) <= place < len(inputs)):
-            expected = f"the inputs to hold the route {place!r}"
-            held = f"the keys {sorted(inputs)}" if isinstance(inputs, dict) else f"a {type(inputs).__name__}"
-            remedy = "Pass the inputs as a dict, with the index of each example's teacher under this key."
-            raise ValueError(checks.message(expected, held, remedy))
-        return inputs[place]
+        remedy = "Pass the inputs as a dict, with the index of each example's teacher under this key."
+        return entry_of_inputs(inputs, self.route, "route", remedy)
 
     def _first(self, index: int, weight: Any) -> float:
         schedules: dict[str, Schedule] = {}

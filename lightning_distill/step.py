@@ -368,7 +368,7 @@ class DistillStep:
                 self._prepare(call, batch)
                 answers = self.answers(call)
                 labels = self._labels_or_none(batch)
-                measured = self.terms if losses else []
+                measured = [term for term in self.terms if losses and not term.trains_only]
                 # adapters of a checkpoint are made here too, for validation without training
                 self.learned.build([term for term in measured if self.learned.waits(term)], call, answers)
                 measured = [term for term in measured if not (term.needs_labels and labels is None)]

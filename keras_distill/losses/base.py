@@ -18,7 +18,7 @@ __all__ = ["DistillationLoss", "FunctionLoss"]
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Twelve attributes describe it to a term:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Thirteen attributes describe it to a term:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -35,6 +35,8 @@ class DistillationLoss(keras.losses.Loss):
     - ``keeps_teacher``: it keeps earlier outputs of its teacher. Each of several teachers then has a copy of its own,
       and a route, with which a teacher has only some examples of the batch, is refused.
     - ``needs_boxes``: ``y_true`` is the pair of the teacher's tensor and the weights of the batch's boxes.
+    - ``needs_index``: ``y_true`` is the pair of the teacher's tensor and the row of each example in the training data;
+      evaluation leaves the term out.
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
     - ``gives``: ``"positions"`` if ``call`` returns one value for each position (the shape of the student's tensor
       without its last dimension), ``"examples"`` if it returns one value for each example, ``"batch"`` if it compares
@@ -64,6 +66,7 @@ class DistillationLoss(keras.losses.Loss):
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
     needs_boxes: ClassVar[bool] = False
+    needs_index: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None

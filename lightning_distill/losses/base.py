@@ -18,7 +18,7 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Nine attributes describe it to a term:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Ten attributes describe it to a term:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -34,6 +34,8 @@ class DistillationLoss(nn.Module):
       copy of the loss too.
     - ``needs_boxes``: the weights of the batch's boxes at the positions of a map are the third argument; see
       :func:`lightning_distill.functional.foreground_weights`.
+    - ``needs_index``: the row of each example in the training data is the third argument; its number of rows is the
+      loss's ``size``, which a term sets where it is ``None``. Validation leaves the term out.
     - ``class_scores``: both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
     Every loss of this package also takes ``mask=``, a bool tensor that is True where an example ``(N,)`` or a position
@@ -59,6 +61,7 @@ class DistillationLoss(nn.Module):
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
     needs_boxes: ClassVar[bool] = False
+    needs_index: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
 
     def __init__(self) -> None:
