@@ -147,6 +147,7 @@ from keras_distill.losses import (
     VariationalInformationLoss,
     WeightedSoftLabelLoss,
 )
+from keras_distill.losses.temperature import CurriculumTemperature
 from keras_distill.metrics import TeacherAgreement, TeacherDivergence
 from keras_distill.model import DistillModel
 from keras_distill.mutual import MutualLearning
@@ -179,6 +180,7 @@ __all__ = [
     "CompressionManager",
     "ContrastiveRepresentationLoss",
     "CorrelationCongruenceLoss",
+    "CurriculumTemperature",
     "DISTLoss",
     "DecoupledKDLoss",
     "DistillModel",

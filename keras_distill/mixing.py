@@ -189,6 +189,9 @@ class TeacherMix:
                 expected = "a divergence of probabilities with mix='probabilities'"
                 received = f"{type(loss).__name__} in term {term.name!r}"
                 raise ValueError(checks.message(expected, received, "Use one such as SoftTargetLoss, or mix='logits'."))
+            if getattr(term, "curriculum", None) is not None:
+                expected = f"a number or a schedule as the temperature of term {term.name!r} with mix='probabilities'"
+                raise ValueError(checks.message(expected, "a CurriculumTemperature", "Use mix='losses' or 'logits'."))
         elif self.mix == "logits" and getattr(loss, "from_logits", True) is False:
             expected = "a loss with from_logits=True with mix='logits'"
             raise ValueError(checks.message(expected, f"{kind} on probabilities", "Use mix='probabilities'."))

@@ -89,6 +89,7 @@ from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
 from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
+from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
 from lightning_distill.mutual import MutualLearning
@@ -136,6 +137,7 @@ __all__ = [
     "CompressionManager",
     "CrossHeadDistillation",
     "CrossTokenizerDistillation",
+    "CurriculumTemperature",
     "DistillCallback",
     "DistillModule",
     "Distillation",

@@ -262,7 +262,7 @@ class DistillStep:
                 part, self.counted[term.name], factor = over_calls(term.name, calls, each, self.share)
             else:
                 part = each[0] if len(each) == 1 else torch.stack(each).mean()
-            self.parts[f"{term.name}_loss"] = part.detach()
+            self.parts |= {f"{term.name}_loss": part.detach(), **term.learned_numbers()}
             weighted.append(term.weighted(part))
             shared.append(weighted[-1] if factor is None else factor * weighted[-1])
         for name in calls[0].logged:

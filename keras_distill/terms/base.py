@@ -122,6 +122,10 @@ class DistillationTerm:
         """Taps of the student whose features have a gradient in this term."""
         return self.student_taps
 
+    def learned_numbers(self) -> dict[str, Any]:
+        """Numbers that the term learns and logs, by name."""
+        return {}
+
     def numbers(self) -> dict[str, float]:
         """The settings that can change without a new trace, by name."""
         return {"weight": self.weight}

@@ -10,6 +10,7 @@ import keras
 from distill_core.requires import Requires
 from keras_distill import checks
 from keras_distill.losses import DistillationLoss
+from keras_distill.losses.temperature import CurriculumTemperature
 from keras_distill.recording import Call
 from keras_distill.recording.rows import IndexPlace, found_rows
 from keras_distill.terms.base import DistillationTerm
@@ -31,6 +32,8 @@ class LossTerm(DistillationTerm):
     """
 
     loss: keras.losses.Loss
+    takes_curriculum = False  # whether the temperature of the loss may be learned
+    curriculum: CurriculumTemperature | None = None
 
     def __init__(self, loss: keras.losses.Loss, *, index: IndexPlace | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -46,11 +49,21 @@ class LossTerm(DistillationTerm):
         self._has_temperature = _is_number(getattr(loss, "temperature", None))
         self._variable_settings: list[str] = []
         # any other loss may need its temperature as a Python number: a new temperature then needs a new trace
+        temperature = getattr(loss, "temperature", None)
+        self.curriculum = temperature if isinstance(temperature, CurriculumTemperature) else None
+        if self.curriculum is not None and not self.takes_curriculum:
+            expected = f"the temperature of {type(loss).__name__} to be a number or a schedule in a term on layers"
+            raise ValueError(checks.message(expected, "a CurriculumTemperature", "Use a LogitsDistillation."))
         if isinstance(loss, DistillationLoss):
             self.schedules.update(loss.schedules)
             temperature = ["temperature"] if self._has_temperature else []
             self._variable_settings = list(dict.fromkeys([*temperature, *loss.schedules]))
+        if self.curriculum is not None:
+            self.schedules.update(self.curriculum.schedules)
+            self._variable_settings.append("reversal_weight")
         self.loss = copied(loss) if self._variable_settings else loss
+        if self.curriculum is not None:
+            self.loss.reversal_weight = self.curriculum.reversal_weight
         self._working_loss = self.loss
 
     @property
@@ -87,6 +100,10 @@ class LossTerm(DistillationTerm):
         index = keras.saving.serialize_keras_object(self.index) if callable(self.index) else self.index
         return super().get_config() | ({} if index is None else {"index": index})
 
+    def learned_numbers(self) -> dict[str, Any]:
+        """The learned temperature, to log."""
+        return {} if self.curriculum is None else {f"{self.name}_temperature": self.curriculum.value}
+
     def numbers(self) -> dict[str, float]:
         """The weight, and the settings of the loss that can change without a new trace."""
         return {**super().numbers(), **{name: float(getattr(self.loss, name)) for name in self._variable_settings}}
@@ -122,6 +139,8 @@ class LossTerm(DistillationTerm):
             self._working_loss = copied(self.loss)
             for name in self._variable_settings:
                 setattr(self._working_loss, name, self.state.variables_by_name[name])
+            if self.curriculum is not None:
+                self._working_loss.temperature = self.curriculum  # the owner's own
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, loss={self.loss!r})"

@@ -94,7 +94,11 @@ class DistillationTerm(nn.Module):
     @property
     def logged_names(self) -> list[str]:
         """Names of the values that the term logs."""
-        return [f"{self.name}_loss"]
+        return [f"{self.name}_loss", *self.learned_numbers()]
+
+    def learned_numbers(self) -> dict[str, Tensor]:
+        """Numbers that the term learns and logs, by name."""
+        return {}
 
     @property
     def recorded_taps(self) -> list[Tap]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill_core.requires import Requires
 from lightning_distill.losses import DistillationLoss
+from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.recording import Call
 from lightning_distill.recording.labels import find_mask
 from lightning_distill.recording.tokens import find_entry
@@ -55,7 +56,7 @@ def check_takes_mask(loss: Any) -> None:
 
 
 def check_places(loss: Any, requires: Requires, boxes: Any, index: Any) -> None:
-    """Raise if a term does not say where a batch keeps what its loss needs, or says so for another loss.
+    """Raise if a term on layers does not say where a batch keeps what its loss needs, or says so for another loss.
 
     Args:
         loss: The loss.
@@ -67,6 +68,11 @@ def check_places(loss: Any, requires: Requires, boxes: Any, index: Any) -> None:
         ValueError: If so.
     """
     name = type(loss).__name__
+    if isinstance(getattr(loss, "temperature", None), CurriculumTemperature):
+        raise ValueError(
+            f"Expected the temperature of {name} to be a number or a schedule in a term on layers, but got a"
+            " CurriculumTemperature. Use the loss in a LogitsDistillation."
+        )
     if requires.needs_boxes and boxes is None:
         raise ValueError(
             f"Expected `boxes` to say where a batch keeps its boxes, which {name} needs, but got boxes=None. Pass a"

@@ -170,6 +170,11 @@ class TeacherMix:
                 " mix='losses' and numbers as weights, or only LogitsDistillation."
             )
         merges = term.requires.merges_classes and not getattr(term.loss, "standardize", False)
+        if self.mix == "probabilities" and term.curriculum is not None:
+            raise ValueError(
+                f"Expected a number or a schedule as the temperature with mix='probabilities', but term {term.name!r}"
+                " learns it. Use mix='losses' or mix='logits'."
+            )
         if self.mix == "probabilities" and not merges:
             raise ValueError(
                 f"Expected a divergence of probabilities with mix='probabilities', but term {term.name!r} has"
