@@ -1,4 +1,4 @@
-"""Torchvision and timm for the tests; torchvision's operators in plain PyTorch where its wheel has none, on CPU builds."""
+"""Torchvision and timm for the tests, with plain operators where torchvision's wheel has no compiled ones."""
 
 from __future__ import annotations
 
