@@ -39,14 +39,14 @@ help: ## this list
 
 # PyTorch first and alone, so that a CPU build is taken where pip is set up to offer one; the rest then keeps it. The
 # wheel of torchvision has no compiled operators for that build, and Lightning cannot be imported beside it: it lies in a
-# folder of its own, which the tests of its detectors put on their path.
+# folder of its own, which the tests of its detectors put on their path; so does timm, which needs it.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps --target $(VENV)/vision torchvision
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps --target $(VENV)/vision torchvision timm
 	$(BIN)/python -m pip check
 	touch $@
 

@@ -23,6 +23,7 @@ class Requires:
         reads_teacher: The loss takes numbers from layers of the teacher, before it is built.
         keeps_teacher: The loss keeps earlier outputs of its teacher: each of several teachers needs a copy of its own.
         needs_boxes: The foreground weights of the batch's boxes are the third argument.
+        needs_index: The row of each example in the data set is the third argument.
         class_scores: Both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
     Example:
@@ -42,6 +43,7 @@ class Requires:
     reads_teacher: bool = False
     keeps_teacher: bool = False
     needs_boxes: bool = False
+    needs_index: bool = False
     class_scores: bool = False
 
     @classmethod

@@ -170,6 +170,7 @@ class LossParts(compat.MetricsList):
     Args:
         parts: Names of the parts.
         teacher_metrics: Metrics of the two models' logits.
+        learned: Names of learned numbers, which have no better direction.
 
     Attributes:
         teacher_metrics: These metrics.
@@ -183,11 +184,14 @@ class LossParts(compat.MetricsList):
         {'task_loss': 2.0}
     """
 
-    def __init__(self, parts: Iterable[str], teacher_metrics: Sequence[TeacherMetric] = ()) -> None:
+    def __init__(
+        self, parts: Iterable[str], teacher_metrics: Sequence[TeacherMetric] = (), learned: Iterable[str] = ()
+    ) -> None:
         means = [keras.metrics.Mean(name=f"{part}_loss") for part in parts]
         for mean in means:
             compat.set_direction(mean, "down")
-        super().__init__([*means, *teacher_metrics], name="loss_parts")
+        numbers = [keras.metrics.Mean(name=name) for name in learned]
+        super().__init__([*means, *teacher_metrics, *numbers], name="loss_parts")
         self.teacher_metrics = list(teacher_metrics)
         self.measured: set[str] = set()
         self.now: set[str] | None = None

@@ -11,6 +11,7 @@ from keras import ops
 from distill_core.requires import Requires
 from keras_distill import backends, checks
 from keras_distill.losses import BinarySoftTargetLoss, DistillationLoss, FunctionLoss
+from keras_distill.recording.calls import entry_of_inputs
 from keras_distill.schedules import Schedule, first_value, serialized
 from keras_distill.states import NumbersState
 from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation, SequenceDistillation
@@ -188,6 +189,9 @@ class TeacherMix:
                 expected = "a divergence of probabilities with mix='probabilities'"
                 received = f"{type(loss).__name__} in term {term.name!r}"
                 raise ValueError(checks.message(expected, received, "Use one such as SoftTargetLoss, or mix='logits'."))
+            if getattr(term, "curriculum", None) is not None:
+                expected = f"a number or a schedule as the temperature of term {term.name!r} with mix='probabilities'"
+                raise ValueError(checks.message(expected, "a CurriculumTemperature", "Use mix='losses' or 'logits'."))
         elif self.mix == "logits" and getattr(loss, "from_logits", True) is False:
             expected = "a loss with from_logits=True with mix='logits'"
             raise ValueError(checks.message(expected, f"{kind} on probabilities", "Use mix='probabilities'."))
@@ -273,16 +277,8 @@ class TeacherMix:
         Raises:
             ValueError: If the inputs do not hold it.
         """
-        place = self.route
-        if callable(place):
-            return place(inputs)
-        fits = isinstance(inputs, dict) if isinstance(place, str) else isinstance(inputs, (list, tuple))
-        if not fits or (place not in inputs if isinstance(place, str) else not -len(inputs) <= place < len(inputs)):
-            expected = f"the inputs to hold the route {place!r}"
-            held = f"the keys {sorted(inputs)}" if isinstance(inputs, dict) else f"a {type(inputs).__name__}"
-            remedy = "Pass the inputs as a dict, with the index of each example's teacher under this key."
-            raise ValueError(checks.message(expected, held, remedy))
-        return inputs[place]
+        remedy = "Pass the inputs as a dict, with the index of each example's teacher under this key."
+        return entry_of_inputs(inputs, self.route, "route", remedy)
 
     def _first(self, index: int, weight: Any) -> float:
         schedules: dict[str, Schedule] = {}

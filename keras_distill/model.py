@@ -153,7 +153,8 @@ class DistillModel(ModelInFiles):
         )  # fmt: skip
         names = ("task", "distillation", *(term.name for term in self.terms))
         self.must_compare = bool(teacher_metrics)
-        self.loss_parts = LossParts(names, chosen_metrics(teacher_metrics, self.terms, names))
+        learned = [name for term in self.terms for name in term.learned_numbers()]
+        self.loss_parts = LossParts(names, chosen_metrics(teacher_metrics, self.terms, names), learned)
         self.built = self.step.built  # a file builds only a model that is not built yet
 
     @property
@@ -346,6 +347,9 @@ class DistillModel(ModelInFiles):
         rows = ops.shape(keras.tree.flatten(y_pred)[0])[0]
         for name, value in parts.items():
             self.loss_parts.add(f"{name}_loss", compat.unscale_loss_for_distribution(value), rows)
+        for term in self.terms if training else []:
+            for name, value in term.learned_numbers().items():
+                self.loss_parts.add(name, value, rows)
         return total
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:

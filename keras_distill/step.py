@@ -349,7 +349,7 @@ class DistillStep:
         A graph that a user traces keeps its set of terms forever: it computes all of them, also those of weight 0.
         """
         if not training:
-            return self.terms
+            return [term for term in self.terms if not term.trains_only]
         names = self.working_names
         if names is None:
             if not backends.executes_eagerly():

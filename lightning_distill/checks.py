@@ -65,6 +65,28 @@ def inner_dim(name: str, value: Any, ndim: int | None = None) -> None:
         raise ValueError(message(f"`{name}` to be a dimension of a tensor of {ndim} dimensions", f"{name}={value!r}"))
 
 
+def temperature(value: Any) -> None:
+    """Check that a temperature is a number greater than 0, or a scalar tensor, which may be learned and is not read.
+
+    Args:
+        value: The temperature.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If the number is not greater than 0.
+
+    Example:
+        >>> import torch
+        >>> temperature(torch.ones(2))
+        Traceback (most recent call last):
+        TypeError: Expected `temperature` to be a number or a scalar tensor, but got shape (2,).
+    """
+    if not isinstance(value, Tensor):
+        positive("temperature", value)
+    elif value.ndim or not value.is_floating_point():
+        raise TypeError(message("`temperature` to be a number or a scalar tensor", f"shape {tuple(value.shape)}"))
+
+
 def floating(name: str, value: Any) -> None:
     """Check that a value is a tensor of real floating point numbers.
 

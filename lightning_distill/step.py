@@ -262,7 +262,7 @@ class DistillStep:
                 part, self.counted[term.name], factor = over_calls(term.name, calls, each, self.share)
             else:
                 part = each[0] if len(each) == 1 else torch.stack(each).mean()
-            self.parts[f"{term.name}_loss"] = part.detach()
+            self.parts |= {f"{term.name}_loss": part.detach(), **term.learned_numbers()}
             weighted.append(term.weighted(part))
             shared.append(weighted[-1] if factor is None else factor * weighted[-1])
         for name in calls[0].logged:
@@ -368,7 +368,7 @@ class DistillStep:
                 self._prepare(call, batch)
                 answers = self.answers(call)
                 labels = self._labels_or_none(batch)
-                measured = self.terms if losses else []
+                measured = [term for term in self.terms if losses and not term.trains_only]
                 # adapters of a checkpoint are made here too, for validation without training
                 self.learned.build([term for term in measured if self.learned.waits(term)], call, answers)
                 measured = [term for term in measured if not (term.needs_labels and labels is None)]

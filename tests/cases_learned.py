@@ -137,7 +137,37 @@ def _softmax_regression(name: str, student: tuple[int, ...], teacher: tuple[int,
     )
 
 
+def _contrastive(name: str, student: tuple[int, ...], teacher: tuple[int, ...], **settings: float) -> LossCase:
+    narrow, wide = (shape[channel_axis(np.empty(shape))] for shape in (student, teacher))
+    settings = {"size": 6, "width": 4, "temperature": 0.5, "normalizer": 3.0, **settings}
+    return LossCase(
+        name,
+        losses.ContrastiveRepresentationLoss,
+        oracle.contrastive_representation,
+        student,
+        teacher,
+        settings=settings,
+        zero_at_identity=False,
+        over="examples",
+        parameters={
+            **_drawn(
+                {
+                    "student_embedding.weight": (4, narrow),
+                    "student_embedding.bias": (4,),
+                    "teacher_embedding.weight": (4, wide),
+                    "teacher_embedding.bias": (4,),
+                    "student_memory": (6, 4),
+                    "teacher_memory": (6, 4),
+                },
+                1.0,
+            )
+        },
+    )
+
+
 LEARNED_CASES = [
+    _contrastive("contrastive_representation", (4, 5), (4, 3)),
+    _contrastive("contrastive_representation_maps", (2, 3, 2, 3), (2, 4, 2, 3), temperature=0.2, normalizer=1.0),
     _softmax_regression("softmax_regression", (5, 3, 2, 3), (5, 4, 2, 3)),
     _softmax_regression("softmax_regression_vectors", (5, 3), (5, 4), feature_weight=0.5, regression_weight=2.0),
     _factors("factor_transfer", (2, 3, 2, 3), (2, 4, 2, 3)),

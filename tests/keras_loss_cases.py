@@ -84,6 +84,8 @@ def variable_of(loss: Any, name: str) -> keras.Variable:
     if "." not in name:
         return getattr(loss.layer, name)
     first, *index, kind = name.split(".")
+    if first.endswith("embedding"):
+        return getattr(getattr(loss.layer, first), KINDS[kind])
     if first.endswith("context"):
         part = getattr(getattr(loss.layer, first), *index)
         return getattr(part, {"weight": "gamma", "bias": "beta"}[kind] if index == ["norm"] else KINDS[kind])
@@ -115,6 +117,9 @@ def called(loss: Any, student: Any, teacher: Any, labels: Any = None) -> Any:
         return loss(layers_of(teacher), layers_of(student))
     if getattr(loss, "needs_boxes", False):
         return loss((teacher, ops.where(ops.convert_to_tensor(teacher)[..., 0] > 0, 0.25, 0.0)), student)
+    if getattr(loss, "needs_index", False):
+        rows = ops.argmax(ops.convert_to_tensor(teacher), axis=-1)  # the same as in PyTorch's generic tests
+        return loss((teacher, rows if len(teacher.shape) == 2 else ops.zeros_like(rows[:, 0, 0])), student)
     if not loss.needs_labels:
         return loss(teacher, student)
     labels = class_indices(as_array(teacher)) if labels is None else labels

@@ -87,6 +87,14 @@ class SeveralLayers(nn.Module):
         return self.loss(layers_of(student), layers_of(teacher), mask=mask)
 
 
+def index_of(teacher: Tensor) -> Tensor:
+    """Rows of the data set that follow an example wherever a test moves it: the place of its largest number.
+
+    The tests change the positions of maps: their examples are all one row.
+    """
+    return teacher.argmax(dim=1) if teacher.ndim == 2 else teacher.new_zeros(len(teacher), dtype=torch.int64)
+
+
 class Learned(nn.Module):
     """A loss with its parameters fixed, in the precision and on the device of what it is called with."""
 
@@ -101,13 +109,14 @@ class Learned(nn.Module):
         loss.build(*(torch.Size(shape) for shape in shapes))
         loss.double().load_state_dict({name: torch.as_tensor(array) for name, array in parameters.items()})
         self.loss = loss.eval()  # a queue stays as it is
+        self._third = ((foreground_of, loss.needs_boxes), (index_of, loss.needs_index))
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         first = next(iter(self.loss.state_dict().values()))
         dtype = torch.promote_types(student.dtype, torch.float32)
         if (first.dtype, first.device) != (dtype, student.device):
             self.loss.to(student.device, dtype)
-        third = (foreground_of(teacher.detach()),) if self.loss.needs_boxes else ()
+        third = [of(teacher.detach()) for of, needed in self._third if needed]
         return self.loss(student, teacher, *third, mask=mask)
 
 
@@ -162,6 +171,8 @@ class LossCase:
         if self.loss.needs_labels:
             labels = labels_of(torch.tensor(teacher), settings.get("class_dim"))
             settings["labels"] = labels.numpy()
+        if self.loss.needs_index:
+            settings["index"] = index_of(torch.tensor(teacher)).numpy()
         if self.parameters is not None:
             settings["parameters"] = self.parameters
         if self.classifier is not None:

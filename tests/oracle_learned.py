@@ -21,6 +21,11 @@ def matrix_times(matrix: Array, vector: Array) -> Array:
     return np.array([sum(float(a * b) for a, b in zip(row, vector, strict=True)) for row in rows])
 
 
+def length_one(vector: Array) -> list[float]:
+    length = math.sqrt(sum(float(value) ** 2 for value in vector))
+    return [float(value) / length for value in vector]
+
+
 def variational_information(
     student: Array, teacher: Array, *, parameters: Parameters, initial_variance: float = 5.0
 ) -> float:
@@ -260,10 +265,6 @@ def queue_similarity(
     """SEED, equations 4 and 5: - sum_j p_t(j) log p_s(j), the softmaxes over the dot products of vectors of length 1
     with the queue and the teacher's own embedding; mean over the examples."""
 
-    def length_one(vector: Array) -> list[float]:
-        length = math.sqrt(sum(float(value) ** 2 for value in vector))
-        return [float(value) / length for value in vector]
-
     def softmax(embedding: list[float], entries: list[list[float]], temperature: float) -> list[float]:
         scores = [sum(a * b for a, b in zip(embedding, entry, strict=True)) / temperature for entry in entries]
         exponentials = [math.exp(score - max(scores)) for score in scores]
@@ -277,4 +278,44 @@ def queue_similarity(
         p_student = softmax(length_one(s), entries, student_temperature)
         p_teacher = softmax(length_one(t), entries, teacher_temperature)
         total -= sum(p * math.log(q) for p, q in zip(p_teacher, p_student, strict=True))
+    return total / len(student)
+
+
+def contrastive_representation(
+    student: Array,
+    teacher: Array,
+    *,
+    parameters: Parameters,
+    index: Array,
+    size: int,
+    width: int,
+    temperature: float,
+    normalizer: float | tuple[float, float],
+    negatives: Sequence[Sequence[int]] | None = None,
+    eps: float = 0.0,
+) -> float:
+    """CRD, equations 18 and 19: - log h(own) - sum_k log(1 - h(other k)), the teacher's memory for the student and the
+    student's for the teacher; h = p / (p + K/M + eps), p = exp(u v / T) / Z. Without ``negatives`` all other rows."""
+    sides = {}
+    for who, feature in (("student", student), ("teacher", teacher)):
+        weight, bias = parameters[f"{who}_embedding.weight"], parameters[f"{who}_embedding.bias"]
+        axis = channel_axis(feature)
+        vectors = np.moveaxis(np.asarray(feature, dtype=np.float64), axis, 1).reshape(len(feature), len(weight[0]), -1)
+        sides[who] = [length_one(weight @ vector.mean(axis=1) + bias) for vector in vectors]
+        assert len(weight) == width
+    memories = {who: parameters[f"{who}_memory"] for who in sides}
+    assert len(memories["student"]) == size
+    total = 0.0
+    constants = normalizer if isinstance(normalizer, tuple) else (normalizer, normalizer)
+    for anchor, remembered, z in (("student", "teacher", constants[0]), ("teacher", "student", constants[1])):
+        for place, (embedding, own) in enumerate(zip(sides[anchor], index, strict=True)):
+            others = [row for row in range(size) if row != own] if negatives is None else negatives[place]
+            noise = len(others) / size
+
+            p = [
+                math.exp(sum(a * b for a, b in zip(embedding, entry, strict=True)) / temperature) / z
+                for entry in memories[remembered][[own, *others]]
+            ]
+            total -= math.log(p[0] / (p[0] + noise + eps))
+            total -= sum(math.log(noise / (other + noise + eps)) for other in p[1:])
     return total / len(student)

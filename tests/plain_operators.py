@@ -1,10 +1,12 @@
-"""The compiled operators of torchvision in plain PyTorch, where its wheel has none: beside a CPU build of torch."""
+"""Torchvision and timm for the tests, with plain operators where torchvision's wheel has no compiled ones."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,31 @@ _KEPT: list[Any] = []  # a library that is collected takes its operators with it
 
 def has_torchvision() -> bool:
     """Import torchvision, from the folder where ``make install`` puts it, and give it the operators that it lacks."""
-    sys.path.append(str(Path(sys.prefix) / "vision"))
-    try:
+    with _its_folder():
         if importlib.util.find_spec("torchvision") is None:
             return False
         _import()
+    return True
+
+
+def has_timm() -> bool:
+    """Import timm, which needs torchvision, from the same folder."""
+    if not has_torchvision():
+        return False
+    with _its_folder():
+        if importlib.util.find_spec("timm") is None:
+            return False
+        importlib.import_module("timm")
+    return True
+
+
+@contextmanager
+def _its_folder() -> Iterator[None]:
+    sys.path.append(str(Path(sys.prefix) / "vision"))
+    try:
+        yield
     finally:
         sys.path.pop()
-    return True
 
 
 def _import() -> None:

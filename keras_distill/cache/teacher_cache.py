@@ -22,6 +22,7 @@ from keras_distill.cache.positions import TokenPlaces, padded
 from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
 from keras_distill.functional.top_k import Sampled, TopK
 from keras_distill.recording import Tap, looks_like
+from keras_distill.recording.rows import ROWS
 
 _UNKNOWN = -2  # the cardinality of a tf.data.Dataset of unknown length
 
@@ -341,8 +342,8 @@ class TeacherCache:
 
         Returns:
             The output, which is a :class:`keras_distill.functional.top_k.TopK` if the cache holds only the likeliest
-            classes; or ``{"output": ..., "features": {layer: ...}}`` if it holds features too. Sequences are padded
-            with NaN.
+            classes; or ``{"output": ..., "features": {layer: ...}}`` if it holds features too, with the rows of the
+            data beside them. Sequences are padded with NaN.
 
         Raises:
             CacheError: If a file is missing or altered, or the numbers of tokens differ.
@@ -368,6 +369,8 @@ class TeacherCache:
             layer, where = place.split("|", 1)
             value = self._channels_last(name, np.asarray(arrays[name], "float32"))
             features[layer + (":input" if where == "input" else "")] = value
+        if features:  # each view of an item has a row of its own in the cache
+            features[ROWS] = np.asarray(rows, "int64") % self.manifest.length
         return {"output": output, "features": features} if features else output
 
     def _channels_last(self, name: str, value: Any) -> Any:

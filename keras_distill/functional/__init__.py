@@ -6,6 +6,7 @@ from keras_distill.functional import (
     activations,
     attention,
     classifiers,
+    contrast,
     dense,
     detection,
     divergences,
@@ -27,6 +28,7 @@ from keras_distill.functional import (
 from keras_distill.functional.activations import *
 from keras_distill.functional.attention import *
 from keras_distill.functional.classifiers import *
+from keras_distill.functional.contrast import *
 from keras_distill.functional.dense import *
 from keras_distill.functional.detection import *
 from keras_distill.functional.divergences import *
@@ -49,6 +51,7 @@ __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += classifiers.__all__
+__all__ += contrast.__all__
 __all__ += dense.__all__
 __all__ += detection.__all__
 __all__ += divergences.__all__

@@ -7,6 +7,7 @@ from keras_distill.losses import (
     attention,
     base,
     classifiers,
+    contrast,
     dense,
     detection,
     divergences,
@@ -28,6 +29,7 @@ from keras_distill.losses.activations import *
 from keras_distill.losses.attention import *
 from keras_distill.losses.base import *
 from keras_distill.losses.classifiers import *
+from keras_distill.losses.contrast import *
 from keras_distill.losses.dense import *
 from keras_distill.losses.detection import *
 from keras_distill.losses.divergences import *
@@ -50,6 +52,7 @@ __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += base.__all__
 __all__ += classifiers.__all__
+__all__ += contrast.__all__
 __all__ += dense.__all__
 __all__ += detection.__all__
 __all__ += divergences.__all__

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import keras
 
 from keras_distill import backends, checks
 from keras_distill.functional.inputs import ignored, prepare_labels
+from keras_distill.losses.temperature import CurriculumTemperature
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 
 __all__ = ["DistillationLoss", "FunctionLoss"]
@@ -18,7 +19,7 @@ __all__ = ["DistillationLoss", "FunctionLoss"]
 class DistillationLoss(keras.losses.Loss):
     """Base of every loss: a ``keras.losses.Loss`` called with the teacher's tensor, then the student's.
 
-    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Twelve attributes describe it to a term:
+    A subclass stores checked settings and defines ``call(y_true, y_pred)``. Fourteen attributes describe it to a term:
 
     - ``needs_labels``: ``y_true`` is the pair of the teacher's tensor and the batch's labels.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -35,6 +36,9 @@ class DistillationLoss(keras.losses.Loss):
     - ``keeps_teacher``: it keeps earlier outputs of its teacher. Each of several teachers then has a copy of its own,
       and a route, with which a teacher has only some examples of the batch, is refused.
     - ``needs_boxes``: ``y_true`` is the pair of the teacher's tensor and the weights of the batch's boxes.
+    - ``needs_index``: ``y_true`` is the pair of the teacher's tensor and the row of each example in the training data;
+      evaluation leaves the term out.
+    - ``learns_temperature``: its temperature may be a CurriculumTemperature.
     - ``class_scores``: both tensors are class scores (logits), so that agreement with the teacher is meaningful.
     - ``gives``: ``"positions"`` if ``call`` returns one value for each position (the shape of the student's tensor
       without its last dimension), ``"examples"`` if it returns one value for each example, ``"batch"`` if it compares
@@ -64,7 +68,9 @@ class DistillationLoss(keras.losses.Loss):
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
     needs_boxes: ClassVar[bool] = False
+    needs_index: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
+    learns_temperature: ClassVar[bool] = False
     gives: ClassVar[str] = "positions"
     layer: keras.layers.Layer | None = None
     training: bool | None = None  # whether a step trains; a term sets it on its own copy of a learned loss
@@ -111,7 +117,7 @@ class DistillationLoss(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
-        numbers = {name: serialized(self.schedules.get(name), getattr(self, name)) for name in self._numbers}
+        numbers = {name: self._serialized(name) for name in self._numbers}
         fixed = {name: getattr(self, name) for name in self._fixed}
         lists = {name: list(value) for name, value in fixed.items() if isinstance(value, tuple)}
         return {**super().get_config(), "dtype": self.dtype, **numbers, **fixed, **lists}
@@ -122,19 +128,45 @@ class DistillationLoss(keras.losses.Loss):
         return cls(**deserialized(config))
 
     def __repr__(self) -> str:
-        numbers = [f"{name}={backends.as_float(getattr(self, name))}" for name in self._numbers]
+        values = {name: getattr(self, name) for name in self._numbers}
+        numbers = [
+            f"{name}={value if isinstance(value, CurriculumTemperature) else backends.as_float(value)}"
+            for name, value in values.items()
+        ]
         fixed = [f"{name}={getattr(self, name)!r}" for name in self._fixed]
         return f"{type(self).__name__}({', '.join([*numbers, *fixed])})"
 
     def _setting(
-        self, name: str, value: float | Schedule, check: Callable[[str, Any], None] = checks.positive
+        self,
+        name: str,
+        value: float | Schedule | CurriculumTemperature,
+        check: Callable[[str, Any], None] = checks.positive,
     ) -> float:
         """Check a setting that may be a schedule, and return its first number.
 
         A term replaces the setting by a variable, which the schedule sets.
         """
         self._numbers.append(name)
-        return float(first_value(name, value, check, self.schedules))
+        if not isinstance(value, CurriculumTemperature):
+            return float(first_value(name, value, check, self.schedules))
+        if name != "temperature" or not self.learns_temperature:
+            expected = f"`{name}` of {type(self).__name__} to be a number or a schedule, which it does not learn"
+            remedy = "Use a loss such as SoftTargetLoss or DecoupledKDLoss."
+            raise TypeError(checks.message(expected, "a CurriculumTemperature", remedy))
+        # two losses must not learn one number
+        return cast(float, CurriculumTemperature.from_config(value.get_config()))
+
+    def _number(self, name: str) -> Any:
+        """The number of a setting; a scalar tensor for a temperature that is learned."""
+        value = getattr(self, name)
+        # a term stores the weight of the reversal, which a schedule sets, in its copy of the loss
+        return value(getattr(self, "reversal_weight", None)) if isinstance(value, CurriculumTemperature) else value
+
+    def _serialized(self, name: str) -> Any:
+        value = getattr(self, name)
+        if isinstance(value, CurriculumTemperature):
+            return keras.saving.serialize_keras_object(value)
+        return serialized(self.schedules.get(name), value)
 
     def _fix(self, **settings: Any) -> None:
         """Store settings that were checked before, and show them in configs and repr."""
@@ -159,7 +191,7 @@ class FormulaLoss(DistillationLoss):
         return self._values(y_pred, y_true)
 
     def _values(self, *tensors: Any, **settings: Any) -> Any:
-        own = {name: getattr(self, name) for name in [*self._numbers, *self._fixed]}
+        own = {name: self._number(name) for name in [*self._numbers, *self._fixed]}
         return type(self)._formula(*tensors, **own, **settings)
 
 

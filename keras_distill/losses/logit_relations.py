@@ -16,6 +16,7 @@ from keras_distill.functional.logit_relations import (
     multi_level_logits,
 )
 from keras_distill.losses.base import LogitsLoss
+from keras_distill.losses.temperature import CurriculumTemperature
 from keras_distill.schedules import Schedule
 
 __all__ = ["DISTLoss", "MultiLevelLogitLoss"]
@@ -35,7 +36,8 @@ class DISTLoss(LogitsLoss):
     still counts as a class, with probability 0.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater; a
             number or a schedule.
         intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater; a
@@ -64,11 +66,12 @@ class DISTLoss(LogitsLoss):
     """
 
     class_scores: ClassVar[bool] = True
+    learns_temperature: ClassVar[bool] = True
     gives: ClassVar[str] = "batch"
 
     def __init__(
         self,
-        temperature: float | Schedule = 1.0,
+        temperature: float | Schedule | CurriculumTemperature = 1.0,
         *,
         inter_weight: float | Schedule = 1.0,
         intra_weight: float | Schedule = 1.0,
@@ -84,7 +87,7 @@ class DISTLoss(LogitsLoss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Loss of the batch, a scalar."""
-        settings: dict[str, Any] = {"temperature": self.temperature, "from_logits": self.from_logits}
+        settings: dict[str, Any] = {"temperature": self._number("temperature"), "from_logits": self.from_logits}
         inter = ops.mean(inter_class_relation(y_pred, y_true, **settings))
         intra = intra_class_relation(y_pred, y_true, **settings)
         weights = [

@@ -9,6 +9,7 @@ import keras
 from keras_distill import checks
 from keras_distill.functional.logits import hard_target, logit_mse, soft_cross_entropy, soft_target_kl
 from keras_distill.losses.base import LogitsLoss
+from keras_distill.losses.temperature import CurriculumTemperature
 from keras_distill.schedules import Schedule
 
 __all__ = ["HardTargetLoss", "LogitMSELoss", "SoftCrossEntropyLoss", "SoftTargetLoss"]
@@ -25,7 +26,8 @@ class SoftTargetLoss(LogitsLoss):
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         standardize: Whether each row of logits is z-scored first.
         from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
@@ -53,11 +55,12 @@ class SoftTargetLoss(LogitsLoss):
     merges_classes: ClassVar[bool] = True
     linear_in_teacher: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(soft_target_kl)
 
     def __init__(
         self,
-        temperature: float | Schedule = 4.0,
+        temperature: float | Schedule | CurriculumTemperature = 4.0,
         *,
         standardize: bool = False,
         from_logits: bool = True,
@@ -83,7 +86,8 @@ class SoftCrossEntropyLoss(LogitsLoss):
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
         name: Name of the loss.
@@ -107,11 +111,12 @@ class SoftCrossEntropyLoss(LogitsLoss):
     merges_classes: ClassVar[bool] = True
     linear_in_teacher: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(soft_cross_entropy)
 
     def __init__(
         self,
-        temperature: float | Schedule = 1.0,
+        temperature: float | Schedule | CurriculumTemperature = 1.0,
         *,
         from_logits: bool = True,
         reduction: str | None = "sum_over_batch_size",

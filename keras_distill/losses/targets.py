@@ -16,6 +16,7 @@ from keras_distill.functional.targets import (
     weighted_soft_labels,
 )
 from keras_distill.losses.base import LabelledLoss, LogitsLoss
+from keras_distill.losses.temperature import CurriculumTemperature
 from keras_distill.schedules import Schedule
 
 __all__ = ["BinarySoftTargetLoss", "DecoupledKDLoss", "MinifinetuningLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"]
@@ -34,7 +35,8 @@ class DecoupledKDLoss(LabelledLoss):
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         target_weight: Weight of the divergence between target and the rest, 0 or greater; a number or a schedule.
         nontarget_weight: Weight of the divergence among the other classes, 0 or greater; a number or a schedule.
         ignore_index: A label that marks rows that do not count, beside negative ones.
@@ -60,11 +62,12 @@ class DecoupledKDLoss(LabelledLoss):
         non-target weights of 2 to 8 for CIFAR-100 (temperature 4) and 0.5 to 2 for ImageNet (temperature 1).
     """
 
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(decoupled_kd)
 
     def __init__(
         self,
-        temperature: float | Schedule = 4.0,
+        temperature: float | Schedule | CurriculumTemperature = 4.0,
         *,
         target_weight: float | Schedule = 1.0,
         nontarget_weight: float | Schedule = 8.0,
@@ -95,7 +98,8 @@ class NormalizedKDLoss(LabelledLoss):
     The factor :math:`T^2` is on the non-target part alone; the target part has no temperature.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
         ignore_index: A label that marks rows that do not count, beside negative ones.
         from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
@@ -120,11 +124,12 @@ class NormalizedKDLoss(LabelledLoss):
         default and 3.5 at temperature 3 for CIFAR-100.
     """
 
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(normalized_kd)
 
     def __init__(
         self,
-        temperature: float | Schedule = 1.0,
+        temperature: float | Schedule | CurriculumTemperature = 1.0,
         *,
         nontarget_weight: float | Schedule = 1.5,
         ignore_index: int = IGNORE_INDEX,
@@ -153,7 +158,8 @@ class WeightedSoftLabelLoss(LabelledLoss):
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         ignore_index: A label that marks rows that do not count, beside negative ones.
         from_logits: Whether the models return logits; if False they return probabilities, and z is their logarithm.
         reduction: How the values are averaged, as for every Keras loss.
@@ -177,11 +183,12 @@ class WeightedSoftLabelLoss(LabelledLoss):
         (temperature 2) and by 2.25 on CIFAR-100 (temperature 4).
     """
 
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(weighted_soft_labels)
 
     def __init__(
         self,
-        temperature: float | Schedule = 2.0,
+        temperature: float | Schedule | CurriculumTemperature = 2.0,
         *,
         ignore_index: int = IGNORE_INDEX,
         from_logits: bool = True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +109,30 @@ class Call:
             masks=masks,
             image=self.image,
         )
+
+
+def entry_of_inputs(inputs: Any, place: str | int | Callable[[Any], Any], name: str, remedy: str) -> Any:
+    """A part of a batch's inputs that is not for the models.
+
+    Args:
+        inputs: The batch's inputs.
+        place: A key or an index of the inputs, or a function of them.
+        name: Name of the part, for messages.
+        remedy: How to pass it.
+
+    Returns:
+        The tensor, unchecked.
+
+    Raises:
+        ValueError: If the inputs do not hold it.
+    """
+    if callable(place):
+        return place(inputs)
+    fits = isinstance(inputs, dict) if isinstance(place, str) else isinstance(inputs, (list, tuple))
+    if not fits or (place not in inputs if isinstance(place, str) else not -len(inputs) <= place < len(inputs)):
+        held = f"the keys {sorted(inputs)}" if isinstance(inputs, dict) else f"a {type(inputs).__name__}"
+        raise ValueError(checks.message(f"the inputs to hold the {name} {place!r}", held, remedy))
+    return inputs[place]
 
 
 def image_size(inputs: Any) -> tuple[int, int] | None:

@@ -39,6 +39,7 @@ class DistillationTerm:
         teacher_taps: Layers of the teacher that the term reads.
         needs_labels: Whether :meth:`compute` needs the batch's labels.
         needs_teacher: Whether :meth:`compute` reads the teacher.
+        trains_only: Whether evaluation leaves the term out, because it knows the training data alone.
         schedules: The schedules of the weight and of the loss's settings, by name; ``fit`` follows them.
         built: Whether :meth:`build_from_calls` has run; always False for a term that is not a model's copy.
         state: The numbers and weights of a model's copy; None for a term that is not one.
@@ -61,6 +62,7 @@ class DistillationTerm:
     teacher_taps: Sequence[Tap] = ()
     needs_labels: bool = False
     needs_teacher: bool = True
+    trains_only: bool = False
     built: bool = False
     state: TermState | None = None
     _first_weights: dict[str, Any] | None = None
@@ -119,6 +121,10 @@ class DistillationTerm:
     def trained_taps(self) -> Sequence[Tap]:
         """Taps of the student whose features have a gradient in this term."""
         return self.student_taps
+
+    def learned_numbers(self) -> dict[str, Any]:
+        """Numbers that the term learns and logs, by name."""
+        return {}
 
     def numbers(self) -> dict[str, float]:
         """The settings that can change without a new trace, by name."""

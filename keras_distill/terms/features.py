@@ -50,7 +50,7 @@ class FeatureDistillation(LossTerm):
             factory called with the shapes of both features, channels last.
         use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files; ``None`` takes the student layer's name, ``"blocks_1"`` for ``"blocks.1"``.
-        **kwargs: Further settings of :class:`DistillationTerm`.
+        **kwargs: ``index`` of :class:`LossTerm`, and further settings of :class:`DistillationTerm`.
 
     Raises:
         ValueError: If a setting is not one of those above, the two sides have different numbers of layers, or ``loss``
@@ -269,7 +269,7 @@ class FeatureDistillation(LossTerm):
             if isinstance(loss, DistillationLoss) and self._learned:
                 loss = copied(loss)
                 loss.training = student.training
-            values.append(weigh(loss, feature, target, masks=masks, **settings))
+            values.append(weigh(loss, feature, self.with_rows(target, student, teacher), masks=masks, **settings))
         return sum(values) / len(pairs)
 
     def get_config(self) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class LogitsDistillation(LossTerm):
         Hinton, Vinyals, Dean (2015). Distilling the Knowledge in a Neural Network. arXiv:1503.02531.
     """
 
+    takes_curriculum = True
+
     def __init__(
         self,
         loss: str | LossLike | None = None,
@@ -251,6 +253,10 @@ class LogitsDistillation(LossTerm):
         Raises:
             ValueError: If it is not.
         """
+        if self.curriculum is not None:
+            expected = f"a cache of full outputs for term {self.name!r}, whose temperature is learned"
+            remedy = "Build it without top_k and sampled, or pass a number as the temperature."
+            raise ValueError(checks.message(expected, "a part of the classes", remedy))
         merges = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
         temperature = getattr(self.loss, "temperature", 1.0)
         if isinstance(teacher, Sampled) and not (merges and self.requires.linear_in_teacher and temperature == 1.0):

@@ -10,7 +10,9 @@ import keras
 from distill_core.requires import Requires
 from keras_distill import checks
 from keras_distill.losses import DistillationLoss
+from keras_distill.losses.temperature import CurriculumTemperature
 from keras_distill.recording import Call
+from keras_distill.recording.rows import IndexPlace, found_rows
 from keras_distill.terms.base import DistillationTerm
 
 
@@ -19,6 +21,8 @@ class LossTerm(DistillationTerm):
 
     Args:
         loss: The loss.
+        index: Where a batch's inputs keep the row of each example in the data set, for a loss that needs it: a key, an
+            index, or a function of the inputs; None takes it from the features of a cache.
         **kwargs: Settings of :class:`DistillationTerm`.
 
     Attributes:
@@ -28,22 +32,38 @@ class LossTerm(DistillationTerm):
     """
 
     loss: keras.losses.Loss
+    takes_curriculum = False  # whether the temperature of the loss may be learned
+    curriculum: CurriculumTemperature | None = None
 
-    def __init__(self, loss: keras.losses.Loss, **kwargs: Any) -> None:
+    def __init__(self, loss: keras.losses.Loss, *, index: IndexPlace | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.requires = Requires.of(loss)
         if self.requires.needs_boxes:
             remedy = "Call it in a loop of your own: loss((teacher_map, foreground_weights), student_map)."
             raise ValueError(checks.message("`loss` to need no boxes in a term", f"a {type(loss).__name__}", remedy))
+        if index is not None and not self.requires.needs_index:
+            expected = f"`index` to be None for {type(loss).__name__}, which needs no rows of the examples"
+            raise ValueError(checks.message(expected, f"index={index!r}", "Leave it out."))
+        self.index, self.trains_only = index, self.requires.needs_index
         self.needs_labels = self.requires.needs_labels
         self._has_temperature = _is_number(getattr(loss, "temperature", None))
         self._variable_settings: list[str] = []
         # any other loss may need its temperature as a Python number: a new temperature then needs a new trace
+        temperature = getattr(loss, "temperature", None)
+        self.curriculum = temperature if isinstance(temperature, CurriculumTemperature) else None
+        if self.curriculum is not None and not self.takes_curriculum:
+            expected = f"the temperature of {type(loss).__name__} to be a number or a schedule in a term on layers"
+            raise ValueError(checks.message(expected, "a CurriculumTemperature", "Use a LogitsDistillation."))
         if isinstance(loss, DistillationLoss):
             self.schedules.update(loss.schedules)
             temperature = ["temperature"] if self._has_temperature else []
             self._variable_settings = list(dict.fromkeys([*temperature, *loss.schedules]))
+        if self.curriculum is not None:
+            self.schedules.update(self.curriculum.schedules)
+            self._variable_settings.append("reversal_weight")
         self.loss = copied(loss) if self._variable_settings else loss
+        if self.curriculum is not None:
+            self.loss.reversal_weight = self.curriculum.reversal_weight
         self._working_loss = self.loss
 
     @property
@@ -56,6 +76,33 @@ class LossTerm(DistillationTerm):
     def temperature(self, value: float) -> None:
         self._check_temperature()
         self.set_setting("temperature", value)
+
+    def with_rows(self, target: Any, student: Call, teacher: Call) -> Any:
+        """The teacher's tensor, in a pair with the rows of the examples for a loss that needs them.
+
+        Args:
+            target: The tensor.
+            student: The student's call, with the batch's inputs.
+            teacher: The teacher's call, in which a cache keeps the rows.
+
+        Returns:
+            The tensor or the pair.
+
+        Raises:
+            ValueError: If the rows are not known, or not one integer for each example from 0 to the loss's ``size``.
+        """
+        if not self.requires.needs_index:
+            return target
+        return target, found_rows(self.index, student, teacher, self.loss.size, tuple(target.shape)[:1])
+
+    def get_config(self) -> dict[str, Any]:
+        """Settings of the constructor, ready for JSON."""
+        index = keras.saving.serialize_keras_object(self.index) if callable(self.index) else self.index
+        return super().get_config() | ({} if index is None else {"index": index})
+
+    def learned_numbers(self) -> dict[str, Any]:
+        """The learned temperature, to log."""
+        return {} if self.curriculum is None else {f"{self.name}_temperature": self.curriculum.value}
 
     def numbers(self) -> dict[str, float]:
         """The weight, and the settings of the loss that can change without a new trace."""
@@ -92,6 +139,8 @@ class LossTerm(DistillationTerm):
             self._working_loss = copied(self.loss)
             for name in self._variable_settings:
                 setattr(self._working_loss, name, self.state.variables_by_name[name])
+            if self.curriculum is not None:
+                self._working_loss.temperature = self.curriculum  # the owner's own
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, loss={self.loss!r})"

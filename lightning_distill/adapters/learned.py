@@ -177,7 +177,7 @@ class LearnedParts:
         Raises:
             ValueError: If a term reads layers whose shapes are unknown before the first batch.
         """
-        if any(term.student_taps for term in self.terms if term.name in self._unmade):
+        if any(term.student_taps or trained_by(term) for term in self.terms if term.name in self._unmade):
             raise ValueError(
                 "Expected `total` to be called before `parameters`, since adapters take their shapes from the first"
                 " batch, but it was not. Call it first, or use distiller.follow(optimizer), which needs no batch."

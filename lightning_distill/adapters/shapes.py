@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.outputs import entries_of
+from lightning_distill.recording.rows import DataRows
 
 Shape = tuple[list[int], str]
 Shapes = dict[str, Any]  # "student" and "teachers": the shapes at the term's taps and of the outputs
@@ -106,7 +107,8 @@ def _side(call: Call, taps: Sequence[Tap]) -> dict[str, Any]:
         [(level.output if tap.spreads else None, _shape(call.feature(level))) for level in call.levels(tap)]
         for tap in taps
     ]
-    return {"taps": read, "output": _shapes_in(call.output), "image": call.image_size}
+    size = None if call.data_rows is None else call.data_rows.size
+    return {"taps": read, "output": _shapes_in(call.output), "image": call.image_size, "size": size}
 
 
 def _shapes_in(value: Any) -> Any:
@@ -143,4 +145,6 @@ def _shaped(side: dict[str, Any], taps: Sequence[Tap], device: torch.device, who
             level: _zeros(shape, device) for level, (_, shape) in zip(call.spread[tap], levels, strict=True)
         }
     call.image = side["image"]
+    if side["size"] is not None:
+        call.data_rows = DataRows(torch.zeros(0, dtype=torch.int64), side["size"])
     return call

@@ -13,6 +13,7 @@ from lightning_distill.cache.loaders import OpenCache, read_answers
 from lightning_distill.cache.positions import padded
 from lightning_distill.functional.top_k import Sampled, TopK
 from lightning_distill.recording import Call, Tap, first_tensor
+from lightning_distill.recording.rows import DataRows
 from lightning_distill.teachers.without_network import WithoutNetwork
 
 
@@ -117,7 +118,10 @@ class CachedTeacher(WithoutNetwork):
             for place, name in self.layers.items()
         }
         output = None if output is None else output.float()
-        return [Call.from_outputs(output, features, read_logits=call.read_logits, top_k=top_k, held=held)]
+        length = self.cache.manifest.length
+        rows = DataRows(answers["rows"] % length, length)  # each view of a sample has a row of its own in the cache
+        attributes: dict[str, Any] = {"read_logits": call.read_logits, "top_k": top_k, "held": held, "data_rows": rows}
+        return [Call.from_outputs(output, features, **attributes)]
 
 
 def _aligned(name: str, answers: dict[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from lightning_distill.functional import (
     activations,
     attention,
     classifiers,
+    contrast,
     dense,
     detection,
     divergences,
@@ -28,6 +29,7 @@ from lightning_distill.functional import (
 from lightning_distill.functional.activations import *
 from lightning_distill.functional.attention import *
 from lightning_distill.functional.classifiers import *
+from lightning_distill.functional.contrast import *
 from lightning_distill.functional.dense import *
 from lightning_distill.functional.detection import *
 from lightning_distill.functional.divergences import *
@@ -51,6 +53,7 @@ __all__: list[str] = []
 __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += classifiers.__all__
+__all__ += contrast.__all__
 __all__ += dense.__all__
 __all__ += detection.__all__
 __all__ += divergences.__all__

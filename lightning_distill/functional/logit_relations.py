@@ -289,7 +289,7 @@ def multi_level_logits(
 def _probabilities(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, class_dim: int | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    checks.positive("temperature", temperature)
+    checks.temperature(temperature)
     student, teacher, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
     student, teacher = (
         F.softmax(softened(logits.movedim(dim, -1), temperature, counts), dim=-1) for logits in (student, teacher)

@@ -62,7 +62,7 @@ def soft_target_kl(
         divides by C and adds nothing; and a row that is constant up to rounding is centred but not divided, because
         dividing by 1e-7 would give gradients that overflow half precision.
     """
-    checks.positive("temperature", temperature)
+    checks.temperature(temperature)
     student, teacher, dim, counts = check_logits(student_logits, teacher_logits, class_dim, mask=mask)
     if standardize:
         student, teacher = (_standardized(logits, dim, counts) for logits in prepare(student, teacher))
@@ -110,7 +110,7 @@ def soft_cross_entropy(
     References:
         Hinton, Vinyals and Dean 2015, section 2, arXiv:1503.02531.
     """
-    checks.positive("temperature", temperature)
+    checks.temperature(temperature)
     student, teacher, dim, counts = check_logits(student_logits, teacher_logits, class_dim, mask=mask)
     settings = Divergence("cross_entropy", temperature=temperature)
     return divergence(student, teacher, settings, dim, counts, reduction) * temperature**2

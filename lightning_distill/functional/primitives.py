@@ -136,20 +136,24 @@ def bounded(scores: Tensor) -> Tensor:
     return scores.clamp(min=LEAST_SCORE)
 
 
-def softened(logits: Tensor, temperature: float, counts: Tensor | None = None, dim: int = -1) -> Tensor:
+def softened(logits: Tensor, temperature: float | Tensor, counts: Tensor | None = None, dim: int = -1) -> Tensor:
     """Logits divided by a temperature, all of them finite; rows that do not count become zeros.
 
     Args:
         logits: Any shape; minus infinity becomes the least finite score.
-        temperature: Greater than 0.
+        temperature: Greater than 0; a scalar tensor gets a gradient.
         counts: True where a row counts, the shape without ``dim``; None where all count.
         dim: Dimension of the classes.
 
     Returns:
         Same shape. The gradient passes as if no value had been replaced; the caller drops the values of such rows.
     """
-    scores = logits / temperature
     hidden = None if counts is None else ~counts.unsqueeze(dim)
+    if isinstance(temperature, Tensor):  # whose gradient reads the logits: all of them must be finite
+        logits = bounded(logits)
+        logits = logits if hidden is None else logits.masked_fill(hidden, 0.0)
+        return logits / temperature.to(logits.dtype)
+    scores = logits / temperature
     if torch.compiler.is_compiling():
         scores = bounded(scores)
         return scores if hidden is None else scores.masked_fill(hidden, 0.0)

@@ -81,7 +81,7 @@ def decoupled_kd(
     """
     checks.non_negative("target_weight", target_weight)
     checks.non_negative("nontarget_weight", nontarget_weight)
-    checks.positive("temperature", temperature)
+    checks.temperature(temperature)
     student, teacher, target, counts, factor = prepare_labelled(
         student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
     )
@@ -156,7 +156,7 @@ def normalized_kd(
         task loss and not part of this one. The target part has no temperature.
     """
     checks.non_negative("nontarget_weight", nontarget_weight)
-    checks.positive("temperature", temperature)
+    checks.temperature(temperature)
     student, teacher, target, counts, factor = prepare_labelled(
         student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
     )
@@ -221,7 +221,7 @@ def weighted_soft_labels(
         Zhou et al. 2021, equations 13 and 14, arXiv:2102.00650; 1e-7 is added to the teacher's loss. The authors weight
         the term by 2.5 on ImageNet (temperature 2) and by 2.25 on CIFAR-100 (temperature 4).
     """
-    checks.positive("temperature", temperature)
+    checks.temperature(temperature)
     student, teacher, target, counts, factor = prepare_labelled(
         student_logits, teacher_logits, labels, class_dim, ignore_index=ignore_index, mask=mask
     )

@@ -7,6 +7,7 @@ from lightning_distill.losses import (
     attention,
     base,
     classifiers,
+    contrast,
     dense,
     detection,
     divergences,
@@ -28,6 +29,7 @@ from lightning_distill.losses.activations import *
 from lightning_distill.losses.attention import *
 from lightning_distill.losses.base import *
 from lightning_distill.losses.classifiers import *
+from lightning_distill.losses.contrast import *
 from lightning_distill.losses.dense import *
 from lightning_distill.losses.detection import *
 from lightning_distill.losses.divergences import *
@@ -50,6 +52,7 @@ __all__ += activations.__all__
 __all__ += attention.__all__
 __all__ += base.__all__
 __all__ += classifiers.__all__
+__all__ += contrast.__all__
 __all__ += dense.__all__
 __all__ += detection.__all__
 __all__ += divergences.__all__

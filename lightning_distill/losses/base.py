@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill import checks
+from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.schedules import Progress, Schedule, first_value
 
 __all__ = ["DistillationLoss"]
@@ -18,7 +20,7 @@ class DistillationLoss(nn.Module):
     """Base of every loss: a module called with the student's tensor, then the teacher's, that returns a scalar.
 
     A subclass stores checked settings and defines ``forward(student, teacher)``, or
-    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Nine attributes describe it to a term:
+    ``forward(student, teacher, labels)`` with ``needs_labels = True``. Eleven attributes describe it to a term:
 
     - ``needs_labels``: the batch's labels are the third argument.
     - ``channels_must_match``: the two features need the same number of channels, if necessary through an adapter.
@@ -34,6 +36,9 @@ class DistillationLoss(nn.Module):
       copy of the loss too.
     - ``needs_boxes``: the weights of the batch's boxes at the positions of a map are the third argument; see
       :func:`lightning_distill.functional.foreground_weights`.
+    - ``needs_index``: the row of each example in the training data is the third argument; its number of rows is the
+      loss's ``size``, which a term sets where it is ``None``. Validation leaves the term out.
+    - ``learns_temperature``: it has a gradient for its temperature, which may be a CurriculumTemperature.
     - ``class_scores``: both arguments are class scores (logits), so that agreement with the teacher is meaningful.
 
     Every loss of this package also takes ``mask=``, a bool tensor that is True where an example ``(N,)`` or a position
@@ -59,7 +64,9 @@ class DistillationLoss(nn.Module):
     merges_classes: ClassVar[bool] = False
     linear_in_teacher: ClassVar[bool] = False
     needs_boxes: ClassVar[bool] = False
+    needs_index: ClassVar[bool] = False
     class_scores: ClassVar[bool] = False
+    learns_temperature: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,11 +109,27 @@ class DistillationLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
 
     def _setting(
-        self, name: str, value: float | Schedule, check: Callable[[str, Any], None] = checks.positive
+        self,
+        name: str,
+        value: float | Schedule | CurriculumTemperature,
+        check: Callable[[str, Any], None] = checks.positive,
     ) -> float:
         """The first number of a setting that may be a schedule, after a check of its numbers."""
         self._shown.append(name)
-        return float(first_value(name, value, check, self.schedules))
+        if not isinstance(value, CurriculumTemperature):
+            return float(first_value(name, value, check, self.schedules))
+        if name != "temperature" or not self.learns_temperature:
+            raise TypeError(
+                f"Expected `{name}` of {type(self).__name__} to be a number or a schedule, since the loss has no"
+                " gradient for it, but got a CurriculumTemperature. Use a loss such as SoftTargetLoss or"
+                " DecoupledKDLoss."
+            )
+        return cast(float, copy.deepcopy(value))  # two losses must not learn one number
+
+    def _number(self, name: str) -> Any:
+        """The number of a setting; a scalar tensor for a temperature that is learned."""
+        value = getattr(self, name)
+        return value() if isinstance(value, CurriculumTemperature) else value
 
     def _fix(self, **settings: Any) -> None:
         """Store settings, checked already, that repr shows."""
@@ -136,7 +159,7 @@ class FormulaLoss(DistillationLoss):
         return self._value(*tensors, mask=mask, reduction="none")
 
     def _value(self, *tensors: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
-        settings = {name: getattr(self, name) for name in self._shown}
+        settings = {name: self._number(name) for name in self._shown}
         if not self._of_batch:
             settings["reduction"] = reduction
         return type(self)._formula(*tensors, mask=mask, **settings)

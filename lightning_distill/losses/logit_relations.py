@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.logit_relations import inter_and_intra_class_relation, multi_level_logits
 from lightning_distill.losses.base import LogitsLoss
+from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.schedules import Schedule
 
 __all__ = ["DISTLoss", "MultiLevelLogitLoss"]
@@ -30,7 +31,8 @@ class DISTLoss(LogitsLoss):
     still counts as a class, with probability 0.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         inter_weight: Weight :math:`\beta` of the relations between the classes of an example, 0 or greater; a
             number or a schedule.
         intra_weight: Weight :math:`\gamma` of the relations between the examples of a class, 0 or greater; a
@@ -58,10 +60,11 @@ class DISTLoss(LogitsLoss):
     """
 
     class_scores: ClassVar[bool] = True
+    learns_temperature: ClassVar[bool] = True
 
     def __init__(
         self,
-        temperature: float | Schedule = 1.0,
+        temperature: float | Schedule | CurriculumTemperature = 1.0,
         *,
         inter_weight: float | Schedule = 1.0,
         intra_weight: float | Schedule = 1.0,
@@ -75,7 +78,7 @@ class DISTLoss(LogitsLoss):
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar."""
         inter, intra = inter_and_intra_class_relation(
-            student, teacher, temperature=self.temperature, class_dim=self.class_dim, mask=mask
+            student, teacher, temperature=self._number("temperature"), class_dim=self.class_dim, mask=mask
         )
         return self.inter_weight * inter + self.intra_weight * intra
 

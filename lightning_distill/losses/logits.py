@@ -7,6 +7,7 @@ from typing import ClassVar
 from lightning_distill import checks
 from lightning_distill.functional.logits import hard_target, logit_mse, soft_cross_entropy, soft_target_kl
 from lightning_distill.losses.base import LogitsLoss
+from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.schedules import Schedule
 
 __all__ = ["HardTargetLoss", "LogitMSELoss", "SoftCrossEntropyLoss", "SoftTargetLoss"]
@@ -22,7 +23,8 @@ class SoftTargetLoss(LogitsLoss):
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         standardize: Whether each row of logits is z-scored first.
         class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
@@ -48,10 +50,15 @@ class SoftTargetLoss(LogitsLoss):
     merges_classes: ClassVar[bool] = True
     linear_in_teacher: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(soft_target_kl)
 
     def __init__(
-        self, temperature: float | Schedule = 4.0, *, standardize: bool = False, class_dim: int | None = None
+        self,
+        temperature: float | Schedule | CurriculumTemperature = 4.0,
+        *,
+        standardize: bool = False,
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(class_dim)
         checks.boolean("standardize", standardize)
@@ -70,7 +77,8 @@ class SoftCrossEntropyLoss(LogitsLoss):
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last.
 
     Returns:
@@ -92,9 +100,12 @@ class SoftCrossEntropyLoss(LogitsLoss):
     merges_classes: ClassVar[bool] = True
     linear_in_teacher: ClassVar[bool] = True
     class_scores: ClassVar[bool] = True
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(soft_cross_entropy)
 
-    def __init__(self, temperature: float | Schedule = 1.0, *, class_dim: int | None = None) -> None:
+    def __init__(
+        self, temperature: float | Schedule | CurriculumTemperature = 1.0, *, class_dim: int | None = None
+    ) -> None:
         super().__init__(class_dim)
         self.temperature = self._setting("temperature", temperature)
 

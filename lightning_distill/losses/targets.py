@@ -14,6 +14,7 @@ from lightning_distill.functional.targets import (
     weighted_soft_labels,
 )
 from lightning_distill.losses.base import LabelledLoss, LogitsLoss
+from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.schedules import Schedule
 
 __all__ = ["BinarySoftTargetLoss", "DecoupledKDLoss", "MinifinetuningLoss", "NormalizedKDLoss", "WeightedSoftLabelLoss"]
@@ -31,7 +32,8 @@ class DecoupledKDLoss(LabelledLoss):
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         target_weight: Weight of the divergence between target and the rest, 0 or greater; a number or a schedule.
         nontarget_weight: Weight of the divergence among the other classes, 0 or greater; a number or a schedule.
         ignore_index: A label that marks rows that do not count, beside negative ones.
@@ -57,11 +59,12 @@ class DecoupledKDLoss(LabelledLoss):
         non-target weights of 2 to 8 for CIFAR-100 (temperature 4) and 0.5 to 2 for ImageNet (temperature 1).
     """
 
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(decoupled_kd)
 
     def __init__(
         self,
-        temperature: float | Schedule = 4.0,
+        temperature: float | Schedule | CurriculumTemperature = 4.0,
         *,
         target_weight: float | Schedule = 1.0,
         nontarget_weight: float | Schedule = 8.0,
@@ -86,7 +89,8 @@ class NormalizedKDLoss(LabelledLoss):
     The factor :math:`T^2` is on the non-target part alone; the target part has no temperature.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         nontarget_weight: Weight of the cross entropy among the other classes, 0 or greater; a number or a schedule.
         ignore_index: A label that marks rows that do not count, beside negative ones.
         class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last; with
@@ -111,11 +115,12 @@ class NormalizedKDLoss(LabelledLoss):
         default and 3.5 at temperature 3 for CIFAR-100.
     """
 
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(normalized_kd)
 
     def __init__(
         self,
-        temperature: float | Schedule = 1.0,
+        temperature: float | Schedule | CurriculumTemperature = 1.0,
         *,
         nontarget_weight: float | Schedule = 1.5,
         ignore_index: int = IGNORE_INDEX,
@@ -138,7 +143,8 @@ class WeightedSoftLabelLoss(LabelledLoss):
     The factor :math:`T^2` keeps the gradient's size when the temperature changes.
 
     Args:
-        temperature: Softening of both distributions, greater than 0; a number or a schedule.
+        temperature: Softening of both distributions, greater than 0; a number, a schedule or a
+            CurriculumTemperature.
         ignore_index: A label that marks rows that do not count, beside negative ones.
         class_dim: Dimension of the classes; None means 1 for logits of four or more dimensions, else the last; with
             three, the labels' shape decides.
@@ -161,10 +167,15 @@ class WeightedSoftLabelLoss(LabelledLoss):
         (temperature 2) and by 2.25 on CIFAR-100 (temperature 4).
     """
 
+    learns_temperature: ClassVar[bool] = True
     _formula = staticmethod(weighted_soft_labels)
 
     def __init__(
-        self, temperature: float | Schedule = 2.0, *, ignore_index: int = IGNORE_INDEX, class_dim: int | None = None
+        self,
+        temperature: float | Schedule | CurriculumTemperature = 2.0,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        class_dim: int | None = None,
     ) -> None:
         super().__init__(class_dim, ignore_index)
         self.temperature = self._setting("temperature", temperature)

@@ -141,6 +141,7 @@ class Call:
         output: Its output.
         who: ``"student"`` or ``"teacher"``, for messages.
         teacher: Which of several teachers answered, from 0.
+        data_rows: Where a cached teacher answered: the rows of the examples in its data set.
         rows: Examples of the student's call that the teacher answered for, int64 indices; ``None`` is all of them.
         trains: Whether gradients must flow back into the call, so that reading a tensor without them is an error.
         read_logits: Picks the logits from the output.
@@ -165,6 +166,7 @@ class Call:
     who: str = "student"
     teacher: int = 0
     rows: Tensor | None = field(default=None, repr=False)
+    data_rows: Any = field(default=None, repr=False)
     trains: bool = False
     read_logits: Callable[[Any], Tensor] | None = None
     batch: Any = field(default=None, repr=False)

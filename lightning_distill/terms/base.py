@@ -44,6 +44,7 @@ class DistillationTerm(nn.Module):
             such as the proposals of a detector.
         needs_labels: Whether :meth:`forward` is called with the batch's labels.
         needs_teacher: Whether the term reads the teacher at all, and not the student alone.
+        trains_only: Whether validation leaves the term out, because it knows the training data alone.
         counts_tokens: Whether the term is a mean over the tokens of an optimizer step. Then :meth:`forward` returns the
             mean over the tokens of its call and stores their number in ``student.counted[self.name]``, and
             :meth:`counted` counts them ahead.
@@ -74,6 +75,7 @@ class DistillationTerm(nn.Module):
     needs_labels: bool = False
     needs_teacher: bool = True
     compares_class_scores: bool = False
+    trains_only: bool = False
     counts_tokens: bool = False
     skips_heads: bool = False
     needs_network: bool = False
@@ -92,7 +94,11 @@ class DistillationTerm(nn.Module):
     @property
     def logged_names(self) -> list[str]:
         """Names of the values that the term logs."""
-        return [f"{self.name}_loss"]
+        return [f"{self.name}_loss", *self.learned_numbers()]
+
+    def learned_numbers(self) -> dict[str, Tensor]:
+        """Numbers that the term learns and logs, by name."""
+        return {}
 
     @property
     def recorded_taps(self) -> list[Tap]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from lightning_distill.functional.detection import foreground_weights
 from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.boxes import BoxPlace, check_pixels, find_boxes
+from lightning_distill.recording.rows import DataRows, IndexPlace, check_index, find_index
 from lightning_distill.schedules import Schedule
 from lightning_distill.terms.base import DistillationTerm, LossCallable, TeacherLayers
 from lightning_distill.terms.losses import (
     Mask,
     check_held,
+    check_places,
     check_takes_mask,
     checked_loss,
     counted_positions,
@@ -65,6 +68,8 @@ class FeatureDistillation(DistillationTerm):
             function of the batch that returns a list of tensors ``(M, 4)`` or of dicts with ``"boxes"``. For a network
             that resizes its images itself, a tap on the layer that does: ``Tap("transform")`` for the detectors of
             torchvision. A loss that needs boxes gets their weights; for any other the positions in boxes count alone.
+        index: Where a batch keeps the row of each example in the data set, for a loss that needs it: a key, an index,
+            or a function of the batch; ``None`` takes it from a cached teacher.
 
     Attributes:
         adapters: The adapters, by teacher and then by layer; empty before the first step.
@@ -85,6 +90,7 @@ class FeatureDistillation(DistillationTerm):
 
     shares_adapter = False  # whether all pairs of layers have one adapter
     _layers: TeacherLayers | None = None
+    index: IndexPlace | None = None
     reads_maps = True  # whether features of four dimensions are maps (N, C, H, W)
 
     def __init__(
@@ -99,6 +105,7 @@ class FeatureDistillation(DistillationTerm):
         mask: Mask | None = None,
         ignore_index: int | None = None,
         boxes: BoxPlace | None = None,
+        index: IndexPlace | None = None,
     ) -> None:
         student_taps, teacher_taps = _taps(student_layer), _taps(teacher_layer)
         super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in student_taps) or "features")
@@ -120,20 +127,11 @@ class FeatureDistillation(DistillationTerm):
                 f"Expected `loss` not to be built yet, but got {type(self.loss).__name__} with parameters. Pass a new"
                 " one: the term builds a copy for each pair of layers."
             )
-        if self.requires.needs_boxes and boxes is None:
-            raise ValueError(
-                f"Expected `boxes` to say where a batch keeps its boxes, which {type(self.loss).__name__} needs, but"
-                " got boxes=None. Pass a key, an index, a function of the batch, or a tap on the layer that resizes"
-                " images."
-            )
-        if boxes is not None and self.requires.several_layers:
-            raise ValueError(
-                f"Expected `boxes` to be None for {type(self.loss).__name__}, which compares several layers at once,"
-                f" but got boxes={boxes!r}. Use a loss on single layers."
-            )
+        check_places(self.loss, self.requires, boxes, index)
         if mask is not None or ignore_index is not None or (boxes is not None and not self.requires.needs_boxes):
             check_takes_mask(self.loss)
-        self.mask, self.ignore_index, self.boxes = mask, ignore_index, boxes
+        self.mask, self.ignore_index, self.boxes, self.index = mask, ignore_index, boxes, index
+        self.trains_only = self.requires.needs_index
         self.student_values = (boxes,) if isinstance(boxes, Tap) else ()
         self.needs_labels = self.requires.needs_labels or ignore_index is not None
         self._adapter = [adapter]  # in a list, so that a module is not registered: it is only copied
@@ -143,7 +141,8 @@ class FeatureDistillation(DistillationTerm):
 
     def build(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the adapters from the features of a first call."""
-        if self.boxes is not None and (student.args or student.kwargs):  # a process without a batch builds from shapes
+        has_batch = bool(student.args or student.kwargs)  # a process without one builds from shapes
+        if self.boxes is not None and has_batch:
             check_pixels(*find_boxes(student, self.boxes))
         adapters, learned, fitted = nn.ModuleList(), nn.ModuleList(), []
         kind = self._adapter[0]
@@ -160,7 +159,10 @@ class FeatureDistillation(DistillationTerm):
                     adapters.append(adapter.to(device=feature.device, dtype=dtype))
                 if self.requires.learned or self.requires.reads_teacher:
                     layer_of = functools.partial(self._teacher_layer, teacher.teacher, teacher_tap)
-                    learned.append(self._built_loss(adapters[-1], feature, target, layer_of))
+                    rows = self._rows(student, teacher, feature) if has_batch else None
+                    learned.append(self._built_loss(adapters[-1], feature, target, layer_of, teacher.data_rows))
+                    if rows is not None:
+                        check_index(rows, _size_of(learned[-1]))
                 fitted.append(adapters[-1].train())
         self.adapters, self.learned, self._fitted = adapters, learned, fitted
 
@@ -186,8 +188,9 @@ class FeatureDistillation(DistillationTerm):
             return value_of(self.loss, self.requires, features, targets, labels, mask)
         boxes = None if self.boxes is None else find_boxes(student, self.boxes)
         losses = self.learned[first : first + len(pairs)] if len(self.learned) else [self.loss] * len(pairs)
+        rows = self._rows(student, teacher, pairs[0][0])
         values = [
-            value_of(loss, self.requires, *pair, labels, *self._weighed(mask, boxes, pair[0]))
+            value_of(loss, self.requires, *pair, labels, *self._weighed(mask, boxes, pair[0], rows))
             for loss, pair in zip(losses, pairs, strict=True)
         ]
         return values[0] if len(values) == 1 else torch.stack(values).mean()
@@ -202,18 +205,26 @@ class FeatureDistillation(DistillationTerm):
         return self._layers(tap.layer if name is None else name)[index]
 
     def _built_loss(
-        self, adapter: nn.Module, student: Tensor, teacher: Tensor, layer_of: Callable[[str | None], nn.Module]
+        self,
+        adapter: nn.Module,
+        student: Tensor,
+        teacher: Tensor,
+        layer_of: Callable[[str | None], nn.Module],
+        cached: DataRows | None,
     ) -> nn.Module:
         """The copy of a learned loss for one pair of layers."""
         with torch.no_grad():
             adapted = adapter.eval()(student)
-        loss: DistillationLoss = copy.deepcopy(self.loss)
+        loss: Any = copy.deepcopy(self.loss)
         if self.requires.reads_teacher:
             loss.read_teacher(layer_of)
+        if self.requires.needs_index and self.index is None and loss.size is None and cached is not None:
+            loss.size = cached.size
         loss.build(adapted.shape, teacher.shape)
         # in the precision in which the features will be compared
         dtype = torch.promote_types(torch.promote_types(adapted.dtype, teacher.dtype), torch.float32)
-        return loss.to(device=adapted.device, dtype=dtype).train()
+        built: nn.Module = loss.to(device=adapted.device, dtype=dtype).train()
+        return built
 
     def _levels(self, student: Call, teacher: Call) -> Pairs:
         """The pairs of taps, with one for each level of a pyramid."""
@@ -263,11 +274,22 @@ class FeatureDistillation(DistillationTerm):
         """The feature that the student's is compared with."""
         return teacher.feature(tap)
 
-    def _weighed(self, mask: Tensor | None, boxes: Boxes | None, feature: Tensor) -> tuple[Tensor | None, ...]:
-        """The mask at the positions of a feature, and the weights of the boxes for a loss that needs them."""
+    def _rows(self, student: Call, teacher: Call, feature: Tensor) -> Tensor | None:
+        """The rows of the examples, for a loss that needs them, on the feature's device."""
+        if not self.requires.needs_index:
+            return None
+        rows = find_index(student, teacher, self.index, len(feature))
+        if rows.device.type == "cpu" and self._fitted:  # on another device a check would wait for it in every step
+            check_index(rows, _size_of(self.learned[0]))
+        return rows.to(feature.device, non_blocking=True)
+
+    def _weighed(
+        self, mask: Tensor | None, boxes: Boxes | None, feature: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """The mask at the positions of a feature, and what a loss needs as its third argument."""
         mask = resized_mask(mask, feature) if self.reads_maps else mask
         if boxes is None:
-            return (mask,)
+            return mask, rows
         if feature.ndim != 4:
             raise ValueError(
                 f"Expected term {self.name!r} to compare maps (N, C, H, W), since it has boxes, but got a feature of"
@@ -366,6 +388,11 @@ class SelfDistillation(FeatureDistillation):
 def _by_position(mask: Tensor, positions: Tensor) -> Tensor:
     """A mask of examples or of positions as one of positions."""
     return mask.view(-1, 1, 1) if mask.ndim == 1 else mask.view(positions.shape)
+
+
+def _size_of(loss: Any) -> int:
+    """Number of rows that a loss knows."""
+    return int(loss.size)
 
 
 def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:

@@ -113,6 +113,11 @@ class FusedLinearDistillation(SequenceDistillation):
             TypeError: If it is another loss.
         """
         loss = self.loss
+        if self.curriculum is not None:
+            raise TypeError(
+                "Expected the temperature to be a number or a schedule in a FusedLinearDistillation, which has no"
+                " gradient for it, but got a CurriculumTemperature. Use SequenceDistillation."
+            )
         kinds = {SoftTargetLoss: "kl", ReverseKLLoss: "reverse_kl", TotalVariationLoss: "total_variation"}
         if type(loss) in kinds and not getattr(loss, "standardize", False):
             return {"divergence": kinds[type(loss)], "temperature": loss.temperature}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from distill_core.requires import Requires
 from lightning_distill.functional.inputs import resolve_class_dim
 from lightning_distill.functional.top_k import Sampled, TopK, merge_classes
 from lightning_distill.losses import DistillationLoss, SoftTargetLoss
+from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
 from lightning_distill.schedules import Schedule
@@ -87,6 +89,32 @@ class LogitsDistillation(DistillationTerm):
         self.compares_class_scores = self.requires.class_scores
 
     @property
+    def curriculum(self) -> CurriculumTemperature | None:
+        """The temperature of the loss, if it is learned."""
+        temperature = getattr(self.loss, "temperature", None)
+        return temperature if isinstance(temperature, CurriculumTemperature) else None
+
+    @property
+    def makes_parts(self) -> bool:
+        """Whether the term learns the temperature of its loss."""
+        return self.curriculum is not None or type(self).build is not LogitsDistillation.build
+
+    def build(self, student: Call, teachers: Sequence[Call]) -> None:
+        """Move a learned temperature to the device of the logits."""
+        if self.curriculum is not None:
+            self.curriculum.to(student.output_at(self._output(0)).device)
+
+    def reset(self) -> None:
+        """Start a learned temperature again."""
+        if self.curriculum is not None:
+            self.curriculum.reset()
+
+    def learned_numbers(self) -> dict[str, Tensor]:
+        """The learned temperature, to log."""
+        curriculum = self.curriculum
+        return {} if curriculum is None else {f"{self.name}_temperature": curriculum.value.detach()}
+
+    @property
     def class_dim(self) -> int | None:
         """Dimension of the logits that counts the classes; ``None`` leaves it to their shape."""
         dim: int | None = getattr(self.loss, "class_dim", None)
@@ -153,6 +181,11 @@ class LogitsDistillation(DistillationTerm):
             return self.pair(student, teacher)
         logits = self.scores(student, top_k.classes)
         temperature = getattr(self.loss, "temperature", 1.0)
+        if self.curriculum is not None:
+            raise ValueError(
+                f"Expected a cache of full outputs for term {self.name!r}, whose temperature is learned, but it holds a"
+                " part of the classes. Build it without top_k and sampled, or pass a number as the temperature."
+            )
         plain = self.requires.merges_classes and not getattr(self.loss, "standardize", False)
         if isinstance(top_k, Sampled) and not (plain and self.requires.linear_in_teacher and temperature == 1.0):
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill_core.requires import Requires
 from lightning_distill.losses import DistillationLoss
+from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.recording import Call
 from lightning_distill.recording.labels import find_mask
 from lightning_distill.recording.tokens import find_entry
@@ -51,6 +52,46 @@ def check_takes_mask(loss: Any) -> None:
         raise ValueError(
             f"Expected `loss` to take a mask, since the term has one, but got {loss!r}. Pass a loss whose"
             " forward has a parameter `mask`."
+        )
+
+
+def check_places(loss: Any, requires: Requires, boxes: Any, index: Any) -> None:
+    """Raise if a term on layers does not say where a batch keeps what its loss needs, or says so for another loss.
+
+    Args:
+        loss: The loss.
+        requires: Its requirements.
+        boxes: Where a batch keeps its boxes, or ``None``.
+        index: Where a batch keeps the rows of the examples, or ``None``, which a cache may know.
+
+    Raises:
+        ValueError: If so.
+    """
+    name = type(loss).__name__
+    if isinstance(getattr(loss, "temperature", None), CurriculumTemperature):
+        raise ValueError(
+            f"Expected the temperature of {name} to be a number or a schedule in a term on layers, but got a"
+            " CurriculumTemperature. Use the loss in a LogitsDistillation."
+        )
+    if requires.needs_boxes and boxes is None:
+        raise ValueError(
+            f"Expected `boxes` to say where a batch keeps its boxes, which {name} needs, but got boxes=None. Pass a"
+            " key, an index, a function of the batch, or a tap on the layer that resizes images."
+        )
+    if boxes is not None and requires.several_layers:
+        raise ValueError(
+            f"Expected `boxes` to be None for {name}, which compares several layers at once, but got boxes={boxes!r}."
+            " Use a loss on single layers."
+        )
+    if boxes is not None and requires.needs_index:
+        raise ValueError(
+            f"Expected `boxes` to be None for {name}, which compares whole examples, but got boxes={boxes!r}. Leave it"
+            " out."
+        )
+    if index is not None and not requires.needs_index:
+        raise ValueError(
+            f"Expected `index` to be None for {name}, which needs no rows of the examples, but got index={index!r}."
+            " Leave it out."
         )
 
 
@@ -141,11 +182,13 @@ def value_of(
     teacher: Tensor | list[Tensor],
     labels: Tensor | None,
     mask: Tensor | None = None,
-    foreground: Tensor | None = None,
+    third: Tensor | None = None,
     *,
     mean: bool = True,
 ) -> Tensor:
     """A loss computed in float32 or better, averaged if it is not a scalar and ``mean`` is True.
+
+    Its third argument is the labels, or ``third`` where it needs boxes or the rows of the examples.
 
     Raises:
         TypeError: If the loss does not return a tensor.
@@ -154,8 +197,8 @@ def value_of(
     owner = getattr(loss, "__self__", loss)  # of a method
     if not isinstance(owner, DistillationLoss):  # the library's losses widen their inputs themselves
         student, teacher = _widened(student), _widened(teacher)
-    third = [labels] if requires.needs_labels else [foreground] if requires.needs_boxes else []
-    arguments = (student, teacher, *third)
+    further = [labels] if requires.needs_labels else [third] if requires.needs_boxes or requires.needs_index else []
+    arguments = (student, teacher, *further)
     keywords = {} if mask is None else {"mask": mask}
     if torch.is_autocast_enabled(first.device.type):
         with torch.autocast(first.device.type, enabled=False):

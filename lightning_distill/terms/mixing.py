@@ -23,7 +23,7 @@ from lightning_distill.terms.losses import value_of
 from lightning_distill.terms.mixed_calls import MixedCall, PartCall, alike, assembled, examples_of
 
 Weights = Sequence[float | Schedule] | str | None
-_POSITIONS = ("mask", "ignore_index", "boxes")  # settings of a term that choose positions of the whole batch
+_POSITIONS = ("mask", "ignore_index", "boxes", "index")  # settings of a term that read the whole batch
 
 
 class TeacherWeight:
@@ -151,8 +151,8 @@ class TeacherMix:
                 self._check_scores(term)
             elif self.route and term.teacher_taps and any(_set(term, name) for name in _POSITIONS):
                 raise ValueError(
-                    f"Expected term {term.name!r} to have no mask, no ignore_index and no boxes with a route, since it"
-                    " reads layers. Leave them out."
+                    f"Expected term {term.name!r} to have no mask, no ignore_index, no boxes and no index with a route,"
+                    " since it reads layers. Leave them out."
                 )
 
     @property
@@ -170,6 +170,11 @@ class TeacherMix:
                 " mix='losses' and numbers as weights, or only LogitsDistillation."
             )
         merges = term.requires.merges_classes and not getattr(term.loss, "standardize", False)
+        if self.mix == "probabilities" and term.curriculum is not None:
+            raise ValueError(
+                f"Expected a number or a schedule as the temperature with mix='probabilities', but term {term.name!r}"
+                " learns it. Use mix='losses' or mix='logits'."
+            )
         if self.mix == "probabilities" and not merges:
             raise ValueError(
                 f"Expected a divergence of probabilities with mix='probabilities', but term {term.name!r} has"

@@ -31,6 +31,12 @@ def network(shape: tuple[int, ...], name: str) -> keras.Model:
     return keras.Model(inputs, keras.layers.Reshape(shape[1:], name="body")(flat), name=name)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+def rows(inputs: Any) -> Any:
+    """Rows of the data set that the inputs name."""
+    return keras.ops.cast(keras.ops.argmax(inputs, axis=1), "int32")
+
+
 def distilled(case: LossCase) -> DistillModel:
     student_shape, teacher_shape = shapes(case)
     keras.utils.set_random_seed(2)
@@ -43,7 +49,7 @@ def distilled(case: LossCase) -> DistillModel:
     term = (
         LogitsDistillation(loss, weight=0.1)
         if case.on_logits
-        else FeatureDistillation(layers, layers, loss, weight=0.1)
+        else FeatureDistillation(layers, layers, loss, weight=0.1, index=rows if loss.needs_index else None)
     )
     model = DistillModel(student, teacher, term, teacher_metrics=[])
     model.compile(keras.optimizers.Adam(0.01), None if not case.loss.needs_labels else no_task, jit_compile=False)

@@ -72,14 +72,19 @@ def whole_images(batch: Any) -> list[Tensor]:
     return [torch.tensor([[0.0, 0.0, 1.0, 1.0]])] * len(batch[0])
 
 
+def rows(batch: Any) -> Tensor:
+    """Rows of the data set that the inputs name."""
+    return batch[0].argmax(dim=1)
+
+
 def distilled(case: LossCase) -> DistillCallback:
     loss = case.loss(**{"mask_ratio": 0.5, **case.settings} if "mask" in case.settings else case.settings)
     layers = ["body", "body"] if loss.several_layers else "body"
-    boxes = {"boxes": whole_images} if loss.needs_boxes else {}
+    places = {"boxes": whole_images} if loss.needs_boxes else {"index": rows} if loss.needs_index else {}
     term = (
         LogitsDistillation(loss, weight=0.1)
         if case.on_logits
-        else FeatureDistillation(layers, layers, loss, weight=0.1, **boxes)
+        else FeatureDistillation(layers, layers, loss, weight=0.1, **places)
     )
     # no task: what changes the student is the loss
     return DistillCallback(Shaped(case.shapes[1], seed=2), term, student="model", task_weight=0.0, validate=False)

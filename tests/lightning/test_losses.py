@@ -238,6 +238,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     assert any_channels == {
         "AttentionRelationLoss",
         "AttentionTransferLoss",
+        "ContrastiveRepresentationLoss",
         "FactorTransferLoss",
         "NeuronSelectivityLoss",
         "PixelRelationLoss",
@@ -250,6 +251,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     }
     assert any_positions == {
         "AttentionRelationLoss",
+        "ContrastiveRepresentationLoss",
         "InterChannelCorrelationLoss",
         "SimpleRecipeLoss",
         "SoftmaxRegressionLoss",
@@ -260,6 +262,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
     assert losses.CorrelationCongruenceLoss(kernel="neighbour").channels_must_match
     assert {name for name, loss in public.items() if loss.several_layers} == {"SolutionFlowLoss"}
     assert {name for name, loss in public.items() if loss.learned} == {
+        "ContrastiveRepresentationLoss",
         "FactorTransferLoss",
         "FocalGlobalLoss",
         "MaskedGenerativeLoss",
@@ -268,6 +271,7 @@ def test_terms_learn_what_to_hand_over_from_the_class() -> None:
         "SoftmaxRegressionLoss",
         "VariationalInformationLoss",
     }
+    assert {name for name, loss in public.items() if loss.needs_index} == {"ContrastiveRepresentationLoss"}
     assert {name for name, loss in public.items() if loss.reads_teacher} == {"MarginReLULoss", "SoftmaxRegressionLoss"}
 
 

@@ -231,7 +231,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict, error: type[Except
         (
             {"route": "source"},
             FeatureDistillation("body", "body", mask="mask"),
-            "no mask, no ignore_index and no boxes",
+            "no mask, no ignore_index, no boxes and no index",
         ),
     ],
 )

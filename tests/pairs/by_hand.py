@@ -43,6 +43,13 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float, mask: Ten
     return each.mean() if mask is None else each[mask].mean()
 
 
+def curriculum(student: Tensor, teacher: Tensor, learned: dict[str, Tensor]) -> Tensor:
+    """The divergence at a temperature from 1 to 3, whose parameter climbs where the student descends."""
+    theta = learned["logits.loss.temperature.theta"]
+    temperature = 1 + 2 * torch.sigmoid(2 * theta.detach() - theta)
+    return soft_targets(student, teacher, temperature)
+
+
 def mixed(teachers: Sequence[Tensor], weights: Tensor, temperature: float) -> Tensor:
     """Logits of the weighted mean of the teachers' softened probabilities."""
     return (

@@ -18,6 +18,7 @@ from pairs.by_hand import (
     Formula,
     Place,
     confidence,
+    curriculum,
     decoupled,
     generated,
     likeliest,
@@ -33,6 +34,7 @@ from torch.utils.data import Dataset
 
 from lightning_distill import (
     CallableTeacher,
+    CurriculumTemperature,
     DecoupledKDLoss,
     DistillationTerm,
     EMATeacher,
@@ -227,8 +229,7 @@ def _average(result, ask, batch, place, learned):
 
 def _average_with_layers(result, ask, batch, place, learned):
     teacher = ask(None)
-    logits = soft_targets(result["logits"], teacher["logits"], 4.0)
-    return 0.5 * logits + 2.0 * squared(result["body"], teacher["body"])
+    return 0.5 * soft_targets(result["logits"], teacher["logits"], 4.0) + 2.0 * squared(result["body"], teacher["body"])
 
 
 def _routed(result, ask, batch, place, learned):
@@ -306,6 +307,10 @@ FEATURES: dict[str, Feature] = {
     ),
     "adapter with a weight over the fraction": Feature(
         lambda: FeatureDistillation("body", "body", weight=Cosine(2.0, 0.0)), _feature_weight_over_fraction
+    ),
+    "curriculum temperature": Feature(
+        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(1.0, 3.0, reversal_weight=1.0))),
+        lambda result, ask, *rest: curriculum(result["logits"], ask(first_teacher())["logits"], rest[-1]),
     ),
     "schedules in a term of the user's own": Feature(TwoTemperatures, _two_temperatures),
     "task weight over epochs": Feature(

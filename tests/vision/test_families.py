@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import vision_families as families
 from nets import make
+from timm_families import TIMM
 from torch import Tensor, nn
 from vision_families import FAMILIES, Family
 
@@ -53,19 +54,23 @@ def to_the_smaller(student: Tensor, teacher: Tensor, *, both_maps: bool) -> tupl
 
 
 def returns_maps(name: str) -> bool:
-    return name not in ("vit", "dino", "clip", "swin", "embedding")
+    return name not in ("vit", "dino", "clip", "swin", "embedding", "timm vit", "timm registers")
 
 
+ALL = {**FAMILIES, **TIMM}
+# Each network of timm with the others of timm, and with tokens, maps and a vector of the other families.
+BESIDE_TIMM = [*TIMM, "vit", "resnet", "embedding"]
 PAIRS = [*itertools.product(FAMILIES, repeat=2)]
-FITTING = [pair for pair in PAIRS if len({FAMILIES[name].grid == () for name in pair}) == 1]
+PAIRS += [pair for pair in itertools.product(BESIDE_TIMM, repeat=2) if not set(pair) <= set(FAMILIES)]
+FITTING = [pair for pair in PAIRS if len({ALL[name].grid == () for name in pair}) == 1]
 
 
 @pytest.mark.parametrize(("student_name", "teacher_name"), FITTING)
 def test_two_steps_equal_a_loop_by_hand(student_name: str, teacher_name: str) -> None:
-    families_of_both = FAMILIES[student_name], FAMILIES[teacher_name]
+    families_of_both = ALL[student_name], ALL[teacher_name]
     if student_name == teacher_name and not returns_maps(student_name):
         # tokens of equal number are compared one by one, class tokens included
-        families_of_both = (replace(FAMILIES[student_name], by_hand=families.as_it_is),) * 2
+        families_of_both = (replace(ALL[student_name], by_hand=families.as_it_is),) * 2
     student, teacher = (network(family, seed) for seed, family in enumerate(families_of_both))
     by_hand = copy.deepcopy(student)
     images = make(torch.randn, 5, 2, 3, families.PIXELS, families.PIXELS).double()
@@ -102,7 +107,7 @@ def test_two_steps_equal_a_loop_by_hand(student_name: str, teacher_name: str) ->
 
 @pytest.mark.parametrize(("student_name", "teacher_name"), [pair for pair in PAIRS if pair not in FITTING])
 def test_a_vector_for_positions_says_what_to_pass(student_name: str, teacher_name: str) -> None:
-    pair = FAMILIES[student_name], FAMILIES[teacher_name]
+    pair = ALL[student_name], ALL[teacher_name]
     student, teacher = (network(family, seed) for seed, family in enumerate(pair))
     images = torch.randn(2, 3, families.PIXELS, families.PIXELS).double()
     with Distiller(student, teacher, FeatureDistillation(*(family.tap for family in pair))) as distiller:
@@ -114,7 +119,7 @@ def test_a_vector_for_positions_says_what_to_pass(student_name: str, teacher_nam
 
 @pytest.mark.parametrize(("student_name", "teacher_name"), [pair for pair in PAIRS if "embedding" in pair])
 def test_pooled_features_equal_means_by_hand(student_name: str, teacher_name: str) -> None:
-    pair = FAMILIES[student_name], FAMILIES[teacher_name]
+    pair = ALL[student_name], ALL[teacher_name]
     student, teacher = (network(family, seed) for seed, family in enumerate(pair))
     images = make(torch.randn, 5, 2, 3, families.PIXELS, families.PIXELS).double()
     term = FeatureDistillation(*(family.tap for family in pair), adapter="pool")
@@ -128,7 +133,14 @@ def test_pooled_features_equal_means_by_hand(student_name: str, teacher_name: st
 
 
 def test_the_table_has_the_grids_that_it_says() -> None:
-    for family in FAMILIES.values():
+    for family in ALL.values():
         module = network(family, 0)
         images = torch.randn(2, 3, families.PIXELS, families.PIXELS).double()
         assert feature(module, family, images).shape[2:] == torch.Size(family.grid)
+
+
+def test_networks_of_timm_are_in_the_table() -> None:
+    if not TIMM:
+        pytest.skip("timm is not installed; `make install` brings it")
+    assert len(TIMM) == 6
+    assert len([pair for pair in PAIRS if set(pair) & set(TIMM)]) == 72

@@ -53,7 +53,8 @@ def divergence(
     Raises:
         ValueError: If ``reduction`` is unknown.
     """
-    way = _way(student, teacher, dim)
+    learned = isinstance(settings.temperature, Tensor)  # the other ways have no gradient for it
+    way = plain if learned else _way(student, teacher, dim)
     if way is plain:
         return plain.divergence(student, teacher, settings, dim, mask, reduction)
     values: Tensor = compat.applied(
