@@ -86,6 +86,7 @@ from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
 from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
+from lightning_distill.guidance import pair_layers
 from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
@@ -172,6 +173,7 @@ __all__ = [
     "load_teacher",
     "losses",
     "metrics",
+    "pair_layers",
     "prepare_compression",
     "schedules",
 ]

@@ -1,0 +1,1 @@
+"""Guidance for a distillation that needs no framework: which layers to pair, and how to show it."""

@@ -1,0 +1,5 @@
+"""Guidance: which layers to pair."""
+
+from keras_distill.guidance.pairs import LayerPairs, pair_layers
+
+__all__ = ["LayerPairs", "pair_layers"]
