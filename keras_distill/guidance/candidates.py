@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -56,7 +55,9 @@ def candidates(model: keras.Model, inputs: Any, names: list[str] | None, everyth
     image = image_size(inputs)
     size = len(keras.tree.flatten(inputs)[0])
     scores = {id(leaf) for leaf in keras.tree.flatten(kept[-1][1]) if len(leaf.shape) == 2}
+    learned = False  # whether a layer with weights has run: before, there is the input in another form
     for run in runs:
+        learned = learned or bool(getattr(run.layer, "variables", []))
         call, path = calls[id(run.layer)], paths.get(id(run.layer))
         calls[id(run.layer)] += 1
         if path is None or (names is not None and path not in names):
@@ -65,7 +66,7 @@ def candidates(model: keras.Model, inputs: Any, names: list[str] | None, everyth
             continue
         for entry, tensor in run.tensors.items():
             known = facts.get(id(tensor), Facts())
-            if not _fits(tensor, size) or (names is None and (known.behind == () or id(tensor) in scores)):
+            if not _fits(tensor, size) or (names is None and (not learned or id(tensor) in scores)):
                 continue
             key = (id(run.layer), call, entry)
             earlier = places.get(id(tensor))
@@ -92,7 +93,8 @@ def _runs(model: keras.Model, inputs: Any) -> tuple[list[_Run], dict[int, Facts]
     def watch(record: Record, layer: Any, arguments: Any, output: Any) -> None:
         kept.append((arguments, output))
         parent = record.within[-1] if record.within else None
-        used = [id(leaf) for leaf in keras.tree.flatten(arguments) if hasattr(leaf, "shape")]
+        # without masks and token numbers, which may lead past every layer
+        used = [id(leaf) for leaf in keras.tree.flatten(arguments) if hasattr(leaf, "shape") and _is_float(leaf)]
         runs.append(_Run(layer, parent, used, entries(output)))
         facts.update(record.facts)
 
@@ -119,7 +121,11 @@ def entries(output: Any) -> dict[int | str | None, Any]:
 def _fits(tensor: Any, size: int) -> bool:
     shape = tuple(tensor.shape)
     whole = None not in shape and len(shape) > 1 and shape[0] == size and math.prod(shape) > 0
-    return whole and keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+    return whole and _is_float(tensor)
+
+
+def _is_float(tensor: Any) -> bool:
+    return bool(keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)))
 
 
 def _described(path: str, tensor: Any, layout: str | None, image: tuple[int, int] | None) -> Layer:
@@ -153,15 +159,13 @@ def _main_path(model: keras.Model, runs: list[_Run]) -> _MainPath:
     waiting = [model]
     while waiting:
         parent = waiting.pop()
-        inside = [run for run in runs if run.parent is parent]
-        if compat.input_structure(parent) is not None if isinstance(parent, keras.Model) else False:
-            chosen = _cuts(inside)
-            if sum(isinstance(run.layer, keras.layers.Layer) for run in chosen) < 2:
-                chosen = inside
-            else:
-                path.closing |= _closing(inside, chosen)
-        else:
-            chosen = inside
+        inside = [run for run in runs if run.parent is parent and any(map(_is_float, run.tensors.values()))]
+        chosen = inside
+        if isinstance(parent, keras.Model) and compat.input_structure(parent) is not None:
+            cuts = _cuts(inside)
+            if sum(isinstance(run.layer, keras.layers.Layer) for run in cuts) > 1:
+                chosen = cuts
+                path.closing |= _closing(inside, cuts)
         path.runs |= {id(run) for run in chosen}
         waiting += [run.layer for run in chosen if isinstance(run.layer, keras.Model) or _holds_stack(run.layer)]
     return path
@@ -211,27 +215,19 @@ def _shapes(run: _Run) -> list[Any]:
 
 def _blocks(layer: Any) -> list[Any]:
     """The alike sublayers of a layer that have several matrices or kernels each."""
-    if not isinstance(layer, keras.layers.Layer) or isinstance(layer, keras.Sequential):
-        below: list[Any] = compat.sublayers_of(layer) if isinstance(layer, keras.Sequential) else []
-    else:
-        below = compat.sublayers_of(layer)
+    below = compat.sublayers_of(layer) if isinstance(layer, keras.layers.Layer) else []
     large = [child for child in below if not isinstance(child, _ATTENTION) and _weighted(child) > 1]
     kinds = Counter(map(type, large))
     return [child for child in large if kinds[type(child)] > 1]
 
 
 def _holds_stack(layer: Any) -> bool:
-    return any(_blocks(inner) for inner in [layer, *(sub for _, sub in _inside(layer))])
-
-
-def _inside(layer: Any) -> Iterator[tuple[str, Any]]:
-    return sublayers(layer) if isinstance(layer, keras.layers.Layer) else iter(())
+    inside = sublayers(layer) if isinstance(layer, keras.layers.Layer) else ()
+    return any(map(_blocks, [layer, *(inner for _, inner in inside)]))
 
 
 def _weighted(layer: Any) -> int:
     """The number of layers with matrices or kernels inside a layer."""
-    if not isinstance(layer, keras.layers.Layer):
-        return 0
-    inner = [layer, *(sub for _, sub in sublayers(layer))]
-    own = [sub for sub in inner if not compat.sublayers_of(sub)]
-    return sum(any(len(variable.shape) > 1 for variable in sub.weights) for sub in own)
+    inside = [layer, *(inner for _, inner in sublayers(layer))] if isinstance(layer, keras.layers.Layer) else []
+    own = [inner for inner in inside if not compat.sublayers_of(inner)]
+    return sum(any(len(variable.shape) > 1 for variable in inner.weights) for inner in own)
