@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-HALVING = 0.05  # of the height and width: costs as much as this difference of similarities
+HALVING = 0.2  # of the height and width: costs as much as this difference of similarities
 DEPTH = 0.01  # cost of a pair of the first layer and the last one
 FEW = 4  # pairs for networks of one resolution
 MAPS = ("cka", "uniform", "last", "original")
@@ -121,8 +121,8 @@ def scores(similarity: NDArray[np.float64], student: Sequence[Layer], teacher: S
 
     Example:
         >>> fine, coarse = Layer("fine", (8, 4, 4), (4, 4)), Layer("coarse", (8, 2, 2), (2, 2))
-        >>> scores(np.array([[0.9, 0.92]]), [fine], [fine, coarse]).round(3)
-        array([[0.895, 0.87 ]])
+        >>> scores(np.array([[0.9, 0.95]]), [fine], [fine, coarse]).round(3)
+        array([[0.895, 0.75 ]])
     """
     depths = np.arange(1, len(student) + 1)[:, None] / len(student), np.arange(1, len(teacher) + 1) / len(teacher)
     halvings = np.array([[_halvings(a.positions, b.positions) for b in teacher] for a in student])

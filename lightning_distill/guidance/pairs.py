@@ -62,12 +62,12 @@ def pair_layers(
        all are one stage, it is cut into four. ``count`` halves the longest groups, or leaves out the first ones.
     3. Each group gets one pair. The order of the teacher's layers is that of the student's, and no layer is taken
        twice. Among all such choices the one with the largest sum of scores is taken. A score is the similarity, less
-       0.05 for each halving of height and width (of the length, for tokens) between the two layers, less 0.01 times
+       0.2 for each halving of height and width (of the length, for tokens) between the two layers, less 0.01 times
        the difference of their relative depths from 0 to 1.
 
     Padding does not count where a batch has an ``attention_mask`` of the tokens' shape. The networks are in eval mode
-    without gradients meanwhile, and as before afterwards. A student that has not been trained at all says little about
-    its layers: compare one that was trained for a while, or pair by depth.
+    without gradients meanwhile, and as before afterwards. A student with
+    random weights says less about its layers than one that was trained for a while; if in doubt, pair by depth.
 
     Args:
         student: The network; or a LightningModule, whose ``forward`` is called, or else its one child with trainable
