@@ -14,9 +14,9 @@ def hsic(first: Array, second: Array) -> float:
     k, m = first @ first.T, second @ second.T
     np.fill_diagonal(k, 0)
     np.fill_diagonal(m, 0)
-    ones = np.ones(n)
-    middle = (ones @ k @ ones) * (ones @ m @ ones) / ((n - 1) * (n - 2))
-    return float((np.trace(k @ m) + middle - 2 / (n - 2) * (ones @ k @ m @ ones)) / (n * (n - 3)))
+    vector = np.ones(n)
+    middle = (vector @ k @ vector) * (vector @ m @ vector) / ((n - 1) * (n - 2))
+    return float((np.trace(k @ m) + middle - 2 / (n - 2) * (vector @ k @ m @ vector)) / (n * (n - 3)))
 
 
 def cka_by_hand(student: list[Array], teacher: list[Array], weights: list[float]) -> float:

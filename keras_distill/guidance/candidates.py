@@ -88,7 +88,7 @@ def _runs(model: keras.Model, inputs: Any) -> tuple[list[_Run], dict[int, Facts]
     """The calls of layers and operations, in the order of their returns, from a pass that computes nothing."""
     runs: list[_Run] = []
     facts: dict[int, Facts] = {}
-    kept: list[Any] = []  # the tensors, so that their ids stay theirs
+    kept: list[Any] = []  # the tensors, so that no other tensor gets their ids
 
     def watch(record: Record, layer: Any, arguments: Any, output: Any) -> None:
         kept.append((arguments, output))

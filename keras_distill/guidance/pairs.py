@@ -53,8 +53,8 @@ def pair_layers(
 
     1. The layers of a functional model are those on its main path, past which no other tensor leads, such as the
        outputs of residual blocks; of a subclassed model, its sublayers. The layers to choose from are the blocks (ends
-       of branches, alike sublayers in a list) and the layers after the last block, or all layers if there are no
-       blocks. Student layers without positions, such as pooled vectors, are left out if others have some.
+       of branches, alike sublayers in a list) and the layers after the last block, or all layers of a model
+       without blocks. Student layers without positions, such as pooled vectors, are left out if others have some.
     2. The student's layers are cut into groups: a stage of layers in a row with equally many positions is a group. If
        all are one stage, it is cut into four. ``count`` halves the longest groups, or leaves out the first ones.
     3. Each group gets one pair. The order of the teacher's layers is that of the student's, and no layer is taken

@@ -59,7 +59,7 @@ class GramRecorder:
         prints: bool,
     ) -> None:
         self._layers, self._size, self._image, self._mask = layers, size, image, mask
-        self._wanted = {"grams": grams, "prints": prints}
+        self._asked = {"grams": grams, "prints": prints}
         self._calls: Counter[str] = Counter()
         self._learned = False  # whether a layer with parameters has run
         self._numbers: dict[str, dict[Key, Tensor]] = {"grams": {}, "prints": {}}
@@ -105,9 +105,9 @@ class GramRecorder:
                     numbers[key] = numbers.pop(earlier)
             self._drop(earlier)
         else:
-            if self._wanted["grams"]:
+            if self._asked["grams"]:
                 self._numbers["grams"][key] = gram(feature, self._mask)
-            if self._wanted["prints"]:
+            if self._asked["prints"]:
                 self._numbers["prints"][key] = fingerprints(feature)
         self._facts[key] = self._described(key, feature, block)
         self._alive[feature.data_ptr()] = weakref.ref(feature), key
@@ -165,8 +165,8 @@ class GramRecorder:
                 layer = layer if self._calls[key[0]] > 1 else replace(layer, call=None)
                 labels[key] = layer.label
                 result.layers[layer.label] = layer
-        for name, wanted in self._wanted.items():
-            if wanted and labels:
+        for name, asked in self._asked.items():
+            if asked and labels:
                 values = torch.stack([self._numbers[name][key] for key in labels]).cpu().double().numpy()
                 setattr(result, name, dict(zip(labels.values(), values, strict=True)))
         return result
