@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cka_by_hand import cka_by_hand
 from nets import ConvNet, make
-from pair_nets import Plain, Stacked, images, names, rows, trains
+from pair_nets import Block, Plain, Stacked, images, names, rows, trains
 from torch import Tensor, nn
 
 from lightning_distill import Tap, pair_layers
@@ -209,7 +209,16 @@ def test_the_tensors_of_a_dict_are_layers_of_their_own() -> None:
     assert trains(pairs.terms(), student, teacher, images(16)[0])
 
 
-def test_layers_whose_first_dimension_is_not_the_batch_are_left_out() -> None:
+def test_a_container_whose_last_layer_is_a_block_is_a_block() -> None:
+    network = nn.Sequential(nn.Linear(6, 6), nn.Sequential(Block(6), Block(6)), nn.Tanh(), nn.Linear(6, 2))
+    pairs = pair_layers(network, copy.deepcopy(network), rows(8))
+    listed = [(layer.name, layer.block) for layer in pairs.student_layers]
+    assert listed == [("0", False), ("1.0", True), ("1", True), ("2", False)]
+    assert names(pairs) == [(name, name) for name in ("1.0", "1", "2")]
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_layers_whose_first_dimension_is_not_the_batch_are_left_out(size: int) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -218,7 +227,7 @@ def test_layers_whose_first_dimension_is_not_the_batch_are_left_out() -> None:
         def forward(self, x: Tensor) -> Tensor:  # (batch, time, channels), with as many examples as steps
             return self.head(self.time_first(self.embed(x).transpose(0, 1))[0][-1])
 
-    batch = torch.randn(8, 8, 6)
+    batch = torch.randn(size, size, 6)
     pairs = pair_layers(make(Recurrent, 0), make(Recurrent, 1), [batch])
     assert [layer.name for layer in pairs.student_layers] == ["embed"]
 
