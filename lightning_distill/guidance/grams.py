@@ -167,7 +167,7 @@ class GramRecorder:
                 result.layers[layer.label] = layer
         for name, asked in self._asked.items():
             if asked and labels:
-                values = torch.stack([self._numbers[name][key] for key in labels]).cpu().double().numpy()
+                values = [self._numbers[name][key].cpu().double().numpy() for key in labels]
                 setattr(result, name, dict(zip(labels.values(), values, strict=True)))
         return result
 

@@ -17,7 +17,7 @@ from lightning_distill import checks, compat
 from lightning_distill.guidance.candidates import candidates
 from lightning_distill.guidance.grams import GramRecorder, evaluated
 from lightning_distill.recording import Call, Tap, find_layer, first_tensor, map_tensors
-from lightning_distill.recording.arguments import takes
+from lightning_distill.recording.arguments import parameters_of, takes
 from lightning_distill.recording.batches import as_arguments, inputs_in
 from lightning_distill.recording.student import possible_students
 from lightning_distill.teachers import CallableTeacher, as_teacher
@@ -182,14 +182,19 @@ class _Side:
         if self._inputs is not None:
             call = self._inputs.of(Call(args, kwargs, batch=batch))
             args, kwargs = call.args, call.kwargs
-        kwargs = {name: value for name, value in kwargs.items() if takes(self.network, name)}
+        taken = {name: value for name, value in kwargs.items() if takes(self.network, name)}
+        if not args and not taken:
+            raise ValueError(
+                f"Expected every batch to have entries that the {self.who} takes, {[*parameters_of(self.network)]}, but"
+                f" got {[*kwargs]}. Rename them in the batch, or pass tuples."
+            )
         tensors = [*self.network.parameters(), *self.network.buffers()]
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
         def placed(tensor: Tensor) -> Tensor:
             return tensor.to(tensors[0].device, dtype if tensor.is_floating_point() else None)
 
-        return map_tensors((args, kwargs), placed) if tensors else (args, kwargs)
+        return map_tensors((args, taken), placed) if tensors else (args, taken)
 
 
 def _network_of(student: Any) -> tuple[nn.Module, str]:

@@ -60,6 +60,7 @@ class TwoNetworks(LightningModule):
             ValueError,
             "Expected `by` to be one of 'cka', 'uniform', 'last', 'original', but got by='cca'",
         ),
+        ({"batches": [{"image": 1}]}, ValueError, r"entries that the student takes, \['x'\], but got \['image'\]"),
         ({"count": 0}, ValueError, "Expected `count` to be at least 1, but got count=0"),
         ({"count": 2.0}, TypeError, "Expected `count` to be an int"),
         ({"max_batches": 0}, ValueError, "Expected `max_batches` to be at least 1"),

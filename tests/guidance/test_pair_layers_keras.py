@@ -11,7 +11,7 @@ import pytest
 from cka_by_hand import cka_by_hand
 from keras import layers, ops
 from keras_nets import assert_same_weights
-from keras_vision import SIZE, cnn, vit
+from keras_vision import SIZE, cnn, mobilenet, vit
 
 from keras_distill import CallableTeacher, DistillModel, DistillStep, Tap, pair_layers
 from keras_distill.recording import recorder
@@ -207,6 +207,16 @@ def test_tokens_and_maps_are_paired_by_their_grids() -> None:
     pairs = pair_layers(student, teacher, images(8))
     assert [(pair.student.name, pair.teacher.positions) for pair in pairs] == [("maps", (4, 4))]
     assert trains(pairs.terms(), student, teacher, images(8)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*retracing")
+def test_a_model_of_keras_applications_is_paired_with_its_twin() -> None:
+    student = mobilenet()
+    teacher = keras.models.clone_model(student)
+    teacher.set_weights(student.get_weights())
+    pairs = pair_layers(student, teacher, images(8))
+    assert names(pairs) == [("expanded_conv_2_add",) * 2, ("expanded_conv_4_add",) * 2]
+    assert [pair.similarity for pair in pairs] == pytest.approx([1.0, 1.0], abs=1e-4)
 
 
 class Noise(layers.Layer):
