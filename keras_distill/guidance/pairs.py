@@ -62,9 +62,9 @@ def pair_layers(
        0.2 for each halving of height and width (of the length, for tokens) between the two layers, less 0.01 times
        the difference of their relative depths from 0 to 1.
 
-    Padding does not count where a layer's output carries a mask, or the inputs have a ``padding_mask``. The models run
-    with ``training=False`` and are not changed; one that is not built yet is built. A student with
-    random weights says less about its layers than one that was trained for a while; if in doubt, pair by depth.
+    Padding does not count where a layer's output carries a mask, or the inputs have a ``padding_mask``. The models
+    run with ``training=False`` and are not changed; one that is not built yet is built. A student with random
+    weights says less about its layers than one that was trained for a while; if in doubt, pair by depth.
 
     Args:
         student: The model; of a :class:`DistillModel` its student is taken.

@@ -27,7 +27,6 @@ from lightning_distill.teachers.source import TeacherEnsemble
 from lightning_distill.terms import FeatureDistillation
 
 Layers = str | Sequence[str] | None
-_DECODER = ("decoder_input_ids", "decoder_attention_mask")
 
 
 class LayerPairs(CoreLayerPairs):
@@ -65,9 +64,10 @@ def pair_layers(
        0.2 for each halving of height and width (of the length, for tokens) between the two layers, less 0.01 times
        the difference of their relative depths from 0 to 1.
 
-    Padding does not count where a batch has an ``attention_mask`` of the tokens' shape. The networks are in eval mode
-    without gradients meanwhile, and as before afterwards. A student with
-    random weights says less about its layers than one that was trained for a while; if in doubt, pair by depth.
+    Padding does not count where a batch has an ``attention_mask`` of the tokens' shape, except in models with an
+    encoder and a decoder. The networks are in eval mode without gradients meanwhile, and as before afterwards. A
+    student with random weights says less about its layers than one that was trained for a while; if in doubt, pair
+    by depth.
 
     Args:
         student: The network; or a LightningModule, whose ``forward`` is called, or else its one child with trainable
@@ -137,6 +137,7 @@ class _Side:
     def __init__(self, network: nn.Module, who: str, layers: Layers, prefix: str, inputs: TeacherInputs | None) -> None:
         self.network, self.who, self._inputs = network, who, inputs
         self.named = layers is not None
+        self._has_decoder = bool(getattr(getattr(network, "config", None), "is_encoder_decoder", False))
         blocks = candidates(network)
         if layers is None:
             names = [*blocks]
@@ -147,12 +148,13 @@ class _Side:
             names = [layers] if isinstance(layers, str) else [*layers]
         self.layers: dict[str, tuple[nn.Module, bool]] = {}
         for name in names:
-            module = find_layer(network, str(name).removeprefix(prefix)) if name else None
+            path = str(name).removeprefix(prefix)
+            module = find_layer(network, path) if path else None
             if module is None:
                 known = [prefix + inner for inner, _ in network.named_modules() if inner]
                 got = checks.closest(str(name), known)
                 raise ValueError(f"Expected `{who}_layers` to name modules of the {who}, but got {name!r}. {got}")
-            self.layers[name if name.startswith(prefix) else prefix + name] = module, blocks.get(name, False)
+            self.layers[prefix + path] = module, blocks.get(path, False)
 
     def features(self, batch: Any, *, rows: slice = EVERYTHING, grams: bool = True, prints: bool = False) -> Features:
         """The numbers of one forward pass."""
@@ -165,7 +167,7 @@ class _Side:
             )
             size = len(order)
         mask = kwargs.get("attention_mask")
-        padded = isinstance(mask, Tensor) and mask.ndim == 2 and not any(name in kwargs for name in _DECODER)
+        padded = isinstance(mask, Tensor) and mask.ndim == 2 and not self._has_decoder
         image = Call(args, kwargs).image_size
         recorder = GramRecorder(self.layers, size, image, mask if padded else None, grams=grams, prints=prints)
         with recorder.recording():
@@ -177,7 +179,7 @@ class _Side:
     def _arguments(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the network for a batch, on its device and in its precision."""
         args, kwargs = as_arguments(inputs_in(batch))
-        if isinstance(batch, Mapping) and getattr(getattr(self.network, "config", None), "is_encoder_decoder", False):
+        if isinstance(batch, Mapping) and self._has_decoder:
             kwargs = dict(batch)  # which makes the decoder's inputs from the labels
         if self._inputs is not None:
             call = self._inputs.of(Call(args, kwargs, batch=batch))

@@ -222,8 +222,12 @@ def test_a_model_of_keras_applications_is_paired_with_its_twin() -> None:
 class Noise(layers.Layer):
     """Random also with ``training=False``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed = keras.random.SeedGenerator(1)
+
     def call(self, x: Any) -> Any:
-        return x + keras.random.normal(ops.shape(x))
+        return x + keras.random.normal(ops.shape(x), seed=self.seed)
 
 
 def test_a_model_that_is_random_without_training_is_noticed() -> None:
