@@ -14,6 +14,7 @@ BENCHMARKS = [
     "loss_memory",
     "loss_time",
     "fused_linear",
+    "pair_layers",
 ]
 
 if __name__ == "__main__":

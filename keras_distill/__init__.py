@@ -94,6 +94,7 @@ from keras_distill.adapters import PCAProjection
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.chains import assistant_chain
+from keras_distill.guidance import pair_layers
 from keras_distill.images import Normalize
 from keras_distill.losses import (
     ActivationBoundaryLoss,
@@ -254,6 +255,7 @@ __all__ = [
     "functional",
     "losses",
     "metrics",
+    "pair_layers",
     "prepare_compression",
     "schedules",
     "write_report",

@@ -88,6 +88,7 @@ from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
 from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
+from lightning_distill.guidance import pair_layers
 from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.losses.temperature import CurriculumTemperature
@@ -176,6 +177,7 @@ __all__ = [
     "load_teacher",
     "losses",
     "metrics",
+    "pair_layers",
     "prepare_compression",
     "schedules",
     "write_report",

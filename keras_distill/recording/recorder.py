@@ -62,6 +62,8 @@ class Recording:
         layers: The ids of the tapped layers; the set identifies the recorder.
         infer: Whether the facts about all tensors are recorded too.
         finished: Called with each record and the output, or None.
+        watch: Called with the record, each layer that has run, its arguments and its output, or None; with ``infer``
+            for other operations too.
     """
 
     def __init__(
@@ -70,8 +72,9 @@ class Recording:
         layers: set[int],
         infer: bool = False,
         finished: Callable[[Record, Any], None] | None = None,
+        watch: Callable[[Record, Any, Any, Any], None] | None = None,
     ) -> None:
-        self.model, self.infer, self.finished = model, infer, finished
+        self.model, self.infer, self.finished, self.watch = model, infer, finished, watch
         self.layers = layers
         self._thread = threading.local()
 
@@ -193,6 +196,8 @@ def _note(
         parent = record.within[-1] if record.within else None
         record.kept.append((args, output))
         record.facts.update(facts_of(layer, parent, record.facts, (args, list(kwargs.values())), output))
+    if recording.watch is not None:
+        recording.watch(record, layer, (args, list(kwargs.values())), output)
 
 
 def _lost_gradient(within: list[Any]) -> str:

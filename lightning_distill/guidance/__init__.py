@@ -1,1 +1,5 @@
-"""Guidance for PyTorch modules: what a model costs."""
+"""Guidance: which layers, and did distillation help."""
+
+from lightning_distill.guidance.pairs import LayerPairs, pair_layers
+
+__all__ = ["LayerPairs", "pair_layers"]

@@ -77,10 +77,8 @@ class StudentFinder:
         if self._student is not None:
             return {"": self._named()}
         recorders = {"": Recorder(self._module, self._taps)}
-        for name, child in _children(self._module):
-            # Losses, metrics and frozen networks are called too, and are not students.
-            if any(parameter.requires_grad for parameter in child.parameters()):
-                recorders[name] = Recorder(child, self._taps, prefix=f"{name}.")
+        for name, child in possible_students(self._module).items():
+            recorders[name] = Recorder(child, self._taps, prefix=f"{name}.")
         return recorders
 
     @property
@@ -186,6 +184,22 @@ class StudentFinder:
         """Release what was recorded."""
         for recorder in self._recording():
             recorder.clear()
+
+
+def possible_students(module: nn.Module) -> dict[str, nn.Module]:
+    """The children with trainable parameters: losses, metrics and frozen networks are called too, but not trained.
+
+    Args:
+        module: The LightningModule.
+
+    Returns:
+        The children by path.
+    """
+    return {
+        name: child
+        for name, child in _children(module)
+        if any(parameter.requires_grad for parameter in child.parameters())
+    }
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -192,6 +192,7 @@ def test_every_golden_case_kept_here_is_used() -> None:
     used = {golden.key for case in CASES for golden in case.golden} | {
         "gkd_jsd",
         "inc_combined",  # in tests/launcher
+        "cka_minibatch",  # in tests/guidance
         "inc_intermediate",
         "mlkd_batch",
         "mlkd_class",

@@ -1,0 +1,105 @@
+"""Time and memory of `pair_layers`: a ResNet-50 and a ResNet-18, four batches of 32 images of 96 x 96 pixels.
+
+`python -m benchmarks.pair_layers` compares it with the same forward passes alone, each in a process of its own, on two
+threads. The aim is less than 20 seconds on two idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill import pair_layers
+
+BATCHES, EXAMPLES, PIXELS = 4, 32, 96
+
+
+def convolution(inside: int, outside: int, size: int, stride: int = 1) -> nn.Sequential:
+    """A convolution with batch normalisation."""
+    return nn.Sequential(nn.Conv2d(inside, outside, size, stride, size // 2, bias=False), nn.BatchNorm2d(outside))
+
+
+class Block(nn.Module):
+    """A residual block of two 3 x 3 convolutions, or with an expansion of three as in a ResNet-50."""
+
+    def __init__(self, inside: int, width: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        outside = width * expansion
+        sizes = [(inside, width, 3, stride), (width, outside, 3, 1)]
+        if expansion > 1:
+            sizes = [(inside, width, 1, 1), (width, width, 3, stride), (width, outside, 1, 1)]
+        layers: list[nn.Module] = [layer for size in sizes for layer in (convolution(*size), nn.ReLU(inplace=True))]
+        self.branch = nn.Sequential(*layers[:-1])
+        same = stride == 1 and inside == outside
+        self.shortcut = nn.Identity() if same else convolution(inside, outside, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu_(self.branch(x) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """``stem``, ``layer1`` to ``layer4``, ``head``."""
+
+    def __init__(self, depths: list[int], expansion: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+        inside = 64
+        for number, depth in enumerate(depths):
+            width, blocks = 64 * 2**number, []
+            for place in range(depth):
+                stride = 2 if number and not place else 1
+                blocks.append(Block(inside, width, stride, expansion))
+                inside = width * expansion
+            setattr(self, f"layer{number + 1}", nn.Sequential(*blocks))
+        self.head = nn.Linear(inside, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for number in range(1, 5):
+            x = self.get_submodule(f"layer{number}")(x)
+        return self.head(x.mean((2, 3)))
+
+
+def measure(part: str) -> dict[str, Any]:
+    """Seconds, seconds of all cores, and MiB above the networks and the data, of one part in this process."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    student, teacher = ResNet([2, 2, 2, 2], 1), ResNet([3, 4, 6, 3], 4)
+    batches = [torch.randn(EXAMPLES, 3, PIXELS, PIXELS) for _ in range(BATCHES)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, busy = time.perf_counter(), time.process_time()
+    if part == "pairs":
+        print(pair_layers(student, teacher, batches), file=sys.stderr)
+    else:
+        with torch.no_grad():
+            for batch in batches:
+                student.eval()(batch), teacher.eval()(batch)
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"seconds": seconds, "of all cores": busy, "MiB": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=["forward", "pairs"], help="measure one part in this process")
+    part = parser.parse_args().part
+    if part is not None:
+        print(json.dumps(measure(part)))
+        return
+    for name in ("forward", "pairs"):
+        command = [sys.executable, "-m", "benchmarks.pair_layers", "--part", name]
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        numbers = ", ".join(f"{value:.1f} {unit}" for unit, value in json.loads(result.stdout).items())
+        print(f"{'the forward passes alone' if name == 'forward' else 'pair_layers':26}{numbers}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
