@@ -17,7 +17,7 @@ ROOMS = {
         ("losses", "metrics", "recording"),
         ("adapters", "teachers", "heads"),
         ("terms", "measures"),
-        ("cache", "on_policy", "windows", "step_checks"),
+        ("cache", "on_policy", "windows", "step_checks", "step_calls", "balancing"),
         ("hparams", "step", "texts"),
         ("distiller", "run"),
         ("callback",),
@@ -58,6 +58,8 @@ KNOW_NO_TRAINER = (
     "on_policy",
     "step",
     "step_checks",
+    "step_calls",
+    "balancing",
     "schedules",
 )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pairs.by_hand import (
     Batch,
     Formula,
@@ -46,7 +47,7 @@ from lightning_distill import (
     content_key,
 )
 from lightning_distill.recording import Call
-from lightning_distill.schedules import Cosine, Linear, Step
+from lightning_distill.schedules import Balanced, Cosine, Linear, Step
 
 ROWS, BATCH = 24, 6
 
@@ -292,6 +293,44 @@ def _in_half(result, ask, batch, place, learned):
     return 0.5 * soft_targets(result["logits"], teacher["logits"], 4.0) + squared(result["logits"], teacher["logits"])
 
 
+class BalancedByHand:
+    """The squared norms of the gradients in the first steps, and the weights that follow from the ratios so far."""
+
+    def __init__(self) -> None:
+        self.squares: dict[str, list[list[float]]] = {"logits": [], "body": []}
+        self.last: Any = None
+        self.steps = 0  # begun so far
+
+    def __call__(self, result, ask, batch, place, learned):
+        values = {
+            "logits": _logits(result, ask, batch, place, learned),
+            "body": _adapted(result, ask, learned, first_teacher(), 0),
+        }
+        task = F.cross_entropy(result["logits"].flatten(0, -2), batch["labels"].flatten())
+        self.steps += self.last != place[:2]  # not a further micro-batch
+        self.last, total = place[:2], 0.0
+        for name, share, steps in (("logits", 0.5, 3), ("body", 2.0, 2)):
+            squares = self.squares[name]
+            if self.steps <= steps:
+                squares += [[0.0, 0.0]] * (self.steps - len(squares))
+                norms = [
+                    torch.autograd.grad(loss, result[name], retain_graph=True)[0].double().square().sum().item()
+                    for loss in (task, values[name])
+                ]
+                squares[-1] = [old + new for old, new in zip(squares[-1], norms, strict=True)]
+            ratios = sorted((a / b) ** 0.5 for a, b in squares)
+            middle = ratios[(len(ratios) - 1) // 2], ratios[len(ratios) // 2]
+            total = total + share * (middle[0] * middle[1]) ** 0.5 * values[name]
+        return total
+
+
+def _balanced_terms() -> list[DistillationTerm]:
+    return [
+        LogitsDistillation(weight=Balanced(0.5, steps=3)),
+        FeatureDistillation("body", "body", weight=Balanced(2.0, steps=2)),
+    ]
+
+
 def _adapter_terms() -> list[DistillationTerm]:
     return [LogitsDistillation(weight=0.5), FeatureDistillation("body", "body", weight=2.0)]
 
@@ -383,12 +422,16 @@ FEATURES: dict[str, Feature] = {
     "mask": Feature(lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, length=3),
     "ignored labels": Feature(lambda: LogitsDistillation(ignore_index=1), _ignored),
     "labels": Feature(lambda: LogitsDistillation(DecoupledKDLoss(3.0, nontarget_weight=2.0), weight=0.5), _labelled),
+    "balanced": Feature(_balanced_terms, BalancedByHand),
+    "balanced with a cache": Feature(_balanced_terms, BalancedByHand, cache={"layers": ["body"]}),
     "teacher_dtype": Feature(
         lambda: [LogitsDistillation(weight=0.5), FeatureDistillation("", "", name="whole")],
         _in_half,
         settings={"teacher_dtype": "bfloat16"},
     ),
 }
+# Features of which a step depends on all its micro-batches so far.
+MEASURED = ("balanced", "balanced with a cache")
 
 
 def student() -> Mlp:

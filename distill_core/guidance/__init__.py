@@ -1,0 +1,1 @@
+"""Guidance: which weight a term should have."""
