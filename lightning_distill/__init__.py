@@ -93,6 +93,7 @@ from lightning_distill.module import DistillModule
 from lightning_distill.mutual import MutualLearning
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call, Tap
+from lightning_distill.schedules import Balanced
 from lightning_distill.teachers import CallableTeacher, EMATeacher, Normalize, SelfTeacher, load_teacher
 from lightning_distill.terms import (
     AttentionDistillation,
@@ -128,6 +129,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionDistillation",
     "AttentionRelationDistillation",
+    "Balanced",
     "CacheError",
     "Call",
     "CallableTeacher",

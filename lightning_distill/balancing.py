@@ -24,7 +24,7 @@ _HALF_SCALES = (2.0**16, 2.0**8, 1.0)  # like a gradient scaler: small gradients
 
 @dataclass
 class Measured:
-    """What is known of one balanced weight.
+    """The measurements of one balanced weight.
 
     Attributes:
         rows: For each measured optimizer step the squared norms of the two gradients.
@@ -207,7 +207,7 @@ class Balance:
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The measurements by term; empty if there are none."""
+        """The measurements by term; empty if nothing is measured."""
         return {
             name: {"rows": [[*row] for row in measured.rows], "step": measured.step, "fixed": measured.fixed}
             for name, measured in self._measured.items()
@@ -215,7 +215,7 @@ class Balance:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from saved measurements, or measure again where there are none."""
+        """Continue from saved measurements; a term without any is measured again."""
         self._measured = {
             name: Measured(
                 [[*row] for row in saved["rows"]], saved["step"], saved["fixed"], median_ratio(saved["rows"])
@@ -242,14 +242,14 @@ def _squared_norms(
     tensors = list(read.values())
     own = _gradients(value, tensors)
     reached = [tensor for tensor, gradient in zip(tensors, own, strict=True) if gradient is not None]
-    theirs = _gradients(reference, reached)
-    for loss, gradients in ((f"term {term.name!r}", own), ("the task loss", theirs)):
+    of_task = _gradients(reference, reached)
+    for loss, gradients in ((f"term {term.name!r}", own), ("the task loss", of_task)):
         if all(gradient is None for gradient in gradients):
             raise ValueError(
                 f"Expected {loss} to depend on {place}, where the gradients are compared since the weight of term"
                 f" {term.name!r} is balanced, but it does not. Pass a number as the weight."
             )
-    return _squares(theirs), _squares(own)
+    return _squares(of_task), _squares(own)
 
 
 def _read(term: DistillationTerm, call: Call) -> Iterator[Tensor]:
@@ -266,12 +266,12 @@ def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     half = any(tensor.dtype == torch.float16 for tensor in tensors)
     for scale in _HALF_SCALES if half else (1.0,):
         scaled = scale * loss.float().sum() if half else loss.sum()
-        found: Sequence[Tensor | None] = torch.autograd.grad(scaled, tensors, retain_graph=True, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(scaled, tensors, retain_graph=True, allow_unused=True)
         if half:  # wider before the scale is taken away again
-            found = [None if gradient is None else gradient.float() / scale for gradient in found]
-        if not half or all(gradient is None or bool(gradient.isfinite().all()) for gradient in found):
+            gradients = [None if gradient is None else gradient.float() / scale for gradient in gradients]
+        if not half or all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):
             break
-    return list(found)
+    return list(gradients)
 
 
 def _squares(gradients: Sequence[Tensor | None]) -> float:

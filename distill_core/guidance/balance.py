@@ -99,15 +99,15 @@ def as_weight(value: Any) -> Any:
     """The weight of a term, with a :class:`Balanced` in the place of the word.
 
     Raises:
-        ValueError: If it is another word.
+        TypeError: If it is another word.
 
     Example:
         >>> as_weight("balanced"), as_weight(0.5)
         (Balanced(share=1.0, steps=10), 0.5)
     """
     if isinstance(value, str) and value != "balanced":
-        expected = "`weight` to be a number, a schedule or the word 'balanced'"
-        raise ValueError(message(expected, f"weight={value!r}"))
+        remedy = "The only word is 'balanced'."
+        raise TypeError(message("`weight` to be an int or a float", f"weight={value!r}", remedy))
     return Balanced() if isinstance(value, str) else value
 
 
@@ -123,7 +123,7 @@ def median_ratio(squares: Sequence[Sequence[float]]) -> float | None:
         squares: For each step the squared norms of the task loss's and of the term's gradient.
 
     Returns:
-        The median over the steps that count; ``None`` if there is none.
+        The median over the steps that count; ``None`` if no step counts.
 
     Example:
         >>> round(median_ratio([(16.0, 4.0), (0.0, 4.0), (64.0, 4.0)]), 4)
