@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_distill import checks, compat
-from keras_distill.schedules import Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
+from keras_distill.schedules import Balanced, Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
 from keras_distill.targets import EpochData
 
 _PARAMETERS = ("weight", "temperature", "task_weight", "decay")
@@ -66,6 +66,8 @@ class ScheduleFollower(_Following):
         """Write the numbers into the logs."""
         if logs is not None:
             logs.update(self.values)
+            balanced = [term for term in self.model.terms if isinstance(term.schedules.get("weight"), Balanced)]
+            logs.update({f"{term.name}_weight": term.weight for term in balanced})
 
     def _follow(self, batch: int) -> None:
         progress = self._progress(batch)
