@@ -1,4 +1,4 @@
-"""The script that two processes run for test_balanced.py, and the run that they are compared with."""
+"""Steps of balanced weights for several tests, and the script that two processes run for test_balanced.py."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from plain_trainer import PLAIN
 from processes import run_as_process
-from tiny import Classifier, Mlp, dataset
+from tiny import CLASSES, INPUTS, Classifier, Mlp, dataset
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation
+from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation
 from lightning_distill.schedules import Balanced
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
@@ -47,6 +48,31 @@ class First(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.weights = self.weights or {term.name: term.weight for term in self.distill.terms}
+
+
+def squared(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student - teacher).square().mean()
+
+
+def batches(count: int, rows: int = 6, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(rows, INPUTS, generator=generator, dtype=dtype)  # noqa: E731
+    return [(draw(), torch.randint(CLASSES, (rows,), generator=generator)) for _ in range(count)]
+
+
+def train(distiller: Distiller, data: Any, lr: float = 0.1) -> list[dict[str, float]]:
+    """The weights of each step."""
+    optimizer = torch.optim.SGD(distiller.student.parameters(), lr=lr)
+    distiller.follow(optimizer)
+    seen = []
+    for x, y in data:
+        optimizer.zero_grad()
+        with distiller.record():
+            loss = F.cross_entropy(distiller.student(x), y)
+        distiller.total(loss, (x, y)).backward()
+        optimizer.step()
+        seen.append(distiller.scheduler.values)
+    return seen
 
 
 def fitted(*, devices: int, strategy: Any, batch_size: int, module: Any = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from pairs.balanced_by_hand import BalancedByHand
 from pairs.by_hand import (
     Batch,
     Formula,
@@ -291,37 +291,6 @@ def _labelled(result, ask, batch, place, learned):
 def _in_half(result, ask, batch, place, learned):
     teacher = ask(first_teacher(), torch.bfloat16)
     return 0.5 * soft_targets(result["logits"], teacher["logits"], 4.0) + squared(result["logits"], teacher["logits"])
-
-
-class BalancedByHand:
-    """The squared norms of the gradients in the first steps, and the weights that follow from the ratios so far."""
-
-    def __init__(self) -> None:
-        self.squares: dict[str, list[list[float]]] = {"logits": [], "body": []}
-        self.last: Any = None
-        self.steps = 0  # begun so far
-
-    def __call__(self, result, ask, batch, place, learned):
-        values = {
-            "logits": _logits(result, ask, batch, place, learned),
-            "body": _adapted(result, ask, learned, first_teacher(), 0),
-        }
-        task = F.cross_entropy(result["logits"].flatten(0, -2), batch["labels"].flatten())
-        self.steps += self.last != place[:2]  # not a further micro-batch
-        self.last, total = place[:2], 0.0
-        for name, share, steps in (("logits", 0.5, 3), ("body", 2.0, 2)):
-            squares = self.squares[name]
-            if self.steps <= steps:
-                squares += [[0.0, 0.0]] * (self.steps - len(squares))
-                norms = [
-                    torch.autograd.grad(loss, result[name], retain_graph=True)[0].double().square().sum().item()
-                    for loss in (task, values[name])
-                ]
-                squares[-1] = [old + new for old, new in zip(squares[-1], norms, strict=True)]
-            ratios = sorted((a / b) ** 0.5 for a, b in squares)
-            middle = ratios[(len(ratios) - 1) // 2], ratios[len(ratios) // 2]
-            total = total + share * (middle[0] * middle[1]) ** 0.5 * values[name]
-        return total
 
 
 def _balanced_terms() -> list[DistillationTerm]:
