@@ -149,6 +149,7 @@ from keras_distill.metrics import TeacherAgreement, TeacherDivergence
 from keras_distill.model import DistillModel
 from keras_distill.mutual import MutualLearning
 from keras_distill.recording import Call, Tap
+from keras_distill.schedules import Balanced
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
 from keras_distill.teachers import CallableTeacher, EMATeacher
@@ -168,6 +169,7 @@ __all__ = [
     "AttentionMapLoss",
     "AttentionRelationLoss",
     "AttentionTransferLoss",
+    "Balanced",
     "BinarySoftTargetLoss",
     "CKALoss",
     "CacheError",

@@ -127,18 +127,18 @@ def _dtype() -> str:
 
 
 def _median(squares: Any, begun: Any) -> Any:
-    """The median of the ratios of the steps that count, as :func:`median_ratio` computes it; 0 if there are none."""
+    """The median of the ratios of the steps that count, as :func:`median_ratio` computes it; 0 if no step counts."""
     task, term = ops.unstack(squares, 2, axis=1)
     low, high = ops.minimum(task, term), ops.maximum(task, term)
     # the square roots, since the square of the limit is outside the range of float32; NaN compares as False
     counts = ops.logical_and(ops.sqrt(high) <= ops.sqrt(low) * LIMIT, ops.logical_and(low > 0, ops.isfinite(high)))
     counts = ops.logical_and(counts, ops.arange(squares.shape[0], dtype="int32") < begun)
-    one = ops.ones_like(task)
-    logarithms = ops.log(ops.where(counts, task, one)) - ops.log(ops.where(counts, term, one))
+    unit = ops.ones_like(task)
+    logarithms = ops.log(ops.where(counts, task, unit)) - ops.log(ops.where(counts, term, unit))
     ordered = ops.sort(ops.where(counts, logarithms, ops.full_like(task, float("inf"))))
     number = ops.sum(ops.cast(counts, "int32"))
     middle = ops.stack([ops.maximum(number - 1, 0) // 2, number // 2])
-    # a step that does not count is at the end, and is only read if there is no other
+    # the steps that do not count are at the end, where nothing is read unless no other step is left
     lower, upper = ops.unstack(ops.take(ordered, ops.minimum(middle, squares.shape[0] - 1)), 2)
     return ops.where(number > 0, ops.exp((lower + upper) / 4), ops.zeros_like(lower))
 

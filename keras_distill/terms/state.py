@@ -50,8 +50,6 @@ class TermState(NumbersState):
         balance: The measurements of a balanced weight; None for another weight.
     """
 
-    balance: BalanceState | None = None
-
     def __init__(self, term: Any) -> None:
         super().__init__(term.numbers(), name=term.name, trainable=term.trainable)
         self.term = term

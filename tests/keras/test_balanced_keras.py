@@ -49,11 +49,11 @@ def arrays(net: keras.Model, x: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def ratios(distilled: DistillModel, x: Any, y: Any) -> dict[str, float]:
     """Norm of the task loss's gradient over that of a squared error's, at the logits and at the hidden layer."""
-    (hidden, z, kernel), (target, wanted, _) = (arrays(net, x) for net in (distilled.student, distilled.teacher))
+    (hidden, z, kernel), (target, expected, _) = (arrays(net, x) for net in (distilled.student, distilled.teacher))
     softmax = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     task = (softmax - np.eye(3)[y]) / len(x)
     at_hidden = task @ kernel.T  # of the layer's output, behind its activation
-    own = 2 * (z - wanted) / z.size, 2 * (hidden - target) / hidden.size
+    own = 2 * (z - expected) / z.size, 2 * (hidden - target) / hidden.size
     norms = [np.linalg.norm(gradient) for gradient in (task, own[0], at_hidden, own[1])]
     return {"logits": norms[0] / norms[1], "hidden": norms[2] / norms[3]}
 
@@ -182,7 +182,7 @@ def both() -> list[Any]:
 
 @tensorflow
 @pytest.mark.parametrize("graph", [False, True])
-def test_a_loop_of_ones_own_has_the_weights_of_fit(graph: bool) -> None:
+def test_a_custom_loop_has_the_weights_of_fit(graph: bool) -> None:
     import tensorflow as tf
 
     keras.utils.set_random_seed(1)

@@ -351,9 +351,6 @@ def test_a_callback_is_copied_and_pickled_with_its_setting() -> None:
     assert callback.terms[0].schedules["weight"].steps == 2
 
 
-# Data of every kind ----------------------------------------------------------------------------------------------
-
-
 def test_a_module_with_several_balanced_terms_learns() -> None:
     module = DistillModule(Mlp(5), Mlp(7, seed=1), two_terms())
     trainer = Trainer(max_epochs=2, **QUIET)

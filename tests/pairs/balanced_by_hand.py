@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from pairs.by_hand import soft_targets, squared
 from tiny import Mlp
 
+from lightning_distill import Balanced, DistillationTerm, FeatureDistillation, LogitsDistillation
+
 
 class BalancedByHand:
     """The squared norms of the gradients in the first steps, and the weights that follow from the ratios so far."""
@@ -41,3 +43,10 @@ class BalancedByHand:
             middle = ratios[(len(ratios) - 1) // 2], ratios[len(ratios) // 2]
             total = total + share * (middle[0] * middle[1]) ** 0.5 * values[name]
         return total
+
+
+def balanced_terms() -> list[DistillationTerm]:
+    return [
+        LogitsDistillation(weight=Balanced(0.5, steps=3)),
+        FeatureDistillation("body", "body", weight=Balanced(2.0, steps=2)),
+    ]

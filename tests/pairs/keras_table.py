@@ -95,7 +95,7 @@ class Feature:
     Args:
         terms: Makes new terms.
         hand: Computes the weighted sum of the terms for a batch, by plain operations, from the twin, x, y and the step.
-            A class is made anew for each training, and measures each whole batch first.
+            Of a class each training makes its own object, which measures every whole batch first.
         settings: Settings of the model.
         teachers: Number of teachers.
         widths: Their widths.

@@ -162,13 +162,13 @@ class BalancedByHand:
         self.weights = [0.0, 0.0]
 
     def measure(self, twin: Any, x: Any, y: Any) -> None:
-        (deep, z), (target, wanted) = (
+        (deep, z), (target, expected) = (
             [ops.convert_to_numpy(part) for part in inner(net, x, "hidden", "deep")[1:]]
             for net in (twin.student, twin.held.models[0])
         )
         soft = lambda logits: ops.convert_to_numpy(ops.softmax(logits))  # noqa: E731
         task = (soft(z) - np.eye(3)[y]) / len(x)
-        heat = 4.0 * (soft(z / 4.0) - soft(wanted / 4.0)) / len(x)
+        heat = 4.0 * (soft(z / 4.0) - soft(expected / 4.0)) / len(x)
         kernel, bias = (ops.convert_to_numpy(weight) for weight in twin.terms[1].adapters[0].weights)
         gap = 2 * (deep @ kernel + bias - target) @ kernel.T / target.size
         at_deep = task @ ops.convert_to_numpy(twin.student.get_layer("logits").kernel).T
@@ -179,12 +179,12 @@ class BalancedByHand:
             self.weights[index] = share * float(np.exp(np.median(np.log(self.ratios[index]))))
 
     def __call__(self, twin: Any, x: Any, y: Any, step: float) -> Any:
-        (deep, z), (target, wanted) = (
+        (deep, z), (target, expected) = (
             inner(net, x, "hidden", "deep")[1:] for net in (twin.student, twin.held.models[0])
         )
         [adapter] = twin.terms[1].adapters
         squared = ops.mean(ops.square(adapter(deep) - target))
-        return self.weights[0] * ops.mean(kl(z, wanted)) + self.weights[1] * squared
+        return self.weights[0] * ops.mean(kl(z, expected)) + self.weights[1] * squared
 
 
 def queue() -> QueueSimilarityLoss:

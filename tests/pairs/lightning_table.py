@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs.balanced_by_hand import BalancedByHand
+from pairs.balanced_by_hand import BalancedByHand, balanced_terms
 from pairs.by_hand import (
     Batch,
     Formula,
@@ -47,7 +47,7 @@ from lightning_distill import (
     content_key,
 )
 from lightning_distill.recording import Call
-from lightning_distill.schedules import Balanced, Cosine, Linear, Step
+from lightning_distill.schedules import Cosine, Linear, Step
 
 ROWS, BATCH = 24, 6
 
@@ -293,13 +293,6 @@ def _in_half(result, ask, batch, place, learned):
     return 0.5 * soft_targets(result["logits"], teacher["logits"], 4.0) + squared(result["logits"], teacher["logits"])
 
 
-def _balanced_terms() -> list[DistillationTerm]:
-    return [
-        LogitsDistillation(weight=Balanced(0.5, steps=3)),
-        FeatureDistillation("body", "body", weight=Balanced(2.0, steps=2)),
-    ]
-
-
 def _adapter_terms() -> list[DistillationTerm]:
     return [LogitsDistillation(weight=0.5), FeatureDistillation("body", "body", weight=2.0)]
 
@@ -391,8 +384,8 @@ FEATURES: dict[str, Feature] = {
     "mask": Feature(lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, length=3),
     "ignored labels": Feature(lambda: LogitsDistillation(ignore_index=1), _ignored),
     "labels": Feature(lambda: LogitsDistillation(DecoupledKDLoss(3.0, nontarget_weight=2.0), weight=0.5), _labelled),
-    "balanced": Feature(_balanced_terms, BalancedByHand),
-    "balanced with a cache": Feature(_balanced_terms, BalancedByHand, cache={"layers": ["body"]}),
+    "balanced": Feature(balanced_terms, BalancedByHand),
+    "balanced with a cache": Feature(balanced_terms, BalancedByHand, cache={"layers": ["body"]}),
     "teacher_dtype": Feature(
         lambda: [LogitsDistillation(weight=0.5), FeatureDistillation("", "", name="whole")],
         _in_half,
