@@ -93,6 +93,7 @@ from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.chains import assistant_chain
 from keras_distill.images import Normalize
+from keras_distill.live import DistillSummary, LiveCurve
 from keras_distill.losses import (
     ActivationBoundaryLoss,
     AlphaBetaLoss,
@@ -182,6 +183,7 @@ __all__ = [
     "DecoupledKDLoss",
     "DistillModel",
     "DistillStep",
+    "DistillSummary",
     "DistillTargets",
     "Distillation",
     "DistillationConf",
@@ -204,6 +206,7 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
     "ListwiseKLLoss",
+    "LiveCurve",
     "LocalizationLoss",
     "LogitMSELoss",
     "LogitsDistillation",

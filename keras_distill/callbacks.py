@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
+from distill_core.terminal import write_line
 from keras_distill import checks, compat
 from keras_distill.schedules import Balanced, Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
 from keras_distill.targets import EpochData
@@ -127,7 +129,7 @@ class DistillationScheduler(_Following):
             arguments = (epoch, self._value()) if self._takes_value else (epoch,)
             setattr(self._owner, self.parameter, float(self.schedule(*arguments)))
         if self.verbose:
-            keras.utils.io_utils.print_msg(f"\nEpoch {epoch + 1}: {self._log_name()} is {self._value():.4g}.")
+            write_line(sys.stdout, f"Epoch {epoch + 1}: {self._log_name()} is {self._value():.4g}.")
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Set the value of a schedule that runs over steps or the fraction of the training."""

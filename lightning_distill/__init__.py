@@ -87,6 +87,7 @@ from lightning_distill.callback import DistillCallback
 from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
 from lightning_distill.language_module import CausalLMDistillModule
+from lightning_distill.live import DistillSummary, LiveCurve
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
 from lightning_distill.module import DistillModule
@@ -139,6 +140,7 @@ __all__ = [
     "CrossTokenizerDistillation",
     "DistillCallback",
     "DistillModule",
+    "DistillSummary",
     "Distillation",
     "DistillationConf",
     "DistillationConfig",
@@ -152,6 +154,7 @@ __all__ = [
     "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
+    "LiveCurve",
     "LogitsDistillation",
     "MutualLearning",
     "Normalize",
