@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,8 +149,8 @@ class Balance:
         self,
         calls: Sequence[Call],
         task_loss: Tensor | None,
-        values: Mapping[str, Tensor],
-        device: torch.device | None,
+        parts: Mapping[str, tuple[Tensor, Tensor | None]],
+        device: Callable[[], torch.device | None],
     ) -> None:
         """Measure the gradients of a step, if its weights are not fixed yet, and set the weights.
 
@@ -159,8 +159,9 @@ class Balance:
         Args:
             calls: The student's calls in the step.
             task_loss: The task loss, a scalar; ``None`` where it is not known.
-            values: The value of each working term without its weight, by name.
-            device: The student's device.
+            parts: The value of each working term without its weight, by name, with the factor that makes it a part of
+                the optimizer step's value, or ``None``.
+            device: Returns the student's device.
 
         Raises:
             ValueError: If a loss does not depend on what a balanced term reads of the student.
@@ -169,8 +170,9 @@ class Balance:
         if not balanced:
             return
         waiting = [(term, measured) for term, _, measured in balanced if not measured.fixed]
-        working = any(term.name in values for term, _ in waiting)
+        working = any(term.name in parts for term, _ in waiting)
         if working or (waiting and world_size() > 1):
+            values = {name: as_share(*part) for name, part in parts.items()}
             rows = [[0.0, 0.0, 0.0] for _ in waiting]  # two squared norms, and whether the term works
             for row, (term, _) in zip(rows, waiting, strict=True):
                 if term.name in values:
@@ -225,6 +227,16 @@ class Balance:
         for measured in self._measured.values():
             measured.factor = median_ratio(measured.rows)
         self._write()  # for a validation, which does not advance
+
+
+def as_share(value: Tensor, factor: Tensor | None) -> Tensor:
+    """A value of a micro-batch as its part of the optimizer step's.
+
+    Args:
+        value: The value.
+        factor: The factor; ``None`` leaves the value as it is.
+    """
+    return value if factor is None else factor * value
 
 
 def _squared_norms(
@@ -282,11 +294,11 @@ def _squares(gradients: Sequence[Tensor | None]) -> float:
     return float(sum(norm.item() ** 2 for norm in norms))
 
 
-def _over_processes(rows: list[list[float]], device: torch.device | None) -> list[list[float]]:
+def _over_processes(rows: list[list[float]], device: Callable[[], torch.device | None]) -> list[list[float]]:
     """The sums over all processes."""
     if world_size() == 1:
         return rows
-    sums = torch.tensor(rows, dtype=torch.float64, device=device)
+    sums = torch.tensor(rows, dtype=torch.float64, device=device())
     torch.distributed.all_reduce(sums)
     summed: list[list[float]] = sums.tolist()
     return summed

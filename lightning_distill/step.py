@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_distill.adapters.follower import bare, world_size
 from lightning_distill.adapters.learned import LearnedParts
-from lightning_distill.balancing import Balance
+from lightning_distill.balancing import Balance, as_share
 from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.outputs import tensors_in
 from lightning_distill.recording.student import StudentFinder
@@ -235,12 +235,11 @@ class DistillStep:
         calls = step_calls.of(self.student.find())
         self.parts, self.counted, self.unlogged = {}, {}, None
         rest = self._anchor(calls)
-        device = next((parameter.device for parameter in self.student.root.parameters()), None)
         if not active:
             if calls:
                 self._count(calls[0])
-            self.balance.measure(calls, task_loss, {}, device)
-            zero = self.parts["distillation_loss"] = torch.zeros((), device=device)
+            self.balance.measure(calls, task_loss, {}, self._device)
+            zero = self.parts["distillation_loss"] = torch.zeros((), device=self._device())
             return rest if isinstance(rest, Tensor) else zero
         if not calls:
             raise ValueError(self._never_called())
@@ -256,9 +255,9 @@ class DistillStep:
                 part = each[0] if len(each) == 1 else torch.stack(each).mean()
             self.parts[f"{term.name}_loss"] = part.detach()
             parts[term.name] = part, factor
-        self.balance.measure(calls, task_loss, {name: _shared(*part) for name, part in parts.items()}, device)
+        self.balance.measure(calls, task_loss, parts, self._device)
         weighted = [term.weighted(parts[term.name][0]) for term in active]
-        shared = [_shared(value, parts[term.name][1]) for value, term in zip(weighted, active, strict=True)]
+        shared = [as_share(value, parts[term.name][1]) for value, term in zip(weighted, active, strict=True)]
         for name in calls[0].logged:
             self.parts[name] = torch.stack([call.logged[name] for call in calls]).mean()
         loss = sum(shared[1:], shared[0])
@@ -267,6 +266,9 @@ class DistillStep:
             self.parts["distillation_loss"] = sum(weighted[1:], weighted[0]).detach()
             self.unlogged = loss.detach() - self.parts["distillation_loss"]
         return loss if isinstance(rest, float) else loss + rest
+
+    def _device(self) -> torch.device | None:
+        return next((parameter.device for parameter in self.student.root.parameters()), None)
 
     def _values(
         self, active: Sequence[DistillationTerm], calls: Sequence[Call], batch: Any, step_calls: StepCalls
@@ -389,8 +391,3 @@ class DistillStep:
         """Release everything recorded."""
         self.student.clear()
         self.source.clear()
-
-
-def _shared(value: Tensor, factor: Tensor | None) -> Tensor:
-    """A value of a micro-batch as its part of the optimizer step's."""
-    return value if factor is None else factor * value
