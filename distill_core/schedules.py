@@ -69,6 +69,8 @@ class Schedule:
         Linear(start=8.0, end=1.0, duration=0.5, over='fraction')
     """
 
+    measured = False  # whether the number depends on measurements too, so that only the weight of a term can have it
+
     def __init__(self, function: Callable[[float], float], *, over: Over = "steps") -> None:
         if not callable(function):
             raise TypeError(message("`function` to be a function of the position", f"function={function!r}"))
@@ -226,7 +228,14 @@ class Step(Schedule):
         return self.values[bisect.bisect_right(self.boundaries, position)]
 
 
-def first_value(name: str, value: Any, check: Callable[[str, Any], None], schedules: dict[str, Schedule]) -> float:
+def first_value(
+    name: str,
+    value: Any,
+    check: Callable[[str, Any], None],
+    schedules: dict[str, Schedule],
+    *,
+    balances: bool = False,
+) -> float:
     """The first value of a setting; a schedule is stored under the setting's name.
 
     Args:
@@ -234,6 +243,7 @@ def first_value(name: str, value: Any, check: Callable[[str, Any], None], schedu
         value: A number, or a schedule.
         check: Check of every number of the setting.
         schedules: The dict that stores a schedule.
+        balances: Whether the number may be a balanced weight.
 
     Returns:
         The number.
@@ -248,6 +258,9 @@ def first_value(name: str, value: Any, check: Callable[[str, Any], None], schedu
         (8.0, ['temperature'])
     """
     if isinstance(value, Schedule):
+        if value.measured and not balances:
+            remedy = "Only the weight of a term can be balanced."
+            raise TypeError(message(f"`{name}` to be a number or a schedule", f"{name}={value!r}", remedy))
         schedules[name] = value
         value = value.at(Progress(0, 0, 0.0))
     check(name, value)
@@ -275,6 +288,8 @@ class Setting:
         (1.0, [])
     """
 
+    balances = False  # whether the number may be a balanced weight
+
     def __init__(self, check: Callable[[str, Any], None]) -> None:
         self.check = check
 
@@ -291,7 +306,7 @@ class Setting:
 
     def __set__(self, owner: Any, value: float | Schedule) -> None:
         schedules: dict[str, Schedule] = {}
-        number = first_value(self._name, value, self.check, schedules)
+        number = first_value(self._name, value, self.check, schedules, balances=self.balances)
         attributes = owner.__dict__
         kept = attributes.setdefault("schedules", {})
         kept.pop(self._name, None)

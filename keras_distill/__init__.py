@@ -96,6 +96,7 @@ from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.chains import assistant_chain
 from keras_distill.guidance import pair_layers
 from keras_distill.images import Normalize
+from keras_distill.live import DistillSummary, LiveCurve
 from keras_distill.losses import (
     ActivationBoundaryLoss,
     AlphaBetaLoss,
@@ -154,6 +155,7 @@ from keras_distill.metrics import TeacherAgreement, TeacherDivergence
 from keras_distill.model import DistillModel
 from keras_distill.mutual import MutualLearning
 from keras_distill.recording import Call, Tap
+from keras_distill.schedules import Balanced
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
 from keras_distill.teachers import CallableTeacher, EMATeacher
@@ -173,6 +175,7 @@ __all__ = [
     "AttentionMapLoss",
     "AttentionRelationLoss",
     "AttentionTransferLoss",
+    "Balanced",
     "BinarySoftTargetLoss",
     "CKALoss",
     "CacheError",
@@ -187,6 +190,7 @@ __all__ = [
     "DecoupledKDLoss",
     "DistillModel",
     "DistillStep",
+    "DistillSummary",
     "DistillTargets",
     "Distillation",
     "DistillationConf",
@@ -209,6 +213,7 @@ __all__ = [
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
     "ListwiseKLLoss",
+    "LiveCurve",
     "LocalizationLoss",
     "LogitMSELoss",
     "LogitsDistillation",

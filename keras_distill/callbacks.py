@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
+from distill_core.terminal import write_line
 from keras_distill import checks, compat
-from keras_distill.schedules import Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
+from keras_distill.schedules import Balanced, Linear, Progress, Schedule  # noqa: F401 - the example uses Linear
 from keras_distill.targets import EpochData
 
 _PARAMETERS = ("weight", "temperature", "task_weight", "decay")
@@ -66,6 +68,8 @@ class ScheduleFollower(_Following):
         """Write the numbers into the logs."""
         if logs is not None:
             logs.update(self.values)
+            balanced = [term for term in self.model.terms if isinstance(term.schedules.get("weight"), Balanced)]
+            logs.update({f"{term.name}_weight": term.weight for term in balanced})
 
     def _follow(self, batch: int) -> None:
         progress = self._progress(batch)
@@ -125,7 +129,7 @@ class DistillationScheduler(_Following):
             arguments = (epoch, self._value()) if self._takes_value else (epoch,)
             setattr(self._owner, self.parameter, float(self.schedule(*arguments)))
         if self.verbose:
-            keras.utils.io_utils.print_msg(f"\nEpoch {epoch + 1}: {self._log_name()} is {self._value():.4g}.")
+            write_line(sys.stdout, f"Epoch {epoch + 1}: {self._log_name()} is {self._value():.4g}.")
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Set the value of a schedule that runs over steps or the fraction of the training."""

@@ -42,6 +42,8 @@ class StepFunction:
         model, step, parts = self.model, self.model.step, self.model.loss_parts
         if self._training:
             self._follow_schedules(args)
+            if any(term.measuring for term in step.terms):
+                step.begin(self._iteration(args))
         for state in step.states:
             state.sync()
         signature = step.signature(self._training)
@@ -131,6 +133,18 @@ class StepFunction:
             for variable, value in zip(self.model.non_trainable_variables, fixed, strict=True)
         ]
         return ((trainable, fixed, *others), *rest)
+
+
+def position_of(model: Any) -> Any:
+    """The optimizer steps that a model has made so far, an integer scalar; None without an optimizer.
+
+    Args:
+        model: The DistillModel, in a step.
+    """
+    if model.optimizer is None:
+        return None
+    counter, accumulated = compat.iterations_counter(model.optimizer)
+    return ops.cast(backends.value_of(counter), "int32") // accumulated
 
 
 def followed_by_average(model: Any, train: Callable[..., Any], args: tuple[Any, ...]) -> Any:

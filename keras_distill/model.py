@@ -12,7 +12,13 @@ from keras import ops
 from keras_distill import backends, checks, compat
 from keras_distill.callbacks import fit_callbacks, with_callbacks
 from keras_distill.comparison import chosen_metrics, refuse_compiled
-from keras_distill.execution import StepFunction, followed_by_average, leave_out_xla, warn_of_accumulation
+from keras_distill.execution import (
+    StepFunction,
+    followed_by_average,
+    leave_out_xla,
+    position_of,
+    warn_of_accumulation,
+)
 from keras_distill.files import ModelInFiles
 from keras_distill.metrics import LossParts, TeacherMetric
 from keras_distill.recording import Call
@@ -185,6 +191,11 @@ class DistillModel(ModelInFiles):
         self.task_weight_variable.assign(value)
 
     @property
+    def distils_alone(self) -> bool:
+        """Whether no task loss counts: the task weight is 0, without a schedule."""
+        return self.task_weight == 0 and "task_weight" not in self.schedules
+
+    @property
     def output_names(self) -> list[str]:
         """Names of the student's outputs, which ``compile`` accepts as keys of losses and metrics."""
         return list(self.student.output_names)
@@ -275,7 +286,7 @@ class DistillModel(ModelInFiles):
         if force or self.train_function is None:
             leave_out_xla(self)
             warn_of_accumulation(self)
-            if self.loss is None or (self.task_weight == 0 and "task_weight" not in self.schedules):
+            if self.loss is None or self.distils_alone:
                 check_trained(self.step)
             function = StepFunction(self, super().make_train_function, "train_function", training=True)
             self.train_function = function
@@ -292,7 +303,8 @@ class DistillModel(ModelInFiles):
 
     def train_step(self, *args: Any) -> Any:
         """As in Keras; then an :class:`EMATeacher` follows the student."""
-        return followed_by_average(self, super().train_step, args)
+        with self.step.taped():
+            return followed_by_average(self, super().train_step, args)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -334,6 +346,7 @@ class DistillModel(ModelInFiles):
             losses = self.step.compare(
                 y_pred, x, labels, sample_weight,
                 teacher=stored, training=training, with_scores=bool(self.loss_parts.teacher_metrics),
+                task_loss=None if self.distils_alone else task, position=position_of(self) if training else None,
             )  # fmt: skip
             total = total + losses.total
             parts |= {"distillation": losses.total, **losses.values}

@@ -6,22 +6,26 @@ from typing import Any
 
 import keras
 
+from distill_core.guidance.balance import Balanced, Weight, as_weight
 from distill_core.schedules import Cosine, Linear, Progress, Schedule, Step, WarmUp, first_value
 from keras_distill import backends
 
 __all__ = [
+    "Balanced",
     "Cosine",
     "Linear",
     "Progress",
     "Schedule",
     "Step",
     "WarmUp",
+    "Weight",
+    "as_weight",
     "deserialized",
     "first_value",
     "serialized",
 ]
 
-for _kind in (Schedule, Linear, Cosine, WarmUp, Step):
+for _kind in (Schedule, Linear, Cosine, WarmUp, Step, Balanced):
     keras.saving.register_keras_serializable(package="keras_distill")(_kind)
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_distill import backends, checks, compat
+from keras_distill import backends, checks
+from keras_distill.balancing import check_balanced, measured_weights, taped
+from keras_distill.building import BuildsTerms
 from keras_distill.comparison import StepLosses
 from keras_distill.ensemble import Answers, Ensemble
 from keras_distill.mixing import TeacherMix
-from keras_distill.recording import Call, Recorder, probed
+from keras_distill.recording import Call, Recorder
 from keras_distill.schedules import Progress, Schedule
 from keras_distill.states import NumbersState
-from keras_distill.teachers import EMATeacher, LiveTeacher, as_teachers, checked_dtype, chosen_inputs
+from keras_distill.teachers import EMATeacher, as_teachers, checked_dtype, chosen_inputs
 from keras_distill.terms import DistillationTerm, as_terms
 
 
-class DistillStep:
+class DistillStep(BuildsTerms):
     """One step of distillation: it records the student, runs the teacher and computes the terms.
 
     :class:`DistillModel` delegates to it. In a custom training loop, call the student while the step watches::
@@ -94,12 +96,8 @@ class DistillStep:
         self._advanced = False
         self.behind: dict[str, Any] = {}
         self._assign(as_teachers(teacher, student, moving=True))
+        check_balanced(self.terms, self.moving)
         self.build_from_models()
-
-    @property
-    def teachers(self) -> list[LiveTeacher]:
-        """The teachers with their recorders."""
-        return self.ensemble.live
 
     @property
     def teacher(self) -> Any:
@@ -113,11 +111,6 @@ class DistillStep:
             expected = "`teacher` not to be assigned in the place of an EMATeacher, which files of the model hold"
             raise ValueError(checks.message(expected, f"a {type(teacher).__name__}", "Make a new DistillModel."))
         self._assign(as_teachers(teacher, self.student))
-
-    @property
-    def moving(self) -> EMATeacher | None:
-        """The teacher, if it is a moving average of the student."""
-        return self.ensemble.moving
 
     def update_teacher(self, stepped: Any = True) -> None:
         """Move an :class:`EMATeacher` towards the student: call it after each step of the optimizer in your own loop.
@@ -167,15 +160,22 @@ class DistillStep:
             The version, then the traced settings of each computed term.
         """
         working = (term for term in self.terms if term.weight != 0 or not training)
-        return (self.version, *(term.traced_settings() for term in working))
+        return (self.version, *((*term.traced_settings(), training and term.measuring) for term in working))
 
-    def watching(self, everywhere: bool = False) -> contextlib.AbstractContextManager[None]:
+    def watching(self, everywhere: bool = False) -> contextlib.AbstractContextManager[Any]:
         """A context in which calls of the student are recorded, so that :meth:`losses` can read its inner layers.
 
         Args:
             everywhere: Whether calls on other threads are recorded too, such as those of ``tf.distribute`` replicas.
         """
-        return self.recorder.watching(everywhere)
+        contexts = contextlib.ExitStack()
+        contexts.enter_context(self.recorder.watching(everywhere))
+        contexts.enter_context(self.taped())
+        return contexts
+
+    def taped(self) -> contextlib.AbstractContextManager[None]:
+        """A context around the student's call and its losses, in which balanced weights can be measured eagerly."""
+        return taped(any(term.measuring for term in self.terms))
 
     def forward(self, inputs: Any, training: bool | None) -> Any:
         """Call the student and record the call.
@@ -187,50 +187,8 @@ class DistillStep:
         Returns:
             The student's output.
         """
-        with self.watching():
+        with self.recorder.watching():
             return self.student(chosen_inputs(self.student, inputs), training=training)
-
-    def build(self, inputs: Any, teacher: Call | None = None) -> None:
-        """Check the models against the terms, and make the adapters.
-
-        Args:
-            inputs: A batch's inputs or their specifications.
-            teacher: The teacher's call, if its outputs are known already.
-
-        Raises:
-            ValueError: If layers, layouts, shapes or outputs do not fit the terms.
-        """
-        knows_teacher = teacher is not None or bool(self.teachers)
-        waiting = [term for term in self.terms if not term.built and (knows_teacher or not term.needs_teacher)]
-        if not waiting:
-            return
-        student = probed(self.recorder, chosen_inputs(self.student, inputs))
-        if teacher is None and self.teachers and any(term.needs_teacher for term in waiting):
-            self._build_terms(waiting, student, self.ensemble.probe(inputs))
-        else:
-            self._build_terms(waiting, student, [student if teacher is None else teacher])
-        if self.moving is not None:
-            self.moving.build()
-
-    def build_from_models(self) -> None:
-        """Build at once if student and teachers know their inputs, so that errors are raised by the constructor."""
-        inputs = self.ensemble.joint_inputs(compat.input_structure(self.student))
-        if inputs is not None:
-            self.build(inputs)
-
-    def build_from_config(self, configs: Mapping[str, Any]) -> None:
-        """Make the adapters of a saved model.
-
-        Args:
-            configs: The result of each term's ``get_shapes``, by the name of the term.
-        """
-        for term in self.terms:
-            if not term.built and term.name in configs:
-                if configs[term.name] is not None:
-                    term.build_from_shapes(configs[term.name])
-                self._adopt(term)
-        if self.moving is not None:
-            self.moving.build()
 
     def advance(self, step: int, epoch: int | None = None, fraction: float | None = None) -> None:
         """Set the scheduled weights and temperatures before a step of your own loop. ``fit`` sets them itself.
@@ -249,7 +207,21 @@ class DistillStep:
                 owner.follow(name, schedule.at(progress))
         if self.ensemble.mix.state is not None:
             self.ensemble.mix.state.sync()
+        self.begin(step)
         self._advanced = True
+
+    def begin(self, step: int) -> None:
+        """Fix the balanced weights that have been measured in all their steps.
+
+        Args:
+            step: Optimizer steps made so far.
+
+        Raises:
+            ValueError: If no gradient could be measured.
+        """
+        for term in self.terms:
+            if term.measuring:
+                term.state.balance.begin(step)  # type: ignore[union-attr]
 
     def losses(
         self,
@@ -260,6 +232,7 @@ class DistillStep:
         *,
         teacher: Call | None = None,
         training: bool = True,
+        task_loss: Any = None,
     ) -> dict[str, Any]:
         """The terms' values for one call of the student.
 
@@ -270,6 +243,7 @@ class DistillStep:
             sample_weight: The batch's sample weights.
             teacher: The teacher's call, if its outputs are known already; the teacher then does not run.
             training: Whether the student is trained; terms of weight 0 are then skipped.
+            task_loss: The student's own loss, if a weight is balanced; it is not added.
 
         Returns:
             ``"distillation_loss"``, the weighted sum, and ``"<term>_loss"`` for each computed term.
@@ -280,7 +254,9 @@ class DistillStep:
         if training and not self._advanced and any(owner.schedules for owner in self._owners()):
             expected = "a call of `advance` before a training step, because a setting has a schedule"
             raise ValueError(checks.message(expected, "none", "Call step.advance(number_of_steps_so_far)."))
-        compared = self.compare(output, x, labels, sample_weight, teacher=teacher, training=training)
+        compared = self.compare(
+            output, x, labels, sample_weight, teacher=teacher, training=training, task_loss=task_loss
+        )
         values = {f"{name}_loss": value for name, value in compared.values.items()}
         return {"distillation_loss": compared.total, **values}
 
@@ -295,6 +271,8 @@ class DistillStep:
         teacher: Call | None = None,
         training: bool = True,
         with_scores: bool = False,
+        task_loss: Any = None,
+        position: Any = None,
     ) -> StepLosses:
         """As :meth:`losses`, but also with the class scores of the two models.
 
@@ -307,6 +285,8 @@ class DistillStep:
             teacher: As for :meth:`losses`.
             training: As for :meth:`losses`.
             with_scores: Whether the class scores are returned too.
+            task_loss: As for :meth:`losses`.
+            position: Optimizer steps so far, a scalar; None takes that of :meth:`advance`.
 
         Returns:
             The losses.
@@ -333,9 +313,11 @@ class DistillStep:
         total, values = zero, {}
         for term in terms:
             weights = sample_weight if term.use_sample_weight else None
-            value = ops.cast(self.ensemble.value(term, student, answers, labels, weights), dtype)
-            weight = ops.cast(term.state.number("weight"), dtype)  # type: ignore[union-attr]
-            values[term.name] = value
+            values[term.name] = ops.cast(self.ensemble.value(term, student, answers, labels, weights), dtype)
+        measured = measured_weights(terms, student, values, task_loss, position) if training else {}
+        for term in terms:
+            weight, value = term.state.number("weight"), values[term.name]  # type: ignore[union-attr]
+            weight = ops.cast(measured.get(term.name, weight), dtype)
             # in evaluation, and in a graph that the user traces, the weight may be 0: 0 times infinity would be NaN
             total = total + ops.where(weight > 0, weight * value, zero)
         scores = None
@@ -357,21 +339,6 @@ class DistillStep:
             names = tuple(term.name for term in self.terms if term.weight != 0)
         return [term for term in self.terms if term.name in names]
 
-    def _check_teacher(self) -> None:
-        """Check that a new teacher fits the adapters, if both models know their inputs.
-
-        Raises:
-            ValueError: If it does not.
-        """
-        built = [term for term in self.terms if term.built and term.needs_teacher]
-        inputs = compat.input_structure(self.student)
-        joint = self.ensemble.joint_inputs(inputs) if built and self.teachers and self.ensemble.hook is None else None
-        if joint is not None:
-            student, calls = probed(self.recorder, inputs), self.ensemble.probe(joint)
-            for term in built:
-                for number, call in enumerate(calls):
-                    term.for_teacher(number).check_calls(student, call)
-
     def _student_call(
         self, output: Any, x: Any, student: Call | None, terms: Sequence[DistillationTerm], training: bool
     ) -> tuple[Call, Any]:
@@ -386,15 +353,3 @@ class DistillStep:
         student.inputs, student.training = student.inputs if x is None else x, training
         student.decided = self.working_names is not None or backends.executes_eagerly()
         return student, x
-
-    def _build_terms(self, terms: Sequence[DistillationTerm], student: Call, teachers: Sequence[Call]) -> None:
-        for term in terms:
-            term.build_for(student, teachers if term.needs_teacher else [student])
-            self._adopt(term)
-            for tap in term.trained_taps:
-                self.behind[tap.key] = student.facts_of(student.feature(tap)).behind
-
-    def _adopt(self, term: DistillationTerm) -> None:
-        term.built = True
-        if term.state is not None:
-            term.state.adopt()

@@ -90,6 +90,7 @@ from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
 from lightning_distill.guidance import pair_layers
 from lightning_distill.language_module import CausalLMDistillModule
+from lightning_distill.live import DistillSummary, LiveCurve
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
@@ -97,6 +98,7 @@ from lightning_distill.module import DistillModule
 from lightning_distill.mutual import MutualLearning
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call, Tap
+from lightning_distill.schedules import Balanced
 from lightning_distill.teachers import CallableTeacher, EMATeacher, Normalize, SelfTeacher, load_teacher
 from lightning_distill.terms import (
     AttentionDistillation,
@@ -132,6 +134,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionDistillation",
     "AttentionRelationDistillation",
+    "Balanced",
     "CacheError",
     "Call",
     "CallableTeacher",
@@ -142,6 +145,7 @@ __all__ = [
     "CurriculumTemperature",
     "DistillCallback",
     "DistillModule",
+    "DistillSummary",
     "Distillation",
     "DistillationConf",
     "DistillationConfig",
@@ -155,6 +159,7 @@ __all__ = [
     "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLoss",
     "KnowledgeDistillationLossConfig",
+    "LiveCurve",
     "LogitsDistillation",
     "MutualLearning",
     "Normalize",

@@ -182,7 +182,7 @@ class DistillCallback(Callback):
         self.mix.check_teacher(teacher)
         self._teacher = teacher
 
-    def loss(self, calls: int | slice | None = None) -> Tensor:
+    def loss(self, calls: int | slice | None = None, task_loss: Tensor | None = None) -> Tensor:
         """The weighted distillation loss of the student's calls so far in this ``training_step``, a scalar.
 
         For manual optimization: add it to the loss that is differentiated, in the steps that distil. `task_weight` is
@@ -190,6 +190,7 @@ class DistillCallback(Callback):
 
         Args:
             calls: Which of the student's calls count, such as ``-1`` for the last one; ``None`` is the mean of all.
+            task_loss: The student's own loss, if a weight is balanced; it is not added.
 
         Raises:
             MisconfigurationException: If no training step is running.
@@ -199,7 +200,7 @@ class DistillCallback(Callback):
             raise MisconfigurationException(
                 "Expected `loss` to be called inside `training_step`, but no training is running. Call trainer.fit."
             )
-        return self._run.loss(calls)
+        return self._run.loss(calls, task_loss)
 
     @property
     def distils_alone(self) -> bool:
@@ -263,7 +264,7 @@ class DistillCallback(Callback):
         if self._last_module is not None and self._last_module() is not pl_module:
             state = {}  # another module's
         # a new fit starts with a fresh optimizer
-        kept = {name: value for name, value in state.items() if name in ("adapters", "teacher")}
+        kept = {name: value for name, value in state.items() if name in ("adapters", "teacher", "balance")}
         self._run = Run(self, trainer, pl_module, stage, kept)
         self._last_module = ref(pl_module)
         if stage == "fit" and self.logs:

@@ -19,7 +19,8 @@ from lightning_distill.on_policy import LoopTexts, OnPolicyBatches, OnPolicyDist
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
-from lightning_distill.step import DistillStep, Labels, StepCalls
+from lightning_distill.step import DistillStep, Labels
+from lightning_distill.step_calls import StepCalls
 from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.teachers.make import as_source, shared_parameter
@@ -107,11 +108,10 @@ class Distiller:
         default = LogitsDistillation if on_policy is None else reverse_term
         self.terms = [term.owned() for term in as_terms(terms, default)]
         self._dtype, self._labels, self._inputs = as_dtype(teacher_dtype), labels, teacher_inputs
-        self._learned = LearnedParts(self.terms)
+        self._learned, self._window = LearnedParts(self.terms), LoopWindow()
         self._guards: HookGuards | None = None
         self._looked = False  # whether the networks were searched for compiled ones
         self._count, self._counts = 0, True  # steps so far, and whether they are counted here
-        self._window = LoopWindow()
         self._step = self._new_step()
         self._step.check()
         self._texts: LoopTexts | None = None
@@ -119,8 +119,7 @@ class Distiller:
             batches = OnPolicyBatches(on_policy, self._step.student, self.terms, labels, process_number())
             batches.check(self._step.source.stored, teacher_inputs)
             self._texts = LoopTexts(batches)
-        shared = shared_parameter(student, self._step.source)
-        if shared is not None:
+        if (shared := shared_parameter(student, self._step.source)) is not None:
             raise ValueError(
                 f"Expected `teacher` to share no parameter with the student, but both train {shared!r}. Pass"
                 " copy.deepcopy(teacher), or freeze the shared parameters."
@@ -192,7 +191,7 @@ class Distiller:
         """
         if self._counts and (self._step.skips_heads or self._step.adds_arguments):
             # already here, not only in `total`: the weights decide how the student is called
-            self._step.scheduler.advance(Progress(self._count))
+            self._step.advance(Progress(self._count))
         if not self._looked:
             self._looked = True
             networks = [self.student, *self._step.source.modules()]
@@ -218,7 +217,7 @@ class Distiller:
                 " on_policy=OnPolicyDistillation(0.5, max_new_tokens=64))."
             )
         if self._counts:
-            self._step.scheduler.advance(Progress(self._count))
+            self._step.advance(Progress(self._count))
         return self._texts.continued(batch)
 
     def total(self, task_loss: Tensor, batch: Any = None) -> Tensor:
@@ -250,7 +249,7 @@ class Distiller:
 
     def _total(self, task_loss: Tensor, batch: Any, step_calls: StepCalls) -> Tensor:
         if self._counts:
-            self._step.scheduler.advance(Progress(self._count))
+            self._step.advance(Progress(self._count))
             self._count += 1  # also without a schedule: one may be assigned later
         return self._step.total(task_loss, batch, step_calls)
 
@@ -294,19 +293,20 @@ class Distiller:
             ValueError: If a schedule needs a position that is not given.
         """
         self._counts = False
-        self._step.scheduler.advance(Progress(step, epoch, fraction))
+        self._step.advance(Progress(step, epoch, fraction))
 
     @property
     def scheduler(self) -> Scheduler:
         """The scheduler; its ``values`` are the last values of the scheduled settings, by their names in the logs."""
         return self._step.scheduler
 
-    def loss(self, batch: Any = None, calls: int | slice | None = None) -> Tensor:
+    def loss(self, batch: Any = None, calls: int | slice | None = None, *, task_loss: Tensor | None = None) -> Tensor:
         """The weighted sum of the terms, without the task loss, over the calls recorded since the last one.
 
         Args:
             batch: The batch, where a term needs its labels or a mask.
             calls: Which of the recorded calls count, such as ``-1``; ``None`` is the mean of all.
+            task_loss: The task loss, if a weight is balanced; it is not added.
 
         Returns:
             A scalar.
@@ -315,7 +315,7 @@ class Distiller:
             ValueError: As :meth:`total`.
         """
         batch, stored = self._unpacked(batch)
-        return self._step.loss(batch, StepCalls(calls, stored=stored))
+        return self._step.loss(batch, StepCalls(calls, stored=stored), task_loss)
 
     def agree(self, batch: Any = None) -> list[tuple[Tensor, Tensor]]:
         """The logits of both sides for each call recorded since the last loss.
@@ -382,10 +382,10 @@ class Distiller:
         if self._guards is not None:
             self._guards.undo()
         self._guards, self._looked = None, False
-        parts, average = self._step.parts, self._step.source.state_dict()
-        self._step = self._new_step()  # the student may have changed meanwhile
-        self._step.parts = parts
-        self._step.source.load_state_dict(average)
+        before, self._step = self._step, self._new_step()  # the student may have changed meanwhile
+        self._step.parts = before.parts
+        self._step.source.load_state_dict(before.source.state_dict())
+        self._step.balance.load_state_dict(before.balance.state_dict())
 
     def __enter__(self) -> Distiller:
         return self

@@ -21,7 +21,7 @@ from lightning_distill.progress import fraction_done
 from lightning_distill.recording import Call, Tap, map_tensors
 from lightning_distill.recording.batches import call_with, inputs_in, split_batch
 from lightning_distill.recording.outputs import obvious
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Balanced, Schedule
 from lightning_distill.teachers.without_network import WithoutNetwork
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -100,6 +100,10 @@ class MutualLearning(LightningModule):
                 raise ValueError(
                     "Expected terms on outputs without parameters of their own in MutualLearning, but got"
                     f" {type(term).__name__} {term.name!r}. Use LogitsDistillation."
+                )
+            if isinstance(weight := term.schedules.get("weight"), Balanced):  # checkpoints would not hold it
+                raise ValueError(
+                    f"Expected `weight` to be a number or a schedule in MutualLearning, but got {weight!r}."
                 )
         return made
 

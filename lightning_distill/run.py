@@ -27,7 +27,8 @@ from lightning_distill.progress import fraction_done
 from lightning_distill.recording.batches import kept
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress
-from lightning_distill.step import DistillStep, StepCalls
+from lightning_distill.step import DistillStep
+from lightning_distill.step_calls import StepCalls
 from lightning_distill.teachers import EMATeacher
 from lightning_distill.teachers.make import as_source, shared_parameter
 from lightning_distill.terms import connected, teacher_inputs_of
@@ -105,6 +106,7 @@ class Run:
         if self._checked:
             self._check()
         self.step.load_state_dict(state)
+        self.step.balance.start()
         try:
             self._begin(stage)
         except BaseException:
@@ -112,8 +114,8 @@ class Run:
             raise
 
     def _check(self) -> None:
-        self.step.check()
         sharding = [name for name in ("DeepSpeedStrategy", "FSDPStrategy") if compat.has_strategy(self.trainer, name)]
+        self.step.check(sharding)
         if sharding and isinstance(self.callback.teacher, EMATeacher):
             raise MisconfigurationException(
                 f"Expected DDP or one device with an EMATeacher, but got {sharding[0]}, which shards the student."
@@ -219,8 +221,7 @@ class Run:
         self.step.share = self._window.share
 
     def _changes_loss(self) -> bool:
-        idle = self.step.idle and self.callback.task_weight == 1
-        return not idle or self.trainer.world_size > 1
+        return not (self.step.idle and self.callback.task_weight == 1) or self.trainer.world_size > 1
 
     def _with_distillation(self, output: Any) -> Any:
         """The result of a training step, with the total in place of its loss."""
@@ -248,11 +249,12 @@ class Run:
         stored = None if self._cached is None else Stored(self._cached.answers, self._cached.check_unchanged)
         return StepCalls(calls, stored=stored)
 
-    def loss(self, calls: int | slice | None) -> Tensor:
+    def loss(self, calls: int | slice | None, task_loss: Tensor | None = None) -> Tensor:
         """The weighted distillation loss of the student's calls so far in this step.
 
         Args:
             calls: Which of them count.
+            task_loss: The task loss, for balanced weights.
 
         Raises:
             MisconfigurationException: If no training step is running.
@@ -263,7 +265,7 @@ class Run:
             )
         self._explicit = self._ever_explicit = True
         self._follow_the_students()
-        return self.step.loss(self._batch, self._step_calls(calls))
+        return self.step.loss(self._batch, self._step_calls(calls), task_loss)
 
     def _advance(self) -> None:
         """Set the scheduled values at this point of the training."""
@@ -273,7 +275,7 @@ class Run:
         if self.callback in trainer.callbacks:  # type: ignore[attr-defined]
             self._position = fraction_done(trainer)
         # else a tuner runs a trial: it has removed all callbacks, and the position stays where it is
-        self.step.scheduler.advance(Progress(trainer.global_step, trainer.current_epoch, self._position))
+        self.step.advance(Progress(trainer.global_step, trainer.current_epoch, self._position))
 
     def _follow_the_students(self) -> None:
         """Let the adapters step with the optimizer of the student."""
@@ -395,5 +397,4 @@ class Run:
         return self.trainer.strategy.root_device
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        total: Tensor = self.trainer.strategy.reduce(tensor.to(self._device), reduce_op="sum")
-        return total
+        return cast(Tensor, self.trainer.strategy.reduce(tensor.to(self._device), reduce_op="sum"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from distill_core.guidance.balance import Balanced, TermWeight, Weight
 from distill_core.schedules import (
     Cosine,
     Linear,
@@ -20,7 +21,20 @@ from distill_core.schedules import (
 )
 from lightning_distill import checks
 
-__all__ = ["Cosine", "Linear", "Progress", "Schedule", "Scheduler", "Setting", "Step", "WarmUp", "first_value"]
+__all__ = [
+    "Balanced",
+    "Cosine",
+    "Linear",
+    "Progress",
+    "Schedule",
+    "Scheduler",
+    "Setting",
+    "Step",
+    "TermWeight",
+    "WarmUp",
+    "Weight",
+    "first_value",
+]
 
 
 class Scheduler:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,10 +12,12 @@ from torch.optim import Optimizer
 
 from lightning_distill.adapters.follower import bare, world_size
 from lightning_distill.adapters.learned import LearnedParts
+from lightning_distill.balancing import Balance, as_share
 from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.outputs import tensors_in
 from lightning_distill.recording.student import StudentFinder
-from lightning_distill.schedules import Scheduler
+from lightning_distill.schedules import Progress, Scheduler
+from lightning_distill.step_calls import StepCalls
 from lightning_distill.step_checks import check_step
 from lightning_distill.teachers.source import LiveTeachers, TeacherSource
 from lightning_distill.terms import DistillationTerm, LogitsDistillation, connected
@@ -26,30 +27,6 @@ from lightning_distill.terms.skipped_heads import SkippedHeads, check_not_compil
 
 Pair = tuple[Tensor, Tensor, Tensor | None]
 Labels = str | int | Callable[[Any], Tensor] | None
-
-
-@dataclass
-class StepCalls:
-    """The calls of a step to distill, and the teachers' answers if they exist already.
-
-    Args:
-        calls: The recorded calls that count, by index or slice, or a list of other calls; ``None`` is the mean over all
-            recorded calls.
-        answers: The teachers' answers to every call; ``None`` asks the teacher.
-        stored: The answers of a cache, which came with the batch.
-    """
-
-    calls: int | slice | list[Call] | None = None
-    answers: list[Call] | None = None
-    stored: Any = None
-
-    def of(self, recorded: Sequence[Call]) -> list[Call]:
-        """The calls that count."""
-        if isinstance(self.calls, list):
-            return self.calls
-        if self.calls is None or not recorded:
-            return list(recorded)
-        return list(recorded[self.calls]) if isinstance(self.calls, slice) else [recorded[self.calls]]
 
 
 class DistillStep:
@@ -77,6 +54,7 @@ class DistillStep:
         counted: The numbers of tokens of the last call, by term.
         own_text: Whether the batch is text of the student, whose labels are not a reference: no task loss counts.
         scheduler: Sets the scheduled settings.
+        balance: Measures the balanced weights.
     """
 
     def __init__(
@@ -97,6 +75,7 @@ class DistillStep:
         self._labels, self._read_logits, self._never_called = labels, read_logits, never_called
         self.mix = mix or TeacherMix()
         self.scheduler = Scheduler(terms, settings, [*self.mix.scheduled, *source.scheduled])
+        self.balance = Balance(terms, settings, getattr(settings, "teacher", None))
         source.meet(student)
         self.parts: dict[str, Tensor] = {}
         self.batch_size, self.own_text, self.share = 0, False, TokenShare()
@@ -121,13 +100,22 @@ class DistillStep:
         """Whether a term adds arguments to the student's calls."""
         return any(term.student_arguments for term in self.terms)
 
-    def check(self) -> None:
+    def check(self, sharding: Sequence[str] = ()) -> None:
         """Raise if a tapped layer does not exist, or the teacher lacks an output or a layer that the terms read.
+
+        Args:
+            sharding: The strategy, if it shards the student.
 
         Raises:
             ValueError: With the closest layer names.
         """
         check_step(self.terms, self.student, self.source, self.mix)
+        self.balance.check(sharding)
+
+    def advance(self, progress: Progress) -> None:
+        """Set the scheduled and the balanced settings at a point of the training."""
+        self.scheduler.advance(progress)
+        self.balance.advance(progress)
 
     def follow(self, leader: Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
         """Let the learned parts, and a teacher that moves, step with the student's optimizer.
@@ -140,14 +128,16 @@ class DistillStep:
         self.source.follow(bare(leader))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the learned parts and of the teacher; empty if they have none."""
-        teacher = self.source.state_dict()
-        return {**self.learned.state_dict(), **({"teacher": teacher} if teacher else {})}
+        """The state of the learned parts, the teacher and the balanced weights; empty if they have none."""
+        others = {"teacher": self.source.state_dict(), "balance": self.balance.state_dict()}
+        return {**self.learned.state_dict(), **{name: state for name, state in others.items() if state}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state, or start again if it is empty."""
-        self.learned.load_state_dict({name: value for name, value in state.items() if name != "teacher"})
+        others = ("teacher", "balance")
+        self.learned.load_state_dict({name: value for name, value in state.items() if name not in others})
         self.source.load_state_dict(state.get("teacher", {}))
+        self.balance.load_state_dict(state.get("balance", {}))
 
     def record(self, needs_grad: bool = True, features: bool = True, batch: Any = None) -> AbstractContextManager[None]:
         """A context in which the student's calls are recorded.
@@ -201,7 +191,7 @@ class DistillStep:
             batch: The batch.
             step_calls: The calls and answers to use; ``None`` takes the recorded calls and asks the teacher.
         """
-        distillation = self.loss(batch, step_calls)
+        distillation = self.loss(batch, step_calls, task_loss)
         if self.own_text:
             return distillation
         self.parts["task_loss"] = task_loss.detach()
@@ -224,22 +214,23 @@ class DistillStep:
             zero = torch.zeros((), device=task_loss.device)
             self.parts = {"distillation_loss": zero, "task_loss": task_loss.detach()}
 
-    def loss(self, batch: Any = None, step_calls: StepCalls | None = None) -> Tensor:
+    def loss(self, batch: Any = None, step_calls: StepCalls | None = None, task_loss: Tensor | None = None) -> Tensor:
         """The weighted sum of the terms over the calls recorded since the last one, a scalar.
 
         Args:
             batch: The batch.
             step_calls: The calls and answers to use; ``None`` takes the recorded calls and asks the teacher.
+            task_loss: The task loss, which balanced weights refer to.
 
         Raises:
             ValueError: If the student was not called, a layer did not run, a shape does not fit, labels are missing.
         """
         try:
-            return self._loss(batch, step_calls or StepCalls())
+            return self._loss(batch, step_calls or StepCalls(), task_loss)
         finally:
             self.release()
 
-    def _loss(self, batch: Any, step_calls: StepCalls) -> Tensor:
+    def _loss(self, batch: Any, step_calls: StepCalls, task_loss: Tensor | None) -> Tensor:
         active = [term for term in self.terms if term.active]
         calls = step_calls.of(self.student.find())
         self.parts, self.counted, self.unlogged = {}, {}, None
@@ -247,15 +238,15 @@ class DistillStep:
         if not active:
             if calls:
                 self._count(calls[0])
-            device = next((parameter.device for parameter in self.student.root.parameters()), None)
-            zero = self.parts["distillation_loss"] = torch.zeros((), device=device)
+            self.balance.measure(calls, task_loss, {}, self._device)
+            zero = self.parts["distillation_loss"] = torch.zeros((), device=self._device())
             return rest if isinstance(rest, Tensor) else zero
         if not calls:
             raise ValueError(self._never_called())
         self.learned.check_trained()
         self.source.check_followed()
         values = self._values(active, calls, batch, step_calls)
-        weighted, shared = [], []
+        parts: dict[str, tuple[Tensor, Tensor | None]] = {}
         for term in active:
             each, factor = values[term.name], None
             if term.counts_tokens:
@@ -263,8 +254,10 @@ class DistillStep:
             else:
                 part = each[0] if len(each) == 1 else torch.stack(each).mean()
             self.parts |= {f"{term.name}_loss": part.detach(), **term.learned_numbers()}
-            weighted.append(term.weighted(part))
-            shared.append(weighted[-1] if factor is None else factor * weighted[-1])
+            parts[term.name] = part, factor
+        self.balance.measure(calls, task_loss, parts, self._device)
+        weighted = [term.weighted(parts[term.name][0]) for term in active]
+        shared = [as_share(value, parts[term.name][1]) for value, term in zip(weighted, active, strict=True)]
         for name in calls[0].logged:
             self.parts[name] = torch.stack([call.logged[name] for call in calls]).mean()
         loss = sum(shared[1:], shared[0])
@@ -273,6 +266,9 @@ class DistillStep:
             self.parts["distillation_loss"] = sum(weighted[1:], weighted[0]).detach()
             self.unlogged = loss.detach() - self.parts["distillation_loss"]
         return loss if isinstance(rest, float) else loss + rest
+
+    def _device(self) -> torch.device | None:
+        return next((parameter.device for parameter in self.student.root.parameters()), None)
 
     def _values(
         self, active: Sequence[DistillationTerm], calls: Sequence[Call], batch: Any, step_calls: StepCalls

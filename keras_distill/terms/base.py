@@ -9,8 +9,9 @@ import keras
 from keras import ops  # noqa: F401 - the example uses it
 
 from keras_distill import checks
+from keras_distill.balancing import BalanceState
 from keras_distill.recording import Call, Tap
-from keras_distill.schedules import Schedule, deserialized, first_value, serialized
+from keras_distill.schedules import Balanced, Schedule, Weight, as_weight, deserialized, first_value, serialized
 from keras_distill.terms.state import Settings, TermState, layer_copy
 
 
@@ -27,8 +28,9 @@ class DistillationTerm:
     if the model is saved.
 
     Args:
-        weight: Factor of the term in the total loss, 0 or greater, a number or a schedule. A term of weight 0 is
-            skipped in training, and its key is missing from the logs; evaluation computes it.
+        weight: Factor of the term in the total loss, 0 or greater, a number, a schedule or ``"balanced"``, short for
+            a :class:`Balanced`. A term of weight 0 is skipped in training, and its key is missing from the logs;
+            evaluation computes it.
         name: Name in logs and files, distinct among the terms.
         use_sample_weight: Whether the batch's sample weights are applied to the term. Pass False if a weight of 0 means
             that an example has no label: the task loss then ignores the example, but the term still uses it.
@@ -71,7 +73,7 @@ class DistillationTerm:
     def __init__(
         self,
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         name: str,
         use_sample_weight: bool = True,
         trainable: bool = True,
@@ -80,7 +82,7 @@ class DistillationTerm:
         if unknown:
             raise TypeError(_unknown_settings(type(self).__name__, unknown))
         self.schedules: dict[str, Schedule] = {}
-        weight = first_value("weight", weight, checks.non_negative, self.schedules)
+        weight = first_value("weight", as_weight(weight), checks.non_negative, self.schedules, balances=True)
         checks.boolean("use_sample_weight", use_sample_weight)
         checks.boolean("trainable", trainable)
         if not isinstance(name, (str, type(None))):
@@ -95,11 +97,21 @@ class DistillationTerm:
     @property
     def weight(self) -> float:
         """Factor of the term in the total loss; assign a number to change it from the next step on."""
-        return float(self._settings["weight"])
+        weight, balance = float(self._settings["weight"]), self._balance
+        return weight if balance is None else weight * balance.factor  # of a balanced weight the share is a setting
 
     @weight.setter
     def weight(self, value: float) -> None:
         self.set_setting("weight", value)
+
+    @property
+    def _balance(self) -> BalanceState | None:
+        return None if self.state is None else self.state.balance
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the weight is balanced, and not fixed yet."""
+        return self._balance is not None and self._balance.measuring
 
     @property
     def trainable(self) -> bool:
@@ -128,7 +140,8 @@ class DistillationTerm:
 
     def numbers(self) -> dict[str, float]:
         """The settings that can change without a new trace, by name."""
-        return {"weight": self.weight}
+        balanced = isinstance(self.schedules.get("weight"), Balanced)
+        return {"weight": self.weight, **({"share": self._settings["weight"]} if balanced else {})}
 
     def set_setting(self, name: str, value: float) -> None:
         """Set the weight, or a setting of the loss, from the next step on.

@@ -15,7 +15,7 @@ from keras_distill.adapters import ADAPTERS, AdapterFactory, Side, aligned, make
 from keras_distill.functional.vectors import resized
 from keras_distill.losses import DistillationLoss
 from keras_distill.recording import Call, Tap, find_layer
-from keras_distill.schedules import Schedule, deserialized
+from keras_distill.schedules import Weight, deserialized
 from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.layouts import KINDS, arranged, layouts_of_pair, widened, without_prefix
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
@@ -74,7 +74,7 @@ class FeatureDistillation(LossTerm):
         teacher_layer: Layers,
         loss: str | LossLike = "mse",
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
         use_sample_weight: bool = True,
         name: str | None = None,

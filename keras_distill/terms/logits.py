@@ -19,7 +19,7 @@ from keras_distill.losses import (
     SoftTargetLoss,
 )
 from keras_distill.recording import Call, select
-from keras_distill.schedules import Schedule
+from keras_distill.schedules import Weight
 from keras_distill.terms.loss_term import LossTerm
 from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import row_weights, weigh, zeroed
@@ -95,7 +95,7 @@ class LogitsDistillation(LossTerm):
         self,
         loss: str | LossLike | None = None,
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         output: int | str | None = None,
         use_sample_weight: bool = True,
         name: str = "logits",

@@ -13,7 +13,7 @@ from keras_distill import checks, compat
 from keras_distill.functional.vectors import averaged, resized
 from keras_distill.losses.networks import linear_classifier
 from keras_distill.recording import Call, Tap, find_layer
-from keras_distill.schedules import Schedule
+from keras_distill.schedules import Weight
 from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.features import FeatureDistillation, taps_and_settings
 from keras_distill.terms.layouts import KINDS, arranged, widened
@@ -64,7 +64,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
         *,
         classifier: str | None = None,
         factor: int = 2,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         name: str = "reused_classifier",
         **kwargs: Any,
     ) -> None:

@@ -13,7 +13,7 @@ from keras_distill.functional.vectors import resized
 from keras_distill.losses import HierarchicalContextLoss
 from keras_distill.losses.networks import BatchNormalized
 from keras_distill.recording import Call
-from keras_distill.schedules import Schedule
+from keras_distill.schedules import Weight
 from keras_distill.terms.features import FeatureDistillation, Layers, taps_and_settings
 from keras_distill.terms.layouts import KINDS, arranged, widened
 from keras_distill.terms.logits import LossLike
@@ -61,7 +61,7 @@ class ReviewDistillation(FeatureDistillation):
         loss: LossLike | None = None,
         *,
         channels: int | None = None,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         name: str = "review",
         **kwargs: Any,
     ) -> None:

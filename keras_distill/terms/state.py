@@ -9,6 +9,8 @@ from typing import Any
 import keras
 
 from keras_distill import checks
+from keras_distill.balancing import BalanceState
+from keras_distill.schedules import Balanced
 from keras_distill.states import NumbersState
 
 
@@ -43,11 +45,16 @@ class TermState(NumbersState):
 
     Args:
         term: The owner's copy of the term.
+
+    Attributes:
+        balance: The measurements of a balanced weight; None for another weight.
     """
 
     def __init__(self, term: Any) -> None:
         super().__init__(term.numbers(), name=term.name, trainable=term.trainable)
         self.term = term
+        setting = term.schedules.get("weight")
+        self.balance = BalanceState(setting, term.name) if isinstance(setting, Balanced) else None
 
     def current(self) -> Mapping[str, float]:
         """The settings of the term."""
@@ -57,7 +64,8 @@ class TermState(NumbersState):
     def take(self, numbers: Mapping[str, float]) -> None:
         """Set the term's settings to the numbers of a file."""
         for name, value in numbers.items():
-            self.term._store(name, value)
+            if self.balance is None or name != "weight":  # which follows from the share
+                self.term._store("weight" if name == "share" else name, value)
         self.term._settings.changed()
 
     def sync(self) -> None:

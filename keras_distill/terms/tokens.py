@@ -13,7 +13,7 @@ from keras_distill.functional.top_k import TopK, check_classes, merge_classes
 from keras_distill.losses import DistillationLoss, SoftTargetLoss
 from keras_distill.recording import Call, select
 from keras_distill.recording.tokens import MaskPlace, Positions, TokenPositions
-from keras_distill.schedules import Schedule
+from keras_distill.schedules import Weight
 from keras_distill.terms.logits import LogitsDistillation, LossLike, Scores, fitted_rows
 from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import in_precision, token_mean, zeroed
@@ -89,7 +89,7 @@ class SequenceDistillation(LogitsDistillation):
         self,
         loss: str | LossLike | None = None,
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         shift: bool = True,
         ignore_index: int = -100,
         normalize: Normalization = "tokens",

@@ -17,7 +17,7 @@ from lightning_distill.launcher.last_call import LastCall
 from lightning_distill.launcher.training import CriterionTerm
 from lightning_distill.recording import Call, find_layer
 from lightning_distill.recording.batches import as_arguments
-from lightning_distill.step import StepCalls
+from lightning_distill.step_calls import StepCalls
 
 
 class LoopDistiller(Distiller):

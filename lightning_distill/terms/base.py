@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_distill import checks
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.recording import Call, Tap
-from lightning_distill.schedules import Schedule, Setting
+from lightning_distill.schedules import Schedule, TermWeight, Weight
 from lightning_distill.teachers.inputs import Place, TeacherInputs
 
 LossCallable = Callable[..., Tensor]
@@ -81,9 +81,9 @@ class DistillationTerm(nn.Module):
     needs_network: bool = False
     student_arguments: Mapping[str, Any] = MappingProxyType({})
     teacher_arguments: Mapping[str, Any] = MappingProxyType({})
-    weight = Setting(checks.non_negative)
+    weight = TermWeight(checks.non_negative)
 
-    def __init__(self, *, weight: float | Schedule = 1.0, name: str) -> None:
+    def __init__(self, *, weight: Weight = 1.0, name: str) -> None:
         super().__init__()
         self.schedules: dict[str, Schedule] = {}
         self.weight = weight

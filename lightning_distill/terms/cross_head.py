@@ -15,7 +15,7 @@ from lightning_distill.losses import DistillationLoss, QualityFocalLoss
 from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.boxes import BoxPlace, find_boxes
 from lightning_distill.recording.recorder import find_layer
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.losses import Mask, value_of, widened
@@ -62,7 +62,7 @@ class CrossHeadDistillation(FeatureDistillation):
         teacher_layer: str | Tap | Sequence[str | Tap],
         loss: str | DistillationLoss | LossCallable | None = None,
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         adapter: str | nn.Module | AdapterFactory | None = "auto",
         name: str | None = None,
         mask: Mask | None = None,

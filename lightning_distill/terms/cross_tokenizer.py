@@ -17,7 +17,7 @@ from lightning_distill.functional.spans import SpanRows, chunk_likelihood, unive
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
 from lightning_distill.recording.tokens import called_tokens, check_reads, find_entry, is_seq2seq
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.logits import check_not_probabilities
 from lightning_distill.terms.losses import Mask
 from lightning_distill.terms.tokens import Normalization, SequenceDistillation
@@ -148,7 +148,7 @@ class CrossTokenizerDistillation(SequenceDistillation):
         method: Method = "uld",
         *,
         temperature: float | None = None,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         ignore_index: int = -100,
         normalize: Normalization = "tokens",
         labels: Mask | None = None,

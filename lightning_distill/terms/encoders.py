@@ -12,7 +12,7 @@ from lightning_distill import checks
 from lightning_distill.adapters import AdapterFactory
 from lightning_distill.losses import AttentionMapLoss, AttentionRelationLoss, DistillationLoss
 from lightning_distill.recording import Call, Tap
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.layer_maps import LayerOutput, Layers, Pairs, checked_layers, layer_pairs
@@ -148,7 +148,7 @@ class HiddenStatesDistillation(_LayerByLayer):
         layers: Layers = "uniform",
         loss: str | DistillationLoss | LossCallable = "mse",
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         adapter: str | nn.Module | AdapterFactory | None = "auto",
         share_adapter: bool = False,
         embeddings: bool = True,
@@ -242,7 +242,7 @@ class AttentionDistillation(_LayerByLayer):
         layers: Layers = "uniform",
         loss: str | DistillationLoss | LossCallable = "kl",
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         average_heads: bool = False,
         output: str = "attentions",
         mask: Mask | None = None,
@@ -352,7 +352,7 @@ class AttentionRelationDistillation(_WithoutPadding):
         teacher_layer: str | Sequence[str | Tap],
         *,
         relation_heads: int,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         mask: Mask | None = None,
         name: str = "attention_relation",
     ) -> None:

@@ -18,7 +18,7 @@ from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.boxes import BoxPlace, check_pixels, find_boxes
 from lightning_distill.recording.rows import DataRows, IndexPlace, check_index, find_index
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import DistillationTerm, LossCallable, TeacherLayers
 from lightning_distill.terms.losses import (
     Mask,
@@ -99,7 +99,7 @@ class FeatureDistillation(DistillationTerm):
         teacher_layer: str | Tap | Sequence[str | Tap],
         loss: str | DistillationLoss | LossCallable = "mse",
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         adapter: str | nn.Module | AdapterFactory | None = "auto",
         name: str | None = None,
         mask: Mask | None = None,
@@ -351,7 +351,7 @@ class SelfDistillation(FeatureDistillation):
         teacher_layer: str | Tap | Sequence[str | Tap],
         loss: str | DistillationLoss | LossCallable = "mse",
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         adapter: str | nn.Module | AdapterFactory | None = "auto",
         name: str | None = None,
         mask: Mask | None = None,

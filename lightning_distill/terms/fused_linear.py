@@ -17,7 +17,7 @@ from lightning_distill.losses import (
     TotalVariationLoss,
 )
 from lightning_distill.recording import Call, Tap
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.losses import Mask
 from lightning_distill.terms.tokens import SequenceDistillation
 
@@ -71,7 +71,7 @@ class FusedLinearDistillation(SequenceDistillation):
         teacher_head: str = "lm_head",
         *,
         loss: DistillationLoss | None = None,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         task_weight: float = 0.0,
         shift: bool = True,
         ignore_index: int = -100,

@@ -15,7 +15,7 @@ from lightning_distill.losses import DistillationLoss, SoftTargetLoss
 from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import Output
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import DistillationTerm, LossCallable
 from lightning_distill.terms.losses import (
     Mask,
@@ -68,7 +68,7 @@ class LogitsDistillation(DistillationTerm):
         self,
         loss: DistillationLoss | LossCallable | None = None,
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         name: str = "logits",
         output: Output | tuple[Output, Output] = None,
         mask: Mask | None = None,

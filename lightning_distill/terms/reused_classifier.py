@@ -14,7 +14,7 @@ from lightning_distill import checks
 from lightning_distill.losses.networks import linear_classifier
 from lightning_distill.recording import Call, Recorder, Recording, Tap
 from lightning_distill.recording.recorder import find_layer
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import TeacherLayers
 from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.losses import value_of, widened
@@ -63,7 +63,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
         *,
         classifier: str | None = None,
         factor: int = 2,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         name: str = "reused_classifier",
     ) -> None:
         super().__init__(student_layer, teacher_layer, "mse", weight=weight, adapter=None, name=name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_distill import checks
 from lightning_distill.losses import DistillationLoss, HierarchicalContextLoss
 from lightning_distill.recording import Call, Tap
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.losses import value_of, widened
@@ -58,7 +58,7 @@ class ReviewDistillation(FeatureDistillation):
         loss: DistillationLoss | LossCallable | None = None,
         *,
         channels: int | None = None,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         name: str = "review",
     ) -> None:
         loss = HierarchicalContextLoss() if loss is None else loss

@@ -20,7 +20,7 @@ from lightning_distill.recording.tokens import (
     check_not_mask,
     check_same_tokens,
 )
-from lightning_distill.schedules import Schedule
+from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.logits import LogitsDistillation
 from lightning_distill.terms.losses import Mask, check_held, check_takes_mask, value_of
@@ -90,7 +90,7 @@ class SequenceDistillation(LogitsDistillation):
         self,
         loss: DistillationLoss | LossCallable | None = None,
         *,
-        weight: float | Schedule = 1.0,
+        weight: Weight = 1.0,
         shift: bool = True,
         ignore_index: int = -100,
         normalize: Normalization = "tokens",

@@ -165,7 +165,7 @@ class Hand:
     """A training in a plain loop, with the learned parts in the student's optimizer.
 
     Args:
-        formula: The weighted distillation loss.
+        formula: The weighted distillation loss; of a class, one for this training, which remembers what it measures.
         student: The student; it is trained.
         learned: The first values of the learned parts.
         views: Makes the student's inputs from the batch's input.
@@ -192,6 +192,8 @@ class Hand:
     after: list[dict[str, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if isinstance(self.formula, type):
+            self.formula = self.formula()
         self.learned = {key: value.clone().requires_grad_() for key, value in self.learned.items()}
         self.teacher = copy.deepcopy(self.student)
         if self.average is not None:

@@ -95,6 +95,7 @@ class Feature:
     Args:
         terms: Makes new terms.
         hand: Computes the weighted sum of the terms for a batch, by plain operations, from the twin, x, y and the step.
+            Of a class each training makes its own object, which measures every whole batch first.
         settings: Settings of the model.
         teachers: Number of teachers.
         widths: Their widths.
@@ -361,11 +362,14 @@ def by_hand(
     twin = feature.model()
     keras.config.set_dtype_policy(before)
     optimizer = keras.optimizers.SGD(RATE)
+    hand = feature.hand() if isinstance(feature.hand, type) else feature.hand
     for index, (x, y) in enumerate(feature.batches()):
+        if isinstance(feature.hand, type):
+            hand.measure(twin, x, y)
         step = index // rounded * rounded % (2 if restarts else 99)
         parts = [(x[:4], y[:4]), (x[4:], y[4:])] if halves else [(x, y)]
         with tf.GradientTape() as tape:
-            total = sum(task(twin, *part, feature.tokens) + feature.hand(twin, *part, step) for part in parts)
+            total = sum(task(twin, *part, feature.tokens) + hand(twin, *part, step) for part in parts)
             total = total / len(parts)
         variables = twin.trainable_variables
         pairs = zip(tape.gradient(total, variables), variables, strict=True)

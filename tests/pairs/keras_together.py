@@ -18,6 +18,7 @@ from keras_distill import (
     ReviewDistillation,
     VariationalInformationLoss,
 )
+from keras_distill.schedules import Balanced
 
 __all__ = ["BATCH", "EPOCHS", "FEATURES"]
 SITUATIONS = ("steps_per_execution", "load_model", "second compile", "exception and second fit")
@@ -153,6 +154,39 @@ def beside_a_function(twin: Any, x: Any, y: Any, step: float) -> Any:
     return 0.75 * first + 0.25 * ops.mean(kl(own, function))
 
 
+class BalancedByHand:
+    """The ratios of the gradients' norms in the first steps, in closed form, and the weights from their medians."""
+
+    def __init__(self) -> None:
+        self.ratios: list[list[float]] = [[], []]
+        self.weights = [0.0, 0.0]
+
+    def measure(self, twin: Any, x: Any, y: Any) -> None:
+        (deep, z), (target, expected) = (
+            [ops.convert_to_numpy(part) for part in inner(net, x, "hidden", "deep")[1:]]
+            for net in (twin.student, twin.held.models[0])
+        )
+        soft = lambda logits: ops.convert_to_numpy(ops.softmax(logits))  # noqa: E731
+        task = (soft(z) - np.eye(3)[y]) / len(x)
+        heat = 4.0 * (soft(z / 4.0) - soft(expected / 4.0)) / len(x)
+        kernel, bias = (ops.convert_to_numpy(weight) for weight in twin.terms[1].adapters[0].weights)
+        gap = 2 * (deep @ kernel + bias - target) @ kernel.T / target.size
+        at_deep = task @ ops.convert_to_numpy(twin.student.get_layer("logits").kernel).T
+        pairs = ((task, heat), (at_deep, gap))
+        for index, (share, steps) in enumerate(((0.5, 2), (2.0, 3))):
+            if len(self.ratios[index]) < steps:
+                self.ratios[index].append(float(np.linalg.norm(pairs[index][0]) / np.linalg.norm(pairs[index][1])))
+            self.weights[index] = share * float(np.exp(np.median(np.log(self.ratios[index]))))
+
+    def __call__(self, twin: Any, x: Any, y: Any, step: float) -> Any:
+        (deep, z), (target, expected) = (
+            inner(net, x, "hidden", "deep")[1:] for net in (twin.student, twin.held.models[0])
+        )
+        [adapter] = twin.terms[1].adapters
+        squared = ops.mean(ops.square(adapter(deep) - target))
+        return self.weights[0] * ops.mean(kl(z, expected)) + self.weights[1] * squared
+
+
 def queue() -> QueueSimilarityLoss:
     return QueueSimilarityLoss(size=12, teacher_temperature=0.1)
 
@@ -190,6 +224,14 @@ TOGETHER = {
         lambda: [LogitsDistillation()],
         beside_a_function, teacher=lambda held: [held[0], CallableTeacher(sums, (3,))],
         settings={"teacher_weights": [3.0, 1.0], "teacher_inputs": brighter}, **PICTURES,
+    ),
+    "balanced weights": Feature(
+        lambda: [
+            LogitsDistillation(weight=Balanced(0.5, steps=2)),
+            FeatureDistillation("deep", "deep", weight=Balanced(2.0, steps=3)),
+        ],
+        BalancedByHand,
+        situations=("jit_compile", *SITUATIONS, "train_on_batch", "pickle", "generator"),
     ),
 }  # fmt: skip
 FEATURES.update(TOGETHER)  # the loop by hand finds the rows in one table

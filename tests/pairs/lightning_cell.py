@@ -10,7 +10,7 @@ import torch
 from device import ACCELERATOR
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pairs.by_hand import Batch, Hand, Place, cross_entropy, draw_alike, places
-from pairs.lightning_table import BATCH, FEATURES, ROWS, Feature, student
+from pairs.lightning_table import BATCH, FEATURES, MEASURED, ROWS, Feature, student
 from plain_trainer import PLAIN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -171,6 +171,8 @@ class Cell:
         tolerance: float = 2e-6,
     ) -> None:
         """Assert that a run equals the loop: every loss, the student, the learned parts."""
+        if self.name in MEASURED:
+            tolerance *= 5  # the weights are quotients, which magnify the rounding of float32
         close(watch.losses, hand.losses, tolerance)
         ended = {name: value.detach() for name, value in module.model.named_parameters()}
         ended = {name.removeprefix("_orig_mod."): value for name, value in ended.items()}

@@ -17,7 +17,7 @@ from lightning.pytorch.tuner import Tuner
 from pairs import lightning_copies, lightning_steps
 from pairs.by_hand import mean_of, moving_average
 from pairs.lightning_cell import Cell, Module, hooks, same
-from pairs.lightning_table import BATCH, FEATURES
+from pairs.lightning_table import BATCH, FEATURES, MEASURED
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -179,7 +179,9 @@ def exception_in_a_step_and_a_second_fit(cell: Cell) -> None:
     if first.learned:
         same(watch.start or {}, first.values())
     average = None if first.decay is None else first.teacher.state_dict()
-    hand = cell.hand(watch, fresh=False, model=first.student, average=average).train(cell.steps())
+    hand = cell.hand(watch, fresh=False, model=first.student, average=average)
+    hand.formula = first.formula
+    hand.train(cell.steps())
     cell.equal(hand, watch, distill, module, tolerance=5e-6)
     cell.clean(trainer, module)
 
@@ -230,4 +232,14 @@ FEW: dict[str, tuple[str, ...]] = {
     "half_precision_of_the_other_kind": ("logits", "adapter"),
 }
 # Pairs that cannot work, with the words of the error: (feature, situation) -> words.
-REFUSED: dict[tuple[str, str], str] = {}
+MANUAL = (
+    "manual_optimization",
+    "manual_steps_without_the_loss",
+    "alternating_steps_of_two_networks",
+    "gradient_checkpointing_in_manual_optimization",
+)
+REFUSED: dict[tuple[str, str], str] = {
+    (feature, situation): r"Pass loss\(task_loss=...\), or a number as the weight"
+    for feature in MEASURED
+    for situation in MANUAL
+}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pairs.balanced_by_hand import BalancedByHand, balanced_terms
 from pairs.by_hand import (
     Batch,
     Formula,
@@ -388,12 +389,16 @@ FEATURES: dict[str, Feature] = {
     "mask": Feature(lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, length=3),
     "ignored labels": Feature(lambda: LogitsDistillation(ignore_index=1), _ignored),
     "labels": Feature(lambda: LogitsDistillation(DecoupledKDLoss(3.0, nontarget_weight=2.0), weight=0.5), _labelled),
+    "balanced": Feature(balanced_terms, BalancedByHand),
+    "balanced with a cache": Feature(balanced_terms, BalancedByHand, cache={"layers": ["body"]}),
     "teacher_dtype": Feature(
         lambda: [LogitsDistillation(weight=0.5), FeatureDistillation("", "", name="whole")],
         _in_half,
         settings={"teacher_dtype": "bfloat16"},
     ),
 }
+# Features of which a step depends on all its micro-batches so far.
+MEASURED = ("balanced", "balanced with a cache")
 
 
 def student() -> Mlp:

@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from pairs.lightning_cell import QUIET, Module, Watch, learned
 from pairs.lightning_steps import Manual
-from pairs.lightning_table import BATCH, FEATURES, ROWS
+from pairs.lightning_table import BATCH, FEATURES, MEASURED, ROWS
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillCallback
@@ -212,7 +212,7 @@ class Runs:
 
 CONSTANT = ("logits", "adapter", "several teachers", "variational information", "self-distillation", "cache", "labels")
 CASES: dict[str, tuple[str, ...]] = {
-    "plain": tuple(FEATURES),
+    "plain": tuple(name for name in FEATURES if name not in MEASURED),
     "unused": ("adapter", "self-distillation"),
     "accumulation": ("adapter", "cache", "temperature over the fraction", "variational information"),
     "resting": (*CONSTANT, "moving average"),
