@@ -1,0 +1,1 @@
+"""Guidance: which layers, which weight, and did distillation help. No framework is imported."""
