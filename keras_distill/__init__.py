@@ -92,6 +92,7 @@ from keras_distill.adapters import PCAProjection
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.chains import assistant_chain
+from keras_distill.guidance import compare
 from keras_distill.images import Normalize
 from keras_distill.losses import (
     ActivationBoundaryLoss,
@@ -245,6 +246,7 @@ __all__ = [
     "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
     "assistant_chain",
+    "compare",
     "functional",
     "losses",
     "metrics",

@@ -86,6 +86,7 @@ from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
 from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
+from lightning_distill.guidance import compare
 from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.losses import *  # noqa: F403
 from lightning_distill.metrics import TeacherAgreement, TeacherDivergence
@@ -167,6 +168,7 @@ __all__ = [
     "TeacherCache",
     "TeacherDivergence",
     "assistant_chain",
+    "compare",
     "content_key",
     "functional",
     "load_teacher",

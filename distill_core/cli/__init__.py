@@ -92,15 +92,39 @@ def add_demo(commands: Any, prog: str, output: str, writes: str, seconds: str, w
         help="distil a small network on handwritten digits and compare it with training alone",
         description="Train a convolutional teacher on scikit-learn's handwritten digits, then a small student alone,"
         " with the teacher's logits, and with its logits and features: once with a label on 10 % of the images, once"
-        f" on all. Print a table, and write the figures, a plot and {writes} into a folder.",
+        f" on all. Print tables and verdicts, and write the records of all runs, a plot and {writes} into a folder.",
         example=f"{prog} demo --output results --seeds 1",
         epilog=f"Needs no download; takes about {seconds} on one core.",
     )
     demo.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="output folder (%(default)s)")
-    demo.add_argument("--seeds", type=count, metavar="N", help="number of seeds for each student, 1 or more (3)")
+    demo.add_argument("--seeds", type=count, metavar="N", help="number of seeds for each student, 1 or more (5)")
     demo.add_argument("--quick", action="store_true", help="one seed and two epochs: shows that it runs, not more")
     demo.set_defaults(work=work)
     return demo
+
+
+def add_compare(commands: Any, prog: str, example: str, work: str) -> None:
+    """Add the command ``compare``.
+
+    Args:
+        commands: The second object from :func:`new_parser`.
+        prog: Name of the program.
+        example: Lines of a YAML file.
+        work: The function that runs the command, as ``module:function``.
+    """
+    compare = commands.add_parser(
+        "compare",
+        help="train a student alone and distilled, with several seeds, and say whether it helped",
+        description="Train the student that a YAML file describes alone and with each method, with several seeds; print"
+        " a table and a verdict in words, and keep a record of each run in a folder. A comparison that was stopped is"
+        " resumed by the same command.",
+        example=f"{prog} compare compare.yaml\n\nwhere compare.yaml holds:\n\n{textwrap.indent(example, '  ')}",
+        epilog="The file runs code: each class_path is imported and called. Use only files that you trust.",
+    )
+    compare.add_argument("file", type=Path, metavar="FILE", help="the YAML file")
+    compare.add_argument("--workers", type=count, metavar="N", help="number of processes, instead of the file's")
+    compare.add_argument("--fresh", action="store_true", help="remove the runs that are in the folder already")
+    compare.set_defaults(work=work)
 
 
 def add_validate(commands: Any, prog: str, configured: str, work: str) -> None:

@@ -93,8 +93,8 @@ class Comparison:
     def table(self) -> str:
         """The methods in a table of text: means, differences, steps and seconds."""
         rows = [
-            ("", f"{self.metric}{' (%)' if self.in_points else ''}", "against", "against", "", ""),
-            ("method", "mean" if len(self.seeds) == 1 else "mean ± 95 %", ALONE, "equal compute", "steps", "seconds"),
+            ("", "", "against", "against", "", ""),
+            ("method", "mean", ALONE, "equal compute", "steps", "seconds"),
         ]
         for method in (ALONE, EQUAL_COMPUTE, *self.methods):
             ended = [run for run in self.runs if run.method == method and run.error is None]
@@ -102,7 +102,7 @@ class Comparison:
             to_equal = None if method in (ALONE, EQUAL_COMPUTE) else self.difference(method, EQUAL_COMPUTE)
             rows.append(
                 (
-                    method,
+                    "  at equal compute" if method == EQUAL_COMPUTE else method,
                     self._text(self.mean(method)),
                     self._text(to_alone, signed=True),
                     self._text(to_equal, signed=True),
@@ -113,13 +113,18 @@ class Comparison:
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         lines = []
         for row in rows:
-            cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            cells = [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
             lines.append("  ".join(cells).rstrip())
         lines.insert(2, "-" * max(map(len, lines)))
-        count = len(self.methods)
-        if len(self.seeds) > 1:
-            together = f", together right for all {count} methods (Bonferroni)" if count > 1 else ""
-            lines.append(f"Differences: means of the pairs with equal seed ± {CONFIDENCE:.0%} intervals{together}.")
+        title = f"{self.metric}{' in %' if self.in_points else ''}: "
+        if len(self.seeds) == 1:
+            return "\n".join([f"{title}one seed, without intervals", *lines])
+        lines.insert(0, f"{title}means of {len(self.seeds)} seeds, with intervals of {CONFIDENCE:.0%}")
+        if len(self.methods) > 1:
+            lines.append(f"Intervals of differences: right together for all {len(self.methods)} methods (Bonferroni).")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -198,10 +203,11 @@ class Comparison:
         return f"{start} the difference is not clear, {self._text(estimated, signed=True)}."
 
     def _remarks(self) -> list[str]:
-        remarks = []
-        for run in self.runs:
-            if run.error is not None:
-                remarks.append(f"{run.method} failed with seed {run.seed} ({run.error}): its pairs are left out.")
+        remarks = [
+            f"{run.method} failed with seed {run.seed} ({run.error}): its pairs are left out."
+            for run in self.runs
+            if run.error is not None
+        ]
         if uncertain := [run for run in self.runs if run.random]:
             largest = max(uncertain, key=lambda run: run.random or 0.0)
             remarks.append(
@@ -212,9 +218,9 @@ class Comparison:
         for name, things in (("student", "initial weights"), ("batches", "batches")):
             if unequal := self._unequal(lambda run, name=name: getattr(run, name)):  # type: ignore[misc]
                 remarks.append(
-                    f"Not paired: with the same seed {unequal} had other {things} than the {ALONE}, so the intervals are"
-                    " wider than they could be. Make models and data from the global random generators alone, and pass"
-                    " functions that make them for each run."
+                    f"Not paired: with the same seed {unequal} had other {things} than the {ALONE}, so the intervals"
+                    " are wider than they could be. Make models and data from the global random generators alone, and"
+                    " pass functions that make them for each run."
                 )
         remarks += dict.fromkeys(
             f"{run.method}, seed {run.seed}: {warning}" for run in self.runs for warning in run.warnings

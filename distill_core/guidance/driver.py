@@ -100,7 +100,7 @@ def carry_out(plan: Plan, train: Callable[[Task], RunRecord]) -> Comparison:
             folder.clear()
         folder.repair()
         comparison = folder.read()
-        if comparison is None:
+        if comparison is None or not folder.runs():
             comparison = {"settings": settings, "fingerprint": settings_fingerprint(settings), **plan.facts()}
         else:
             check_settings(plan.folder, comparison.get("settings", {}), settings)

@@ -53,12 +53,14 @@ def version(package: str) -> str:
         return ""
 
 
-def shown_on_console(progress: bool) -> Callable[[str], None]:
+def shown_on_console(progress: bool | Callable[[str], None]) -> Callable[[str], None]:
     """A function that prints a line for each finished run, or does nothing.
 
     Args:
-        progress: Whether it prints.
+        progress: Whether it prints, or the function itself.
     """
+    if callable(progress):
+        return progress
     return (lambda line: write_line(sys.stderr, line)) if progress else (lambda line: None)
 
 

@@ -29,12 +29,18 @@ def check_picklable(settings: Mapping[str, Any], workers: int) -> None:
         ValueError: If one of them cannot be pickled; the message names it.
     """
     for name, value in settings.items():
-        try:
-            pickle.dumps(value)
-        except Exception as error:  # objects raise errors of any kind when they are pickled
+        if problem := _pickling_error(value):
             expected = f"`{name}` to be something that another process can get, for workers={workers}"
             remedy = "Define functions and classes at the top of a module, or pass workers=1."
-            raise ValueError(message(expected, short(error), remedy)) from None
+            raise ValueError(message(expected, problem, remedy))
+
+
+def _pickling_error(value: Any) -> str | None:
+    try:
+        pickle.dumps(value)
+    except Exception as error:  # objects raise errors of any kind when they are pickled
+        return short(error)
+    return None
 
 
 def in_processes(
@@ -79,7 +85,12 @@ def _begin(work: Callable[[Any], Any], threads: int) -> None:
         prepare(threads)
     if (parent := multiprocessing.parent_process()) is not None:
         # a worker of a killed process would wait for its next task forever
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _call(task: Any) -> Any:

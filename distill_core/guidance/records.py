@@ -298,7 +298,9 @@ def check_settings(folder: Path, before: Mapping[str, str], settings: Mapping[st
     """
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if names:
-        differences = "; ".join(f"{name}: {before.get(name)} there, {settings.get(name)} in this call" for name in names)
+        differences = "; ".join(
+            f"{name}: {before.get(name)} there, {settings.get(name)} in this call" for name in names
+        )
         expected = f"the folder {str(folder)!r} to hold runs of the same settings"
         remedy = "Pass another folder, the settings of the first call, or resume=False to remove its runs."
         raise ValueError(message(expected, differences, remedy))
@@ -317,7 +319,7 @@ def check_names(methods: Sequence[str]) -> None:
         raise ValueError(message("`methods` to hold at least one method", "an empty dict"))
     taken = {file_name(name): name for name in (ALONE, EQUAL_COMPUTE, "teacher")}
     for name in methods:
-        if not isinstance(name, str) or not name.strip():
+        if not str(name).strip():
             raise ValueError(message("`methods` to have names", repr(name)))
         if file_name(name) in taken:
             raise ValueError(

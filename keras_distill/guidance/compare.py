@@ -42,7 +42,7 @@ def compare(
     classes: Sequence[str] | None = None,
     save_weights: bool = False,
     resume: bool = True,
-    progress: bool = True,
+    progress: bool | Callable[[str], None] = True,
     **settings: Any,
 ) -> Comparison:
     r"""Train a student alone and with each method, with several seeds, and say whether distillation helped.
@@ -92,7 +92,7 @@ def compare(
         classes: Names of the classes, for the report.
         save_weights: Whether the weights of each trained student are kept, in ``weights/``.
         resume: If False, runs that are in the folder already are removed first.
-        progress: Whether a line is printed for each finished run.
+        progress: Whether a line is printed for each finished run, or a function that gets the line.
         **settings: Further arguments of :class:`DistillModel` for all methods.
 
     Returns:
@@ -210,8 +210,15 @@ def run_once(
 
             def objective(trial):
                 loss = SoftTargetLoss(temperature=trial.suggest_float("temperature", 1.0, 8.0))
-                record = run_once(student=make_model, data=data, teacher=teacher, method=[LogitsDistillation(loss)],
-                                  metric="val_accuracy", compile=settings, fit={"epochs": 10})
+                record = run_once(
+                    student=make_model,
+                    data=data,
+                    teacher=teacher,
+                    method=[LogitsDistillation(loss)],
+                    metric="val_accuracy",
+                    compile=settings,
+                    fit={"epochs": 10},
+                )
                 return record.metrics["val_accuracy"]
     """
     check_fit(fit)
@@ -239,7 +246,9 @@ def check_fit(fit: Any) -> None:
             raise ValueError(checks.message(expected, f"{fit[name]!r}", "Pass data=(train, val)."))
         if name not in _OF_FIT:
             raise ValueError(
-                checks.message("`fit` to hold arguments of fit", f"{name!r}", checks.closest(str(name), sorted(_OF_FIT)))
+                checks.message(
+                    "`fit` to hold arguments of fit", f"{name!r}", checks.closest(str(name), sorted(_OF_FIT))
+                )
             )
     epochs = fit.get("epochs")
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:

@@ -49,9 +49,10 @@ def predictions_of(model: keras.Model, data: Any, batch_size: int) -> tuple[Any,
     """
     outputs, labels = [], []
     for x, y, _ in batches_of(data, batch_size):
-        output = model.predict_on_batch(x)
-        if not isinstance(output, np.ndarray) or output.ndim != 2 or y is None or keras.tree.is_nested(y):
+        output = model(x, training=False)
+        if keras.tree.is_nested(output) or len(output.shape) != 2 or y is None or keras.tree.is_nested(y):
             return None
+        output = np.asarray(keras.ops.convert_to_numpy(output))
         label = np.asarray(keras.ops.convert_to_numpy(y))
         if label.shape == output.shape and output.shape[1] > 1:  # one-hot
             label = label.argmax(axis=1)

@@ -192,25 +192,25 @@ class Trainings:
     def _evaluated(
         self, student: keras.Model, model: keras.Model, data: RunData, observer: RunObserver, task: Task
     ) -> tuple[dict[str, float], float | None]:
-        """The metrics of the student with those of the training's last epoch, and the noise of the one that decides."""
-        if model is not student:
+        """The metrics of the model with those of the training's last epoch, and the noise of the one that decides."""
+        if model is not student and self.metric.endswith("_loss"):  # a DistillModel's has another meaning
+            model = student
             student.compile(**self.compiled(task.steps or observer.steps))
-        logged = {name: value for name, value in (observer.curve[-1] if observer.curve else {}).items()}
-        for name in ("epoch", "step"):
-            logged.pop(name, None)
-        metrics: dict[str, Any] = {**logged, **self.evaluate(student, data)}
+        logged = observer.curve[-1] if observer.curve else {}
+        metrics: dict[str, Any] = {name: value for name, value in logged.items() if name not in ("epoch", "step")}
+        metrics |= self.evaluate(model, data)
         if self.metric not in metrics:
             raise MissingMetricError(wrong_metric(self.metric, list(metrics)))
         noise = None
         if task.examined:
-            first, second = metrics[self.metric], self.evaluate(student, data).get(self.metric, metrics[self.metric])
+            first, second = metrics[self.metric], self.evaluate(model, data).get(self.metric, metrics[self.metric])
             noise = abs(first - second)
             noise = noise if noise > 1e-6 * max(abs(first), abs(second)) else 0.0
         return metrics, noise
 
     def evaluate(self, model: keras.Model, data: RunData) -> dict[str, float]:
         """The metrics of a compiled model, with ``val_`` or ``test_`` before their names."""
-        metrics = {}
+        metrics: dict[str, float] = {}
         for prefix, part in (("val", data.val), ("test", data.test)):
             if part is not None:
                 arguments = (
@@ -232,7 +232,7 @@ class Trainings:
         with kept_random_state():
             keras.utils.set_random_seed(0)
             student, data = self.made_student(), data_of(self.data, 0)
-            described = {"metrics": {}, "cost": None, "predictions": None}
+            described: dict[str, Any] = {"metrics": {}, "cost": None, "predictions": None}
             if isinstance(teacher, keras.Model):
                 described["cost"] = cost_of(teacher, data.val)
                 if teacher_inputs is None:

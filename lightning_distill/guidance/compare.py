@@ -45,7 +45,7 @@ def compare(
     classes: Sequence[str] | None = None,
     save_weights: bool = False,
     resume: bool = True,
-    progress: bool = True,
+    progress: bool | Callable[[str], None] = True,
     **settings: Any,
 ) -> Comparison:
     r"""Train a student alone and with each method, with several seeds, and say whether distillation helped.
@@ -91,7 +91,7 @@ def compare(
         classes: Names of the classes, for the report.
         save_weights: Whether the ``state_dict`` of each trained module is kept, in ``weights/``.
         resume: If False, runs that are in the folder already are removed first.
-        progress: Whether a line is printed for each finished run.
+        progress: Whether a line is printed for each finished run, or a function that gets the line.
         **settings: Further arguments of :class:`DistillCallback` for all methods, such as ``student`` and ``labels``.
 
     Returns:
@@ -109,10 +109,13 @@ def compare(
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.net = nn.Linear(4, 3)
+        ...
         ...     def training_step(self, batch, batch_idx):
         ...         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        ...
         ...     def validation_step(self, batch, batch_idx):
         ...         self.log("val_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+        ...
         ...     def configure_optimizers(self):
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
         >>> inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
@@ -213,8 +216,14 @@ def run_once(
 
             def objective(trial):
                 loss = SoftTargetLoss(temperature=trial.suggest_float("temperature", 1.0, 8.0))
-                record = run_once(module=LitClassifier, data=make_loaders, teacher=teacher,
-                                  method=[LogitsDistillation(loss)], metric="val_acc", trainer={"max_epochs": 10})
+                record = run_once(
+                    module=LitClassifier,
+                    data=make_loaders,
+                    teacher=teacher,
+                    method=[LogitsDistillation(loss)],
+                    metric="val_acc",
+                    trainer={"max_epochs": 10},
+                )
                 return record.metrics["val_acc"]
     """
     check_trainer(trainer)

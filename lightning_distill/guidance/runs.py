@@ -181,11 +181,13 @@ class Trainings:
         """The metrics of a trained module with those of the training, its predictions, and the noise of its metric."""
         recorder = Predictions(module, self.student, self.labels)
         logged = metrics
+        seed_everything(0)  # a loader that shuffles the validation data has the same order in every run
         metrics = {**metrics, **self.evaluate(module, loaders, [recorder])}
         if self.metric not in metrics:
             raise MissingMetricError(wrong_metric(self.metric, list(metrics)))
         random = None
         if examined:
+            seed_everything(1)
             again = {**logged, **self.evaluate(module, loaders)}
             first, second = metrics[self.metric], again.get(self.metric, metrics[self.metric])
             difference = abs(first - second)
@@ -245,6 +247,7 @@ class Trainings:
         recorder = Predictions(module, self.student, self.labels)
         metrics: dict[str, float] = {}
         predictions = None
+        seed_everything(0)
         with suppress(Exception), replaced_by(root, teacher):  # the two may have other inputs or outputs
             metrics = self.evaluate(module, loaders, [recorder])
             if recorder.arrays is not None and self.folder is not None:
@@ -278,7 +281,9 @@ def loaders_of(data: Any, seed: int) -> Loaders:
     if isinstance(data, LightningDataModule):
         return Loaders(module=data)
     if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
-        expected = "`data` to be a LightningDataModule, (train, val) or (train, val, test) loaders, or a function of these"
+        expected = (
+            "`data` to be a LightningDataModule, (train, val) or (train, val, test) loaders, or a function of these"
+        )
         raise TypeError(checks.message(expected, f"a {type(data).__name__}"))
     if shared:
         for loader in data:
