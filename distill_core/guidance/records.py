@@ -37,7 +37,7 @@ class RunRecord:
         seconds: Duration of the training without validation.
         steps: Number of optimizer steps.
         epochs: Number of epochs, of which the last may be incomplete.
-        step_seconds: Duration of a step: the mean of the middle 90 %.
+        step_seconds: Duration of a step with the loading of its batch, undisturbed: see :func:`typical_seconds`.
         curve: Logged values after each validation, each with ``epoch`` and ``step``.
         error: The error that ended the run, or None.
         predictions: File of the student's predictions in the folder, or None.

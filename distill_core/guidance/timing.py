@@ -6,26 +6,28 @@ import statistics
 from collections.abc import Sequence
 from typing import Final
 
-_LEFT_OUT: Final = 20  # one in so many at either end
+_BLOCK: Final = 20  # steps in a row
 
 
-def middle_mean(times: Sequence[float]) -> float | None:
-    """The mean of the middle 90 % of some durations.
+def typical_seconds(times: Sequence[float]) -> float | None:
+    """The duration of a step while nothing else disturbs it: the lower quartile of means of 20 steps in a row.
 
-    The first steps of a run, which prepare what later ones reuse, and pauses of the machine are left out; steps that
-    are expensive by design, such as every fourth, count.
+    Steps that are expensive by design, such as every fourth, count in each mean. The first steps of a run, which
+    prepare what later ones reuse, and pauses of a busy machine are in few of the blocks.
 
     Args:
-        times: Durations, in any order.
+        times: Durations in the order of the steps.
 
     Returns:
-        The mean; None of an empty list.
+        The duration; the median of fewer than 20 steps, and None of an empty list.
 
     Example:
-        >>> middle_mean([*[1.0] * 15, *[3.0] * 5, 1000.0])
-        1.526...
+        >>> steps = [1.0, 1.0, 1.0, 5.0] * 20
+        >>> typical_seconds([*steps[:40], 900.0, *steps[40:]])
+        2.0
     """
-    if not times:
-        return None
-    cut = -(-len(times) // _LEFT_OUT) if len(times) > 2 else 0
-    return statistics.fmean(sorted(times)[cut : len(times) - cut])
+    if len(times) < _BLOCK:
+        return statistics.median(times) if times else None
+    starts = range(0, len(times) - _BLOCK + 1, _BLOCK)
+    means = sorted(statistics.fmean(times[start : start + _BLOCK]) for start in starts)
+    return means[(len(means) - 1) // 4]

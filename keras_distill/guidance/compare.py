@@ -54,9 +54,9 @@ def compare(
 
     .. math:: n_{equal} = n \cdot \max(1, \max_m t_m / t_{alone})
 
-    n is the number of steps, and t the duration of a step with the loading of its batch, the mean of the middle 90 % of
-    the steps, measured in the runs of the first seed. The ratio is that of the most expensive method, so the student
-    alone has at least the compute of each. A cached teacher makes it nearer to 1. A learning rate schedule stretches
+    n is the number of steps, and t the duration of a step with the loading of its batch, measured in the runs of the
+    first seed: the lower quartile of the means of 20 steps in a row, so that pauses of a busy machine do not count. The
+    ratio is that of the most expensive method, so the student alone has at least the compute of each. A cached teacher makes it nearer to 1. A learning rate schedule stretches
     with the steps if ``compile`` is a function with a parameter ``steps``.
 
     For every method the metric of the student alone with the same seed is subtracted, and the mean of the differences

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from distill_core.guidance.timing import middle_mean
+from distill_core.guidance.timing import typical_seconds
 
 
 class RunObserver(keras.callbacks.Callback):
@@ -35,8 +35,8 @@ class RunObserver(keras.callbacks.Callback):
 
     @property
     def step_seconds(self) -> float | None:
-        """Duration of a step with the loading of its batch: the mean of the middle 90 %; None before the second."""
-        return middle_mean(self._times or self._alone)
+        """Duration of a step with the loading of its batch, undisturbed; None before the first."""
+        return typical_seconds(self._times or self._alone)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """At the start: start the clock."""

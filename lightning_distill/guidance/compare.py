@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from distill_core.guidance.comparison import Comparison, check_mode
@@ -57,9 +58,9 @@ def compare(
 
     .. math:: n_{equal} = n \cdot \max(1, \max_m t_m / t_{alone})
 
-    n is the number of steps, and t the duration of a step with the loading of its batch, the mean of the middle 90 % of
-    the steps, measured in the runs of the first seed. The ratio is that of the most expensive method, so the student
-    alone has at least the compute of each. A cached teacher makes it nearer to 1. Learning rate schedules that ask the
+    n is the number of steps, and t the duration of a step with the loading of its batch, measured in the runs of the
+    first seed: the lower quartile of the means of 20 steps in a row, so that pauses of a busy machine do not count. The
+    ratio is that of the most expensive method, so the student alone has at least the compute of each. A cached teacher makes it nearer to 1. Learning rate schedules that ask the
     Trainer for ``estimated_stepping_batches`` stretch with the steps; others do not.
 
     For every method the metric of the student alone with the same seed is subtracted, and the mean of the differences
@@ -84,7 +85,8 @@ def compare(
         mode: ``"max"`` if a greater metric is better, ``"min"`` if a smaller one is.
         seeds: How many seeds, from 0 on, or which. With one seed nothing can be said about chance.
         trainer: Arguments of the Trainer, with ``max_epochs`` or ``max_steps``; callbacks are copied for each run. It
-            trains on one device and writes no logs and checkpoints unless you ask for them.
+            trains on one device and writes no checkpoints, and no logs unless you ask for them. The last weights are
+            evaluated.
         folder: The folder of the results.
         workers: Number of processes, each of which makes whole runs. More than 1 needs functions and classes that can
             be pickled, and the durations of steps are measured while the runs share the machine.
@@ -243,7 +245,8 @@ def check_trainer(trainer: Any) -> None:
 
     Raises:
         TypeError: If they are not a mapping.
-        ValueError: If they do not say how long a run is, leave it to the clock, or name several devices.
+        ValueError: If they do not say how long a run is, leave it to the clock, write checkpoints, or name several
+            devices.
     """
     if not isinstance(trainer, Mapping):
         remedy = 'Pass the arguments, trainer={"max_epochs": 10}: each run has a Trainer of its own.'
@@ -261,6 +264,12 @@ def check_trainer(trainer: Any) -> None:
     if (limit := next((name for name in ("max_time", "fast_dev_run") if trainer.get(name)), None)) is not None:
         expected = f"`trainer` without {limit}, so that runs have equal steps"
         raise ValueError(checks.message(expected, f"{limit}={trainer[limit]!r}", "Pass max_epochs or max_steps."))
+    callbacks = trainer.get("callbacks")
+    listed = [*callbacks] if isinstance(callbacks, (list, tuple)) else [callbacks]
+    if trainer.get("enable_checkpointing") or any(isinstance(callback, Checkpoint) for callback in listed):
+        expected = "`trainer` without checkpoints, since the runs would overwrite each other's"
+        remedy = "Pass save_weights=True to keep the last weights of each run."
+        raise ValueError(checks.message(expected, "a checkpoint callback or enable_checkpointing=True", remedy))
     devices = trainer.get("devices", 1)
     if not (devices in (1, "1") or (isinstance(devices, (list, tuple)) and len(devices) == 1)):
         remedy = "Pass devices=1; with workers=2 two runs are made at the same time."

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from distill_core.guidance.records import digest
-from distill_core.guidance.timing import middle_mean
+from distill_core.guidance.timing import typical_seconds
 from lightning_distill.cache.data import leaves
 from lightning_distill.recording.recorder import random_state, restored
 
@@ -79,8 +79,8 @@ class RunObserver(Callback):
 
     @property
     def step_seconds(self) -> float | None:
-        """Duration of a step with the loading of its batch: the mean of the middle 90 %; None before the second."""
-        return middle_mean(self._times or self._alone)
+        """Duration of a step with the loading of its batch, undisturbed; None before the first."""
+        return typical_seconds(self._times or self._alone)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the loaders are made: seed the first epoch."""

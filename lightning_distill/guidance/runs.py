@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from distill_core.guidance.comparison import wrong_metric
@@ -167,8 +166,6 @@ class Trainings:
     def _trainer(self, task: Task, observer: RunObserver) -> Trainer:
         settings = {**QUIET, "devices": 1, **self.trainer}
         callbacks = copy.deepcopy(_as_list(settings.pop("callbacks", None)))
-        if any(isinstance(callback, Checkpoint) for callback in callbacks):
-            settings["enable_checkpointing"] = True
         if task.method not in (ALONE, EQUAL_COMPUTE):
             callbacks.append(distill_callback(self.methods[task.method]))
         if task.steps is not None:
@@ -202,12 +199,11 @@ class Trainings:
         Args:
             module: The module.
             loaders: The data.
-            callbacks: Callbacks beside those of the settings, of which checkpoints are left out.
+            callbacks: Callbacks beside those of the settings.
             **limits: Further arguments of the Trainer.
         """
-        settings = {**QUIET, "devices": 1, **self.trainer, "logger": False, "enable_checkpointing": False, **limits}
+        settings = {**QUIET, "devices": 1, **self.trainer, "logger": False, **limits}
         own = copy.deepcopy(_as_list(settings.pop("callbacks", None)))
-        own = [callback for callback in own if not isinstance(callback, Checkpoint)]
         trainer = Trainer(**settings, callbacks=[*own, *callbacks])
         results: list[Mapping[str, float]] = []
         if loaders.validates and compat.overrides(module, "validation_step"):
