@@ -215,7 +215,7 @@ def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
     """The seeds of a comparison: ``5`` is 0 to 4.
 
     Raises:
-        ValueError: If there are none, one is negative or not whole, or one stands twice.
+        ValueError: If the list is empty, one is negative or not whole, or one stands twice.
     """
     listed = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
     if (

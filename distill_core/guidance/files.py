@@ -107,12 +107,17 @@ def _inner(key: str, value: Any, where: str) -> Any:
 
 
 def read_comparison(
-    file: Path, required: tuple[str, ...], factories: tuple[str, ...], known: tuple[str, ...]
+    file: Path,
+    replaced: Mapping[str, Any],
+    required: tuple[str, ...],
+    factories: tuple[str, ...],
+    known: tuple[str, ...],
 ) -> dict[str, Any]:
     """The arguments of ``compare`` from a YAML file. This runs the code that the file names.
 
     Args:
         file: The file.
+        replaced: Arguments that replace those of the file, which are then not made.
         required: The keys that it must have.
         factories: The keys of functions that are called for each run.
         known: All keys.
@@ -139,9 +144,11 @@ def read_comparison(
     arguments: dict[str, Any] = {}
     with working_directory(first=True):
         for key, value in values.items():
+            if key in replaced:
+                continue
             is_factory = key in factories and not (key == "compile" and "class_path" not in value)
             arguments[key] = factory(key, value, where) if is_factory else made(key, value, where)
-    return {**arguments, "folder": file.parent / values["folder"]}
+    return {**arguments, "folder": file.parent / values["folder"], **replaced}
 
 
 def run_compare(prog: str, file: Path, compare: Callable[[], Comparison]) -> int:

@@ -313,7 +313,7 @@ def check_names(methods: Sequence[str]) -> None:
         methods: The names.
 
     Raises:
-        ValueError: If there are none, one is empty or taken, or two would have the same file name.
+        ValueError: If the list is empty, a name is empty or taken, or two would have the same file name.
     """
     if not methods:
         raise ValueError(message("`methods` to hold at least one method", "an empty dict"))

@@ -34,4 +34,4 @@ def compare_from_file(file: Path, **replaced: Any) -> Comparison:
         ValueError: If something in the file is wrong.
         OSError: If it cannot be read.
     """
-    return compare(**{**read_comparison(file, _REQUIRED, ("module", "data"), _KNOWN), **replaced})
+    return compare(**read_comparison(file, replaced, _REQUIRED, ("module", "data"), _KNOWN))

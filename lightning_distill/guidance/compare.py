@@ -60,8 +60,9 @@ def compare(
 
     n is the number of steps, and t the duration of a step with the loading of its batch, measured in the runs of the
     first seed: the lower quartile of the means of 20 steps in a row, so that pauses of a busy machine do not count. The
-    ratio is that of the most expensive method, so the student alone has at least the compute of each. A cached teacher makes it nearer to 1. Learning rate schedules that ask the
-    Trainer for ``estimated_stepping_batches`` stretch with the steps; others do not.
+    ratio is that of the most expensive method, so the student alone has at least the compute of each. A cached teacher
+    makes it nearer to 1. Learning rate schedules that ask the Trainer for ``estimated_stepping_batches`` stretch with
+    the steps; others do not.
 
     For every method the metric of the student alone with the same seed is subtracted, and the mean of the differences
     gets a confidence interval of the t distribution. The intervals of all methods hold together with a probability of

@@ -248,7 +248,7 @@ def test_of_a_loss_less_is_better_and_is_not_written_in_points() -> None:
     assert worse.verdict == "a is worse than the student alone by 10.3 ± 1.4 acc (3 seeds)."
 
 
-def test_an_interval_with_0_is_no_clear_difference() -> None:
+def test_an_interval_with_0_has_no_clear_difference() -> None:
     comparison = made_up({ALONE: by_seed(0.5, 0.6, 0.7), "a": by_seed(0.55, 0.58, 0.72)})
     assert comparison.verdict.startswith("a: no clear difference to the student alone, +1.7 ± ")
 
