@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import nets
@@ -10,6 +11,10 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from distill_core.guidance.comparison import Comparison
+from lightning_distill import LogitsDistillation, compare
+
+SOFT = {"soft targets": [LogitsDistillation()]}
 TRAINER: dict[str, Any] = {"max_epochs": 2, "accelerator": "cpu", "log_every_n_steps": 1}
 
 
@@ -62,3 +67,10 @@ class DataModule(LightningDataModule):
 
     def test_dataloader(self) -> Any:
         return loaders()[1]
+
+
+def compared(folder: Path, **changed: Any) -> Comparison:
+    """A comparison with these settings, of which some are changed."""
+    settings: dict[str, Any] = {"module": LitClassifier, "data": loaders, "teacher": teacher(), "methods": SOFT}
+    settings |= {"metric": "val_acc", "seeds": 2, "trainer": TRAINER, "folder": folder, "progress": False}
+    return compare(**{**settings, **changed})

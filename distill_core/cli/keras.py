@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from distill_core.cli import Parser, add_compare, add_completion, add_demo, add_export, add_validate, new_parser, run
+from distill_core.cli import Parser, add_completion, add_demo, add_export, add_validate, new_parser, run
+from distill_core.cli.compare import add_compare
 
 _PROG: Final = "keras-distill"
 _COMPARE_EXAMPLE: Final = """\

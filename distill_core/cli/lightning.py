@@ -10,7 +10,6 @@ from typing import Any, Final
 from distill_core.cli import (
     SHOW_TRACEBACK,
     Parser,
-    add_compare,
     add_completion,
     add_demo,
     add_export,
@@ -19,6 +18,7 @@ from distill_core.cli import (
     new_parser,
     run,
 )
+from distill_core.cli.compare import add_compare
 
 _PROG: Final = "lightning-distill"
 _FIT_EXAMPLE: Final = """\

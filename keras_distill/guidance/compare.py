@@ -18,6 +18,8 @@ from distill_core.guidance.records import ALONE, RunRecord, check_names, describ
 from keras_distill import checks
 from keras_distill.cache import TeacherCache
 from keras_distill.cache.builder import teacher_fingerprint
+from keras_distill.cache.views import data_fingerprint
+from keras_distill.guidance.data import is_arrays
 from keras_distill.guidance.runs import Trainings, distill_model, kept_random_state
 from keras_distill.model import DistillModel
 
@@ -147,7 +149,7 @@ def compare(
     readable = {
         "student": described(student),
         "weights of the student": digest(start.get_weights()),
-        "data": "arrays" if not callable(data) else described(data),
+        "data": described(data) if callable(data) else _described_data(data),
         "compile": described(_readable(compile)),
         "fit": described(_readable(fit)),
         **{f"method {name}": _described_method(method) for name, method in by_method.items()},
@@ -286,6 +288,19 @@ def _check_method(name: str, student: keras.Model, settings: Mapping[str, Any]) 
         distill_model(student, None if isinstance(teacher, TeacherCache) else teacher, settings)
     except (ValueError, TypeError) as error:
         raise type(error)(f"methods[{name!r}]: {error}") from error
+
+
+def _described_data(data: Any) -> str:
+    """Data that are not made for each run: a digest of some rows of arrays, and the classes of data sets."""
+    parts = list(data) if isinstance(data, (list, tuple)) else [data]
+    return described(
+        [
+            data_fingerprint(tuple(entry for entry in part if entry is not None))
+            if is_arrays(part)
+            else f"{type(part).__module__}.{type(part).__qualname__}"
+            for part in parts
+        ]
+    )
 
 
 def _described_method(settings: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from distill_core.demo_report import SCARCE, publish
 from distill_core.guidance.comparison import Comparison
-from lightning_distill.demo.digits import Student, load_digits_data
+from lightning_distill.demo.digits import Student, load_digits_data, size
 from lightning_distill.demo.report import prove_plain
 from lightning_distill.demo.training import Settings, compared, trained_teacher
 from lightning_distill.guidance.runs import quiet
@@ -54,7 +54,7 @@ def run(
         with console.status("training the students") as status:
             comparisons = compared(digits, settings, teacher, output, status.update)
         proved = prove_plain(output / "student.pt", comparisons[SCARCE], digits.test)
-    sizes = sum(weight.numel() for weight in Student().parameters()), sum(w.numel() for w in teacher.parameters())
+        sizes = size(Student()), size(teacher)
     publish(comparisons, sizes, proved, output, console, begun)
     return comparisons
 

@@ -113,6 +113,11 @@ def predict(net: nn.Module, images: Tensor) -> Tensor:
     return classes
 
 
+def size(net: nn.Module) -> int:
+    """The number of a network's parameters."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
 def hit_rate(hits: Tensor) -> float:
     """The share of ``True`` among booleans ``(N,)``."""
     return float(hits.double().mean())

@@ -116,6 +116,7 @@ def test_the_same_call_again_makes_no_run_and_other_settings_are_refused(tmp_pat
     assert (tmp_path / "runs.jsonl").read_bytes() == before
     for changed in (
         {"fit": {**FIT, "batch_size": 8}},
+        {"data": tuple((x, 2 - y) for x, y in arrays())},
         {"compile": {**COMPILE, "optimizer": keras.optimizers.SGD(0.5)}},
         {"methods": {"soft targets": [LogitsDistillation(weight=2.0)]}},
     ):
