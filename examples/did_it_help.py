@@ -25,7 +25,7 @@ class Classifier(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = cnn(3)
+        self.net = cnn(6)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """The mean cross entropy."""
@@ -37,7 +37,7 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW."""
-        return torch.optim.AdamW(self.parameters(), 3e-3)
+        return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
 def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -58,7 +58,7 @@ def main(epochs: int = 10) -> dict[str, float]:
     sys.modules.setdefault("did_it_help", sys.modules[__name__])  # run as a script, this is called __main__
     trained = teacher(epochs)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = {"max_epochs": 3 * epochs, "accelerator": "cpu", "log_every_n_steps": 1}
+        trainer = {"max_epochs": 5 * epochs, "accelerator": "cpu", "log_every_n_steps": 1}
         comparison = compare_from_file(FILE, seeds=2, trainer=trainer, teacher=trained, folder=folder, progress=False)
     sys.stdout.write(f"{comparison}\n")
     means = {method: estimated.mean for method in comparison.methods if (estimated := comparison.mean(method))}

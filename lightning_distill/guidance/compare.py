@@ -107,6 +107,7 @@ def compare(
 
     Example:
         >>> import tempfile
+        >>> from torch.utils.data import DataLoader, TensorDataset
         >>> from lightning_distill import LogitsDistillation
         >>> class LitClassifier(LightningModule):
         ...     def __init__(self):
@@ -123,11 +124,11 @@ def compare(
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
         >>> inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
         >>> teacher = nn.Linear(4, 3)
-        >>> data = torch.utils.data.TensorDataset(inputs, teacher(inputs).argmax(1))
+        >>> data = TensorDataset(inputs, teacher(inputs).argmax(1))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     comparison = compare(
         ...         module=LitClassifier,
-        ...         data=lambda: [torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)] * 2,
+        ...         data=lambda: (DataLoader(data, 8, shuffle=True), DataLoader(data, 8)),
         ...         teacher=teacher,
         ...         methods={"soft targets": [LogitsDistillation()]},
         ...         metric="val_acc",
