@@ -1,203 +1,89 @@
-"""The demonstrations' report: table, plot, proof and closing sentences; rich and matplotlib are imported late."""
+"""The demonstrations' report: tables, verdicts, a plot and a proof; matplotlib is imported late."""
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distill_core.guidance.comparison import Comparison
+from distill_core.guidance.records import ALONE, RunRecord
+
 SCARCE, FULL = "10 %", "100 %"
-METHODS = ("alone", "+ logits", "+ logits + features")
+FOLDERS = {SCARCE: "labels-10", FULL: "labels-100"}
+METHODS = ("soft targets", "soft targets and features")
+METRIC, VALIDATION = "test_accuracy", "val_accuracy"
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and line styles for printing in grey
-_LOOKS = dict(zip(METHODS, (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-.")), strict=True))
-_NAMES = dict(zip(METHODS, ("student alone", "with the teacher's logits", "with its logits and features"), strict=True))
+_LOOKS = dict(zip((ALONE, *METHODS), (("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-.")), strict=True))
 
 
-@dataclass
-class Run:
-    """Results of one training run: shares of images, and milliseconds."""
-
-    labels: str
-    method: str
-    seed: int
-    parameters: int
-    validation_accuracy: list[float] = field(default_factory=list)
-    test_accuracy: float = 0.0
-    teacher_agreement: float = 0.0
-    step_ms: float = 0.0
-
-
-def table(runs: Sequence[Run]) -> Any:
-    """The table of all methods, one row for each.
+def best_run(comparison: Comparison) -> RunRecord:
+    """The run to save: the first seed of the method that is best on the validation images.
 
     Args:
-        runs: The teacher's run, then the students'.
+        comparison: The comparison.
 
     Returns:
-        A table of rich: means over the seeds, with the standard deviation if there are several seeds.
+        The run; the test images do not choose it.
     """
-    from rich import box
-    from rich.table import Table
-
-    seeds = 1 + max(run.seed for run in runs)
-    printed = Table(
-        title=f"Handwritten digits, 500 test images; mean ± standard deviation of {seeds} seed{'s' * (seeds > 1)}",
-        caption="Agreement: same class as the teacher. Step: median time of a training step,\n"
-        "and its ratio to the student alone. One teacher for all.",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    printed.add_column("labels", justify="right", no_wrap=True)
-    printed.add_column("method", no_wrap=True)
-    for name in ("parameters", "accuracy\n%", "agreement\n%", "step\nms", "ratio"):
-        printed.add_column(name, justify="right", no_wrap=True)
-    teacher, groups = runs[0], grouped(runs)
-    for labels, method in [(FULL, "teacher"), *groups]:
-        several = groups.get((labels, method), [teacher])
-        milliseconds = statistics.median(run.step_ms for run in several)
-        alone = statistics.median(run.step_ms for run in groups[labels, "alone"])
-        printed.add_row(
-            labels,
-            method,
-            f"{several[0].parameters:,}",
-            _spread([run.test_accuracy for run in several]),
-            _spread([run.teacher_agreement for run in several]) if method != "teacher" else "",
-            f"{milliseconds:.2f}",
-            f"{milliseconds / alone:.2f}",
-            end_section=method in ("teacher", METHODS[-1]),
-        )
-    return printed
+    by_method: dict[str, list[RunRecord]] = {}
+    for run in comparison.runs:
+        if run.method in _LOOKS and run.error is None:
+            by_method.setdefault(run.method, []).append(run)
+    return max(by_method.values(), key=lambda runs: np.mean([run.metrics[VALIDATION] for run in runs]))[0]
 
 
-def grouped(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """The students' runs by labels and method, in order of their seeds."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs[1:]:
-        groups.setdefault((run.labels, run.method), []).append(run)
-    return groups
-
-
-def closing(runs: Sequence[Run]) -> list[str]:
-    """A sentence for each setting that says whether distillation helped or did harm.
-
-    A method helped if its student is better than the student alone for every seed. It did harm if its student is worse
-    for every seed. Otherwise it made no clear difference.
-
-    Args:
-        runs: The teacher's run, then the students'.
-
-    Returns:
-        The sentences; one more if only a single seed was trained.
-    """
-    groups = grouped(runs)
-    sentences = []
-    for labels in dict.fromkeys(labels for labels, _ in groups):
-        alone = groups[labels, "alone"]
-        claims = [_claim(groups[labels, method], alone) for method in METHODS if method != "alone"]
-        sentences.append(f"With {labels} of the labels {'; '.join(claims)}.")
-    if max(run.seed for run in runs) == 0:
-        sentences.append("A single seed proves little: take several.")
-    return sentences
-
-
-def _claim(distilled: Sequence[Run], alone: Sequence[Run]) -> str:
-    gains = [100 * (run.test_accuracy - base.test_accuracy) for run, base in zip(distilled, alone, strict=True)]
-    verdict = "helped" if min(gains) > 0 else "did harm" if max(gains) < 0 else "made no clear difference"
-    better, distilled_parts = sum(gain > 0 for gain in gains), distilled[0].method[2:].replace(" + ", " and ")
-    return (
-        f"distilling {distilled_parts} {verdict}: {statistics.mean(gains):+.1f} points of accuracy"
-        f" (better for {better} of {len(gains)} seed{'s' * (len(gains) > 1)})"
-    )
-
-
-def best_run(runs: Sequence[Run]) -> Run:
-    """The run to save: with few labels, by the method that is best on the validation images.
-
-    Args:
-        runs: The teacher's run, then the students'.
-
-    Returns:
-        The run of the first seed; the test images do not choose it.
-    """
-    groups = grouped(runs)
-    first = next(iter(groups))[0]
-    return max(
-        (group for (labels, _), group in groups.items() if labels == first),
-        key=lambda group: statistics.mean(run.validation_accuracy[-1] for run in group),
-    )[0]
-
-
-def proof(path: Path, best: Run, loaded: str, accuracy: float) -> dict[str, Any]:
-    """The saved student's run, and the proof that its file does not need this library.
+def proof(path: Path, best: RunRecord, loaded: str, accuracy: float) -> str:
+    """The proof in words that the saved student's file does not need this library.
 
     Args:
         path: The student's file.
         best: The student's run.
         loaded: How the file was loaded.
         accuracy: Share of right answers of the loaded student on the test images.
-
-    Returns:
-        The saved run, its accuracy, and the proof in words.
     """
-    words = (
-        f"{path.name} is the student of seed {best.seed}, {best.labels} of the labels, {best.method}: the method of"
-        f" best validation accuracy there. Loaded {loaded} it reaches {100 * accuracy:.1f} % on"
-        f" the test images, and {100 * best.test_accuracy:.1f} % when it was trained."
+    return (
+        f"{path.name} is the student of seed {best.seed}, {SCARCE} of the labels, {best.method}: the method of best"
+        f" validation accuracy there. Loaded {loaded} it reaches {100 * accuracy:.1f} % on the test images, and"
+        f" {100 * (best.metrics[METRIC] or 0.0):.1f} % when it was trained."
     )
-    chosen = {"labels": best.labels, "method": best.method, "seed": best.seed}
-    return {**chosen, "test_accuracy": accuracy, "proof": words}
 
 
 def publish(
-    runs: Sequence[Run],
-    settings: dict[str, Any],
-    saved: dict[str, Any],
-    output: Path,
-    console: Any,
-    started: float,
-    **facts: Any,
+    comparisons: Mapping[str, Comparison], sizes: tuple[int, int], proved: str, output: Path, console: Any, begun: float
 ) -> None:
-    """Write ``curves.png`` and ``results.json``, and print the closing sentences.
+    """Write ``curves.png``, and print the tables and verdicts.
 
     Args:
-        runs: The teacher's run, then the students'.
-        settings: Settings of the demonstration.
-        saved: The saved student, from :func:`proof`.
+        comparisons: The comparisons by the share of labels.
+        sizes: Numbers of parameters of the student and the teacher.
+        proved: The proof in words.
         output: Folder to write to.
         console: Console of rich.
-        started: The value of ``time.perf_counter`` at the start.
-        **facts: Further entries of ``results.json``.
+        begun: The value of ``time.perf_counter`` at the start.
     """
-    plot(runs, output / "curves.png")
-    conclusion, seconds = closing(runs), round(time.perf_counter() - started, 1)
-    results = {
-        **facts,
-        "settings": settings,
-        "runs": [asdict(run) for run in runs],
-        "saved_student": saved,
-        "conclusion": conclusion,
-        "seconds": seconds,
-    }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for line in (*conclusion, saved["proof"], f"All files, after {seconds} s, in {output.resolve()}"):
-        console.print(line, highlight=False, soft_wrap=True)
+    plot(comparisons, sizes, output / "curves.png")
+    lines = [f"Handwritten digits: a student of {sizes[0]:,} parameters, a teacher of {sizes[1]:,}."]
+    for labels, comparison in comparisons.items():
+        lines += ["", f"Labels on {labels} of the training images", str(comparison)]
+    seconds = round(time.perf_counter() - begun, 1)
+    lines += ["", proved, f"All files, after {seconds} s, in {output.resolve()}"]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def plot(runs: Sequence[Run], path: Path) -> None:
+def plot(comparisons: Mapping[str, Comparison], sizes: tuple[int, int], path: Path) -> None:
     """Plot the validation accuracy by epoch: mean over the seeds, band of one standard deviation.
 
     Args:
-        runs: The teacher's run, then the students'.
+        comparisons: The comparisons by the share of labels.
+        sizes: Numbers of parameters of the student and the teacher.
         path: PNG file to write.
     """
-    save_figure(lambda figure: _draw(figure, runs), path)
+    save_figure(lambda figure: _draw(figure, comparisons, sizes), path)
 
 
 def save_figure(draw: Callable[[Any], None], path: Path) -> None:
@@ -216,21 +102,19 @@ def save_figure(draw: Callable[[Any], None], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def _draw(figure: Any, runs: Sequence[Run]) -> None:
-    groups, teacher = grouped(runs), runs[0]
-    settings, seeds = list(dict.fromkeys(labels for labels, _ in groups)), 1 + max(run.seed for run in runs)
-    panels = figure.subplots(1, len(settings), sharey=True)
-    reached = 100 * teacher.validation_accuracy[-1]
-    for panel, labels in zip(panels, settings, strict=True):
-        name = f"teacher, {teacher.parameters:,} parameters: {reached:.1f} %"
-        panel.axhline(reached, color="0.35", linestyle=":", linewidth=2, label=name)
+def _draw(figure: Any, comparisons: Mapping[str, Comparison], sizes: tuple[int, int]) -> None:
+    panels = figure.subplots(1, len(comparisons), sharey=True)
+    seeds = len(next(iter(comparisons.values())).seeds)
+    lowest = 100.0
+    for panel, (labels, comparison) in zip(panels, comparisons.items(), strict=True):
         for method, (color, line) in _LOOKS.items():
-            curves = 100 * np.array([run.validation_accuracy for run in groups[labels, method]])
+            runs = [run for run in comparison.runs if run.method == method and run.error is None]
+            curves = 100 * np.array([[point[VALIDATION] for point in run.curve] for run in runs], float)
             epochs, mean = range(1, curves.shape[1] + 1), curves.mean(0)
             deviation = curves.std(0, ddof=1) if len(curves) > 1 else np.zeros_like(mean)
-            name = f"{_NAMES[method]}: {mean[-1]:.1f} %"
-            panel.plot(epochs, mean, line, color=color, linewidth=2.5, label=name)
+            panel.plot(epochs, mean, line, color=color, linewidth=2.5, label=f"{method}: {mean[-1]:.1f} %")
             panel.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
+            lowest = min(lowest, curves[:, -1].min())  # the first epochs may lie below the panel
         panel.set_title(f"Labels for {labels} of the training images", fontsize=13)
         panel.set_xlabel("epoch", fontsize=12)
         panel.set_xlim(1, max(2, len(epochs)))
@@ -239,15 +123,8 @@ def _draw(figure: Any, runs: Sequence[Run]) -> None:
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right", title="After the last epoch", alignment="left", fontsize=11, title_fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
-    lowest = 100 * min(run.validation_accuracy[-1] for run in runs)  # the first epochs may lie below the panel
     panels[0].set_ylim(max(0, lowest - 25), 101)
     panels[0].set_ylabel("validation accuracy (%)", fontsize=12)
-    size = groups[settings[0], METHODS[0]][0].parameters
     means = f"mean of {seeds} seeds, band: ± standard deviation" if seeds > 1 else "one seed"
-    title = f"Handwritten digits: a student of {size:,} parameters, alone and with a teacher"
+    title = f"Handwritten digits: a student of {sizes[0]:,} parameters, a teacher of {sizes[1]:,}"
     figure.suptitle(f"{title}\n({means})", fontsize=13)
-
-
-def _spread(shares: Sequence[float]) -> str:
-    mean = f"{100 * statistics.mean(shares):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else mean

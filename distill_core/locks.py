@@ -13,7 +13,7 @@ LOCK: Final = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, work: str = "building") -> Iterator[None]:
     """A context that one process at a time can be in; a process that dies leaves it.
 
     The lock's file is not removed afterwards: another process may already have it open, and a third process would then
@@ -21,6 +21,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Args:
         folder: The folder; created if it does not exist.
+        work: The work of the process that holds the lock, for the message.
 
     Raises:
         CacheError: If another process holds the lock.
@@ -32,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise CacheError(f"Expected {folder} to be free, but another process is building there. Wait for it.") from None
+        raise CacheError(f"Expected {folder} to be free, but another process is {work} there. Wait for it.") from None
     try:
         yield
     finally:

@@ -94,7 +94,7 @@ from keras_distill.adapters import PCAProjection
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.chains import assistant_chain
-from keras_distill.guidance import pair_layers
+from keras_distill.guidance import compare, pair_layers
 from keras_distill.images import Normalize
 from keras_distill.live import DistillSummary, LiveCurve
 from keras_distill.losses import (
@@ -257,6 +257,7 @@ __all__ = [
     "VariationalInformationLoss",
     "WeightedSoftLabelLoss",
     "assistant_chain",
+    "compare",
     "functional",
     "losses",
     "metrics",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from distill_core.cli import run_demo, run_export, validate
+from distill_core.installed import unusable
 
 _PROG = "keras-distill"
 
@@ -20,6 +21,26 @@ def demo(arguments: argparse.Namespace) -> int:
         The exit code.
     """
     return run_demo(_PROG, "keras_distill.demo", arguments)
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """The command ``compare``.
+
+    Args:
+        arguments: ``file``, ``workers`` and ``fresh``.
+
+    Returns:
+        The exit code.
+    """
+    if problem := unusable("This command", "yaml"):
+        raise problem
+    from distill_core.guidance.files import run_compare
+    from keras_distill.guidance.command import compare_from_file
+
+    replaced = {} if arguments.workers is None else {"workers": arguments.workers}
+    return run_compare(
+        _PROG, arguments.file, lambda: compare_from_file(arguments.file, resume=not arguments.fresh, **replaced)
+    )
 
 
 def export(arguments: argparse.Namespace) -> int:

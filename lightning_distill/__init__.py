@@ -88,7 +88,7 @@ from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
 from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
-from lightning_distill.guidance import pair_layers
+from lightning_distill.guidance import compare, pair_layers
 from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.live import DistillSummary, LiveCurve
 from lightning_distill.losses import *  # noqa: F403
@@ -177,6 +177,7 @@ __all__ = [
     "TeacherCache",
     "TeacherDivergence",
     "assistant_chain",
+    "compare",
     "content_key",
     "functional",
     "load_teacher",

@@ -44,6 +44,26 @@ def fit(words: list[str] | None) -> int:
     return run_fit(_PROG, words)
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    """The command ``compare``.
+
+    Args:
+        arguments: ``file``, ``workers`` and ``fresh``.
+
+    Returns:
+        The exit code.
+    """
+    if problem := unusable("This command", "yaml"):
+        raise problem
+    from distill_core.guidance.files import run_compare
+    from lightning_distill.guidance.command import compare_from_file
+
+    replaced = {} if arguments.workers is None else {"workers": arguments.workers}
+    return run_compare(
+        _PROG, arguments.file, lambda: compare_from_file(arguments.file, resume=not arguments.fresh, **replaced)
+    )
+
+
 def export(arguments: argparse.Namespace) -> int:
     """The command ``export``.
 

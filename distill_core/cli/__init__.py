@@ -92,12 +92,12 @@ def add_demo(commands: Any, prog: str, output: str, writes: str, seconds: str, w
         help="distil a small network on handwritten digits and compare it with training alone",
         description="Train a convolutional teacher on scikit-learn's handwritten digits, then a small student alone,"
         " with the teacher's logits, and with its logits and features: once with a label on 10 % of the images, once"
-        f" on all. Print a table, and write the figures, a plot and {writes} into a folder.",
+        f" on all. Print tables and verdicts, and write the records of all runs, a plot and {writes} into a folder.",
         example=f"{prog} demo --output results --seeds 1",
         epilog=f"Needs no download; takes about {seconds} on one core.",
     )
     demo.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="output folder (%(default)s)")
-    demo.add_argument("--seeds", type=count, metavar="N", help="number of seeds for each student, 1 or more (3)")
+    demo.add_argument("--seeds", type=count, metavar="N", help="number of seeds for each student, 1 or more (5)")
     demo.add_argument("--quick", action="store_true", help="one seed and two epochs: shows that it runs, not more")
     demo.set_defaults(work=work)
     return demo

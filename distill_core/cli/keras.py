@@ -6,9 +6,34 @@ from collections.abc import Sequence
 from typing import Final
 
 from distill_core.cli import Parser, add_completion, add_demo, add_export, add_validate, new_parser, run
+from distill_core.cli.compare import add_compare
 from distill_core.cli.report import add_report
 
 _PROG: Final = "keras-distill"
+_COMPARE_EXAMPLE: Final = """\
+student: {class_path: my_project.make_student}
+data: {class_path: my_project.make_arrays}
+teacher:
+  class_path: keras.saving.load_model
+  init_args: {filepath: teacher.keras}
+methods:
+  soft targets:
+    - class_path: keras_distill.LogitsDistillation
+  DIST, half the task:
+    terms:
+      - class_path: keras_distill.LogitsDistillation
+        init_args: {loss: {class_path: keras_distill.DISTLoss}}
+    task_weight: 0.5
+metric: val_accuracy
+seeds: 5
+compile:
+  optimizer: adam
+  loss:
+    class_path: keras.losses.SparseCategoricalCrossentropy
+    init_args: {from_logits: true}
+  metrics: [accuracy]
+fit: {epochs: 10}
+folder: results"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +76,10 @@ def _parser() -> Parser:
         _PROG,
         output="demo_output/keras",
         writes="the student as a .keras file",
-        seconds="40 seconds",
+        seconds="two minutes",
         work="keras_distill.cli:demo",
     )
+    add_compare(commands, _PROG, _COMPARE_EXAMPLE, work="keras_distill.cli:compare")
     add_validate(commands, _PROG, "keras_distill.Distillation", work="keras_distill.cli:validate_config")
     export = add_export(
         commands,

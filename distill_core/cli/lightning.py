@@ -18,6 +18,7 @@ from distill_core.cli import (
     new_parser,
     run,
 )
+from distill_core.cli.compare import add_compare
 from distill_core.cli.report import add_report
 
 _PROG: Final = "lightning-distill"
@@ -59,6 +60,25 @@ loss on logits. To see the arguments of a class:
 
   lightning-distill fit --model.help lightning_distill.DistillModule
   lightning-distill fit --trainer.callbacks.help lightning_distill.DistillCallback"""
+
+_COMPARE_EXAMPLE: Final = """\
+module: {class_path: my_project.LitClassifier}
+data: {class_path: my_project.make_loaders}
+teacher:
+  class_path: lightning_distill.load_teacher
+  init_args: {checkpoint: teacher.ckpt, model: {class_path: my_project.Net}}
+methods:
+  soft targets:
+    - class_path: lightning_distill.LogitsDistillation
+  DIST, half the task:
+    terms:
+      - class_path: lightning_distill.LogitsDistillation
+        init_args: {loss: {class_path: lightning_distill.DISTLoss}}
+    task_weight: 0.5
+metric: val_acc
+seeds: 5
+trainer: {max_epochs: 10}
+folder: results"""
 
 _BUILD_EXAMPLE: Final = """\
 lightning-distill cache build cache.yaml
@@ -120,6 +140,7 @@ def _parser() -> Parser:
     )
     _add_demo(commands)
     _add_fit(commands)
+    add_compare(commands, _PROG, _COMPARE_EXAMPLE, work="lightning_distill.cli:compare")
     _add_export(commands)
     add_validate(commands, _PROG, "lightning_distill.Distillation", work="lightning_distill.cli:validate_config")
     _add_cache(commands)
@@ -134,7 +155,7 @@ def _add_demo(commands: Any) -> None:
         _PROG,
         output="demo_output",
         writes="the student's state_dict",
-        seconds="40 seconds",
+        seconds="a minute and a half",
         work="lightning_distill.cli:demo",
     )
     demo.add_argument(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,52 +23,44 @@ class Digits:
     test: tuple[Array, Array]
 
 
-def make_teacher(seed: int) -> keras.Model:
+def make_teacher() -> keras.Model:
     """An untrained convolutional network of about 68,000 parameters: logits ``(N, 10)`` of images ``(N, 8, 8, 1)``."""
-    seeds = itertools.count(100 * seed)
     return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            *_convolution(32, seeds),
-            *_convolution(32, seeds),
+            *_convolution(32),
+            *_convolution(32),
             layers.MaxPooling2D(),
-            *_convolution(64, seeds),
-            *_convolution(64, seeds, name="deep"),
+            *_convolution(64),
+            *_convolution(64, name="deep"),
             layers.MaxPooling2D(),
             layers.Flatten(),
-            layers.Dropout(0.3, seed=next(seeds)),
-            layers.Dense(10, kernel_initializer=initial(next(seeds))),
+            layers.Dropout(0.3),
+            layers.Dense(10),
         ],
         name="teacher",
     )
 
 
-def make_student(seed: int) -> keras.Model:
+def make_student() -> keras.Model:
     """An untrained convolutional network of about 1,500 parameters: logits ``(N, 10)`` of images ``(N, 8, 8, 1)``."""
-    seeds = itertools.count(100 * seed)
     return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            *_convolution(8, seeds),
+            *_convolution(8),
             layers.MaxPooling2D(),
-            *_convolution(12, seeds, name="deep"),
+            *_convolution(12, name="deep"),
             layers.MaxPooling2D(),
             layers.Flatten(),
-            layers.Dense(10, kernel_initializer=initial(next(seeds))),
+            layers.Dense(10),
         ],
         name="student",
     )
 
 
-def initial(seed: int) -> keras.initializers.Initializer:
-    """Keras' usual initial weights from a separate seed, so that the global generators are left alone."""
-    return keras.initializers.GlorotUniform(seed=seed)
-
-
-def _convolution(filters: int, seeds: Iterator[int], name: str | None = None) -> list[keras.layers.Layer]:
-    kernel = initial(next(seeds))
+def _convolution(filters: int, name: str | None = None) -> list[keras.layers.Layer]:
     return [
-        layers.Conv2D(filters, 3, padding="same", use_bias=False, kernel_initializer=kernel),
+        layers.Conv2D(filters, 3, padding="same", use_bias=False),
         layers.BatchNormalization(momentum=0.9),  # Keras' 0.99 would lag behind in a training as short as this
         layers.ReLU(name=name),
     ]
@@ -96,12 +86,6 @@ def hide_labels(labels: Array, share: float, seed: int) -> Array:
         chosen = random.permutation(members)[: round(share * len(members))]
         kept[chosen] = labels[chosen]
     return kept
-
-
-def shuffled(images: int, epochs: int, seed: int) -> Array:
-    """The order of the images in all epochs, one after the other."""
-    random = np.random.default_rng(seed)
-    return np.concatenate([random.permutation(images) for _ in range(epochs)])
 
 
 def predict(net: keras.Model, images: Array) -> Array:

@@ -66,6 +66,12 @@ class Classifier(LightningModule):
         accuracy = (self.net(images).argmax(1) == labels).float().mean()
         self.log("val_accuracy", accuracy, batch_size=len(labels))
 
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Log the accuracy on the test images."""
+        images, labels = batch
+        accuracy = (self.net(images).argmax(1) == labels).float().mean()
+        self.log("test_accuracy", accuracy, batch_size=len(labels))
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam on a one-cycle schedule."""
         optimizer = torch.optim.Adam(self.parameters(), self.lr)
@@ -105,6 +111,11 @@ def predict(net: nn.Module, images: Tensor) -> Tensor:
     """Predicted class ``(N,)`` of each image, by a network in eval mode."""
     classes: Tensor = net.eval()(images).argmax(1)
     return classes
+
+
+def size(net: nn.Module) -> int:
+    """The number of a network's parameters."""
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def hit_rate(hits: Tensor) -> float:

@@ -1,24 +1,23 @@
-"""The demonstration's training runs: one teacher, then a student for each setting, method and seed."""
+"""The demonstration's training runs: one teacher, then the comparison of its students for each share of labels."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from distill_core.demo_report import FULL, METHODS, SCARCE, Run
-from lightning_distill.callback import DistillCallback
-from lightning_distill.demo.digits import Classifier, Digits, Student, Teacher, hide_labels, hit_rate, predict
+from distill_core.demo_report import FOLDERS, METHODS, METRIC, SCARCE
+from distill_core.guidance.comparison import Comparison
+from lightning_distill.demo.digits import Classifier, Digits, Student, Teacher, hide_labels
+from lightning_distill.guidance import compare
+from lightning_distill.guidance.runs import QUIET
 from lightning_distill.losses import SoftTargetLoss
 from lightning_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
 
@@ -28,7 +27,7 @@ class Settings:
     """Numbers of the demonstration.
 
     Args:
-        seeds: Number of students for each method and setting.
+        seeds: Number of students for each method and share of labels.
         epochs: Number of epochs of each student.
         teacher_epochs: Number of epochs of the teacher.
         batch_size: Number of images in a step.
@@ -39,7 +38,7 @@ class Settings:
         features_weight: Factor of the term on features.
     """
 
-    seeds: int = 3
+    seeds: int = 5
     epochs: int = 15
     teacher_epochs: int = 12
     batch_size: int = 100
@@ -49,106 +48,66 @@ class Settings:
     logits_weight: float = 1.0
     features_weight: float = 1.0
 
-    def terms(self) -> dict[str, Callable[[], list[DistillationTerm]]]:
-        """Functions that make the terms of each method; an empty list for the student alone."""
+    def methods(self) -> dict[str, list[DistillationTerm]]:
+        """The terms of each method."""
         logits = partial(LogitsDistillation, SoftTargetLoss(temperature=self.temperature), weight=self.logits_weight)
         # Student (12, 4, 4), teacher (64, 4, 4): adapter="auto" makes a 1x1 convolution.
-        features = partial(FeatureDistillation, "deep", "deep", "mse", weight=self.features_weight)
-        return dict(zip(METHODS, (list, lambda: [logits()], lambda: [logits(), features()]), strict=True))
+        features = FeatureDistillation("deep", "deep", "mse", weight=self.features_weight)
+        return dict(zip(METHODS, ([logits()], [logits(), features]), strict=True))
 
 
-class Observer(Callback):
-    """A callback that records the validation accuracy after each epoch and the time of each step.
+def trained_teacher(digits: Digits, settings: Settings) -> nn.Module:
+    """The teacher, trained on all labels."""
+    torch.manual_seed(0)
+    teacher = Teacher()
+    trainer = Trainer(**QUIET, accelerator="cpu", devices=1, max_epochs=settings.teacher_epochs, log_every_n_steps=1000)
+    train, validation, _ = loaders(digits, digits.train[1], settings)
+    trainer.fit(Classifier(teacher, settings.teacher_lr), train, validation)
+    return teacher
+
+
+def compared(
+    digits: Digits, settings: Settings, teacher: nn.Module, output: Path, show: Callable[[str], None]
+) -> dict[str, Comparison]:
+    """The comparisons of the student alone with the distilled ones, by the share of labels.
 
     Args:
-        advance: Called after each epoch.
+        digits: The images.
+        settings: The numbers.
+        teacher: The teacher.
+        output: The folder of their folders.
+        show: Called with a line for each finished run.
     """
+    comparisons = {}
+    for share, folder in FOLDERS.items():
 
-    def __init__(self, advance: Callable[[], None]) -> None:
-        self.advance, self.accuracy, self.step_ms = advance, list[float](), list[float]()
-        self._start = 0.0
+        def data(seed: int, share: str = share) -> Any:
+            labels = digits.train[1]
+            return loaders(digits, hide_labels(labels, 0.1, seed) if share == SCARCE else labels, settings)
 
-    def on_train_batch_start(self, *args: Any) -> None:
-        """Before a step: start the clock."""
-        self._start = time.perf_counter()
+        comparisons[share] = compare(
+            module=lambda: Classifier(Student(), settings.student_lr),
+            data=data,
+            teacher=teacher,
+            methods=settings.methods(),
+            metric=METRIC,
+            seeds=settings.seeds,
+            trainer={"max_epochs": settings.epochs, "accelerator": "cpu", "log_every_n_steps": 1000},
+            folder=output / folder,
+            save_weights=True,
+            resume=False,
+            progress=lambda line, share=share: show(f"{share} of the labels, {line}"),  # type: ignore[misc]
+        )
+    return comparisons
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        """After a step: stop the clock."""
-        self.step_ms.append(1000 * (time.perf_counter() - self._start))
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After an epoch: record its accuracy."""
-        self.accuracy.append(float(trainer.callback_metrics["val_accuracy"]))
-        self.advance()
+def loaders(digits: Digits, labels: Tensor, settings: Settings) -> list[DataLoader[Any]]:
+    """Loaders to train, to validate and to test.
 
-
-def train_all(
-    digits: Digits, settings: Settings, console: Console
-) -> tuple[list[Run], dict[tuple[str, str, int], dict[str, Tensor]]]:
-    """Train the teacher and all students.
-
-    Returns:
-        The runs, and each student's state_dict by labels, method and seed.
+    Args:
+        digits: The images.
+        labels: The classes of the images to train on.
+        settings: The numbers.
     """
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
-    methods, students = settings.terms(), {}
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        each = 2 * len(methods) * settings.seeds
-        task = progress.add_task("teacher", total=settings.teacher_epochs + each * settings.epochs)
-        train = partial(_train, digits=digits, settings=settings, advance=lambda: progress.advance(task))
-        torch.manual_seed(0)
-        teacher = Teacher()
-        runs = [train(teacher, [], Run(FULL, "teacher", 0, _size(teacher)), digits.train[1])]
-        for seed in range(settings.seeds):  # the methods take turns, so that a busy minute slows all of them
-            for share, labels in ((SCARCE, hide_labels(digits.train[1], 0.1, seed)), (FULL, digits.train[1])):
-                for method, terms in methods.items():
-                    progress.update(task, description=f"{share} labels, {method}, seed {seed}")
-                    torch.manual_seed(seed)
-                    student = Student()
-                    callbacks = [DistillCallback(teacher, made, validate=False)] if (made := terms()) else []
-                    runs.append(train(student, callbacks, Run(share, method, seed, _size(student)), labels, teacher))
-                    students[share, method, seed] = student.state_dict()
-        progress.update(task, description="done")
-    return runs, students
-
-
-def _train(
-    net: nn.Module,
-    callbacks: Sequence[Callback],
-    result: Run,
-    labels: Tensor,
-    teacher: nn.Module | None = None,
-    *,
-    digits: Digits,
-    settings: Settings,
-    advance: Callable[[], None],
-) -> Run:
-    """Train ``net``, and fill in ``result``."""
-    is_teacher = teacher is None
-    observer, (images, _) = Observer(advance), digits.train
-    generator = torch.Generator().manual_seed(result.seed)  # its own, so that all methods see the same batches
-    batches = DataLoader(TensorDataset(images, labels), settings.batch_size, shuffle=True, generator=generator)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=settings.teacher_epochs if is_teacher else settings.epochs,
-        callbacks=[observer, *callbacks],
-        log_every_n_steps=len(batches),
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = Classifier(net, settings.teacher_lr if is_teacher else settings.student_lr)
-    trainer.fit(module, batches, DataLoader(TensorDataset(*digits.validation), batch_size=512))
-    result.validation_accuracy = observer.accuracy
-    result.step_ms = statistics.median(observer.step_ms)
-    classes, (images, labels) = predict(net, digits.test[0]), digits.test
-    result.test_accuracy = hit_rate(classes == labels)
-    result.teacher_agreement = hit_rate(classes == predict(teacher or net, images))
-    return result
-
-
-def _size(net: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in net.parameters())
+    batches = DataLoader(TensorDataset(digits.train[0], labels), settings.batch_size, shuffle=True)
+    return [batches, *(DataLoader(TensorDataset(*part), 512) for part in (digits.validation, digits.test))]

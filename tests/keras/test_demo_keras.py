@@ -7,7 +7,6 @@ import io
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -20,7 +19,10 @@ from rich.console import Console
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn: install the extra `plots`")
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: install the extra `plots`")
 
-from distill_core.demo_report import FULL, METHODS, SCARCE, Run, closing, table
+from distill_core.demo_report import FULL, METHODS, SCARCE, best_run
+from distill_core.guidance.comparison import Comparison
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, RunRecord
+from keras_distill import DistillModel
 from keras_distill.demo import run
 from keras_distill.demo.digits import (
     UNLABELLED,
@@ -29,40 +31,24 @@ from keras_distill.demo.digits import (
     make_student,
     make_teacher,
     predict,
-    shuffled,
 )
 from keras_distill.demo.report import prove_plain
-from keras_distill.demo.training import Settings, _restart
+from keras_distill.demo.training import Settings
 
 PACKAGES = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "lightning_distill")
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return outcome_of(run, tmp_path_factory.mktemp("demo"))
-
-
-def made_up(accuracies: dict[str, list[float]]) -> list[Run]:
-    """A teacher's run, and for full labels the students' with these test accuracies by method and seed."""
-    students = [
-        Run(FULL, method, seed, 10, [0.5, value], value, value, 1.0)
-        for method, values in accuracies.items()
-        for seed, value in enumerate(values)
-    ]
-    return [Run(FULL, "teacher", 0, 100, [0.9], 0.9, 1.0, 5.0), *students]
-
-
-def trained(outcome: Outcome) -> Run:
-    """The run whose student was saved."""
-    saved = outcome.results["saved_student"]
-    return next(run for run in outcome.runs if (run.labels, run.method) == (saved["labels"], saved["method"]))
+    return outcome_of(run, tmp_path_factory.mktemp("demo"), "labels-10/comparison.json")
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_holds_the_results_the_plot_and_the_student(outcome: Outcome) -> None:
-    assert sorted(path.name for path in outcome.folder.iterdir()) == ["curves.png", "results.json", "student.keras"]
+def test_the_folder_holds_the_comparisons_the_plot_and_the_student(outcome: Outcome) -> None:
+    names = sorted(path.name for path in outcome.folder.iterdir())
+    assert names == ["curves.png", "labels-10", "labels-100", "student.keras"]
     assert (outcome.folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -70,18 +56,17 @@ def test_the_folder_is_named_at_the_end(outcome: Outcome) -> None:
     assert outcome.printed.rstrip().endswith(str(outcome.folder))
 
 
-def test_the_results_hold_a_run_for_the_teacher_and_for_each_setting_and_method(outcome: Outcome) -> None:
-    assert list(outcome.results) == ["backend", "settings", "runs", "saved_student", "conclusion", "seconds"]
-    held = [(run["labels"], run["method"], run["seed"]) for run in outcome.results["runs"]]
-    assert held == [(FULL, "teacher", 0), *((labels, method, 0) for labels in (SCARCE, FULL) for method in METHODS)]
-    epochs = outcome.results["settings"]["epochs"]
-    assert all(len(run["validation_accuracy"]) == epochs for run in outcome.results["runs"])
-    assert all(run["step_ms"] > 0 for run in outcome.results["runs"])
+def test_both_comparisons_have_a_run_of_each_method(outcome: Outcome) -> None:
+    assert list(outcome.runs) == [SCARCE, FULL]
+    for comparison in outcome.runs.values():
+        assert [run.method for run in comparison.runs] == [ALONE, EQUAL_COMPUTE, *METHODS]
+        assert all(run.error is None and len(run.curve) >= 2 for run in comparison.runs)
+        assert "Not paired" not in comparison.verdict
 
 
 def test_the_student_is_at_least_twenty_times_smaller_than_the_teacher(outcome: Outcome) -> None:
-    teacher, *students = outcome.runs
-    assert all(20 * student.parameters < teacher.parameters for student in students)
+    student, teacher = (outcome.results[name]["cost"]["parameters"] for name in ("student", "teacher"))
+    assert 20 * student < teacher
 
 
 def test_the_saved_student_is_as_good_as_it_was_where_keras_distill_is_absent(outcome: Outcome) -> None:
@@ -97,19 +82,14 @@ def test_the_saved_student_is_as_good_as_it_was_where_keras_distill_is_absent(ou
     words = [sys.executable, "-c", code, str(outcome.folder / "student.keras"), str(outcome.folder.parent / "test.npz")]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    saved = outcome.results["saved_student"]
-    assert float(result.stdout) == saved["test_accuracy"] == trained(outcome).test_accuracy
+    assert float(result.stdout) == pytest.approx(best_run(outcome.runs[SCARCE]).metrics["test_accuracy"])
 
 
-def test_the_table_has_a_row_for_each_method_and_fits_80_columns(outcome: Outcome) -> None:
-    rows = [line.split() for line in outcome.printed.splitlines() if line.split()[1:2] == ["%"]]
-    assert [" ".join(row[2:]).split(f" {row_size(row)} ")[0] for row in rows] == ["teacher", *METHODS, *METHODS]
+def test_tables_and_verdicts_are_printed_and_the_tables_are_not_cut(outcome: Outcome) -> None:
+    for comparison in outcome.runs.values():
+        assert comparison.table in outcome.printed
+        assert comparison.verdict in outcome.printed
     assert "…" not in outcome.printed
-
-
-def row_size(row: list[str]) -> str:
-    """The number of parameters in a row of the table."""
-    return next(word for word in row[2:] if word[0].isdigit())
 
 
 def test_a_second_demonstration_finds_the_same_and_leaves_the_process_as_it_was(
@@ -118,8 +98,10 @@ def test_a_second_demonstration_finds_the_same_and_leaves_the_process_as_it_was(
     keras.config.set_image_data_format("channels_first")
     keras.config.set_dtype_policy("mixed_bfloat16")
     before = random.getstate(), np.random.get_state()[1].tolist()
-    runs = run(tmp_path, quick=True, console=Console(file=io.StringIO()))
-    assert [replace(run, step_ms=0.0) for run in runs] == [replace(run, step_ms=0.0) for run in outcome.runs]
+    comparisons = run(tmp_path, quick=True, console=Console(file=io.StringIO()))
+    for share, comparison in comparisons.items():
+        for method in (ALONE, *METHODS):  # at equal compute the number of steps is measured
+            assert comparison.values(method) == outcome.runs[share].values(method)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     assert keras.config.image_data_format() == "channels_first"
     assert keras.config.dtype_policy().name == "mixed_bfloat16"
@@ -154,19 +136,12 @@ def test_a_tenth_of_the_labels_of_each_class_is_kept_and_the_rest_is_left_out() 
     assert (kept[shown] == labels[shown]).all()
 
 
-def test_every_epoch_shows_each_image_once_and_in_another_order() -> None:
-    first, second = shuffled(7, 2, seed=1).reshape(2, 7)
-    assert sorted(first) == sorted(second) == list(range(7))
-    assert first.tolist() != second.tolist()
-
-
 def losses_of_a_batch(labels: list[int], seen: int) -> dict[str, float]:
     """The logs of a step on some labels, and what they should hold if the task counts the first ``seen`` only."""
     images, classes = np.random.default_rng(0).random((4, 8, 8, 1), "float32"), np.array(labels)
-    settings, teacher = Settings(), make_teacher(0)
-    model = settings.model(METHODS[-1], teacher, seed=1)
-    settings.compile(model, 0.0, steps=9)
-    model.evaluate_distillation = True
+    settings, teacher = Settings(), make_teacher()
+    model = DistillModel(make_student(), teacher, settings.methods()[METHODS[-1]])
+    model.compile(**settings.compiled(0.0, steps=9))
     logs = model.evaluate(images, classes, return_dict=True, verbose=0)
     scores = model.student(images, training=False)
     task = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None)
@@ -184,52 +159,20 @@ def test_the_task_loss_is_the_mean_over_the_labelled_images_only_and_the_terms_c
     assert logs["loss"] == pytest.approx(logs["task_loss"] + logs["logits_loss"] + logs["deep_loss"], rel=1e-5)
 
 
-def test_a_model_started_again_trains_as_it_did_when_it_was_new() -> None:
-    images, classes = (part[:200] for part in load_digits_data().train)
-    settings, teacher = Settings(), make_teacher(0)
-    model = settings.model(METHODS[-1], teacher, 1)
-    settings.compile(model, settings.student_lr, steps=4)
-    results = []
-    for _ in range(2):
-        model.fit(images, classes, batch_size=100, epochs=2, shuffle=False, verbose=0)
-        results.append(model.get_weights())
-        _restart(model, settings.model(METHODS[-1], teacher, 1))
-    for again, expected, start in zip(*reversed(results), model.get_weights(), strict=True):
-        np.testing.assert_allclose(again, expected, rtol=1e-5, atol=1e-6)
-        assert start.size == 1 or not np.allclose(start, expected)
-
-
-@pytest.mark.parametrize(
-    ("distilled", "verdict"),
-    [
-        ([0.7, 0.8], "distilling logits helped: +15.0 points of accuracy (better for 2 of 2 seeds)"),
-        ([0.5, 0.5], "distilling logits did harm: -10.0 points of accuracy (better for 0 of 2 seeds)"),
-        ([0.6, 0.8], "distilling logits made no clear difference: +10.0 points of accuracy (better for 1 of 2 seeds)"),
-    ],
-)
-def test_the_closing_sentence_agrees_with_the_numbers(distilled: list[float], verdict: str) -> None:
-    alone = [0.6, 0.6]
-    (sentence,) = closing(made_up({"alone": alone, "+ logits": distilled, "+ logits + features": alone}))
-    assert sentence.startswith(f"With 100 % of the labels {verdict}; distilling logits and features made no clear")
-
-
-def test_a_single_seed_is_called_little_proof() -> None:
-    sentences = closing(made_up({method: [0.6] for method in METHODS}))
-    assert "A single seed proves little" in sentences[-1]
-
-
 def test_the_student_that_is_saved_is_chosen_by_validation_and_not_by_test(tmp_path: Path) -> None:
-    runs = made_up({method: [0.6] for method in METHODS})
-    runs[2].validation_accuracy, runs[3].test_accuracy = [0.8], 1.0
-    students = {(run.labels, run.method, run.seed): make_student(5).get_weights() for run in runs[1:]}
+    runs = [
+        RunRecord(
+            method,
+            0,
+            {"val_accuracy": value, "test_accuracy": float(method == ALONE)},
+            weights=f"{index}.weights.h5",
+        )
+        for index, (method, value) in enumerate({ALONE: 0.6, METHODS[0]: 0.8, METHODS[1]: 0.7}.items())
+    ]
+    student = make_student()
+    student.save_weights(tmp_path / "1.weights.h5")
     images = np.random.default_rng(0).random((4, 8, 8, 1), "float32")
-    test = (images, predict(make_student(5), images))
-    saved = prove_plain(tmp_path / "student.keras", runs, students, test)
-    assert saved["method"] == "+ logits"
-    assert saved["test_accuracy"] == 1.0
-
-
-def test_the_table_shows_mean_and_spread_over_the_seeds() -> None:
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table(made_up({method: [0.6, 0.8] for method in METHODS})))
-    assert console.file.getvalue().count("70.0 ± 14.1") == 6
+    comparison = Comparison(tmp_path, "test_accuracy", "max", (0,), METHODS, tuple(runs))
+    proved = prove_plain(tmp_path / "student.keras", comparison, (images, predict(student, images)))
+    assert METHODS[0] in proved
+    assert "it reaches 100.0 % on the test images" in proved

@@ -15,22 +15,25 @@ from rich.console import Console
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn: install the extra `plots`")
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: install the extra `plots`")
 
-from distill_core.demo_report import FULL, METHODS, SCARCE, Run, closing, table
-from lightning_distill.demo import quiet, run
+from distill_core.demo_report import FOLDERS, FULL, METHODS, SCARCE, best_run
+from distill_core.guidance.comparison import Comparison
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, RunRecord
+from lightning_distill.demo import QUICK, run
 from lightning_distill.demo.digits import UNLABELLED, Classifier, Student, hide_labels, load_digits_data
 from lightning_distill.demo.report import prove_plain
-from lightning_distill.demo.training import Settings, train_all
+from lightning_distill.demo.training import compared, trained_teacher
+from lightning_distill.guidance.runs import quiet
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return outcome_of(run, tmp_path_factory.mktemp("demo"))
+    return outcome_of(run, tmp_path_factory.mktemp("demo"), "labels-10/comparison.json")
 
 
 class Second(NamedTuple):
-    """Another quick demonstration: its runs, and the state of the process after it."""
+    """Another quick demonstration: its comparisons, and the state of the process after it."""
 
-    runs: list[Run]
+    comparisons: dict[str, Comparison]
     same_random_state: bool
     threads: int
 
@@ -39,27 +42,18 @@ class Second(NamedTuple):
 def second(tmp_path_factory: pytest.TempPathFactory) -> Second:
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(2)
-    runs = run(tmp_path_factory.mktemp("second"), quick=True, console=Console(file=io.StringIO()))
-    after = Second(runs, torch.equal(torch.get_rng_state(), random_state), torch.get_num_threads())
+    comparisons = run(tmp_path_factory.mktemp("second"), quick=True, console=Console(file=io.StringIO()))
+    after = Second(comparisons, torch.equal(torch.get_rng_state(), random_state), torch.get_num_threads())
     torch.set_num_threads(threads)
     return after
-
-
-def made_up(accuracies: dict[str, list[float]]) -> list[Run]:
-    """A teacher's run, and for full labels the students' with these test accuracies by method and seed."""
-    students = [
-        Run(FULL, method, seed, 10, [0.5, value], value, value, 1.0)
-        for method, values in accuracies.items()
-        for seed, value in enumerate(values)
-    ]
-    return [Run(FULL, "teacher", 0, 100, [0.9], 0.9, 1.0, 5.0), *students]
 
 
 # The whole -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_holds_the_results_the_plot_and_the_student(outcome: Outcome) -> None:
-    assert sorted(path.name for path in outcome.folder.iterdir()) == ["curves.png", "results.json", "student.pt"]
+def test_the_folder_holds_the_comparisons_the_plot_and_the_student(outcome: Outcome) -> None:
+    names = sorted(path.name for path in outcome.folder.iterdir())
+    assert names == ["curves.png", "labels-10", "labels-100", "student.pt"]
     assert (outcome.folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -67,18 +61,18 @@ def test_the_folder_is_named_at_the_end(outcome: Outcome) -> None:
     assert outcome.printed.rstrip().endswith(str(outcome.folder))
 
 
-def test_the_results_hold_a_run_for_the_teacher_and_for_each_setting_and_method(outcome: Outcome) -> None:
-    assert list(outcome.results) == ["settings", "runs", "saved_student", "conclusion", "seconds"]
-    held = [(result["labels"], result["method"], result["seed"]) for result in outcome.results["runs"]]
-    assert held == [(FULL, "teacher", 0), *((labels, method, 0) for labels in (SCARCE, FULL) for method in METHODS)]
-    epochs = outcome.results["settings"]["epochs"]
-    assert all(len(result["validation_accuracy"]) == epochs for result in outcome.results["runs"])
-    assert all(result["step_ms"] > 0 for result in outcome.results["runs"])
+def test_both_comparisons_have_a_run_of_each_method(outcome: Outcome) -> None:
+    assert list(outcome.runs) == [SCARCE, FULL]
+    for share, comparison in outcome.runs.items():
+        assert [run.method for run in comparison.runs] == [ALONE, EQUAL_COMPUTE, *METHODS]
+        assert all(run.error is None and len(run.curve) >= 2 for run in comparison.runs)
+        assert "Not paired" not in comparison.verdict
+        assert str(Comparison.read(outcome.folder / FOLDERS[share])) == str(comparison)
 
 
 def test_the_student_is_at_least_twenty_times_smaller_than_the_teacher(outcome: Outcome) -> None:
-    teacher, *students = outcome.runs
-    assert all(20 * result.parameters < teacher.parameters for result in students)
+    student, teacher = (outcome.results[name]["cost"]["parameters"] for name in ("student", "teacher"))
+    assert 20 * student < teacher
 
 
 def test_the_saved_student_loads_strictly_into_the_bare_network_and_is_as_good_as_it_was(outcome: Outcome) -> None:
@@ -87,28 +81,27 @@ def test_the_saved_student_loads_strictly_into_the_bare_network_and_is_as_good_a
     images, classes = load_digits_data().test
     with torch.no_grad():
         accuracy = float((bare(images).argmax(1) == classes).double().mean())
-    saved = outcome.results["saved_student"]
-    trained = next(
-        result for result in outcome.runs if (result.labels, result.method) == (saved["labels"], saved["method"])
-    )
-    assert accuracy == saved["test_accuracy"] == trained.test_accuracy
+    best = best_run(outcome.runs[SCARCE])
+    assert accuracy == pytest.approx(best.metrics["test_accuracy"])
+    reached = f"{100 * accuracy:.1f} % on the test images, and {100 * accuracy:.1f} % when it was trained."
+    assert f"Loaded strictly into the bare network it reaches {reached}" in outcome.printed
 
 
-def test_the_table_has_a_row_for_each_method_and_fits_80_columns(outcome: Outcome) -> None:
-    rows = [line.split() for line in outcome.printed.splitlines() if line.split()[1:2] == ["%"]]
-    assert [" ".join(row[2:]).split(f" {row_size(row)} ")[0] for row in rows] == ["teacher", *METHODS, *METHODS]
+def test_tables_and_verdicts_are_printed_and_the_tables_are_not_cut(outcome: Outcome) -> None:
+    for comparison in outcome.runs.values():
+        assert comparison.table in outcome.printed
+        assert comparison.verdict in outcome.printed
+    assert "with one seed, which has no interval and proves little" in outcome.printed
     assert "…" not in outcome.printed
 
 
-def row_size(row: list[str]) -> str:
-    """The number of parameters in a row of the table."""
-    return next(word for word in row[2:] if word[0].isdigit())
-
-
-def test_nothing_but_the_demonstration_itself_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_but_the_demonstration_itself_is_printed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lines, digits, settings = [], load_digits_data(), replace(QUICK, epochs=1, teacher_epochs=1, batch_size=200)
     with quiet():
-        train_all(load_digits_data(), Settings(seeds=1, epochs=1, teacher_epochs=1), Console(file=io.StringIO()))
+        compared(digits, settings, trained_teacher(digits, settings), tmp_path, lines.append)
     assert capfd.readouterr() == ("", "")
+    assert len(lines) == 8
+    assert lines[0].startswith("10 % of the labels, student alone, seed 0: test_accuracy ")
 
 
 def test_the_global_random_state_and_the_number_of_threads_are_left_alone(second: Second) -> None:
@@ -117,9 +110,9 @@ def test_the_global_random_state_and_the_number_of_threads_are_left_alone(second
 
 
 def test_a_second_demonstration_finds_the_same_accuracies(outcome: Outcome, second: Second) -> None:
-    assert [replace(result, step_ms=0.0) for result in second.runs] == [
-        replace(result, step_ms=0.0) for result in outcome.runs
-    ]
+    for share, comparison in second.comparisons.items():
+        for method in (ALONE, *METHODS):  # at equal compute the number of steps is measured
+            assert comparison.values(method) == outcome.runs[share].values(method)
 
 
 # Its parts -----------------------------------------------------------------------------------------------------------
@@ -154,34 +147,18 @@ def test_the_loss_is_the_mean_over_the_labelled_images_only() -> None:
     torch.testing.assert_close(module.training_step([images, labels], 0), expected)
 
 
-@pytest.mark.parametrize(
-    ("distilled", "verdict"),
-    [
-        ([0.7, 0.8], "distilling logits helped: +15.0 points of accuracy (better for 2 of 2 seeds)"),
-        ([0.5, 0.5], "distilling logits did harm: -10.0 points of accuracy (better for 0 of 2 seeds)"),
-        ([0.6, 0.8], "distilling logits made no clear difference: +10.0 points of accuracy (better for 1 of 2 seeds)"),
-    ],
-)
-def test_the_closing_sentence_follows_from_the_numbers(distilled: list[float], verdict: str) -> None:
-    alone = [0.6, 0.6]
-    (sentence,) = closing(made_up({"alone": alone, "+ logits": distilled, "+ logits + features": alone}))
-    assert sentence.startswith(f"With 100 % of the labels {verdict}; distilling logits and features made no clear")
-
-
-def test_a_single_seed_is_called_little_proof() -> None:
-    sentences = closing(made_up({method: [0.6] for method in METHODS}))
-    assert "A single seed proves little" in sentences[-1]
+def made_up(validation: dict[str, float], folder: Path) -> Comparison:
+    """A comparison with these validation accuracies; the student alone has the best test accuracy."""
+    runs = [
+        RunRecord(method, 0, {"val_accuracy": value, "test_accuracy": float(method == ALONE)}, weights=f"{index}.pt")
+        for index, (method, value) in enumerate(validation.items())
+    ]
+    return Comparison(folder, "test_accuracy", "max", (0,), METHODS, tuple(runs))
 
 
 def test_the_student_that_is_saved_is_chosen_by_validation_and_not_by_test(tmp_path: Path) -> None:
-    runs = made_up({method: [0.6] for method in METHODS})
-    runs[2].validation_accuracy, runs[3].test_accuracy = [0.8], 1.0
-    students = {(result.labels, result.method, result.seed): Student().state_dict() for result in runs[1:]}
+    comparison = made_up({ALONE: 0.6, METHODS[0]: 0.8, METHODS[1]: 0.7}, tmp_path)
+    torch.save(Classifier(Student(), 0.1).state_dict(), tmp_path / "1.pt")
     test = (torch.randn(4, 1, 8, 8), torch.arange(4))
-    assert prove_plain(tmp_path / "student.pt", runs, students, test)["method"] == "+ logits"
-
-
-def test_the_table_shows_mean_and_spread_over_the_seeds() -> None:
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table(made_up({method: [0.6, 0.8] for method in METHODS})))
-    assert console.file.getvalue().count("70.0 ± 14.1") == 6
+    assert METHODS[0] in prove_plain(tmp_path / "student.pt", comparison, test)
+    Student().load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))

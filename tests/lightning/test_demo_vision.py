@@ -17,12 +17,12 @@ pytest.importorskip("sklearn", reason="the demo takes its images from scikit-lea
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: install the extra `plots`")
 
 from distill_core.cli.lightning import main
-from lightning_distill.demo import quiet
 from lightning_distill.demo.vision import QUICK, run
 from lightning_distill.demo.vision.images import CLASSES, Images, load_images
 from lightning_distill.demo.vision.networks import Student, Transformer, described, pooled, probe
 from lightning_distill.demo.vision.report import closing, colors, table
 from lightning_distill.demo.vision.training import ALONE, DISTILLED, STUDENTS, TEACHER, UNTRAINED, Results, Run, distil
+from lightning_distill.guidance.runs import quiet
 
 
 @pytest.fixture(scope="module")

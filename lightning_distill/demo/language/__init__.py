@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_distill.demo import quiet
 from lightning_distill.demo.language.report import PROMPTS, closing, plot, samples, table
 from lightning_distill.demo.language.text import load_text
 from lightning_distill.demo.language.training import LONGER, ONLINE, TEACHER, Run, Settings, train_all
+from lightning_distill.guidance.runs import quiet
 
 QUICK = Settings(
     files=3,

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lightning_distill.demo import quiet
 from lightning_distill.demo.vision.images import load_images
 from lightning_distill.demo.vision.report import closing, plot, table
 from lightning_distill.demo.vision.training import Run, Settings, train_all
+from lightning_distill.guidance.runs import quiet
 
 QUICK = Settings(seeds=1, digits=240, copies=1, labels=(2, 5), batch_size=16, teacher_steps=20, steps=20)
 

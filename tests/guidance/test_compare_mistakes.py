@@ -1,0 +1,176 @@
+"""`compare` on LightningModules: mistakes in its arguments and its files, and the command after a kill -9."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compared import TRAINER, LitClassifier, compared, loaders
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import distill_core.cli.lightning
+from lightning_distill import DistillModule, FeatureDistillation, LogitsDistillation
+
+ROOT = Path(__file__).parents[2]
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no length": ({"trainer": {"accelerator": "cpu"}}, ValueError, "Expected `trainer` to say how long a run is"),
+    "a Trainer": ({"trainer": 3}, TypeError, "Expected `trainer` to be a dict"),
+    "an unknown argument": ({"trainer": {"max_epoch": 1}}, ValueError, "'max_epoch' is not one. Closest: 'max_epochs'"),
+    "a time": (
+        {"trainer": {**TRAINER, "max_time": "0:1"}},
+        ValueError,
+        "without max_time, so that runs have equal",
+    ),
+    "two devices": ({"trainer": {**TRAINER, "devices": 2}}, ValueError, "to train on one device, but got devices=2"),
+    "a mode": ({"mode": "higher"}, ValueError, "Expected `mode` to be"),
+    "no workers": ({"workers": 0}, ValueError, "Expected `workers` to be at least 1"),
+    "no methods": ({"methods": {}}, ValueError, "at least one method"),
+    "a method's argument": ({"methods": {"a": {"terms": [], "wieght": 1}}}, ValueError, "'wieght' is not one"),
+    "an argument": ({"task_wieght": 1}, ValueError, "Expected `compare` to hold arguments of DistillCallback"),
+    "a method's value": (
+        {"methods": {"a": {"task_weight": -1.0}}},
+        ValueError,
+        r"methods\['a'\]: Expected `task_w",
+    ),
+    "a method's term": ({"methods": {"a": ["kl"]}}, TypeError, r"methods\['a'\]: Expected"),
+    "a network": ({"module": nn.ReLU}, TypeError, "Expected `module` to make a LightningModule, but got a ReLU"),
+    "a distilling module": (
+        {"module": lambda: DistillModule(nn.Linear(2, 2), nn.Linear(2, 2))},
+        ValueError,
+        "a module that does not distil by itself",
+    ),
+    "no validation data": (
+        {"data": lambda: loaders()[0]},
+        TypeError,
+        "Expected `data` to be a LightningDataModule",
+    ),
+    "a layer": ({"methods": {"a": [FeatureDistillation("bodi", "body", "mse")]}}, ValueError, "but got 'bodi'. Known"),
+    "checkpoints": ({"trainer": {**TRAINER, "callbacks": ModelCheckpoint()}}, ValueError, "Pass save_weights=True"),
+    "a lambda in processes": ({"data": lambda: loaders(), "workers": 2}, ValueError, "Expected `data` to be something"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_refused_in_words(tmp_path: Path, case: str) -> None:
+    changed, error, words = REFUSED[case]
+    with pytest.raises(error, match=words):
+        compared(tmp_path, **changed)
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_the_same_go_on(tmp_path: Path) -> None:
+    compared(tmp_path, seeds=1)
+    kept = (tmp_path / "runs.jsonl").read_bytes()
+    compared(tmp_path, seeds=1)
+    assert (tmp_path / "runs.jsonl").read_bytes() == kept
+    for changed in (
+        {"trainer": {**TRAINER, "max_epochs": 3}},
+        {"methods": {"soft targets": [LogitsDistillation(weight=2.0)]}},
+        {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(16, 5))},
+        {"module": lambda: LitClassifier(0.5)},
+    ):
+        with pytest.raises(ValueError, match="to hold runs of the same settings, but got"):
+            compared(tmp_path, **changed)
+
+
+# One run, other processes, the command -------------------------------------------------------------------------------
+
+
+FILE = {
+    "module": {"class_path": "compared.LitClassifier", "init_args": {"dropout": 0.2}},
+    "data": {"class_path": "compared.loaders"},
+    "teacher": {"class_path": "compared.teacher"},
+    "methods": {
+        "soft targets": [{"class_path": "lightning_distill.LogitsDistillation"}],
+        "DIST": {
+            "terms": [
+                {
+                    "class_path": "lightning_distill.LogitsDistillation",
+                    "init_args": {"loss": {"class_path": "lightning_distill.DISTLoss"}},
+                }
+            ],
+            "task_weight": 0.5,
+        },
+    },
+    "metric": "val_acc",
+    "seeds": 2,
+    "trainer": TRAINER,
+    "folder": "results",
+}
+
+
+def command(folder: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    line = [sys.executable, "-W", "ignore", "-m", "lightning_distill", "compare", "compare.yaml", *words]
+    environment = {**os.environ, "PYTHONPATH": path, **(environment or {})}
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+
+
+KILLS = """
+import os, signal
+from distill_core.guidance import records
+append = records.ResultsFolder.append
+def killed(folder, record):
+    append(folder, record)
+    if len(folder.runs()) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+records.ResultsFolder.append = killed
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
+def test_the_command_goes_on_after_kill_9_also_in_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(FILE), encoding="utf-8")
+    (tmp_path / "sitecustomize").mkdir()
+    (tmp_path / "sitecustomize" / "sitecustomize.py").write_text(KILLS, encoding="utf-8")
+    path = os.pathsep.join(map(str, (tmp_path / "sitecustomize", ROOT, ROOT / "tests")))
+    stopped = command(tmp_path, environment={"PYTHONPATH": path})
+    assert stopped.returncode == -signal.SIGKILL, stopped.stderr
+    first = (tmp_path / "results" / "runs.jsonl").read_bytes()
+    assert first.count(b"\n") == 3
+    done = command(tmp_path, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    file = (tmp_path / "results" / "runs.jsonl").read_bytes()
+    assert file.startswith(first)
+    assert file.count(b"\n") == 8
+    assert "soft targets" in done.stdout
+    assert "Not paired" not in done.stdout
+    assert done.stdout.endswith("All records: results\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metrik": "x"}, "Expected `metrik` to be a known key, but it is not. Closest: 'metric'"),
+        ({"module": None}, "Expected `module` to be given"),
+        ({"module": {"class_path": "compared.LitClasifier"}}, "has no 'LitClasifier'. Closest: 'LitClassifier'"),
+        ({"methods": ["x"]}, "Expected `methods` to be a mapping of names to terms"),
+        ({"methods": {"a": [{"class_path": "lightning_distill.LogitsDistilation"}]}}, "methods.a[0]"),
+        ({"trainer": {}}, "Expected `trainer` to say how long a run is"),
+        ({"folder": 3}, "Expected `folder` to name a folder"),
+    ],
+)
+def test_a_wrong_file_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    words: str,
+) -> None:
+    values = {key: value for key, value in {**FILE, **change}.items() if value is not None}
+    monkeypatch.chdir(tmp_path)
+    Path("compare.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert distill_core.cli.lightning.main(["compare", "compare.yaml"]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert words in error
