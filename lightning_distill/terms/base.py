@@ -33,8 +33,8 @@ class DistillationTerm(nn.Module):
     step on. Attributes that are set within :meth:`build` belong to the owner alone.
 
     Args:
-        weight: Factor of the term in the total loss, 0 or greater, or a schedule; 0 skips its work. May be set at any
-            time; a number takes the place of a schedule.
+        weight: Factor of the term in the total loss, 0 or greater, a schedule, or ``"balanced"``, short for a
+            :class:`Balanced`; 0 skips its work. May be set at any time; a number takes the place of a schedule.
         name: Name in logs and checkpoints, distinct among the terms.
 
     Attributes:
