@@ -19,7 +19,7 @@ from keras_distill import checks
 from keras_distill.cache import TeacherCache
 from keras_distill.cache.builder import teacher_fingerprint
 from keras_distill.cache.views import data_fingerprint
-from keras_distill.guidance.data import is_arrays
+from keras_distill.guidance.data import data_of, is_arrays
 from keras_distill.guidance.runs import Trainings, distill_model, kept_random_state
 from keras_distill.model import DistillModel
 
@@ -292,7 +292,7 @@ def _check_method(name: str, student: keras.Model, settings: Mapping[str, Any]) 
 
 def _described_data(data: Any) -> str:
     """Data that are not made for each run: a digest of some rows of arrays, and the classes of data sets."""
-    parts = list(data) if isinstance(data, (list, tuple)) else [data]
+    parts = [part for part in vars(data_of(data, 0)).values() if part is not None]
     return described(
         [
             data_fingerprint(tuple(entry for entry in part if entry is not None))
