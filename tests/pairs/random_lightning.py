@@ -28,7 +28,7 @@ if __name__ == "__main__":  # started as a script: the tests and the project are
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
-from pairs.by_hand import Batch, Hand, Place, cross_entropy, decoupled, line, places, soft_targets, squared
+from pairs.by_hand import Batch, Hand, Place, cross_entropy, curriculum, decoupled, line, places, soft_targets, squared
 from pairs.lightning_cell import QUIET, Watch, close, hooks, learned, same
 from pairs.lightning_copies import COPIES
 from pairs.lightning_table import ROWS, Rows, first_teacher, second_teacher, student
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_distill import (
+    CurriculumTemperature,
     DecoupledKDLoss,
     DistillCallback,
     FeatureDistillation,
@@ -75,7 +76,7 @@ def draw(seed: int) -> Drawn:
     manual = choose([False, False, False, True])
     teacher = choose(["live", "live", "cache", "several"])
     return Drawn(
-        loss=choose(["soft", "soft", "decoupled", "mse"]),
+        loss=choose(["soft", "soft", "decoupled", "mse", "curriculum", "curriculum"]),
         loss_schedule=choose(["", "", "steps", "fraction", "epochs"]),
         weight_schedule=choose(["", "", "steps", "fraction", "epochs"]),
         feature=choose(["", "mse", "cosine"]),
@@ -110,6 +111,7 @@ def terms(drawn: Drawn) -> list[Any]:
         "soft": lambda: SoftTargetLoss(temperature),
         "decoupled": lambda: DecoupledKDLoss(temperature, nontarget_weight=2.0),
         "mse": lambda: LogitsMse(),
+        "curriculum": lambda: SoftTargetLoss(CurriculumTemperature(1.0, 3.0, reversal_weight=1.0)),
     }
     made: list[Any] = [LogitsDistillation(losses[drawn.loss](), weight=scheduled(drawn.weight_schedule, 1.5, 0.0))]
     if drawn.feature:
@@ -233,6 +235,8 @@ def formula(drawn: Drawn) -> Any:
                 value = soft_targets(result["logits"], answer["logits"], temperature(place))
             elif drawn.loss == "decoupled":
                 value = decoupled(result["logits"], answer["logits"], batch["labels"], temperature(place), 2.0)
+            elif drawn.loss == "curriculum":
+                value = curriculum(result["logits"], answer["logits"], learned)
             else:
                 value = squared(result["logits"], answer["logits"])
             total = total + weight(place) * value if weight(place) else total
