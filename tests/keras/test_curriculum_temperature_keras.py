@@ -50,7 +50,7 @@ def gradient(function: Any, variable: keras.Variable) -> float:
     return float(tape.gradient(value, variable.value))
 
 
-@pytest.mark.not_jax
+@pytest.mark.tensorflow  # the others compute a float64 array in float32
 @pytest.mark.parametrize("entry", GOLDEN, ids=lambda entry: entry["case"])
 def test_value_temperature_and_reversed_gradient_are_the_published_ones(entry: dict[str, Any]) -> None:
     arrays, reference = golden_arrays(entry), entry["hyperparameters"]
@@ -67,7 +67,7 @@ def test_value_temperature_and_reversed_gradient_are_the_published_ones(entry: d
     assert reversed_gradient == pytest.approx(float(arrays["gradp_global_T"][0]), rel=1e-9)
 
 
-@pytest.mark.not_jax
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("kind", LEARNING, ids=lambda kind: kind.__name__)
 def test_each_loss_has_the_gradient_by_its_temperature(kind: Any) -> None:
     """Against central differences of the loss with numbers as temperatures."""

@@ -191,6 +191,8 @@ def test_published_divergence_of_a_language_model_shifts_labels_and_divides_by_a
 def test_every_golden_case_kept_here_is_used() -> None:
     used = {golden.key for case in CASES for golden in case.golden} | {
         "gkd_jsd",
+        "crd",  # in test_losses_contrast.py
+        "ctkd",  # in test_curriculum_temperature.py
         "inc_combined",  # in tests/launcher
         "cka_minibatch",  # in tests/guidance
         "inc_intermediate",
