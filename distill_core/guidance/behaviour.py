@@ -14,7 +14,7 @@ from distill_core.guidance.figures import Axis, Frame, data_url, path, thumbnail
 from distill_core.guidance.material import Material
 from distill_core.guidance.measures import Measures
 from distill_core.guidance.overview import no_predictions
-from distill_core.guidance.results import ALONE
+from distill_core.guidance.records import ALONE
 from distill_core.guidance.wording import clipped, count, share, shares
 
 _CLASSES: Final = 20

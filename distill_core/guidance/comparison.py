@@ -87,7 +87,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """A sentence or two for each method, and remarks on anything that weakens them, one on each line."""
-        return "\n".join([*(self._sentence(method) for method in self.methods), *self._remarks()])
+        return "\n".join([*(self._sentence(method) for method in self.methods), *self.remarks])
 
     @property
     def table(self) -> str:
@@ -129,6 +129,22 @@ class Comparison:
 
     def __str__(self) -> str:
         return f"{self.table}\n\n{self.verdict}"
+
+    def report(self, file: str | Path | None = None) -> Path:
+        """Write the report on the comparison, one HTML file.
+
+        Args:
+            file: The file; None is ``report.html`` in the folder.
+
+        Returns:
+            The file.
+
+        Raises:
+            ImportError: If jinja2 is not installed.
+        """
+        from distill_core.guidance.report import write_report  # imported late: it needs jinja2
+
+        return write_report(self.folder, file)
 
     @classmethod
     def read(cls, folder: str | Path) -> Comparison:
@@ -202,7 +218,9 @@ class Comparison:
             return f"{start} it is {'better' if better > 0 else 'worse'} by {size}."
         return f"{start} the difference is not clear, {self._text(estimated, signed=True)}."
 
-    def _remarks(self) -> list[str]:
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on anything that weakens the verdict: failed runs, random evaluations, runs that are not paired."""
         remarks = [
             f"{run.method} failed with seed {run.seed} ({run.error}): its pairs are left out."
             for run in self.runs

@@ -10,7 +10,7 @@ from typing import Any, Final
 from distill_core.guidance.blocks import Panel, Panels, Row, Section, Table
 from distill_core.guidance.figures import Axis, Frame, area, path, thinned
 from distill_core.guidance.material import Material, mean_curve
-from distill_core.guidance.results import ALONE
+from distill_core.guidance.records import ALONE
 from distill_core.guidance.wording import clipped, plural
 
 _Points = list[tuple[float, list[float]]]

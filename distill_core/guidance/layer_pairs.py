@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,30 @@ class LayerPairs(Sequence[LayerPair]):
         names = "FeatureDistillation, Tap" if any("Tap(" in line for line in lines) else "FeatureDistillation"
         return "\n".join([f"from {self.package} import {names}", "", "terms = [", *lines, "]", ""])
 
+    def save(self, folder: str | Path) -> Path:
+        """Write the similarities into the folder of a comparison, whose report then shows them as a map.
+
+        A layer whose feature is the same for all examples has no similarity, and gets 0.
+
+        Args:
+            folder: The folder, which exists.
+
+        Returns:
+            The file, ``pairs.json``.
+
+        Raises:
+            ValueError: If the pairs were made by depth, without similarities.
+        """
+        similarity = self._similarities()
+        content = {
+            "student_layers": [layer.label for layer in self.student_layers],
+            "teacher_layers": [layer.label for layer in self.teacher_layers],
+            "similarity": np.nan_to_num(similarity).round(6).tolist(),
+        }
+        path = Path(folder) / "pairs.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+        return path
+
     def draw(self, path: str | Path | None = None) -> Any:
         """The similarities as a map: the student's layers from left to right, the teacher's upwards, the pairs marked.
 
@@ -140,8 +165,7 @@ class LayerPairs(Sequence[LayerPair]):
             ValueError: If the pairs were made by depth, without similarities.
             ImportError: If matplotlib is not installed.
         """
-        if self.similarity is None:
-            raise ValueError("Expected pairs with similarities, but got pairs by depth. Call pair_layers(by='cka').")
+        similarity = self._similarities()
         if problem := unusable("The map of similarities", "matplotlib"):
             raise problem
         from matplotlib.figure import Figure  # without pyplot: no window, no global state
@@ -149,7 +173,7 @@ class LayerPairs(Sequence[LayerPair]):
         size = [min(14.0, 3.0 + 0.22 * len(layers)) for layers in (self.student_layers, self.teacher_layers)]
         figure = Figure(figsize=(size[0] + 1.5, size[1]), layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(self.similarity.T, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        image = axes.imshow(similarity.T, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis")
         columns = [self.student_layers.index(pair.student) for pair in self]
         rows = [self.teacher_layers.index(pair.teacher) for pair in self]
         axes.plot(columns, rows, "o-", color="white", markeredgecolor="black", linewidth=1)
@@ -162,6 +186,11 @@ class LayerPairs(Sequence[LayerPair]):
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+    def _similarities(self) -> NDArray[np.float64]:
+        if self.similarity is None:
+            raise ValueError("Expected pairs with similarities, but got pairs by depth. Call pair_layers(by='cka').")
+        return self.similarity
 
     def _tap(self, layer: Layer) -> Any:
         arguments = _tap_arguments(layer)

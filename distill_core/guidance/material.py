@@ -15,7 +15,8 @@ import numpy as np
 from distill_core.guidance.advice import HARMED, HARMED_EXAMPLES, Facts
 from distill_core.guidance.evaluation import other_mass
 from distill_core.guidance.measures import Measurements, Measures, mean, measure
-from distill_core.guidance.results import ALONE, EQUAL_COMPUTE, Results, RunRecord, number, read_results
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.results import Results, StoredRun, number, read_results
 from distill_core.guidance.verdict import Verdict, verdict_of
 from distill_core.guidance.wording import Numbers, clipped
 
@@ -100,7 +101,7 @@ def gather(folder: str | Path) -> Material:
     return Material(results, Numbers.of(results), verdict_of(folder), measurements, layers, tuple(problems))
 
 
-def curve(run: RunRecord, metric: str) -> dict[float, float]:
+def curve(run: StoredRun, metric: str) -> dict[float, float]:
     """The values of a metric by epoch, the last of each; by step where epochs are not known.
 
     Args:
@@ -116,7 +117,7 @@ def curve(run: RunRecord, metric: str) -> dict[float, float]:
     return dict(sorted(points.items()))
 
 
-def mean_curve(runs: Sequence[RunRecord], metric: str) -> list[tuple[float, list[float]]]:
+def mean_curve(runs: Sequence[StoredRun], metric: str) -> list[tuple[float, list[float]]]:
     """The values of all runs at each epoch that every run with a curve has.
 
     Args:

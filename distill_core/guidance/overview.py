@@ -11,7 +11,8 @@ from typing import Any, Final
 from distill_core.guidance.blocks import Lines, Marks, Row, Section, Table, Text
 from distill_core.guidance.figures import Axis
 from distill_core.guidance.material import Material
-from distill_core.guidance.results import ALONE, EQUAL_COMPUTE, number
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.results import number
 from distill_core.guidance.verdict import BETTER, UNCLEAR, UNTESTED, WORSE, Difference
 from distill_core.guidance.wording import UNKNOWN, Numbers, clipped, count, duration, plural, shares, size
 
@@ -51,7 +52,7 @@ def verdict_sentences(material: Material) -> list[str]:
         sentences.append(
             f"The intervals are wide enough to be right together for all {len(results.distilled)} methods (Bonferroni)."
         )
-    return sentences
+    return [*sentences, *(clipped(remark, 1000) for remark in verdict.remarks)]
 
 
 def _difference_in_words(material: Material, difference: Difference, how: str) -> str:

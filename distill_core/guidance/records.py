@@ -93,7 +93,7 @@ class ResultsFolder:
             content = json.loads(file.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(message(f"{file} to hold JSON", short(error), "Pass another folder.")) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             expected, got = f"{file} to be a comparison of format {FORMAT}", short(content)
@@ -127,7 +127,7 @@ class ResultsFolder:
         for number, line in enumerate(lines[:-1], start=1):  # after the last line's end comes nothing
             try:
                 record = _record(json.loads(line))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 got = f"{short(error)} in line {number}"
                 raise ValueError(message(f"{file} to hold records of runs", got, "Pass another folder.")) from None
             records[record.method, record.seed] = record

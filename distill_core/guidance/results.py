@@ -15,16 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_core.checks import message
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
 
 FORMAT: Final = 1
 _LARGEST: Final = 1e100
-ALONE: Final = "student alone"
-EQUAL_COMPUTE: Final = "student alone, equal compute"
 _REMEDY: Final = "Pass the folder that a comparison of methods has written."
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class StoredRun:
     """A line of ``runs.jsonl``: a finished or failed training of one method with one seed.
 
     Args:
@@ -78,7 +77,7 @@ class Results:
 
     folder: Path
     comparison: Mapping[str, Any]
-    runs: tuple[RunRecord, ...]
+    runs: tuple[StoredRun, ...]
     problems: tuple[str, ...]
 
     @property
@@ -108,7 +107,7 @@ class Results:
         """The methods that have a teacher."""
         return tuple(method for method in self.methods if method not in (ALONE, EQUAL_COMPUTE))
 
-    def finished(self, method: str) -> list[RunRecord]:
+    def finished(self, method: str) -> list[StoredRun]:
         """The runs of a method that ended without an error, by seed."""
         return [run for run in self.runs if run.method == method and run.error is None]
 
@@ -230,13 +229,13 @@ def _check_comparison(file: Path, comparison: Any) -> None:
         raise ValueError(message(f"`mode` in {file} to be 'max' or 'min'", f"{comparison['mode']!r}", _REMEDY))
 
 
-def _read_runs(file: Path, problems: list[str]) -> list[RunRecord]:
+def _read_runs(file: Path, problems: list[str]) -> list[StoredRun]:
     """The last readable record of each method and seed."""
     if not file.is_file():
         problems.append(f"{file.name} is missing: no run has ended yet.")
         return []
     lines = file.read_bytes().decode("utf-8", "replace").split("\n")
-    records: dict[tuple[str, int], RunRecord] = {}
+    records: dict[tuple[str, int], StoredRun] = {}
     repeated: Counter[str] = Counter()
     for index, line in enumerate(lines):
         if not line.strip():
@@ -262,7 +261,7 @@ def _read_runs(file: Path, problems: list[str]) -> list[RunRecord]:
     return list(records.values())
 
 
-def _record(entry: Any) -> RunRecord:
+def _record(entry: Any) -> StoredRun:
     """Check the types of a record; optional parts of a wrong type are left out."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
         raise ValueError("not a record")
@@ -270,7 +269,7 @@ def _record(entry: Any) -> RunRecord:
         raise ValueError("not a record")
     curve, warnings, error = entry.get("curve"), entry.get("warnings"), entry.get("error")
     seconds, steps, step_seconds = (number(entry.get(name)) for name in ("seconds", "steps", "step_seconds"))
-    return RunRecord(
+    return StoredRun(
         entry["method"],
         entry["seed"],
         {str(name): number(value) for name, value in _mapping(entry.get("metrics")).items()},

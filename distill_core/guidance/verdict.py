@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill_core.guidance.results import ALONE, EQUAL_COMPUTE, Results, read_results
+from distill_core.guidance.comparison import Comparison
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.results import Results, read_results
 from distill_core.guidance.statistics import paired
 
 BETTER, WORSE, UNCLEAR, UNTESTED = "better", "worse", "no clear difference", "not tested"
@@ -45,11 +47,13 @@ class Verdict:
         text: The verdict as the comparison has stored it, or None.
         best: The method with a teacher that has the best mean, or None.
         differences: Each method beside each baseline.
+        remarks: Sentences on anything that weakens the verdict.
     """
 
     text: str | None
     best: str | None
     differences: tuple[Difference, ...]
+    remarks: tuple[str, ...] = ()
 
     def beside(self, baseline: str, method: str | None = None) -> Difference | None:
         """The difference of a method, by default the best one, to a baseline; None if they were not compared."""
@@ -88,7 +92,20 @@ def verdict_of(folder: str | Path) -> Verdict:
         for method in results.methods
         if method not in (ALONE, baseline)
     ]
-    return Verdict(text if isinstance(text, str) and text.strip() else None, _best(results), tuple(differences))
+    return Verdict(
+        text if isinstance(text, str) and text.strip() else None,
+        _best(results),
+        tuple(differences),
+        _remarks(results.folder),
+    )
+
+
+def _remarks(folder: Path) -> tuple[str, ...]:
+    """The remarks of the comparison; none if parts of its folder are damaged, which the report says itself."""
+    try:
+        return tuple(Comparison.read(folder).remarks)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return ()
 
 
 def paired_difference(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_distill.guidance.costs import costs
 from keras_distill.guidance.data import batches_of
 
 _SAMPLES = 200
-_LATENCY_SECONDS, _MOST_CALLS = 0.5, 50
 
 
 class Answers(keras.Model):
@@ -95,35 +93,15 @@ def first_images(data: Any) -> Any:
 
 
 def cost_of(model: Any, data: Any) -> dict[str, Any] | None:
-    """The cost of a model: parameters, bytes of its weights, and the latency of one example.
+    """The cost of a model for one example.
 
     Args:
         model: The model.
         data: Arrays, or a data set of batches, whose first example is taken.
 
     Returns:
-        ``parameters``, ``bytes`` and ``latency_seconds``; multiply-adds and memory are not measured. None of a teacher
-        that is not a Keras model.
+        The costs of :func:`~keras_distill.guidance.costs.costs`; None of a teacher that is not a Keras model.
     """
     if not isinstance(model, keras.Model):
         return None
-    latency = None
-    example = keras.tree.map_structure(lambda array: array[:1], next(batches_of(data, 1))[0])
-    times: list[float] = []
-    runner = Answers(model)
-    while len(times) < 3 or (sum(times[1:]) < _LATENCY_SECONDS and len(times) < _MOST_CALLS):
-        begun = time.perf_counter()
-        runner.predict_on_batch(example)
-        times.append(time.perf_counter() - begun)
-    latency = statistics.median(times[1:])
-    return {
-        "parameters": int(model.count_params()),
-        "multiply_adds": None,
-        "bytes": sum(int(np.prod(weight.shape)) * _bytes(weight.dtype) for weight in model.weights),
-        "latency_seconds": latency,
-        "memory_bytes": None,
-    }
-
-
-def _bytes(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    return costs(model, keras.tree.map_structure(lambda array: array[:1], next(batches_of(data, 1))[0]))

@@ -72,11 +72,21 @@ def costs(module: nn.Module, example: Any) -> dict[str, int | float | None]:
         latency = _latency(call, device)
         memory = _memory(call, device)
     return {
-        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        **sizes(module),
         "multiply_adds": multiply_adds,
-        "bytes": _bytes(module),
         "latency_seconds": latency,
         "memory_bytes": memory,
+    }
+
+
+def sizes(module: nn.Module) -> dict[str, int | float | None]:
+    """The costs of a model that are known without running it; all others are None."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "multiply_adds": None,
+        "bytes": _bytes(module),
+        "latency_seconds": None,
+        "memory_bytes": None,
     }
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_distill.guidance.costs import costs, sizes
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.labels import find_labels
 from lightning_distill.recording.recorder import Recording
@@ -20,7 +18,6 @@ from lightning_distill.recording.student import StudentFinder
 from lightning_distill.teachers.hold import Hold
 
 _SAMPLES = 200
-_LATENCY_SECONDS, _MOST_CALLS = 0.5, 50
 
 
 class Predictions(Callback):
@@ -153,47 +150,11 @@ def cost_of(network: nn.Module, call: Call | None) -> dict[str, Any]:
         ``parameters``, ``bytes`` (of the weights in a file), and, or None where they cannot be measured,
         ``multiply_adds``, ``latency_seconds`` (median) and ``memory_bytes`` (of a CUDA device).
     """
-    tensors = [value for value in network.state_dict().values() if isinstance(value, Tensor)]
-    cost: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "multiply_adds": None,
-        "bytes": sum(value.numel() * value.element_size() for value in tensors),
-        "latency_seconds": None,
-        "memory_bytes": None,
-    }
-    if call is None:
-        return cost
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    args, kwargs = _first_example((call.args, call.kwargs), device)
-    training = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.no_grad():
-            with FlopCounterMode(display=False) as counter:
-                network(*args, **kwargs)
-            cost["multiply_adds"] = counter.get_total_flops() // 2 or None
-            cost["latency_seconds"] = _latency(lambda: network(*args, **kwargs), device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                network(*args, **kwargs)
-                cost["memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    except Exception:  # a network that does not take one example, or not outside of its module
-        return cost
-    finally:
-        for module, mode in training:
-            module.training = mode
-    return cost
-
-
-def _latency(call: Callable[[], Any], device: torch.device) -> float:
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < _LATENCY_SECONDS and len(times) < _MOST_CALLS):
-        begun = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
+    if call is not None:
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+        with suppress(Exception):  # a network that does not take one example, or not outside of its module
+            return costs(network, Call(*_first_example((call.args, call.kwargs), device)))
+    return sizes(network)
 
 
 def _first_example(value: Any, device: torch.device) -> Any:
