@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +71,7 @@ class Builder:
             self._check_logits()
         arrays = {
             name: storage.describe(name, rows.shape[1:], channels_first=False)
-            for name, rows in self._rows(0, min(batch_size, self.length)).items()
+            for name, rows in self._rows(self._inputs(0, min(batch_size, self.length))).items()
         }
         manifest = Manifest(
             length=self.length,
@@ -89,26 +92,61 @@ class Builder:
         batches = max(1, shard_bytes // (row_bytes * batch_size))
         self.manifest = replace(manifest, shard_rows=batches * batch_size)
 
-    def write(self, folder: Path, resume: bool) -> None:
+    def write(self, folder: Path, resume: bool, *, workers: int = 0, progress: bool = False) -> None:
         """Write the shards that are missing in the folder.
 
         Args:
             folder: The folder.
             resume: Whether a build that was begun is continued.
+            workers: Number of threads that prepare batches while the teacher runs.
+            progress: Whether to show a progress bar.
 
         Raises:
             CacheError: If another process builds in the folder, or the folder holds something else.
             OSError: If the disk is full.
+            ValueError: If ``workers`` is not an int of 0 or more.
         """
+        if type(workers) is not int or workers < 0:
+            raise ValueError(f"Expected `workers` to be an int of 0 or more, but got workers={workers!r}.")
         check_folder(folder)
         with locked(folder):
             begin(folder, self.manifest, resume)
             writer, size = Writer(folder, self.manifest), self.batch_size
-            for shard in writer.missing:
-                rows = self.manifest.shard_range(shard)
-                starts = range(rows.start, rows.stop, size)
-                writer.write(shard, (self._rows(start, min(start + size, rows.stop)) for start in starts))
+            batches = {
+                shard: [(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+                for shard in writer.missing
+                for rows in (self.manifest.shard_range(shard),)
+            }
+            prepared = self._prepared([batch for shard in batches.values() for batch in shard], workers)
+            number = sum(map(len, batches.values()))
+            bar = keras.utils.Progbar(number, verbose=int(progress and number > 0), unit_name="batch")
+
+            def rows_of(shard: int) -> Iterator[dict[str, Array]]:
+                for _ in batches[shard]:
+                    yield self._rows(next(prepared))
+                    bar.add(1)
+
+            with contextlib.closing(prepared):
+                for shard in batches:
+                    writer.write(shard, rows_of(shard))
             writer.finish()
+
+    def _prepared(self, batches: Sequence[tuple[int, int]], workers: int) -> Generator[Any]:
+        """The teacher's inputs of each batch, in order; threads prepare a few of them ahead."""
+        if not workers:
+            yield from (self._inputs(*batch) for batch in batches)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            waiting: deque[Future[Any]] = deque()
+            try:
+                for batch in batches:
+                    waiting.append(pool.submit(self._inputs, *batch))
+                    if len(waiting) > 2 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _inputs(self, start: int, stop: int) -> Any:
         """The teacher's inputs for some rows."""
@@ -124,10 +162,10 @@ class Builder:
         parts = [self.augmentation.batch(self.inputs, indices[views == view], int(view)) for view in np.unique(views)]
         return keras.tree.map_structure(lambda *same: keras.ops.convert_to_tensor(np.concatenate(same)), *parts)
 
-    def _rows(self, start: int, stop: int) -> dict[str, Array]:
-        """The teacher's outputs and features for some rows."""
+    def _rows(self, inputs: Any) -> dict[str, Array]:
+        """The teacher's outputs and features for a batch of its inputs."""
         with compat.untaped():
-            call = self.recorder.forward(self._inputs(start, stop), training=False)
+            call = self.recorder.forward(inputs, training=False)
         kept = {f"feature{index}": call.feature(tap) for index, tap in enumerate(self.taps)}
         if self.outputs and keras.tree.is_nested(call.output):
             raise CacheError("Expected the teacher to have one output, but got several. Wrap it to return one.")

@@ -44,7 +44,7 @@ class TeacherCache:
         >>> teacher = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
         >>> x = np.random.rand(6, 4).astype("float32")
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     cache = TeacherCache.build(teacher, x, folder, dtype="float32")
+        ...     cache = TeacherCache.build(teacher, x, folder, dtype="float32", progress=False)
         ...     inputs, targets = cache.attach((x, np.arange(6) % 3), batch_size=2)[1]
         >>> bool(np.allclose(targets.teacher, teacher.predict(x[2:4], verbose=0), atol=1e-6))
         True
@@ -98,8 +98,10 @@ class TeacherCache:
         transform: Transform | None = None,
         transform_seed: int | None = None,
         batch_size: int = 64,
+        workers: int = 0,
         teacher_inputs: Callable[[Any], Any] | None = None,
         resume: bool = True,
+        progress: bool = True,
         shard_bytes: int = 64 * 2**20,
     ) -> TeacherCache:
         """Run the teacher over arrays once and store its outputs.
@@ -123,10 +125,12 @@ class TeacherCache:
                 ``np.random.default_rng(seed)``, or pass it as the seed of ``tf.image.stateless_random_crop``.
             transform_seed: Seed from which these numbers are drawn, for each item and view.
             batch_size: Number of items in a batch of the teacher.
+            workers: Number of threads that prepare batches while the teacher runs: they transform the items.
             teacher_inputs: Makes the teacher's inputs of a batch, as in :class:`DistillModel`: a function such as
                 ``Normalize.between(...)``. Its settings, or the source of a function of a module, are remembered: other
                 inputs are another teacher.
             resume: Whether a build that was begun, or is complete, is continued; only complete shards are kept.
+            progress: Whether to show a progress bar.
             shard_bytes: Approximate size of a shard.
 
         Returns:
@@ -137,7 +141,7 @@ class TeacherCache:
                 although ``top_k`` is set. If ``views``, ``transform`` and ``transform_seed`` contradict each other, or
                 the transform returns different items for the same seed.
             TypeError: If ``transform`` cannot be called.
-            ValueError: If ``top_k`` or ``dtype`` is out of range.
+            ValueError: If ``top_k``, ``dtype`` or ``workers`` is out of range.
             OSError: If the disk is full; resuming completes the folder.
         """
         builder = Builder(
@@ -153,7 +157,7 @@ class TeacherCache:
             teacher_inputs=teacher_inputs,
         )
         with building(path) as folder:
-            builder.write(folder, resume)
+            builder.write(folder, resume, workers=workers, progress=progress)
         return cls.open(path)
 
     @classmethod

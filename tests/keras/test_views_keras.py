@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,61 @@ def test_c3_c9_neither_half_takes_the_others_augmentation_for_its_own(tmp_path: 
         cache.attach((X, Y))
     (_, targets) = cache.attach((X, Y), view=1, batch_size=ITEMS)[0]
     np.testing.assert_array_equal(targets.teacher, cache.answers(range(ITEMS, 2 * ITEMS)))
+
+
+@pytest.mark.parametrize("augmented", [True, False], ids=["augmented", "plain"])
+def test_c24_threads_prepare_the_batches_and_the_files_are_the_same(tmp_path: Path, augmented: bool) -> None:
+    """C24: ``workers=2``; each batch is transformed once, in its place, while the teacher runs."""
+    threads = set()
+
+    def noted(x: Any, seed: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return crop_and_flip(x, seed)
+
+    folders = [tmp_path / "one", tmp_path / "threads"]
+    for folder, workers in zip(folders, (0, 2), strict=True):
+        if augmented:
+            built(folder, noted, workers=workers, progress=False)
+        else:
+            TeacherCache.build(
+                network(9, seed=2), X[:, :6, :6], folder, batch_size=8, shard_bytes=1, workers=workers, progress=False
+            )
+    shards = sorted(path.name for path in folders[0].rglob("*.npy"))
+    assert len(shards) > 2
+    for name in shards:
+        assert next(folders[0].rglob(name)).read_bytes() == next(folders[1].rglob(name)).read_bytes()
+    assert (len(threads) > 1) == augmented
+
+
+def test_c24_an_error_of_a_transform_in_a_thread_is_the_users_and_what_is_built_stays(tmp_path: Path) -> None:
+    begun = threading.active_count()
+    calls: list[int] = []
+
+    def failing(x: Any, seed: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 60:
+            raise RuntimeError("a broken image")
+        return crop_and_flip(x, seed)
+
+    with pytest.raises(RuntimeError, match="a broken image"):
+        built(tmp_path, failing, workers=2, progress=False)
+    assert threading.active_count() == begun
+    cache = built(tmp_path, workers=2, progress=False)
+    whole = built(tmp_path / "whole", progress=False)
+    targets = [data.attach((X, Y), transform=crop_and_flip, batch_size=7)[0][1].teacher for data in (cache, whole)]
+    np.testing.assert_array_equal(*targets)
+
+
+def test_c24_a_progress_bar_counts_the_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built(tmp_path / "quiet", progress=False)
+    assert capsys.readouterr().out == ""
+    built(tmp_path / "loud")
+    assert "5/5" in capsys.readouterr().out
+    built(tmp_path / "loud")  # complete
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("workers", [-1, 1.5, True])
+def test_c24_workers_must_be_a_number(tmp_path: Path, workers: Any) -> None:
+    with pytest.raises(ValueError, match="Expected `workers` to be an int of 0 or more"):
+        built(tmp_path, workers=workers)
