@@ -18,7 +18,7 @@ WIDTHS = {"full": [1024, 128, 128, 128, 256, 512], "tiny": [128, 16, 16, 16, 32,
 
 
 class Crepe(nn.Module):
-    """Scores ``(N, 360)`` before the sigmoid, of frames ``(N, 1024)``; the layers' names are those of the published weights."""
+    """Scores ``(N, 360)`` before the sigmoid, of frames ``(N, 1024)``; layers are named as in the published weights."""
 
     def __init__(self, size: str) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def blurred(cents: Tensor) -> Tensor:
 
 
 def heard(scores: Tensor) -> Tensor:
-    """Pitches ``(N,)`` in cents of scores ``(N, 360)``: the mean of the nine bins around the highest, by their scores."""
+    """Pitches ``(N,)`` in cents of scores ``(N, 360)``: the weighted mean of the nine bins around the highest."""
     probabilities = scores.sigmoid()
     near = (torch.arange(BINS) - probabilities.argmax(1, keepdim=True)).abs() <= 4
     weights = probabilities * near
