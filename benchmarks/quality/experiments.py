@@ -1,0 +1,311 @@
+"""The experiments in PyTorch: each is one call of :func:`lightning_distill.compare` on real data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.quality import data, pitch
+from benchmarks.quality.methods import table
+from benchmarks.quality.networks import UNLABELLED, Classifier, Convolutional, perceptron
+from lightning_distill import (
+    BinarySoftTargetLoss,
+    FeatureDistillation,
+    LogitsDistillation,
+    SoftTargetLoss,
+    TeacherCache,
+)
+
+TRAINER = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question, and the arguments of ``compare`` that answer it.
+
+    Args:
+        title: Of its section in the docs.
+        text: What is compared and why, with what was published.
+        arguments: Makes the arguments of ``compare``, given the number of epochs.
+        epochs: Of each student.
+        seeds: Number of seeds.
+        metric: What decides; larger is better.
+    """
+
+    title: str
+    text: str
+    arguments: Callable[[int, Path], Mapping[str, Any]]
+    epochs: int
+    seeds: int = 5
+    metric: str = "accuracy"
+
+
+def loaders(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], batch_size: int = 100) -> tuple[Any, Any]:
+    """The loaders of a run: shuffled batches for training, and the test examples in their order."""
+    return (
+        DataLoader(TensorDataset(*train), batch_size, shuffle=True, drop_last=True),
+        DataLoader(TensorDataset(*test), 1000),
+    )
+
+
+def trained(make: Callable[[], nn.Module], examples: data.Examples, epochs: int, lr: float, path: Path) -> nn.Module:
+    """The teacher: trained once with seed 0, then read from its file."""
+    net = make()
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net
+    seed_everything(0, verbose=False)
+    module = Classifier(make, lr)
+    trainer = Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False, **TRAINER)
+    trainer.fit(module, *loaders(examples.train, examples.test))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(module.net.state_dict(), path)
+    return module.net
+
+
+# Signals are images with one row, so that both tasks of the table have maps.
+def signals() -> data.Examples:
+    """MNIST-1D as images (N, 1, 1, 40)."""
+    examples = data.mnist1d()
+    return data.Examples(*((inputs[:, None, None], classes) for inputs, classes in (examples.train, examples.test)))
+
+
+IMAGES, SIGNALS = (3, 3), (1, 5)  # kernels
+LARGE = {kernel: partial(Convolutional, [32, 32], [64, 64], kernel, 0.3) for kernel in (IMAGES, SIGNALS)}
+SMALL = {kernel: partial(Convolutional, [8], [12], kernel) for kernel in (IMAGES, SIGNALS)}
+
+
+def loss_table(
+    examples: Callable[[], data.Examples],
+    kernel: tuple[int, int],
+    teacher_epochs: int,
+    lr: float,
+    epochs: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """All losses with one recipe: the task's loss plus one term, whose weight is balanced."""
+    teacher = trained(LARGE[kernel], examples(), teacher_epochs, lr, folder / "teacher.pt")
+    return {
+        "module": partial(Classifier, SMALL[kernel], 1e-2),
+        "data": lambda: loaders(examples().train, examples().test),
+        "teacher": teacher,
+        "student": "net",
+        "methods": {name: {"terms": make()} for name, make in table("balanced").items()},
+        "trainer": {**TRAINER, "max_epochs": epochs},
+    }
+
+
+def cnn_to_mlp(epochs: int, folder: Path) -> dict[str, Any]:
+    """A perceptron learns signals from a convolutional network."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = LARGE[SIGNALS]()
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.net(x[:, None, None])
+            return logits
+
+    teacher = trained(Net, data.mnist1d(), 30, 1e-2, folder / "teacher.pt")
+    return {
+        "module": partial(Classifier, partial(perceptron, 40, 100), 1e-2),
+        "data": lambda: loaders(data.mnist1d().train, data.mnist1d().test),
+        "teacher": teacher,
+        "student": "net",
+        "methods": {
+            "soft targets, T 4": [LogitsDistillation()],
+            "soft targets alone, T 4": {"terms": [LogitsDistillation()], "task_weight": 0.0},
+        },
+        "trainer": {**TRAINER, "max_epochs": epochs},
+    }
+
+
+class WithoutThrees(Classifier):
+    """Also logs the accuracy on the threes, as it is and with the bias of their class raised by 3.5."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        inputs, labels = batch
+        logits, threes = self.net(inputs), labels == 3
+        raised = logits + 3.5 * F.one_hot(torch.tensor(3), 10)
+        for name, scores in (("accuracy_of_threes", logits), ("accuracy_of_threes_with_bias", raised)):
+            self.log(name, (scores.argmax(1) == labels)[threes].float().mean(), batch_size=int(threes.sum()))
+        self.log("accuracy_with_bias", (raised.argmax(1) == labels).float().mean(), batch_size=len(labels))
+
+
+def omitted_digit(epochs: int, folder: Path) -> dict[str, Any]:
+    """The student never sees a three."""
+    examples = data.mnist()
+    teacher = trained(partial(perceptron, 784, 1200, 0.5), examples, 40, 1e-3, folder / "teacher.pt")
+    kept = examples.train[1] != 3
+    train = (examples.train[0][kept], examples.train[1][kept])
+    return {
+        "module": partial(WithoutThrees, partial(perceptron, 784, 800), 1e-3),
+        "data": lambda: loaders(train, examples.test),
+        "teacher": teacher,
+        "student": "net",
+        "methods": {
+            "soft targets, T 4": [LogitsDistillation()],
+            "soft targets alone, T 4": {"terms": [LogitsDistillation()], "task_weight": 0.0},
+            "soft targets alone, T 10": {"terms": [LogitsDistillation(SoftTargetLoss(10.0))], "task_weight": 0.0},
+        },
+        "trainer": {**TRAINER, "max_epochs": epochs},
+    }
+
+
+def scarce_labels(a_class: int, epochs: int, folder: Path) -> dict[str, Any]:
+    """Few labels for the student; the teacher has seen them all."""
+    examples = data.mnist()
+    teacher = trained(LARGE[IMAGES], examples, 10, 3e-3, folder / "teacher.pt")
+
+    def few(seed: int) -> tuple[Any, Any]:
+        images, classes = examples.train
+        labels, places = torch.full_like(classes, UNLABELLED), data.few_labels(examples, a_class, seed)
+        labels[places] = classes[places]
+        return loaders((images, labels), examples.test)
+
+    return {
+        "module": partial(Classifier, SMALL[IMAGES], 1e-2),
+        "data": few,
+        "teacher": teacher,
+        "student": "net",
+        "methods": {
+            "soft targets": [LogitsDistillation()],
+            "soft targets and features": [
+                LogitsDistillation(),
+                FeatureDistillation("deep", "deep", weight="balanced"),
+            ],
+        },
+        "trainer": {**TRAINER, "max_epochs": epochs},
+    }
+
+
+def time_series(name: str, epochs: int, folder: Path) -> dict[str, Any]:
+    """A data set of the UCR archive with its own split."""
+    examples = data.series(name)
+    number = int(examples.train[1].max()) + 1
+
+    def net(early: list[int], deep: list[int], dropout: float = 0.0) -> nn.Module:
+        made = Convolutional(early, deep, (1, 9), dropout)
+        made.classifier = nn.Linear(deep[-1], number)
+        return nn.Sequential(nn.Unflatten(1, (1, 1)), made)  # (N, 1, L) as images of one row
+
+    teacher = trained(partial(net, [64, 64], [128, 128], 0.3), examples, 100, 3e-3, folder / "teacher.pt")
+    return {
+        "module": partial(Classifier, partial(net, [4], [8]), 1e-2),
+        "data": lambda: loaders(examples.train, examples.test, 16),
+        "teacher": teacher,
+        "student": "net",
+        "methods": {
+            "soft targets": [LogitsDistillation()],
+            "features": [FeatureDistillation("1.deep", "1.deep", weight="balanced")],
+        },
+        "trainer": {**TRAINER, "max_epochs": epochs},
+    }
+
+
+class Pitch(LightningModule):
+    """The small CREPE; without a teacher it learns the paper's targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = pitch.Crepe("tiny")
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        frames, cents = batch
+        return F.binary_cross_entropy_with_logits(self.net(frames), pitch.blurred(cents))
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        frames, cents = batch
+        self.log("accuracy", pitch.accuracy(self.net(frames), cents), batch_size=len(cents))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+@cache
+def crepe_data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return pitch.tones(4000, 1), pitch.tones(1000, 2)
+
+
+def crepe(epochs: int, folder: Path) -> dict[str, Any]:
+    """The published full network teaches a tiny one that begins with random weights."""
+    train, test = crepe_data()
+    teacher = TeacherCache.build(
+        pitch.published("full"), TensorDataset(*train), folder / "teacher cache", batch_size=50, progress=False
+    )
+    return {
+        "module": Pitch,
+        "data": lambda: loaders(train, test),
+        "teacher": teacher,
+        "student": "net",
+        "methods": {
+            "scores of the full network": {"terms": [LogitsDistillation(BinarySoftTargetLoss())], "task_weight": 0.0}
+        },
+        "trainer": {**TRAINER, "max_epochs": epochs},
+    }
+
+
+EXPERIMENTS = {
+    "losses_images": Experiment(
+        "All losses: images",
+        "scikit-learn's digits, 1,000 images of 8 x 8 for training and 797 for the test. A convolutional teacher of"
+        ' 68,000 parameters and a student of 1,500; the task\'s loss plus one term with `weight="balanced"`.',
+        partial(loss_table, data.digits, IMAGES, 12, 3e-3),
+        15,
+    ),
+    "losses_signals": Experiment(
+        "All losses: signals",
+        "MNIST-1D, 4,000 signals of 40 numbers for training and 1,000 for the test, with the same networks in one"
+        " dimension and the same recipe.",
+        partial(loss_table, signals, SIGNALS, 20, 1e-2),
+        10,
+    ),
+    "cnn_to_mlp": Experiment(
+        "A convolutional network teaches a perceptron",
+        "MNIST-1D. Published: 94 % for a convolutional network and 68 % for a perceptron (arXiv:2011.14439).",
+        cnn_to_mlp,
+        40,
+    ),
+    "omitted_digit": Experiment(
+        "The omitted digit",
+        "MNIST, 4,000 of its 60,000 images for training. The student never sees a three, as in Hinton et al. 2015,"
+        " section 3, where it knew 98.6 % of the test's threes once the bias of their class was raised by 3.5.",
+        omitted_digit,
+        40,
+        metric="accuracy_of_threes",
+    ),
+    "ten_labels": Experiment(
+        "Ten labels a class",
+        "MNIST: all 4,000 images, of which the student sees 100 labels and the teacher has seen all.",
+        partial(scarce_labels, 10),
+        10,
+    ),
+    **{
+        f"series_{name.lower()}": Experiment(
+            f"Time series: {name}",
+            f"{name} of the UCR archive, with its own split.",
+            partial(time_series, name),
+            60,
+        )
+        for name in ("GunPoint", "ArrowHead", "ItalyPowerDemand")
+    },
+    "crepe": Experiment(
+        "CREPE, full to tiny",
+        "The published full network, which hears pitch, teaches a tiny one that begins with random weights, on 4,000"
+        " drawn tones. Accuracy: pitches heard to within 50 cents, on 1,000 other tones.",
+        crepe,
+        10,
+        seeds=3,
+    ),
+}
