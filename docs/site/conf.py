@@ -1,8 +1,11 @@
 """Sphinx's settings for the site."""
 
 import importlib.metadata
+from typing import Any, NoReturn
 
 import lightning.pytorch  # noqa: F401 - before TensorFlow: Triton, which it imports, crashes after it
+from docutils import nodes
+from latex2mathml.converter import convert
 
 project = "lightning_distill"
 author = "the authors of lightning_distill"
@@ -28,6 +31,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what an argument is
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # an attribute of the docstring may be a property, which has its own entry
 pygments_style = "a11y-high-contrast-light"
 pygments_dark_style = "a11y-high-contrast-dark"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -35,17 +39,15 @@ copybutton_prompt_is_regexp = True
 html_math_renderer = "mathml"
 
 
-def setup(app):
+def setup(app: Any) -> None:
     """Formulas are MathML: browsers draw it themselves, offline too."""
-    from docutils import nodes
-    from latex2mathml.converter import convert
 
-    def inline(self, node):
-        self.body.append(convert(node.astext()))
+    def inline(translator: Any, node: nodes.Node) -> NoReturn:
+        translator.body.append(convert(node.astext()))
         raise nodes.SkipNode
 
-    def block(self, node):
-        self.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    def block(translator: Any, node: nodes.Node) -> NoReturn:
+        translator.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
         raise nodes.SkipNode
 
     app.add_html_math_renderer("mathml", (inline, None), (block, None))

@@ -81,7 +81,8 @@ def _maps(first: list[list[float]], second: list[list[float]]) -> Iterable[str]:
 def _boxes() -> Iterable[str]:
     yield from _maps(MAP, BLURRED)
     for left in (60, 270):
-        yield f'<rect x="{left + 20}" y="48" width="46" height="46" fill="none" stroke="currentColor" stroke-width="2"/>'
+        place = f'x="{left + 20}" y="48" width="46" height="46"'
+        yield f'<rect {place} fill="none" stroke="currentColor" stroke-width="2"/>'
 
 
 def _features() -> Iterable[str]:
@@ -118,11 +119,20 @@ def _candidates() -> Iterable[str]:
 KINDS: dict[str, tuple[str, Callable[[], Iterable[str]]]] = {
     "classes": ("The probabilities of each class, of teacher and student", _classes),
     "ranked": ("The probabilities in order of size, whatever their classes", _ranked),
-    "relations of classes": ("How classes and examples of a batch relate, in teacher and student", lambda: _maps(RELATIONS, LOOSE)),
+    "relations of classes": (
+        "How classes and examples of a batch relate, in teacher and student",
+        lambda: _maps(RELATIONS, LOOSE),
+    ),
     "positions": ("Where on a map the teacher and the student are active", lambda: _maps(MAP, BLURRED)),
     "features": ("The features of one example, number by number", _features),
-    "relations": ("How similar the examples of a batch are to each other, in teacher and student", lambda: _maps(RELATIONS, LOOSE)),
-    "attention": ("How much each token looks at each other token, in teacher and student", lambda: _maps(RELATIONS, LOOSE)),
+    "relations": (
+        "How similar the examples of a batch are to each other, in teacher and student",
+        lambda: _maps(RELATIONS, LOOSE),
+    ),
+    "attention": (
+        "How much each token looks at each other token, in teacher and student",
+        lambda: _maps(RELATIONS, LOOSE),
+    ),
     "learned": ("The student's feature, through parts that are learned, and the teacher's feature", _learned),
     "layers": ("How a feature changes from one layer to the next, in teacher and student", _layers),
     "boxes": ("Features inside and outside of boxes, of teacher and student", _boxes),

@@ -17,13 +17,17 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-import lightning.pytorch  # noqa: E402, F401 - before TensorFlow: Triton, which it imports, crashes after it
-from loss_pages import chooser, loss_pages, papers  # noqa: E402
-from programs import notebook_page, recipe_page  # noqa: E402
+import lightning.pytorch  # noqa: F401 - before TensorFlow: Triton, which it imports, crashes after it
+from loss_pages import chooser, loss_pages, papers
+from programs import notebook_page, recipe_page
 
 # Pages that are files of the repository, by their place in the site.
 PAGES = {
-    **{path: f"guide/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in ("index.md", "losses.md")},
+    **{
+        path: f"guide/{path.name}"
+        for path in sorted((ROOT / "docs").glob("*.md"))
+        if path.name not in ("index.md", "losses.md")
+    },
     ROOT / "docs" / "losses.md": "losses/index.md",
     ROOT / "examples" / "README.md": "recipes/index.md",
     ROOT / "CHANGELOG.md": "project/changelog.md",
@@ -78,6 +82,7 @@ def rewritten(text: str, page: Path, place: str) -> str:
 
 
 def written(folder: Path, place: str, text: str) -> None:
+    """Write a page to its place."""
     path = folder / place
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -103,7 +108,11 @@ def pages(folder: Path) -> Iterator[str]:
 
 def tree(title: str, entries: list[str], text: str = "", *, hidden: bool = False) -> str:
     """A page with a list of pages below it."""
-    return f"# {title}\n\n{text}\n\n```{{toctree}}\n:maxdepth: 1\n{':hidden:' if hidden else ''}\n\n" + "\n".join(entries) + "\n```\n"
+    return (
+        f"# {title}\n\n{text}\n\n```{{toctree}}\n:maxdepth: 1\n{':hidden:' if hidden else ''}\n\n"
+        + "\n".join(entries)
+        + "\n```\n"
+    )
 
 
 def with_tree(folder: Path, place: str, entries: list[str]) -> None:
@@ -137,7 +146,9 @@ def generate(folder: Path) -> None:
     written(folder, "losses/papers.md", papers(ROOT / "docs" / "losses.md"))
     link_losses(folder / "losses" / "index.md", set(losses))
     with_tree(folder, "losses/index.md", ["chooser", "papers", *sorted(losses)])
-    with_tree(folder, "recipes/index.md", [Path(place).stem for place in known if re.match(r"recipes/(?!index)", place)])
+    with_tree(
+        folder, "recipes/index.md", [Path(place).stem for place in known if re.match(r"recipes/(?!index)", place)]
+    )
     named = {name for names in GUIDES.values() for name in names}
     rest = [Path(place).stem for place in known if place.startswith("guide/") and Path(place).stem not in named]
     menu = {**GUIDES, "More": rest}
@@ -146,7 +157,12 @@ def generate(folder: Path) -> None:
         for caption, names in menu.items()
         if names
     ]
-    reference = ["losses/index", "recipes/index", *(place[:-3] for place in known if place.startswith("notebooks/")), "api/index"]
+    reference = [
+        "losses/index",
+        "recipes/index",
+        *(place[:-3] for place in known if place.startswith("notebooks/")),
+        "api/index",
+    ]
     trees.append("```{toctree}\n:hidden:\n:caption: Reference\n\n" + "\n".join(reference) + "\n```\n")
     project = [place[:-3] for place in known if place.startswith("project/")]
     trees.append("```{toctree}\n:hidden:\n:caption: Project\n\n" + "\n".join(project) + "\n```\n")
@@ -163,7 +179,10 @@ def link_losses(page: Path, names: set[str]) -> None:
     def linked(match: re.Match[str]) -> str:
         return f"[{match[0]}]({match[1]}.md)" if match[1] in names else match[0]
 
-    lines = [re.sub(r"(?<!\[)`(\w+)(?:\([^`]*\))?`", linked, line, count=1) if line.startswith("|") else line for line in text.splitlines()]
+    lines = [
+        re.sub(r"(?<!\[)`(\w+)(?:\([^`]*\))?`", linked, line, count=1) if line.startswith("|") else line
+        for line in text.splitlines()
+    ]
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -173,15 +192,21 @@ def api(folder: Path) -> None:
     import lightning_distill
 
     for package in (lightning_distill, keras_distill):
-        names = [name for name in package.__all__ if isinstance(getattr(package, name), type) or callable(getattr(package, name))]
+        names = [
+            name
+            for name in package.__all__
+            if isinstance(getattr(package, name), type) or callable(getattr(package, name))
+        ]
         blocks = [f"# {package.__name__}\n\n```{{eval-rst}}\n.. currentmodule:: {package.__name__}\n```\n"]
         for name in sorted(names, key=str.lower):
             kind = "autoclass" if isinstance(getattr(package, name), type) else "autofunction"
             options = "\n   :members:\n   :show-inheritance:" if kind == "autoclass" else ""
+            if package is keras_distill and getattr(lightning_distill, name, None) is getattr(package, name):
+                options += "\n   :no-index:"  # the same object, on the other page too
             blocks.append(f"## {name}\n\n```{{eval-rst}}\n.. {kind}:: {package.__name__}.{name}{options}\n```\n")
         written(folder, f"api/{package.__name__}.md", "\n".join(blocks))
     text = "Everything that is public, from the docstrings."
-    written(folder, "api/index.md", tree("Reference", ["lightning_distill", "keras_distill"], text))
+    written(folder, "api/index.md", tree("API reference", ["lightning_distill", "keras_distill"], text))
 
 
 def llms(folder: Path) -> str:

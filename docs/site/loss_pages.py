@@ -1,4 +1,4 @@
-"""A page for each loss, the chooser and the index of papers: from the docstrings, the notes and the table of all losses."""
+"""A page for each loss, the chooser and the index of papers: from docstrings, notes and the table of all losses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from docstring_parser import DocstringStyle, parse
 from figures import figure
+from special_programs import PROGRAMS
 
-import keras_distill
 import lightning_distill
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +43,9 @@ def public_losses() -> list[str]:
     return [
         name
         for name in lightning_distill.losses.__all__
-        if isinstance(loss := getattr(lightning_distill.losses, name), type) and issubclass(loss, base) and loss is not base
+        if isinstance(loss := getattr(lightning_distill.losses, name), type)
+        and issubclass(loss, base)
+        and loss is not base
     ]
 
 
@@ -104,8 +106,9 @@ def page(name: str) -> str:
     note, loss = notes()[name], getattr(lightning_distill, name)
     text, formulas = described(name)
     summary, _, details = text.partition("\n\n")
-    references = parse(inspect.getdoc(loss) or "", DocstringStyle.GOOGLE)
-    cited = next((meta.description for meta in references.meta if meta.args[0] == "references"), None) or ""
+    cited = re.search(r"^References:\n((?:    .*\n?|\n)+)", inspect.getdoc(loss) or "", re.MULTILINE)
+    if cited is None:
+        raise KeyError(f"the docstring of {name} has no References")
     blocks = "\n".join(f"```{{math}}\n{formula}\n```\n" for formula in formulas)
     lightning, keras = examples(name)
     return f"""# {name}
@@ -149,7 +152,7 @@ The Keras class has the same settings, and `from_logits` where it reads scores: 
 
 ## References
 
-{markdown(cited)}
+{markdown(inspect.cleandoc(cited[1]))}
 """
 
 
@@ -200,8 +203,8 @@ KERAS_NETWORK = """def network(width):
 def examples(name: str) -> tuple[str, str]:
     """A whole program with a loss, in each half."""
     note = notes()[name]
-    if "lightning" in note:
-        return note["lightning"].rstrip(), note["keras"].rstrip()
+    if name in PROGRAMS:
+        return PROGRAMS[name]
     call = f"{name}({note.get('settings', '')})"
     if note["reads"].startswith("logits"):
         term, imports = f"LogitsDistillation({call})", f"LogitsDistillation, {name}"
@@ -233,17 +236,22 @@ def chooser() -> str:
 
 def papers(table: Path) -> str:
     """The index from papers to classes: the columns of the table of all losses, by year."""
-    rows = [line.strip("|").split(" | ") for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = [
+        line.strip("|").split(" | ") for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
     entries = []
-    for paper, loss, *_, recommended in (row for row in rows if re.search(r"\b(19|20)\d\d\b", row[0])):
+    for paper, loss, *_, recommended in rows:
         year = re.search(r"\b(19|20)\d\d\b", paper)
-        assert year is not None
+        if year is None:  # the head of the table
+            continue
         entries.append((int(year[0]), paper.strip(), loss.strip(), recommended.strip()))
     lines = ["# Papers\n", "A paper, the class that computes its loss, and the settings that it recommends.\n"]
     lines += ["| paper | class | recommended |", "|---|---|---|"]
     known = set(notes())
     for _, paper, loss, recommended in sorted(entries):
-        linked = re.sub(r"`(\w+)(\([^`]*\))?`", lambda m: f"[{m[0]}]({m[1]}.md)" if m[1] in known else m[0], loss, count=1)
+        linked = re.sub(
+            r"`(\w+)(\([^`]*\))?`", lambda m: f"[{m[0]}]({m[1]}.md)" if m[1] in known else m[0], loss, count=1
+        )
         linked_paper = re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
         lines.append(f"| {linked_paper} | {linked} | {recommended} |")
     return "\n".join(lines) + "\n"
@@ -251,7 +259,8 @@ def papers(table: Path) -> str:
 
 def programs() -> dict[str, str]:
     """All programs of the pages, by a name for each."""
-    return {f"{name} {half}": code for name in sorted(notes()) for half, code in zip(("lightning", "keras"), examples(name), strict=True)}
-
-
-assert keras_distill
+    return {
+        f"{name} {half}": code
+        for name in sorted(notes())
+        for half, code in zip(("lightning", "keras"), examples(name), strict=True)
+    }
