@@ -67,10 +67,10 @@ def rewritten(text: str, page: Path, place: str) -> str:
         path = (page.parent / file).resolve()
         if not path.exists():
             raise DeadLinkError(f"{page.relative_to(ROOT)}: {target} does not exist")
-        found = site_path(path)
-        if found is None:  # a file that is no page: its name is all that a reader needs
+        to = site_path(path)
+        if to is None:  # not a page of the site: its name is all that a reader needs
             return label if label.startswith("`") else f"{label} (`{path.relative_to(ROOT)}`)"
-        relative = os.path.relpath(found, Path(place).parent)
+        relative = os.path.relpath(to, Path(place).parent)
         return f"[{label}]({relative}{'#' + anchor if anchor else ''})"
 
     def image(match: re.Match[str]) -> str:

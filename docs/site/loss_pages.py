@@ -32,7 +32,7 @@ TASKS = {
 
 @cache
 def notes() -> dict[str, dict[str, Any]]:
-    """What the pages say beside the docstrings, by loss."""
+    """The texts of the pages that are not in docstrings, by loss."""
     loaded: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "losses.yaml").read_text(encoding="utf-8"))
     return loaded
 
@@ -220,10 +220,10 @@ def examples(name: str) -> tuple[str, str]:
 
 
 def chooser() -> str:
-    """Which losses fit, by task and by what the teacher can give."""
+    """Which losses fit, by task."""
     parts = [
         "# Which loss\n",
-        "Find your task, then what your teacher can give. Begin with the first loss of a list; add others only if they "
+        "Find your task, then the outputs that your teacher has. Begin with the first loss of a list; add others only if they "
         "gain something on your data: [`compare`](../guide/guidance.md) says whether they do.\n",
     ]
     for task, title in TASKS.items():
