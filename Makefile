@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS_STAMP := $(VENV)/.results
+DOCS_STAMP := $(VENV)/.docs
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 NEWEST := .venv-newest
@@ -27,7 +28,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-newest build lint format bench results notebooks notebooks-write clean
+.PHONY: help install demo test test-oldest test-newest build docs lint format bench results notebooks notebooks-write clean
 
 # One thread: two cores are shared by the processes of the distributed tests. No downloads: every model and data set is
 # made on the spot. Figures need no display.
@@ -136,6 +137,18 @@ results: $(RESULTS_STAMP) ## the experiments on real data, and docs/results.md f
 $(RESULTS_STAMP): $(STAMP) benchmarks/quality/requirements.txt
 	$(BIN)/python -m pip install -qq --no-deps --require-hashes --target $(VENV)/results --upgrade -r benchmarks/quality/requirements.txt
 	touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	touch $@
+
+# Every program of the pages runs, and a warning of Sphinx, such as a link that leads nowhere, is an error.
+docs: $(DOCS_STAMP) ## the site, in build/site/html: open its index.html
+	$(RUN_ENV) $(BIN)/python -m pytest tests/test_docs.py tests/test_notebooks.py $(PYTEST_FLAGS)
+	$(RUN_ENV) $(BIN)/python docs/site/run_programs.py
+	$(RUN_ENV) $(BIN)/python docs/site/generate.py build/site/source
+	$(RUN_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html build/site/source build/site/html
+	@echo "The site is in build/site/html/index.html."
 
 notebooks: $(STAMP) ## execute the notebooks and compare with their stored outputs
 	$(RUN_ENV) $(BIN)/python -m pytest tests/test_notebooks.py

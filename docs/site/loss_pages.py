@@ -1,0 +1,266 @@
+"""A page for each loss, the chooser and the index of papers: from docstrings, notes and the table of all losses."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from docstring_parser import DocstringStyle, parse
+from figures import figure
+from special_programs import PROGRAMS
+
+import lightning_distill
+
+HERE = Path(__file__).resolve().parent
+TASKS = {
+    "classification": "Classification",
+    "images": "Features of images",
+    "segmentation": "Segmentation",
+    "detection": "Detection",
+    "tokens": "Language models and transformers",
+    "multi-label": "Several labels for each example",
+    "regression": "Regression",
+    "embeddings": "Embeddings",
+    "retrieval": "Retrieval",
+    "speech": "Speech",
+}
+
+
+@cache
+def notes() -> dict[str, dict[str, Any]]:
+    """The texts of the pages that are not in docstrings, by loss."""
+    loaded: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "losses.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def public_losses() -> list[str]:
+    """The losses that both packages export."""
+    base = lightning_distill.DistillationLoss
+    return [
+        name
+        for name in lightning_distill.losses.__all__
+        if isinstance(loss := getattr(lightning_distill.losses, name), type)
+        and issubclass(loss, base)
+        and loss is not base
+    ]
+
+
+def loss_pages() -> dict[str, str]:
+    """The page of each loss.
+
+    Raises:
+        KeyError: If a loss has no notes, or notes have no loss.
+    """
+    names, noted = set(public_losses()), set(notes())
+    if names != noted:
+        raise KeyError(f"losses.yaml and the losses differ: {sorted(names ^ noted)}")
+    return {name: page(name) for name in sorted(names)}
+
+
+def markdown(text: str) -> str:
+    """Text of a docstring as Markdown."""
+    text = re.sub(r":math:`([^`]+)`", r"{math}`\1`", text)
+    text = re.sub(r":(?:func|class|meth):`~?([^`]+)`", r"`\1`", text)
+    return re.sub(r"``([^`]+)``", r"`\1`", text)
+
+
+def described(name: str) -> tuple[str, list[str]]:
+    """A loss's text without its formulas, as Markdown, and its formulas."""
+    parsed = parse(inspect.getdoc(getattr(lightning_distill, name)) or "", DocstringStyle.GOOGLE)
+    text = "\n\n".join(filter(None, [parsed.short_description, parsed.long_description]))
+    formulas, rest, lines = [], [], text.splitlines()
+    while lines:
+        line = lines.pop(0)
+        if not line.startswith(".. math::"):
+            rest.append(line)
+            continue
+        formula = [line.removeprefix(".. math::").strip()]
+        while lines and (lines[0].startswith(" ") or (not lines[0] and not formula[-1])):
+            formula.append(lines.pop(0).strip())
+        formulas.append(" ".join(formula).strip())
+    return markdown("\n".join(rest)), formulas
+
+
+def settings(name: str) -> str:
+    """The table of a loss's settings, with their defaults."""
+    loss = getattr(lightning_distill, name)
+    parsed = parse(inspect.getdoc(loss) or "", DocstringStyle.GOOGLE)
+    defaults = inspect.signature(loss).parameters
+    if not parsed.params:
+        return "None.\n"
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for setting in parsed.params:
+        default = defaults[setting.arg_name].default
+        shown = "" if default is inspect.Parameter.empty else f"`{default!r}`"
+        text = markdown((setting.description or "").replace("\n", " ")).replace("|", "\\|")
+        rows.append(f"| `{setting.arg_name}` | {shown} | {text} |")
+    return "\n".join(rows) + "\n"
+
+
+def page(name: str) -> str:
+    """The page of a loss."""
+    note, loss = notes()[name], getattr(lightning_distill, name)
+    text, formulas = described(name)
+    summary, _, details = text.partition("\n\n")
+    cited = re.search(r"^References:\n((?:    .*\n?|\n)+)", inspect.getdoc(loss) or "", re.MULTILINE)
+    if cited is None:
+        raise KeyError(f"the docstring of {name} has no References")
+    blocks = "\n".join(f"```{{math}}\n{formula}\n```\n" for formula in formulas)
+    lightning, keras = examples(name)
+    return f"""# {name}
+
+{summary}
+
+```{{raw}} html
+{figure(note["compares"])}
+```
+
+- **Use it**: {note["use"]}
+- **Do not use it**: {note["avoid"]}
+- **Reads**: {note["reads"]}
+
+## Formula
+
+{blocks}
+{details}
+
+## Settings
+
+{settings(name)}
+The Keras class has the same settings, and `from_logits` where it reads scores: [reference](../api/keras_distill.md).
+
+## Example
+
+::::{{tab-set}}
+:::{{tab-item}} Lightning
+
+```python
+{lightning}
+```
+:::
+:::{{tab-item}} Keras
+
+```python
+{keras}
+```
+:::
+::::
+
+## References
+
+{markdown(inspect.cleandoc(cited[1]))}
+"""
+
+
+LIGHTNING = """import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_distill import DistillModule, {imports}
+
+
+{network}
+
+
+images, labels = torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
+module = DistillModule(network(8), network(16), {term})
+trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+trainer.fit(module, DataLoader(TensorDataset(images, labels), batch_size=16))"""
+KERAS = """import keras
+import numpy as np
+
+from keras_distill import DistillModel, {imports}
+
+
+{network}
+
+
+images, labels = np.random.rand(32, 8, 8, 3).astype("float32"), np.random.randint(0, 10, 32)
+model = DistillModel(network(8), network(16), {term})
+model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+model.fit(images, labels, batch_size=16, verbose=0)"""
+TORCH_NETWORK = """def network(width):
+    features = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))"""
+KERAS_NETWORK = """def network(width):
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(width, 3, padding="same"),
+            keras.layers.BatchNormalization(name="normalization"),
+            keras.layers.ReLU(name="features"),
+            keras.layers.GlobalAveragePooling2D(name="pooled"),
+            keras.layers.Dense(10),
+        ]
+    )"""
+
+
+def examples(name: str) -> tuple[str, str]:
+    """A whole program with a loss, in each half."""
+    note = notes()[name]
+    if name in PROGRAMS:
+        return PROGRAMS[name]
+    call = f"{name}({note.get('settings', '')})"
+    if note["reads"].startswith("logits"):
+        term, imports = f"LogitsDistillation({call})", f"LogitsDistillation, {name}"
+        terms = term, term
+    else:
+        layers = note.get("layers", ["2", "pooled"] if note["reads"] == "a vector" else ["0", "features"])
+        imports = f"FeatureDistillation, {name}"
+        terms = tuple(f'FeatureDistillation("{layer}", "{layer}", {call})' for layer in layers)
+    return (
+        LIGHTNING.format(imports=imports, network=TORCH_NETWORK, term=terms[0]),
+        KERAS.format(imports=imports, network=KERAS_NETWORK, term=terms[1]),
+    )
+
+
+def chooser() -> str:
+    """Which losses fit, by task."""
+    parts = [
+        "# Which loss\n",
+        "Find your task, then the outputs that your teacher has. Begin with the first loss of a list; add others only if they "
+        "gain something on your data: [`compare`](../guide/guidance.md) says whether they do.\n",
+    ]
+    for task, title in TASKS.items():
+        fitting = {name: note for name, note in notes().items() if task in note["for"]}
+        parts += [f"## {title}\n", "| loss | the teacher gives | when |", "|---|---|---|"]
+        parts += [f"| [{name}]({name}.md) | {note['reads']} | {note['use']} |" for name, note in fitting.items()]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def papers(table: Path) -> str:
+    """The index from papers to classes: the columns of the table of all losses, by year."""
+    rows = [
+        line.strip("|").split(" | ") for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
+    entries = []
+    for paper, loss, *_, recommended in rows:
+        year = re.search(r"\b(19|20)\d\d\b", paper)
+        if year is None:  # the head of the table
+            continue
+        entries.append((int(year[0]), paper.strip(), loss.strip(), recommended.strip()))
+    lines = ["# Papers\n", "A paper, the class that computes its loss, and the settings that it recommends.\n"]
+    lines += ["| paper | class | recommended |", "|---|---|---|"]
+    known = set(notes())
+    for _, paper, loss, recommended in sorted(entries):
+        linked = re.sub(
+            r"`(\w+)(\([^`]*\))?`", lambda m: f"[{m[0]}]({m[1]}.md)" if m[1] in known else m[0], loss, count=1
+        )
+        linked_paper = re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
+        lines.append(f"| {linked_paper} | {linked} | {recommended} |")
+    return "\n".join(lines) + "\n"
+
+
+def programs() -> dict[str, str]:
+    """All programs of the pages, by a name for each."""
+    return {
+        f"{name} {half}": code
+        for name in sorted(notes())
+        for half, code in zip(("lightning", "keras"), examples(name), strict=True)
+    }

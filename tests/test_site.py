@@ -1,0 +1,129 @@
+"""The source of the site, which `make docs` builds: a page for each loss, links, figures and examples (D1)."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from lightning_distill import losses
+
+SITE = Path(__file__).parents[1] / "docs" / "site"
+sys.path.insert(0, str(SITE))
+import figures  # noqa: E402
+import loss_pages  # noqa: E402
+import programs as pages_of_programs  # noqa: E402
+
+NAMES = loss_pages.public_losses()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole source, made by the command of `make docs`; it checks that links between files lead somewhere."""
+    folder = tmp_path_factory.mktemp("site") / "source"
+    command = [sys.executable, str(SITE / "generate.py"), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(SITE.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_every_loss_has_a_page_with_formula_figure_settings_and_programs(source: Path) -> None:
+    assert len(NAMES) > 45
+    assert "SoftTargetLoss" in NAMES
+    for name in NAMES:
+        page = (source / "losses" / f"{name}.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# {name}\n"), name
+        assert "```{math}\n" in page, name
+        assert "<svg" in page, name
+        assert re.search(r"## Settings\n\n(\| setting|None)", page), name
+        assert page.count("```python\n") == 2, name
+        assert "- **Do not use it**: " in page, name
+        assert re.search(r"## References\n\n\w", page), name
+
+
+@pytest.mark.parametrize("kind", sorted(figures.KINDS))
+def test_a_figure_is_well_formed_and_has_a_name(kind: str) -> None:
+    element = ET.fromstring(figures.figure(kind))
+    assert element.attrib["role"] == "img"
+    assert element.attrib["aria-label"]
+
+
+def test_every_kind_of_figure_is_used() -> None:
+    assert {note["compares"] for note in loss_pages.notes().values()} == set(figures.KINDS)
+
+
+def test_notes_without_a_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_pages, "notes", lambda: {"NoSuchLoss": {}})
+    with pytest.raises(KeyError, match="NoSuchLoss"):
+        loss_pages.loss_pages()
+
+
+def test_programs_are_python_and_use_their_loss() -> None:
+    for name, code in loss_pages.programs().items():
+        ast.parse(code)
+        assert name.split()[0] in code or "AttentionRelationDistillation" in code, name
+
+
+def test_programs_of_a_loss_run(tmp_path: Path) -> None:
+    """In both halves, for losses of some kinds; `make docs` runs all."""
+    command = [sys.executable, str(SITE / "run_programs.py"), "SoftTargetLoss", "LocalizationLoss", "SolutionFlowLoss"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(": ran in") == 6
+
+
+def test_every_task_of_the_chooser_has_losses(source: Path) -> None:
+    text = (source / "losses" / "chooser.md").read_text(encoding="utf-8")
+    for part in text.split("\n## ")[1:]:
+        assert "\n| [" in part, part.splitlines()[0]
+    assert set(re.findall(r"\[(\w+)\]\(\1\.md\)", text)) == set(NAMES)
+
+
+def test_the_index_of_papers_leads_to_most_losses(source: Path) -> None:
+    text = (source / "losses" / "papers.md").read_text(encoding="utf-8")
+    years = [int(year) for year in re.findall(r"(?m)^\|[^|]*?((?:19|20)\d\d)", text)]
+    assert years == sorted(years)
+    assert len(years) > 45
+    linked = set(re.findall(r"\]\((\w+)\.md\)", text))
+    assert set(NAMES) - linked <= {"FeatureDistance"}  # by its strings
+
+
+def test_recipes_notebooks_and_guides_are_pages(source: Path) -> None:
+    for place in (
+        "recipes/plain_loop",
+        "notebooks/lightning_quickstart",
+        "guide/cache",
+        "project/changelog",
+        "api/keras_distill",
+    ):
+        assert (source / f"{place}.md").is_file(), place
+    assert "losses/SoftTargetLoss.html" in (source / "llms.txt").read_text(encoding="utf-8")
+    notebook = (source / "notebooks" / "lightning_quickstart.md").read_text(encoding="utf-8")
+    for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", notebook):
+        assert (source / "notebooks" / image).resolve().is_file(), image
+
+
+def test_a_printed_table_of_a_recipe_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text('"""A recipe of ``x``.\n\nname   value\na          1\n"""\n', encoding="utf-8")
+    page = pages_of_programs.recipe_page(tmp_path / "recipe.py")
+    assert "A recipe of `x`." in page
+    assert "```text\nname   value\na          1\n```" in page
+
+
+def test_a_dead_link_is_an_error(source: Path) -> None:
+    generate = pytest.importorskip("generate")
+    page = SITE.parent / "faq.md"
+    with pytest.raises(generate.DeadLinkError, match=r"no_such\.md does not exist"):
+        generate.rewritten("[x](no_such.md)", page, "guide/faq.md")
+    assert generate.rewritten("[x](losses.md#table)", page, "guide/faq.md") == "[x](../losses/index.md#table)"
+
+
+def test_all_losses_are_in_the_package() -> None:
+    assert set(NAMES) < set(losses.__all__)
