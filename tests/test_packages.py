@@ -22,7 +22,7 @@ from test_project import BLOCK, ROOT, lower_bounds, read_setup
 import distill_core
 
 FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "keras", "tensorflow", "jax")
-EXTRAS = ("lightning", "keras", "jax", "cli", "export", "plots", "language", "report", "launcher", "all", "dev")
+EXTRAS = ("lightning", "keras", "jax", "cli", "export", "plots", "language", "report", "launcher", "all", "docs", "dev")
 HALVES = ("lightning", "keras")
 PACKAGES = ("distill_core", "lightning_distill", "keras_distill")
 # The packages that only extras install; what a framework itself needs is not among them.

@@ -34,11 +34,11 @@ class Experiment:
 
     Args:
         title: Of its section in the docs.
-        text: What is compared and why, with what was published.
+        text: The networks and data, and the published numbers.
         arguments: Makes the arguments of ``compare``, given the number of epochs.
         epochs: Of each student.
         seeds: Number of seeds.
-        metric: What decides; larger is better.
+        metric: The metric that decides; larger is better.
     """
 
     title: str

@@ -19,7 +19,7 @@ INTRODUCTION = """# Results
 
 <!-- Written by `python -m benchmarks.quality.page` from benchmarks/quality/results: change it there. -->
 
-What distillation gains on real data, and what it does not gain. `make results` makes these runs again, and goes on
+Trainings with and without a teacher on real data. `make results` makes these runs again, and goes on
 where it was stopped. A line of `benchmarks/quality/results/*/runs.jsonl` is one training.
 
 Every number is a mean over seeds on test examples, in percent, with a 95 % interval. Differences are paired by seed:

@@ -223,8 +223,8 @@ def chooser() -> str:
     """Which losses fit, by task."""
     parts = [
         "# Which loss\n",
-        "Find your task, then the outputs that your teacher has. Begin with the first loss of a list; add others only if they "
-        "gain something on your data: [`compare`](../guide/guidance.md) says whether they do.\n",
+        "Find your task, then the outputs that your teacher has. Begin with the first loss of a list; add others only "
+        "if they gain something on your data: [`compare`](../guide/guidance.md) says whether they do.\n",
     ]
     for task, title in TASKS.items():
         fitting = {name: note for name, note in notes().items() if task in note["for"]}

@@ -174,7 +174,55 @@ model = DistillModel(network(2), network(4), flow)
 model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 model.fit(images, labels, batch_size=16, verbose=0)"""
 
+_ROWS = """import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_distill import ContrastiveRepresentationLoss, Distiller, FeatureDistillation
+
+
+def network(width):
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+# Each example comes with its row in the data. With a TeacherCache as the teacher the rows are known.
+data = TensorDataset(torch.randn(64, 8), torch.randint(10, (64,)), torch.arange(64))
+loss = ContrastiveRepresentationLoss(size=len(data), negatives=32)
+term = FeatureDistillation("1", "1", loss, weight=0.8, index=2)
+student, teacher = network(8), network(32)
+optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+with Distiller(student, teacher, term) as distiller:
+    distiller.follow(optimizer)
+    for batch in DataLoader(data, batch_size=16, shuffle=True):
+        with distiller.record():
+            task_loss = nn.functional.cross_entropy(student(batch[0]), batch[1])
+        distiller.total(task_loss, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+print(distiller.parts)"""
+_KERAS_ROWS = """import keras
+import numpy as np
+
+from keras_distill import ContrastiveRepresentationLoss, DistillModel, FeatureDistillation
+
+
+def network(width):
+    inputs, rows = keras.Input((8,), name="x"), keras.Input((), dtype="int32", name="row")
+    hidden = keras.layers.Dense(width, activation="relu", name="hidden")(inputs)
+    return keras.Model({"x": inputs, "row": rows}, keras.layers.Dense(10)(hidden))
+
+
+# Each example comes with its row in the data.
+data = {"x": np.random.rand(64, 8).astype("float32"), "row": np.arange(64, dtype="int32")}
+labels = np.random.randint(0, 10, 64)
+loss = ContrastiveRepresentationLoss(size=64, negatives=32)
+term = FeatureDistillation("hidden", "hidden", loss, weight=0.8, index="row")
+model = DistillModel(network(8), network(32), term)
+model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+model.fit(data, labels, batch_size=16, verbose=0)"""
+
 PROGRAMS = {
+    "ContrastiveRepresentationLoss": (_ROWS, _KERAS_ROWS),
     "AttentionMapLoss": (
         _BERT.format(
             imports="AttentionDistillation, AttentionMapLoss",

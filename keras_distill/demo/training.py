@@ -64,7 +64,8 @@ class Settings:
         )
         # The mean over the labelled images only, 0 where a batch has none; the terms count every image.
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=UNLABELLED)
-        return {"optimizer": keras.optimizers.Adam(rate), "loss": loss, "metrics": ["accuracy"], "steps_per_execution": 10}
+        optimizer = keras.optimizers.Adam(rate)
+        return {"optimizer": optimizer, "loss": loss, "metrics": ["accuracy"], "steps_per_execution": 10}
 
 
 def trained_teacher(digits: Digits, settings: Settings) -> keras.Model:

@@ -79,8 +79,8 @@ def test_the_report_of_a_comparison_shows_its_remarks_and_its_layers(comparison:
 
 
 def test_the_report_has_a_file_of_its_own_where_one_is_named(comparison: Any, tmp_path: Path) -> None:
-    assert comparison.report(tmp_path / "mine.html") == tmp_path / "mine.html"
-    assert (tmp_path / "mine.html").is_file()
+    assert comparison.report(tmp_path / "other.html") == tmp_path / "other.html"
+    assert (tmp_path / "other.html").is_file()
 
 
 def test_pairs_by_depth_have_no_map_to_save(tmp_path: Path) -> None:

@@ -335,16 +335,10 @@ FEATURES: dict[str, Feature] = {
     "cache by key": Feature(_adapter_terms, _with_adapter, cache={"layers": ["body"], "key": content_key}),
     "several teachers": Feature(_adapter_terms, _two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
     "weighted teachers": Feature(
-        _adapter_terms,
-        _weighted_teachers,
-        teacher=_two,
-        settings={"teacher_weights": [3.0, Linear(1.0, 0.0)]},
+        _adapter_terms, _weighted_teachers, teacher=_two, settings={"teacher_weights": [3.0, Linear(1.0, 0.0)]}
     ),
     "mixture of probabilities": Feature(
-        lambda: None,
-        _mixed_probabilities,
-        teacher=_two,
-        settings={"teacher_weights": [7, 3], "mix": "probabilities"},
+        lambda: None, _mixed_probabilities, teacher=_two, settings={"teacher_weights": [7, 3], "mix": "probabilities"}
     ),
     "mixture of logits by confidence": Feature(
         lambda: None, _mixed_logits, teacher=_two, settings={"teacher_weights": "entropy", "mix": "logits"}
