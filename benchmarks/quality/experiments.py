@@ -57,7 +57,9 @@ def loaders(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], batch_siz
     )
 
 
-def trained(make: Callable[[], nn.Module], examples: data.Examples, epochs: int, lr: float, path: Path) -> nn.Module:
+def trained(
+    make: Callable[[], nn.Module], examples: data.Examples, epochs: int, lr: float, path: Path, batch_size: int = 100
+) -> nn.Module:
     """The teacher: trained once with seed 0, then read from its file."""
     net = make()
     if path.exists():
@@ -66,7 +68,7 @@ def trained(make: Callable[[], nn.Module], examples: data.Examples, epochs: int,
     seed_everything(0, verbose=False)
     module = Classifier(make, lr)
     trainer = Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False, **TRAINER)
-    trainer.fit(module, *loaders(examples.train, examples.test))
+    trainer.fit(module, *loaders(examples.train, examples.test, batch_size))
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(module.net.state_dict(), path)
     return module.net
@@ -200,7 +202,7 @@ def time_series(name: str, epochs: int, folder: Path) -> dict[str, Any]:
         made.classifier = nn.Linear(deep[-1], number)
         return nn.Sequential(nn.Unflatten(1, (1, 1)), made)  # (N, 1, L) as images of one row
 
-    teacher = trained(partial(net, [64, 64], [128, 128], 0.3), examples, 100, 3e-3, folder / "teacher.pt")
+    teacher = trained(partial(net, [64, 64], [128, 128], 0.3), examples, 100, 3e-3, folder / "teacher.pt", 16)
     return {
         "module": partial(Classifier, partial(net, [4], [8]), 1e-2),
         "data": lambda: loaders(examples.train, examples.test, 16),
