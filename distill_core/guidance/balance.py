@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from distill_core.checks import Checks, message
@@ -95,8 +95,12 @@ class TermWeight(Setting):
         super().__set__(owner, as_weight(value))
 
 
-def as_weight(value: Any) -> Any:
+def as_weight(value: Any, message: Callable[[str, str, str], str] = message) -> Any:
     """The weight of a term, with a :class:`Balanced` in the place of the word.
+
+    Args:
+        value: The user's value.
+        message: Makes the message of an error, as the framework's users know it.
 
     Raises:
         TypeError: If it is another word.

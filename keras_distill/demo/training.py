@@ -65,7 +65,8 @@ class Settings:
         # The mean over the labelled images only, 0 where a batch has none; the terms count every image.
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=UNLABELLED)
         optimizer = keras.optimizers.Adam(rate)
-        return {"optimizer": optimizer, "loss": loss, "metrics": ["accuracy"], "steps_per_execution": 10}
+        together = 1 if keras.backend.backend() == "torch" else 10  # steps of an execution; PyTorch has one
+        return {"optimizer": optimizer, "loss": loss, "metrics": ["accuracy"], "steps_per_execution": together}
 
 
 def trained_teacher(digits: Digits, settings: Settings) -> keras.Model:

@@ -13,6 +13,7 @@ from keras_distill.guidance.data import batches_of
 _SAMPLES = 200
 
 
+@keras.saving.register_keras_serializable(package="keras_distill")
 class Answers(keras.Model):
     """A model that answers as another does, to be compiled without changing that one.
 

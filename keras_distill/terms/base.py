@@ -82,7 +82,9 @@ class DistillationTerm:
         if unknown:
             raise TypeError(_unknown_settings(type(self).__name__, unknown))
         self.schedules: dict[str, Schedule] = {}
-        weight = first_value("weight", as_weight(weight), checks.non_negative, self.schedules, balances=True)
+        weight = first_value(
+            "weight", as_weight(weight, checks.message), checks.non_negative, self.schedules, balances=True
+        )
         checks.boolean("use_sample_weight", use_sample_weight)
         checks.boolean("trainable", trainable)
         if not isinstance(name, (str, type(None))):

@@ -21,7 +21,7 @@ def test_help_lists_the_demo(capsys: Capture) -> None:
 def test_help_of_the_demo_names_its_options_and_their_defaults(capsys: Capture) -> None:
     assert main(["demo", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("--output DIR", "demo_output/keras", "--seeds N", "(3)", "--quick"))
+    assert all(word in shown for word in ("--output DIR", "demo_output/keras", "--seeds N", "(5)", "--quick"))
 
 
 def test_version_is_that_of_the_package(capsys: Capture) -> None:

@@ -197,7 +197,7 @@ SETTINGS: dict[str, tuple[type[Exception], Make, str]] = {
             (-1.0, ValueError, "Expected `weight` to be at least 0"),
             (float("nan"), ValueError, "Expected `weight` to be finite"),
             (float("inf"), ValueError, "Expected `weight` to be finite"),
-            ("1", TypeError, "Expected `weight` to be an int or a float"),
+            ("1", TypeError, "Expected `weight` to be an int or a float. The only word is 'balanced'"),
             (True, TypeError, "Expected `weight` to be an int or a float"),
         )
     },
