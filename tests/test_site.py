@@ -82,7 +82,7 @@ def test_programs_of_a_loss_run(tmp_path: Path) -> None:
 def test_every_task_of_the_chooser_has_losses(source: Path) -> None:
     text = (source / "losses" / "chooser.md").read_text(encoding="utf-8")
     for part in text.split("\n## ")[1:]:
-        assert "\n| [" in part, part.splitlines()[0]
+        assert "\n- **[" in part, part.splitlines()[0]
     assert set(re.findall(r"\[(\w+)\]\(\1\.md\)", text)) == set(NAMES)
 
 

@@ -125,7 +125,7 @@ def with_tree(folder: Path, place: str, entries: list[str]) -> None:
 GUIDES = {
     "Start": ["installation", "lightning", "keras", "language_models", "vision", "cache", "launcher"],
     "By task": ["dense", "encoders", "teachers"],
-    "Use": ["command_line", "performance", "limits", "faq"],
+    "Use": ["guidance", "report", "command_line", "performance", "limits", "faq"],
     "Coming from another tool": ["migration", "comparison"],
 }
 

@@ -228,8 +228,8 @@ def chooser() -> str:
     ]
     for task, title in TASKS.items():
         fitting = {name: note for name, note in notes().items() if task in note["for"]}
-        parts += [f"## {title}\n", "| loss | the teacher gives | when |", "|---|---|---|"]
-        parts += [f"| [{name}]({name}.md) | {note['reads']} | {note['use']} |" for name, note in fitting.items()]
+        parts.append(f"## {title}\n")  # a list, since a table does not fit on a phone
+        parts += [f"- **[{name}]({name}.md)** reads {note['reads']}. {note['use']}" for name, note in fitting.items()]
         parts.append("")
     return "\n".join(parts)
 
