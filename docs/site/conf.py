@@ -1,6 +1,7 @@
 """Sphinx's settings for the site."""
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch  # noqa: F401 - before TensorFlow: Triton, which it imports, crashes after it
@@ -47,7 +48,15 @@ def setup(app: Any) -> None:
         raise nodes.SkipNode
 
     def block(translator: Any, node: nodes.Node) -> NoReturn:
-        translator.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+        translator.body.append(f'<div class="formula" tabindex="0">{convert(node.astext(), display="block")}</div>')
         raise nodes.SkipNode
 
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
+    app.connect("build-finished", accessible)
+
+
+def accessible(app: Any, exception: Exception | None) -> None:
+    """Let the keyboard scroll code that is wider than the page, and say the level of the menu's headings."""
+    for page in Path(app.outdir).rglob("*.html"):
+        text = page.read_text(encoding="utf-8").replace("<pre>", '<pre tabindex="0">')
+        page.write_text(text.replace('role="heading"', 'role="heading" aria-level="2"'), encoding="utf-8")
