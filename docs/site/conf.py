@@ -59,4 +59,5 @@ def accessible(app: Any, exception: Exception | None) -> None:
     """Let the keyboard scroll code that is wider than the page, and say the level of the menu's headings."""
     for page in Path(app.outdir).rglob("*.html"):
         text = page.read_text(encoding="utf-8").replace("<pre>", '<pre tabindex="0">')
+        text = text.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
         page.write_text(text.replace('role="heading"', 'role="heading" aria-level="2"'), encoding="utf-8")

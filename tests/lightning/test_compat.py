@@ -212,6 +212,7 @@ DOCUMENTED = {
     "_getframe",
     "_actions",
     "_SubParsersAction",
+    "_exit",  # of os
 }
 
 
