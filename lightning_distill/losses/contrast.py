@@ -44,10 +44,10 @@ class ContrastiveRepresentationLoss(DistillationLoss):
     the optimizer's step alone. A checkpoint has those of the first process, with which all of them resume.
 
     Args:
+        temperature: The temperature T, greater than 0; a number or a schedule.
         size: Number M of examples in the data set, at least 2; ``None`` takes it from the cache.
         negatives: Number K of negatives of an example, at least 1. A step needs memory for 2 N K ``width`` numbers.
         width: Width of the embeddings, at least 1.
-        temperature: The temperature T, greater than 0; a number or a schedule.
         momentum: Share of an entry that stays, at least 0 and less than 1.
         normalizer: The constant Z, greater than 0; ``None`` takes it from the first batch, as the mean of the
             exponentials times M, and keeps it.
@@ -84,11 +84,11 @@ class ContrastiveRepresentationLoss(DistillationLoss):
 
     def __init__(
         self,
+        temperature: float | Schedule = 0.07,
         *,
         size: int | None = None,
         negatives: int = 16384,
         width: int = 128,
-        temperature: float | Schedule = 0.07,
         momentum: float = 0.5,
         normalizer: float | None = None,
     ) -> None:

@@ -128,7 +128,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a wrong type of a loss's setting": (
         {"init_args": loss(temperature="hot")},
-        f"{TERM}.init_args.loss.init_args.temperature: Expected float | Schedule, but got 'hot'.",
+        f"{TERM}.init_args.loss.init_args.temperature: Expected float | Schedule | CurriculumTemperature, but got"
+        " 'hot'.",
     ),
     "a number that a loss refuses": (
         {"init_args": loss(temperature=-2.0)},
