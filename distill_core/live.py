@@ -55,7 +55,7 @@ class Curve:
             self.points.setdefault(name, []).append((step, float(value)))
 
     def draw(self) -> None:
-        """Show the figure, or replace the one that is shown."""
+        """Show the figure; after the first time, in the place of the figure before."""
         if not self.points or not self._can_draw():
             return
         figures, display = importlib.import_module("matplotlib.figure"), importlib.import_module("IPython.display")

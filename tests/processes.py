@@ -67,8 +67,8 @@ def reports(folder: Path, argument: str, codes: list[int]) -> list[str]:
 def run_as_process(works: dict[str, Callable[[Path], None]]) -> None:
     """Do the work that the command line of a test's process names, in the folder that it names."""
     faulthandler.dump_traceback_later(SECONDS, exit=True)  # a hang ends with the stack of every thread
-    # A thread of gloo that drops the last reference to a tensor takes a lock of the interpreter. Before Python 3.12, a
-    # worker of a data loader that is forked at that moment waits for this lock forever (gh-112275).
+    # A thread of gloo that drops the last reference to a tensor takes a lock of the interpreter. In Python 3.11.7 and
+    # older, a worker of a data loader that is forked at that moment waits for this lock forever (gh-112275).
     os.register_at_fork(before=lambda: time.sleep(0.05))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

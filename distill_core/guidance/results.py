@@ -1,4 +1,7 @@
-"""The results folder of a comparison, as far as it can be read; problems are kept in words."""
+"""The results folder of a comparison for a report, which shows all that can be read, and the problems in words.
+
+``records`` reads the same folder to go on with the comparison, and raises at the first problem.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_core.checks import message
-from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, FORMAT
 
-FORMAT: Final = 1
 _LARGEST: Final = 1e100
 _REMEDY: Final = "Pass the folder that a comparison of methods has written."
 

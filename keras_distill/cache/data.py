@@ -62,9 +62,7 @@ class CachedData(EpochData):
         self._shuffle(self._passes + 1)
 
     def _shuffle(self, passes: int) -> None:
-        self._passes, self._order = passes, np.arange(self._length)
-        if self._seed is not None:
-            self._order = np.random.default_rng([self._seed, passes]).permutation(self._length)
+        self._passes, self._order = passes, order_of(self._length, self._seed, passes)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -182,3 +180,14 @@ def chosen_views(manifest: Manifest, view: int | None, augmented: bool, cycles: 
             " the arrays of one view and its number."
         )
     return list(range(manifest.views)) if view is None else [view]
+
+
+def order_of(length: int, seed: int | None, passes: int) -> Any:
+    """The numbers of the examples in the order of a pass over the data.
+
+    Args:
+        length: Number of examples.
+        seed: Seed of all orders; None keeps the order of the data.
+        passes: Number of the pass, from 0.
+    """
+    return np.arange(length) if seed is None else np.random.default_rng([seed, passes]).permutation(length)

@@ -13,6 +13,7 @@ import numpy as np
 from distill_core.guidance.records import digest
 from keras_distill import checks
 from keras_distill.cache import TeacherCache
+from keras_distill.cache.data import order_of
 from keras_distill.targets import EpochData
 
 
@@ -40,17 +41,11 @@ class ShuffledArrays(EpochData):
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        self._epoch, self._order = value, self.order(value)
+        self._epoch, self._order = value, order_of(self._length, self._seed, value)
 
     def on_epoch_end(self) -> None:
         """Take the next order."""
         self.epoch += 1
-
-    def order(self, epoch: int) -> Any:
-        """The numbers of the examples in the order of an epoch."""
-        if self._seed is None:
-            return np.arange(self._length)
-        return np.random.default_rng([self._seed, epoch]).permutation(self._length)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -62,7 +57,7 @@ class ShuffledArrays(EpochData):
 
     def first_batch(self, epoch: int) -> tuple[Any, ...]:
         """The first batch of an epoch."""
-        return self._rows(self.order(epoch)[: self._batch_size])
+        return self._rows(order_of(self._length, self._seed, epoch)[: self._batch_size])
 
     def _rows(self, rows: Any) -> tuple[Any, ...]:
         return tuple(keras.tree.map_structure(lambda array: np.asarray(array)[rows], part) for part in self._arrays)
