@@ -6,13 +6,13 @@ A run that was stopped goes on. The results are in ``benchmarks/quality/results`
 from __future__ import annotations
 
 import argparse
+import importlib
 import tempfile
 import warnings
 from pathlib import Path
 
 from benchmarks.quality import page
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
-from lightning_distill import compare
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,6 +23,7 @@ def run(name: str, experiment: Experiment, folder: Path, seeds: int, epochs: int
     arguments = experiment.arguments(epochs, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        compare = importlib.import_module(experiment.package).compare
         comparison = compare(**arguments, metric=experiment.metric, seeds=seeds, folder=folder)
     print(comparison, flush=True)
 

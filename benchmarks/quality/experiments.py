@@ -1,4 +1,4 @@
-"""The experiments in PyTorch: each is one call of :func:`lightning_distill.compare` on real data."""
+"""The experiments: each is one call of ``compare`` on real data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_distill
 from benchmarks.quality import data, pitch
 from benchmarks.quality.methods import table
 from benchmarks.quality.networks import UNLABELLED, Classifier, Convolutional, perceptron
@@ -39,6 +40,7 @@ class Experiment:
         epochs: Of each student.
         seeds: Number of seeds.
         metric: The metric that decides; larger is better.
+        package: The half whose ``compare`` makes the runs.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Experiment:
     epochs: int
     seeds: int = 5
     metric: str = "accuracy"
+    package: str = "lightning_distill"
 
 
 def loaders(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], batch_size: int = 100) -> tuple[Any, Any]:
@@ -96,14 +99,22 @@ def loss_table(
 ) -> dict[str, Any]:
     """All losses with one recipe: the task's loss plus one term, whose weight is balanced."""
     teacher = trained(LARGE[kernel], examples(), teacher_epochs, lr, folder / "teacher.pt")
+    losses = table(lightning_distill, "balanced", ("deep.0.1", "deep.1.1"))
     return {
         "module": partial(Classifier, SMALL[kernel], 1e-2),
         "data": lambda: loaders(examples().train, examples().test),
         "teacher": teacher,
         "student": "net",
-        "methods": {name: {"terms": make()} for name, make in table("balanced").items()},
-        "trainer": {**TRAINER, "max_epochs": epochs},
+        "methods": {name: {"terms": make()} for name, make in losses.items()},
+        "trainer": {**TRAINER, "max_epochs": epochs, "check_val_every_n_epoch": 5},
     }
+
+
+def keras_loss_table(*arguments: Any) -> dict[str, Any]:
+    """The same in Keras, which is imported only for it."""
+    from benchmarks.quality import keras_experiments
+
+    return keras_experiments.loss_table(*arguments)
 
 
 def cnn_to_mlp(epochs: int, folder: Path) -> dict[str, Any]:
@@ -261,10 +272,11 @@ def crepe(epochs: int, folder: Path) -> dict[str, Any]:
 EXPERIMENTS = {
     "losses_images": Experiment(
         "All losses: images",
-        "scikit-learn's digits, 1,000 images of 8 x 8 for training and 797 for the test. A convolutional teacher of"
-        ' 68,000 parameters and a student of 1,500; the task\'s loss plus one term with `weight="balanced"`.',
+        "scikit-learn's digits, 1,000 images of 8 x 8 for training and 797 for the test. Convolutional"
+        ' networks; the task\'s loss plus one term with `weight="balanced"`.',
         partial(loss_table, data.digits, IMAGES, 12, 3e-3),
         15,
+        seeds=10,
     ),
     "losses_signals": Experiment(
         "All losses: signals",
@@ -272,6 +284,14 @@ EXPERIMENTS = {
         " dimension and the same recipe.",
         partial(loss_table, signals, SIGNALS, 20, 1e-2),
         10,
+    ),
+    "losses_images_keras": Experiment(
+        "All losses: images, Keras",
+        "The same images, networks and recipe with `keras_distill` on TensorFlow.",
+        partial(keras_loss_table, data.digits, IMAGES, 12, 3e-3),
+        15,
+        metric="val_accuracy",
+        package="keras_distill",
     ),
     "cnn_to_mlp": Experiment(
         "A convolutional network teaches a perceptron",

@@ -6,61 +6,60 @@ that it compares, its gradient is as large as the task's. So no loss gains from 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
-from lightning_distill import FeatureDistillation, LogitsDistillation, ReusedClassifierDistillation, losses
-
-Weight = float | str
 Terms = Callable[[], list[Any]]
+Losses = Mapping[str, Mapping[str, Any]]
 
-ON_LOGITS: dict[str, Callable[[], Any]] = {
-    "SoftTargetLoss": losses.SoftTargetLoss,
-    "SoftTargetLoss, standardized": partial(losses.SoftTargetLoss, 2.0, standardize=True),
-    "SoftCrossEntropyLoss": partial(losses.SoftCrossEntropyLoss, 4.0),
-    "HardTargetLoss": losses.HardTargetLoss,
-    "LogitMSELoss": losses.LogitMSELoss,
-    "BinarySoftTargetLoss": losses.BinarySoftTargetLoss,
-    "ReverseKLLoss": losses.ReverseKLLoss,
-    "GeneralizedJSDLoss": losses.GeneralizedJSDLoss,
-    "SkewKLLoss": losses.SkewKLLoss,
-    "TotalVariationLoss": losses.TotalVariationLoss,
-    "UniversalLogitLoss": losses.UniversalLogitLoss,
-    "TAIDLoss": losses.TAIDLoss,
-    "AlphaBetaLoss": losses.AlphaBetaLoss,
-    "DecoupledKDLoss": losses.DecoupledKDLoss,
-    "NormalizedKDLoss": losses.NormalizedKDLoss,
-    "WeightedSoftLabelLoss": losses.WeightedSoftLabelLoss,
-    "MinifinetuningLoss": losses.MinifinetuningLoss,
-    "DISTLoss": losses.DISTLoss,
-    "MultiLevelLogitLoss": losses.MultiLevelLogitLoss,
+# The settings of each loss, by the name of its class and, after a comma, what is special.
+ON_LOGITS: Losses = {
+    "SoftTargetLoss": {},
+    "SoftTargetLoss, standardized": {"temperature": 2.0, "standardize": True},
+    "SoftCrossEntropyLoss": {"temperature": 4.0},
+    "HardTargetLoss": {},
+    "LogitMSELoss": {},
+    "BinarySoftTargetLoss": {},
+    "ReverseKLLoss": {},
+    "GeneralizedJSDLoss": {},
+    "SkewKLLoss": {},
+    "TotalVariationLoss": {},
+    "UniversalLogitLoss": {},
+    "TAIDLoss": {},
+    "AlphaBetaLoss": {},
+    "DecoupledKDLoss": {},
+    "NormalizedKDLoss": {},
+    "WeightedSoftLabelLoss": {},
+    "MinifinetuningLoss": {},
+    "DISTLoss": {},
+    "MultiLevelLogitLoss": {},
 }
-ON_MAPS: dict[str, Any] = {
-    "mse": lambda: "mse",
-    "cosine": lambda: "cosine",
-    "ChannelWiseLoss": losses.ChannelWiseLoss,
-    "AttentionTransferLoss": losses.AttentionTransferLoss,
-    "PixelRelationLoss": losses.PixelRelationLoss,
-    "HierarchicalContextLoss": losses.HierarchicalContextLoss,
-    "PearsonFeatureLoss": losses.PearsonFeatureLoss,
-    "NeuronSelectivityLoss": losses.NeuronSelectivityLoss,
-    "CKALoss": losses.CKALoss,
-    "FeatureMapTransferLoss": losses.FeatureMapTransferLoss,
-    "VariationalInformationLoss": losses.VariationalInformationLoss,
-    "MaskedGenerativeLoss": losses.MaskedGenerativeLoss,
-    "SimpleRecipeLoss": losses.SimpleRecipeLoss,
-    "SoftmaxRegressionLoss": losses.SoftmaxRegressionLoss,
-    "FactorTransferLoss": losses.FactorTransferLoss,
-    "SimilarityPreservingLoss": losses.SimilarityPreservingLoss,
-    "InterChannelCorrelationLoss": losses.InterChannelCorrelationLoss,
+ON_MAPS: Losses = {
+    "mse": {},
+    "cosine": {},
+    "ChannelWiseLoss": {},
+    "AttentionTransferLoss": {},
+    "PixelRelationLoss": {},
+    "HierarchicalContextLoss": {},
+    "PearsonFeatureLoss": {},
+    "NeuronSelectivityLoss": {},
+    "CKALoss": {},
+    "FeatureMapTransferLoss": {},
+    "VariationalInformationLoss": {},
+    "MaskedGenerativeLoss": {},
+    "SimpleRecipeLoss": {},
+    "SoftmaxRegressionLoss": {},
+    "FactorTransferLoss": {},
+    "SimilarityPreservingLoss": {},
+    "InterChannelCorrelationLoss": {},
 }
-ON_VECTORS: dict[str, Any] = {
-    "PatientLoss": losses.PatientLoss,
-    "QueueSimilarityLoss": partial(losses.QueueSimilarityLoss, size=1000),
-    "RelationalLoss": losses.RelationalLoss,
-    "ProbabilisticTransferLoss": losses.ProbabilisticTransferLoss,
-    "CorrelationCongruenceLoss": losses.CorrelationCongruenceLoss,
+ON_VECTORS: Losses = {
+    "PatientLoss": {},
+    "QueueSimilarityLoss": {"size": 1000},
+    "RelationalLoss": {},
+    "ProbabilisticTransferLoss": {},
+    "CorrelationCongruenceLoss": {},
 }
 LEFT_OUT = {
     "ActivationBoundaryLoss": "its paper trains with it before the task's loss, not beside it",
@@ -75,21 +74,31 @@ LEFT_OUT = {
 }
 
 
-def table(weight: Weight) -> dict[str, Terms]:
-    """The terms of each loss, for networks with the layers of :class:`~benchmarks.quality.networks.Convolutional`."""
+def table(package: ModuleType, weight: float | str, before_relu: tuple[str, str]) -> dict[str, Terms]:
+    """The terms of each loss.
 
-    def features(layer: str, loss: Callable[[], Any]) -> list[Any]:
-        return [FeatureDistillation(layer, layer, loss(), weight=weight)]
+    Args:
+        package: :mod:`lightning_distill` or :mod:`keras_distill`.
+        weight: Of every term.
+        before_relu: The layers of the student and of the teacher before the last ReLU.
 
-    methods: dict[str, Terms] = {}
-    for name, loss in ON_LOGITS.items():
-        methods[name] = lambda loss=loss: [LogitsDistillation(loss(), weight=weight)]
-    for name, loss in ON_MAPS.items():
-        methods[name] = partial(features, "deep", loss)
-    for name, loss in ON_VECTORS.items():
-        methods[name] = partial(features, "pooled", loss)
-    methods["MarginReLULoss"] = lambda: [
-        FeatureDistillation("deep.0.1", "deep.1.1", losses.MarginReLULoss(), weight=weight)  # before the ReLU
-    ]
-    methods["ReusedClassifierDistillation"] = lambda: [ReusedClassifierDistillation("deep", "deep", weight=weight)]
-    return methods
+    Returns:
+        By name, a function that makes the terms, for networks with the layers ``deep`` and ``pooled``.
+    """
+
+    def loss(name: str, settings: Mapping[str, Any]) -> Any:
+        return getattr(package.losses, name.split(",")[0])(**settings) if name[0].isupper() else name
+
+    def on_logits(name: str, settings: Mapping[str, Any]) -> Terms:
+        return lambda: [package.LogitsDistillation(loss(name, settings), weight=weight)]
+
+    def on_layers(layers: tuple[str, str], name: str, settings: Mapping[str, Any]) -> Terms:
+        return lambda: [package.FeatureDistillation(*layers, loss(name, settings), weight=weight)]
+
+    return {
+        **{name: on_logits(name, settings) for name, settings in ON_LOGITS.items()},
+        **{name: on_layers(("deep", "deep"), name, settings) for name, settings in ON_MAPS.items()},
+        **{name: on_layers(("pooled", "pooled"), name, settings) for name, settings in ON_VECTORS.items()},
+        "MarginReLULoss": on_layers(before_relu, "MarginReLULoss", {}),
+        "ReusedClassifierDistillation": lambda: [package.ReusedClassifierDistillation("deep", "deep", weight=weight)],
+    }

@@ -70,11 +70,15 @@ def _losses(done: dict[str, Comparison]) -> Iterator[str]:
 
 
 def _reference(name: str, comparison: Comparison, title: str) -> str:
-    teacher = json.loads((comparison.folder / "comparison.json").read_text())["teacher"]["metrics"]
-    accuracy = teacher.get(EXPERIMENTS[name].metric)
+    facts = json.loads((comparison.folder / "comparison.json").read_text())
+    accuracy = facts["teacher"]["metrics"].get(EXPERIMENTS[name].metric)
     known = "" if accuracy is None else f"teacher {100 * accuracy:.1f}, "
     alone, equal = _value(comparison, ALONE), _value(comparison, EQUAL_COMPUTE)
-    return f"{title}: {known}student alone {alone}, at equal compute {equal}."
+    sizes = [facts[network]["cost"]["parameters"] for network in ("teacher", "student")]
+    return (
+        f"{title}: {known}student alone {alone}, at equal compute {equal} ({facts['equal_compute']['ratio']:.1f} times the"
+        f" steps). Parameters of the teacher {sizes[0]:,}, of the student {sizes[1]:,}."
+    )
 
 
 def _methods(name: str, comparison: Comparison) -> Iterator[str]:

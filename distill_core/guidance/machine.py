@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ def machine(device: str, **versions: str) -> dict[str, Any]:
     return {
         "machine": {
             "platform": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
+            "processor": _processor(),
             "cores": os.cpu_count(),
             "device": device,
         },
@@ -41,7 +43,7 @@ def machine(device: str, **versions: str) -> dict[str, Any]:
             **versions,
         },
         "commit": _commit(),
-        "command": " ".join(sys.argv) or sys.executable,
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
     }
 
 
@@ -62,6 +64,16 @@ def shown_on_console(progress: bool | Callable[[str], None]) -> Callable[[str], 
     if callable(progress):
         return progress
     return (lambda line: write_line(sys.stderr, line)) if progress else (lambda line: None)
+
+
+def _processor() -> str:
+    """The processor's model, where the system says it; otherwise its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
