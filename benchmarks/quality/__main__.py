@@ -14,8 +14,6 @@ from pathlib import Path
 from benchmarks.quality import page
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def run(name: str, experiment: Experiment, folder: Path, seeds: int, epochs: int) -> None:
     """Make the runs of an experiment that its folder does not have, and print what follows from them."""
@@ -44,9 +42,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 run(name, experiment, Path(folder), 2, 1)
         else:
-            run(name, experiment, RESULTS / name, seeds, experiment.epochs)
+            run(name, experiment, page.RESULTS / name, seeds, experiment.epochs)
     if not options.quick:
-        page.write(RESULTS)
+        page.write()
 
 
 if __name__ == "__main__":

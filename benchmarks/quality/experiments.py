@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_distill
 from benchmarks.quality import data, pitch
+from benchmarks.quality.classifier import UNLABELLED, Classifier
 from benchmarks.quality.methods import table
-from benchmarks.quality.networks import UNLABELLED, Classifier, Convolutional, perceptron
+from benchmarks.quality.networks import IMAGES, LARGE, SIGNALS, SMALL, Convolutional, perceptron
 from lightning_distill import (
     BinarySoftTargetLoss,
     FeatureDistillation,
@@ -84,9 +85,12 @@ def signals() -> data.Examples:
     return data.Examples(*((inputs[:, None, None], classes) for inputs, classes in (examples.train, examples.test)))
 
 
-IMAGES, SIGNALS = (3, 3), (1, 5)  # kernels
-LARGE = {kernel: partial(Convolutional, [32, 32], [64, 64], kernel, 0.3) for kernel in (IMAGES, SIGNALS)}
-SMALL = {kernel: partial(Convolutional, [8], [12], kernel) for kernel in (IMAGES, SIGNALS)}
+def few_labels(examples: data.Examples, a_class: int, seed: int) -> tuple[Any, Any]:
+    """The loaders where only some labels of each class are known."""
+    inputs, classes = examples.train
+    labels, places = torch.full_like(classes, UNLABELLED), data.few_labels(examples, a_class, seed)
+    labels[places] = classes[places]
+    return loaders((inputs, labels), examples.test)
 
 
 def loss_table(
@@ -96,13 +100,19 @@ def loss_table(
     lr: float,
     epochs: int,
     folder: Path,
+    labels: int | None = None,
 ) -> dict[str, Any]:
-    """All losses with one recipe: the task's loss plus one term, whose weight is balanced."""
+    """All losses with one recipe: the task's loss plus one term, whose weight is balanced.
+
+    Args:
+        labels: How many labels of each class the student knows; None for all.
+    """
     teacher = trained(LARGE[kernel], examples(), teacher_epochs, lr, folder / "teacher.pt")
     losses = table(lightning_distill, "balanced", ("deep.0.1", "deep.1.1"))
+    few = partial(few_labels, examples(), labels)
     return {
         "module": partial(Classifier, SMALL[kernel], 1e-2),
-        "data": lambda: loaders(examples().train, examples().test),
+        "data": (lambda: loaders(examples().train, examples().test)) if labels is None else few,
         "teacher": teacher,
         "student": "net",
         "methods": {name: {"terms": make()} for name, make in losses.items()},
@@ -181,15 +191,9 @@ def scarce_labels(a_class: int, epochs: int, folder: Path) -> dict[str, Any]:
     examples = data.mnist()
     teacher = trained(LARGE[IMAGES], examples, 10, 3e-3, folder / "teacher.pt")
 
-    def few(seed: int) -> tuple[Any, Any]:
-        images, classes = examples.train
-        labels, places = torch.full_like(classes, UNLABELLED), data.few_labels(examples, a_class, seed)
-        labels[places] = classes[places]
-        return loaders((images, labels), examples.test)
-
     return {
         "module": partial(Classifier, SMALL[IMAGES], 1e-2),
-        "data": few,
+        "data": partial(few_labels, examples, a_class),
         "teacher": teacher,
         "student": "net",
         "methods": {
@@ -276,6 +280,13 @@ EXPERIMENTS = {
         ' networks; the task\'s loss plus one term with `weight="balanced"`.',
         partial(loss_table, data.digits, IMAGES, 12, 3e-3),
         15,
+        seeds=10,
+    ),
+    "losses_few_labels": Experiment(
+        "All losses: few labels",
+        "The same images, of which the student knows 10 labels a class, for twice as many epochs.",
+        partial(loss_table, data.digits, IMAGES, 12, 3e-3, labels=10),
+        30,
         seeds=10,
     ),
     "losses_signals": Experiment(

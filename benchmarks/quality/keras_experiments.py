@@ -58,6 +58,22 @@ def channels_last(examples: Examples) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
+def trained(
+    train: tuple[np.ndarray, np.ndarray], kernel: tuple[int, int], epochs: int, lr: float, file: Path
+) -> keras.Model:
+    """The teacher: trained once with seed 0, then read from its file."""
+    keras.utils.set_random_seed(0)
+    teacher = convolutional(train[0].shape[1:3], [32, 32], [64, 64], kernel, 0.3)
+    if file.exists():
+        teacher.load_weights(file)
+        return teacher
+    teacher.compile(**settings(lr, epochs * (len(train[0]) // BATCH)))
+    teacher.fit(*train, BATCH, epochs, verbose=0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    teacher.save_weights(file)
+    return teacher
+
+
 def loss_table(
     examples: Callable[[], Examples],
     kernel: tuple[int, int],
@@ -68,19 +84,10 @@ def loss_table(
 ) -> dict[str, Any]:
     """All losses with one recipe: the task's loss plus one term, whose weight is balanced."""
     train, test = channels_last(examples())
-    shape, file = train[0].shape[1:3], folder / "teacher.weights.h5"
-    keras.utils.set_random_seed(0)
-    teacher = convolutional(shape, [32, 32], [64, 64], kernel, 0.3)
-    if file.exists():
-        teacher.load_weights(file)
-    else:
-        teacher.compile(**settings(lr, teacher_epochs * (len(train[0]) // BATCH)))
-        teacher.fit(*train, BATCH, teacher_epochs, verbose=0)
-        folder.mkdir(parents=True, exist_ok=True)
-        teacher.save_weights(file)
+    teacher = trained(train, kernel, teacher_epochs, lr, folder / "teacher.weights.h5")
     losses = table(keras_distill, "balanced", ("deep_before_relu", "deep_before_relu"))
     return {
-        "student": partial(convolutional, shape, [8], [12], kernel),
+        "student": partial(convolutional, train[0].shape[1:3], [8], [12], kernel),
         "data": (train, test),
         "teacher": teacher,
         "methods": {name: {"terms": make()} for name, make in losses.items()},

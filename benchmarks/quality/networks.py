@@ -1,41 +1,10 @@
-"""The networks of the experiments and the plain LightningModule that trains them."""
+"""The networks of the experiments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import torch
-import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-
-UNLABELLED = -100  # cross entropy ignores this label
-
-
-class Classifier(LightningModule):
-    """A network, Adam on a one-cycle schedule, and the accuracy on the test examples after each epoch."""
-
-    def __init__(self, make: Callable[[], nn.Module], lr: float) -> None:
-        super().__init__()
-        self.net, self.lr = make(), lr
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        inputs, labels = batch
-        total = F.cross_entropy(self.net(inputs), labels, ignore_index=UNLABELLED, reduction="sum")
-        return total / (labels != UNLABELLED).sum().clamp(min=1)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        inputs, labels = batch
-        hits = (self.net(inputs).argmax(1) == labels).float()
-        self.log("accuracy", hits.mean(), batch_size=len(labels))
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), self.lr)
-        cycle = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.lr, total_steps=int(self.trainer.estimated_stepping_batches)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 
 def convolution(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1)) -> nn.Sequential:
@@ -77,3 +46,8 @@ def perceptron(inputs: int, width: int, dropout: float = 0.0) -> nn.Sequential:
     for before, after in ((inputs, width), (width, width)):
         layers += [nn.Linear(before, after), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
     return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+IMAGES, SIGNALS = (3, 3), (1, 5)  # kernels
+LARGE = {kernel: partial(Convolutional, [32, 32], [64, 64], kernel, 0.3) for kernel in (IMAGES, SIGNALS)}
+SMALL = {kernel: partial(Convolutional, [8], [12], kernel) for kernel in (IMAGES, SIGNALS)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.methods import LEFT_OUT
 from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.statistics import Estimate, estimate
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
-TABLES = ("losses_images", "losses_signals")
+RESULTS = Path(__file__).parent / "results"
+TABLES = ("losses_images", "losses_few_labels", "losses_signals", "losses_images_keras")
 INTRODUCTION = """# Results
 
 <!-- Written by `python -m benchmarks.quality.page` from benchmarks/quality/results: change it there. -->
@@ -27,46 +31,97 @@ both students begin with the same weights and see the same batches. Their interv
 together (Bonferroni). *Equal compute* is the student alone, trained for as many more steps as the most expensive method
 takes longer.
 """
+PEERS = """\
+scikit-learn's digits with the networks above: half the cross entropy with the labels plus half of T² times the KL
+divergence at T = 4, with Adam for 15 epochs. Each seed runs in a process of its own, and the second of two trainings is
+measured. Memory is the most that the process held, with the framework; lines are those of the program in
+`benchmarks/quality/peers.py` without blank ones. `keras.distillation` has no factor T²: its soft targets count less.
+Trainings in PyTorch with the same accuracy took the same steps to the last digit that a label shows.
+
+Not in this table: `lightly-train`, which needs the compiled operators of torchvision, and trainers for language models.
+"""
+NEXT = """
+## Next
+
+[Losses](losses.md) · [which layers, which weight, did it help](guidance.md) · [speed and memory](performance.md)
+"""
 
 
-def write(results: Path) -> None:
+@dataclass(frozen=True)
+class LossRow:
+    """A row of the table of all losses.
+
+    Args:
+        method: The loss, with what is special after a comma.
+        gains: The differences to the student alone by task; None where every run failed.
+        mean: The mean of the gains; None if one is missing.
+        cost: Duration of a step as a multiple of that of the student alone, the mean of the tasks' medians over seeds.
+    """
+
+    method: str
+    gains: dict[str, Estimate | None]
+    mean: float | None
+    cost: float
+
+
+def finished(results: Path = RESULTS) -> dict[str, Comparison]:
+    """The experiments that have results, by name."""
+    return {
+        name: Comparison.read(results / name) for name in EXPERIMENTS if (results / name / "comparison.json").exists()
+    }
+
+
+def loss_rows(done: Mapping[str, Comparison]) -> list[LossRow]:
+    """The table of all losses, the largest mean first."""
+    tasks = {_short_title(name): done[name] for name in TABLES if name in done}
+    rows = []
+    for method in next(iter(tasks.values())).methods if tasks else ():
+        gains = {title: comparison.difference(method) for title, comparison in tasks.items()}
+        known = [gain.mean for gain in gains.values() if gain is not None]
+        cost = statistics.fmean(_seconds(runs, method) / _seconds(runs, ALONE) for runs in tasks.values())
+        rows.append(LossRow(method, gains, statistics.fmean(known) if len(known) == len(gains) else None, cost))
+    return sorted(rows, key=lambda row: -math.inf if row.mean is None else row.mean, reverse=True)
+
+
+def write(results: Path = RESULTS) -> None:
     """Write the page.
 
     Args:
         results: The folder with a folder for each experiment.
     """
-    done = {
-        name: Comparison.read(results / name) for name in EXPERIMENTS if (results / name / "comparison.json").exists()
-    }
+    done = finished(results)
     parts = [INTRODUCTION, *_losses(done)]
     for name, comparison in done.items():
         if name not in TABLES:
             parts += [f"## {EXPERIMENTS[name].title}\n", f"{EXPERIMENTS[name].text}\n", *_methods(name, comparison)]
-    PAGE.write_text("\n".join([*parts, *_machines(results, done)]).rstrip() + "\n")
+    PAGE.write_text("\n".join([*parts, *_peers(results / "peers" / "runs.jsonl"), *_machines(results, done), NEXT]))
 
 
-def _losses(done: dict[str, Comparison]) -> Iterator[str]:
-    """The table of all losses, sorted by the mean of their gains."""
+def _losses(done: Mapping[str, Comparison]) -> Iterator[str]:
+    """The section on all losses."""
     tasks = [name for name in TABLES if name in done]
     if not tasks:
         return
     yield "## All losses with one recipe\n"
-    yield from (f"- **{EXPERIMENTS[name].title.split(': ')[1]}**: {EXPERIMENTS[name].text}\n" for name in tasks)
+    yield from (f"- **{_short_title(name)}**: {EXPERIMENTS[name].text}\n" for name in tasks)
     yield "The differences to the student alone, in points, sorted by their mean; + and - mark intervals without 0.\n"
-    titles = [EXPERIMENTS[name].title.split(": ")[1] for name in tasks]
-    yield f"| loss | {' | '.join(titles)} | mean |\n|---|{'---|' * len(tasks)}---|"
-    rows = []
-    for method in done[tasks[0]].methods:
-        gains = [done[task].difference(method) for task in tasks]
-        known = [gain for gain in gains if gain is not None]
-        mean = statistics.fmean(gain.mean for gain in known) if len(known) == len(tasks) else None
-        rows.append(
-            (mean, f"| `{method}` | {' | '.join(map(_gain, gains))} | {'' if mean is None else f'{100 * mean:+.1f}'} |")
-        )
-    yield "\n".join(text for _, text in sorted(rows, key=lambda row: -1e9 if row[0] is None else row[0], reverse=True))
-    for name, title in zip(tasks, titles, strict=True):
-        yield f"\n{_reference(name, done[name], title)}"
+    yield f"| loss | {' | '.join(map(_short_title, tasks))} | mean | duration of a step |"
+    yield f"|---|{'---|' * len(tasks)}---|---|"
+    for row in loss_rows(done):
+        mean = "" if row.mean is None else f"{100 * row.mean:+.1f}"
+        yield f"| `{row.method}` | {' | '.join(map(_gain, row.gains.values()))} | {mean} | {row.cost:.1f} x |"
+    for name in tasks:
+        yield f"\n{_reference(name, done[name], _short_title(name))}"
     yield "\nNot in this table: " + "; ".join(f"`{name}` ({why})" for name, why in LEFT_OUT.items()) + ".\n"
+
+
+def _short_title(name: str) -> str:
+    return EXPERIMENTS[name].title.split(": ")[1]
+
+
+def _seconds(comparison: Comparison, method: str) -> float:
+    """The median duration of a method's step."""
+    return statistics.median(run.step_seconds or math.nan for run in comparison.runs if run.method == method)
 
 
 def _reference(name: str, comparison: Comparison, title: str) -> str:
@@ -76,8 +131,9 @@ def _reference(name: str, comparison: Comparison, title: str) -> str:
     alone, equal = _value(comparison, ALONE), _value(comparison, EQUAL_COMPUTE)
     sizes = [facts[network]["cost"]["parameters"] for network in ("teacher", "student")]
     return (
-        f"{title}: {known}student alone {alone}, at equal compute {equal} ({facts['equal_compute']['ratio']:.1f} times the"
-        f" steps). Parameters of the teacher {sizes[0]:,}, of the student {sizes[1]:,}."
+        f"{title}: {known}student alone {alone}, at equal compute {equal} (as many steps as in"
+        f" {facts['equal_compute']['ratio']:.1f} trainings). Parameters of the teacher {sizes[0]:,}, of the student"
+        f" {sizes[1]:,}."
     )
 
 
@@ -117,7 +173,25 @@ def _gain(gain: Any) -> str:
     return f"{100 * gain.mean:+.1f} ± {100 * gain.margin:.1f}{('', ' **+**', ' **-**')[gain.sign]}"
 
 
-def _machines(results: Path, done: dict[str, Comparison]) -> Iterator[str]:
+def _peers(file: Path) -> Iterator[str]:
+    """The same distillation with other libraries."""
+    if not file.exists():
+        return
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+    yield f"## The same with other libraries\n\n{PEERS}"
+    yield "| program | accuracy | seconds | memory, MB | lines | version |\n|---|---|---|---|---|---|"
+    for peer in dict.fromkeys(run["peer"] for run in runs):
+        own = [run for run in runs if run["peer"] == peer]
+        accuracy = estimate([run["accuracy"] for run in own])
+        margin = "" if accuracy.margin is None else f" ± {100 * accuracy.margin:.1f}"
+        seconds, memory = (statistics.median(run[key] for run in own) for key in ("seconds", "memory_bytes"))
+        package, version = list(own[-1]["versions"].items())[-1]
+        cells = [f"{100 * accuracy.mean:.1f}{margin}", f"{seconds:.1f}", f"{memory / 1e6:.0f}", own[-1]["lines"]]
+        yield f"| {peer} | {' | '.join(map(str, cells))} | {package} {version} |"
+    yield ""
+
+
+def _machines(results: Path, done: Mapping[str, Comparison]) -> Iterator[str]:
     """How each experiment was run."""
     yield "## How it was measured\n"
     yield "| experiment | seeds | processor | versions | commit | command |\n|---|---|---|---|---|---|"
@@ -131,4 +205,4 @@ def _machines(results: Path, done: dict[str, Comparison]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    write(Path(__file__).parent / "results")
+    write()
