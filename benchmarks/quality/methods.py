@@ -66,6 +66,7 @@ LEFT_OUT = {
     "SolutionFlowLoss": "its paper trains with it before the task's loss, not beside it",
     "AttentionMapLoss": "these networks have no attention",
     "AttentionRelationLoss": "these networks have no attention",
+    "ContrastiveRepresentationLoss": "it needs the numbers of the examples, which these batches do not hold",
     "FocalGlobalLoss": "it needs boxes",
     "LocalizationLoss": "it needs boxes",
     "QualityFocalLoss": "it is for the scores of detectors",

@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.methods import LEFT_OUT
@@ -165,12 +164,13 @@ def _value(comparison: Comparison, method: str) -> str:
     return f"{100 * mean.mean:.1f}" + ("" if mean.margin is None else f" ± {100 * mean.margin:.1f}")
 
 
-def _gain(gain: Any) -> str:
-    if gain is None:
-        return "failed"
-    if gain.margin is None:
-        return f"{100 * gain.mean:+.1f}"
-    return f"{100 * gain.mean:+.1f} ± {100 * gain.margin:.1f}{('', ' **+**', ' **-**')[gain.sign]}"
+def gain_in_points(gain: Estimate) -> str:
+    """A difference with its interval, in points."""
+    return f"{100 * gain.mean:+.1f}" + ("" if gain.margin is None else f" ± {100 * gain.margin:.1f}")
+
+
+def _gain(gain: Estimate | None) -> str:
+    return "failed" if gain is None else gain_in_points(gain) + ("", " **+**", " **-**")[gain.sign]
 
 
 def _peers(file: Path) -> Iterator[str]:

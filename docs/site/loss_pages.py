@@ -14,7 +14,10 @@ from figures import figure
 from special_programs import PROGRAMS
 
 import lightning_distill
+from benchmarks.quality.methods import LEFT_OUT
+from benchmarks.quality.page import finished, gain_in_points, loss_rows
 
+TABLE = "../guide/results.md#all-losses-with-one-recipe"
 HERE = Path(__file__).resolve().parent
 TASKS = {
     "classification": "Classification",
@@ -122,6 +125,7 @@ def page(name: str) -> str:
 - **Use it**: {note["use"]}
 - **Do not use it**: {note["avoid"]}
 - **Reads**: {note["reads"]}
+- **Measured**: {measured(name)}
 
 ## Formula
 
@@ -154,6 +158,20 @@ The Keras class has the same settings, and `from_logits` where it reads scores: 
 
 {markdown(inspect.cleandoc(cited[1]))}
 """
+
+
+def measured(name: str) -> str:
+    """What the table of all losses says about a loss."""
+    if name in LEFT_OUT:
+        return f"not in the [table of all losses]({TABLE}): {LEFT_OUT[name]}."
+    rows = loss_rows(finished())
+    place = next(place for place, row in enumerate(rows, start=1) if row.method == name)
+    gains = rows[place - 1].gains.items()
+    texts = [f"{task} {'failed' if gain is None else gain_in_points(gain)}" for task, gain in gains]
+    return (
+        f"{'; '.join(texts)} points against the student alone: place {place} of {len(rows)} in the"
+        f" [table of all losses]({TABLE}), with one recipe."
+    )
 
 
 LIGHTNING = """import torch
