@@ -18,6 +18,7 @@ from benchmarks.quality.methods import LEFT_OUT
 from benchmarks.quality.page import finished, gain_in_points, loss_rows
 
 TABLE = "../guide/results.md#all-losses-with-one-recipe"
+KINDS = {"FeatureDistance": ["mse", "cosine"]}  # the table names these losses by their kind
 HERE = Path(__file__).resolve().parent
 TASKS = {
     "classification": "Classification",
@@ -161,17 +162,25 @@ The Keras class has the same settings, and `from_logits` where it reads scores: 
 
 
 def measured(name: str) -> str:
-    """What the table of all losses says about a loss."""
+    """What the table of all losses says about a loss.
+
+    Raises:
+        KeyError: If it is not there, and no reason is given.
+    """
     if name in LEFT_OUT:
         return f"not in the [table of all losses]({TABLE}): {LEFT_OUT[name]}."
     rows = loss_rows(finished())
-    place = next(place for place, row in enumerate(rows, start=1) if row.method == name)
-    gains = rows[place - 1].gains.items()
-    texts = [f"{task} {'failed' if gain is None else gain_in_points(gain)}" for task, gain in gains]
-    return (
-        f"{'; '.join(texts)} points against the student alone: place {place} of {len(rows)} in the"
-        f" [table of all losses]({TABLE}), with one recipe."
-    )
+    texts = []
+    for place, row in enumerate(rows, start=1):
+        if row.method in KINDS.get(name, [name]):
+            kind = f'`"{row.method}"` ' if name in KINDS else ""
+            gains = (
+                f"{task} {'failed' if gain is None else gain_in_points(gain)}" for task, gain in row.gains.items()
+            )
+            texts.append(f"{kind}{', '.join(gains)}, place {place} of {len(rows)}")
+    if not texts:
+        raise KeyError(f"{name} is neither in the results nor in LEFT_OUT")
+    return f"{'; '.join(texts)}. Points against the student alone, in the [table of all losses]({TABLE})."
 
 
 LIGHTNING = """import torch
