@@ -174,9 +174,7 @@ def measured(name: str) -> str:
     for place, row in enumerate(rows, start=1):
         if row.method in KINDS.get(name, [name]):
             kind = f'`"{row.method}"` ' if name in KINDS else ""
-            gains = (
-                f"{task} {'failed' if gain is None else gain_in_points(gain)}" for task, gain in row.gains.items()
-            )
+            gains = (f"{task} {'failed' if gain is None else gain_in_points(gain)}" for task, gain in row.gains.items())
             texts.append(f"{kind}{', '.join(gains)}, place {place} of {len(rows)}")
     if not texts:
         raise KeyError(f"{name} is neither in the results nor in LEFT_OUT")
