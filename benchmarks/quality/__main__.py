@@ -22,7 +22,7 @@ def run(name: str, experiment: Experiment, folder: Path, seeds: int, epochs: int
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compare = importlib.import_module(experiment.package).compare
-        comparison = compare(**arguments, metric=experiment.metric, seeds=seeds, folder=folder)
+        comparison = compare(**arguments, metric=experiment.metric, mode=experiment.mode, seeds=seeds, folder=folder)
     print(comparison, flush=True)
 
 

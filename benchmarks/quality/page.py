@@ -25,10 +25,10 @@ INTRODUCTION = """# Results
 Trainings with and without a teacher on real data. `make results` makes these runs again, and goes on
 where it was stopped. A line of `benchmarks/quality/results/*/runs.jsonl` is one training.
 
-Every number is a mean over seeds on test examples, in percent, with a 95 % interval. Differences are paired by seed:
-both students begin with the same weights and see the same batches. Their intervals hold for all methods of a table
-together (Bonferroni). *Equal compute* is the student alone, trained for as many more steps as the most expensive method
-takes longer.
+Every number is a mean over seeds on test examples, with a 95 % interval; accuracies are in percent. Differences are
+paired by seed: both students begin with the same weights and see the same batches. Their intervals hold for all methods
+of a table together (Bonferroni); **+** marks methods that are better, **-** those that are worse. *Equal compute* is
+the student alone, trained for as many more steps as the most expensive method takes longer.
 """
 PEERS = """\
 scikit-learn's digits with the networks above: half the cross entropy with the labels plus half of T² times the KL
@@ -103,7 +103,7 @@ def _losses(done: Mapping[str, Comparison]) -> Iterator[str]:
         return
     yield "## All losses with one recipe\n"
     yield from (f"- **{_short_title(name)}**: {EXPERIMENTS[name].text}\n" for name in tasks)
-    yield "The differences to the student alone, in points, sorted by their mean; + and - mark intervals without 0.\n"
+    yield "The differences to the student alone, in points, sorted by their mean.\n"
     yield f"| loss | {' | '.join(map(_short_title, tasks))} | mean | duration of a step |"
     yield f"|---|{'---|' * len(tasks)}---|---|"
     for row in loss_rows(done):
@@ -125,8 +125,8 @@ def _seconds(comparison: Comparison, method: str) -> float:
 
 def _reference(name: str, comparison: Comparison, title: str) -> str:
     facts = json.loads((comparison.folder / "comparison.json").read_text())
-    accuracy = facts["teacher"]["metrics"].get(EXPERIMENTS[name].metric)
-    known = "" if accuracy is None else f"teacher {100 * accuracy:.1f}, "
+    value = facts["teacher"]["metrics"].get(EXPERIMENTS[name].metric)
+    known = "" if value is None else f"teacher {_number(value, comparison.mode)}, "
     alone, equal = _value(comparison, ALONE), _value(comparison, EQUAL_COMPUTE)
     sizes = [facts[network]["cost"]["parameters"] for network in ("teacher", "student")]
     return (
@@ -137,9 +137,9 @@ def _reference(name: str, comparison: Comparison, title: str) -> str:
 
 
 def _methods(name: str, comparison: Comparison) -> Iterator[str]:
-    """A small experiment: every metric of every method, then the verdict."""
-    metrics = sorted({metric for run in comparison.runs for metric in run.metrics if "accuracy" in metric})
-    metrics.sort(key=lambda metric: metric != comparison.metric)
+    """A small experiment: every accuracy of every method, and the metric that decides; then the verdict."""
+    known = {metric for run in comparison.runs for metric in run.metrics if "accuracy" in metric}
+    metrics = [comparison.metric, *sorted(known - {comparison.metric})]
     heads = [metric.replace("_", " ") for metric in metrics]
     yield f"| method | {' | '.join(heads)} | against the student alone | steps | seconds |"
     yield f"|---|{'---|' * len(heads)}---|---|---|"
@@ -147,30 +147,41 @@ def _methods(name: str, comparison: Comparison) -> Iterator[str]:
         runs = [run for run in comparison.runs if run.method == method and run.error is None]
         if not runs:
             continue
-        means = [f"{100 * statistics.fmean(run.metrics[metric] for run in runs):.1f}" for metric in metrics]
-        gain = "" if method == ALONE else _gain(comparison.difference(method))
+        means = [_number(statistics.fmean(run.metrics[metric] for run in runs), comparison.mode) for metric in metrics]
+        gain = "" if method == ALONE else _gain(comparison.difference(method), comparison.mode)
         steps, seconds = (
             statistics.fmean(numbers) for numbers in ([run.steps for run in runs], [run.seconds for run in runs])
         )
         yield f"| {method} | {' | '.join(means)} | {gain} | {steps:.0f} | {seconds:.1f} |"
-    yield f"\n{_reference(name, comparison, 'Accuracies')}\n"
+    yield f"\n{_reference(name, comparison, metrics[0].replace('_', ' ').capitalize())}\n"
     yield "\n".join(f"- {line}" for line in comparison.verdict.splitlines()) + "\n"
+
+
+def _number(value: float, mode: str, sign: str = "") -> str:
+    """A share in percent, or a number of which less is better."""
+    return f"{100 * value:{sign}.1f}" if mode == "max" else f"{value:{sign}.3f}"
 
 
 def _value(comparison: Comparison, method: str) -> str:
     mean = comparison.mean(method)
-    if mean is None:
-        return "unknown"
-    return f"{100 * mean.mean:.1f}" + ("" if mean.margin is None else f" ± {100 * mean.margin:.1f}")
+    return "unknown" if mean is None else _with_margin(mean, comparison.mode)
+
+
+def _with_margin(estimated: Estimate, mode: str, sign: str = "") -> str:
+    margin = "" if estimated.margin is None else f" ± {_number(estimated.margin, mode)}"
+    return _number(estimated.mean, mode, sign) + margin
 
 
 def gain_in_points(gain: Estimate) -> str:
     """A difference with its interval, in points."""
-    return f"{100 * gain.mean:+.1f}" + ("" if gain.margin is None else f" ± {100 * gain.margin:.1f}")
+    return _with_margin(gain, "max", "+")
 
 
-def _gain(gain: Estimate | None) -> str:
-    return "failed" if gain is None else gain_in_points(gain) + ("", " **+**", " **-**")[gain.sign]
+def _gain(gain: Estimate | None, mode: str = "max") -> str:
+    if gain is None:
+        return "failed"
+    better = gain.sign if mode == "max" else -gain.sign
+    return _with_margin(gain, mode, "+") + ("", " **+**", " **-**")[better]
 
 
 def _peers(file: Path) -> Iterator[str]:
