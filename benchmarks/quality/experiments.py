@@ -338,8 +338,8 @@ EXPERIMENTS = {
     "text": Experiment(
         "Text: which divergence",
         "The sources of Python's standard library with a vocabulary of 512 tokens: rows of 96 tokens to train on, and"
-        " files that no training saw for the test. A quarter of the cross entropy plus three quarters of a divergence from"
-        " the teacher's outputs, which are cached.",
+        " files that no training saw for the test. A quarter of the cross entropy plus three quarters of a divergence;"
+        " the teacher's outputs are cached.",
         text.divergences,
         3,
         metric="bits_per_byte",
