@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_core.guidance.balance import Balanced, large, median_ratio, unmeasured
 from distill_core.schedules import Progress, set_scheduled
-from lightning_distill.adapters.follower import world_size
+from lightning_distill.processes import world_size
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import tensors_in
 from lightning_distill.teachers import EMATeacher

@@ -194,7 +194,9 @@ class Hand:
     def __post_init__(self) -> None:
         if isinstance(self.formula, type):
             self.formula = self.formula()
-        self.learned = {key: value.clone().requires_grad_() for key, value in self.learned.items()}
+        self.learned = {key: value.clone() for key, value in self.learned.items()}
+        for value in self.learned.values():
+            value.requires_grad_(value.is_floating_point())
         self.teacher = copy.deepcopy(self.student)
         if self.average is not None:
             self.teacher.load_state_dict(self.average)

@@ -21,13 +21,21 @@ from pairs.by_hand import (
     confidence,
     curriculum,
     decoupled,
-    generated,
     likeliest,
     line,
     mixed,
     soft_targets,
     squared,
-    variational,
+)
+from pairs.learned_by_hand import (
+    MemoriesByHand,
+    QueueByHand,
+    memories_term,
+    of_factors,
+    of_generated,
+    of_variational,
+    of_variational_of_two,
+    queue_term,
 )
 from tiny import CLASSES, INPUTS, Mlp
 from torch import Tensor
@@ -39,6 +47,7 @@ from lightning_distill import (
     DecoupledKDLoss,
     DistillationTerm,
     EMATeacher,
+    FactorTransferLoss,
     FeatureDistillation,
     LogitsDistillation,
     MaskedGenerativeLoss,
@@ -69,20 +78,22 @@ def _two() -> list[Mlp]:
 class Rows(Dataset[Batch]):
     """Inputs with labels and, for sequences, a mask of the positions that count."""
 
-    def __init__(self, length: int | None = None, seed: int = 0) -> None:
+    def __init__(self, length: int | None = None, seed: int = 0, numbered: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
         shape = (ROWS,) if length is None else (ROWS, length)
         self.x = torch.randn(*shape, INPUTS, generator=generator)
         self.labels = torch.randint(CLASSES, shape, generator=generator)
         self.mask = torch.rand(shape, generator=generator) > 0.4
         self.mask[..., 0] = True
-        self.masked = length is not None
+        self.masked, self.numbered = length is not None, numbered
 
     def __len__(self) -> int:
         return ROWS
 
     def __getitem__(self, index: int) -> Batch:
         row = {"x": self.x[index], "labels": self.labels[index]}
+        if self.numbered:
+            row["row"] = torch.tensor(index)
         return {**row, "mask": self.mask[index]} if self.masked else row
 
     def batch(self, start: int, size: int) -> Batch:
@@ -116,6 +127,7 @@ class Feature:
         length: Length of sequences, for data that are sequences.
         draws: Whether it draws random numbers in a step.
         decay: The decay of the teacher, if it is the student's average, by hand.
+        numbered: Whether the rows have their numbers.
     """
 
     terms: Callable[[], Any]
@@ -128,9 +140,10 @@ class Feature:
     length: int | None = None
     draws: bool = False
     decay: Callable[[Place], float] | None = None
+    numbered: bool = False
 
     def rows(self) -> Rows:
-        return Rows(self.length)
+        return Rows(self.length, numbered=self.numbered)
 
     def make_teacher(self, folder: Path) -> Any:
         if self.cache is None:
@@ -251,27 +264,6 @@ def _top_k(result, ask, batch, place, learned):
     return likeliest(result["logits"], ask(first_teacher())["logits"], 4.0)
 
 
-def _variational(result, ask, batch, place, learned):
-    return 0.3 * variational(result["body"], ask(first_teacher())["body"], learned, "body.learned.0")
-
-
-def _variational_of_two(result, ask, batch, place, learned):
-    teachers = enumerate([first_teacher(), second_teacher()])
-    values = [
-        variational(result["body"], ask(teacher)["body"], learned, f"body.learned.{index}")
-        for index, teacher in teachers
-    ]
-    return 0.3 * sum(values) / 2
-
-
-def _generated(result, ask, batch, place, learned):
-    weight, bias = (learned[f"body.adapters.0.{name}"] for name in ("weight", "bias"))
-    adapted = torch.nn.functional.linear(result["body"], weight, bias)
-    teacher = ask(first_teacher())["body"]
-    with torch.autocast("cpu", enabled=False):
-        return 0.05 * generated(adapted, teacher, learned, "body.learned.0", 0.5)
-
-
 def _itself(result, ask, batch, place, learned):
     return 0.5 * squared(result["body"], result["act"].detach())
 
@@ -367,18 +359,23 @@ FEATURES: dict[str, Feature] = {
     ),
     "adapter": Feature(_adapter_terms, _with_adapter),
     "variational information": Feature(
-        lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3), _variational
+        lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3), of_variational
     ),
     "variational information of several teachers": Feature(
         lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3),
-        _variational_of_two,
+        of_variational_of_two,
         teacher=lambda: [first_teacher(), second_teacher()],
     ),
     "masked generation": Feature(
         lambda: FeatureDistillation("body", "body", MaskedGenerativeLoss(mask="channel"), weight=0.05),
-        _generated,
+        of_generated,
         draws=True,
     ),
+    "factors": Feature(
+        lambda: FeatureDistillation("body", "body", FactorTransferLoss(rate=0.5), weight=0.3), of_factors
+    ),
+    "queue": Feature(queue_term, QueueByHand),
+    "memories": Feature(memories_term, MemoriesByHand, numbered=True),
     "self-distillation": Feature(lambda: SelfDistillation("body", "act", weight=0.5), _itself, teacher=lambda: None),
     "mask": Feature(lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, length=3),
     "ignored labels": Feature(lambda: LogitsDistillation(ignore_index=1), _ignored),
@@ -393,6 +390,8 @@ FEATURES: dict[str, Feature] = {
 }
 # Features of which a step depends on all its micro-batches so far.
 MEASURED = ("balanced", "balanced with a cache")
+# Features whose first batch has changed their parts before a run of one process shows them.
+REMEMBERING = ("queue", "memories")
 
 
 def student() -> Mlp:
