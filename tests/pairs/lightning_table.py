@@ -18,12 +18,10 @@ from pairs.by_hand import (
     Batch,
     Formula,
     Place,
-    confidence,
     curriculum,
     decoupled,
     likeliest,
     line,
-    mixed,
     soft_targets,
     squared,
 )
@@ -36,6 +34,16 @@ from pairs.learned_by_hand import (
     of_variational,
     of_variational_of_two,
     queue_term,
+)
+from pairs.several_by_hand import (
+    average_and_network,
+    cache_and_network,
+    losses_by_confidence,
+    mixed_logits,
+    mixed_probabilities,
+    routed,
+    two_teachers,
+    weighted_teachers,
 )
 from tiny import CLASSES, INPUTS, Mlp
 from torch import Tensor
@@ -122,6 +130,7 @@ class Feature:
         teacher: Makes the teacher.
         settings: Further settings of the callback.
         cache: Settings with which a cache of the first teacher is built and takes its place.
+        beside: Makes further teachers.
         views: Makes the student's inputs of a step.
         task_weight: The weight of the task loss, by hand.
         length: Length of sequences, for data that are sequences.
@@ -135,6 +144,7 @@ class Feature:
     teacher: Callable[[], Any] = first_teacher
     settings: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
+    beside: Callable[[], list[Any]] | None = None
     views: Sequence[Callable[[Tensor], Tensor]] = (lambda x: x,)
     task_weight: Callable[[Place], float] = lambda place: 1.0
     length: int | None = None
@@ -158,7 +168,8 @@ class Feature:
                 **self.cache,
             }
             TeacherCache.build(self.teacher(), self.rows(), path, **settings)
-        return TeacherCache.open(path)
+        cache = TeacherCache.open(path)
+        return cache if self.beside is None else [cache, *self.beside()]
 
 
 def _logits(result, ask, batch, place, learned):
@@ -194,47 +205,8 @@ def _with_adapter(result, ask, batch, place, learned):
     return 0.5 * _logits(result, ask, batch, place, learned) + 2.0 * _adapted(result, ask, learned, first_teacher(), 0)
 
 
-def _two_teachers(result, ask, batch, place, learned):
-    teachers = [first_teacher(), second_teacher()]
-    logits = [soft_targets(result["logits"], ask(teacher)["logits"], 4.0) for teacher in teachers]
-    features = [_adapted(result, ask, learned, teacher, index) for index, teacher in enumerate(teachers)]
-    return 0.5 * sum(logits) / 2 + 2.0 * sum(features) / 2
-
-
 def _array_function(x):
     return first_teacher()(torch.from_numpy(x)).detach().float().numpy()
-
-
-def _weighted_teachers(result, ask, batch, place, learned):
-    shares = torch.tensor([3.0, line(1.0, 0.0, place.fraction)])
-    teachers = [first_teacher(), second_teacher()]
-    logits = [soft_targets(result["logits"], ask(teacher)["logits"], 4.0) for teacher in teachers]
-    features = [_adapted(result, ask, learned, teacher, index) for index, teacher in enumerate(teachers)]
-    values = [0.5 * logit + 2.0 * feature for logit, feature in zip(logits, features, strict=True)]
-    return sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True))
-
-
-def _both(ask):
-    return [ask(first_teacher())["logits"], ask(second_teacher())["logits"]]
-
-
-def _mixed_probabilities(result, ask, batch, place, learned):
-    return soft_targets(result["logits"], mixed(_both(ask), torch.tensor([0.7, 0.3]), 4.0), 4.0)
-
-
-def _mixed_logits(result, ask, batch, place, learned):
-    teachers = _both(ask)
-    weights = confidence(teachers)
-    return soft_targets(result["logits"], sum(w * z.float() for w, z in zip(weights, teachers, strict=True)), 4.0)
-
-
-def _losses_by_confidence(result, ask, batch, place, learned):
-    teachers = _both(ask)
-    weights, values = confidence(teachers), []
-    for row in range(len(result["logits"])):
-        for weight, teacher in zip(weights, teachers, strict=True):
-            values.append(weight[row, 0] * soft_targets(result["logits"][row : row + 1], teacher[row : row + 1], 4.0))
-    return sum(values) / len(result["logits"])
 
 
 def _average(result, ask, batch, place, learned):
@@ -244,20 +216,6 @@ def _average(result, ask, batch, place, learned):
 def _average_with_layers(result, ask, batch, place, learned):
     teacher = ask(None)
     return 0.5 * soft_targets(result["logits"], teacher["logits"], 4.0) + 2.0 * squared(result["body"], teacher["body"])
-
-
-def _routed(result, ask, batch, place, learned):
-    values = []
-    for index, teacher in enumerate([first_teacher(), second_teacher()]):
-        rows = (batch["labels"] % 2 == index).nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        part = {name: value[rows] for name, value in result.items()}
-        answer = {name: value[rows] for name, value in ask(teacher).items()}
-        value = 0.5 * soft_targets(part["logits"], answer["logits"], 4.0)
-        value = value + 2.0 * _adapted(part, lambda _, answer=answer: answer, learned, teacher, index)
-        values.append(len(rows) / len(batch["labels"]) * value)
-    return sum(values)
 
 
 def _top_k(result, ask, batch, place, learned):
@@ -325,20 +283,29 @@ FEATURES: dict[str, Feature] = {
         lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, cache={"mask": "mask"}, length=3
     ),
     "cache by key": Feature(_adapter_terms, _with_adapter, cache={"layers": ["body"], "key": content_key}),
-    "several teachers": Feature(_adapter_terms, _two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
+    "several teachers": Feature(_adapter_terms, two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
+    "average and network": Feature(
+        _adapter_terms,
+        average_and_network,
+        teacher=lambda: [EMATeacher(0.6), second_teacher()],
+        decay=lambda place: 0.6,
+    ),
+    "cache and network": Feature(
+        _adapter_terms, cache_and_network, cache={"layers": ["body"]}, beside=lambda: [second_teacher()]
+    ),
     "weighted teachers": Feature(
-        _adapter_terms, _weighted_teachers, teacher=_two, settings={"teacher_weights": [3.0, Linear(1.0, 0.0)]}
+        _adapter_terms, weighted_teachers, teacher=_two, settings={"teacher_weights": [3.0, Linear(1.0, 0.0)]}
     ),
     "mixture of probabilities": Feature(
-        lambda: None, _mixed_probabilities, teacher=_two, settings={"teacher_weights": [7, 3], "mix": "probabilities"}
+        lambda: None, mixed_probabilities, teacher=_two, settings={"teacher_weights": [7, 3], "mix": "probabilities"}
     ),
     "mixture of logits by confidence": Feature(
-        lambda: None, _mixed_logits, teacher=_two, settings={"teacher_weights": "entropy", "mix": "logits"}
+        lambda: None, mixed_logits, teacher=_two, settings={"teacher_weights": "entropy", "mix": "logits"}
     ),
     "losses by confidence": Feature(
-        lambda: None, _losses_by_confidence, teacher=_two, settings={"teacher_weights": "entropy"}
+        lambda: None, losses_by_confidence, teacher=_two, settings={"teacher_weights": "entropy"}
     ),
-    "route": Feature(_adapter_terms, _routed, teacher=_two, settings={"route": lambda batch: batch["labels"] % 2}),
+    "route": Feature(_adapter_terms, routed, teacher=_two, settings={"route": lambda batch: batch["labels"] % 2}),
     "function": Feature(
         lambda: None, _logits, teacher=lambda: CallableTeacher(_array_function, arrays=True, batch_size=4)
     ),
