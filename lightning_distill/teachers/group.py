@@ -157,8 +157,9 @@ class GroupSource:
     def answers(self, call: Call, stored: Any = None) -> list[Call]:
         """The answer of each teacher to a call of the student."""
         answers = [answer for source in self.sources for answer in source.answers(call, stored)]
+        rows = next((answer.data_rows for answer in answers if answer.data_rows is not None), None)
         for index, answer in enumerate(answers):
-            answer.teacher = index
+            answer.teacher, answer.data_rows = index, rows  # of the examples, whichever teacher knows them
         return answers
 
     def cast(self, value: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_distill import (
+    ContrastiveRepresentationLoss,
     DistillCallback,
     Distiller,
     EMATeacher,
@@ -136,6 +137,16 @@ def test_a_cache_and_a_network_are_two_networks(tmp_path: Path) -> None:
     cached = Loop(lambda _: [cache, Mlp(7, seed=1)], terms=terms()).train(DataLoader(cache.attach(data), 8))
     close(cached.student.state_dict(), live.student.state_dict())
     close(cached.distiller.terms[1].state_dict(), live.distiller.terms[1].state_dict())
+
+
+def test_the_rows_that_a_cache_knows_serve_the_other_teachers_too(tmp_path: Path) -> None:
+    data = dataset(16)
+    cache = TeacherCache.build(Mlp(6, seed=2), data, tmp_path / "cache", layers=["body"], progress=False)
+    term = FeatureDistillation("body", "body", ContrastiveRepresentationLoss(negatives=5, width=4))
+    callback = DistillCallback([Mlp(7, seed=1), cache], term, student="model")
+    Trainer(max_epochs=1, callbacks=[callback], **PLAIN).fit(Classifier(), DataLoader(data, 8))
+    saved = callback.adapter_state()["adapters"]["body"]
+    assert saved["learned.0.teacher_memory"].shape == saved["learned.1.teacher_memory"].shape == (16, 4)
 
 
 def test_a_copy_of_a_callback_has_averages_of_its_own() -> None:

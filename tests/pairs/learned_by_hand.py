@@ -70,10 +70,18 @@ class Remembering:
         if self.place != place:
             self.place = place
             self.before = {name: value.detach().clone() for name, value in learned.items()}
+        student = result["body"].float()
         with torch.autocast("cpu", enabled=False):
-            return self.value(result["body"].float(), ask(Mlp(7, seed=1))["body"].float(), batch, learned)
+            values = [
+                self.value(student, ask(teacher)["body"].float(), batch, learned, f"body.learned.{index}")
+                for index, teacher in enumerate(self.teachers())
+            ]
+            return torch.stack(values).mean()
 
-    def value(self, student: Tensor, teacher: Tensor, batch: Batch, learned: Learned) -> Tensor:
+    def teachers(self) -> list[Mlp]:
+        return [Mlp(7, seed=1)]
+
+    def value(self, student: Tensor, teacher: Tensor, batch: Batch, learned: Learned, prefix: str) -> Tensor:
         raise NotImplementedError
 
 
@@ -85,8 +93,8 @@ class QueueByHand(Remembering):
             self.fresh: list[Tensor] = []
         return super().__call__(result, ask, batch, place, learned)
 
-    def value(self, student, teacher, batch, learned):
-        queue = self.before["body.learned.0.queue"]
+    def value(self, student, teacher, batch, learned, prefix):
+        queue = self.before[f"{prefix}.queue"]
         student, teacher = _unit(F.linear(student, *_layer(learned, "body.adapters.0"))), _unit(teacher)
         values = []
         for own, target in zip(student, teacher, strict=True):
@@ -95,15 +103,14 @@ class QueueByHand(Remembering):
             values.append(-(weights * (entries @ own / 0.2).log_softmax(0)).sum())
         self.fresh.append(teacher)
         with torch.no_grad():
-            learned["body.learned.0.queue"].copy_(torch.cat([*self.fresh, queue])[:8])
+            learned[f"{prefix}.queue"].copy_(torch.cat([*self.fresh, queue])[:8])
         return 0.3 * torch.stack(values).mean()
 
 
 class MemoriesByHand(Remembering):
     """Cross entropies of telling the example's remembered embedding from those of all other examples."""
 
-    def value(self, student, teacher, batch, learned):
-        prefix = "body.learned.0"
+    def value(self, student, teacher, batch, learned, prefix):
         embeddings = [
             _unit(F.linear(feature, *_layer(learned, f"{prefix}.{side}_embedding")))
             for side, feature in (("student", student), ("teacher", teacher))
@@ -120,6 +127,13 @@ class MemoriesByHand(Remembering):
                 learned[f"{prefix}.{side}_memory"][batch["row"]] = _unit(0.5 * memory[batch["row"]] + 0.5 * embedding)
             learned[f"{prefix}.draws"][1] = self.before[f"{prefix}.draws"][1] + 1
         return 0.1 * value.mean()
+
+
+class MemoriesOfTwo(MemoriesByHand):
+    """The mean over two teachers, each with maps and memories of its own."""
+
+    def teachers(self) -> list[Mlp]:
+        return [Mlp(7, seed=1), Mlp(6, seed=2)]
 
 
 def queue_term() -> DistillationTerm:

@@ -27,6 +27,7 @@ from pairs.by_hand import (
 )
 from pairs.learned_by_hand import (
     MemoriesByHand,
+    MemoriesOfTwo,
     QueueByHand,
     memories_term,
     of_factors,
@@ -263,6 +264,11 @@ FEATURES: dict[str, Feature] = {
         lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(1.0, 3.0, reversal_weight=1.0))),
         lambda result, ask, *rest: curriculum(result["logits"], ask(first_teacher())["logits"], rest[-1]),
     ),
+    "cache and curriculum temperature": Feature(
+        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(1.0, 3.0, reversal_weight=1.0))),
+        lambda result, ask, *rest: curriculum(result["logits"], ask(first_teacher())["logits"], rest[-1]),
+        cache={},
+    ),
     "schedules in a term of the user's own": Feature(TwoTemperatures, _two_temperatures),
     "task weight over epochs": Feature(
         lambda: None,
@@ -343,6 +349,7 @@ FEATURES: dict[str, Feature] = {
     ),
     "queue": Feature(queue_term, QueueByHand),
     "memories": Feature(memories_term, MemoriesByHand, numbered=True),
+    "memories of two teachers": Feature(memories_term, MemoriesOfTwo, teacher=_two, numbered=True),
     "self-distillation": Feature(lambda: SelfDistillation("body", "act", weight=0.5), _itself, teacher=lambda: None),
     "mask": Feature(lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, length=3),
     "ignored labels": Feature(lambda: LogitsDistillation(ignore_index=1), _ignored),
@@ -358,7 +365,7 @@ FEATURES: dict[str, Feature] = {
 # Features of which a step depends on all its micro-batches so far.
 MEASURED = ("balanced", "balanced with a cache")
 # Features whose first batch has changed their parts before a run of one process shows them.
-REMEMBERING = ("queue", "memories")
+REMEMBERING = ("queue", "memories", "memories of two teachers")
 
 
 def student() -> Mlp:
