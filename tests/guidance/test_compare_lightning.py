@@ -106,10 +106,12 @@ def test_the_curve_has_a_point_for_each_validation(whole: Comparison) -> None:
 def test_balanced_weights_are_measured_in_each_run_also_in_several_processes(tmp_path: Path) -> None:
     terms = [LogitsDistillation(weight="balanced"), FeatureDistillation("body", "body", weight=Balanced(0.5, steps=3))]
     settings: dict[str, Any] = {"methods": {"balanced": terms}, "save_weights": True}
-    one, several = (compared(tmp_path / str(count), workers=count, **settings) for count in (1, 2))
+    single, several = (compared(tmp_path / str(count), workers=count, **settings) for count in (1, 2))
     weights: list[float] = []
-    for first, second in zip(*(_runs(each, "balanced") for each in (one, several)), strict=True):
-        expected, got = (torch.load(result.folder / run.weights) for result, run in ((one, first), (several, second)))
+    for first, second in zip(*(_runs(each, "balanced") for each in (single, several)), strict=True):
+        expected, got = (
+            torch.load(result.folder / run.weights) for result, run in ((single, first), (several, second))
+        )
         assert all(torch.equal(value, got[name]) for name, value in expected.items())
         weights.append(first.metrics["distill/body_weight"])
         assert second.metrics["distill/body_weight"] == weights[-1]
