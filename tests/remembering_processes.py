@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from processes import SECONDS, run_as_process
@@ -169,6 +171,28 @@ def without_optimizer() -> Any:
     return "no error"
 
 
+def fabric() -> Any:
+    torch.manual_seed(3)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricDDP(process_group_backend="gloo"))
+    fabric.launch()
+    student = Embedder(3, seed=1)
+    student, optimizer = fabric.setup(student, torch.optim.SGD(student.parameters(), lr=0.0))
+    distiller = Distiller(student, Embedder(5, seed=2), terms())
+    distiller.follow(optimizer)
+    states = []
+    for rows in STEPS[0], [[7, 8], [9, 10]]:
+        batch = batch_of(rows[RANK])
+        with distiller.record():
+            task = student(batch["x"]).square().mean()
+        fabric.backward(distiller.total(task, batch))
+        if not states:
+            states.append(state_of(distiller))
+        optimizer.step()
+        optimizer.zero_grad()
+        states.append(state_of(distiller))
+    return states
+
+
 def by_itself() -> Any:
     torch.manual_seed(3)
     loss = QueueSimilarityLoss(size=2)
@@ -259,7 +283,7 @@ def trainer_resumed(folder: Path) -> Any:
 
 def pair(folder: Path) -> None:
     results: dict[str, Any] = {"trainer": trainer_resumed(folder)}  # first: it starts the process group
-    cases: list[Callable[[], Any]] = [unequal, masked, accumulated, without_optimizer, by_itself, own_term]
+    cases: list[Callable[[], Any]] = [unequal, masked, accumulated, fabric, without_optimizer, by_itself, own_term]
     for case in cases:
         print(case.__name__, flush=True)
         results[case.__name__] = case()

@@ -90,7 +90,15 @@ def test_the_constants_are_those_of_the_first_batches_of_both_and_stay(pair: lis
         close(state["contrast.learned.0.log_normalizers"], hand.constants.float())
 
 
-@pytest.mark.parametrize("case", ["unequal", "masked", "accumulated", "resumed", "trainer"])
+def test_a_loop_of_fabric_remembers_the_same(pair: list[dict[str, Any]]) -> None:
+    before, *after = pair[0]["fabric"]
+    hand = ByHand(before)
+    for rows, state in zip((STEPS[0], STEPS[2]), after, strict=True):
+        hand.step(*both(rows))
+        hand.equals(state)
+
+
+@pytest.mark.parametrize("case", ["fabric", "unequal", "masked", "accumulated", "resumed", "trainer"])
 def test_both_processes_remember_the_same(pair: list[dict[str, Any]], case: str) -> None:
     first, second = ([{k: v for k, v in each.items() if k != "loss"} for each in rank[case]] for rank in pair)
     assert first == second

@@ -227,7 +227,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "memories of two teachers",
     ),
     "sharded": ("logits", "adapter", "several teachers", "variational information", "self-distillation", "cache"),
-    "sharded_and_resting": ("adapter", "self-distillation"),
+    "sharded_and_resting": ("adapter", "self-distillation", "queue", "memories"),
     "sharded_average": ("moving average",),
     "skipping": ("adapter",),  # last: Lightning ends the run of both processes
 }
