@@ -175,13 +175,12 @@ class ContrastiveRepresentationLoss(RememberingLoss):
         embeddings, partitions = columns[:2], columns[2:]
         if partitions:
             self.log_normalizers = torch.stack(self._log_normalizers(partitions[0]))
-        if len(index):
-            # of a row that occurs several times the last embedding counts, whichever is written last
-            same = index[:, None] == index
-            last = (same * torch.arange(len(index), device=index.device)).amax(dim=1)
-            for memory, embedding in zip((self.student_memory, self.teacher_memory), embeddings, strict=True):
-                fresh = unit(embedding[last].to(memory.dtype), 1)
-                memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * fresh, 1)
+        # of a row that occurs several times the last embedding counts, whichever entry is written last
+        order = index.argsort(stable=True)
+        last = order[torch.searchsorted(index[order], index, right=True) - 1]
+        for memory, embedding in zip((self.student_memory, self.teacher_memory), embeddings, strict=True):
+            fresh = unit(embedding[last].to(memory.dtype), 1)
+            memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * fresh, 1)
         self.draws[1] += 1
 
     def no_examples(self) -> tuple[Tensor, ...]:
