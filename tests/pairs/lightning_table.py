@@ -261,11 +261,11 @@ FEATURES: dict[str, Feature] = {
         lambda: FeatureDistillation("body", "body", weight=Cosine(2.0, 0.0)), _feature_weight_over_fraction
     ),
     "curriculum temperature": Feature(
-        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(1.0, 3.0, reversal_weight=1.0))),
+        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(0.1, 0.5, reversal_weight=1.0))),
         lambda result, ask, *rest: curriculum(result["logits"], ask(first_teacher())["logits"], rest[-1]),
     ),
     "cache and curriculum temperature": Feature(
-        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(1.0, 3.0, reversal_weight=1.0))),
+        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(0.1, 0.5, reversal_weight=1.0))),
         lambda result, ask, *rest: curriculum(result["logits"], ask(first_teacher())["logits"], rest[-1]),
         cache={},
     ),
