@@ -25,6 +25,7 @@ from lightning_distill import (
     SelfTeacher,
     TeacherCache,
 )
+from lightning_distill.guidance.runs import distill_callback
 from lightning_distill.schedules import Linear
 
 STEPS = 4
@@ -157,6 +158,13 @@ def test_a_copy_of_a_callback_has_averages_of_its_own() -> None:
     Trainer(max_steps=2, callbacks=[callback], **PLAIN).fit(Classifier(), loader())
     assert callback.teacher[0].network is not None
     assert other.teacher[0].network is None
+
+
+def test_each_run_of_a_comparison_has_averages_of_its_own() -> None:
+    average, network = EMATeacher(0.5), Mlp(7, seed=1)
+    callback = distill_callback({"teacher": [average, network], "terms": [LogitsDistillation()]})
+    assert callback.teacher[0] is not average
+    assert callback.teacher[1] is network
 
 
 def test_a_decay_in_a_list_has_the_number_of_its_teacher_in_the_logs() -> None:
