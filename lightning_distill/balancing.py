@@ -13,10 +13,10 @@ from torch import Tensor
 
 from distill_core.guidance.balance import Balanced, large, median_ratio, unmeasured
 from distill_core.schedules import Progress, set_scheduled
-from lightning_distill.adapters.follower import world_size
+from lightning_distill.processes import world_size
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import tensors_in
-from lightning_distill.teachers import EMATeacher
+from lightning_distill.teachers import EMATeacher, members
 from lightning_distill.terms import DistillationTerm
 
 _HALF_SCALES = (2.0**16, 2.0**8, 1.0)  # like a gradient scaler: small gradients of float16 would be 0
@@ -95,7 +95,7 @@ class Balance:
             reason = "which makes its loss before the task loss is known"
         elif self._sharding:
             reason = f"since {self._sharding[0]} does not let single losses be differentiated"
-        elif isinstance(self._teacher, EMATeacher):
+        elif any(isinstance(each, EMATeacher) for each in members(self._teacher)):
             reason = "since the student and its average are equal at first, and the gradient is 0"
         elif getattr(self._settings, "on_policy", None) is not None and not self._alone:
             reason = "since text of the student has no task loss (or pass task_weight=0 and a term with a number)"

@@ -20,7 +20,7 @@ from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
 from lightning_distill.schedules import Schedule, Setting
-from lightning_distill.teachers import EMATeacher, as_dtype, as_teacher
+from lightning_distill.teachers import EMATeacher, TeacherGroup, as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.teachers.route import Place as Route
 from lightning_distill.terms import LogitsDistillation, as_terms
@@ -48,10 +48,10 @@ class DistillCallback(Callback):
     ``<name>/<term>/loss``, ``<name>/<term>/temperature`` and so on.
 
     Args:
-        teacher: The network to match, called with the student's inputs; a list of networks, over which each term is
-            averaged unless the next arguments say otherwise; an :class:`EMATeacher`, :class:`CallableTeacher` or
-            :class:`SelfTeacher`; a :class:`TeacherCache` of its outputs; or ``None`` if no term needs a teacher. A
-            network is frozen while the Trainer runs, then restored.
+        teacher: The network to match, called with the student's inputs; an :class:`EMATeacher`,
+            :class:`CallableTeacher` or :class:`SelfTeacher`; a :class:`TeacherCache` of its outputs; a list of these,
+            over which each term is averaged unless the next arguments say otherwise; or ``None`` if no term needs a
+            teacher. A network is frozen while the Trainer runs, then restored.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. A loss on logits is wrapped in a
             ``LogitsDistillation``.
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
@@ -369,7 +369,7 @@ class DistillCallback(Callback):
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
         fresh: dict[str, Any] = {"_run": None, "_last_module": None, "_state": {}, "_mailbox": Mailbox()}
         other.__dict__.update(kept, **fresh)
-        if isinstance(self._teacher, EMATeacher):  # of the copy's own student
+        if isinstance(self._teacher, (EMATeacher, TeacherGroup)):  # of the copy's own student
             other._teacher = copy.deepcopy(self._teacher, memo)
         other.mix = copy.deepcopy(self.mix, memo)
         other.terms = [copy.deepcopy(term, memo) for term in self.terms]

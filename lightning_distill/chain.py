@@ -40,7 +40,7 @@ def assistant_chain(
         networks: The trained teacher, the assistants and the student, from large to small, two or more.
         terms: The terms of each stage, as in :class:`DistillModule`.
         trainer: Makes the Trainer of a stage, such as ``lambda: Trainer(max_epochs=10)``; called once for each.
-        folder: Where the stages are kept.
+        folder: Where the stages are kept; several processes must all see it, and the first one writes.
         train_dataloaders: As in ``Trainer.fit``.
         val_dataloaders: As in ``Trainer.fit``.
         datamodule: As in ``Trainer.fit``.
@@ -51,7 +51,8 @@ def assistant_chain(
 
     Raises:
         ValueError: If there are fewer than two networks, one of them stands twice, ``trainer`` makes the same Trainer
-            twice, a kept stage is of other networks, or a term leaves a student's own classifier untrained.
+            twice, a kept stage is of other networks, a process does not see the folder, or a term leaves a student's
+            own classifier untrained.
         TypeError: If ``trainer`` is not a function, or a network not a module.
         RuntimeError: If a fit ends before it is finished, such as by an interrupt.
 
@@ -99,7 +100,18 @@ def assistant_chain(
         if own.is_global_zero:
             running.unlink(missing_ok=True)
         own.strategy.barrier()
+        if own.world_size > 1:  # each process has statistics of its own batches, and a resumed chain those of the first
+            _check_seen(finished)
+            load_teacher(finished, student, prefix="student.")
     return networks[-1].eval()
+
+
+def _check_seen(finished: Path) -> None:
+    if not finished.exists():
+        raise ValueError(
+            f"Expected `folder` to be one that all processes see, but this one does not find {finished}. Pass a folder"
+            " that the machines share."
+        )
 
 
 class _KeepsLastEpoch(Checkpoint):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_distill import checks
+from lightning_distill import checks, processes
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.cache.data import IndexedBatch
 from lightning_distill.compat import HookGuards, is_compiled, redefined
 from lightning_distill.hparams import Teacher, Terms
-from lightning_distill.on_policy import LoopTexts, OnPolicyBatches, OnPolicyDistillation, process_number, reverse_term
+from lightning_distill.on_policy import LoopTexts, OnPolicyBatches, OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress, Schedule, Scheduler, Setting
@@ -116,7 +116,7 @@ class Distiller:
         self._step.check()
         self._texts: LoopTexts | None = None
         if on_policy is not None:
-            batches = OnPolicyBatches(on_policy, self._step.student, self.terms, labels, process_number())
+            batches = OnPolicyBatches(on_policy, self._step.student, self.terms, labels, processes.process_number())
             batches.check(self._step.source.stored, teacher_inputs)
             self._texts = LoopTexts(batches)
         if (shared := shared_parameter(student, self._step.source)) is not None:

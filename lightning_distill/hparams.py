@@ -16,12 +16,13 @@ from lightning_distill.losses import DistillationLoss
 from lightning_distill.on_policy import OnPolicyDistillation
 from lightning_distill.recording import Call
 from lightning_distill.schedules import Schedule
-from lightning_distill.teachers import EMATeacher, SelfTeacher, TeacherEnsemble
+from lightning_distill.teachers import EMATeacher, SelfTeacher, members
 from lightning_distill.teachers.inputs import Place
 from lightning_distill.terms import DistillationTerm
 from lightning_distill.terms.mixing import TeacherMix
 
-Teacher = nn.Module | SelfTeacher | EMATeacher | TeacherCache | Sequence[nn.Module] | None
+OneTeacher = nn.Module | SelfTeacher | EMATeacher | TeacherCache
+Teacher = OneTeacher | Sequence[OneTeacher] | None
 Terms = DistillationTerm | DistillationLoss | Sequence[DistillationTerm | DistillationLoss] | None
 Plain = str | int | float | bool | None
 
@@ -107,8 +108,7 @@ def _settings_of_loss(loss: Any) -> dict[str, Any]:
 
 
 def _teacher(teacher: Any) -> Any:
-    networks = [*teacher] if isinstance(teacher, TeacherEnsemble) else [teacher]
-    names = [f"{type(network).__module__}.{type(network).__qualname__}" for network in networks]
+    names = [f"{type(each).__module__}.{type(each).__qualname__}" for each in members(teacher)]
     return None if teacher is None else ", ".join(names)
 
 

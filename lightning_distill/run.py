@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from lightning_distill import checks, compat
 from lightning_distill.adapters.follower import bare
 from lightning_distill.adapters.learned import LearnedParts
-from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.teacher import Stored
 from lightning_distill.cache.training import CachedLoaders
 from lightning_distill.hparams import Settings
@@ -29,7 +28,7 @@ from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Progress
 from lightning_distill.step import DistillStep
 from lightning_distill.step_calls import StepCalls
-from lightning_distill.teachers import EMATeacher
+from lightning_distill.teachers import EMATeacher, members
 from lightning_distill.teachers.make import as_source, shared_parameter
 from lightning_distill.terms import connected, teacher_inputs_of
 from lightning_distill.terms.counting import token_sizes
@@ -116,7 +115,7 @@ class Run:
     def _check(self) -> None:
         sharding = [name for name in ("DeepSpeedStrategy", "FSDPStrategy") if compat.has_strategy(self.trainer, name)]
         self.step.check(sharding)
-        if sharding and isinstance(self.callback.teacher, EMATeacher):
+        if sharding and any(isinstance(each, EMATeacher) for each in members(self.callback.teacher)):
             raise MisconfigurationException(
                 f"Expected DDP or one device with an EMATeacher, but got {sharding[0]}, which shards the student."
             )
@@ -145,7 +144,7 @@ class Run:
                 MethodPatch(*compat.after_closure(trainer), self._before_optimizer_step),
             ]
             if self.step.source.stored:
-                self._cached = CachedLoaders(trainer, cast(TeacherCache, callback.teacher))
+                self._cached = CachedLoaders(trainer, cast(Any, self.step.source).cache)
             if any(term.counts_tokens for term in callback.terms):
                 self._window = TokenWindow(trainer, callback.terms, self._unpacked, callback.labels)
         if callback.validate and not self.step.source.live:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_distill.adapters.follower import bare, world_size
+from lightning_distill.adapters.follower import bare
 from lightning_distill.adapters.learned import LearnedParts
 from lightning_distill.balancing import Balance, as_share
+from lightning_distill.processes import world_size
 from lightning_distill.recording import Call, find_labels, first_tensor
 from lightning_distill.recording.outputs import tensors_in
 from lightning_distill.recording.student import StudentFinder

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from plain_trainer import PLAIN
@@ -19,7 +22,14 @@ from tiny import CLASSES, INPUTS, Classifier, Mlp, dataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_distill import DistillCallback, EMATeacher, MutualLearning
+from lightning_distill import (
+    DistillCallback,
+    EMATeacher,
+    FeatureDistillation,
+    LogitsDistillation,
+    MutualLearning,
+    assistant_chain,
+)
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -41,20 +51,24 @@ def batches(rank: int) -> DataLoader:
 class Normalized(nn.Module):
     """A network with statistics and a counter."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 4) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(4)
+            torch.manual_seed(seed)
             self.body, self.norm, self.head = nn.Linear(INPUTS, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES)
 
     def forward(self, x):
         return self.head(self.norm(self.body(x)).relu())
 
 
-def fit(fitted: LightningModule, *callbacks: Callback) -> None:
+def trainer(*callbacks: Callback) -> Trainer:
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
     settings = {"accelerator": "cpu", "devices": 2, "max_epochs": 2, "use_distributed_sampler": False, **PLAIN}
-    Trainer(strategy=strategy, callbacks=list(callbacks), **settings).fit(fitted, batches(RANK))
+    return Trainer(strategy=strategy, callbacks=list(callbacks), **settings)
+
+
+def fit(fitted: LightningModule, *callbacks: Callback) -> None:
+    trainer(*callbacks).fit(fitted, batches(RANK))
 
 
 def average(folder: Path) -> None:
@@ -71,5 +85,57 @@ def mutual(folder: Path) -> None:
     (folder / f"mutual{RANK}.json").write_text(json.dumps(values))
 
 
+class KeepsTheFirstEpoch(Callback):
+    """Copies the folder of a chain as it is after the first epoch of the second stage."""
+
+    fits = 0
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        KeepsTheFirstEpoch.fits += trainer.current_epoch == 0
+        stopped = self.folder.parent / "stopped"
+        if KeepsTheFirstEpoch.fits == 2 and trainer.current_epoch == 1 and RANK == 0:
+            shutil.copytree(self.folder, stopped)
+        trainer.strategy.barrier()
+
+
+def chained(folder: Path, *callbacks: Callback) -> dict[str, object]:
+    """The three networks of a chain after their training."""
+
+    def make_trainer() -> Trainer:
+        torch.manual_seed(7 + RANK)  # the processes are seeded differently
+        return trainer(*callbacks)
+
+    networks = [Mlp(9, seed=3), Normalized(seed=2), Normalized(seed=1)]
+    student = assistant_chain(
+        networks,
+        [LogitsDistillation(), FeatureDistillation("body", "body")],
+        trainer=make_trainer,
+        folder=folder,
+        train_dataloaders=batches(RANK),
+        optimizer=sgd,
+        validate=False,
+    )
+    assert student is networks[2]
+    return {f"{index}.{key}": value.tolist() for index in (1, 2) for key, value in networks[index].state_dict().items()}
+
+
+def chain(folder: Path) -> None:
+    written: list[str] = []
+    save = TorchCheckpointIO.save_checkpoint
+
+    def noted(self: TorchCheckpointIO, checkpoint: Any, path: Any, **settings: Any) -> None:
+        written.append("/".join(Path(path).parts[-3:]))
+        save(self, checkpoint, path, **settings)
+
+    TorchCheckpointIO.save_checkpoint = noted
+    whole = chained(folder / "whole", KeepsTheFirstEpoch(folder / "whole"))
+    resumed = chained(folder / "stopped")
+    values = {"whole": whole, "resumed": resumed, "written": written}
+    (folder / f"chain{RANK}.json").write_text(json.dumps(values))
+
+
 if __name__ == "__main__":
-    run_as_process({"mutual": mutual, "average": average})
+    run_as_process({"mutual": mutual, "average": average, "chain": chain})

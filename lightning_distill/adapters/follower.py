@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from lightning_distill import compat
 from lightning_distill.patch import MethodPatch
+from lightning_distill.processes import world_size
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -27,7 +28,8 @@ class Follower:
     them take: they agree on the parts that exist and average all gradients at once.
 
     Args:
-        agree: Makes the processes agree on the learned parts that exist; called with the student's device.
+        meet: Lets the processes agree on the learned parts that exist, and exchange what these remember; called with
+            the student's device.
         leader: The student's optimizer, or Lightning's or Fabric's wrapper of it.
         factory: Makes the optimizer from the parameters; ``None`` clones the leader's class and settings, and copies
             its current settings before each step. Of several parameter groups the one with the largest learning rate
@@ -41,14 +43,14 @@ class Follower:
 
     def __init__(
         self,
-        agree: Callable[[torch.device], None],
+        meet: Callable[[torch.device], None],
         leader: Optimizer,
         factory: OptimizerCallable | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.leader = bare(leader)
         self.optimizer: Optimizer | None = None
-        self._agree, self._factory, self._scaler = agree, factory, scaler
+        self._meet, self._factory, self._scaler = meet, factory, scaler
         self._parameters: list[nn.Parameter] = []
         self._mirrored: list[str] = []
         self._prepared = False
@@ -110,7 +112,8 @@ class Follower:
             return
         distributed = world_size() > 1
         if distributed:
-            self._agree(self.device)
+            self._meet(self.device)
+            self._prepared = True
         if not self._parameters or (scaler is None and not distributed):
             return
         self._prepared = True
@@ -167,12 +170,6 @@ def bare(optimizer: Any) -> Optimizer:
     """The optimizer inside Lightning's or Fabric's wrapper, or the optimizer itself."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
-
-
-def world_size() -> int:
-    """Number of processes that train together."""
-    present = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if present else 1
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

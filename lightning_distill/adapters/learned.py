@@ -12,8 +12,11 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_distill.adapters.follower import Follower, OptimizerCallable, bare, world_size
+from lightning_distill.adapters.follower import Follower, OptimizerCallable, bare
+from lightning_distill.adapters.memories import exchange
 from lightning_distill.adapters.shapes import Learner, Shapes, calls_of, describe
+from lightning_distill.losses.memories import RememberingLoss
+from lightning_distill.processes import world_size
 from lightning_distill.recording import Call
 
 
@@ -47,7 +50,8 @@ class LearnedParts:
 
     def _start(self) -> None:
         self._unmade = {term.name for term in self.terms if term.makes_parts}  # not made in this process
-        self._open = self._unmade | {term.name for term in self.terms if trained_by(term)}  # not agreed on by all
+        shared = {term.name for term in self.terms if trained_by(term) or remembering(term)}
+        self._open = self._unmade | shared  # not agreed on by all
         self._shapes: dict[str, Shapes] = {}
         self._saved: dict[str, Any] = {}  # waits for the calls that show device and shapes
 
@@ -81,6 +85,7 @@ class LearnedParts:
             torch.default_generator.manual_seed((seed + index) % 2**63)
             term.remake(term.build, student, teachers)
         self._unmade.discard(term.name)
+        self._collect()
         if not self.allowed and (trained := trained_by(term)):
             raise ValueError(
                 "Expected terms without adapters under DeepSpeed, whose engine only trains the module's own parameters,"
@@ -90,6 +95,21 @@ class LearnedParts:
         known = (self._saved.get("optimizer") or {}).get("terms", saved)
         if term.name in saved or (saved and term.name not in known and trained_by(term)):
             _restore(term, saved.get(term.name, {}))
+
+    def meet(self, device: torch.device) -> None:
+        """Agree on the parts that exist, and exchange what they remember; called by all processes at the same place.
+
+        Args:
+            device: Device of the student's parameters.
+        """
+        self.agree(device)
+        exchange([loss for term in self._agreed() for loss in remembering(term)], device)
+
+    def _collect(self) -> None:
+        """Let the losses that remember examples wait for the other processes, if there are any."""
+        for term in self.terms:
+            for loss in remembering(term):
+                loss.collect(world_size() > 1)
 
     def agree(self, device: torch.device) -> None:
         """Make the parts that any process has made in every process; called by all of them at the same place.
@@ -162,7 +182,7 @@ class LearnedParts:
         """Raise if no optimizer trains the parts that were made in an earlier step.
 
         Raises:
-            ValueError: If so; they would keep their first values.
+            ValueError: If so; they would keep their first values. Also if the processes would not meet.
         """
         if self._leader is None and not self._handed_over and not self.awaits_leader and self._trained():
             raise ValueError(
@@ -170,6 +190,16 @@ class LearnedParts:
                 " distiller.follow(optimizer), or pass distiller.parameters() to the student's optimizer. Under a"
                 " Trainer one of its optimizers must hold the student's parameters."
             )
+        if world_size() == 1:
+            return
+        modules = (module for term in self.terms for module in term.modules())
+        losses = [type(module).__name__ for module in modules if isinstance(module, RememberingLoss)]
+        if losses and self._leader is None and not self.awaits_leader:
+            raise ValueError(
+                f"Expected an optimizer to follow, since {losses[0]} remembers the examples of all processes, which"
+                " exchange them at the optimizer's step, but got none. Call distiller.follow(optimizer)."
+            )
+        self._collect()
 
     def hand_over(self) -> list[nn.Parameter]:
         """The parameters, for a user's own optimizer.
@@ -189,8 +219,8 @@ class LearnedParts:
         """Step with this optimizer from now on."""
         self.unfollow()
         self._leader, self._scaler = leader, scaler
-        if any(term.makes_parts or trained_by(term) for term in self.terms):
-            self._follower = Follower(self.agree, leader, self.factory, scaler)
+        if any(term.makes_parts or trained_by(term) or remembering(term) for term in self.terms):
+            self._follower = Follower(self.meet, leader, self.factory, scaler)
             self._train()
 
     def unfollow(self) -> None:
@@ -305,6 +335,12 @@ class LearnedParts:
 def trained_by(term: Learner) -> list[nn.Parameter]:
     """The parameters of a term that are trained."""
     return [parameter for parameter in term.parameters() if parameter.requires_grad]
+
+
+def remembering(term: Learner) -> list[RememberingLoss]:
+    """The losses of a term that remember examples, once they are built."""
+    losses = (module for module in term.modules() if isinstance(module, RememberingLoss))
+    return [loss for loss in losses if any(True for _ in loss.buffers())]
 
 
 def _sizes(term: Learner) -> dict[str, list[int]]:

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 import torch.distributed
 
 from distill_core.store import CacheError
+from lightning_distill.processes import process_number, world_size
 
 
 def process_rank() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return process_number(), world_size()
 
 
 @contextmanager

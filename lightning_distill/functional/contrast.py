@@ -125,19 +125,65 @@ def noise_contrast(scores: Tensor, log_normalizer: Tensor | float, size: int) ->
     return F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(dim=1)
 
 
-def log_partition(scores: Tensor, size: int, counts: Tensor | None = None) -> Tensor:
-    """Logarithm of Z as a batch estimates it: the mean of the exponentials times the number of examples.
+def log_partitions(scores: Tensor, size: int) -> Tensor:
+    """Logarithm of Z as each example estimates it: the mean of its exponentials times the number of examples.
 
     Args:
         scores: The result of :func:`contrast_scores`.
         size: Number of examples in the data set.
-        counts: True where an example counts, shape ``(N,)``; None where all count.
 
     Returns:
-        A scalar without a gradient; minus infinity where no example counts.
+        Shape ``(N,)``, without a gradient.
     """
-    scores = scores.detach()
-    number = torch.tensor(len(scores), device=scores.device)
+    return scores.detach().logsumexp(dim=1) - math.log(scores.shape[1]) + math.log(size)
+
+
+def log_mean(logarithms: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Logarithm of the mean of numbers that are given as logarithms.
+
+    Args:
+        logarithms: Shape ``(N, ...)``.
+        counts: True where a number counts, shape ``(N,)``; None where all count.
+
+    Returns:
+        The logarithms without the first dimension; minus infinity where none counts.
+    """
+    number = torch.tensor(len(logarithms), device=logarithms.device)
     if counts is not None:
-        scores, number = scores.masked_fill(~counts[:, None], -torch.inf), counts.sum()
-    return scores.flatten().logsumexp(dim=0) - (number.clamp(min=1) * scores.shape[1]).log() + math.log(size)
+        others = (~counts).view(-1, *[1] * (logarithms.ndim - 1))
+        logarithms, number = logarithms.masked_fill(others, -torch.inf), counts.sum()
+    return logarithms.logsumexp(dim=0) - number.clamp(min=1).log()
+
+
+def other_rows(index: Tensor, count: int, size: int, key: Tensor) -> Tensor:
+    """For each row of the data a number of other rows, drawn at random with replacement.
+
+    The draw is a function of the key, the same on every device: it needs no generator, whose state would have to be
+    saved.
+
+    Args:
+        index: The rows, int64, shape ``(N,)``.
+        count: How many others each row gets.
+        size: Number of rows of the data, at least 2.
+        key: An int64 scalar on the device of the rows.
+
+    Returns:
+        Rows, int64, shape ``(N, count)``.
+    """
+    places = torch.arange(len(index) * count, device=index.device).view(len(index), count)
+    steps = 1 + (scattered(scattered(key) + places) & _POSITIVE) % (size - 1)
+    return (index[:, None] + steps) % size
+
+
+# The constants of SplitMix64 (Steele, Lea and Flood 2014), as signed numbers of 64 bits.
+_STRIDE, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+_POSITIVE = 2**63 - 1
+
+
+def scattered(numbers: Tensor) -> Tensor:
+    """A hash of each int64 number, such that the hashes of successive numbers look random."""
+    mixed = numbers * _STRIDE
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+        # the bits that the sign is copied into are taken away again
+        mixed = (mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return mixed

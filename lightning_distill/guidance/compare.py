@@ -26,6 +26,7 @@ from lightning_distill.callback import DistillCallback
 from lightning_distill.guidance.observer import digest_of, kept_random_state, seed_everything
 from lightning_distill.guidance.runs import Trainings, distill_callback, quiet
 from lightning_distill.hparams import Teacher, Terms, settings_of
+from lightning_distill.teachers import TeacherGroup
 
 Method = Terms | Mapping[str, Any]
 _SETTINGS = frozenset(inspect.signature(DistillCallback).parameters)
@@ -312,12 +313,18 @@ def _described_method(settings: Mapping[str, Any]) -> str:
     callback = distill_callback(settings)
     words = {name.partition("/")[2]: value for name, value in settings_of(callback).items()}
     further = {name: value for name, value in settings.items() if name not in ("teacher", "terms", *words)}
-    teacher = callback.teacher
-    if isinstance(teacher, TeacherCache):
-        words["weights of the teacher"] = teacher.manifest.teacher["fingerprint"]
-    elif isinstance(teacher, nn.Module):
-        words["weights of the teacher"] = teacher_fingerprint(teacher)
+    if (weights := _weights_of(callback.teacher)) is not None:
+        words["weights of the teacher"] = weights
     return f"{described(words)} {described(further)}" if further else described(words)
+
+
+def _weights_of(teacher: Any) -> str | None:
+    """A fingerprint of the teacher's weights; ``None`` for one without weights of its own."""
+    if isinstance(teacher, TeacherCache):
+        return str(teacher.manifest.teacher["fingerprint"])
+    if isinstance(teacher, TeacherGroup):
+        return " ".join(str(_weights_of(each)) for each in teacher)
+    return teacher_fingerprint(teacher) if isinstance(teacher, nn.Module) else None
 
 
 def _plain(trainer: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from lightning_distill import checks, compat
 from lightning_distill.callback import DistillCallback
 from lightning_distill.guidance.evaluation import Predictions, cost_of, replaced_by
 from lightning_distill.guidance.observer import RunObserver, digest_of, kept_random_state, seed_everything
-from lightning_distill.teachers import EMATeacher
+from lightning_distill.teachers import EMATeacher, TeacherGroup, as_teacher
 
 QUIET: Final[dict[str, Any]] = {
     "logger": False,
@@ -254,8 +254,8 @@ class Trainings:
 def distill_callback(settings: Mapping[str, Any]) -> DistillCallback:
     """The callback of a method, with terms of its own, so that nothing is carried from one run to the next."""
     settings = {"validate": False, **settings}
-    teacher = settings.pop("teacher")
-    if isinstance(teacher, EMATeacher):
+    teacher = as_teacher(settings.pop("teacher"))
+    if isinstance(teacher, (EMATeacher, TeacherGroup)):
         teacher = copy.deepcopy(teacher)
     return DistillCallback(teacher, **copy.deepcopy(settings))
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill import checks
-from lightning_distill.functional.contrast import contrast_scores, log_partition, noise_contrast
+from lightning_distill.functional.contrast import (
+    contrast_scores,
+    log_mean,
+    log_partitions,
+    noise_contrast,
+    other_rows,
+    scattered,
+)
 from lightning_distill.functional.inputs import prepare, reduced
 from lightning_distill.functional.primitives import precise, unit
 from lightning_distill.functional.vectors import averaged, examples_of, positions_mask, without
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.memories import RememberingLoss
 from lightning_distill.losses.networks import built, channel_dim
+from lightning_distill.processes import process_number
 from lightning_distill.schedules import Schedule
 
 __all__ = ["ContrastiveRepresentationLoss"]
 
 
-class ContrastiveRepresentationLoss(DistillationLoss):
+class ContrastiveRepresentationLoss(RememberingLoss):
     r"""Binary cross entropy of telling an example's own remembered embedding from those of other examples.
 
     .. math:: \frac{1}{N} \sum_n \sum_{(u, v)} \left( - \log h(u_n, v_n)
@@ -40,8 +47,13 @@ class ContrastiveRepresentationLoss(DistillationLoss):
     and the memories are made, trained, saved and resumed as adapters are. See
     :func:`lightning_distill.functional.contrastive_representation`.
 
-    In a distributed training each process has memories of its own, which learn from its own examples: processes meet in
-    the optimizer's step alone. A checkpoint has those of the first process, with which all of them resume.
+    In a training in several processes the memories are the same in all of them, and learn from the examples of all.
+    The processes exchange their embeddings with the optimizer's step, so that one of them may leave out a batch; with
+    gradient accumulation the batches of a step are compared with the memories before it. Until the first exchange each
+    process has its own estimate of Z. Where a row occurs several times, as in a last batch that was filled up, its
+    entry moves once, to the last of its embeddings. Called by itself, outside of a term, the loss has memories in each
+    process. The negatives of a step follow from a number in the loss's state, from the count of steps and from the
+    process's number, so that a resumed training draws the same.
 
     Args:
         temperature: The temperature T, greater than 0; a number or a schedule.
@@ -64,7 +76,7 @@ class ContrastiveRepresentationLoss(DistillationLoss):
         >>> loss = ContrastiveRepresentationLoss(size=6, width=4)
         >>> loss.build(torch.Size((2, 8)), torch.Size((2, 16)))
         >>> {name: tuple(values.shape) for name, values in loss.named_buffers()}
-        {'student_memory': (6, 4), 'teacher_memory': (6, 4), 'log_normalizers': (2,)}
+        {'student_memory': (6, 4), 'teacher_memory': (6, 4), 'draws': (2,), 'log_normalizers': (2,)}
 
     References:
         Tian et al. 2020 (CRD), equations 18 and 19, arXiv:1910.10699, with 16,384 negatives and a weight of 0.8 (R);
@@ -74,7 +86,6 @@ class ContrastiveRepresentationLoss(DistillationLoss):
 
     channels_must_match: ClassVar[bool] = False
     positions_must_match: ClassVar[bool] = False
-    learned: ClassVar[bool] = True
     needs_index: ClassVar[bool] = True
     size: int | None
     negatives: int
@@ -107,8 +118,9 @@ class ContrastiveRepresentationLoss(DistillationLoss):
         self.teacher_embedding: nn.Linear | None = None
         self.student_memory: Tensor
         self.teacher_memory: Tensor
+        self.draws: Tensor  # the number that all draws follow from, and how many steps have drawn
         self.log_normalizers: Tensor
-        for name in ("student_memory", "teacher_memory", "log_normalizers"):
+        for name in ("student_memory", "teacher_memory", "draws", "log_normalizers"):
             self.register_buffer(name, None)
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
@@ -124,6 +136,7 @@ class ContrastiveRepresentationLoss(DistillationLoss):
         self.teacher_embedding = nn.Linear(teacher[channel_dim(teacher)], self.width)
         self.student_memory = unit(torch.randn(self.size, self.width), 1)
         self.teacher_memory = unit(torch.randn(self.size, self.width), 1)
+        self.draws = torch.cat([torch.randint(2**62, (1,)), torch.zeros(1, dtype=torch.int64)])
         if self.normalizer is None:
             self.log_normalizers = torch.full((2,), -torch.inf)  # Z is 0 until a batch has given it
 
@@ -145,39 +158,52 @@ class ContrastiveRepresentationLoss(DistillationLoss):
             contrast_scores(embedding, others, self.temperature, counts)
             for embedding, others in zip(embeddings, reversed(entries), strict=True)
         ]
-        updates = self.training and torch.is_grad_enabled()
-        values = [
-            noise_contrast(each, log, len(memories[0]))
-            for each, log in zip(scores, self._log_normalizers(scores, counts, updates), strict=True)
-        ]
-        if updates:
-            for memory, embedding in zip(memories, embeddings, strict=True):
-                self._move(memory, index, embedding.detach(), counts)
+        size = len(memories[0])
+        partitions = None
+        if self.normalizer is None:
+            partitions = torch.stack([log_partitions(each, size) for each in scores], dim=1)
+        logs = self._log_normalizers(partitions, counts)
+        values = [noise_contrast(each, logs[side], size) for side, each in enumerate(scores)]
+        if self.training and torch.is_grad_enabled():
+            columns = [index.long(), *(embedding.detach() for embedding in embeddings)]
+            columns += [] if partitions is None else [partitions]
+            self.remember(*(column if counts is None else column[counts] for column in columns))
         return reduced(values[0] + values[1], counts, "mean")
+
+    def update(self, index: Tensor, *columns: Tensor) -> None:  # type: ignore[override]
+        """Move the entries of these rows to new embeddings of the two models, and count the step."""
+        embeddings, partitions = columns[:2], columns[2:]
+        if partitions:
+            self.log_normalizers = torch.stack(self._log_normalizers(partitions[0]))
+        # of a row that occurs several times the last embedding counts, whichever entry is written last
+        order = index.argsort(stable=True)
+        last = order[torch.searchsorted(index[order], index, right=True) - 1]
+        for memory, embedding in zip((self.student_memory, self.teacher_memory), embeddings, strict=True):
+            fresh = unit(embedding[last].to(memory.dtype), 1)
+            memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * fresh, 1)
+        self.draws[1] += 1
+
+    def no_examples(self) -> tuple[Tensor, ...]:
+        """The arguments of :meth:`update` for no example."""
+        entries = self.student_memory[:0]
+        partitions = () if self.normalizer is not None else (entries.new_zeros(0, 2),)
+        return entries.new_zeros(0, dtype=torch.int64), entries, entries, *partitions
 
     def _chosen(self, index: Tensor) -> Tensor:
         """The row of each example, then the rows of its negatives, shape ``(N, K + 1)``."""
-        size, index = len(self.student_memory), index.long()[:, None]
+        size, index = len(self.student_memory), index.long()
         if self.negatives < size - 1:
-            steps = torch.randint(1, size, (len(index), self.negatives), device=index.device)
+            step = self.draws[1] + len(self.collected or ())
+            key = scattered(scattered(self.draws[0] + process_number()) + step)
+            others = other_rows(index, self.negatives, size, key)
         else:
-            steps = torch.arange(1, size, device=index.device)[None]
-        return torch.cat([index, (index + steps) % size], dim=1)
+            others = (index[:, None] + torch.arange(1, size, device=index.device)) % size
+        return torch.cat([index[:, None], others], dim=1)
 
-    def _log_normalizers(self, scores: list[Tensor], counts: Tensor | None, updates: bool) -> Sequence[Tensor | float]:
+    def _log_normalizers(self, partitions: Tensor | None, counts: Tensor | None = None) -> list[Any]:
         """The logarithms of both constants; those of the first batch are kept."""
-        if self.normalizer is not None:
-            return [math.log(self.normalizer)] * 2
-        estimates = torch.stack([log_partition(each, len(self.student_memory), counts) for each in scores])
+        if partitions is None:
+            return [math.log(built(self.normalizer))] * 2
         known = self.log_normalizers
         # not a condition on the host, which would wait for the device in every step
-        used = torch.where(known.isinf(), estimates.to(known.dtype), known)
-        if updates:
-            self.log_normalizers = used
-        return [used[0], used[1]]
-
-    def _move(self, memory: Tensor, index: Tensor, embedding: Tensor, counts: Tensor | None) -> None:
-        if counts is not None:
-            index, embedding = index[counts], embedding[counts]
-        fresh = unit(embedding.to(memory.dtype), 1)
-        memory[index] = unit(self.momentum * memory[index] + (1 - self.momentum) * fresh, 1)
+        return list(torch.where(known.isinf(), log_mean(partitions, counts).to(known.dtype), known))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.primitives import unit
 from lightning_distill.functional.queues import queue_similarity
-from lightning_distill.losses.base import DistillationLoss
+from lightning_distill.losses.memories import RememberingLoss
+from lightning_distill.losses.networks import built
 from lightning_distill.schedules import Schedule
 
 __all__ = ["QueueSimilarityLoss"]
 
 
-class QueueSimilarityLoss(DistillationLoss):
+class QueueSimilarityLoss(RememberingLoss):
     r"""Cross entropy between the two models' softmaxes over an embedding's similarities to a queue of the teacher's.
 
     .. math:: - \frac{1}{N} \sum_n \sum_{j=0}^{K} p^t_{nj} \log p^s_{nj}, \qquad
@@ -28,9 +27,10 @@ class QueueSimilarityLoss(DistillationLoss):
     changes nothing. At first it holds random vectors, as in the authors' code. See
     :func:`lightning_distill.functional.queue_similarity`.
 
-    In a distributed training each process has a queue of its own examples: processes meet in the optimizer's step
-    alone, so that one of them may leave out a batch. A checkpoint has the queue of the first process, with which all of
-    them resume.
+    In a training in several processes the queue is the same in all of them, as if one process had their batches in the
+    order of the processes' numbers. They exchange their embeddings with the optimizer's step, so that a process may
+    leave out a batch; with gradient accumulation the batches of a step are compared with the queue before it. Called by
+    itself, outside of a term, the loss has a queue in each process.
 
     Args:
         size: Number of entries of the queue, at least 1.
@@ -53,10 +53,9 @@ class QueueSimilarityLoss(DistillationLoss):
 
     References:
         Fang et al. 2021 (SEED), equations 4 and 5, arXiv:2101.04731, with temperatures of 0.2 and 0.01 and 65,536
-        entries; deviation: in a distributed training the queues of the processes differ.
+        entries.
     """
 
-    learned: ClassVar[bool] = True
     size: int
     student_temperature: float
     teacher_temperature: float
@@ -87,10 +86,7 @@ class QueueSimilarityLoss(DistillationLoss):
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Loss of a batch, a scalar; in training the batch joins the queue."""
-        queue = self.queue
-        if queue is None:
-            remedy = "Call loss.build(student.shape, teacher.shape) once, or use the loss in a FeatureDistillation."
-            raise ValueError(checks.message("the loss to be built before it is called", "no queue", remedy))
+        queue = built(self.queue)
         temperatures = {
             "student_temperature": self.student_temperature,
             "teacher_temperature": self.teacher_temperature,
@@ -98,6 +94,14 @@ class QueueSimilarityLoss(DistillationLoss):
         value = queue_similarity(student, teacher, queue=queue, **temperatures, mask=mask, reduction="mean")
         if self.training and torch.is_grad_enabled():
             counted = teacher.detach() if mask is None else teacher.detach()[mask]
-            # a new tensor, since the backward pass still needs the old one
-            self.queue = torch.cat([unit(counted.to(queue.dtype), 1), queue])[: self.size]
+            self.remember(unit(counted.to(queue.dtype), 1))
         return value
+
+    def update(self, entries: Tensor) -> None:  # type: ignore[override]
+        """Put new entries, of length one, at the front of the queue; the oldest leave it."""
+        # a new tensor, since the backward pass still needs the old one
+        self.queue = torch.cat([entries, built(self.queue)])[: self.size]
+
+    def no_examples(self) -> tuple[Tensor, ...]:
+        """The argument of :meth:`update` for no example."""
+        return (built(self.queue)[:0],)

@@ -68,8 +68,8 @@ class CurriculumTemperature(nn.Module):
 
     def reset(self) -> None:
         """Start again from the first value."""
-        with torch.no_grad():
-            self.theta.fill_(1.0)
+        # a new parameter: a state that was taken before keeps the old one's value
+        self.theta = nn.Parameter(torch.ones_like(self.theta))
 
     def forward(self) -> Tensor:
         """The temperature, with a reversed gradient."""

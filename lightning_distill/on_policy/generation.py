@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill import compat
-from lightning_distill.adapters.follower import world_size
 from lightning_distill.on_policy.sequences import Continued, Prompts, up_to_end
 from lightning_distill.on_policy.settings import OnPolicyDistillation
+from lightning_distill.processes import world_size
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.teachers.self_teacher import evaluated
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
 
-from lightning_distill.adapters.follower import world_size
 from lightning_distill.on_policy.batches import OnPolicyBatches
 
 
@@ -68,8 +66,3 @@ class LoopTexts:
             )
         entry.used |= uses
         return entry.own_text
-
-
-def process_number() -> int:
-    """Number of this process among those of the training."""
-    return torch.distributed.get_rank() if world_size() > 1 else 0

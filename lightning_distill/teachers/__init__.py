@@ -1,6 +1,7 @@
 """Teachers: one protocol, implemented by networks, by a cache, and for no teacher."""
 
 from lightning_distill.teachers.callable_teacher import CallableTeacher
+from lightning_distill.teachers.group import TeacherGroup, members
 from lightning_distill.teachers.loading import load_teacher
 from lightning_distill.teachers.make import as_dtype, as_teacher
 from lightning_distill.teachers.moving_average import EMATeacher
@@ -16,8 +17,10 @@ __all__ = [
     "Normalize",
     "SelfTeacher",
     "TeacherEnsemble",
+    "TeacherGroup",
     "TeacherSource",
     "as_dtype",
     "as_teacher",
     "load_teacher",
+    "members",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lightning_distill.recording import Call, Tap
 from lightning_distill.teachers.callable_teacher import takes_arrays
+from lightning_distill.teachers.group import GroupSource, TeacherGroup
 from lightning_distill.teachers.hold import modules_of_student
 from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.moving_average import EMATeacher
@@ -19,15 +21,17 @@ from lightning_distill.teachers.source import LiveTeachers, NoTeacher, TeacherEn
 
 
 def as_teacher(teacher: Any) -> Any:
-    """The teacher as one object: several networks become an ensemble; anything else is returned unchanged.
+    """The teacher as one object: several networks become an ensemble, other teachers together a group.
+
+    Anything else is returned unchanged.
 
     Raises:
-        TypeError: If something in it is not a module.
-        ValueError: If it is an empty sequence.
+        TypeError: If something in it is not a teacher.
+        ValueError: If it is an empty sequence, or several caches.
     """
     if isinstance(teacher, nn.ModuleList) and not isinstance(teacher, TeacherEnsemble):  # it has no forward
         teacher = list(teacher)
-    if teacher is None or isinstance(teacher, (nn.Module, SelfTeacher, EMATeacher)) or hasattr(teacher, "as_source"):
+    if teacher is None or _is_teacher(teacher) or isinstance(teacher, TeacherGroup):
         return teacher
     if isinstance(teacher, (str, bytes, dict)) or not isinstance(teacher, Sequence):
         if not isinstance(teacher, type) and (callable(teacher) or takes_arrays(teacher)):
@@ -42,11 +46,18 @@ def as_teacher(teacher: Any) -> Any:
         )
     if not teacher:
         raise ValueError("Expected `teacher` to be at least one module, but got an empty sequence. Pass a network.")
-    if wrong := [type(network).__name__ for network in teacher if not isinstance(network, nn.Module)]:
+    if wrong := [type(each).__name__ for each in teacher if not _is_teacher(each)]:
         raise TypeError(
             f"Expected `teacher` to hold modules only, but got {wrong[0]}. Pass networks, or CallableTeacher(function)."
         )
-    return TeacherEnsemble(teacher)
+    if all(isinstance(each, nn.Module) for each in teacher):
+        return TeacherEnsemble(teacher)
+    return teacher[0] if len(teacher) == 1 else TeacherGroup(teacher)
+
+
+def _is_teacher(teacher: Any) -> bool:
+    """Whether it is one teacher: a network, the student itself, its moving average, or a cache."""
+    return isinstance(teacher, (nn.Module, SelfTeacher, EMATeacher)) or hasattr(teacher, "as_source")
 
 
 def as_source(
@@ -60,7 +71,7 @@ def as_source(
     """The source of a teacher that :func:`as_teacher` has returned.
 
     Args:
-        teacher: A network, an ensemble, the student itself, its moving average, a cache, or ``None``.
+        teacher: A network, an ensemble, the student itself, its moving average, a cache, a group, or ``None``.
         taps: The layers of the teacher that terms read.
         forward: The teacher's output for a call of the student.
         dtype: The precision of networks.
@@ -68,10 +79,13 @@ def as_source(
         route: Says which examples each of several networks answers for.
 
     Raises:
-        ValueError: If other inputs are given for a cache, which holds the outputs already.
+        ValueError: If other inputs are given for a cache, which holds the outputs already, or a teacher of a group is
+            to be called in a way of the user's own.
     """
     if teacher is None:
         return NoTeacher()
+    if isinstance(teacher, TeacherGroup):
+        return GroupSource([_member_source(each, taps, dtype, inputs) for each in teacher])
     if isinstance(teacher, nn.Module):
         return LiveTeachers(teacher, taps, forward, dtype, inputs, route)
     if isinstance(teacher, SelfTeacher):
@@ -95,6 +109,20 @@ def as_source(
         )
     source: TeacherSource = teacher.as_source()
     return source
+
+
+def _member_source(
+    teacher: Any, taps: Sequence[Tap], dtype: torch.dtype | None, inputs: TeacherInputs | None
+) -> TeacherSource:
+    """The source of one teacher of a group."""
+    if inputs is not None and inputs.chosen:
+        raise ValueError(
+            "Expected `teacher_forward` not to be overridden where the teachers are not all networks, but it is. Pass"
+            " teacher_inputs=<function>."
+        )
+    is_cache = hasattr(teacher, "as_source")  # it holds the answers to inputs of its own
+    own_inputs = None if is_cache else copy.copy(inputs)  # each notes which arguments its network takes
+    return as_source(teacher, taps, lambda call: teacher(*call.args, **call.kwargs), dtype, own_inputs)
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

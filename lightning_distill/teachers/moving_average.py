@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lightning_distill import checks, compat
+from lightning_distill.processes import world_size
 from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Schedule, Setting
@@ -334,9 +335,6 @@ def _restore(network: nn.Module, saved: dict[str, Tensor]) -> None:
 
 def _share_buffers(network: nn.Module) -> None:
     """Give all processes the buffers of the first: each has statistics of its own batches until DDP shares them."""
-    buffers = list(network.buffers())
-    if not buffers or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if torch.distributed.get_world_size() > 1:
-        for buffer in buffers:
+    if world_size() > 1:
+        for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)

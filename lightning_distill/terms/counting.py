@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from lightning_distill import compat
-from lightning_distill.adapters.follower import world_size
+from lightning_distill.processes import world_size
 from lightning_distill.recording import Call
 from lightning_distill.terms.base import DistillationTerm
 

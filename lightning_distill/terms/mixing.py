@@ -15,6 +15,7 @@ from lightning_distill.functional.mixtures import confidence_weights, mean_logit
 from lightning_distill.losses.base import FormulaLoss
 from lightning_distill.recording import Call
 from lightning_distill.schedules import Schedule, Setting
+from lightning_distill.teachers.group import TeacherGroup
 from lightning_distill.teachers.route import Place, Route
 from lightning_distill.teachers.source import TeacherEnsemble
 from lightning_distill.terms.base import DistillationTerm
@@ -120,10 +121,16 @@ class TeacherMix:
         """
         if self.plain:
             return
-        if not isinstance(teacher, TeacherEnsemble) or len(teacher) < 2:
-            got = f"a list of {len(teacher)}" if isinstance(teacher, TeacherEnsemble) else type(teacher).__name__
+        if self.route is not None and isinstance(teacher, TeacherGroup):
             raise ValueError(
-                "Expected `teacher` to be a list of two or more networks with `teacher_weights`, `mix` or `route`, but"
+                f"Expected `teacher` to be a list of networks with a route, but got {teacher}. Pass the networks, or"
+                " leave out `route`."
+            )
+        several = isinstance(teacher, (TeacherEnsemble, TeacherGroup))
+        if not several or len(teacher) < 2:
+            got = f"a list of {len(teacher)}" if several else type(teacher).__name__
+            raise ValueError(
+                "Expected `teacher` to be a list of two or more teachers with `teacher_weights`, `mix` or `route`, but"
                 f" got {got}. Pass teacher=[a, b], or leave these arguments out."
             )
         if self.weights is not None and len(self.weights) != len(teacher):

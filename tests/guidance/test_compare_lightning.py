@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
 from lightning_distill import (
+    Balanced,
     DistillCallback,
     DISTLoss,
     FeatureDistillation,
@@ -99,6 +100,26 @@ def test_the_curve_has_a_point_for_each_validation(whole: Comparison) -> None:
     assert all({"val_acc", "distill/loss"} <= point.keys() for point in run.curve)
     assert (run.steps, run.epochs) == (10, 2)
     assert 0 < run.step_seconds < run.seconds
+
+
+@pytest.mark.slow
+def test_balanced_weights_are_measured_in_each_run_also_in_several_processes(tmp_path: Path) -> None:
+    terms = [LogitsDistillation(weight="balanced"), FeatureDistillation("body", "body", weight=Balanced(0.5, steps=3))]
+    settings: dict[str, Any] = {"methods": {"balanced": terms}, "save_weights": True}
+    single, several = (compared(tmp_path / str(count), workers=count, **settings) for count in (1, 2))
+    weights: list[float] = []
+    for first, second in zip(*(_runs(each, "balanced") for each in (single, several)), strict=True):
+        expected, got = (
+            torch.load(result.folder / run.weights) for result, run in ((single, first), (several, second))
+        )
+        assert all(torch.equal(value, got[name]) for name, value in expected.items())
+        weights.append(first.metrics["distill/body_weight"])
+        assert second.metrics["distill/body_weight"] == weights[-1]
+    assert weights[0] != weights[1]
+
+
+def _runs(result: Comparison, method: str) -> list[Any]:
+    return sorted((run for run in result.runs if run.method == method), key=lambda run: run.seed)
 
 
 # Pairing -------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from plain_trainer import PLAIN
+from processes import run_processes
 from tiny import Mlp, dataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -91,10 +92,43 @@ def test_a_chain_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> No
     assert not (tmp_path / "stopped" / "stage_2" / "last.ckpt").exists()
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A chain of networks with statistics in two processes, whole, and from the middle of its second stage."""
+    script = Path(__file__).parents[1] / "teachers_in_processes.py"
+    return run_processes(script, "chain", 2, tmp_path_factory.mktemp("chain"))
+
+
+@pytest.mark.distributed
+def test_assistants_and_students_are_the_same_in_both_processes(pair) -> None:
+    assert pair[0]["whole"] == pair[1]["whole"]
+    assert pair[0]["resumed"] == pair[1]["resumed"]
+
+
+@pytest.mark.distributed
+def test_a_chain_of_two_processes_that_was_stopped_goes_on_to_the_same_bits(pair) -> None:
+    for rank in pair:
+        assert rank["whole"] == rank["resumed"]
+
+
+@pytest.mark.distributed
+def test_the_first_process_alone_writes_and_each_stage_is_kept_once(pair) -> None:
+    files = [f"whole/stage_{number}/{name}" for number in (1, 2) for name in ("last.ckpt", "last.ckpt", "student.ckpt")]
+    assert pair[0]["written"] == [*files, "stopped/stage_2/last.ckpt", "stopped/stage_2/student.ckpt"]
+    assert pair[1]["written"] == []
+
+
 def test_a_finished_chain_trains_nothing(tmp_path: Path) -> None:
     student = chain(tmp_path)
     again = assistant_chain(networks(), trainer=lambda: pytest.fail("a fit"), folder=tmp_path, **settings())
     assert equal(again, student)
+
+
+def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *arguments, **others: None)  # as on another machine
+    with pytest.raises(ValueError, match=r"`folder` to be one that all processes see, but.*stage_1"):
+        chain(tmp_path)
 
 
 def test_a_folder_of_other_networks_is_refused(tmp_path: Path) -> None:

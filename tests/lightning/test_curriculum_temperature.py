@@ -209,6 +209,15 @@ def test_a_resumed_training_is_the_straight_one(tmp_path: Path) -> None:
     assert not torch.equal(thetas[0], thetas[2])
 
 
+def test_a_second_fit_goes_on_with_the_number_of_the_first() -> None:
+    _, module, callback, _ = fitted(1)
+    learned = callback.adapter_state()["adapters"]["logits"]["loss.temperature.theta"].clone()
+    assert learned != 1.0
+    logged = Logged()
+    Trainer(max_epochs=1, callbacks=[callback, logged], log_every_n_steps=1, **QUIET).fit(module, data())
+    assert logged.seen[0]["distill/logits_temperature"] == pytest.approx(1 + 20 * float(learned.sigmoid()), rel=1e-6)
+
+
 def test_two_owners_of_one_term_learn_numbers_of_their_own() -> None:
     term = LogitsDistillation(SoftTargetLoss(CurriculumTemperature(reversal_weight=1.0)))
     values = []

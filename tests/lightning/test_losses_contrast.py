@@ -94,10 +94,13 @@ def test_value_gradients_and_memories_are_the_published_ones(
 
 
 def test_negatives_are_drawn_from_all_other_examples_alone() -> None:
-    loss = built(size=5, negatives=3)
     torch.manual_seed(0)
-    index = torch.tensor([0, 4, 2])
-    chosen = torch.stack([loss._chosen(index) for _ in range(400)])
+    loss, index = built(size=5, negatives=3), torch.tensor([0, 4, 2])
+    steps = []
+    for _ in range(400):
+        steps.append(loss._chosen(index))
+        loss.update(torch.tensor([], dtype=torch.int64), *loss.no_examples()[1:])  # the next step
+    chosen = torch.stack(steps)
     assert chosen.shape == (400, 3, 4)
     assert torch.equal(chosen[..., 0], index.expand(400, 3))
     for place, own in enumerate(index.tolist()):
@@ -105,6 +108,29 @@ def test_negatives_are_drawn_from_all_other_examples_alone() -> None:
         assert counts[own] == 0
         assert counts.sum() == 1200
         assert (counts[[row for row in range(5) if row != own]] - 300).abs().max() < 75  # five standard deviations
+
+
+def test_negatives_follow_from_the_saved_state_alone() -> None:
+    loss, index = built(size=50, negatives=8), torch.tensor([7, 7])
+    loss(drawn(0), drawn(1, width=5), index)
+    state = {name: values.clone() for name, values in loss.state_dict().items()}
+    torch.manual_seed(1)
+    expected = loss._chosen(index)
+    other = built(size=50, negatives=8)
+    other.load_state_dict(state)
+    assert torch.equal(other._chosen(index), expected)
+    assert not torch.equal(expected[0], expected[1])
+    loss(drawn(0), drawn(1, width=5), index)
+    assert not torch.equal(loss._chosen(index), expected)
+
+
+def test_of_a_row_that_occurs_twice_the_last_embedding_counts() -> None:
+    loss, index, teacher = built(), torch.tensor([4, 1, 4]), drawn(1, 3, width=5)
+    before = loss.teacher_memory.clone()
+    loss(drawn(0, 3), teacher, index)
+    fresh = nn.functional.normalize(loss.teacher_embedding(teacher[2]), dim=0)
+    expected = nn.functional.normalize(0.5 * before[4] + 0.5 * fresh, dim=0).detach()
+    torch.testing.assert_close(loss.teacher_memory[4], expected)
 
 
 def test_where_the_data_have_no_more_examples_each_other_one_is_a_negative() -> None:

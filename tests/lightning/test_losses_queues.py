@@ -123,7 +123,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], error: type[Exceptio
 
 def test_features_that_are_not_embeddings_of_one_width_are_refused() -> None:
     loss = QueueSimilarityLoss(size=2)
-    with pytest.raises(ValueError, match=r"to be built before it is called, but got no queue"):
+    with pytest.raises(ValueError, match=r"the loss to be built before it is called"):
         loss(drawn(0), drawn(1))
     with pytest.raises(ValueError, match=r'embeddings \(N, D\) of equal width, .* Pass adapter="pool"'):
         loss.build(torch.Size((2, 3, 4, 4)), torch.Size((2, 3, 4, 4)))

@@ -242,7 +242,7 @@ def test_terms_that_do_not_fit_are_refused_before_the_first_step(settings: dict,
 
 
 def test_one_teacher_needs_no_weights() -> None:
-    with pytest.raises(ValueError, match=r"a list of two or more networks.*but got Mlp"):
+    with pytest.raises(ValueError, match=r"a list of two or more teachers.*but got Mlp"):
         Distiller(Mlp(5), Mlp(7), teacher_weights=[1.0])
 
 

@@ -44,9 +44,9 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float, mask: Ten
 
 
 def curriculum(student: Tensor, teacher: Tensor, learned: dict[str, Tensor]) -> Tensor:
-    """The divergence at a temperature from 1 to 3, whose parameter climbs where the student descends."""
+    """The divergence at a temperature from 0.1 to 0.5, whose parameter climbs where the student descends."""
     theta = learned["logits.loss.temperature.theta"]
-    temperature = 1 + 2 * torch.sigmoid(2 * theta.detach() - theta)
+    temperature = 0.1 + 0.4 * torch.sigmoid(2 * theta.detach() - theta)
     return soft_targets(student, teacher, temperature)
 
 
@@ -194,7 +194,9 @@ class Hand:
     def __post_init__(self) -> None:
         if isinstance(self.formula, type):
             self.formula = self.formula()
-        self.learned = {key: value.clone().requires_grad_() for key, value in self.learned.items()}
+        self.learned = {key: value.clone() for key, value in self.learned.items()}
+        for value in self.learned.values():
+            value.requires_grad_(value.is_floating_point())
         self.teacher = copy.deepcopy(self.student)
         if self.average is not None:
             self.teacher.load_state_dict(self.average)

@@ -80,6 +80,13 @@ def learned(distill: DistillCallback) -> dict[str, Tensor]:
     return {f"{term}.{key}": value.clone() for term, state in saved.items() for key, value in state.items()}
 
 
+def average(distill: DistillCallback) -> dict[str, Tensor]:
+    """The moving average that teaches, alone or as the first of several teachers, by name."""
+    state = distill.adapter_state().get("teacher", {})
+    values: dict[str, Tensor] = state.get("0", state).get("average", {})
+    return values
+
+
 class Cell:
     """A feature in a situation.
 
@@ -179,8 +186,7 @@ class Cell:
         same(ended, hand.after[-1] if final is None else final, tolerance)
         same(learned(distill), hand.values(), tolerance)
         if self.feature.decay is not None:
-            average = distill.adapter_state()["teacher"]["average"]
-            same(average, {name: value.detach() for name, value in hand.teacher.named_parameters()}, tolerance)
+            same(average(distill), {name: value.detach() for name, value in hand.teacher.named_parameters()}, tolerance)
 
     def clean(self, trainer: Trainer, module: LightningModule) -> None:
         """Assert that nothing is left on the module or the Trainer's objects."""

@@ -18,16 +18,33 @@ from pairs.by_hand import (
     Batch,
     Formula,
     Place,
-    confidence,
     curriculum,
     decoupled,
-    generated,
     likeliest,
     line,
-    mixed,
     soft_targets,
     squared,
-    variational,
+)
+from pairs.learned_by_hand import (
+    MemoriesByHand,
+    MemoriesOfTwo,
+    QueueByHand,
+    memories_term,
+    of_factors,
+    of_generated,
+    of_variational,
+    of_variational_of_two,
+    queue_term,
+)
+from pairs.several_by_hand import (
+    average_and_network,
+    cache_and_network,
+    losses_by_confidence,
+    mixed_logits,
+    mixed_probabilities,
+    routed,
+    two_teachers,
+    weighted_teachers,
 )
 from tiny import CLASSES, INPUTS, Mlp
 from torch import Tensor
@@ -39,6 +56,7 @@ from lightning_distill import (
     DecoupledKDLoss,
     DistillationTerm,
     EMATeacher,
+    FactorTransferLoss,
     FeatureDistillation,
     LogitsDistillation,
     MaskedGenerativeLoss,
@@ -69,20 +87,22 @@ def _two() -> list[Mlp]:
 class Rows(Dataset[Batch]):
     """Inputs with labels and, for sequences, a mask of the positions that count."""
 
-    def __init__(self, length: int | None = None, seed: int = 0) -> None:
+    def __init__(self, length: int | None = None, seed: int = 0, numbered: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
         shape = (ROWS,) if length is None else (ROWS, length)
         self.x = torch.randn(*shape, INPUTS, generator=generator)
         self.labels = torch.randint(CLASSES, shape, generator=generator)
         self.mask = torch.rand(shape, generator=generator) > 0.4
         self.mask[..., 0] = True
-        self.masked = length is not None
+        self.masked, self.numbered = length is not None, numbered
 
     def __len__(self) -> int:
         return ROWS
 
     def __getitem__(self, index: int) -> Batch:
         row = {"x": self.x[index], "labels": self.labels[index]}
+        if self.numbered:
+            row["row"] = torch.tensor(index)
         return {**row, "mask": self.mask[index]} if self.masked else row
 
     def batch(self, start: int, size: int) -> Batch:
@@ -111,11 +131,13 @@ class Feature:
         teacher: Makes the teacher.
         settings: Further settings of the callback.
         cache: Settings with which a cache of the first teacher is built and takes its place.
+        beside: Makes further teachers.
         views: Makes the student's inputs of a step.
         task_weight: The weight of the task loss, by hand.
         length: Length of sequences, for data that are sequences.
         draws: Whether it draws random numbers in a step.
         decay: The decay of the teacher, if it is the student's average, by hand.
+        numbered: Whether the rows have their numbers.
     """
 
     terms: Callable[[], Any]
@@ -123,14 +145,16 @@ class Feature:
     teacher: Callable[[], Any] = first_teacher
     settings: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
+    beside: Callable[[], list[Any]] | None = None
     views: Sequence[Callable[[Tensor], Tensor]] = (lambda x: x,)
     task_weight: Callable[[Place], float] = lambda place: 1.0
     length: int | None = None
     draws: bool = False
     decay: Callable[[Place], float] | None = None
+    numbered: bool = False
 
     def rows(self) -> Rows:
-        return Rows(self.length)
+        return Rows(self.length, numbered=self.numbered)
 
     def make_teacher(self, folder: Path) -> Any:
         if self.cache is None:
@@ -145,7 +169,8 @@ class Feature:
                 **self.cache,
             }
             TeacherCache.build(self.teacher(), self.rows(), path, **settings)
-        return TeacherCache.open(path)
+        cache = TeacherCache.open(path)
+        return cache if self.beside is None else [cache, *self.beside()]
 
 
 def _logits(result, ask, batch, place, learned):
@@ -181,47 +206,8 @@ def _with_adapter(result, ask, batch, place, learned):
     return 0.5 * _logits(result, ask, batch, place, learned) + 2.0 * _adapted(result, ask, learned, first_teacher(), 0)
 
 
-def _two_teachers(result, ask, batch, place, learned):
-    teachers = [first_teacher(), second_teacher()]
-    logits = [soft_targets(result["logits"], ask(teacher)["logits"], 4.0) for teacher in teachers]
-    features = [_adapted(result, ask, learned, teacher, index) for index, teacher in enumerate(teachers)]
-    return 0.5 * sum(logits) / 2 + 2.0 * sum(features) / 2
-
-
 def _array_function(x):
     return first_teacher()(torch.from_numpy(x)).detach().float().numpy()
-
-
-def _weighted_teachers(result, ask, batch, place, learned):
-    shares = torch.tensor([3.0, line(1.0, 0.0, place.fraction)])
-    teachers = [first_teacher(), second_teacher()]
-    logits = [soft_targets(result["logits"], ask(teacher)["logits"], 4.0) for teacher in teachers]
-    features = [_adapted(result, ask, learned, teacher, index) for index, teacher in enumerate(teachers)]
-    values = [0.5 * logit + 2.0 * feature for logit, feature in zip(logits, features, strict=True)]
-    return sum(share * value for share, value in zip(shares / shares.sum(), values, strict=True))
-
-
-def _both(ask):
-    return [ask(first_teacher())["logits"], ask(second_teacher())["logits"]]
-
-
-def _mixed_probabilities(result, ask, batch, place, learned):
-    return soft_targets(result["logits"], mixed(_both(ask), torch.tensor([0.7, 0.3]), 4.0), 4.0)
-
-
-def _mixed_logits(result, ask, batch, place, learned):
-    teachers = _both(ask)
-    weights = confidence(teachers)
-    return soft_targets(result["logits"], sum(w * z.float() for w, z in zip(weights, teachers, strict=True)), 4.0)
-
-
-def _losses_by_confidence(result, ask, batch, place, learned):
-    teachers = _both(ask)
-    weights, values = confidence(teachers), []
-    for row in range(len(result["logits"])):
-        for weight, teacher in zip(weights, teachers, strict=True):
-            values.append(weight[row, 0] * soft_targets(result["logits"][row : row + 1], teacher[row : row + 1], 4.0))
-    return sum(values) / len(result["logits"])
 
 
 def _average(result, ask, batch, place, learned):
@@ -233,43 +219,8 @@ def _average_with_layers(result, ask, batch, place, learned):
     return 0.5 * soft_targets(result["logits"], teacher["logits"], 4.0) + 2.0 * squared(result["body"], teacher["body"])
 
 
-def _routed(result, ask, batch, place, learned):
-    values = []
-    for index, teacher in enumerate([first_teacher(), second_teacher()]):
-        rows = (batch["labels"] % 2 == index).nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        part = {name: value[rows] for name, value in result.items()}
-        answer = {name: value[rows] for name, value in ask(teacher).items()}
-        value = 0.5 * soft_targets(part["logits"], answer["logits"], 4.0)
-        value = value + 2.0 * _adapted(part, lambda _, answer=answer: answer, learned, teacher, index)
-        values.append(len(rows) / len(batch["labels"]) * value)
-    return sum(values)
-
-
 def _top_k(result, ask, batch, place, learned):
     return likeliest(result["logits"], ask(first_teacher())["logits"], 4.0)
-
-
-def _variational(result, ask, batch, place, learned):
-    return 0.3 * variational(result["body"], ask(first_teacher())["body"], learned, "body.learned.0")
-
-
-def _variational_of_two(result, ask, batch, place, learned):
-    teachers = enumerate([first_teacher(), second_teacher()])
-    values = [
-        variational(result["body"], ask(teacher)["body"], learned, f"body.learned.{index}")
-        for index, teacher in teachers
-    ]
-    return 0.3 * sum(values) / 2
-
-
-def _generated(result, ask, batch, place, learned):
-    weight, bias = (learned[f"body.adapters.0.{name}"] for name in ("weight", "bias"))
-    adapted = torch.nn.functional.linear(result["body"], weight, bias)
-    teacher = ask(first_teacher())["body"]
-    with torch.autocast("cpu", enabled=False):
-        return 0.05 * generated(adapted, teacher, learned, "body.learned.0", 0.5)
 
 
 def _itself(result, ask, batch, place, learned):
@@ -310,8 +261,13 @@ FEATURES: dict[str, Feature] = {
         lambda: FeatureDistillation("body", "body", weight=Cosine(2.0, 0.0)), _feature_weight_over_fraction
     ),
     "curriculum temperature": Feature(
-        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(1.0, 3.0, reversal_weight=1.0))),
+        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(0.1, 0.5, reversal_weight=1.0))),
         lambda result, ask, *rest: curriculum(result["logits"], ask(first_teacher())["logits"], rest[-1]),
+    ),
+    "cache and curriculum temperature": Feature(
+        lambda: LogitsDistillation(SoftTargetLoss(CurriculumTemperature(0.1, 0.5, reversal_weight=1.0))),
+        lambda result, ask, *rest: curriculum(result["logits"], ask(first_teacher())["logits"], rest[-1]),
+        cache={},
     ),
     "schedules in a term of the user's own": Feature(TwoTemperatures, _two_temperatures),
     "task weight over epochs": Feature(
@@ -333,20 +289,29 @@ FEATURES: dict[str, Feature] = {
         lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, cache={"mask": "mask"}, length=3
     ),
     "cache by key": Feature(_adapter_terms, _with_adapter, cache={"layers": ["body"], "key": content_key}),
-    "several teachers": Feature(_adapter_terms, _two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
+    "several teachers": Feature(_adapter_terms, two_teachers, teacher=lambda: [first_teacher(), second_teacher()]),
+    "average and network": Feature(
+        _adapter_terms,
+        average_and_network,
+        teacher=lambda: [EMATeacher(0.6), second_teacher()],
+        decay=lambda place: 0.6,
+    ),
+    "cache and network": Feature(
+        _adapter_terms, cache_and_network, cache={"layers": ["body"]}, beside=lambda: [second_teacher()]
+    ),
     "weighted teachers": Feature(
-        _adapter_terms, _weighted_teachers, teacher=_two, settings={"teacher_weights": [3.0, Linear(1.0, 0.0)]}
+        _adapter_terms, weighted_teachers, teacher=_two, settings={"teacher_weights": [3.0, Linear(1.0, 0.0)]}
     ),
     "mixture of probabilities": Feature(
-        lambda: None, _mixed_probabilities, teacher=_two, settings={"teacher_weights": [7, 3], "mix": "probabilities"}
+        lambda: None, mixed_probabilities, teacher=_two, settings={"teacher_weights": [7, 3], "mix": "probabilities"}
     ),
     "mixture of logits by confidence": Feature(
-        lambda: None, _mixed_logits, teacher=_two, settings={"teacher_weights": "entropy", "mix": "logits"}
+        lambda: None, mixed_logits, teacher=_two, settings={"teacher_weights": "entropy", "mix": "logits"}
     ),
     "losses by confidence": Feature(
-        lambda: None, _losses_by_confidence, teacher=_two, settings={"teacher_weights": "entropy"}
+        lambda: None, losses_by_confidence, teacher=_two, settings={"teacher_weights": "entropy"}
     ),
-    "route": Feature(_adapter_terms, _routed, teacher=_two, settings={"route": lambda batch: batch["labels"] % 2}),
+    "route": Feature(_adapter_terms, routed, teacher=_two, settings={"route": lambda batch: batch["labels"] % 2}),
     "function": Feature(
         lambda: None, _logits, teacher=lambda: CallableTeacher(_array_function, arrays=True, batch_size=4)
     ),
@@ -367,18 +332,24 @@ FEATURES: dict[str, Feature] = {
     ),
     "adapter": Feature(_adapter_terms, _with_adapter),
     "variational information": Feature(
-        lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3), _variational
+        lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3), of_variational
     ),
     "variational information of several teachers": Feature(
         lambda: FeatureDistillation("body", "body", VariationalInformationLoss(), weight=0.3),
-        _variational_of_two,
+        of_variational_of_two,
         teacher=lambda: [first_teacher(), second_teacher()],
     ),
     "masked generation": Feature(
         lambda: FeatureDistillation("body", "body", MaskedGenerativeLoss(mask="channel"), weight=0.05),
-        _generated,
+        of_generated,
         draws=True,
     ),
+    "factors": Feature(
+        lambda: FeatureDistillation("body", "body", FactorTransferLoss(rate=0.5), weight=0.3), of_factors
+    ),
+    "queue": Feature(queue_term, QueueByHand),
+    "memories": Feature(memories_term, MemoriesByHand, numbered=True),
+    "memories of two teachers": Feature(memories_term, MemoriesOfTwo, teacher=_two, numbered=True),
     "self-distillation": Feature(lambda: SelfDistillation("body", "act", weight=0.5), _itself, teacher=lambda: None),
     "mask": Feature(lambda: LogitsDistillation(SoftTargetLoss(2.0), mask="mask"), _masked, length=3),
     "ignored labels": Feature(lambda: LogitsDistillation(ignore_index=1), _ignored),
@@ -393,6 +364,8 @@ FEATURES: dict[str, Feature] = {
 }
 # Features of which a step depends on all its micro-batches so far.
 MEASURED = ("balanced", "balanced with a cache")
+# Features whose first batch has changed their parts before a run of one process shows them.
+REMEMBERING = ("queue", "memories", "memories of two teachers")
 
 
 def student() -> Mlp:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from pairs.lightning_cell import QUIET, Module, Watch, learned
+from pairs.lightning_cell import QUIET, Module, Watch, average, learned
 from pairs.lightning_steps import Manual
 from pairs.lightning_table import BATCH, FEATURES, MEASURED, ROWS
 from torch.utils.data import DataLoader
@@ -116,12 +116,6 @@ def full(parameter: Any) -> Any:
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().tolist()
 
 
-def average(distill: DistillCallback) -> dict[str, torch.Tensor]:
-    """The moving average that teaches, by name."""
-    values: dict[str, torch.Tensor] = distill.adapter_state().get("teacher", {}).get("average", {})
-    return values
-
-
 class Runs:
     """The runs of one feature.
 
@@ -215,18 +209,25 @@ CASES: dict[str, tuple[str, ...]] = {
     "plain": tuple(name for name in FEATURES if name not in MEASURED),
     "unused": ("adapter", "self-distillation"),
     "accumulation": ("adapter", "cache", "temperature over the fraction", "variational information"),
-    "resting": (*CONSTANT, "moving average"),
+    "resting": (*CONSTANT, "moving average", "average and network", "queue", "memories"),
     "resting_and_accumulating": ("adapter", "several teachers", "self-distillation"),
-    "manual": (*CONSTANT, "moving average"),
+    "manual": (*CONSTANT, "moving average", "queue", "memories"),
     "resumed": (
         "adapter",
         "adapter with a weight over the fraction",
         "cache",
         "variational information",
+        "factors",
         "moving average",
+        "average and network",
+        "cache and network",
+        "cache and curriculum temperature",
+        "queue",
+        "memories",
+        "memories of two teachers",
     ),
     "sharded": ("logits", "adapter", "several teachers", "variational information", "self-distillation", "cache"),
-    "sharded_and_resting": ("adapter", "self-distillation"),
+    "sharded_and_resting": ("adapter", "self-distillation", "queue", "memories"),
     "sharded_average": ("moving average",),
     "skipping": ("adapter",),  # last: Lightning ends the run of both processes
 }

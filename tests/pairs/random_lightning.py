@@ -111,7 +111,7 @@ def terms(drawn: Drawn) -> list[Any]:
         "soft": lambda: SoftTargetLoss(temperature),
         "decoupled": lambda: DecoupledKDLoss(temperature, nontarget_weight=2.0),
         "mse": lambda: LogitsMse(),
-        "curriculum": lambda: SoftTargetLoss(CurriculumTemperature(1.0, 3.0, reversal_weight=1.0)),
+        "curriculum": lambda: SoftTargetLoss(CurriculumTemperature(0.1, 0.5, reversal_weight=1.0)),
     }
     made: list[Any] = [LogitsDistillation(losses[drawn.loss](), weight=scheduled(drawn.weight_schedule, 1.5, 0.0))]
     if drawn.feature:
