@@ -67,7 +67,8 @@ def stored_targets(labels: Any, call: Call, taps: Sequence[Tap]) -> DistillTarge
     """
     if not taps and not carries_features(call.output):
         return DistillTargets(labels, call.output)
-    return DistillTargets(labels, {"output": call.output, "features": {tap.key: call.feature(tap) for tap in taps}})
+    features = {level.key: call.feature(level) for tap in taps for level in call.levels(tap)}
+    return DistillTargets(labels, {"output": call.output, "features": features})
 
 
 def split_targets(targets: Any) -> tuple[Any, Call | None]:

@@ -1,0 +1,39 @@
+"""The levels of two feature pyramids, in pairs."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from keras_distill import checks
+from keras_distill.recording import Call, Tap
+
+Pair: TypeAlias = tuple[Tap, Tap]
+
+
+def paired_levels(student: Call, student_tap: Tap, teacher: Call, teacher_tap: Tap) -> list[Pair]:
+    """The pairs of levels of two pyramids: by name if both have names, in order if neither has.
+
+    Args:
+        student: The student's call.
+        student_tap: The student's pyramid, a tap with ``output="*"``, or a single place.
+        teacher: The call that holds the teacher's.
+        teacher_tap: The teacher's pyramid.
+
+    Returns:
+        The taps of each pair.
+
+    Raises:
+        ValueError: If the two do not have the same levels.
+    """
+    if not (student_tap.spreads or teacher_tap.spreads):
+        return [(student_tap, teacher_tap)]
+    students, teachers = student.levels(student_tap), teacher.levels(teacher_tap)
+    names = [[level.last for level in levels] for levels in (students, teachers)]
+    # the order of a dict is not known in graphs: a dict and a list cannot be paired
+    kinds = {isinstance(name, str) for name in (*names[0], *names[1]) if name is not None}
+    if len(students) != len(teachers) or len(kinds) > 1 or (None not in names[0] + names[1] and names[0] != names[1]):
+        layers = f"student layer {student_tap.name!r} and teacher layer {teacher_tap.name!r}"
+        expected = f"{layers} to return the same levels for output='*'"
+        remedy = f"Name the levels to compare: [Tap({student_tap.name!r}, output={names[0][0]!r}), ...]."
+        raise ValueError(checks.message(expected, f"{names[0]} and {names[1]}", remedy))
+    return [*zip(students, teachers, strict=True)]
