@@ -93,6 +93,25 @@ def split_targets(targets: Any) -> tuple[Any, Call | None]:
     return labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")
 
 
+def targets_of_outputs(labels: Any, output: Any, terms: Sequence[Any]) -> Any:
+    """The targets of the compiled loss: without boxes that terms alone read, since Keras refuses further entries.
+
+    Args:
+        labels: The batch's labels.
+        output: The student's output.
+        terms: The terms.
+
+    Returns:
+        The labels, a dict without the keys of boxes that are not the student's outputs.
+    """
+    places = {term.boxes for term in terms if isinstance(getattr(term, "boxes", None), str)}
+    if not places or not isinstance(labels, dict):
+        return labels
+    own = set(output) if isinstance(output, dict) else set()
+    rest = {key: value for key, value in labels.items() if key in own or key not in places}
+    return rest if own or len(rest) != 1 else next(iter(rest.values()))
+
+
 class EpochData(keras.utils.PyDataset):
     """A data set whose batches depend on the epoch, which ``DistillModel.fit`` sets.
 

@@ -20,6 +20,9 @@ BOXES[1, :1] = [[4, 4, 8, 8]]
 BOXES[2] = [[0, 0, 16, 16], [2, 2, 6, 6], [8, 1, 15, 3]]
 SCORES = np.random.default_rng(1).standard_normal((4, SIZE // 2, SIZE // 2, KINDS)).astype("float32")
 
+# the targets of both levels, and the boxes beside them
+TARGETS = {"fine": SCORES, "coarse": SCORES[:, ::2, ::2], "boxes": BOXES}
+
 
 @keras.saving.register_keras_serializable(package="dense")
 class Neck(keras.layers.Layer):
@@ -72,14 +75,14 @@ class Head(keras.layers.Layer):
 
 
 def net(width: int, seed: int, kind: str = "dict", *, names: Any = NAMES, named: bool = False) -> keras.Model:
-    """Images (16, 16, 3) to scores of each second pixel, by "neck" and "head"."""
+    """Images (16, 16, 3) to scores of each second pixel, or with names of both levels, by "neck" and "head"."""
     keras.utils.set_random_seed(seed)
     images = keras.Input((SIZE, SIZE, 3), name="images")
     maps = Neck(width, kind, names, name="neck")(images)
     maps = maps["maps"] if kind == "nested" else maps
     pair = [maps[name] for name in names] if isinstance(maps, dict) else list(maps)
     scores = Head(width, named, name="head")(dict(zip(names, pair, strict=True)) if named else pair)
-    return keras.Model(images, scores["fine"] if named else scores[0], name=f"net{seed}")
+    return keras.Model(images, scores if named else scores[0], name=f"net{seed}")
 
 
 def value(term: Any, student: keras.Model, teacher: Any, labels: Any = None, x: Any = IMAGES) -> tuple[float, Any]:
@@ -100,6 +103,22 @@ def maps_of(model: keras.Model, x: Any = IMAGES) -> list[np.ndarray[Any, Any]]:
 
 def as_double(tensor: Any) -> np.ndarray[Any, Any]:
     return np.asarray(ops.convert_to_numpy(tensor), "float64")
+
+
+def weights_by_hand(boxes: Any, map_size: tuple[int, int], image_size: tuple[int, int] = (SIZE, SIZE)) -> Any:
+    """Cell by cell: 1 over the number of cells that a box overlaps, the largest of all boxes of an image."""
+    weights = np.zeros((len(boxes), *map_size))
+    high, wide = image_size[0] / map_size[0], image_size[1] / map_size[1]
+    for n, rows in enumerate(boxes):
+        for left, top, right, bottom in rows:
+            cells = [
+                (i, j)
+                for i, j in np.ndindex(*map_size)
+                if min(right, (j + 1) * wide) > max(left, j * wide) and min(bottom, (i + 1) * high) > max(top, i * high)
+            ]
+            for i, j in cells:
+                weights[n, i, j] = max(weights[n, i, j], 1 / len(cells))
+    return weights
 
 
 def adapted(adapter: Any, feature: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -125,7 +144,8 @@ def distilled(term: Any, teacher: Any = None, student: Any = None, **compiled: A
     """A compiled model that also learns scores."""
     teacher = net(5, 2) if teacher is None else teacher
     model = DistillModel(net(3, 1) if student is None else student, teacher, term)
-    model.compile(keras.optimizers.SGD(0.05), task, **{"jit_compile": False, **compiled})
+    loss = dict.fromkeys(NAMES, task) if len(model.student.outputs) > 1 else task
+    model.compile(keras.optimizers.SGD(0.05), loss, **{"jit_compile": False, **compiled})
     return model
 
 

@@ -14,8 +14,10 @@ from keras_distill.adapters import ADAPTERS, AdapterFactory, Side, aligned, make
 from keras_distill.functional.vectors import resized
 from keras_distill.losses import DistillationLoss
 from keras_distill.recording import Call, Tap
+from keras_distill.recording.boxes import BoxPlace
 from keras_distill.schedules import Weight, deserialized
 from keras_distill.terms.base import DistillationTerm
+from keras_distill.terms.boxes import box_weights, check_batch, check_boxes
 from keras_distill.terms.layouts import KINDS, arranged, layouts_of_pair, widened, without_prefix
 from keras_distill.terms.levels import Pair, paired_levels
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
@@ -37,6 +39,9 @@ class FeatureDistillation(TeacherParts):
     ``Tap(layout=...)``. Adapters, and losses with parameters of their own, take their shapes from the models; each pair
     of layers has its own copy of such a loss.
 
+    The levels of a feature pyramid are one pair each: pass ``Tap("neck", output="*")`` for both models. Levels of the
+    same name are compared, or in their order where they have no names.
+
     Args:
         student_layer: Name of a layer of the student, such as ``"block2"``, a layer, a :class:`Tap`, or a list of them.
         teacher_layer: The same for the teacher; as many as for the student.
@@ -49,6 +54,10 @@ class FeatureDistillation(TeacherParts):
             and token sequences), ``"pool"`` (the means of both features over their positions, and then as ``"auto"``),
             ``None``, ``"linear"``, ``"conv1x1"``, a layer, which the first model trains and other models copy, or a
             factory called with the shapes of both features, channels last.
+        boxes: Where a batch keeps the boxes of its images, ``(N, M, 4)`` with left, top, right and bottom in pixels of
+            the student's input: a key or an index of the targets, a key of the inputs where the targets do not have it,
+            or a function of the targets. Rows without an area, such as padding of 0 or -1, do not count. A loss that
+            needs boxes gets their weights; for any other the positions in boxes count alone.
         use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files; ``None`` takes the student layer's name, ``"blocks_1"`` for ``"blocks.1"``.
         **kwargs: ``index`` of :class:`LossTerm`, and further settings of :class:`DistillationTerm`.
@@ -76,6 +85,7 @@ class FeatureDistillation(TeacherParts):
         *,
         weight: Weight = 1.0,
         adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
+        boxes: BoxPlace | None = None,
         use_sample_weight: bool = True,
         name: str | None = None,
         **kwargs: Any,
@@ -91,6 +101,10 @@ class FeatureDistillation(TeacherParts):
             checks.one_of("adapter", adapter, ADAPTERS)
         check_single(adapter, len(student_taps))
         self._store_taps(student_taps, teacher_taps)
+        if boxes is not None and not self.reads_boxes:
+            raise TypeError(checks.message(f"known settings of {type(self).__name__}", f"boxes={boxes!r}"))
+        check_boxes(boxes, self.loss, self.requires)
+        self.boxes, self.labels_checked = boxes, boxes is None
         if self.requires.reads_teacher and any(tap.spreads for pair in self.pairs for tap in pair):
             expected = f"single layers for {type(self.loss).__name__}, which takes numbers from the teacher's layers"
             raise ValueError(checks.message(expected, "output='*'", "Name them."))
@@ -193,6 +207,7 @@ class FeatureDistillation(TeacherParts):
             sample_weight = None  # these are weights of the outputs, but the feature belongs to all of them
         levels = enumerate(self.levels(student, teacher))
         pairs = [self._pair(index, taps, student, teacher) for index, taps in levels]
+        self.check_labels(student.inputs, labels)
         settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}
         if self.requires.several_layers:
             students, teachers, masks = ([pair[part] for pair in pairs] for part in range(3))
@@ -201,13 +216,35 @@ class FeatureDistillation(TeacherParts):
         values = []
         for loss, (feature, target, masks) in zip(losses, pairs, strict=True):
             if isinstance(loss, DistillationLoss) and self._learned:
-                loss = copied(loss)
+                loss = self.with_numbers(loss, student)
                 loss.training = student.training
+            target, masks = self._in_boxes(feature, target, masks, student, labels)
             values.append(weigh(loss, feature, self.with_rows(target, student, teacher), masks=masks, **settings))
         return sum(values) / len(pairs)
 
+    def _in_boxes(self, feature: Any, target: Any, masks: list[Any], student: Call, labels: Any) -> tuple[Any, Any]:
+        """The teacher's map, with the weights of the boxes if the loss needs them, and the masks of both maps."""
+        if self.boxes is None:
+            return target, masks
+        weights = box_weights(self.boxes, student, labels, feature, self.name)
+        return ((target, weights), masks) if self.requires.needs_boxes else (target, [*masks, weights > 0])
+
+    def check_labels(self, inputs: Any, labels: Any) -> None:
+        """Check that boxes are corners in pixels, once, as soon as their values are known; it waits for the device.
+
+        Args:
+            inputs: The inputs of a batch.
+            labels: Its targets.
+
+        Raises:
+            ValueError: If they are not, as far as it can be seen.
+        """
+        if not self.labels_checked and self.boxes is not None:
+            self.labels_checked = check_batch(self.boxes, inputs, labels)
+
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
+        boxes = {} if self.boxes is None else {"boxes": keras.saving.serialize_keras_object(self.boxes)}
         adapter = (self._origin or self).adapter  # type: ignore[attr-defined]
         named = adapter is None or isinstance(adapter, str)
         return {
@@ -216,6 +253,7 @@ class FeatureDistillation(TeacherParts):
             "teacher_layer": [teacher.get_config() for _, teacher in self.pairs],
             "loss": keras.saving.serialize_keras_object(self.loss),
             "adapter": adapter if named else keras.saving.serialize_keras_object(adapter),
+            **boxes,
         }
 
     @classmethod

@@ -56,6 +56,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
     """
 
     one_teacher = True
+    reads_boxes = False
 
     def __init__(
         self,

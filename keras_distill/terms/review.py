@@ -54,6 +54,8 @@ class ReviewDistillation(FeatureDistillation):
         in this package, a map of the teacher is resized to the student's height and width.
     """
 
+    reads_boxes = False
+
     def __init__(
         self,
         student_layers: Layers,
