@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -134,7 +135,7 @@ def rows_of(call: Call, term: DistillationTerm, rows: Any) -> Call:
     features = {tap.key: zeroed(call.feature(tap), rows) for tap in taps}
     masks = {id(features[tap.key]): call.mask_of(call.feature(tap)) for tap in taps}
     masks = {key: mask for key, mask in masks.items() if mask is not None}
-    return Call(call.output, features=features, who="teacher", training=call.training, masks=masks)
+    return replace(call, features=features, masks=masks)
 
 
 def weights_by_confidence(

@@ -140,6 +140,32 @@ def mean_square(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> fl
     return total / first.size
 
 
+def head_by_hand(head: Any, feature: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Scores of a map, position by position: the 3x3 tower with a tanh, then the 1x1 scores."""
+    (tower, tower_bias), (scores, bias) = (
+        [as_double(weight) for weight in layer.weights] for layer in (head.tower, head.scores)
+    )
+    return scores_by_hand(tower_by_hand(feature, tower, tower_bias), scores, bias)
+
+
+def tower_by_hand(feature: np.ndarray[Any, Any], kernel: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> Any:
+    padded, result = np.pad(feature, ((0, 0), (1, 1), (1, 1), (0, 0))), np.zeros((*feature.shape[:3], len(bias)))
+    for n, i, j in np.ndindex(*feature.shape[:3]):
+        result[n, i, j] = np.tanh(np.tensordot(padded[n, i : i + 3, j : j + 3], kernel, axes=3) + bias)
+    return result
+
+
+def scores_by_hand(feature: np.ndarray[Any, Any], kernel: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> Any:
+    result = np.zeros((*feature.shape[:3], len(bias)))
+    for n, i, j in np.ndindex(*feature.shape[:3]):
+        result[n, i, j] = feature[n, i, j] @ kernel[0, 0] + bias
+    return result
+
+
+def mean_of_squares(student: np.ndarray[Any, Any], teacher: np.ndarray[Any, Any]) -> float:
+    return float(((student - teacher) ** 2).mean())
+
+
 def distilled(term: Any, teacher: Any = None, student: Any = None, **compiled: Any) -> DistillModel:
     """A compiled model that also learns scores."""
     teacher = net(5, 2) if teacher is None else teacher

@@ -290,18 +290,20 @@ class FeatureDistillation(TeacherParts):
         names = [tap.name for tap, _ in self.pairs] if len(shapes) == len(self.pairs) else [self.name] * len(shapes)
         check_single(self.adapter, len(shapes))
         for (student, teacher, kind), name in zip(shapes, names, strict=True):
-            setting = self.adapter
-            if setting == "auto" and (not self.requires.channels_must_match or kind == "scores"):
-                setting = None
             # pooled maps have become vectors, and tokens of four dimensions a map
             maps = len(student) > 2 and (kind == "map" or (kind != "scores" and len(student) >= 4))
-            self._adapters.append(make_adapter(setting, student, teacher, name, maps=maps))
+            self._adapters.append(make_adapter(self._setting(kind), student, teacher, name, maps=maps))
         if self.requires.learned or self.requires.reads_teacher:
             self._learned = [copied(self.loss) for _ in shapes]
             for loss, adapter, (student, teacher, _) in zip(self._learned, self._adapters, shapes, strict=True):
                 loss.build(student if adapter is None else adapter.compute_output_shape(student), teacher)
             self._learned_layers = [loss.layer for loss in self._learned if loss.layer is not None]
         self._built_for = pairs
+
+    def _setting(self, kind: str | None) -> Any:
+        """The adapter for features of a kind: none where their channels need not agree."""
+        unneeded = not self.requires.channels_must_match or kind == "scores"
+        return None if self.adapter == "auto" and unneeded else self.adapter
 
     def _raw(self, taps: Pair, student: Call, teacher: Call) -> tuple[tuple[Call, Any], tuple[Call, Any]]:
         """For each side the call, and the feature as the layer returned it."""

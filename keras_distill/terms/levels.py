@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from keras_distill import checks
 from keras_distill.recording import Call, Tap
 
 Pair: TypeAlias = tuple[Tap, Tap]
+
+
+def matched(students: Sequence[Tap], teachers: Sequence[Tap]) -> bool:
+    """Whether two lists of levels are equally long, and name the same levels or none.
+
+    Args:
+        students: The student's levels, sorted if they have names.
+        teachers: The teacher's.
+    """
+    names = [[level.last for level in levels] for levels in (students, teachers)]
+    # the order of a dict is not known in graphs: a dict and a list cannot be paired
+    kinds = {isinstance(name, str) for name in (*names[0], *names[1]) if name is not None}
+    same = None in (*names[0], *names[1]) or names[0] == names[1]
+    return len(students) == len(teachers) and len(kinds) < 2 and same
 
 
 def paired_levels(student: Call, student_tap: Tap, teacher: Call, teacher_tap: Tap) -> list[Pair]:
@@ -28,10 +43,8 @@ def paired_levels(student: Call, student_tap: Tap, teacher: Call, teacher_tap: T
     if not (student_tap.spreads or teacher_tap.spreads):
         return [(student_tap, teacher_tap)]
     students, teachers = student.levels(student_tap), teacher.levels(teacher_tap)
-    names = [[level.last for level in levels] for levels in (students, teachers)]
-    # the order of a dict is not known in graphs: a dict and a list cannot be paired
-    kinds = {isinstance(name, str) for name in (*names[0], *names[1]) if name is not None}
-    if len(students) != len(teachers) or len(kinds) > 1 or (None not in names[0] + names[1] and names[0] != names[1]):
+    if not matched(students, teachers):
+        names = [[level.last for level in levels] for levels in (students, teachers)]
         layers = f"student layer {student_tap.name!r} and teacher layer {teacher_tap.name!r}"
         expected = f"{layers} to return the same levels for output='*'"
         remedy = f"Name the levels to compare: [Tap({student_tap.name!r}, output={names[0][0]!r}), ...]."
