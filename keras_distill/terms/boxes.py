@@ -21,7 +21,7 @@ def check_boxes(boxes: Any, loss: Any, requires: Requires) -> None:
         requires: Its requirements.
 
     Raises:
-        TypeError: If ``boxes`` is no place.
+        TypeError: If ``boxes`` is something else.
         ValueError: If the loss needs boxes and there are none, or cannot have them.
     """
     name = type(loss).__name__

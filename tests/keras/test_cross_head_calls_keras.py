@@ -106,7 +106,7 @@ def test_maps_of_other_sizes_make_predictions_to_which_the_teacher_s_are_resized
 # Wrong settings -------------------------------------------------------------------------------------------------------
 
 
-def test_stored_outputs_are_no_teacher_for_a_head() -> None:
+def test_stored_outputs_cannot_be_called_as_a_head() -> None:
     model = distilled(CrossHeadDistillation(INTO_HEAD, FROM_HEAD), run_eagerly=True)
     targets = model.teacher_targets(IMAGES, SCORES)
 
@@ -119,7 +119,7 @@ def test_stored_outputs_are_no_teacher_for_a_head() -> None:
         without.fit(IMAGES, targets, 4, 1, verbose=0)
 
 
-def test_a_function_is_no_teacher_for_a_head() -> None:
+def test_a_function_has_no_head() -> None:
     teacher = CallableTeacher(lambda images: np.zeros((len(images), 8, 8, 4), "float32"), (8, 8, 4))
 
     with pytest.raises(ValueError, match=r"`teacher_layer` to name one layer of the teacher"):
