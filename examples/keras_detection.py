@@ -1,11 +1,12 @@
 """A Keras detector learns from a larger one: its feature pyramid, and its features through the teacher's head.
 
-`python examples/keras_detection.py` takes two minutes and prints the average precision at an overlap of 0.5:
+`python examples/keras_detection.py` takes a minute and a half on one core. It prints the average precision at an overlap
+of 0.5, of one seed:
 
-    teacher                             00.0 %
-    student alone                        0.0 %
-    student with the teacher's pyramid   0.0 %
-    student through the teacher's head   0.0 %
+    teacher                             35.6 %
+    student alone                        6.0 %
+    student with the teacher's pyramid   8.1 %
+    student through the teacher's head   6.9 %
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def student_of(teacher: keras.Model, term: Any, data: Any, epochs: int) -> keras
 
 
 def main(epochs: int = 15) -> dict[str, float]:
-    """The teacher sees four times as many scenes."""
+    """The teacher sees four times as many scenes; the students see theirs three times as often."""
     scenes, test = draw(600, seed=0), draw(100, seed=1)
     keras.utils.set_random_seed(0)
     teacher, few = detector(32), batch_of(scenes[:150])
@@ -46,7 +47,7 @@ def main(epochs: int = 15) -> dict[str, float]:
     }
     results = {"teacher": precision(teacher, test)}
     for name, term in terms.items():
-        results[f"student {name}"] = precision(student_of(teacher, term, few, epochs), test)
+        results[f"student {name}"] = precision(student_of(teacher, term, few, 3 * epochs), test)
     return show("Detection", results, "average precision")
 
 

@@ -19,10 +19,8 @@ def matched(students: Sequence[Tap], teachers: Sequence[Tap]) -> bool:
         teachers: The teacher's.
     """
     names = [[level.last for level in levels] for levels in (students, teachers)]
-    # the order of a dict is not known in graphs: a dict and a list cannot be paired
-    kinds = {isinstance(name, str) for name in (*names[0], *names[1]) if name is not None}
-    same = None in (*names[0], *names[1]) or names[0] == names[1]
-    return len(students) == len(teachers) and len(kinds) < 2 and same
+    # a single map has no name; the order of a dict is not known in graphs, so that a dict and a list cannot be paired
+    return len(students) == len(teachers) and (None in (*names[0], *names[1]) or names[0] == names[1])
 
 
 def paired_levels(student: Call, student_tap: Tap, teacher: Call, teacher_tap: Tap) -> list[Pair]:
