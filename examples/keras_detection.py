@@ -1,7 +1,7 @@
 """A Keras detector learns from a larger one: its feature pyramid, and its features through the teacher's head.
 
-`python examples/keras_detection.py` takes a minute and a half on one core. It prints the average precision at an overlap
-of 0.5, of one seed:
+`python examples/keras_detection.py` takes a minute and a half on one core. It prints the average precision at an
+overlap of 0.5, of one seed:
 
     teacher                             35.6 %
     student alone                        6.0 %

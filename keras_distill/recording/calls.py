@@ -73,7 +73,7 @@ class Call:
         if tap.key in self.features:
             return self.features[tap.key]
         value = self.recorded(tap)
-        if tap.output is None and tap.where == "input" and self.form(tap).several:
+        if tap.output is None and tap.place in self.forms and self.form(tap).several:
             value = next(iter(value.values() if isinstance(value, dict) else value))
         return select(value, tap.output, f"the {tap.where} of {self.who} layer {tap.name!r}")
 

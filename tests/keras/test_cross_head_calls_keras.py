@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
@@ -21,6 +22,8 @@ from keras_dense_nets import (
     value,
 )
 
+import keras_distill
+import lightning_distill
 from keras_distill import (
     CallableTeacher,
     CrossHeadDistillation,
@@ -101,6 +104,17 @@ def test_maps_of_other_sizes_make_predictions_to_which_the_teacher_s_are_resized
     last = [as_double(weight) for weight in teacher.get_layer("head").scores.weights]
     target = head_by_hand(teacher.get_layer("head"), maps_of(teacher)[0]).reshape(4, 4, 2, 4, 2, 4).mean(axis=(2, 4))
     assert total == pytest.approx(mean_of_squares(scores_by_hand(maps_of(student)[1], *last), target), rel=1e-4)
+
+
+def test_both_halves_have_the_same_settings_with_the_same_defaults() -> None:
+    """Masks are Keras' own here, and weights of examples are Keras' alone."""
+    keras_only, pytorch_only = {"use_sample_weight", "kwargs"}, {"mask", "ignore_index"}
+    for name in ("CrossHeadDistillation", "FeatureDistillation"):
+        own, other = (inspect.signature(getattr(half, name)).parameters for half in (keras_distill, lightning_distill))
+
+        assert set(own) - keras_only == set(other) - pytorch_only - {"index"}
+        for shared in set(own) & set(other):
+            assert (own[shared].default, own[shared].kind) == (other[shared].default, other[shared].kind), shared
 
 
 # Wrong settings -------------------------------------------------------------------------------------------------------
