@@ -1,7 +1,7 @@
 """A Keras detector learns from a larger one: its feature pyramid, and its features through the teacher's head.
 
 `python examples/keras_detection.py` takes a minute and a half on one core. It prints the average precision at an
-overlap of 0.5, of one seed:
+overlap of 0.5, of a single run:
 
     teacher                             35.6 %
     student alone                        6.0 %
@@ -31,7 +31,7 @@ def student_of(teacher: keras.Model, term: Any, data: Any, epochs: int) -> keras
 
 
 def main(epochs: int = 15) -> dict[str, float]:
-    """The teacher sees four times as many scenes; the students see theirs three times as often."""
+    """The teacher sees four times as many scenes; a student sees its own three times as often."""
     scenes, test = draw(600, seed=0), draw(100, seed=1)
     keras.utils.set_random_seed(0)
     teacher, few = detector(32), batch_of(scenes[:150])

@@ -1,4 +1,4 @@
-"""What terms on feature maps do with the boxes of a batch."""
+"""The boxes of a batch in terms on feature maps: their checks, and the weights of the positions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_boxes(boxes: Any, loss: Any, requires: Requires) -> None:
 
     Raises:
         TypeError: If ``boxes`` is something else.
-        ValueError: If the loss needs boxes and there are none, or cannot have them.
+        ValueError: If the loss needs boxes and has no place for them, or cannot have any.
     """
     name = type(loss).__name__
     if boxes is None:
