@@ -250,6 +250,26 @@ def test_the_boxes_beside_the_targets_are_not_for_the_compiled_loss() -> None:
     assert fitted(alone, {"scores": SCORES, "boxes": BOXES}, epochs=1)["task_loss"][0] > 0
 
 
+def test_compiled_metrics_and_evaluation_do_not_see_the_boxes_either() -> None:
+    model = detector(focal())
+    model.compile("sgd", "mse", metrics={"fine": ["mae"], "coarse": ["mae"]}, run_eagerly=True)
+
+    logs = model.evaluate(IMAGES, TARGETS, batch_size=4, verbose=0, return_dict=True)
+
+    assert logs["fine_mae"] == pytest.approx(float(np.abs(SCORES - ops.convert_to_numpy(model(IMAGES)["fine"])).mean()))
+    assert logs["neck_loss"] == pytest.approx(focal_by_hand(model.student, model.teacher, model.terms[0]), rel=1e-5)
+
+
+def test_stored_targets_hold_the_boxes_among_their_labels() -> None:
+    live, stored = (detector(focal(), run_eagerly=True) for _ in range(2))
+    targets = live.teacher_targets(IMAGES, TARGETS)
+    stored.teacher = None
+
+    logs = [fitted(model, y, epochs=1, batch_size=4) for model, y in ((live, TARGETS), (stored, targets))]
+
+    assert_same_logs(*logs, 1e-5)
+
+
 def test_a_loss_of_one_s_own_gets_the_boxes_too() -> None:
     seen = []
 
