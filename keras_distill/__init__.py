@@ -160,6 +160,7 @@ from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
 from keras_distill.teachers import CallableTeacher, EMATeacher
 from keras_distill.terms import (
+    CrossHeadDistillation,
     DistillationTerm,
     FeatureDistillation,
     LogitsDistillation,
@@ -185,6 +186,7 @@ __all__ = [
     "CompressionManager",
     "ContrastiveRepresentationLoss",
     "CorrelationCongruenceLoss",
+    "CrossHeadDistillation",
     "CurriculumTemperature",
     "DISTLoss",
     "DecoupledKDLoss",

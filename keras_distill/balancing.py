@@ -211,7 +211,7 @@ def _squared_norms(term: Any, student: Any, reference: Any, value: Any) -> tuple
     place, read = "the student's output", keras.tree.flatten(student.output)
     if term.student_taps:
         place = f"the student's {', '.join(repr(tap.name) for tap in term.student_taps)}"
-        read = [student.feature(tap) for tap in term.student_taps]
+        read = [student.feature(level) for tap in term.student_taps for level in student.levels(tap)]
     read = list({id(tensor): tensor for tensor in read}.values())
     tensors = [tensor for tensor in read if keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))]
     own = _gradients(value, tensors)

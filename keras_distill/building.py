@@ -103,7 +103,8 @@ class BuildsTerms:
             term.build_for(student, teachers if term.needs_teacher else [student])
             self._adopt(term)
             for tap in term.trained_taps:
-                self.behind[tap.key] = student.facts_of(student.feature(tap)).behind
+                behind = [student.facts_of(student.feature(level)).behind for level in student.levels(tap)]
+                self.behind[tap.key] = None if None in behind else [each for layers in behind for each in layers or ()]
 
     def _adopt(self, term: DistillationTerm) -> None:
         term.built = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -12,7 +13,7 @@ from keras_distill import checks
 from keras_distill.functional.inputs import logarithm
 from keras_distill.functional.mixtures import confidence_weights, mean_logits, mixture_logits
 from keras_distill.mixing import TeacherMix
-from keras_distill.recording import Call, select
+from keras_distill.recording import Call, Tap, select
 from keras_distill.terms import DistillationTerm, LogitsDistillation
 from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import expanded, zeroed
@@ -56,10 +57,9 @@ def combined(term: DistillationTerm, calls: Sequence[Call], join: Callable[[list
             output = keras.tree.map_structure(joined, *outputs)
     parts = [term.for_teacher(number) for number in range(len(calls))]
     features = {}
-    for index, tap in enumerate(term.teacher_taps):
-        features[tap.key] = joined(
-            *(call.feature(part.teacher_taps[index]) for part, call in zip(parts, calls, strict=True))
-        )
+    each_teacher = [_levels(part, call) for part, call in zip(parts, calls, strict=True)]
+    for levels in zip(*each_teacher, strict=True):
+        features[levels[0].key] = joined(*(call.feature(level) for level, call in zip(levels, calls, strict=True)))
     return Call(
         output,
         features=features,
@@ -131,10 +131,11 @@ def rows_of(call: Call, term: DistillationTerm, rows: Any) -> Call:
     Returns:
         The call.
     """
-    features = {tap.key: zeroed(call.feature(tap), rows) for tap in term.teacher_taps}
-    masks = {id(features[tap.key]): call.mask_of(call.feature(tap)) for tap in term.teacher_taps}
+    taps = _levels(term, call)
+    features = {tap.key: zeroed(call.feature(tap), rows) for tap in taps}
+    masks = {id(features[tap.key]): call.mask_of(call.feature(tap)) for tap in taps}
     masks = {key: mask for key, mask in masks.items() if mask is not None}
-    return Call(call.output, features=features, who="teacher", training=call.training, masks=masks)
+    return replace(call, features=features, masks=masks)
 
 
 def weights_by_confidence(
@@ -179,6 +180,11 @@ def times(sample_weight: Any, factor: Any) -> Any:
         weights = ops.squeeze(weights, axis=-1)
     rank = max(len(weights.shape), len(factor.shape))
     return expanded(weights, rank) * expanded(factor, rank)
+
+
+def _levels(term: DistillationTerm, call: Call) -> list[Tap]:
+    """The places of a teacher that a term reads, with one for each level of a pyramid."""
+    return [level for tap in term.teacher_taps for level in call.levels(tap)]
 
 
 def _check_structures(outputs: Sequence[Any]) -> None:

@@ -26,11 +26,11 @@ from keras_distill.schedules import Schedule, first_value
 from keras_distill.step import DistillStep
 from keras_distill.students import (
     check_arguments,
+    check_first_labels,
     check_route,
     check_saved,
     check_student,
     check_term_names,
-    check_token_labels,
     check_trained,
     warn_of_augmentation,
 )
@@ -39,6 +39,7 @@ from keras_distill.targets import (
     check_class_weight,
     check_stored_logits,
     split_targets,
+    targets_of_outputs,
     weights_of,
 )
 from keras_distill.teachers import checked_hook, with_call
@@ -231,7 +232,7 @@ class DistillModel(ModelInFiles):
             return None
         # a copy: on torch Keras multiplies the weights by the mask in place, and the terms need the original ones
         weights = keras.tree.map_structure(lambda weight: None if weight is None else ops.copy(weight), sample_weight)
-        return compat.compiled_loss(self, y, y_pred, weights)
+        return compat.compiled_loss(self, targets_of_outputs(y, y_pred, self.terms), y_pred, weights)
 
     # Keras' own methods -------------------------------------------------------------------------------------------
 
@@ -254,7 +255,7 @@ class DistillModel(ModelInFiles):
         data, targets = arguments.get("x"), arguments.get("y")
         check_class_weight(arguments.get("class_weight"), targets, data)
         check_stored_logits(self.terms, targets, data)
-        check_token_labels(self.terms, data, targets)
+        check_first_labels(self.terms, data, targets)
         check_route(self.step.ensemble, data)
         before, self.fitting = self.fitting, True
         try:
@@ -371,6 +372,7 @@ class DistillModel(ModelInFiles):
         labels, _ = split_targets(y)
         if labels is None:
             return self.get_metrics_result()
+        labels = targets_of_outputs(labels, y_pred, self.terms)
         logs: dict[str, Any] = super().compute_metrics(x, labels, y_pred, weights_of(sample_weight))
         return logs
 

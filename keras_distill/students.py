@@ -15,7 +15,7 @@ from keras_distill.recording import sublayers
 from keras_distill.step import DistillStep
 from keras_distill.targets import split_targets
 from keras_distill.teachers import EMATeacher
-from keras_distill.terms import DistillationTerm, SequenceDistillation
+from keras_distill.terms import DistillationTerm
 
 _OWN_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 _FIRST_ROWS = 8
@@ -125,8 +125,8 @@ def check_term_names(terms: Sequence[DistillationTerm], student: keras.Model) ->
             raise ValueError(checks.message(expected, received, "Pass name=... to the term."))
 
 
-def check_token_labels(terms: Sequence[DistillationTerm], data: Any, targets: Any) -> None:
-    """Check the labels of language models in the first batch: a graph does not know their values.
+def check_first_labels(terms: Sequence[DistillationTerm], data: Any, targets: Any) -> None:
+    """Check the labels of language models and the boxes of the first batch: a graph does not know their values.
 
     Args:
         terms: The terms.
@@ -134,9 +134,9 @@ def check_token_labels(terms: Sequence[DistillationTerm], data: Any, targets: An
         targets: The ``y`` argument of ``fit``.
 
     Raises:
-        ValueError: If the labels can be seen to be shifted otherwise than a term expects.
+        ValueError: If the labels can be seen to be others than a term expects.
     """
-    waiting = [term for term in terms if isinstance(term, SequenceDistillation) and not term.aligned]
+    waiting = [term for term in terms if not term.labels_checked]
     if not waiting:
         return
     if isinstance(data, keras.utils.PyDataset):

@@ -67,7 +67,8 @@ def stored_targets(labels: Any, call: Call, taps: Sequence[Tap]) -> DistillTarge
     """
     if not taps and not carries_features(call.output):
         return DistillTargets(labels, call.output)
-    return DistillTargets(labels, {"output": call.output, "features": {tap.key: call.feature(tap) for tap in taps}})
+    features = {level.key: call.feature(level) for tap in taps for level in call.levels(tap)}
+    return DistillTargets(labels, {"output": call.output, "features": features})
 
 
 def split_targets(targets: Any) -> tuple[Any, Call | None]:
@@ -90,6 +91,25 @@ def split_targets(targets: Any) -> tuple[Any, Call | None]:
     if not carries_features(answer):
         return labels, Call(answer, who="teacher")
     return labels, Call(answer["output"], features=dict(answer["features"]), who="teacher")
+
+
+def targets_of_outputs(labels: Any, output: Any, terms: Sequence[Any]) -> Any:
+    """The targets of the compiled loss: without boxes that terms alone read, since Keras refuses further entries.
+
+    Args:
+        labels: The batch's labels.
+        output: The student's output.
+        terms: The terms.
+
+    Returns:
+        The labels, a dict without the keys of boxes that are not the student's outputs.
+    """
+    places = {term.boxes for term in terms if isinstance(getattr(term, "boxes", None), str)}
+    if not places or not isinstance(labels, dict):
+        return labels
+    own = set(output) if isinstance(output, dict) else set()
+    rest = {key: value for key, value in labels.items() if key in own or key not in places}
+    return rest if own or len(rest) != 1 else next(iter(rest.values()))
 
 
 class EpochData(keras.utils.PyDataset):

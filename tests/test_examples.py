@@ -11,7 +11,7 @@ import keras
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHARED = {"common", "networks", "compression", "drawn_scenes", "tables", "keras_common"}
+SHARED = {"common", "networks", "compression", "drawn_scenes", "tables", "keras_common", "keras_scenes"}
 RECIPES = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem not in SHARED)
 # Epochs that are enough to be clearly better than chance, and how good that is.
 EPOCHS = {
@@ -20,6 +20,7 @@ EPOCHS = {
     "bert_to_blendcnn": 2,
     "tensorflow_images": 4,
     "detection": 6,
+    "keras_detection": 4,
     "segmentation": 4,
     "speech_ctc": 5,
     "sentence_encoder": 1,
@@ -27,7 +28,7 @@ EPOCHS = {
     "keras_mean_teacher": 6,
 }
 CHANCE = {"bert_to_bilstm": 0.25, "bert_to_blendcnn": 0.25, "question_answering": 0.01}
-CHANCE |= {"detection": 0.01, "segmentation": 0.14}  # the background is easy
+CHANCE |= {"detection": 0.01, "keras_detection": 0.005, "segmentation": 0.14}  # the background is easy
 CHANCE |= {"sentence_encoder": 0.01, "speech_ctc": 0.01}
 # The mean of specialists, each of which is wrong where it knows nothing, teaches little, which these recipes show.
 CHANCE |= {"several_teachers": 0.05, "keras_several_teachers": 0.05}

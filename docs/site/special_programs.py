@@ -128,16 +128,22 @@ model.fit(inputs, np.zeros((32, 6)), batch_size=16, verbose=0)"""
 _FOCAL_KERAS = """import keras
 import numpy as np
 
-from keras_distill import FocalGlobalLoss
-from keras_distill.functional import foreground_weights
+from keras_distill import DistillModel, FeatureDistillation, FocalGlobalLoss
 
-# Terms of Keras do not read boxes: call the loss in a loop of your own, and train its layer too.
-loss = FocalGlobalLoss()
-student_map, teacher_map = (keras.random.normal((2, 8, 8, channels)) for channels in (16, 16))
-loss.build(student_map.shape, teacher_map.shape)
-boxes = [np.array([[4.0, 4.0, 20.0, 20.0]])] * 2
-weights = foreground_weights(boxes, (32, 32), (8, 8))
-print(float(loss((teacher_map, weights), student_map)))"""
+
+def detector(width):
+    images = keras.Input((32, 32, 3))
+    feature = keras.layers.Conv2D(width, 3, strides=4, padding="same", activation="relu", name="neck")(images)
+    return keras.Model(images, keras.layers.Conv2D(5, 1, name="scores")(feature))
+
+
+images = np.random.rand(8, 32, 32, 3).astype("float32")
+boxes = np.tile([[4.0, 4.0, 20.0, 20.0], [0.0, 0.0, 0.0, 0.0]], (8, 1, 1))  # rows without an area are padding
+targets = {"scores": np.zeros((8, 8, 8, 5)), "boxes": boxes}
+term = FeatureDistillation("neck", "neck", FocalGlobalLoss(), boxes="boxes")
+model = DistillModel(detector(8), detector(16), term)
+model.compile("adam", "mse")
+model.fit(images, targets, batch_size=4, verbose=0)"""
 _STAGES = """import torch
 from lightning.pytorch import Trainer
 from torch import nn

@@ -76,9 +76,9 @@ class FocalGlobalLoss(DistillationLoss):
         + \lambda \sum_{p,c} \left( G^s(f^s) - G^t(f^t) \right)_{pc}^2 \Big]
 
     Objects and background are weighed apart, and both by the teacher's attention :math:`A^t`, :math:`C^t` over
-    positions and channels. The contexts G are learned: each adds to a map what it reads from all its positions. Their
-    weights are those of ``loss.layer``, which :meth:`build` makes. A loop of your own calls the loss: the terms of this
-    half do not read boxes. See :func:`keras_distill.functional.focal_global`.
+    positions and channels. The contexts G are learned: each adds to a map what it reads from all its positions. Inside
+    a FeatureDistillation with ``boxes=...`` they are made, trained and saved as adapters are. In a loop of your own
+    :meth:`build` makes them, in ``loss.layer``. See :func:`keras_distill.functional.focal_global`.
 
     Args:
         temperature: Softening of both attentions, greater than 0; a number or a schedule.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_distill import checks, compat
+from keras_distill.recording.arguments import Form
 from keras_distill.recording.facts import Facts
-from keras_distill.recording.taps import Place, Tap, select
+from keras_distill.recording.taps import Place, Tap, by_name, entry_at, select
 
 
 @dataclass(eq=False)
@@ -33,6 +34,8 @@ class Call:
         masks: Masks of tensors that no longer carry their own, by the id of the tensor.
         inputs: The inputs of the batch, None if they are unknown.
         image: Height and width of the images that the model was called with, None without images or if unknown.
+        forms: The arguments of its layers' calls without the tensors, where their input is tapped.
+        network: The teacher that ran; None for stored outputs, and while shapes are inferred.
 
     Example:
         >>> Call(output=[1.0, 2.0]).output
@@ -51,6 +54,8 @@ class Call:
     masks: dict[int, Any] = field(default_factory=dict)
     inputs: Any = None
     image: tuple[int, int] | None = None
+    forms: dict[Place, list[Form]] = field(default_factory=dict)
+    network: Any = None
 
     def feature(self, tap: Tap) -> Any:
         """The tensor at a tap.
@@ -67,6 +72,21 @@ class Call:
         """
         if tap.key in self.features:
             return self.features[tap.key]
+        value = self.recorded(tap)
+        if tap.output is None and tap.place in self.forms and self.form(tap).several:
+            value = next(iter(value.values() if isinstance(value, dict) else value))
+        return select(value, tap.output, f"the {tap.where} of {self.who} layer {tap.name!r}")
+
+    def recorded(self, tap: Tap) -> Any:
+        """All that a tapped layer returned, or was called with, whatever the tap's ``output`` is.
+
+        Args:
+            tap: The place.
+
+        Raises:
+            ValueError: If the layer did not run, its tensors cannot be used outside it, or the tap does not say which
+                of several calls to take.
+        """
         runs = self.runs.get(tap.place, [])
         layer = f"{self.who} layer {tap.name!r}"
         if not runs:
@@ -80,7 +100,43 @@ class Call:
             raise ValueError(checks.message(f"{layer} to run once in a forward pass", f"{len(runs)} calls", remedy))
         if tap.call is not None and tap.call >= len(runs):
             raise ValueError(checks.message(f"{layer} to run more than {tap.call} times", f"{len(runs)} calls"))
-        return select(runs[tap.call or 0], tap.output, f"the {tap.where} of {layer}")
+        return runs[tap.call or 0]
+
+    def levels(self, tap: Tap) -> list[Tap]:
+        """The taps that a tap stands for: with ``output="*"`` one for each tensor at its place, else the tap itself.
+
+        The levels of a dict are sorted by their names, since graphs do not keep the order of a dict.
+
+        Args:
+            tap: The place.
+
+        Raises:
+            ValueError: As for :meth:`recorded`, or if there is not a dict, list or tuple of tensors.
+        """
+        if not tap.spreads:
+            return [tap]
+        single = replace(tap, output=tap.outer or None)
+        if single.key in self.features:
+            return [single]
+        stored = {level.last: level for level in map(tap.level_of, self.features) if level is not None}
+        if stored:
+            return [stored[key] for key in by_name(stored)]
+        value = self.recorded(tap)
+        inner = entry_at(value, tap.outer)
+        if hasattr(inner, "shape"):  # a pyramid of one level
+            return [single]
+        keys: Any = by_name(inner) if isinstance(inner, dict) else range(len(inner or ()))
+        if not keys or not all(hasattr(inner[key], "shape") for key in keys):
+            names = by_name(value) if isinstance(value, dict) else range(len(value))
+            expected = f"the {tap.where} of {self.who} layer {tap.name!r} to hold a dict, list or tuple of tensors"
+            remedy = "Pass the path to it, such as output=('feature_maps', '*'), or leave out `output`."
+            received = f"a {type(value).__name__} of {list(names)}"
+            raise ValueError(checks.message(f"{expected} for output={tap.output!r}", received, remedy))
+        return [tap.level(key) for key in keys]
+
+    def form(self, tap: Tap) -> Form:
+        """The arguments that a layer was called with, without the tensors, for a tap on its input."""
+        return self.forms[tap.place][tap.call or 0]
 
     def mask_of(self, tensor: Any) -> Any:
         """The mask of a tensor of this pass, or None."""
@@ -108,6 +164,7 @@ class Call:
             declared=self.declared,
             masks=masks,
             image=self.image,
+            forms=self.forms,
         )
 
 

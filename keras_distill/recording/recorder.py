@@ -17,6 +17,7 @@ from typing import Any
 import keras
 
 from keras_distill import compat
+from keras_distill.recording.arguments import Form, split_arguments
 from keras_distill.recording.calls import Call, image_size
 from keras_distill.recording.facts import Facts, facts_of
 from keras_distill.recording.taps import Place, Tap, find_layer
@@ -40,7 +41,7 @@ class Record:
 
     Attributes:
         scope: The scratch graph of Keras that the call runs in, or None.
-        runs: For each tapped layer, by its id, a list of (input, output, trouble), one entry for each call.
+        runs: For each tapped layer, by its id, a list of (arguments, output, trouble), one entry for each call.
         facts: Facts about the tensors, by their ids.
         kept: Tensors that must live as long as the record, since their ids are the keys of ``facts``.
         within: The layers whose call is running, the outermost first.
@@ -191,7 +192,7 @@ def _note(
     if any(isinstance(leaf, keras.KerasTensor) for leaf in keras.tree.flatten(output)):
         return
     if id(layer) in recording.layers:
-        record.runs.setdefault(id(layer), []).append((_first(args, kwargs), output, _lost_gradient(record.within)))
+        record.runs.setdefault(id(layer), []).append(((args, kwargs), output, _lost_gradient(record.within)))
     if recording.infer:
         parent = record.within[-1] if record.within else None
         record.kept.append((args, output))
@@ -218,7 +219,7 @@ def _finish(recording: Recording, record: Record, output: Any) -> None:
         return
     graph = _graph_of(leaves[0])
     for runs in record.runs.values():
-        for index, (argument, returned, trouble) in enumerate(runs):
+        for index, (arguments, returned, trouble) in enumerate(runs):
             inner = [_graph_of(leaf) for leaf in keras.tree.flatten(returned)]
             if any(other is not None and other is not graph for other in inner):
                 trouble = "tensors of a loop or a function of its own. Tap the layer that contains it."
@@ -226,7 +227,7 @@ def _finish(recording: Recording, record: Record, output: Any) -> None:
                 returned = _OUTPUT
             elif returned is leaves[0]:
                 returned = _FIRST
-            runs[index] = (argument, returned, trouble)
+            runs[index] = (arguments, returned, trouble)
     if recording.finished is not None:
         recording.finished(record, output)
     records = compat.get_tensor_attr(leaves[0], _RECORD) or {}
@@ -317,13 +318,19 @@ class Recorder:
         """
         runs: dict[Place, list[Any]] = {}
         trouble: dict[Place, str] = {}
+        forms: dict[Place, list[Form]] = {}
         for place, layer in self._layers.items() if record is not None else ():
             passes = record.runs.get(id(layer), [])  # type: ignore[union-attr]
-            side = 0 if place[1] == "input" else 1
-            runs[place] = [_restored(run[side], output) for run in passes]
+            if place[1] == "input":
+                split = [split_arguments(*run[0]) for run in passes]
+                runs[place], forms[place] = [inputs for inputs, _ in split], [form for _, form in split]
+            else:
+                runs[place] = [_restored(run[1], output) for run in passes]
             if reason := next((run[2] for run in passes if run[2]), ""):
                 trouble[place] = reason
         facts = {} if record is None else record.facts
         declared = isinstance(self.model, keras.Sequential) or compat.input_structure(self.model) is not None
         image = None if record is None else image_size(record.inputs)
-        return Call(output, runs, who=self.who, trouble=trouble, facts=facts, declared=declared, image=image)
+        return Call(
+            output, runs, who=self.who, trouble=trouble, facts=facts, declared=declared, image=image, forms=forms
+        )

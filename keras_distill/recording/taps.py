@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -14,6 +15,7 @@ from keras_distill import checks, compat
 LAYOUTS = ("channels_last", "channels_first", "tokens", "heads", "scores")
 # A layer or its name, and the side of it that is read.
 Place: TypeAlias = "tuple[str | keras.layers.Layer, str]"
+Output: TypeAlias = int | str | tuple[int | str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class Tap:
     Args:
         layer: Name of a layer (``"block2"``), path of names below nested models (``"backbone/block2"``), path of
             attributes (``"encoder.blocks.0"``), or the layer itself; ``""`` is the whole model.
-        output: Which part of the layer's output: an index of a tuple or list or a key of a dict. With ``None`` the
-            output must be a single tensor.
+        output: Which part of the layer's output: an index of a tuple or list, a key of a dict, or a tuple of these for
+            nested outputs. With ``None`` the output must be a single tensor. ``"*"``, or a tuple that ends with it,
+            stands for every tensor of a dict, list or tuple, such as the levels of a feature pyramid.
         call: Which call of the layer, counted from 0, if one forward pass runs it several times.
         where: ``"output"`` reads the layer's output, ``"input"`` its input.
         layout: Meaning of the axes if it does not follow from the layers: ``"channels_last"`` or ``"channels_first"``
@@ -43,7 +46,7 @@ class Tap:
     """
 
     layer: str | keras.layers.Layer
-    output: int | str | None = None
+    output: Output = None
     call: int | None = None
     where: Literal["output", "input"] = "output"
     layout: str | None = None
@@ -61,6 +64,9 @@ class Tap:
         if self.prefix_tokens is not None:
             checks.integer("prefix_tokens", self.prefix_tokens)
             checks.non_negative("prefix_tokens", self.prefix_tokens)
+        output: Any = self.output
+        if isinstance(output, list):  # as files hold it
+            object.__setattr__(self, "output", tuple(output))
 
     @classmethod
     def of(cls, layer: str | keras.layers.Layer | Tap) -> Tap:
@@ -71,6 +77,37 @@ class Tap:
     def name(self) -> str:
         """The layer's name or path."""
         return self.layer if isinstance(self.layer, str) else str(self.layer.name)
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the tap stands for every tensor of a dict, list or tuple."""
+        return self.last == "*"
+
+    @property
+    def outer(self) -> tuple[int | str, ...]:
+        """The path to the dict, list or tuple that a tap stands for."""
+        return self.output[:-1] if isinstance(self.output, tuple) else ()
+
+    @property
+    def last(self) -> int | str | None:
+        """The last index or key of the output, by which a level is named."""
+        return self.output[-1] if isinstance(self.output, tuple) else self.output
+
+    def level(self, key: int | str) -> Tap:
+        """The tap on one of the tensors that this one stands for."""
+        return replace(self, output=(*self.outer, key) if self.outer else key)
+
+    def level_of(self, key: str) -> Tap | None:
+        """The level of the tap that has this key, or None."""
+        start, end = self.key.rsplit(f"[{self.output!r}]", 1)
+        if not key.startswith(f"{start}[") or not key.endswith(f"]{end}"):
+            return None
+        try:
+            output = ast.literal_eval(key[len(start) + 1 : len(key) - len(end) - 1])
+        except (ValueError, SyntaxError):  # another layer with brackets in its name
+            return None
+        *outer, last = output if isinstance(output, tuple) else (output,)
+        return self.level(last) if tuple(outer) == self.outer else None
 
     @property
     def place(self) -> Place:
@@ -106,12 +143,12 @@ class Tap:
         return {"layer": self.name, "output": self.output, "call": self.call, "where": self.where, **passed}
 
 
-def select(value: Any, output: int | str | None, name: str) -> Any:
+def select(value: Any, output: Output, name: str) -> Any:
     """The tensor that ``output`` picks from ``value``, or its only tensor if ``output`` is ``None``.
 
     Args:
         value: The output of a layer or a model.
-        output: An index of a tuple or list, a key of a dict, or ``None``.
+        output: An index of a tuple or list, a key of a dict, a tuple of these, or ``None``.
         name: Name of the value in error messages.
 
     Returns:
@@ -124,12 +161,7 @@ def select(value: Any, output: int | str | None, name: str) -> Any:
         >>> select({"probabilities": 1.0, "state": 2.0}, "state", "the output")
         2.0
     """
-    picked: Any = value
-    if output is not None:
-        try:
-            picked = value[output] if keras.tree.is_nested(value) else None
-        except (LookupError, TypeError):
-            picked = None
+    picked = value if output is None else entry_at(value, output if isinstance(output, tuple) else (output,))
     while isinstance(picked, (dict, list, tuple)) and len(picked) == 1 and output is None:
         picked = next(iter(picked.values())) if isinstance(picked, dict) else picked[0]
     if picked is None or isinstance(picked, (dict, list, tuple)):
@@ -137,6 +169,20 @@ def select(value: Any, output: int | str | None, name: str) -> Any:
         received = f"output={output!r}, with tensors of shapes {shapes}"
         raise ValueError(checks.message(f"`output` to pick one tensor of {name}", received, "Pass output=..."))
     return picked
+
+
+def entry_at(value: Any, keys: Iterable[int | str]) -> Any:
+    """The entry at a path of indices and keys, or None."""
+    with contextlib.suppress(LookupError, TypeError):
+        for key in keys:
+            value = value[key] if keras.tree.is_nested(value) else None
+        return value
+    return None
+
+
+def by_name(keys: Iterable[Any]) -> list[Any]:
+    """Indices and keys in an order that does not depend on a dict, whose order graphs do not keep."""
+    return sorted(keys, key=lambda key: (isinstance(key, str), key))
 
 
 def find_layer(model: keras.Model, layer: str | keras.layers.Layer, who: str) -> tuple[str, keras.layers.Layer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -283,7 +284,13 @@ class AveragedTeacher(LiveTeacher):
             contexts.enter_context(compat.discarded_changes(values))
             contexts.enter_context(compat.computed_in(layers, self.dtype))
             call = self.recorder.forward(chosen_inputs(self.model, inputs), training=False)
-        return call.without_gradient()
+        return replace(call.without_gradient(), network=self)
+
+    def _values(self, part: keras.layers.Layer) -> list[tuple[keras.Variable, Any]]:
+        """The weights of a part with their averages."""
+        own = {id(variable) for variable in part.variables}
+        pairs = [(variable, average) for variable, average in self.average.pairs() if id(variable) in own]
+        return [(variable, ops.convert_to_tensor(average)) for variable, average in pairs]
 
 
 def _check_decay(name: str, value: Any) -> None:

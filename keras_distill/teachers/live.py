@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_distill import compat
-from keras_distill.recording import Call, Recorder, Tap, sublayers
+from keras_distill.recording import Call, Recorder, Tap, find_layer, sublayers
 from keras_distill.teachers.inputs import chosen_inputs
 
 
@@ -53,4 +55,28 @@ class LiveTeacher:
         unchanged = compat.discarded_changes() if stateful else contextlib.nullcontext()
         with compat.untaped(), unchanged, compat.computed_in(layers, self.dtype):
             call = self.recorder.forward(inputs, training=False)
-        return call.without_gradient()
+        return replace(call.without_gradient(), network=self)
+
+    def called(self, layer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The output of one of the teacher's layers for other inputs, to which gradients flow.
+
+        The layer computes as in :meth:`answer`, without a gradient for its weights and without changing them.
+
+        Args:
+            layer: The layer's name or path.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+
+        Returns:
+            The output.
+        """
+        part = find_layer(self.model, layer, "teacher")[1]
+        layers = [part, *(inner for _, inner in sublayers(part))]
+        values = [(variable, ops.stop_gradient(value)) for variable, value in self._values(part)]
+        with compat.kept_losses(layers), compat.discarded_changes(values), compat.computed_in(layers, self.dtype):
+            return part(*args, **{**kwargs, "training": False})
+
+    def _values(self, part: keras.layers.Layer) -> list[tuple[keras.Variable, Any]]:
+        """The weights of a part with their values."""
+        variables = [each for each in part.variables if keras.backend.is_float_dtype(each.dtype)]
+        return [(variable, ops.convert_to_tensor(variable, variable.dtype)) for variable in variables]

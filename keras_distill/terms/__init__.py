@@ -7,6 +7,7 @@ from typing import Any
 
 from keras_distill import checks
 from keras_distill.terms.base import DistillationTerm
+from keras_distill.terms.cross_head import CrossHeadDistillation
 from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.logits import LogitsDistillation
 from keras_distill.terms.loss_term import LossTerm
@@ -18,6 +19,7 @@ from keras_distill.terms.weighing import weigh
 from keras_distill.terms.within import SelfDistillation
 
 __all__ = [
+    "CrossHeadDistillation",
     "DistillationTerm",
     "FeatureDistillation",
     "LogitsDistillation",

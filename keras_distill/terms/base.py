@@ -42,6 +42,7 @@ class DistillationTerm:
         needs_labels: Whether :meth:`compute` needs the batch's labels.
         needs_teacher: Whether :meth:`compute` reads the teacher.
         trains_only: Whether evaluation leaves the term out, because it knows the training data alone.
+        labels_checked: Whether the targets of a batch need no further look, or have had one.
         schedules: The schedules of the weight and of the loss's settings, by name; ``fit`` follows them.
         built: Whether :meth:`build_from_calls` has run; always False for a term that is not a model's copy.
         state: The numbers and weights of a model's copy; None for a term that is not one.
@@ -65,6 +66,7 @@ class DistillationTerm:
     needs_labels: bool = False
     needs_teacher: bool = True
     trains_only: bool = False
+    labels_checked: bool = True
     built: bool = False
     state: TermState | None = None
     _first_weights: dict[str, Any] | None = None
@@ -197,6 +199,14 @@ class DistillationTerm:
         Args:
             student: A symbolic call of the student.
             teacher: A symbolic call of the new teacher.
+        """
+
+    def check_labels(self, inputs: Any, labels: Any) -> None:
+        """Check the targets of a batch once, before the first step, where ``labels_checked`` is False.
+
+        Args:
+            inputs: The inputs of a batch.
+            labels: Its labels.
         """
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:

@@ -103,6 +103,9 @@ class LogitsDistillation(LossTerm):
     ) -> None:
         chosen = as_loss(SoftTargetLoss() if loss is None else loss)
         super().__init__(chosen, weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
+        if self.requires.needs_boxes:
+            remedy = "Use it in a FeatureDistillation(..., boxes=...)."
+            raise TypeError(checks.message("`loss` to need no boxes", f"a {type(loss).__name__}", remedy))
         if self.requires.learned:
             expected = "`loss` to have no parameters of its own"
             remedy = "Use it in a FeatureDistillation, between the models' last layers for instance."

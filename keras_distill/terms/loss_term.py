@@ -38,9 +38,6 @@ class LossTerm(DistillationTerm):
     def __init__(self, loss: keras.losses.Loss, *, index: IndexPlace | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.requires = Requires.of(loss)
-        if self.requires.needs_boxes:
-            remedy = "Call it in a loop of your own: loss((teacher_map, foreground_weights), student_map)."
-            raise ValueError(checks.message("`loss` to need no boxes in a term", f"a {type(loss).__name__}", remedy))
         if index is not None and not self.requires.needs_index:
             expected = f"`index` to be None for {type(loss).__name__}, which needs no rows of the examples"
             raise ValueError(checks.message(expected, f"index={index!r}", "Leave it out."))
@@ -128,6 +125,21 @@ class LossTerm(DistillationTerm):
         loss = copied(self._working_loss)
         for name in skipped:
             setattr(loss, name, 0.0)
+        return loss
+
+    def with_numbers(self, learned: Any, student: Call) -> Any:
+        """A built copy of the loss, as one pair of layers has it, with the owner's numbers.
+
+        Args:
+            learned: The copy.
+            student: The student's call.
+
+        Returns:
+            Another copy, with the same parameters.
+        """
+        loss, numbers = copied(learned), self.loss_of(student)
+        for name in self._variable_settings:
+            setattr(loss, name, getattr(numbers, name))
         return loss
 
     def _parts_of_weight_0(self) -> tuple[str, ...]:

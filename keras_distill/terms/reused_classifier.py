@@ -56,6 +56,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
     """
 
     one_teacher = True
+    reads_boxes = False
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
 
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the features are maps or vectors, of the channels that the projector was made for."""
-        student_shape, teacher_shape, *layouts = self._described(0, student, teacher)
+        student_shape, teacher_shape, *layouts = self._all_described(student, teacher)[0]
         names = " and ".join(repr(tap.name) for tap in self.pairs[0])
         ranks = {len(student_shape), len(teacher_shape)}
         if ranks not in ({2}, {4}) or {KINDS.get(layout) for layout in layouts} - {"map", None}:
@@ -102,7 +103,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
         """The loss without its weight, a scalar."""
         if isinstance(sample_weight, (dict, list, tuple)):
             sample_weight = None  # these are weights of the outputs, but the feature belongs to all of them
-        (_, feature), (_, target) = self._raw(0, student, teacher)
+        (_, feature), (_, target) = self._raw(self.levels(student, teacher)[0], student, teacher)
         student_layout, teacher_layout = self._built_for[0][2:]
         projector: Any = self._adapters[0]
         feature = projector(arranged(widened(feature), student_layout), training=bool(student.training))

@@ -54,6 +54,8 @@ class ReviewDistillation(FeatureDistillation):
         in this package, a map of the teacher is resized to the student's height and width.
     """
 
+    reads_boxes = False
+
     def __init__(
         self,
         student_layers: Layers,
@@ -82,10 +84,10 @@ class ReviewDistillation(FeatureDistillation):
 
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the features are maps, with the channels of those that the parts were made for."""
-        for index, (student_tap, teacher_tap) in enumerate(self.pairs):
-            *shapes, student_layout, teacher_layout = self._described(index, student, teacher)
+        for index, taps in enumerate(self.levels(student, teacher)):
+            *shapes, student_layout, teacher_layout = self._described(index, taps, student, teacher)
             kinds = {KINDS.get(layout) for layout in (student_layout, teacher_layout)} - {"map", None}
-            names = f"layers {student_tap.name!r} and {teacher_tap.name!r}"
+            names = f"layers {taps[0].name!r} and {taps[1].name!r}"
             if kinds or any(len(shape) != 4 for shape in shapes):
                 expected = f"{names} to return maps (N, H, W, C)"
                 raise ValueError(checks.message(expected, f"{tuple(shapes[0])} and {tuple(shapes[1])}"))
@@ -98,8 +100,8 @@ class ReviewDistillation(FeatureDistillation):
         if isinstance(sample_weight, (dict, list, tuple)):
             sample_weight = None  # these are weights of the outputs, but the features belong to all of them
         features, targets = [], []
-        for index in range(len(self.pairs)):
-            (_, feature), (_, target) = self._raw(index, student, teacher)
+        for index, taps in enumerate(self.levels(student, teacher)):
+            (_, feature), (_, target) = self._raw(taps, student, teacher)
             student_layout, teacher_layout = self._built_for[index][2:]
             features.append(arranged(widened(feature), student_layout))
             target = ops.stop_gradient(ops.convert_to_tensor(target))  # stored features are arrays

@@ -119,6 +119,11 @@ class SequenceDistillation(LogitsDistillation):
         self.aligned = False
 
     @property
+    def labels_checked(self) -> bool:  # type: ignore[override]
+        """Whether the labels of a batch have been compared with its tokens."""
+        return self.aligned
+
+    @property
     def shift(self) -> bool:
         """Whether position t predicts token t + 1."""
         return self.tokens.shift

@@ -18,8 +18,10 @@ from keras_nets import cross_entropy, mlp, table
 import keras_distill
 from keras_distill import (
     AttentionTransferLoss,
+    CrossHeadDistillation,
     DistillModel,
     FeatureDistillation,
+    FocalGlobalLoss,
     LogitMSELoss,
     LogitsDistillation,
     SoftTargetLoss,
@@ -182,6 +184,11 @@ def test_k25_no_setting_of_a_term_is_lost() -> None:
     assert LogitsDistillation.from_config(LogitsDistillation(output=1).get_config()).output_key == 1
 
 
+@keras.saving.register_keras_serializable(package="tests")
+def corners(targets: Any) -> Any:
+    return targets["boxes"]
+
+
 TERMS = {
     "logits": lambda: LogitsDistillation(LogitMSELoss(), weight=0.7, output=1, name="scores"),
     "keras loss": lambda: LogitsDistillation(keras.losses.Huber(0.3), weight=0.7),
@@ -196,6 +203,12 @@ TERMS = {
     ),
     "loss": lambda: FeatureDistillation("a", "b", AttentionTransferLoss(p=1.3), weight=0.7),
     "layer": lambda: FeatureDistillation("a", "b", adapter=keras.layers.Dense(5, name="custom")),
+    "pyramid": lambda: FeatureDistillation(Tap("a", output=("maps", "*")), Tap("b", output="*"), weight=0.7),
+    "boxes": lambda: FeatureDistillation("a", "b", FocalGlobalLoss(0.7), boxes=1),
+    "boxes of a function": lambda: CrossHeadDistillation("a", "b", boxes=corners),
+    "head": lambda: CrossHeadDistillation(
+        [Tap("a", output="*", where="input")], [Tap("b/c", output="scores")], "mse", weight=0.7, adapter="conv1x1"
+    ),
 }
 
 

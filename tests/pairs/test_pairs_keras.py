@@ -23,8 +23,8 @@ if keras.backend.backend() != "tensorflow":
 
 from pairs import keras_table as table  # noqa: E402
 from pairs import random_keras  # noqa: E402
+from pairs.keras_dense import BATCH, EPOCHS, FEATURES  # noqa: E402
 from pairs.keras_table import Feature, by_hand, compile_model  # noqa: E402
-from pairs.keras_together import BATCH, EPOCHS, FEATURES  # noqa: E402
 
 HERE = Path(__file__).parent
 

@@ -1,0 +1,89 @@
+"""The boxes of a batch in terms on feature maps: their checks, and the weights of the positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill_core.requires import Requires
+from keras_distill import backends, checks
+from keras_distill.functional.detection import foreground_weights
+from keras_distill.recording import Call
+from keras_distill.recording.boxes import BoxPlace, check_pixels, find_boxes, size_of_images
+from keras_distill.recording.calls import image_size
+
+
+def check_boxes(boxes: Any, loss: Any, requires: Requires) -> None:
+    """Raise if a term does not say where a batch keeps the boxes that its loss needs, or says so for another loss.
+
+    Args:
+        boxes: The setting of the term.
+        loss: The loss.
+        requires: Its requirements.
+
+    Raises:
+        TypeError: If ``boxes`` is something else.
+        ValueError: If the loss needs boxes and has no place for them, or cannot have any.
+    """
+    name = type(loss).__name__
+    if boxes is None:
+        if requires.needs_boxes:
+            expected = f"`boxes` to say where the targets keep their boxes, which {name} needs"
+            remedy = "Pass a key or an index of the targets, a key of the inputs, or a function of the targets."
+            raise ValueError(checks.message(expected, "boxes=None", remedy))
+        return
+    if isinstance(boxes, bool) or not (isinstance(boxes, (str, int)) or callable(boxes)):
+        expected = "`boxes` to be a key, an index, a function of the targets, or None"
+        raise TypeError(checks.message(expected, f"boxes={boxes!r}"))
+    for unfit, reason in (
+        (requires.several_layers, "several layers at once"),
+        (requires.needs_index, "whole examples"),
+    ):
+        if unfit:
+            expected = f"`boxes` to be None for {name}, which compares {reason}"
+            raise ValueError(checks.message(expected, f"boxes={boxes!r}", "Use a loss on single layers."))
+
+
+def check_batch(boxes: BoxPlace, inputs: Any, labels: Any) -> bool:
+    """Check the values of a batch's boxes, if they are known, and say whether they were.
+
+    Args:
+        boxes: Where the batch keeps them.
+        inputs: The batch's inputs.
+        labels: Its targets.
+
+    Raises:
+        ValueError: If they can be seen to have another form than corners in pixels.
+    """
+    values, size = backends.values_of(find_boxes(boxes, inputs, labels)), image_size(inputs)
+    if values is None or size is None:
+        return False
+    check_pixels(values, size)
+    return True
+
+
+def box_weights(boxes: BoxPlace, student: Call, labels: Any, feature: Any, name: str) -> Any:
+    """The weight of each position of a map, 0 outside all boxes.
+
+    Args:
+        boxes: Where the batch keeps its boxes.
+        student: The student's call.
+        labels: The batch's targets.
+        feature: The map, channels last.
+        name: Name of the term, for messages.
+
+    Returns:
+        Shape ``(N, H, W)``.
+
+    Raises:
+        ValueError: If the feature is not a map of a known size, or the boxes are those of other images.
+    """
+    shape = tuple(feature.shape)
+    if len(shape) != 4 or None in shape[1:3]:
+        expected = f"term {name!r} to compare maps (N, H, W, C) of a known size, since it has boxes"
+        raise ValueError(checks.message(expected, f"a feature of shape {shape}", "Name another layer."))
+    corners = find_boxes(boxes, student.inputs, labels)
+    if checks.shapes_differ(tuple(corners.shape)[:1], shape[:1]):
+        expected = f"boxes for each of {shape[0]} images"
+        raise ValueError(checks.message(expected, f"boxes of shape {tuple(corners.shape)}"))
+    backends.check_batch(feature, corners)
+    return foreground_weights(corners, size_of_images(student), shape[1:3])

@@ -1,0 +1,50 @@
+"""The levels of two feature pyramids, in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from keras_distill import checks
+from keras_distill.recording import Call, Tap
+
+Pair: TypeAlias = tuple[Tap, Tap]
+
+
+def matched(students: Sequence[Tap], teachers: Sequence[Tap]) -> bool:
+    """Whether two lists of levels are equally long, and name the same levels or none.
+
+    Args:
+        students: The student's levels, sorted if they have names.
+        teachers: The teacher's.
+    """
+    names = [[level.last for level in levels] for levels in (students, teachers)]
+    # a single map has no name; the order of a dict is not known in graphs, so that a dict and a list cannot be paired
+    return len(students) == len(teachers) and (None in (*names[0], *names[1]) or names[0] == names[1])
+
+
+def paired_levels(student: Call, student_tap: Tap, teacher: Call, teacher_tap: Tap) -> list[Pair]:
+    """The pairs of levels of two pyramids: by name if both have names, in order if neither has.
+
+    Args:
+        student: The student's call.
+        student_tap: The student's pyramid, a tap with ``output="*"``, or a single place.
+        teacher: The call that holds the teacher's.
+        teacher_tap: The teacher's pyramid.
+
+    Returns:
+        The taps of each pair.
+
+    Raises:
+        ValueError: If the two do not have the same levels.
+    """
+    if not (student_tap.spreads or teacher_tap.spreads):
+        return [(student_tap, teacher_tap)]
+    students, teachers = student.levels(student_tap), teacher.levels(teacher_tap)
+    if not matched(students, teachers):
+        names = [[level.last for level in levels] for levels in (students, teachers)]
+        layers = f"student layer {student_tap.name!r} and teacher layer {teacher_tap.name!r}"
+        expected = f"{layers} to return the same levels for output='*'"
+        remedy = f"Name the levels to compare: [Tap({student_tap.name!r}, output={names[0][0]!r}), ...]."
+        raise ValueError(checks.message(expected, f"{names[0]} and {names[1]}", remedy))
+    return [*zip(students, teachers, strict=True)]
