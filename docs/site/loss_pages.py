@@ -162,7 +162,7 @@ The Keras class has the same settings, and `from_logits` where it reads scores: 
 
 
 def measured(name: str) -> str:
-    """What the table of all losses says about a loss.
+    """The row of a loss in the table of all losses, in words.
 
     Raises:
         KeyError: If it is not there, and no reason is given.
