@@ -123,6 +123,7 @@ def with_tree(folder: Path, place: str, entries: list[str]) -> None:
 
 
 GUIDES = {
+    "Quickstarts": [f"quickstart_{name}" for name in ("lightning", "text", "keras", "loop", "cache", "launcher")],
     "Start": ["installation", "lightning", "keras", "language_models", "vision", "cache", "launcher"],
     "By task": ["dense", "encoders", "teachers"],
     "Use": ["guidance", "report", "command_line", "performance", "limits", "faq"],
