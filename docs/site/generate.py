@@ -127,7 +127,9 @@ GUIDES = {
     "Start": ["installation", "lightning", "keras", "language_models", "vision", "cache", "launcher"],
     "By task": ["dense", "encoders", "teachers"],
     "Use": ["guidance", "report", "command_line", "performance", "limits", "faq"],
-    "Coming from another tool": ["migration", "comparison"],
+    "Coming from another tool": [
+        *("migration", "migrate_keras", "migrate_torchdistill", "migrate_nncf", "migrate_trl", "comparison"),
+    ],
 }
 
 
