@@ -15,7 +15,7 @@ class Box(NamedTuple):
 
     Args:
         name: A module, class or method of the half, or other code: then the box is dashed.
-        note: What happens there; lines.
+        note: The work that is done there; lines.
         side: ``"student"`` or ``"teacher"`` for a colour, or ``""``.
         own: Whether the name is of this library.
     """
