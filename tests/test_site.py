@@ -20,6 +20,7 @@ sys.path.insert(0, str(SITE))
 import drawings  # noqa: E402
 import figures  # noqa: E402
 import loss_pages  # noqa: E402
+import printed  # noqa: E402
 import programs as pages_of_programs  # noqa: E402
 
 NAMES = loss_pages.public_losses()
@@ -142,6 +143,16 @@ def test_a_printed_table_of_a_recipe_stays_as_it_is(tmp_path: Path) -> None:
     page = pages_of_programs.recipe_page(tmp_path / "recipe.py")
     assert "A recipe of `x`." in page
     assert "```text\nname   value\na          1\n```" in page
+
+
+def test_the_output_of_a_program_is_put_into_its_page() -> None:
+    page = (
+        "<!-- file: a.txt -->\n```text\nred\n```\n```python\nprint(open('a.txt').read())\n```\n"
+        "<!-- no-run: old -->\n```python\n1 / 0\n```\n<!-- output: of this program -->\n```text\nblue\n```\nEnd.\n"
+    )
+    assert printed.with_output(page) == page.replace("blue", "red")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        printed.with_output(page.replace("<!-- no-run: old -->", ""))
 
 
 def test_a_dead_link_is_an_error(source: Path) -> None:
