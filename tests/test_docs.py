@@ -4,6 +4,8 @@
 - The ``python`` blocks of a page in docs/ run in order and share their names, in an empty folder.
 - A block right after ``<!-- no-run: reason -->`` is not run.
 - A ``yaml`` block right after ``<!-- file: name.yaml -->`` is written to that folder before anything runs.
+- The block right after ``<!-- output: of this program -->`` is what the page prints, up to numbers, which depend on the
+  machine; ``python docs/site/printed.py PAGE`` renews it.
 - Links, make targets, commands and extras that a page names exist.
 """
 
@@ -25,14 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NOTE = re.compile(r"<!--\s*(no-run|file):\s*(.+?)\s*-->\s*\Z")
+NOTE = re.compile(r"<!--\s*(no-run|file|output):\s*(.+?)\s*-->\s*\Z")
 
 
 class Block(NamedTuple):
     language: str
     code: str
     line: int  # of the first line of the code, counted from 0
-    note: tuple[str, str] | None  # ("no-run", reason) or ("file", name)
+    note: tuple[str, str] | None  # ("no-run", reason), ("file", name) or ("output", ...)
 
     @property
     def runs(self) -> bool:
@@ -52,6 +54,12 @@ def write_files(blocks: list[Block], folder: Path) -> None:
     for block in blocks:
         if block.note and block.note[0] == "file":
             (folder / block.note[1]).write_text(block.code, encoding="utf-8")
+
+
+def without_numbers(text: str) -> list[str]:
+    """The words of each line that is not empty; numbers and the lengths of rules depend on the machine."""
+    words = re.sub(r"-{3,}", "---", re.sub(r"[-+]?\d+(?:\.\d+)?", "0", text))
+    return [" ".join(line.split()) for line in words.splitlines() if line.strip()]
 
 
 def anchors(page: Path) -> set[str]:
@@ -82,7 +90,9 @@ def test_block_of_the_readme_runs_by_itself(block: Block, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES[1:] if any(b.runs for b in read_blocks(p))], ids=names)
-def test_blocks_of_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_page_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = read_blocks(page)
     write_files(blocks, tmp_path)
@@ -94,6 +104,12 @@ def test_blocks_of_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: py
     module = ModuleType("page")  # a real module, so that classes defined in a block can be found and pickled
     monkeypatch.setitem(sys.modules, "page", module)
     exec(compile(program, str(tmp_path / "page.py"), "exec"), module.__dict__)
+    printed = without_numbers(capsys.readouterr().out)
+    for block in blocks:
+        if block.note and block.note[0] == "output":
+            shown = without_numbers(block.code)
+            assert shown
+            assert printed[: len(shown)] == shown
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "examples" / "README.md"], ids=names)
@@ -143,6 +159,17 @@ def test_make_targets_extras_and_files_that_page_names_exist(page: Path) -> None
     assert extras <= set(setup["options.extras_require"])
     for file in re.findall(r"`((?:examples|notebooks|tests|docs|benchmarks)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("quickstart_*.md")), ids=names)
+def test_a_quickstart_is_a_program_from_its_installation_to_its_results(page: Path) -> None:
+    blocks = read_blocks(page)
+    assert blocks[0].language == "bash"
+    assert blocks[0].code.startswith("pip install ")
+    assert all(block.runs for block in blocks if block.language == "python")
+    assert len([block for block in blocks if block.note and block.note[0] == "output"]) == 1
+    landing = (ROOT / "docs" / "site" / "landing.md").read_text(encoding="utf-8")
+    assert f":link: guide/{page.stem}\n" in landing
 
 
 def test_every_loss_has_a_row_with_its_paper_and_its_setting() -> None:

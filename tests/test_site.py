@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from lightning_distill import losses
 
 SITE = Path(__file__).parents[1] / "docs" / "site"
 sys.path.insert(0, str(SITE))
+import drawings  # noqa: E402
 import figures  # noqa: E402
 import loss_pages  # noqa: E402
+import printed  # noqa: E402
 import programs as pages_of_programs  # noqa: E402
 
 NAMES = loss_pages.public_losses()
@@ -57,6 +60,28 @@ def test_a_figure_is_well_formed_and_has_a_name(kind: str) -> None:
 
 def test_every_kind_of_figure_is_used() -> None:
     assert {note["compares"] for note in loss_pages.notes().values()} == set(figures.KINDS)
+
+
+@pytest.mark.parametrize("half", sorted(drawings.WAYS))
+def test_a_drawing_of_a_step_is_well_formed_and_up_to_date(half: str) -> None:
+    element = ET.fromstring(drawings.drawing(half))
+    assert element.attrib["role"] == "img"
+    assert element.attrib["aria-label"]
+    file = SITE.parent / "images" / f"step_{half}.svg"
+    assert file.read_text(encoding="utf-8") == drawings.drawing(half), "run docs/site/drawings.py"
+
+
+@pytest.mark.parametrize("half", sorted(drawings.WAYS))
+def test_names_in_the_architecture_exist(half: str) -> None:
+    package = f"{half}_distill"
+    page = (SITE.parent / "architecture.md").read_text(encoding="utf-8")
+    (part,) = [part for part in page.split("\n## ") if part.lower().startswith(f"a step in the {half} half")]
+    named = re.findall(r"(?m)^\| `([\w.]+)`", part)
+    named += [name for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", part) if not name.startswith("keras.")]
+    named += [box.name for boxes in drawings.WAYS[half] for box in boxes if box.own]
+    assert len(named) > 20
+    for name in named:
+        pkgutil.resolve_name(f"{package}.{name}")
 
 
 def test_notes_without_a_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +130,9 @@ def test_recipes_notebooks_and_guides_are_pages(source: Path) -> None:
     ):
         assert (source / f"{place}.md").is_file(), place
     assert "losses/SoftTargetLoss.html" in (source / "llms.txt").read_text(encoding="utf-8")
+    architecture = (source / "guide" / "architecture.md").read_text(encoding="utf-8")
+    assert architecture.count("<svg ") == 2
+    assert "<style>" not in architecture  # the page's own colours, light and dark
     notebook = (source / "notebooks" / "lightning_quickstart.md").read_text(encoding="utf-8")
     for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", notebook):
         assert (source / "notebooks" / image).resolve().is_file(), image
@@ -115,6 +143,16 @@ def test_a_printed_table_of_a_recipe_stays_as_it_is(tmp_path: Path) -> None:
     page = pages_of_programs.recipe_page(tmp_path / "recipe.py")
     assert "A recipe of `x`." in page
     assert "```text\nname   value\na          1\n```" in page
+
+
+def test_the_output_of_a_program_is_put_into_its_page() -> None:
+    page = (
+        "<!-- file: a.txt -->\n```text\nred\n```\n```python\nprint(open('a.txt').read())\n```\n"
+        "<!-- no-run: old -->\n```python\n1 / 0\n```\n<!-- output: of this program -->\n```text\nblue\n```\nEnd.\n"
+    )
+    assert printed.with_output(page) == page.replace("blue", "red")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        printed.with_output(page.replace("<!-- no-run: old -->", ""))
 
 
 def test_a_dead_link_is_an_error(source: Path) -> None:

@@ -75,6 +75,8 @@ def rewritten(text: str, page: Path, place: str) -> str:
 
     def image(match: re.Match[str]) -> str:
         path = (page.parent / match[2]).resolve()
+        if path.suffix == ".svg":  # in the page itself, where it has the colours of the theme
+            return re.sub(r"<style>.*?</style>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL).strip()
         return f"![{match[1]}]({os.path.relpath(Path('images') / path.name, Path(place).parent)})"
 
     parts = FENCE.split(text)
@@ -123,10 +125,14 @@ def with_tree(folder: Path, place: str, entries: list[str]) -> None:
 
 
 GUIDES = {
+    "Quickstarts": [f"quickstart_{name}" for name in ("lightning", "text", "keras", "loop", "cache", "launcher")],
     "Start": ["installation", "lightning", "keras", "language_models", "vision", "cache", "launcher"],
     "By task": ["dense", "encoders", "teachers"],
     "Use": ["guidance", "report", "command_line", "performance", "limits", "faq"],
-    "Coming from another tool": ["migration", "comparison"],
+    "Coming from another tool": [
+        *("migration", "migrate_keras", "migrate_torchdistill", "migrate_nncf", "migrate_trl", "comparison"),
+    ],
+    "Inside": ["architecture"],
 }
 
 
