@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.methods import LEFT_OUT
 from distill_core.guidance.comparison import Comparison
-from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.records import ALONE, COMPARISON, EQUAL_COMPUTE
 from distill_core.guidance.statistics import Estimate, estimate
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
@@ -64,10 +64,15 @@ class LossRow:
 
 
 def finished(results: Path = RESULTS) -> dict[str, Comparison]:
-    """The experiments that have results, by name."""
-    return {
-        name: Comparison.read(results / name) for name in EXPERIMENTS if (results / name / "comparison.json").exists()
-    }
+    """The experiments whose runs have all been made, by name."""
+    known = {name: Comparison.read(results / name) for name in EXPERIMENTS if (results / name / COMPARISON).exists()}
+    return {name: comparison for name, comparison in known.items() if _complete(comparison)}
+
+
+def _complete(comparison: Comparison) -> bool:
+    made = {(run.method, run.seed) for run in comparison.runs}
+    expected = ((method, seed) for method in (ALONE, EQUAL_COMPUTE, *comparison.methods) for seed in comparison.seeds)
+    return made.issuperset(expected)
 
 
 def loss_rows(done: Mapping[str, Comparison]) -> list[LossRow]:
@@ -124,7 +129,7 @@ def _seconds(comparison: Comparison, method: str) -> float:
 
 
 def _reference(name: str, comparison: Comparison, title: str) -> str:
-    facts = json.loads((comparison.folder / "comparison.json").read_text())
+    facts = json.loads((comparison.folder / COMPARISON).read_text())
     value = facts["teacher"]["metrics"].get(EXPERIMENTS[name].metric)
     known = "" if value is None else f"teacher {_number(value, comparison.mode)}, "
     alone, equal = _value(comparison, ALONE), _value(comparison, EQUAL_COMPUTE)
@@ -207,7 +212,7 @@ def _machines(results: Path, done: Mapping[str, Comparison]) -> Iterator[str]:
     yield "## How it was measured\n"
     yield "| experiment | seeds | processor | versions | commit | command |\n|---|---|---|---|---|---|"
     for name, comparison in done.items():
-        facts = json.loads((results / name / "comparison.json").read_text())
+        facts = json.loads((results / name / COMPARISON).read_text())
         machine = facts["machine"]
         versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
         processor = f"{machine['processor']}, {machine['cores']} cores"
