@@ -133,11 +133,14 @@ def _reference(name: str, comparison: Comparison, title: str) -> str:
     value = facts["teacher"]["metrics"].get(EXPERIMENTS[name].metric)
     known = "" if value is None else f"teacher {_number(value, comparison.mode)}, "
     alone, equal = _value(comparison, ALONE), _value(comparison, EQUAL_COMPUTE)
-    sizes = [facts[network]["cost"]["parameters"] for network in ("teacher", "student")]
+    parameters = [  # of a cached teacher nothing is known
+        f"the {network} has {facts[network]['cost']['parameters']:,} parameters"
+        for network in ("teacher", "student")
+        if facts[network]["cost"] is not None
+    ]
     return (
         f"{title}: {known}student alone {alone}, at equal compute {equal} (as many steps as in"
-        f" {facts['equal_compute']['ratio']:.1f} trainings). Parameters of the teacher {sizes[0]:,}, of the student"
-        f" {sizes[1]:,}."
+        f" {facts['equal_compute']['ratio']:.1f} trainings); {', '.join(parameters)}."
     )
 
 
