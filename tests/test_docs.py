@@ -89,6 +89,7 @@ def test_block_of_the_readme_runs_by_itself(block: Block, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # used by peft
 @pytest.mark.parametrize("page", [p for p in PAGES[1:] if any(b.runs for b in read_blocks(p))], ids=names)
 def test_blocks_of_page_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

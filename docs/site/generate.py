@@ -128,7 +128,9 @@ GUIDES = {
     "Quickstarts": [f"quickstart_{name}" for name in ("lightning", "text", "keras", "loop", "cache", "launcher")],
     "Start": ["installation", "lightning", "keras", "language_models", "vision", "cache", "launcher"],
     "By task": ["dense", "encoders", "teachers"],
-    "Use": ["guidance", "report", "results", "command_line", "performance", "limits", "faq"],
+    "Use": [
+        *("how_to", "integrations", "guidance", "report", "results", "command_line", "performance", "limits", "faq"),
+    ],
     "Coming from another tool": [
         *("migration", "migrate_keras", "migrate_torchdistill", "migrate_nncf", "migrate_trl", "comparison"),
     ],

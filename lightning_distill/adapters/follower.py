@@ -56,9 +56,9 @@ class Follower:
         self._prepared = False
         self._overflow: dict[torch.device, Tensor] = {}
         self._handle = self.leader.register_step_post_hook(self._step)
-        # Lightning's and Fabric's wrappers clear gradients by themselves, past the optimizer that they wrap
-        owners = {id(owner): owner for owner in (leader, self.leader)}.values()
-        self._patches = [MethodPatch(owner, "zero_grad", self._zero_grad) for owner in owners]
+        self._patches = [MethodPatch(self.leader, "zero_grad", self._zero_grad)]
+        if leader is not self.leader:
+            self._patches.append(MethodPatch(leader, "zero_grad", self._zero_grad_of_wrapper))
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +138,13 @@ class Follower:
     def _zero_grad(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
         self._clear()
+
+    def _zero_grad_of_wrapper(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Lightning's and Fabric's clear past the optimizer that they wrap; accelerate's keeps some gradients."""
+        original(*args, **kwargs)
+        leaders = (parameter.grad for group in self.leader.param_groups for parameter in group["params"])
+        if not any(gradient is not None and bool(gradient.any()) for gradient in leaders):
+            self._clear()
 
     def _clear(self) -> None:
         self._prepared = False

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from lightning.fabric import Fabric
 from nets import MLP, batches, make, snapshot, student, teacher
 from torch import Tensor, nn
@@ -199,6 +201,40 @@ def test_fabric_runs_the_distiller_without_a_trainer() -> None:
         run(plain, distiller, bare, data)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(net.state_dict()[name], value)
+
+
+def test_accelerate_accumulates_the_gradients_of_the_adapters_too() -> None:
+    """Its optimizer keeps the gradients in `zero_grad` between the micro-batches of a step."""
+    net, plain, data = student(), student(), batches()
+    try:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
+        with Distiller(model, teacher(), FeatureDistillation("layer1", "layer1")) as distiller:
+            distiller.follow(optimizer)
+            for x, y in data:
+                with accelerator.accumulate(model):
+                    with distiller.record():
+                        loss = F.cross_entropy(model(x), y)
+                    accelerator.backward(distiller.total(loss))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            adapters = distiller.state_dict()["adapters"]["layer1"]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    bare = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    with Distiller(plain, teacher(), FeatureDistillation("layer1", "layer1")) as distiller:
+        distiller.follow(bare)
+        for index, (x, y) in enumerate(data):
+            with distiller.record():
+                loss = F.cross_entropy(plain(x), y)
+            (distiller.total(loss) / 2).backward()
+            if index % 2 == 1:
+                bare.step()
+                bare.zero_grad()
+        expected = distiller.state_dict()["adapters"]["layer1"]
+    for name, value in {**plain.state_dict(), **expected}.items():
+        torch.testing.assert_close({**net.state_dict(), **adapters}[name], value)
 
 
 def test_gradients_thrown_away_by_the_user_are_thrown_away_for_the_adapters() -> None:
