@@ -1,0 +1,73 @@
+"""docs/results.md and the records that it is made from."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.quality import classifier, data, experiments, page
+from benchmarks.quality.methods import LEFT_OUT, ON_LOGITS, ON_MAPS, ON_VECTORS
+from distill_core.guidance.comparison import Comparison
+from distill_core.guidance.statistics import Estimate
+from lightning_distill import losses
+
+ROOT = Path(__file__).parents[1]
+QUALITY = ROOT / "benchmarks" / "quality"
+
+
+def test_the_page_is_made_from_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written = page.PAGE.read_text()
+    monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
+    page.write()
+    assert page.PAGE.read_text() == written
+
+
+@pytest.mark.parametrize(
+    "folder", [path for path in page.RESULTS.iterdir() if path.is_dir()], ids=lambda path: path.name
+)
+def test_records_are_complete_and_hold_no_paths_of_a_machine(folder: Path) -> None:
+    if (folder / "comparison.json").exists():
+        assert folder.name in page.finished()
+        assert len(Comparison.read(folder).seeds) == experiments.EXPERIMENTS[folder.name].seeds
+    for file in folder.glob("*.json*"):
+        assert not re.search(r'[" (=\[](/[a-z]+){2}', file.read_text()), f"{file.name} holds a path"
+
+
+def test_an_experiment_that_is_not_finished_is_not_on_the_page(tmp_path: Path) -> None:
+    shutil.copytree(page.RESULTS / "losses_images", tmp_path / "losses_images")
+    runs = tmp_path / "losses_images" / "runs.jsonl"
+    runs.write_text("".join(runs.read_text().splitlines(keepends=True)[:-1]))
+    assert page.finished(tmp_path) == {}
+
+
+def test_every_loss_is_in_the_table_or_left_out_for_a_reason() -> None:
+    public = {name for name in losses.__all__ if name.endswith("Loss")} - {"DistillationLoss"}
+    rows = {name.split(",")[0] for name in (*ON_LOGITS, *ON_MAPS, *ON_VECTORS, "MarginReLULoss")}
+    assert public - rows == set(LEFT_OUT)
+
+
+def test_the_sign_says_better_and_not_larger() -> None:
+    worse = Estimate(mean=0.2, margin=0.1, count=5)
+    assert page._gain(worse, "max") == "+20.0 ± 10.0 **+**"
+    assert page._gain(worse, "min") == "+0.200 ± 0.100 **-**"
+
+
+def test_labels_are_hidden_but_a_few_of_each_class() -> None:
+    inputs, classes = torch.randn(400, 1, 2, 2), torch.arange(400) % 10
+    train, _ = experiments.few_labels(data.Examples((inputs, classes), (inputs, classes)), 3, seed=1)
+    labels = torch.cat([batch[1] for batch in train])
+    kept = labels[labels != classifier.UNLABELLED]
+    assert torch.equal(kept.bincount(), torch.full((10,), 3))
+
+
+@pytest.mark.parametrize("requirements", ["requirements.txt", "requirements-peers.txt"])
+def test_files_of_the_experiments_are_pinned_by_hash(requirements: str) -> None:
+    lines = [line for line in (QUALITY / requirements).read_text().splitlines() if line and line[0] != "#"]
+    assert lines
+    for package, hashed in zip(lines[::2], lines[1::2], strict=True):
+        assert re.fullmatch(r"[\w-]+==[\w.]+ \\", package)
+        assert re.fullmatch(r" +--hash=sha256:[0-9a-f]{64}", hashed)
