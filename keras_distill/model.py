@@ -255,7 +255,7 @@ class DistillModel(ModelInFiles):
         data, targets = arguments.get("x"), arguments.get("y")
         check_class_weight(arguments.get("class_weight"), targets, data)
         check_stored_logits(self.terms, targets, data)
-        check_first_labels(self.terms, data, targets)
+        check_first_labels(self.student, self.terms, data, targets)
         check_route(self.step.ensemble, data)
         before, self.fitting = self.fitting, True
         try:
@@ -270,6 +270,7 @@ class DistillModel(ModelInFiles):
     ) -> Any:
         """Like ``keras.Model.train_on_batch``; it follows schedules over steps and refuses all others."""
         check_class_weight(class_weight, y, x)
+        check_first_labels(self.student, self.terms, x, y)
         return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +328,7 @@ class DistillModel(ModelInFiles):
                 ``y_pred`` is not a recorded output of the model.
         """
         labels, stored = split_targets(y)
-        sample_weight = weights_of(sample_weight)
+        sample_weight = targets_of_outputs(weights_of(sample_weight), y_pred, self.terms)
         total = sum((compat.additional_loss(self, loss) for loss in self.losses), ops.zeros(()))
         task = self.task_loss(x, labels, y_pred, sample_weight, training)
         knows_teacher = stored is not None or bool(self.step.teachers) or not self.step.needs_teacher
@@ -372,8 +373,8 @@ class DistillModel(ModelInFiles):
         labels, _ = split_targets(y)
         if labels is None:
             return self.get_metrics_result()
-        labels = targets_of_outputs(labels, y_pred, self.terms)
-        logs: dict[str, Any] = super().compute_metrics(x, labels, y_pred, weights_of(sample_weight))
+        labels, weights = (targets_of_outputs(each, y_pred, self.terms) for each in (labels, weights_of(sample_weight)))
+        logs: dict[str, Any] = super().compute_metrics(x, labels, y_pred, weights)
         return logs
 
     def get_metrics_result(self) -> dict[str, Any]:

@@ -12,9 +12,11 @@ import numpy as np
 from keras_distill import checks
 from keras_distill.ensemble import Ensemble
 from keras_distill.recording import sublayers
+from keras_distill.recording.calls import image_size
 from keras_distill.step import DistillStep
 from keras_distill.targets import split_targets
 from keras_distill.teachers import EMATeacher
+from keras_distill.teachers.inputs import chosen_inputs
 from keras_distill.terms import DistillationTerm
 
 _OWN_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
@@ -125,10 +127,11 @@ def check_term_names(terms: Sequence[DistillationTerm], student: keras.Model) ->
             raise ValueError(checks.message(expected, received, "Pass name=... to the term."))
 
 
-def check_first_labels(terms: Sequence[DistillationTerm], data: Any, targets: Any) -> None:
+def check_first_labels(student: keras.Model, terms: Sequence[DistillationTerm], data: Any, targets: Any = None) -> None:
     """Check the labels of language models and the boxes of the first batch: a graph does not know their values.
 
     Args:
+        student: The student.
         terms: The terms.
         data: The ``x`` argument of ``fit``; the first batch of a generator is left alone.
         targets: The ``y`` argument of ``fit``.
@@ -150,7 +153,7 @@ def check_first_labels(terms: Sequence[DistillationTerm], data: Any, targets: An
     if isinstance(batch, tuple) and len(batch) > 1:
         labels, _ = split_targets(batch[1])
         for term in waiting:
-            term.check_labels(batch[0], labels)
+            term.check_labels(batch[0], labels, image_size(chosen_inputs(student, batch[0])))
 
 
 def check_route(ensemble: Ensemble, data: Any) -> None:

@@ -97,19 +97,30 @@ def targets_of_outputs(labels: Any, output: Any, terms: Sequence[Any]) -> Any:
     """The targets of the compiled loss: without boxes that terms alone read, since Keras refuses further entries.
 
     Args:
-        labels: The batch's labels.
+        labels: The batch's labels, or its sample weights.
         output: The student's output.
         terms: The terms.
 
     Returns:
-        The labels, a dict without the keys of boxes that are not the student's outputs.
+        The labels without the entries of boxes that are not the student's outputs. If a function finds the boxes in a
+        dict, the entries of named outputs alone.
     """
-    places = {term.boxes for term in terms if isinstance(getattr(term, "boxes", None), str)}
-    if not places or not isinstance(labels, dict):
+    places = [term.boxes for term in terms if getattr(term, "boxes", None) is not None]
+    several = isinstance(output, (dict, list, tuple))
+    if isinstance(labels, dict):
+        own = set(output) if isinstance(output, dict) else set()
+        own_alone = bool(own) and any(map(callable, places))
+        taken: Any = {key for key in labels if key not in own and (own_alone or key in places)}
+        rest: Any = {key: value for key, value in labels.items() if key not in taken}
+        entries = list(rest.values())
+    elif isinstance(labels, (list, tuple)) and len(labels) > (len(output) if several else 1):
+        taken = {place % len(labels) for place in places if isinstance(place, int)}
+        rest = entries = [value for index, value in enumerate(labels) if index not in taken]
+    else:
         return labels
-    own = set(output) if isinstance(output, dict) else set()
-    rest = {key: value for key, value in labels.items() if key in own or key not in places}
-    return rest if own or len(rest) != 1 else next(iter(rest.values()))
+    if not taken:
+        return labels
+    return rest if several or len(entries) != 1 else entries[0]
 
 
 class EpochData(keras.utils.PyDataset):

@@ -145,6 +145,9 @@ class DistillCallback(Callback):
                 f" prog_bar={prog_bar!r}. Drop one of the two."
             )
         self._run: Run | None = None
+        self._state: dict[str, Any] = {}  # the adapters of the last run or of a checkpoint
+        self._mailbox = Mailbox()
+        self._teacher: Any = None
         self.mix = TeacherMix(teacher_weights, mix, route)
         self.teacher = teacher
         default = LogitsDistillation if on_policy is None else reverse_term
@@ -156,9 +159,7 @@ class DistillCallback(Callback):
         self.logs = log  # the Trainer puts the module's `log` on every callback
         self.prog_bar = _names(prog_bar)
         self._state_key = self._generate_state_key(name=name)
-        self._state: dict[str, Any] = {}  # the adapters of the last run or of a checkpoint
         self._last_module: Any = None  # a weak reference to the module of the last run
-        self._mailbox = Mailbox()
 
     # Methods to call and override ------------------------------------------------------------------------------------
 
@@ -180,6 +181,8 @@ class DistillCallback(Callback):
             )
         teacher = as_teacher(teacher)
         self.mix.check_teacher(teacher)
+        if teacher is not self._teacher:  # the average of an earlier teacher is not this one's
+            self._state = {name: value for name, value in self.adapter_state().items() if name != "teacher"}
         self._teacher = teacher
 
     def loss(self, calls: int | slice | None = None, task_loss: Tensor | None = None) -> Tensor:

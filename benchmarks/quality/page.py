@@ -35,7 +35,6 @@ scikit-learn's digits with the networks above: half the cross entropy with the l
 divergence at T = 4, with Adam for 15 epochs. Each seed runs in a process of its own, and the second of two trainings is
 measured. Memory is the most that the process held, with the framework; lines are those of the program in
 `benchmarks/quality/peers.py` without blank ones. `keras.distillation` has no factor T²: its soft targets count less.
-Trainings in PyTorch with the same accuracy took the same steps to the last digit that a label shows.
 
 Not in this table: `lightly-train`, which needs the compiled operators of torchvision, and trainers for language models.
 """

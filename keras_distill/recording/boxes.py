@@ -65,22 +65,27 @@ def size_of_images(student: Call) -> tuple[int, int]:
     return student.image
 
 
-def check_pixels(boxes: Any, image_size: tuple[int, int]) -> None:
+def check_pixels(boxes: Any, image_size: tuple[int, int]) -> bool:
     """Raise if boxes can be seen to have another form than the corners in pixels.
 
     Args:
-        boxes: An array ``(N, M, 4)``. Rows of negative numbers alone are padding.
+        boxes: An array ``(N, M, 4)``. Rows of 0 or of negative numbers are padding.
         image_size: Height and width of the images.
 
+    Returns:
+        Whether there were boxes, not padding alone.
+
     Raises:
-        ValueError: If they are shares of the image, beyond it, or centres with sizes.
+        ValueError: If they are shares of the image, beyond it, or centres with sizes, or not finite.
     """
     corners = np.asarray(boxes, "float64").reshape(-1, 4)
-    corners = corners[(corners >= 0).any(axis=1)]
+    corners = corners[~(corners <= 0).all(axis=1)]  # NaN stays
     if not len(corners):
-        return
+        return False
     form = None
-    if 0 < corners.max() <= 1 and min(image_size) > 2:
+    if not np.isfinite(corners).all():
+        form = "a number that is not finite"
+    elif corners.max() <= 1 and min(image_size) > 2:
         form = "shares of the image's size"
     elif (corners[:, 2:] < corners[:, :2]).any():
         form = "a right edge left of the left one, or a bottom above the top"
@@ -89,3 +94,4 @@ def check_pixels(boxes: Any, image_size: tuple[int, int]) -> None:
     if form is not None:
         expected = "`boxes` to be left, top, right and bottom in pixels of the student's input"
         raise ValueError(checks.message(expected, form, "Pass a function of the targets that converts them."))
+    return True

@@ -201,12 +201,13 @@ class DistillationTerm:
             teacher: A symbolic call of the new teacher.
         """
 
-    def check_labels(self, inputs: Any, labels: Any) -> None:
+    def check_labels(self, inputs: Any, labels: Any, image: tuple[int, int] | None = None) -> None:
         """Check the targets of a batch once, before the first step, where ``labels_checked`` is False.
 
         Args:
             inputs: The inputs of a batch.
             labels: Its labels.
+            image: Height and width of the student's images, if they are known.
         """
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:

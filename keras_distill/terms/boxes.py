@@ -9,7 +9,6 @@ from keras_distill import backends, checks
 from keras_distill.functional.detection import foreground_weights
 from keras_distill.recording import Call
 from keras_distill.recording.boxes import BoxPlace, check_pixels, find_boxes, size_of_images
-from keras_distill.recording.calls import image_size
 
 
 def check_boxes(boxes: Any, loss: Any, requires: Requires) -> None:
@@ -43,22 +42,20 @@ def check_boxes(boxes: Any, loss: Any, requires: Requires) -> None:
             raise ValueError(checks.message(expected, f"boxes={boxes!r}", "Use a loss on single layers."))
 
 
-def check_batch(boxes: BoxPlace, inputs: Any, labels: Any) -> bool:
-    """Check the values of a batch's boxes, if they are known, and say whether they were.
+def check_batch(boxes: BoxPlace, inputs: Any, labels: Any, size: tuple[int, int] | None) -> bool:
+    """Check the values of a batch's boxes, if they are known, and say whether there were any.
 
     Args:
         boxes: Where the batch keeps them.
         inputs: The batch's inputs.
         labels: Its targets.
+        size: Height and width of the student's images, if they are known.
 
     Raises:
         ValueError: If they can be seen to have another form than corners in pixels.
     """
-    values, size = backends.values_of(find_boxes(boxes, inputs, labels)), image_size(inputs)
-    if values is None or size is None:
-        return False
-    check_pixels(values, size)
-    return True
+    values = backends.values_of(find_boxes(boxes, inputs, labels))
+    return values is not None and size is not None and check_pixels(values, size)
 
 
 def box_weights(boxes: BoxPlace, student: Call, labels: Any, feature: Any, name: str) -> Any:

@@ -139,7 +139,7 @@ class CrossHeadDistillation(FeatureDistillation):
         levels = self.levels(student, teacher)
         if teacher.network is None:
             raise ValueError(self._without_network(self.pairs[0][1]))
-        self.check_labels(student.inputs, labels)
+        self.check_labels(student.inputs, labels, student.image)
         features = iter([self._fed(index, taps, student, teacher) for index, taps in enumerate(levels)])
         loss, values = self.loss_of(student), []
         settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}

@@ -207,7 +207,7 @@ class FeatureDistillation(TeacherParts):
             sample_weight = None  # these are weights of the outputs, but the feature belongs to all of them
         levels = enumerate(self.levels(student, teacher))
         pairs = [self._pair(index, taps, student, teacher) for index, taps in levels]
-        self.check_labels(student.inputs, labels)
+        self.check_labels(student.inputs, labels, student.image)
         settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}
         if self.requires.several_layers:
             students, teachers, masks = ([pair[part] for pair in pairs] for part in range(3))
@@ -229,18 +229,19 @@ class FeatureDistillation(TeacherParts):
         weights = box_weights(self.boxes, student, labels, feature, self.name)
         return ((target, weights), masks) if self.requires.needs_boxes else (target, [*masks, weights > 0])
 
-    def check_labels(self, inputs: Any, labels: Any) -> None:
+    def check_labels(self, inputs: Any, labels: Any, image: tuple[int, int] | None = None) -> None:
         """Check that boxes are corners in pixels, once, as soon as their values are known; it waits for the device.
 
         Args:
             inputs: The inputs of a batch.
             labels: Its targets.
+            image: Height and width of the student's images, if they are known.
 
         Raises:
             ValueError: If they are not, as far as it can be seen.
         """
         if not self.labels_checked and self.boxes is not None:
-            self.labels_checked = check_batch(self.boxes, inputs, labels)
+            self.labels_checked = check_batch(self.boxes, inputs, labels, image)
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""

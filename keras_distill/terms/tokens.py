@@ -147,7 +147,7 @@ class SequenceDistillation(LogitsDistillation):
             raise ValueError(checks.message(expected, "shift=True", "Pass shift=False."))
         return copy
 
-    def check_labels(self, inputs: Any, labels: Any) -> None:
+    def check_labels(self, inputs: Any, labels: Any, image: tuple[int, int] | None = None) -> None:
         """Check that labels are where ``shift`` expects them, once, as soon as their values are known.
 
         It waits for the device in that step.
@@ -155,6 +155,7 @@ class SequenceDistillation(LogitsDistillation):
         Args:
             inputs: The inputs of a batch.
             labels: Its labels.
+            image: Height and width of the student's images, if they are known.
 
         Raises:
             ValueError: If the labels are shifted already, or not yet.
@@ -171,7 +172,7 @@ class SequenceDistillation(LogitsDistillation):
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar: its sum over all replicas is the mean over their tokens."""
-        self.check_labels(student.inputs, labels)
+        self.check_labels(student.inputs, labels, student.image)
         loss = self.loss_of(student)
         student_logits, teacher_logits, positions = self._compared(student, teacher, labels, sample_weight)
         counts, target = positions.counts, teacher_logits

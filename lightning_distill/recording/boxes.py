@@ -71,17 +71,20 @@ def check_pixels(boxes: Sequence[Tensor], image_size: tuple[int, int]) -> None:
     """Raise if boxes can be seen to have another form than the corners in pixels. It waits for the device.
 
     Args:
-        boxes: The boxes of each image.
+        boxes: The boxes of each image. Rows of 0 or of negative numbers are padding.
         image_size: Height and width of the images.
 
     Raises:
-        ValueError: If they are shares of the image, beyond it, or centres with sizes.
+        ValueError: If they are shares of the image, beyond it, or centres with sizes, or not finite.
     """
     corners = torch.cat([each.reshape(-1, 4).float() for each in boxes])
+    corners = corners[~(corners <= 0).all(dim=1)]  # NaN stays
     if not len(corners):
         return
     form = None
-    if float(corners.max()) <= 1 and min(image_size) > 2:
+    if not bool(corners.isfinite().all()):
+        form = "a number that is not finite"
+    elif float(corners.max()) <= 1 and min(image_size) > 2:
         form = "shares of the image's size"
     elif bool((corners[:, 2:] < corners[:, :2]).any()):
         form = "a right edge left of the left one, or a bottom above the top"

@@ -130,7 +130,17 @@ class GroupSource:
         return {index: state for index, state in states.items() if state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state, or from the start if it is empty."""
+        """Continue from a saved state, or from the start if it is empty.
+
+        Raises:
+            ValueError: If it is the state of other teachers, or of the same in another order.
+        """
+        changing = [str(index) for index, source in enumerate(self.sources) if source.moves]
+        if not state.keys() <= set(changing):
+            raise ValueError(
+                f"Expected the saved state of the teachers that change, at positions {changing} of the list, but got"
+                f" {sorted(state)}. Pass the teachers in the order of the training that is resumed."
+            )
         for index, source in enumerate(self.sources):
             source.load_state_dict(state.get(str(index), {}))
 

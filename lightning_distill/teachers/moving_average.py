@@ -236,7 +236,16 @@ class AverageSource(FixedTeacher):
         return {"average": dict(values)} if values else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with a saved average, or start with the student if the state is empty."""
+        """Continue with a saved average, or start with the student if the state is empty.
+
+        Raises:
+            ValueError: If it is the state of a list of teachers.
+        """
+        if not state.keys() <= {"average"}:
+            raise ValueError(
+                f"Expected the saved state of one EMATeacher, but got that of a list of teachers, with the positions"
+                f" {sorted(state)}. Pass the teachers of the training that is resumed."
+            )
         self._drop()
         self._saved = dict(state.get("average", {}))
 

@@ -168,9 +168,14 @@ class TeacherMix:
             return "a route"
         return f"mix={self.mix!r}" if self.mix != "losses" else "teacher_weights"
 
+    @property
+    def _reads_scores(self) -> str:
+        """The setting that reads the scores of each teacher, for messages."""
+        return f"mix={self.mix!r}" if self.mix != "losses" else "teacher_weights='entropy'"
+
     def _check_scores(self, term: DistillationTerm) -> None:
         """Raise if a term does not read logits as a mixture, or weights by confidence, needs."""
-        name = f"mix={self.mix!r}" if self.mix != "losses" else "teacher_weights='entropy'"
+        name = self._reads_scores
         if not isinstance(term, LogitsDistillation):
             raise ValueError(
                 f"Expected terms on logits with {name}, but got {type(term).__name__} {term.name!r}. Use"
@@ -233,6 +238,7 @@ class TeacherMix:
             return [MixedCall.of(answers, lambda outputs: assembled(outputs, rows))]
         if self.mix == "losses":
             return list(answers)
+        self._check_all_classes(answers)
         temperature = getattr(term.loss, "temperature", 1.0)
         return [MixedCall.of(answers, lambda outputs: self._mixed(term, outputs, temperature))]
 
@@ -284,6 +290,7 @@ class TeacherMix:
 
     def _by_rows(self, term: LogitsDistillation, call: Call, answers: Sequence[Call], labels: Tensor | None) -> Tensor:
         """The mean over the examples of the losses to each teacher, with weights of their own in each."""
+        self._check_all_classes(answers)
         mask = term.positions(call, labels)
         pairs = [term.pair(call, answer) for answer in answers]
         outputs = alike([pair[1] for pair in pairs])
@@ -296,6 +303,14 @@ class TeacherMix:
         counted = rows_mask(mask, tuple(values.shape[1:]))
         # a weight may be NaN where the teachers' scores do not count
         return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
+
+    def _check_all_classes(self, answers: Sequence[Call]) -> None:
+        """Raise if a teacher's answer holds a part of the classes."""
+        if any(answer.top_k is not None for answer in answers):
+            raise ValueError(
+                f"Expected the scores of all classes of each teacher with {self._reads_scores}, but got a cache that"
+                " holds a part of them. Build it without top_k and sampled, or use mix='losses' and numbers as weights."
+            )
 
     def _mixed(self, term: Any, outputs: Sequence[Tensor], temperature: float, mix: str | None = None) -> Tensor:
         outputs = alike(outputs)

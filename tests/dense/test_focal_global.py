@@ -233,12 +233,20 @@ def test_a_list_of_images_needs_a_tap() -> None:
             [boxes * 2 for boxes in BATCH["boxes"]],
             r"but got an edge beyond the image of 16 x 16 pixels\. Pass a function",
         ),
+        ([boxes * torch.nan for boxes in BATCH["boxes"]], r"but got a number that is not finite\. Pass a function"),
     ],
-    ids=["missing", "too few", "shares", "swapped", "of larger images"],
+    ids=["missing", "too few", "shares", "swapped", "of larger images", "not numbers"],
 )
 def test_wrong_boxes_are_refused_before_the_first_backward(boxes: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         value(FeatureDistillation(ALL, ALL, boxes="boxes"), Net(3, 0), Net(3, 1), {**BATCH, "boxes": boxes})
+
+
+@pytest.mark.parametrize("padding", [0.0, -1.0])
+def test_a_first_batch_of_images_without_objects_may_be_padded(padding: float) -> None:
+    boxes = torch.full((2, 3, 4), padding)
+    loss, _ = value(FeatureDistillation(ALL, ALL, boxes="boxes"), Net(3, 0), Net(3, 1), {**BATCH, "boxes": boxes})
+    assert loss.item() == 0
 
 
 def test_boxes_need_a_batch() -> None:

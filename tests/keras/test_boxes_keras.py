@@ -20,16 +20,19 @@ from keras_dense_nets import (
     distilled,
     maps_of,
     net,
+    task,
     value,
     weights_by_hand,
 )
 from keras_nets import assert_same_logs, assert_same_weights
 
 from keras_distill import (
+    BinarySoftTargetLoss,
     DistillModel,
     DistillStep,
     FeatureDistillation,
     FocalGlobalLoss,
+    LogitsDistillation,
     Tap,
 )
 from keras_distill.recording import Recorder
@@ -258,6 +261,51 @@ def test_compiled_metrics_and_evaluation_do_not_see_the_boxes_either() -> None:
 
     assert logs["fine_mae"] == pytest.approx(float(np.abs(SCORES - ops.convert_to_numpy(model(IMAGES)["fine"])).mean()))
     assert logs["neck_loss"] == pytest.approx(focal_by_hand(model.student, model.teacher, model.terms[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("place", [1, -1, "boxes"])
+def test_targets_of_one_output_may_be_a_pair_with_the_boxes(place: Any) -> None:
+    model, plain = (distilled(FeatureDistillation(ALL, ALL, boxes=each), run_eagerly=True) for each in (place, "boxes"))
+    model.compile("sgd", task, metrics=["mae"], run_eagerly=True)
+    plain.compile("sgd", task, metrics=["mae"], run_eagerly=True)
+    plain.set_weights(model.get_weights())
+    targets = {"scores": SCORES, "boxes": BOXES} if isinstance(place, str) else (SCORES, BOXES)
+    weights = np.array([0.0, 1.0, 2.0, 0.5], "float32")
+
+    logs = model.evaluate(IMAGES, targets, sample_weight=weights, batch_size=4, verbose=0, return_dict=True)
+
+    inputs = {"images": IMAGES, "boxes": BOXES}  # where the targets are the scores alone
+    expected = plain.evaluate(inputs, SCORES, sample_weight=weights, batch_size=4, verbose=0, return_dict=True)
+    assert logs == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_function_may_find_the_boxes_beside_the_targets_of_named_outputs() -> None:
+    by_function, named = (
+        detector(FeatureDistillation(ALL, ALL, boxes=each)) for each in (lambda y: y["objects"], "boxes")
+    )
+    targets = {name: array for name, array in TARGETS.items() if name != "boxes"}
+
+    logs = [fitted(by_function, {**targets, "objects": BOXES}, epochs=1), fitted(named, epochs=1)]
+
+    assert_same_logs(*logs, 1e-6)
+
+
+def test_weights_of_the_outputs_may_have_an_entry_beside_the_boxes() -> None:
+    terms = [FeatureDistillation(ALL, ALL, boxes="boxes"), LogitsDistillation(BinarySoftTargetLoss())]
+    model = detector(terms, run_eagerly=True)
+    weights = {"fine": np.ones((4, 8, 8)), "coarse": np.ones((4, 4, 4)), "boxes": np.ones(4)}
+    model.compile("sgd", {"fine": "mse", "coarse": "mse"}, run_eagerly=True)
+
+    weighted = model.evaluate(IMAGES, TARGETS, sample_weight=weights, verbose=0, return_dict=True)
+
+    assert weighted == pytest.approx(model.evaluate(IMAGES, TARGETS, verbose=0, return_dict=True), rel=1e-6)
+
+
+def test_a_batch_may_hold_other_pictures_than_the_student_s() -> None:
+    model = distilled(FeatureDistillation(ALL, ALL, boxes="boxes"))
+    inputs = {"images": IMAGES, "boxes": BOXES, "crop": IMAGES[:, ::2, ::2]}  # "crop" comes before "images"
+
+    assert fitted(model, SCORES, inputs, epochs=1)["neck_loss"][0] > 0
 
 
 def test_stored_targets_hold_the_boxes_among_their_labels() -> None:

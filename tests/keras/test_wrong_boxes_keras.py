@@ -31,13 +31,16 @@ WRONG = [
     (BOXES / 16, r"to be left, top, right and bottom in pixels of the student's input\. .* Received: shares of the im"),
     (BOXES[..., [2, 3, 0, 1]], r"Pass a function of the targets that converts them\. Received: a right edge left of"),
     (BOXES * 2, r"Received: an edge beyond the image of 16 x 16 pixels"),
+    (BOXES * np.nan, r"Received: a number that is not finite"),
     (BOXES[:, 0], r"boxes='boxes' to be left, top, right and bottom of each box, shape \(N, M, 4\)\. Pad .* \(4, 4\)"),
     (BOXES[..., :3], r"rows without an area do not count\. Received: shape \(4, 3, 3\)"),
     (None, r"the targets to hold the boxes of each image at boxes='boxes'\. Pass a key .* Received: the keys \['coa"),
 ]
 
 
-@pytest.mark.parametrize(("boxes", "words"), WRONG, ids=["shares", "swapped", "large", "flat", "three", "missing"])
+@pytest.mark.parametrize(
+    ("boxes", "words"), WRONG, ids=["shares", "swapped", "large", "nan", "flat", "three", "missing"]
+)
 def test_wrong_boxes_are_refused_before_the_first_step(boxes: Any, words: str) -> None:
     targets = {**TARGETS, "boxes": boxes}
     targets = {name: array for name, array in targets.items() if array is not None}
@@ -48,6 +51,25 @@ def test_wrong_boxes_are_refused_before_the_first_step(boxes: Any, words: str) -
         model.fit(IMAGES, targets, verbose=0)
 
     assert all(np.array_equal(old, new) for old, new in zip(before, model.get_weights(), strict=True))
+
+
+def test_wrong_boxes_of_a_batch_are_refused_too() -> None:
+    with pytest.raises(ValueError, match=r"Received: shares of the image's size"):
+        detector().train_on_batch(IMAGES, {**TARGETS, "boxes": BOXES / 16})
+
+
+def test_boxes_beyond_the_student_s_images_are_refused_beside_larger_pictures() -> None:
+    inputs = {"images": IMAGES, "boxes": BOXES * 2, "before": np.repeat(np.repeat(IMAGES, 2, 1), 2, 2)}
+    with pytest.raises(ValueError, match=r"an edge beyond the image of 16 x 16 pixels"):
+        distilled(FeatureDistillation(ALL, ALL, boxes="boxes")).fit(inputs, SCORES, verbose=0)
+
+
+def test_boxes_are_looked_at_once_there_are_some() -> None:
+    model = detector(run_eagerly=True)
+    model.train_on_batch(IMAGES, {**TARGETS, "boxes": np.full_like(BOXES, -1)})
+
+    with pytest.raises(ValueError, match=r"Received: shares of the image's size"):
+        model.train_on_batch(IMAGES, {**TARGETS, "boxes": BOXES / 16})
 
 
 @pytest.mark.tensorflow

@@ -27,6 +27,7 @@ from lightning_distill import (
 )
 from lightning_distill.guidance.runs import distill_callback
 from lightning_distill.schedules import Linear
+from lightning_distill.teachers.group import members
 
 STEPS = 4
 
@@ -124,6 +125,42 @@ def test_a_resumed_loop_with_two_averages_is_the_straight_one_to_the_bit() -> No
     for number in ("0", "1"):
         values = (each.state()["distiller"]["teacher"][number]["average"] for each in (straight, second))
         assert all(torch.equal(*pair) for pair in zip(*(value.values() for value in values), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "words"),
+    [
+        (averages_and_network, lambda _: [Mlp(7), EMATeacher(), EMATeacher()], r"\['1', '2'\].* but got \['0', '1'\]"),
+        (averages_and_network, lambda _: EMATeacher(), r"of one EMATeacher, but got that of a list of teachers"),
+        (lambda _: EMATeacher(), averages_and_network, r"but got \['average'\]\. Pass the teachers in the order"),
+    ],
+    ids=["another order", "one of a list", "a list after one"],
+)
+def test_the_averages_of_other_teachers_are_refused(saved: Any, resumed: Any, words: str) -> None:
+    state = Loop(saved).train(batches()[:1]).state()
+    with pytest.raises(ValueError, match=words):
+        Loop(resumed, state=state)
+
+
+@pytest.mark.parametrize("teacher", [lambda: EMATeacher(decay=1.0), lambda: [Mlp(7), EMATeacher(decay=1.0)]])
+def test_an_average_that_is_set_between_two_fits_begins_at_the_student(teacher: Any) -> None:
+    module = Classifier()
+    callback = DistillCallback([EMATeacher(decay=0.5), Mlp(7)])
+    Trainer(callbacks=[callback], max_epochs=1, **PLAIN).fit(module, loader())
+    begin = copy.deepcopy(module.model.state_dict())
+    callback.teacher = teacher()
+    Trainer(callbacks=[callback], max_epochs=1, **PLAIN).fit(module, loader())
+    average = next(each for each in members(callback.teacher) if isinstance(each, EMATeacher))
+    close(average.network.state_dict(), begin)
+
+
+@pytest.mark.parametrize("settings", [{"mix": "probabilities"}, {"mix": "logits"}, {"teacher_weights": "entropy"}])
+def test_a_cache_of_a_part_of_the_classes_cannot_be_mixed(tmp_path: Path, settings: dict[str, Any]) -> None:
+    data = dataset(8)
+    cache = TeacherCache.build(Mlp(6, seed=2), data, tmp_path / "cache", progress=False, top_k=2)
+    callback = DistillCallback([cache, Mlp(7)], **settings)
+    with pytest.raises(ValueError, match=r"scores of all classes of each teacher with .*Build it without top_k"):
+        Trainer(callbacks=[callback], max_epochs=1, **PLAIN).fit(Classifier(), DataLoader(data, batch_size=4))
 
 
 def test_a_cache_and_a_network_are_two_networks(tmp_path: Path) -> None:
