@@ -1,4 +1,4 @@
-"""The relation and kernel losses that the benchmarks measure, each with shapes for both halves."""
+"""The losses without parts of their own that the benchmarks measure, each with shapes for both halves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 Shape = tuple[int, ...]
 MAPS, TOKENS, SCORES, LOGITS = (256, 512, 8, 8), (256, 64, 512), (256, 8, 64, 64), (256, 1000)
 VECTORS, FEW_MAPS = (256, 512), (16, 64, 8, 8)
-SMALL = {MAPS: (32, 64, 8, 8), TOKENS: (8, 64, 64), SCORES: (8, 8, 32, 32), LOGITS: (64, 100)}
+SMALL = {MAPS: (32, 64, 8, 8), FEW_MAPS: (4, 16, 4, 4), TOKENS: (8, 64, 64), SCORES: (8, 8, 32, 32), LOGITS: (64, 100)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,17 @@ CASES = {
     "attention transfer": Case("AttentionTransferLoss", "attention_transfer"),
     "attention relation": Case("AttentionRelationLoss", "attention_relation", {"relation_heads": 8}, TOKENS),
     "attention map": Case("AttentionMapLoss", "attention_kl", shape=SCORES),
+    "pixel relation": Case("PixelRelationLoss", "pixel_relation", shape=FEW_MAPS),
+    "channel-wise": Case("ChannelWiseLoss", "channel_wise"),
+    "hierarchical context": Case("HierarchicalContextLoss", "hierarchical_context"),
+    "feature map transfer": Case("FeatureMapTransferLoss", "feature_map_transfer"),
+    "soft targets": Case("SoftTargetLoss", "soft_targets", shape=LOGITS),
+    "reverse KL": Case("ReverseKLLoss", "reverse_kl", shape=LOGITS),
+    "Jensen-Shannon": Case("GeneralizedJSDLoss", "jensen_shannon", shape=LOGITS),
+    "skew KL": Case("SkewKLLoss", "skew_kl", shape=LOGITS),
+    "total variation": Case("TotalVariationLoss", "total_variation", shape=LOGITS),
+    "alpha-beta": Case("AlphaBetaLoss", "alpha_beta", shape=LOGITS),
+    "universal logits": Case("UniversalLogitLoss", "universal_logits", shape=LOGITS),
     "DIST": Case("DISTLoss", "dist", shape=LOGITS),
     "multi-level logits": Case("MultiLevelLogitLoss", "multi_level", shape=LOGITS),
 }

@@ -1,4 +1,4 @@
-"""The relation and kernel losses as plain PyTorch formulas, to time the library's losses against."""
+"""Losses as plain PyTorch formulas, to time the library's losses against."""
 
 from __future__ import annotations
 
@@ -104,6 +104,72 @@ def attention_relation(student: Tensor, teacher: Tensor) -> Tensor:
 
 def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(student.log_softmax(3), teacher.log_softmax(3), reduction="none", log_target=True).sum(3).mean()
+
+
+def pixel_relation(student: Tensor, teacher: Tensor) -> Tensor:
+    logarithms = []
+    for f in (student, teacher):
+        pixels = F.normalize(f.flatten(2), dim=1)
+        logarithms.append((torch.einsum("icp,jcq->ijpq", pixels, pixels) / 0.1).log_softmax(3))
+    return F.kl_div(logarithms[0], logarithms[1], reduction="none", log_target=True).sum(3).mean()
+
+
+def channel_wise(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = ((f.flatten(2) / 4.0).log_softmax(2) for f in (student, teacher))
+    return 4.0**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(2).mean()
+
+
+def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
+    value, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
+    for cells in (4, 2, 1):
+        weight /= 2
+        total += weight
+        pooled = [F.adaptive_avg_pool2d(f, cells) for f in (student, teacher)]
+        value = value + weight * F.mse_loss(pooled[0], pooled[1])
+    return value / total
+
+
+def feature_map_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (F.layer_norm(f.movedim(1, -1), f.shape[1:2], eps=1e-12) for f in (student, teacher))
+    return F.mse_loss(s, t)
+
+
+def soft_targets(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = ((logits / 4.0).log_softmax(1) for logits in (student, teacher))
+    return 4.0**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(teacher.log_softmax(1), student.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (logits.log_softmax(1) for logits in (student, teacher))
+    middle = torch.stack([s, t]).logsumexp(0) - math.log(2)
+    parts = [F.kl_div(middle, part, reduction="batchmean", log_target=True) for part in (s, t)]
+    return (parts[0] + parts[1]) / 2
+
+
+def skew_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = student.softmax(1), teacher.softmax(1)
+    return (t * (t.log() - (0.1 * t + 0.9 * s).log())).sum(1).mean()
+
+
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student.softmax(1) - teacher.softmax(1)).abs().sum(1).mean() / 2
+
+
+def alpha_beta(student: Tensor, teacher: Tensor) -> Tensor:
+    alpha, beta = 0.2, 0.7
+    s, t = student.log_softmax(1), teacher.log_softmax(1)
+    both = alpha + beta
+    terms = alpha * (both * t).exp() + beta * (both * s).exp() - both * (alpha * t + beta * s).exp()
+    return terms.sum(1).mean() / (alpha * beta * both)
+
+
+def universal_logits(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (logits.softmax(1).sort(dim=1, descending=True).values for logits in (student, teacher))
+    return (s - t).abs().sum(1).mean()
 
 
 def dist(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Time of the relation and kernel losses against the papers' plain formulas: ``python -m benchmarks.loss_time``.
+"""Time of losses against the papers' plain formulas: ``python -m benchmarks.loss_time``.
 
 Forward and backward pass of PyTorch's classes and of ``loss_formulas``, on the same tensors, in turns, in processor
 time on one thread. Where the plain formula would not fit into memory both get smaller inputs (``Case.timed``).
