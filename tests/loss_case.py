@@ -107,7 +107,9 @@ class Learned(nn.Module):
             layer.weight.data.copy_(torch.as_tensor(classifier))
             loss.read_teacher(lambda name: layer)
         loss.build(*(torch.Size(shape) for shape in shapes))
-        loss.double().load_state_dict({name: torch.as_tensor(array) for name, array in parameters.items()})
+        counters = {name: value for name, value in loss.state_dict().items() if not value.is_floating_point()}
+        numbers = {name: torch.as_tensor(array) for name, array in parameters.items()}
+        loss.double().load_state_dict({**counters, **numbers})
         self.loss = loss.eval()  # a queue stays as it is
         self._third = ((foreground_of, loss.needs_boxes), (index_of, loss.needs_index))
 

@@ -32,6 +32,7 @@ from keras_distill import (
 )
 from keras_distill.losses.base import FormulaLoss, LabelledLoss, LogitsLoss
 from keras_distill.terms import LossTerm, TermState
+from keras_distill.terms.teacher_parts import TeacherParts
 
 
 def teacher_of(width: int = 12) -> keras.Model:
@@ -89,7 +90,7 @@ def serializable() -> set[type]:
             own = isinstance(value, type) and value.__module__ == module.name and not value.__name__.startswith("_")
             if own and issubclass(value, kinds):
                 classes.add(value)
-    abstract = {keras_distill.DistillationTerm, LossTerm, keras_distill.DistillationLoss}
+    abstract = {keras_distill.DistillationTerm, LossTerm, TeacherParts, keras_distill.DistillationLoss}
     abstract |= {FormulaLoss, LogitsLoss, LabelledLoss}
     return classes - abstract - {metrics.LossParts, TermState}
 
@@ -170,6 +171,7 @@ def test_k25_no_setting_of_a_term_is_lost() -> None:
     settings: dict[str, Any] = {"weight": 0.7, "use_sample_weight": False, "name": "custom"}
     logits = {**settings, "loss": LogitMSELoss(), "output": 1}
     feature = {**settings, "student_layer": "a", "teacher_layer": "b", "loss": "l1", "adapter": None}
+    feature |= {"boxes": "boxes"}
     for kind, arguments in ((LogitsDistillation, logits), (FeatureDistillation, feature)):
         named = [
             name
