@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -115,7 +116,17 @@ def _losses(done: Mapping[str, Comparison]) -> Iterator[str]:
         yield f"| `{row.method}` | {' | '.join(map(_gain, row.gains.values()))} | {mean} | {row.cost:.1f} x |"
     for name in tasks:
         yield f"\n{_reference(name, done[name], _short_title(name))}"
+    agreement = "; ".join(f"{' and '.join(pair)} {value:.2f}" for pair, value in _rank_correlations(done).items())
+    yield f"\nHow far the tasks agree, as rank correlations of the differences: {agreement}."
     yield "\nNot in this table: " + "; ".join(f"`{name}` ({why})" for name, why in LEFT_OUT.items()) + ".\n"
+
+
+def _rank_correlations(done: Mapping[str, Comparison]) -> dict[tuple[str, str], float]:
+    """Spearman's correlation of the gains, for each pair of tasks."""
+    rows = [row for row in loss_rows(done) if row.mean is not None]
+    gains = {task: [gain.mean for row in rows if (gain := row.gains[task])] for task in rows[0].gains}
+    ranks = {task: [sorted(values).index(value) for value in values] for task, values in gains.items()}
+    return {(a, b): statistics.correlation(ranks[a], ranks[b]) for a, b in itertools.combinations(ranks, 2)}
 
 
 def _short_title(name: str) -> str:
