@@ -153,7 +153,7 @@ def softened(logits: Tensor, temperature: float | Tensor, counts: Tensor | None 
         logits = bounded(logits)
         logits = logits if hidden is None else logits.masked_fill(hidden, 0.0)
         return logits / temperature.to(logits.dtype)
-    scores = logits / temperature
+    scores = logits.clone() if temperature == 1 else logits / temperature  # a copy passes its gradient on as it is
     if torch.compiler.is_compiling():
         scores = bounded(scores)
         return scores if hidden is None else scores.masked_fill(hidden, 0.0)

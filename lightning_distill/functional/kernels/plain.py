@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_distill import compat
 from lightning_distill.functional.inputs import IGNORE_INDEX, Reduction, prepare, reduced
 from lightning_distill.functional.kernels.settings import Divergence
 from lightning_distill.functional.primitives import softened
@@ -36,10 +37,12 @@ def divergence(
     """
     student, teacher = prepare(student, teacher)
     if settings.kind == "reverse_kl":
-        student = student.masked_fill(teacher <= settings.floor, -math.inf)
-    log_student, log_teacher = (
-        F.log_softmax(softened(logits, settings.temperature, mask, dim), dim=dim) for logits in (student, teacher)
-    )
+        student = _without_forbidden(student, teacher <= settings.floor)
+    scores = [softened(logits, settings.temperature, mask, dim) for logits in (student, teacher)]
+    if settings.kind == "total_variation":
+        apart = F.softmax(scores[0], dim=dim) - F.softmax(scores[1], dim=dim)
+        return reduced(0.5 * apart.abs().sum(dim=dim), mask, reduction)
+    log_student, log_teacher = (F.log_softmax(logits, dim=dim) for logits in scores)
     if settings.kind == "forward_kl" and reduction == "mean" and mask is None:  # in one kernel and one quotient
         rows = student.numel() // student.shape[dim]
         return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) / rows
@@ -77,14 +80,20 @@ def kl_from_logs(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=dim)
 
 
+def _without_forbidden(student: Tensor, forbidden: Tensor) -> Tensor:
+    """The student's logits without the classes to which the teacher gives probability 0; mostly there are none."""
+    may_look = student.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
+    if may_look and type(forbidden) is Tensor and not compat.transforms_are_active() and not forbidden.any():
+        return student
+    return student.masked_fill(forbidden, -math.inf)
+
+
 def _of_rows(log_student: Tensor, log_teacher: Tensor, settings: Divergence, dim: int) -> Tensor:
     kind, share = settings.kind, settings.share
     if kind == "forward_kl":
         return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=dim)
     if kind == "cross_entropy":
         return -(log_teacher.exp() * log_student).sum(dim=dim)
-    if kind == "total_variation":
-        return 0.5 * (log_student.exp() - log_teacher.exp()).abs().sum(dim=dim)
     if kind == "reverse_kl":
         return kl_from_logs(log_student, log_teacher, dim)
     if kind == "skew_reverse_kl":
