@@ -81,7 +81,7 @@ def kl_from_logs(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
 
 
 def _without_forbidden(student: Tensor, forbidden: Tensor) -> Tensor:
-    """The student's logits without the classes to which the teacher gives probability 0; mostly there are none."""
+    """The student's logits without the classes to which the teacher gives probability 0. Mostly there is no such class."""
     may_look = student.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
     if may_look and type(forbidden) is Tensor and not compat.transforms_are_active() and not forbidden.any():
         return student
