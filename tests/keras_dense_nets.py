@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_distill import DistillModel, DistillStep
+from keras_distill import DistillModel, DistillStep, Tap
 
 SIZE, KINDS = 16, 4
 NAMES = ("fine", "coarse")  # not in the order of the alphabet, in which graphs return a dict
@@ -20,6 +20,8 @@ BOXES[1, :1] = [[4, 4, 8, 8]]
 BOXES[2] = [[0, 0, 16, 16], [2, 2, 6, 6], [8, 1, 15, 3]]
 SCORES = np.random.default_rng(1).standard_normal((4, SIZE // 2, SIZE // 2, KINDS)).astype("float32")
 
+INTO_HEAD = Tap("head", output="*", where="input")
+FROM_HEAD = Tap("head", output="*")
 # the targets of both levels, and the boxes beside them
 TARGETS = {"fine": SCORES, "coarse": SCORES[:, ::2, ::2], "boxes": BOXES}
 

@@ -1,15 +1,17 @@
-"""The plain LightningModule that trains a network."""
+"""The plain LightningModule that trains a network, and the training of teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
+TRAINER = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
 UNLABELLED = -100  # cross entropy ignores this label
 
 
@@ -36,3 +38,18 @@ class Classifier(LightningModule):
             optimizer, self.lr, total_steps=int(self.trainer.estimated_stepping_batches)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+
+def trained_once(make: Callable[[], Any], loaders: Sequence[Any], epochs: int, path: Path) -> nn.Module:
+    """A teacher: the ``net`` of a LightningModule, trained once with seed 0, then read from its file."""
+    seed_everything(0, verbose=False)
+    module = make()
+    net: nn.Module = module.net
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(max_epochs=epochs, **quiet, **TRAINER).fit(module, *loaders)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), path)
+    return net

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_distill
 from benchmarks.quality import data, pitch, text
-from benchmarks.quality.classifier import UNLABELLED, Classifier
+from benchmarks.quality.classifier import TRAINER, UNLABELLED, Classifier, trained_once
 from benchmarks.quality.methods import table
 from benchmarks.quality.networks import IMAGES, LARGE, SIGNALS, SMALL, Convolutional, perceptron
 from lightning_distill import (
@@ -26,8 +26,6 @@ from lightning_distill import (
     SoftTargetLoss,
     TeacherCache,
 )
-
-TRAINER = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
 
 
 @dataclass(frozen=True)
@@ -66,18 +64,9 @@ def loaders(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], batch_siz
 def trained(
     make: Callable[[], nn.Module], examples: data.Examples, epochs: int, lr: float, path: Path, batch_size: int = 100
 ) -> nn.Module:
-    """The teacher: trained once with seed 0, then read from its file."""
-    net = make()
-    if path.exists():
-        net.load_state_dict(torch.load(path, weights_only=True))
-        return net
-    seed_everything(0, verbose=False)
-    module = Classifier(make, lr)
-    trainer = Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False, **TRAINER)
-    trainer.fit(module, *loaders(examples.train, examples.test, batch_size))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(module.net.state_dict(), path)
-    return module.net
+    """A classifier that teaches."""
+    batches = loaders(examples.train, examples.test, batch_size)
+    return trained_once(partial(Classifier, make, lr), batches, epochs, path)
 
 
 # Signals are images with one row, so that both tasks of the table have maps.

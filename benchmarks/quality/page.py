@@ -111,19 +111,20 @@ def _losses(done: Mapping[str, Comparison]) -> Iterator[str]:
     yield "The differences to the student alone, in points, sorted by their mean.\n"
     yield f"| loss | {' | '.join(map(_short_title, tasks))} | mean | duration of a step |"
     yield f"|---|{'---|' * len(tasks)}---|---|"
-    for row in loss_rows(done):
+    rows = loss_rows(done)
+    for row in rows:
         mean = "" if row.mean is None else f"{100 * row.mean:+.1f}"
         yield f"| `{row.method}` | {' | '.join(map(_gain, row.gains.values()))} | {mean} | {row.cost:.1f} x |"
     for name in tasks:
         yield f"\n{_reference(name, done[name], _short_title(name))}"
-    agreement = "; ".join(f"{' and '.join(pair)} {value:.2f}" for pair, value in _rank_correlations(done).items())
+    agreement = "; ".join(f"{' and '.join(pair)} {value:.2f}" for pair, value in _rank_correlations(rows).items())
     yield f"\nHow far the tasks agree, as rank correlations of the differences: {agreement}."
     yield "\nNot in this table: " + "; ".join(f"`{name}` ({why})" for name, why in LEFT_OUT.items()) + ".\n"
 
 
-def _rank_correlations(done: Mapping[str, Comparison]) -> dict[tuple[str, str], float]:
+def _rank_correlations(rows: list[LossRow]) -> dict[tuple[str, str], float]:
     """Spearman's correlation of the gains, for each pair of tasks."""
-    rows = [row for row in loss_rows(done) if row.mean is not None]
+    rows = [row for row in rows if row.mean is not None]
     gains = {task: [gain.mean for row in rows if (gain := row.gains[task])] for task in rows[0].gains}
     ranks = {task: [sorted(values).index(value) for value in values] for task, values in gains.items()}
     return {(a, b): statistics.correlation(ranks[a], ranks[b]) for a, b in itertools.combinations(ranks, 2)}

@@ -224,7 +224,7 @@ def in_keras(program: Program, seed: int) -> tuple[float, float]:
     return float((student.predict(images, verbose=0).argmax(1) == labels).mean()), seconds
 
 
-def trained_once(name: str, seed: int) -> dict[str, Any]:
+def measured_once(name: str, seed: int) -> dict[str, Any]:
     """A training, in this process."""
     program, framework, package = PEERS[name]
     warnings.simplefilter("ignore")
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--one", type=int, help="the seed of a single training in this process")
     options = parser.parse_args()
     if options.one is not None:
-        print(json.dumps(trained_once(options.names[0], options.one)))
+        print(json.dumps(measured_once(options.names[0], options.one)))
         return
     from benchmarks.quality.experiments import IMAGES, LARGE, trained
 

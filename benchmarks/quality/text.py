@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.quality.classifier import TRAINER, trained_once
 from lightning_distill import (
     GeneralizedJSDLoss,
     ReverseKLLoss,
@@ -27,7 +26,6 @@ from lightning_distill.demo.language.text import IGNORED, Text, load_text
 
 VOCABULARY, LENGTH, ROWS, BATCH = 512, 96, 1600, 16
 LARGE, SMALL = (96, 3), (32, 2)  # width and depth
-TRAINER = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
 DIVERGENCES = {  # all at temperature 1
     "KL": SoftTargetLoss(1.0),
     "reverse KL": ReverseKLLoss(),
@@ -73,18 +71,10 @@ def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 def divergences(epochs: int, folder: Path) -> dict[str, Any]:
     """One divergence for each method, on the tokens of the text."""
-    seed_everything(0, verbose=False)
-    teacher, file = Student(LARGE, 3e-3), folder / "teacher.pt"
-    if file.exists():
-        teacher.net.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        Trainer(max_epochs=6, **quiet, **TRAINER).fit(teacher, loaders()[0])  # type: ignore[arg-type]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(teacher.net.state_dict(), file)
+    teacher = trained_once(partial(Student, LARGE, 3e-3), loaders()[:1], 6, folder / "teacher.pt")
     terms = {name: SequenceDistillation(loss, weight=0.75, shift=False) for name, loss in DIVERGENCES.items()}
     dataset = loaders()[0].dataset
-    outputs = TeacherCache.build(teacher.net, dataset, folder / "teacher cache", batch_size=50, progress=False)
+    outputs = TeacherCache.build(teacher, dataset, folder / "teacher cache", batch_size=50, progress=False)
     return {
         "module": Student,
         "data": loaders,

@@ -15,7 +15,7 @@ from special_programs import PROGRAMS
 
 import lightning_distill
 from benchmarks.quality.methods import LEFT_OUT
-from benchmarks.quality.page import finished, gain_in_points, loss_rows
+from benchmarks.quality.page import LossRow, finished, gain_in_points, loss_rows
 
 TABLE = "../guide/results.md#all-losses-with-one-recipe"
 KINDS = {"FeatureDistance": ["mse", "cosine"]}  # the table names these losses by their kind
@@ -161,6 +161,12 @@ The Keras class has the same settings, and `from_logits` where it reads scores: 
 """
 
 
+@cache
+def all_rows() -> list[LossRow]:
+    """The table of all losses."""
+    return loss_rows(finished())
+
+
 def measured(name: str) -> str:
     """The row of a loss in the table of all losses, in words.
 
@@ -169,7 +175,7 @@ def measured(name: str) -> str:
     """
     if name in LEFT_OUT:
         return f"not in the [table of all losses]({TABLE}): {LEFT_OUT[name]}."
-    rows = loss_rows(finished())
+    rows = all_rows()
     texts = []
     for place, row in enumerate(rows, start=1):
         if row.method in KINDS.get(name, [name]):

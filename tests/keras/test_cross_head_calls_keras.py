@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from keras import ops
 from keras_dense_nets import (
+    FROM_HEAD,
     IMAGES,
+    INTO_HEAD,
     SCORES,
     as_double,
     distilled,
@@ -33,9 +35,6 @@ from keras_distill import (
     SolutionFlowLoss,
     Tap,
 )
-
-INTO_HEAD = Tap("head", output="*", where="input")
-FROM_HEAD = Tap("head", output="*")
 
 
 @keras.saving.register_keras_serializable(package="dense")

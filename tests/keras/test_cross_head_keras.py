@@ -12,7 +12,9 @@ import pytest
 from keras import ops
 from keras_dense_nets import (
     BOXES,
+    FROM_HEAD,
     IMAGES,
+    INTO_HEAD,
     NAMES,
     SCORES,
     TARGETS,
@@ -38,9 +40,6 @@ from keras_distill import (
     SoftTargetLoss,
     Tap,
 )
-
-INTO_HEAD = Tap("head", output="*", where="input")
-FROM_HEAD = Tap("head", output="*")
 
 
 def quality(student: np.ndarray[Any, Any], teacher: np.ndarray[Any, Any]) -> float:

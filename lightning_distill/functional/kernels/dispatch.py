@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_distill import compat
 from lightning_distill.functional.inputs import Reduction, reduced
@@ -100,7 +100,7 @@ def rows_in_place_for(student: Tensor, teacher: Tensor) -> Callable[..., tuple[T
         :func:`.triton_rows.rows_in_place`, or None if it cannot be used for such logits on their device.
     """
     kernels = _triton_rows(student.device.type)
-    usable = kernels is not None and _is_ordinary(student, teacher) and kernels.accepts(student, teacher, -1)
+    usable = kernels is not None and plain.is_ordinary(student, teacher) and kernels.accepts(student, teacher, -1)
     return kernels.rows_in_place if kernels is not None and usable else None
 
 
@@ -110,18 +110,10 @@ def _way(student: Tensor, teacher: Tensor, dim: int) -> ModuleType:
     is_large = student.numel() >= _LARGE
     if torch.compiler.is_compiling() or not (is_large or _is_interpreted(device)) or device == "meta":
         return plain
-    if not _is_ordinary(student, teacher):
+    if not plain.is_ordinary(student, teacher):
         return plain
     kernels = _triton_rows(device)
     return analytic if kernels is None or not kernels.accepts(student, teacher, dim) else kernels
-
-
-def _is_ordinary(*tensors: Tensor) -> bool:
-    """Whether tensors hold numbers, and nothing but autograd's reverse mode follows them."""
-    if compat.transforms_are_active():
-        return False
-    dual: Any = torch.autograd.forward_ad.unpack_dual
-    return all(type(tensor) in (Tensor, nn.Parameter) and dual(tensor).tangent is None for tensor in tensors)
 
 
 def _is_interpreted(device: str) -> bool:

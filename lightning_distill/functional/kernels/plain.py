@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill import compat
 from lightning_distill.functional.inputs import IGNORE_INDEX, Reduction, prepare, reduced
@@ -49,6 +50,14 @@ def divergence(
     return reduced(_of_rows(log_student, log_teacher, settings, dim), mask, reduction)
 
 
+def is_ordinary(*tensors: Tensor) -> bool:
+    """Whether tensors hold numbers, and nothing but autograd's reverse mode follows them."""
+    if compat.transforms_are_active():
+        return False
+    dual: Any = torch.autograd.forward_ad.unpack_dual
+    return all(type(tensor) in (Tensor, nn.Parameter) and dual(tensor).tangent is None for tensor in tensors)
+
+
 def cross_entropy(student: Tensor, labels: Tensor, dim: int) -> Tensor:
     """Cross entropy of each row's label.
 
@@ -81,11 +90,12 @@ def kl_from_logs(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
 
 
 def _without_forbidden(student: Tensor, forbidden: Tensor) -> Tensor:
-    """The student's logits without the classes to which the teacher gives probability 0. Mostly there is no such class."""
-    may_look = student.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would have to be waited for
-    if may_look and type(forbidden) is Tensor and not compat.transforms_are_active() and not forbidden.any():
-        return student
-    return student.masked_fill(forbidden, -math.inf)
+    """The student's logits, with minus infinity for the classes to which the teacher gives probability 0.
+
+    On a CPU they are not copied if no class has probability 0. A GPU would have to wait for the answer.
+    """
+    can_look = student.device.type == "cpu" and not torch.compiler.is_compiling() and is_ordinary(student, forbidden)
+    return student if can_look and not forbidden.any() else student.masked_fill(forbidden, -math.inf)
 
 
 def _of_rows(log_student: Tensor, log_teacher: Tensor, settings: Divergence, dim: int) -> Tensor:
