@@ -255,6 +255,8 @@ class DistillModel(ModelInFiles):
         data, targets = arguments.get("x"), arguments.get("y")
         check_class_weight(arguments.get("class_weight"), targets, data)
         check_stored_logits(self.terms, targets, data)
+        for term in self.terms:
+            term.expect_new_labels()
         check_first_labels(self.student, self.terms, data, targets)
         check_route(self.step.ensemble, data)
         before, self.fitting = self.fitting, True

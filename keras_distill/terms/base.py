@@ -201,6 +201,9 @@ class DistillationTerm:
             teacher: A symbolic call of the new teacher.
         """
 
+    def expect_new_labels(self) -> None:
+        """Let the first batch of a new training be checked too."""
+
     def check_labels(self, inputs: Any, labels: Any, image: tuple[int, int] | None = None) -> None:
         """Check the targets of a batch once, before the first step, where ``labels_checked`` is False.
 

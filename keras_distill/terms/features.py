@@ -229,6 +229,10 @@ class FeatureDistillation(TeacherParts):
         weights = box_weights(self.boxes, student, labels, feature, self.name)
         return ((target, weights), masks) if self.requires.needs_boxes else (target, [*masks, weights > 0])
 
+    def expect_new_labels(self) -> None:
+        """Let the first batch of a new training be checked too."""
+        self.labels_checked = self.boxes is None
+
     def check_labels(self, inputs: Any, labels: Any, image: tuple[int, int] | None = None) -> None:
         """Check that boxes are corners in pixels, once, as soon as their values are known; it waits for the device.
 

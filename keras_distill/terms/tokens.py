@@ -147,6 +147,10 @@ class SequenceDistillation(LogitsDistillation):
             raise ValueError(checks.message(expected, "shift=True", "Pass shift=False."))
         return copy
 
+    def expect_new_labels(self) -> None:
+        """Let the first batch of a new training be checked too."""
+        self.aligned = False
+
     def check_labels(self, inputs: Any, labels: Any, image: tuple[int, int] | None = None) -> None:
         """Check that labels are where ``shift`` expects them, once, as soon as their values are known.
 

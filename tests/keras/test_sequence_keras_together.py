@@ -369,6 +369,15 @@ def test_shifted_labels_of_a_dataset_are_refused_before_the_first_step() -> None
     trained(models("plain"), data, None, SequenceDistillation(shift=False))
 
 
+def test_labels_are_looked_at_in_each_training() -> None:
+    student, teacher = models("plain")
+    model = DistillModel(student, teacher, SequenceDistillation())
+    model.compile("sgd", jit_compile=False)
+    model.fit(TOKENS, TOKENS, verbose=0)
+    with pytest.raises(ValueError, match="Pass shift=False"):
+        model.fit(TOKENS, MOVED, verbose=0)
+
+
 def test_labels_of_few_tokens_are_not_judged() -> None:
     networks = models("plain")
     value_of(networks, TOKENS[:1, :4], MOVED[:1, :4])  # three of them are equal to the next token

@@ -72,6 +72,14 @@ def test_boxes_are_looked_at_once_there_are_some() -> None:
         model.train_on_batch(IMAGES, {**TARGETS, "boxes": BOXES / 16})
 
 
+def test_boxes_are_looked_at_in_each_training() -> None:
+    model = detector(jit_compile=True)
+    model.fit(IMAGES, TARGETS, verbose=0)
+
+    with pytest.raises(ValueError, match=r"Received: shares of the image's size"):
+        model.fit(IMAGES, {**TARGETS, "boxes": BOXES / 16}, verbose=0)
+
+
 @pytest.mark.tensorflow
 def test_wrong_boxes_of_a_data_set_are_refused_too() -> None:
     import tensorflow as tf
