@@ -73,7 +73,7 @@ def test_boxes_are_looked_at_once_there_are_some() -> None:
 
 
 def test_boxes_are_looked_at_in_each_training() -> None:
-    model = detector(jit_compile=True)
+    model = detector()
     model.fit(IMAGES, TARGETS, verbose=0)
 
     with pytest.raises(ValueError, match=r"Received: shares of the image's size"):
