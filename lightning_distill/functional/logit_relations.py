@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -273,17 +272,16 @@ def multi_level_logits(
     student_rows, teacher_rows, dim, counts = prepare_logits(student_logits, teacher_logits, class_dim, mask=mask)
     student_rows, teacher_rows = (rows.movedim(dim, -1).flatten(0, -2) for rows in (student_rows, teacher_rows))
     counts = None if counts is None else counts.flatten()
-    total: Tensor | float = 0.0
-    for temperature in temperatures:
-        log_student, log_teacher = (
-            F.log_softmax(softened(rows, temperature, counts), dim=-1) for rows in (student_rows, teacher_rows)
-        )
-        divergence = reduced(kl_from_logs(log_teacher, log_student, -1), counts, "mean") * temperature**2
-        student, teacher = log_student.exp(), log_teacher.exp()
-        total = (
-            total + divergence + _batch_products(student, teacher, counts) + _class_products(student, teacher, counts)
-        )
-    return cast(Tensor, total) / len(temperatures)
+    # The temperatures become the first dimension: a kernel does all of them at once.
+    divisors = student_rows.new_tensor(list(temperatures)).view(-1, 1, 1)
+    log_student, log_teacher = (
+        F.log_softmax(softened(rows, 1.0, counts) / divisors, dim=-1) for rows in (student_rows, teacher_rows)
+    )
+    divergences = kl_from_logs(log_teacher, log_student, -1) * divisors.squeeze(-1).square()
+    each = None if counts is None else counts.expand(len(temperatures), -1)
+    student, teacher = log_student.exp(), log_teacher.exp()
+    products = _batch_products(student, teacher, counts) + _class_products(student, teacher, counts)
+    return reduced(divergences, each, "mean") + products / len(temperatures)
 
 
 def _probabilities(
@@ -312,7 +310,7 @@ def _batch_products(student: Tensor, teacher: Tensor, counts: Tensor | None) -> 
 
 def _class_products(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
     student, teacher = _only(student, counts), _only(teacher, counts)
-    return F.mse_loss(gram(student.T), gram(teacher.T), reduction="sum") / student.shape[1]
+    return F.mse_loss(gram(student.mT), gram(teacher.mT), reduction="sum") / student.shape[-1]
 
 
 def _between_rows(student: Tensor, teacher: Tensor, counts: Tensor | None) -> Tensor:
@@ -326,7 +324,7 @@ def _only(rows: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _number(rows: Tensor, counts: Tensor | None) -> Tensor | int:
-    return len(rows) if counts is None else counts.sum().clamp(min=1)
+    return rows.shape[-2] if counts is None else counts.sum().clamp(min=1)
 
 
 def _uncorrelated(student: Tensor, teacher: Tensor, dim: int, counts: Tensor | None = None) -> Tensor:

@@ -153,6 +153,8 @@ def softened(logits: Tensor, temperature: float | Tensor, counts: Tensor | None 
         logits = bounded(logits)
         logits = logits if hidden is None else logits.masked_fill(hidden, 0.0)
         return logits / temperature.to(logits.dtype)
+    if temperature == 1 and hidden is None and not logits.requires_grad:
+        return bounded(logits)
     scores = logits.clone() if temperature == 1 else logits / temperature  # a copy passes its gradient on as it is
     if torch.compiler.is_compiling():
         scores = bounded(scores)

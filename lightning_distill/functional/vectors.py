@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -344,5 +345,8 @@ def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int,
 def _varies(difference: Tensor, mean: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """True where values differ from their mean by more than rounding."""
     rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
-    farthest = torch.maximum(difference.amax(dim=dim, keepdim=True), -difference.amin(dim=dim, keepdim=True))
+    if difference.device.type == "cpu":  # where torch's own norm is slow
+        farthest = torch.maximum(difference.amax(dim=dim, keepdim=True), -difference.amin(dim=dim, keepdim=True))
+    else:
+        farthest = torch.linalg.vector_norm(difference, math.inf, dim=dim, keepdim=True)
     return farthest > rounding
