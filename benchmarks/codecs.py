@@ -8,12 +8,12 @@ of the teacher with noise. The gradient is that of the student's head over all t
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import write_record
 from benchmarks.timing import prepare
 
 if __name__ == "__main__":
@@ -201,7 +201,7 @@ def main() -> None:
     number = 64 if arguments.quick else 256
     results = [*outputs(number, 32_768), *outputs(number, 128_000), *features(16 * number)]
     Console().print(table(results))
-    arguments.json.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+    write_record(arguments.json, "Ways to store a language model's outputs", results, {"tokens": number})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import copy
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,12 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.device_timing import Measured, measured_step, report_steps, wait_for
+from benchmarks import timing
+from benchmarks.device_timing import Measured, measured_step, show_steps, wait_for
+from benchmarks.record import write_record
 from benchmarks.step_overhead import quiet_lightning
-from benchmarks.timing import Plan, Row, absolute, compare, interleave, repeat
+from benchmarks.timing import Plan, Row, interleave, repeat, show_rows
 from benchmarks.workloads import (
     MLP,
     ConvNet,
@@ -43,6 +43,8 @@ from lightning_distill import DistillCallback, FusedLinearDistillation, Sequence
 from lightning_distill.functional import fused_linear_divergence, soft_target_kl
 
 ACCELERATORS = {"cuda": "gpu", "cpu": "cpu"}
+# The work of a GPU takes wall time.
+absolute, compare = partial(timing.absolute, clock="wall"), partial(timing.compare, clock="wall")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ SIZES = {
         steps=Plan(block=1, rounds=2, starts=1, warmup=1),
     ),
 }
+PRODUCTS = "matrix products alone"
 LAUNCHES = {"cuda": Plan(block=50, rounds=9, starts=1, warmup=50), "cpu": Plan(1, 2, 1, 1)}
 
 
@@ -105,6 +108,7 @@ def linear_rows(device: str) -> list[Measured]:
     tensors = (student, weight, teacher, teacher_weight)
     labels, half = torch.randint(vocabulary, (tokens,)), torch.arange(tokens) % 2 == 0
     name = "linear and KL"
+    shape = f"{tokens} tokens, vocabulary {vocabulary}, hidden sizes {width} and {teacher_width}"
 
     def fused(**settings: Any) -> Callable[[], Tensor]:
         return lambda: fused_linear_divergence(*tensors, **settings)
@@ -125,8 +129,7 @@ def linear_rows(device: str) -> list[Measured]:
         return by_weight[0, 0]
 
     ways: dict[str, Callable[[], Tensor]] = {
-        "products": partial(products, tokens // 8),
-        "products of half as many tokens at a time": partial(products, tokens // 16),
+        **{f"{PRODUCTS}, {size} tokens at a time": partial(products, size) for size in (tokens // 8, tokens // 16)},
         "library": fused(),
         **{f"library, {size} tokens at a time": fused(chunk_size=size) for size in (tokens // 16, tokens // 4)},
         "library, generalized JSD": fused(divergence="jsd"),
@@ -143,10 +146,10 @@ def linear_rows(device: str) -> list[Measured]:
             value.backward()
         return value.detach()
 
-    rows = [measured_step(name, arm, partial(step, way), device) for arm, way in ways.items()]
+    rows = [measured_step(name, arm, partial(step, way), device, shape) for arm, way in ways.items()]
     student.grad = weight.grad = None
     weight.requires_grad_(False)
-    return [*rows, measured_step(name, "library, frozen head", partial(step, fused()), device)]
+    return [*rows, measured_step(name, "library, frozen head", partial(step, fused()), device, shape)]
 
 
 def liger_ways(tensors: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
@@ -162,7 +165,13 @@ def liger_ways(tensors: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
 # Steps of Lightning --------------------------------------------------------------------------------------------------
 
 
-def resnet_workload(device: str) -> Workload:
+def image_networks() -> tuple[str, str]:
+    """Names of the student and the teacher for images: those of torchvision, if it is installed."""
+    installed = importlib.util.find_spec("torchvision") is not None
+    return ("ResNet-18", "ResNet-50") if installed else ("a small ConvNet", "a ConvNet of twice the width")
+
+
+def image_workload(device: str) -> Workload:
     number, edge = SIZES[device].images
     images, labels = torch.randn(number, 3, edge, edge, device=device), torch.randint(100, (number,), device=device)
     if importlib.util.find_spec("torchvision") is None:
@@ -173,9 +182,9 @@ def resnet_workload(device: str) -> Workload:
     return Workload("resnet", student, teacher.eval(), [(images, labels)])
 
 
-def resnet_rows(device: str, compiled: bool) -> Iterator[Row]:
-    """A ResNet-18 from a ResNet-50 in mixed precision, against a module written by hand."""
-    work = resnet_workload(device)
+def image_rows(device: str, compiled: bool) -> Iterator[Row]:
+    """A network from a larger one in mixed precision, against a module written by hand."""
+    work = image_workload(device)
     settings: dict[str, Any] = {"accelerator": ACCELERATORS[device], "precision": "bf16-mixed"}
 
     def teacher_alone() -> Any:
@@ -201,14 +210,13 @@ def resnet_rows(device: str, compiled: bool) -> Iterator[Row]:
         arms["features, compiled"] = fit(
             work, lambda: compiled_network(Plain(work)), lambda: callback(work, True), **settings
         )
-    runs = interleave(arms, SIZES[device].steps, "ResNet", partial(wait_for, device))
-    yield from (absolute(f"ResNet-18 from ResNet-50: {arm}", runs, arm) for arm in arms)
-    yield compare("logits / by hand", runs, "logits", "hand", gate=1.01)
-    yield compare("two features / by hand", runs, "features", "hand features", gate=1.01)
+    runs = interleave(arms, SIZES[device].steps, "images", partial(wait_for, device))
+    yield from (absolute(f"images: {arm}", runs, arm) for arm in arms)
+    yield compare("images: logits / by hand", runs, "logits", "hand", gate=1.01)
+    yield compare("images: two features / by hand", runs, "features", "hand features", gate=1.01)
     if compiled:
-        yield compare(
-            "compiled student, two features / by hand", runs, "features, compiled", "hand features, compiled", gate=1.03
-        )
+        question = "images: compiled student, two features / by hand"
+        yield compare(question, runs, "features, compiled", "hand features, compiled", gate=1.03)
 
 
 def compiled_network(module: Plain) -> Plain:
@@ -335,18 +343,17 @@ def gpt_rows(device: str) -> Iterator[Row]:
         ),
     }
     settings: dict[str, Any] = {"accelerator": ACCELERATORS[device], "precision": "bf16-true"}
-    peaks = {}
     if device == "cuda":
         for name, (module, distil) in modules.items():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             base = torch.cuda.memory_allocated()
             trainer_for([] if distil is None else [distil()], **settings).fit(module(), Premade(batches, 3))
-            peaks[name] = f"{(torch.cuda.max_memory_allocated() - base) / 2**30:.2f} GiB"
+            yield Row(f"GPT: {name}, peak memory", (torch.cuda.max_memory_allocated() - base) / 2**30, "GiB")
     arms = {name: fit(work, module, distil, **settings) for name, (module, distil) in modules.items()}
     arms["teacher"] = forward_arm(copy.deepcopy(teacher), [tokens])
     runs = interleave(arms, size.steps, "GPT", partial(wait_for, device))
-    yield from (absolute(f"GPT: {arm}", runs, arm, peaks.get(arm, "")) for arm in arms)
+    yield from (absolute(f"GPT: {arm}", runs, arm) for arm in arms)
     for arm in ("hand", "SequenceDistillation", "FusedLinearDistillation"):
         yield compare(f"GPT: {arm} / (student + teacher)", runs, arm, "student", "teacher")
 
@@ -354,8 +361,8 @@ def gpt_rows(device: str) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=tuple(SIZES), default="cuda")
-    parser.add_argument("--only", default="", help="questions with this in their name: linear, resnet, mlp or gpt")
-    parser.add_argument("--compiled", action="store_true", help="a compiled ResNet-18 too, which takes a minute")
+    parser.add_argument("--only", default="", help="questions with this in their name: linear, images, mlp or gpt")
+    parser.add_argument("--compiled", action="store_true", help="images with a compiled student too")
     parser.add_argument("--json", type=Path, default=Path("device_steps.json"), help="where to write the figures")
     arguments = parser.parse_args()
     device = arguments.device
@@ -365,29 +372,23 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
     questions: dict[str, Callable[[], Any]] = {
         "linear": partial(linear_rows, device),
-        "resnet": partial(resnet_rows, device, arguments.compiled),
+        "images": partial(image_rows, device, arguments.compiled),
         "mlp": partial(mlp_rows, device),
         "gpt": partial(gpt_rows, device),
     }
-    written: list[dict[str, Any]] = []
+    written: list[Measured | Row] = []
     for name, question in questions.items():
         if arguments.only not in name:
             continue
         with torch.device(device) if name == "linear" else contextlib.nullcontext():
             rows = list(question())
-        written += [asdict(row) for row in rows]
+        written += rows
         if name == "linear":
-            report_steps("Hidden states and heads", rows, {rows[0].question: str(SIZES[device].linear)}, "products")
+            show_steps("Hidden states and heads", rows, rows[0].arm)
         else:
-            show(rows)
-    arguments.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-
-
-def show(rows: list[Row]) -> None:
-    """Print medians of wall time."""
-    for row in rows:
-        gate = "" if row.gate is None else f" (gate {row.gate:g})"
-        Console(width=150).print(f"{row.question}: {row.wall:.3f} {row.unit}{gate} {row.note}")
+            show_rows(f"Steps of Lightning: {name}", rows)
+    settings = {"device": device, **asdict(SIZES[device]), "image networks": image_networks()}
+    write_record(arguments.json, "Whole steps on one device", written, settings, device)
 
 
 if __name__ == "__main__":

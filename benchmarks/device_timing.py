@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -26,6 +24,7 @@ class Measured:
     Attributes:
         question: Name of the measurement.
         arm: Name of the way to do it.
+        shape: Shape of the inputs, in words.
         milliseconds: Of one step by itself, the first launch included.
         in_a_row: Milliseconds of a step among others, whose launches overlap with the work of the device.
         extra_mib: Peak memory beyond what is allocated after the step.
@@ -35,6 +34,7 @@ class Measured:
 
     question: str
     arm: str
+    shape: str = ""
     milliseconds: float | None = None
     in_a_row: float | None = None
     extra_mib: float | None = None
@@ -48,7 +48,7 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measured_step(question: str, arm: str, step: Callable[[], Tensor], device: str) -> Measured:
+def measured_step(question: str, arm: str, step: Callable[[], Tensor], device: str, shape: str = "") -> Measured:
     """The median time of a step, and its peak memory beyond what is allocated after it.
 
     Args:
@@ -56,6 +56,7 @@ def measured_step(question: str, arm: str, step: Callable[[], Tensor], device: s
         arm: Name of the arm.
         step: Does the work and returns its value, a scalar.
         device: ``"cpu"`` or ``"cuda"``; memory is measured on the latter only.
+        shape: Shape of the inputs, in words.
     """
     try:
         value, extra, seconds = step().item(), None, []
@@ -76,26 +77,22 @@ def measured_step(question: str, arm: str, step: Callable[[], Tensor], device: s
             step()
         wait_for(device)
         in_a_row = (time.perf_counter() - start) / IN_A_ROW
-        return Measured(question, arm, 1000 * statistics.median(seconds), 1000 * in_a_row, extra, value)
+        return Measured(question, arm, shape, 1000 * statistics.median(seconds), 1000 * in_a_row, extra, value)
     except Exception as error:  # one arm that lacks memory must not end the others
-        return Measured(question, arm, error=f"{type(error).__name__}: {error}"[:120])
+        return Measured(question, arm, shape, error=f"{type(error).__name__}: {error}"[:120])
     finally:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 
 
-def report_steps(
-    title: str, rows: Sequence[Measured], shapes: Mapping[str, str], against: str, path: Path | None = None
-) -> None:
-    """Print the rows as a table and write them as JSON.
+def show_steps(title: str, rows: Sequence[Measured], against: str) -> None:
+    """Print the rows as a table.
 
     Args:
         title: Title of the table.
         rows: The rows, those of one question together.
-        shapes: Second column by question.
         against: Name of the arm to which the times of a question are compared.
-        path: Where to write the figures; None for nowhere.
     """
     table = Table(title=title)
     for column in ("question", "shape", "arm", "ms", f"of the {against}", "in a row", "extra MiB", "value"):
@@ -106,7 +103,5 @@ def report_steps(
         ratio = row.milliseconds / compared if row.milliseconds and compared else None
         values = (row.milliseconds, ratio, row.in_a_row, row.extra_mib, row.value)
         numbers = ["" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(row.question, shapes.get(row.question, ""), row.arm, *numbers[:4], row.error or numbers[4])
+        table.add_row(row.question, row.shape, row.arm, *numbers[:4], row.error or numbers[4])
     Console(width=150).print(table)
-    if path is not None:
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")

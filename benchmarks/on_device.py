@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import loss_formulas
-from benchmarks.device_timing import Measured, measured_step, report_steps
+from benchmarks.device_timing import IN_A_ROW, ROUNDS, Measured, measured_step, show_steps
 from benchmarks.loss_cases import CASES, SMALL
+from benchmarks.record import write_record
 from lightning_distill import functional, losses
 from lightning_distill.functional.kernels import Divergence, divergence_and_cross_entropy
 
@@ -140,7 +141,8 @@ def measured(question: Question, arm: str, device: str) -> Measured:
         value.backward()
         return value.detach()
 
-    return measured_step(question.name, arm, step, device)
+    shape = f"{'x'.join(map(str, question.shape))} {str(question.dtype).removeprefix('torch.')}"
+    return measured_step(question.name, arm, step, device, shape)
 
 
 def main() -> None:
@@ -151,13 +153,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_default_device(arguments.device)
     rows = [
-        (question, [measured(question, arm, arguments.device) for arm in question.arms])
+        measured(question, arm, arguments.device)
         for question in questions(arguments.device)
         if arguments.only in question.name
+        for arm in question.arms
     ]
-    shapes = {question.name: "x".join(map(str, question.shape)) for question, _ in rows}
-    title = f"Losses on {arguments.device}, torch {torch.__version__}"
-    report_steps(title, [row for _, timed in rows for row in timed], shapes, "formula", arguments.json)
+    title = "Losses on one device"
+    show_steps(title, rows, "formula")
+    settings = {"device": arguments.device, "rounds": ROUNDS[arguments.device], "steps in a row": IN_A_ROW}
+    write_record(arguments.json, title, rows, settings, arguments.device)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,18 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import Row, report
 from lightning_distill import pair_layers
 
 BATCHES, EXAMPLES, PIXELS = 4, 32, 96
+PARTS, THREADS = ("forward", "pairs"), 2
+GATE = 20  # seconds
 
 
 def convolution(inside: int, outside: int, size: int, stride: int = 1) -> nn.Sequential:
@@ -68,37 +72,58 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def measure(part: str) -> dict[str, Any]:
+def measure(part: str, batches: int, examples: int, pixels: int) -> dict[str, Any]:
     """Seconds, seconds of all cores, and MiB above the networks and the data, of one part in this process."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     student, teacher = ResNet([2, 2, 2, 2], 1), ResNet([3, 4, 6, 3], 4)
-    batches = [torch.randn(EXAMPLES, 3, PIXELS, PIXELS) for _ in range(BATCHES)]
+    images = [torch.randn(examples, 3, pixels, pixels) for _ in range(batches)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, busy = time.perf_counter(), time.process_time()
     if part == "pairs":
-        print(pair_layers(student, teacher, batches), file=sys.stderr)
+        print(pair_layers(student, teacher, images), file=sys.stderr)
     else:
         with torch.no_grad():
-            for batch in batches:
+            for batch in images:
                 student.eval()(batch), teacher.eval()(batch)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {"seconds": seconds, "of all cores": busy, "MiB": memory}
 
 
+def rows(parts: dict[str, dict[str, Any]]) -> list[Row]:
+    """The answers from the figures of both parts."""
+    forward, pairs = parts["forward"], parts["pairs"]
+    ratio = pairs["of all cores"] / forward["of all cores"]
+    beyond = pairs["MiB"] - forward["MiB"]
+    seconds, note = pairs["seconds"], "the goal is for two idle cores"
+    return [
+        Row("pair_layers / the forward passes alone, processor time", ratio, "x"),
+        Row("pair_layers", seconds, "s", wall=seconds, gate=GATE, note=note),
+        Row("the forward passes alone", forward["seconds"], "s", wall=forward["seconds"]),
+        Row("pair_layers: memory beyond the forward passes alone", beyond, "MiB"),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=["forward", "pairs"], help="measure one part in this process")
-    part = parser.parse_args().part
-    if part is not None:
-        print(json.dumps(measure(part)))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller images")
+    parser.add_argument("--json", type=Path, default=Path("pair_layers.json"), help="where to write the figures")
+    arguments = parser.parse_args()
+    data = (2, 4, 32) if arguments.quick else (BATCHES, EXAMPLES, PIXELS)
+    if arguments.part is not None:
+        print(json.dumps(measure(arguments.part, *data)))
         return
-    for name in ("forward", "pairs"):
-        command = [sys.executable, "-m", "benchmarks.pair_layers", "--part", name]
+    torch.set_num_threads(THREADS)
+    parts = {}
+    for part in PARTS:
+        command = [sys.executable, "-m", "benchmarks.pair_layers", "--part", part]
+        command += ["--quick"] if arguments.quick else []
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        numbers = ", ".join(f"{value:.1f} {unit}" for unit, value in json.loads(result.stdout).items())
-        print(f"{'the forward passes alone' if name == 'forward' else 'pair_layers':26}{numbers}", flush=True)
+        parts[part] = json.loads(result.stdout)
+    settings = {"batches": data[0], "examples": data[1], "pixels": data[2]}
+    report("pair_layers, a ResNet-50 and a ResNet-18", rows(parts), arguments.json, settings)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def mlp_questions(effort: Effort) -> list[Row]:
             "hand": fit(work, lambda: HandWritten(work, False)),
             "logits": fit(work, lambda: Plain(work), lambda: callback(work)),
             "logits, log 50": fit(work, lambda: Plain(work), lambda: callback(work), log_every_n_steps=50),
+            "logits, log off": fit(work, lambda: Plain(work), lambda: callback(work, log=False)),
             "hand features": fit(work, lambda: HandWritten(work, True)),
             "features": fit(work, lambda: Plain(work), lambda: callback(work, True)),
             "idle": fit(work, lambda: Plain(work), lambda: callback(work, True, weight=0.0)),
@@ -135,6 +136,7 @@ def mlp_questions(effort: Effort) -> list[Row]:
         absolute("small MLP: hand-written logits step", runs, "hand", "for scale"),
         compare("small MLP: logits - hand-written", runs, "logits", "hand", unit="ms", gate=0.10),
         compare("small MLP: the same, log_every_n_steps=50", runs, "logits, log 50", "hand", unit="ms"),
+        compare("small MLP: the same, log=False", runs, "logits, log off", "hand", unit="ms"),
         compare(
             "small MLP: logits + 2 features - hand-written", runs, "features", "hand features", unit="ms", gate=0.20
         ),

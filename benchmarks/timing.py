@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
-import platform
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.record import write_record
 
 # Without the first two, freed blocks go back to the system and are fetched again, and timings scatter by up to a third.
 # The third lets all threads share one heap.
@@ -178,6 +178,7 @@ def compare(
     unit: str = "x",
     gate: float | None = None,
     note: str = "",
+    clock: Literal["cpu", "wall"] = "cpu",
 ) -> Row:
     """The row of one arm against the sum of others, from the rounds' own ratios or differences.
 
@@ -187,23 +188,24 @@ def compare(
         arm: The arm in question.
         against: The arms to compare with; their times are added.
         unit: ``"x"`` for the ratio, ``"ms"`` for the difference.
-        gate: Upper limit of the processor time.
+        gate: Upper limit.
         note: Last column.
+        clock: Processor time, or wall time for work of a GPU.
     """
 
-    def each(clock: str) -> list[float]:
+    def each(clock: Literal["cpu", "wall"]) -> list[float]:
         base = [sum(getattr(timing, clock) for timing in timings) for timings in zip(*map(runs.get, against))]  # noqa: B905
         seconds = [getattr(timing, clock) for timing in runs[arm]]
         pairs = zip(seconds, base, strict=True)
         return [a / b if unit == "x" else (a - b) * 1000 for a, b in pairs]
 
-    return spread(question, each("cpu"), unit, gate, note, wall=statistics.median(each("wall")))
+    return spread(question, each(clock), unit, gate, note, wall=statistics.median(each("wall")))
 
 
-def absolute(question: str, runs: Runs, arm: str, note: str = "") -> Row:
+def absolute(question: str, runs: Runs, arm: str, note: str = "", clock: Literal["cpu", "wall"] = "cpu") -> Row:
     """The row of one arm by itself, in milliseconds: information, never a gate."""
     wall = statistics.median(timing.wall for timing in runs[arm]) * 1000
-    return spread(question, [timing.cpu * 1000 for timing in runs[arm]], "ms", None, note, wall=wall)
+    return spread(question, [getattr(timing, clock) * 1000 for timing in runs[arm]], "ms", None, note, wall=wall)
 
 
 def spread(
@@ -219,9 +221,9 @@ def spread(
     return Row(question, middle, unit, low, high, wall, gate, note)
 
 
-def report(title: str, rows: Sequence[Row], path: Path, settings: Mapping[str, Any]) -> None:
-    """Print the rows as a table and write them, with the settings and versions, as JSON."""
-    table = Table(title=title, caption="medians over the rounds, processor time; gates are for these medians")
+def show_rows(title: str, rows: Sequence[Row]) -> None:
+    """Print the rows as a table."""
+    table = Table(title=title, caption="medians over the rounds; gates are for these medians")
     for column in ("question", "measured", "quartiles", "wall", "gate", "result", "note"):
         table.add_column(column, overflow="fold", no_wrap=column in ("measured", "quartiles", "result"))
     for row in rows:
@@ -232,15 +234,12 @@ def report(title: str, rows: Sequence[Row], path: Path, settings: Mapping[str, A
         wall = "" if row.wall is None else _number(row.wall)
         table.add_row(row.question, measured, quartiles, wall, gate, result, row.note)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    import lightning
-    import torch
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
-    machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), **versions}
-    environment = {name: os.environ.get(name) for name in ENVIRONMENT}
-    written = [{**asdict(row), "passed": row.passed} for row in rows]
-    content = {"settings": dict(settings), "machine": machine, "environment": environment, "rows": written}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+def report(title: str, rows: Sequence[Row], path: Path, settings: Mapping[str, Any]) -> None:
+    """Print the rows as a table and write them, with the settings, the machine and the versions, as JSON."""
+    show_rows(title, rows)
+    write_record(path, title, rows, settings)
 
 
 def _number(value: float) -> str:
