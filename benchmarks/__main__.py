@@ -16,10 +16,9 @@ BENCHMARKS = [
     "fused_linear",
     "pair_layers",
 ]
+ON_DEVICE = ["on_device", "device_steps", "device_cache"]
 
 if __name__ == "__main__":
-    names = (
-        ["on_device", "device_steps"] if any(argument.startswith("--device") for argument in sys.argv) else BENCHMARKS
-    )
+    names = ON_DEVICE if any(argument.startswith("--device") for argument in sys.argv) else BENCHMARKS
     for name in names:
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)

@@ -11,6 +11,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.device_steps import ACCELERATORS, GPT, SIZES, LanguageModel, resnet_workload, show
+from benchmarks.device_steps import ACCELERATORS, GPT, SIZES, LanguageModel, image_workload
 from benchmarks.device_timing import wait_for
+from benchmarks.record import write_record
 from benchmarks.step_overhead import quiet_lightning
-from benchmarks.timing import Arm, Plan, Row, Tick, absolute, compare, interleave
+from benchmarks.timing import Arm, Plan, Row, Tick, absolute, compare, interleave, show_rows
 from benchmarks.workloads import Clock, trainer_for
 from lightning_distill import DistillCallback, LogitsDistillation, SequenceDistillation, TeacherCache
 
@@ -151,7 +153,7 @@ def _fit(
 
 def image_rows(device: str) -> Iterator[Row]:
     """A ResNet-18 from a ResNet-50 in mixed precision."""
-    work, (number, edge) = resnet_workload(device), SIZES[device].images
+    work, (number, edge) = image_workload(device), SIZES[device].images
     yield from cached_rows(
         "images",
         device,
@@ -194,8 +196,11 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_lightning()
     torch.manual_seed(0)
-    rows = [*image_rows(arguments.device), *text_rows(arguments.device)]
-    show(rows)
+    device = arguments.device
+    rows = [*image_rows(device), *text_rows(device)]
+    show_rows("Steps from a cache", rows)
+    settings = {"device": device, "workers": WORKERS[device], **asdict(SIZES[device]), **asdict(PLANS[device])}
+    write_record(arguments.json, "Steps with the teacher's outputs from a cache, on one device", rows, settings, device)
 
 
 if __name__ == "__main__":
