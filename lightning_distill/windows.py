@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_distill import compat
 from lightning_distill.terms import DistillationTerm
 from lightning_distill.terms.counting import TokenShare, count_tokens, divisors, takes_decoder_inputs
+from lightning_distill.waiting import AT_ONCE, later
 
 # a function of the user may read what a hook of the module adds to the batch later
 _CANNOT_COUNT = (ValueError, LookupError, TypeError, AttributeError)
@@ -81,6 +82,8 @@ class TokenWindow:
         self._size = 0
         self._expected: dict[str, Tensor] = {}  # of this micro-batch
         self._ahead: deque[Tensor] = deque()  # of the coming ones of the optimizer step
+        self._compared: deque[tuple[str, Callable[[], Tensor | None]]] = deque()  # on their way from the device
+        self._waits = AT_ONCE
         self.divisors: dict[str, Tensor] = {}
         self._seq2seq = takes_decoder_inputs(trainer.lightning_module)
 
@@ -152,19 +155,32 @@ class TokenWindow:
         return fetched
 
     def compare(self, counted: Mapping[str, Tensor]) -> None:
-        """Compare the numbers that the terms have seen in this step with those counted ahead, where nothing waits.
+        """Compare the numbers that the terms have seen in this step with those counted ahead.
+
+        Nothing waits for a GPU after the first steps: a difference is then noticed one or a few steps later.
 
         Args:
             counted: Number of tokens that counted, by term.
         """
         for name, number in counted.items():
             expected = self._expected.get(name)
-            if expected is not None and number.device.type == "cpu" and int(number) != int(expected):
+            if expected is not None:
+                both = torch.stack([number.detach().to(expected), expected])
+                self._compared.append((name, later(both, wait=self._waits > 0)))
+                self._waits -= 1
+        while self._compared:
+            name, arrived = self._compared[0]
+            numbers = arrived()
+            if numbers is None:
+                return
+            self._compared.popleft()
+            seen, expected_number = (int(value) for value in numbers.tolist())
+            if seen != expected_number:
+                self._compared.clear()
                 self.fail(
-                    f"term {name!r} counts {int(number)} tokens in the training step, but {int(expected)} in the batch"
+                    f"term {name!r} counts {seen} tokens in the training step, but {expected_number} in the batch"
                     " that the step gets"
                 )
-                return
 
     def fail(self, reason: str) -> None:
         """Go over to the mean by micro-batch, with one warning.

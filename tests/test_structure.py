@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the lowest room to the highest. A room may import the rooms before it, never those after it.
 ROOMS = {
     "lightning_distill": [
-        ("checks", "compat", "processes"),
+        ("checks", "compat", "processes", "waiting"),
         ("functional",),
         ("schedules", "patch", "mailbox", "modes", "progress"),
         ("losses", "metrics", "recording"),

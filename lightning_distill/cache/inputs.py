@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 
 from distill_core.store import CacheError
 from lightning_distill.recording import LABEL_NAMES
+from lightning_distill.waiting import AT_ONCE, later
 
-_AT_ONCE = 8  # number of first comparisons on a GPU that are waited for, so that most faults end a run at once
 _SAMPLED = 2**14  # numbers that are compared where the loader's tensor is not on the device
 _LOOKED_AT = 2000  # maximum number of objects that are searched for a batch's tensors
 _PLAIN = (str, bytes, int, float, type(None))
@@ -62,7 +62,7 @@ class BatchInputs:
         self._named: dict[str, int] = {}
         self._slots: dict[Any, int] = {}  # place of the tensor that each argument had in the calls so far
         self._slices: dict[int, tuple[_Region, tuple[int, ...]]] = {}  # kept over the whole fit
-        self._pending: list[tuple[Callable[[], bool | None], torch.Size]] = []
+        self._pending: list[tuple[Callable[[], Tensor | None], torch.Size]] = []
         self._compared = 0
 
     def clear(self) -> None:
@@ -193,8 +193,8 @@ class BatchInputs:
     def _compare_on_device(self, tensor: Tensor, candidates: list[Tensor]) -> None:
         self._compared += 1
         differs = torch.stack([_differs(candidate, tensor, self._compared) for candidate in candidates]).all()
-        if self._compared > _AT_ONCE:
-            self._pending.append((_later(differs), tensor.shape))
+        if self._compared > AT_ONCE:
+            self._pending.append((later(differs), tensor.shape))
         elif bool(differs):
             raise _changed(tensor.shape)
 
@@ -213,15 +213,6 @@ class BatchInputs:
 def _on_host(tensor: Tensor) -> bool:
     """Whether a number of a tensor can be read without waiting for a device."""
     return tensor.device.type == "cpu"
-
-
-def _later(differs: Tensor) -> Callable[[], bool | None]:
-    """Copy a boolean from a device: a function that returns it, or None until it has arrived."""
-    host = torch.empty((), dtype=torch.bool, pin_memory=differs.device.type == "cuda")
-    host.copy_(differs, non_blocking=True)
-    event = torch.Event(differs.device)
-    event.record()
-    return lambda: bool(host) if event.query() else None
 
 
 def _changed(shape: torch.Size, how: str = "changed") -> CacheError:

@@ -324,7 +324,7 @@ class Device:
             datamodule=None,
         )
         monkeypatch.setitem(BatchInputs.check.__globals__, "_on_host", lambda tensor: False)
-        monkeypatch.setitem(BatchInputs.check.__globals__, "_later", self.later)
+        monkeypatch.setitem(BatchInputs.check.__globals__, "later", self.later)
 
     def later(self, differs: Tensor) -> Callable[[], bool | None]:
         return lambda: bool(differs) if self.done else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from processes import run_processes
 from token_nets import LENGTHS, QUIET, CausalModel, LanguageModule, Sequences, by_hand, by_hand_windows, close, loader
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_distill import DistillCallback, Distiller, SequenceDistillation, TeacherCache
@@ -212,6 +214,21 @@ def own(logits: torch.Tensor) -> torch.Tensor:
 def test_labels_that_the_step_changes_are_noticed() -> None:
     with pytest.warns(UserWarning, match="counts 5 tokens in the training step, but 6"):
         fitted(loader(2), module=ChangesLabels(), accumulate_grad_batches=4)
+
+
+def test_a_number_that_arrives_late_from_a_device_is_compared_in_a_later_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+
+    def late(values: Tensor, *, wait: bool) -> Callable[[], Tensor | None]:
+        waits.append(wait)
+        answers = iter([None, None, values])
+        return lambda: next(answers)
+
+    monkeypatch.setattr("lightning_distill.windows.AT_ONCE", 2)
+    monkeypatch.setattr("lightning_distill.windows.later", late)
+    with pytest.warns(UserWarning, match="counts 5 tokens in the training step, but 6"):
+        fitted(loader(2), module=ChangesLabels(), accumulate_grad_batches=4)
+    assert waits == [True, True, False]  # then it has arrived, and is the last that is compared
 
 
 class Manual(LanguageModule):
