@@ -6,12 +6,13 @@ part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill import compat
 
@@ -59,7 +60,7 @@ def sum_of_squares(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     Returns:
         The sums, with ``dim`` kept at size 1.
     """
-    if torch.compiler.is_compiling():
+    if not _pays_off(values):
         return values.square().sum(dim=dim, keepdim=True)
     return cast(Tensor, compat.applied(_SumOfSquares, values, dim))
 
@@ -75,7 +76,7 @@ def gram(rows: Tensor) -> Tensor:
     Returns:
         Shape ``(..., A, A)``.
     """
-    if torch.compiler.is_compiling():
+    if not _pays_off(rows, on_device=2**18):
         return product(rows, rows.mT)
     return cast(Tensor, compat.applied(_Gram, rows))
 
@@ -90,9 +91,22 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     Returns:
         Vectors of length 1, same shape; in float32 their lengths may be from 1e-18 to 1e18.
     """
-    if torch.compiler.is_compiling():
+    if not _pays_off(vectors):
         return vectors * _inverse_length(vectors, dim)
     return cast(Tensor, compat.applied(_Unit, vectors, dim)[0])
+
+
+def _pays_off(values: Tensor, on_device: int = 2**25) -> bool:
+    """Whether a hand-written gradient of a function of these values saves more than the call of an autograd function.
+
+    Args:
+        values: Argument of the function.
+        on_device: Number of values from which it does on a GPU, where a pass over them takes less than the host needs
+            to start it.
+    """
+    if torch.compiler.is_compiling() or not values.requires_grad:
+        return False
+    return values.numel() >= (2**14 if values.device.type == "cpu" else on_device)
 
 
 def or_one(values: Tensor) -> Tensor:
@@ -146,26 +160,45 @@ def softened(logits: Tensor, temperature: float | Tensor, counts: Tensor | None 
         dim: Dimension of the classes.
 
     Returns:
-        Same shape. The gradient passes as if no value had been replaced; the caller drops the values of such rows.
+        Same shape, perhaps the logits themselves. The gradient passes as if no value had been replaced; the caller
+        drops the values of such rows.
     """
     hidden = None if counts is None else ~counts.unsqueeze(dim)
     if isinstance(temperature, Tensor):  # whose gradient reads the logits: all of them must be finite
         logits = bounded(logits)
         logits = logits if hidden is None else logits.masked_fill(hidden, 0.0)
         return logits / temperature.to(logits.dtype)
-    if temperature == 1 and hidden is None and not logits.requires_grad:
-        return bounded(logits)
+    if temperature == 1 and hidden is None:
+        if _all_finite(logits):
+            return logits
+        if not logits.requires_grad:
+            return bounded(logits)
     scores = logits.clone() if temperature == 1 else logits / temperature  # a copy passes its gradient on as it is
     if torch.compiler.is_compiling():
         scores = bounded(scores)
         return scores if hidden is None else scores.masked_fill(hidden, 0.0)
     # In place and without autograd, to save a copy and a backward pass. The softmax of the changed scores has a
     # gradient of 0 anyway.
-    with torch.no_grad():
-        scores.clamp_min_(LEAST_SCORE)  # unlike clamp_, with a batching rule for torch.func.vmap
-        if hidden is not None:
-            scores.masked_fill_(hidden, 0.0)
+    same = scores.detach()
+    same.clamp_min_(LEAST_SCORE)  # unlike clamp_, with a batching rule for torch.func.vmap
+    if hidden is not None:
+        same.masked_fill_(hidden, 0.0)
     return scores
+
+
+def _all_finite(scores: Tensor) -> bool:
+    """Whether it can be seen, in less time than a copy takes, that all scores are finite."""
+    if scores.device.type != "cpu" or torch.compiler.is_compiling() or not is_ordinary(scores):
+        return False
+    return math.isfinite(scores.detach().sum().item())
+
+
+def is_ordinary(*tensors: Tensor) -> bool:
+    """Whether tensors hold numbers, and nothing but autograd's reverse mode follows them."""
+    if compat.transforms_are_active():
+        return False
+    dual: Any = torch.autograd.forward_ad.unpack_dual
+    return all(type(tensor) in (Tensor, nn.Parameter) and dual(tensor).tangent is None for tensor in tensors)
 
 
 class _SumOfSquares(torch.autograd.Function):

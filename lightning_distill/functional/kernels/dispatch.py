@@ -23,9 +23,11 @@ from lightning_distill import compat
 from lightning_distill.functional.inputs import Reduction, reduced
 from lightning_distill.functional.kernels import analytic, plain
 from lightning_distill.functional.kernels.settings import Divergence
+from lightning_distill.functional.primitives import is_ordinary
 
 # Logits of fewer numbers fit into a processor's cache, and take a GPU no longer than the launches of any way.
 _LARGE = 2**22
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it once
 
 
 def divergence(
@@ -100,7 +102,7 @@ def rows_in_place_for(student: Tensor, teacher: Tensor) -> Callable[..., tuple[T
         :func:`.triton_rows.rows_in_place`, or None if it cannot be used for such logits on their device.
     """
     kernels = _triton_rows(student.device.type)
-    usable = kernels is not None and plain.is_ordinary(student, teacher) and kernels.accepts(student, teacher, -1)
+    usable = kernels is not None and is_ordinary(student, teacher) and kernels.accepts(student, teacher, -1)
     return kernels.rows_in_place if kernels is not None and usable else None
 
 
@@ -110,7 +112,7 @@ def _way(student: Tensor, teacher: Tensor, dim: int) -> ModuleType:
     is_large = student.numel() >= _LARGE
     if torch.compiler.is_compiling() or not (is_large or _is_interpreted(device)) or device == "meta":
         return plain
-    if not plain.is_ordinary(student, teacher):
+    if not is_ordinary(student, teacher):
         return plain
     kernels = _triton_rows(device)
     return analytic if kernels is None or not kernels.accepts(student, teacher, dim) else kernels
@@ -118,7 +120,7 @@ def _way(student: Tensor, teacher: Tensor, dim: int) -> ModuleType:
 
 def _is_interpreted(device: str) -> bool:
     """Whether the environment asks for Triton's interpreter, which runs on the CPU."""
-    return device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return device == "cpu" and _INTERPRETED
 
 
 @functools.cache

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_distill import compat
 from lightning_distill.functional.inputs import IGNORE_INDEX, Reduction, prepare, reduced
 from lightning_distill.functional.kernels.settings import Divergence
-from lightning_distill.functional.primitives import softened
+from lightning_distill.functional.primitives import is_ordinary, softened
 
 
 def divergence(
@@ -38,7 +36,7 @@ def divergence(
     """
     student, teacher = prepare(student, teacher)
     if settings.kind == "reverse_kl":
-        student = _without_forbidden(student, teacher <= settings.floor)
+        student = _without_forbidden(student, teacher, settings.floor)
     scores = [softened(logits, settings.temperature, mask, dim) for logits in (student, teacher)]
     if settings.kind == "total_variation":
         apart = F.softmax(scores[0], dim=dim) - F.softmax(scores[1], dim=dim)
@@ -48,14 +46,6 @@ def divergence(
         rows = student.numel() // student.shape[dim]
         return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) / rows
     return reduced(_of_rows(log_student, log_teacher, settings, dim), mask, reduction)
-
-
-def is_ordinary(*tensors: Tensor) -> bool:
-    """Whether tensors hold numbers, and nothing but autograd's reverse mode follows them."""
-    if compat.transforms_are_active():
-        return False
-    dual: Any = torch.autograd.forward_ad.unpack_dual
-    return all(type(tensor) in (Tensor, nn.Parameter) and dual(tensor).tangent is None for tensor in tensors)
 
 
 def cross_entropy(student: Tensor, labels: Tensor, dim: int) -> Tensor:
@@ -89,13 +79,15 @@ def kl_from_logs(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=dim)
 
 
-def _without_forbidden(student: Tensor, forbidden: Tensor) -> Tensor:
+def _without_forbidden(student: Tensor, teacher: Tensor, floor: float) -> Tensor:
     """The student's logits, with minus infinity for the classes to which the teacher gives probability 0.
 
     On a CPU they are not copied if no class has probability 0. A GPU would have to wait for the answer.
     """
-    can_look = student.device.type == "cpu" and not torch.compiler.is_compiling() and is_ordinary(student, forbidden)
-    return student if can_look and not forbidden.any() else student.masked_fill(forbidden, -math.inf)
+    can_look = student.device.type == "cpu" and not torch.compiler.is_compiling() and is_ordinary(student, teacher)
+    if can_look and teacher.numel() and teacher.amin().item() > floor:
+        return student
+    return student.masked_fill(teacher <= floor, -math.inf)
 
 
 def _of_rows(log_student: Tensor, log_teacher: Tensor, settings: Divergence, dim: int) -> Tensor:
