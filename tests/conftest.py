@@ -116,8 +116,9 @@ def isolation() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tensors of a test that is marked ``tensors`` lie on the device of the tests."""
-    with contextlib.nullcontext() if DEVICE == "cpu" or not request.node.get_closest_marker("tensors") else OnDevice():
+    """Tensors of a test that is marked ``tensors`` lie on the device of the tests, unless it is marked ``exact``."""
+    marked = request.node.get_closest_marker("tensors") and not request.node.get_closest_marker("exact")
+    with OnDevice() if marked and DEVICE != "cpu" else contextlib.nullcontext():
         yield
 
 

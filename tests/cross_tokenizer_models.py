@@ -87,7 +87,7 @@ def span_values(student: nn.Module, teacher: nn.Module, row: dict[str, Tensor], 
     """The loss of each span of a row that counts, from both models called with that row alone."""
     length = int(row["attention_mask"].sum())
     own, labels = row["input_ids"][:length], row["labels"]
-    other = torch.tensor(TEACHER.encode([STUDENT.spell(own.tolist()).decode()])[0])
+    other = torch.tensor(TEACHER.encode([STUDENT.spell(own.tolist()).decode()])[0], device=own.device)
     spans = shared_spans([STUDENT.pieces[n] for n in own], [TEACHER.pieces[n] for n in other])[1:]
     spans = [span for span in spans if bool((labels[span[0]] != -100).all())]
     with torch.no_grad():

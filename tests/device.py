@@ -44,6 +44,11 @@ class OnDevice(TorchFunctionMode):
         return made.requires_grad_() if requires_grad else made
 
 
+def on_cpu(batch: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a batch whose tensors lie on the CPU."""
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def called_by_a_test() -> bool:
     """Whether the code that called torch is neither the library nor a data loader."""
     frame = sys._getframe(2)

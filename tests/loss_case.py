@@ -114,7 +114,7 @@ class Learned(nn.Module):
         self._third = ((foreground_of, loss.needs_boxes), (index_of, loss.needs_index))
 
     def forward(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        first = next(iter(self.loss.state_dict().values()))
+        first = [*self.loss.parameters(), *self.loss.buffers()][0]
         dtype = torch.promote_types(student.dtype, torch.float32)
         if (first.dtype, first.device) != (dtype, student.device):
             self.loss.to(student.device, dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from device import on_cpu
 from language_models import VOCABULARY, language_model, logits_of
 from lightning.pytorch import LightningModule, Trainer
 from token_nets import QUIET
@@ -43,7 +44,7 @@ def answers(batch_size: int = 3, side: str = "right") -> DataLoader[dict[str, Te
 
 
 class Module(LightningModule):
-    """A user's module that keeps the batches that its step gets."""
+    """A user's module that keeps the batches that its step gets, on the CPU."""
 
     def __init__(self, model: nn.Module, rate: float = RATE) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Module(LightningModule):
         self.seen: list[dict[str, Tensor]] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        self.seen.append(copy.copy(batch))
+        self.seen.append(on_cpu(batch))
         logits = logits_of(self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]))
         return cross_entropy(logits, batch)
 
@@ -63,7 +64,7 @@ class WithoutLoss(Module):
     """For terms that skip the heads."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        self.seen.append(copy.copy(batch))
+        self.seen.append(on_cpu(batch))
         self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 

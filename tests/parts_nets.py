@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from device import DEVICE
 from loss_case import golden_arrays
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class Network(nn.Module):
 
 def built(loss: losses.DistillationLoss, *shapes: tuple[int, ...]) -> Any:
     loss.build(*(torch.Size(shape) for shape in (shapes if len(shapes) == 2 else shapes * 2)))
-    return loss.double()
+    return loss.double().to(DEVICE)
 
 
 def one_step(teacher: Any, *terms: Any, student: nn.Module | None = None) -> list[Any]:

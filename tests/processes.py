@@ -32,6 +32,7 @@ def run_processes(script: Path, argument: str, count: int, folder: Path) -> list
         "OMP_NUM_THREADS": "1",
         "USE_LIBUV": "0",
         "CUDA_VISIBLE_DEVICES": "",
+        "DISTILL_TEST_DEVICE": "cpu",
     }
     processes, logs = [], []
     for rank in range(count):

@@ -92,12 +92,12 @@ STEPS_THAT_CHANGE: dict[str, Callable[[nn.Module, Any], Tensor]] = {
     "in place, then copied": lambda model, batch: model(batch[0].mul_(2).half()),
     "scaled": lambda model, batch: model(batch[0] / 255),
     "low resolution": lambda model, batch: model(nn.functional.avg_pool2d(batch[0], 2)),
-    "adversarial": lambda model, batch: model(batch[0] + torch.zeros(1, requires_grad=True) + 0.1),
+    "adversarial": lambda model, batch: model(batch[0] + torch.zeros_like(batch[0], requires_grad=True) + 0.1),
     "channels mixed up": lambda model, batch: model(batch[0].roll(1, 1)),
     "in a dict": lambda model, batch: model({"step": 3, "x": batch[0].flip(-1)}),
     "by name": lambda model, batch: model(x=batch[0].flip(-1)),
     "beside the images": lambda model, batch: model(batch[0][:, :1].expand_as(batch[0]) + 0, extra=batch[0]),
-    "one pixel": lambda model, batch: model(batch[0].index_fill(3, torch.tensor([2]), 0.0)),
+    "one pixel": lambda model, batch: model(batch[0].select_scatter(torch.zeros_like(batch[0][..., 2]), 3, 2)),
 }
 STEPS_THAT_DO_NOT: dict[str, Callable[[nn.Module, Any], Tensor]] = {
     "plain": lambda model, batch: model(batch[0]),
@@ -162,7 +162,10 @@ def test_a_batch_transfer_hook_that_changes_the_batch_is_refused(
     caches: Any, hook: str, owner: str, changes: bool
 ) -> None:
     def change(self: Any, batch: Any, *args: Any) -> Any:
-        return [batch[0].flip(0) if changes else batch[0].clone(), batch[1]]
+        images = batch[0].flip(0) if changes else batch[0].clone()
+        if hook == "transfer_batch_to_device":
+            return [images.to(args[0]), batch[1].to(args[0])]
+        return [images, batch[1]]
 
     class Data(LightningDataModule):
         def train_dataloader(self) -> Any:

@@ -49,7 +49,7 @@ class Module(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         output = self.model(**batch)
-        return nn.functional.cross_entropy(output.logits, torch.tensor([0, 1]))
+        return nn.functional.cross_entropy(output.logits, torch.tensor([0, 1], device=output.logits.device))
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         self.model(**batch)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from fused_steps import distiller_of, fused_term, step
 from language_models import (
     CAPPED,
@@ -150,7 +151,7 @@ def test_autocast_is_as_precise_as_with_whole_logits() -> None:
         exact, teacher = language_model("gemma2", seed=seed).float(), language_model("gemma2", 24, 9, cap=0.9).float()
         students = {name: copy.deepcopy(exact) for name in errors}
         dense_loss(exact, teacher, inputs, labels).backward()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             value, _ = step(distiller_of(students["fused"], teacher), inputs, labels)
             expected = dense_loss(students["whole"], teacher, inputs, labels)
         value.backward()

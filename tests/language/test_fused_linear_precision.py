@@ -8,6 +8,7 @@ from typing import Any
 import oracle_tokens
 import pytest
 import torch
+from device import DEVICE
 from torch import Tensor
 
 from lightning_distill import functional
@@ -82,7 +83,8 @@ def small_gradients() -> list[Tensor]:
     """Models so close that the gradients of the logits, about 1e-8, are less than the smallest number of float16."""
     hidden, weight, _, _, _, _ = heads(torch.float16, tokens=64, vocabulary=4000)
     zeros = torch.zeros(4000, dtype=torch.float16)
-    return [hidden, weight / 8, zeros, hidden + 2e-3 * torch.randn_like(hidden), weight / 8, zeros]
+    noise = torch.randn(hidden.shape, dtype=torch.float16)
+    return [hidden, weight / 8, zeros, hidden + 2e-3 * noise, weight / 8, zeros]
 
 
 def test_float16_gradients_do_not_vanish_before_the_scale_of_a_grad_scaler() -> None:
@@ -105,7 +107,7 @@ def test_float16_gradients_would_vanish_without_a_factor_of_their_own(monkeypatc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_lowers_the_products_and_keeps_the_gradients_precision(dtype: torch.dtype) -> None:
     tensors = heads(torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         loss, *gradients = results(tensors, chunk_size=7)
     lowered, *_ = results([tensor.to(dtype) for tensor in tensors], chunk_size=7)
 

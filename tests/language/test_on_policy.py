@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from language_models import VOCABULARY, language_model
 from lightning.pytorch import Trainer
 from on_policy_by_hand import (
@@ -80,7 +81,7 @@ def writes(tokens: list[list[int]]) -> Any:
     """A function in the place of `generate` that writes these tokens after the prompts."""
 
     def generate(student: Any, *, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
-        return torch.cat([input_ids, torch.tensor(tokens)], 1)
+        return torch.cat([input_ids, torch.tensor(tokens, device=input_ids.device)], 1)
 
     return generate
 
@@ -152,7 +153,7 @@ def test_a_function_of_the_user_writes_with_the_settings() -> None:
     def generate(student: nn.Module, *, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
         got.update(settings, student=student, training=student.training, grad=torch.is_grad_enabled())
         got["padded"] = (attention_mask == 0).sum(1).tolist()
-        return torch.cat([input_ids, torch.full((len(input_ids), 2), 5)], 1)
+        return torch.cat([input_ids, input_ids.new_full((len(input_ids), 2), 5)], 1)
 
     on_policy = OnPolicyDistillation(1.0, max_new_tokens=4, temperature=0.5, generate=generate, generation={"beams": 2})
     module, _ = fitted(Module(CausalModel(vocabulary=VOCABULARY)), on_policy, limit_train_batches=1)
@@ -172,7 +173,7 @@ def test_a_function_of_the_user_writes_with_the_settings() -> None:
 def test_a_student_may_have_a_method_generate_of_its_own() -> None:
     class Writer(CausalModel):
         def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, temperature: float):
-            return torch.cat([input_ids, torch.full((len(input_ids), max_new_tokens), 5)], 1)
+            return torch.cat([input_ids, input_ids.new_full((len(input_ids), max_new_tokens), 5)], 1)
 
     module, _ = fitted(
         Module(Writer(vocabulary=VOCABULARY)), OnPolicyDistillation(1.0, max_new_tokens=2), limit_train_batches=1
@@ -318,7 +319,8 @@ def test_heads_that_are_skipped_write_and_leave_out_their_cross_entropy(accumula
     )
     texts = [(batch, True) for batch in module.seen]
     expected = trained_by_hand(student, teacher, texts, reverse_kl, accumulate=accumulate, weight=2.0)
-    close(module.model.state_dict(), expected, atol=1e-9)
+    # the norms of llama compute in float32, which a GPU rounds otherwise than the loop on the CPU
+    close(module.model.state_dict(), expected, atol=1e-9 if DEVICE == "cpu" else 1e-7)
     assert term.task_weight == 0.5
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import on_cpu
 from language_models import language_model, logits_of
 from lightning.pytorch import LightningModule, Trainer
 from on_policy_by_hand import (
@@ -191,7 +192,7 @@ def test_an_encoder_and_decoder_continues_from_its_whole_input() -> None:
 
     class Whole(Module):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-            self.seen.append(copy.copy(batch))
+            self.seen.append(on_cpu(batch))
             loss: Tensor = self.model(**batch).loss
             return loss
 
@@ -227,7 +228,8 @@ def test_inputs_of_the_decoder_are_renewed_where_the_batch_has_them() -> None:
 
     class Whole(Module):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-            expected = torch.cat([torch.zeros(3, 1, dtype=torch.long), batch["labels"][:, :-1].clamp(min=0)], 1)
+            labels = batch["labels"][:, :-1].clamp(min=0)
+            expected = torch.cat([labels.new_zeros(3, 1), labels], 1)
             assert torch.equal(batch["decoder_input_ids"], expected)
             return self.model(**batch).loss
 
@@ -300,7 +302,8 @@ def test_manual_optimization_knows_which_batch_is_own_text() -> None:
 def test_prompts_that_a_hook_changes_after_loading_are_noticed() -> None:
     class Cut(Module):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return {**batch, "labels": batch["labels"].index_fill(1, torch.tensor([3]), -100)}
+            third = torch.tensor([3], device=batch["labels"].device)
+            return {**batch, "labels": batch["labels"].index_fill(1, third, -100)}
 
     with pytest.warns(UserWarning, match="mean over each micro-batch.*changed the prompts of a batch"):
         trained(Cut(language_model("llama")), OnPolicyDistillation(**ALWAYS), accumulate_grad_batches=2)

@@ -25,7 +25,7 @@ def writes(count: int, other: bool = False) -> Any:
         tokens = torch.tensor(STUDENT.encode([WRITTEN])[0])[:max_new_tokens]
         if other:
             tokens = torch.full((max_new_tokens,), STUDENT.pieces.index(b"\xff"))
-        return torch.cat([input_ids, tokens.expand(len(input_ids), -1)], 1)
+        return torch.cat([input_ids, tokens.to(input_ids.device).expand(len(input_ids), -1)], 1)
 
     return OnPolicyDistillation(
         1.0, max_new_tokens=count, generate=generate, prompt=lambda batch: torch.arange(LENGTH) < 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import on_cpu
 from language_models import VOCABULARY, language_model, logits_of
 from lightning.pytorch import Callback, Trainer
 from on_policy_by_hand import RATE, Module, answers, cross_entropy, reverse_kl, sequences_in, token_losses, trained
@@ -90,7 +91,7 @@ SECRET = torch.tensor([11, 12, 13])
 
 def richer(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """A prompt before the student's, with labels that ignore it."""
-    first = SECRET.expand(len(inputs["input_ids"]), -1)
+    first = SECRET.to(inputs["input_ids"].device).expand(len(inputs["input_ids"]), -1)
     return {
         "input_ids": torch.cat([first, inputs["input_ids"]], 1),
         "attention_mask": torch.cat([torch.ones_like(first), inputs["attention_mask"]], 1),
@@ -102,7 +103,7 @@ class Labelled(Module):
     """Passes the labels on, as models of Hugging Face take them."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        self.seen.append((copy.copy(batch), self.trainer.callbacks[0].own_text))  # type: ignore[attr-defined, arg-type]
+        self.seen.append((on_cpu(batch), self.trainer.callbacks[0].own_text))  # type: ignore[attr-defined, arg-type]
         return cross_entropy(logits_of(self.model(**batch)), batch)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from token_batches import IGNORED, SEQUENCES, bert, by_sequence, distilled, llama, padded, t5
 from token_nets import CausalModel, divergence
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.tensors
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("networks", [(CausalModel(), CausalModel(7, seed=1)), (llama(), llama(24, 1))])
 def test_padding_on_either_side_changes_nothing(side: str, labels: bool, networks: Any) -> None:
-    student, teacher = networks
+    student, teacher = (network.to(DEVICE) for network in networks)  # made before the tensors of this test
     value, _ = distilled(student.train(), teacher, padded(side=side, labels=labels))
     assert value == pytest.approx(by_sequence(student, teacher), abs=1e-12)
 

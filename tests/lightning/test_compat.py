@@ -35,6 +35,7 @@ def test_log_steps_are_those_of_the_loggers(trainer) -> None:
     assert seen == [False, True, False, True]
 
 
+@pytest.mark.exact  # a machine may have one GPU
 @pytest.mark.parametrize(("strategy", "expected"), [("ddp_spawn", True), ("ddp", False), ("auto", False)])
 def test_a_trainer_that_spawns_is_distinguished_from_one_that_does_not(trainer, strategy: str, expected: bool) -> None:
     devices = 1 if strategy == "auto" else 2

@@ -111,12 +111,12 @@ class FirstAdapter(Callback):
     def on_before_backward(self, trainer, pl_module, loss):
         if self.adapter is None:
             callback = next(item for item in trainer.callbacks if isinstance(item, DistillCallback))
-            self.adapter = copy.deepcopy(callback.terms[1].adapters[0])
+            self.adapter = copy.deepcopy(callback.terms[1].adapters[0]).cpu()
 
 
 def close(left: list[Tensor], right: list[Tensor]) -> None:
     for actual, expected in zip(left, right, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["", "fullgraph"])

@@ -191,7 +191,7 @@ def test_a_training_is_the_loop_by_hand() -> None:
     for expected, value in zip(network.parameters(), module.network.parameters(), strict=True):
         torch.testing.assert_close(value, expected)
     state = callback.adapter_state()["adapters"]["logits"]
-    torch.testing.assert_close(state["loss.temperature.theta"], theta.detach())
+    torch.testing.assert_close(state["loss.temperature.theta"].cpu(), theta.detach())
     assert [entry["distill/logits_temperature"] for entry in logged.seen] == pytest.approx(seen, rel=1e-5)
     assert logged.seen[-1]["distill/logits_reversal_weight"] == pytest.approx(0.2 + 0.8 / 3)
     assert set(module.state_dict()) == {"network.weight", "network.bias"}

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from device import ACCELERATOR, DEVICE
 from lightning.fabric import Fabric
-from nets import MLP, batches, make, snapshot, student, teacher
+from nets import MLP, batches, make, same, snapshot, student, teacher
 from torch import Tensor, nn
 
 from lightning_distill import (
@@ -185,7 +186,7 @@ def test_a_gradient_scaler_of_a_plain_loop_scales_the_adapters_too() -> None:
 
 def test_fabric_runs_the_distiller_without_a_trainer() -> None:
     net, plain, data = student(), student(), batches()
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator=ACCELERATOR, devices=1)
     model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
     with Distiller(model, teacher(), FeatureDistillation("layer1", "layer1")) as distiller:
         distiller.follow(optimizer)
@@ -207,7 +208,7 @@ def test_accelerate_accumulates_the_gradients_of_the_adapters_too() -> None:
     """Its optimizer keeps the gradients in `zero_grad` between the micro-batches of a step."""
     net, plain, data = student(), student(), batches()
     try:
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        accelerator = Accelerator(cpu=DEVICE == "cpu", gradient_accumulation_steps=2)
         model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
         with Distiller(model, teacher(), FeatureDistillation("layer1", "layer1")) as distiller:
             distiller.follow(optimizer)
@@ -303,7 +304,7 @@ def test_closing_gives_everything_back_and_recording_again_goes_on() -> None:
         distiller.close()
         assert big.training
         assert [parameter.requires_grad for parameter in big.parameters()] == [False, True, True, True, True, True]
-        assert all(torch.equal(value, before[name]) for name, value in big.state_dict().items())
+        assert same(big.state_dict(), before)
         assert not any(
             module._forward_hooks or module._forward_pre_hooks for module in [*net.modules(), *big.modules()]
         )
@@ -371,4 +372,4 @@ def test_a_teacher_shared_by_two_distillers_is_given_back_by_the_last() -> None:
         both[order[1]].close()
         assert big.training
         assert all(parameter.requires_grad for parameter in big.parameters())
-        assert all(torch.equal(value, before[name]) for name, value in big.state_dict().items())
+        assert same(big.state_dict(), before)

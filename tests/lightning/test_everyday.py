@@ -50,7 +50,7 @@ class InParts(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         logits = self.head(self.backbone(batch[0]))
-        self.seen.append(logits.detach())
+        self.seen.append(logits.detach().cpu())
         return F.cross_entropy(logits, batch[1])
 
     def configure_optimizers(self) -> Any:

@@ -98,6 +98,7 @@ def test_every_parameter_changes_in_training_and_none_is_the_students(trainer: M
         assert not any(torch.equal(first[name], second[name]) for name in names)
 
 
+@pytest.mark.exact
 def test_student_and_parameters_equal_a_loop_with_one_optimizer(trainer: MakeTrainer) -> None:
     """L3: bit for bit, masks included."""
     module, distill = through_callback()

@@ -28,6 +28,7 @@ def differentiated(loss: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return value.detach(), student.grad
 
 
+@pytest.mark.exact  # a GPU gets one chunk
 @pytest.mark.parametrize(("loss", "shape"), CASES, ids=["angles", "channels", "pixels"])
 @pytest.mark.parametrize("numbers", [1, 3 * 49], ids=str)
 def test_chunks_change_neither_value_nor_gradient(
@@ -44,6 +45,7 @@ def test_chunks_change_neither_value_nor_gradient(
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.exact  # a GPU gets one chunk
 @pytest.mark.parametrize("numbers", [45, 3 * 45, 7 * 45], ids=str)
 def test_chunks_of_examples_change_neither_value_nor_gradient(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention relations are kept for the backward pass, but what lies between them and the loss is not."""

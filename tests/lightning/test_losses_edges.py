@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES
+from device import DEVICE
 from loss_case import LossCase
 
 from lightning_distill import functional, losses
@@ -103,7 +104,7 @@ def test_half_precision_inputs_are_computed_in_float32(case: LossCase, dtype: to
 def test_autocast_does_not_lower_the_precision(case: LossCase) -> None:
     student, teacher = (torch.tensor(array, dtype=torch.float32) for array in case.inputs())
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         value = case.build()(student, teacher)
 
     torch.testing.assert_close(value, case.build()(student, teacher))

@@ -8,6 +8,7 @@ import oracle_learned as oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from learned_golden import narrowed, parameters_of, widened
 from loss_case import golden_arrays, golden_index
 from torch import Tensor
@@ -29,7 +30,7 @@ NAMES = {"vid": "variational_information", "mgd": "masked_generative"}
 
 def built(loss: losses.DistillationLoss, *shapes: tuple[int, ...]) -> Any:
     loss.build(*(torch.Size(shape) for shape in (shapes if len(shapes) == 2 else shapes * 2)))
-    return loss.double()
+    return loss.double().to(DEVICE)
 
 
 def filled(loss: losses.DistillationLoss, parameters: dict[str, Any]) -> None:

@@ -232,6 +232,7 @@ def test_labels_that_are_all_ignored_make_the_loss_zero(case: LossCase) -> None:
     assert (student.grad == 0).all()
 
 
+@pytest.mark.exact
 @labelled_cases
 def test_a_label_beyond_the_classes_raises_on_the_cpu(case: LossCase) -> None:
     student, teacher, labels = rows(case)

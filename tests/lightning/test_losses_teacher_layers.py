@@ -59,7 +59,7 @@ def test_margin_relu_over_two_layers_is_the_published_distance_behind_its_connec
         )
         loss = MarginReLULoss()
         loss.read_teacher(lambda name, norm=norm: norm)
-        torch.testing.assert_close(loss._numbers, tensors[f"margin_{index}"].flatten())
+        torch.testing.assert_close(loss._numbers.cpu(), tensors[f"margin_{index}"].flatten().cpu())
         value = value + loss(mapped, tensors[f"teacher_{index}"]) * mapped[0].numel() / 1000 / 2 ** (1 - index)
     value.backward()
 
@@ -119,7 +119,7 @@ def test_a_layer_without_scale_and_shift_has_the_margins_of_a_standard_normal() 
     loss = MarginReLULoss()
     loss.read_teacher(lambda name: nn.BatchNorm1d(3, affine=False))
 
-    torch.testing.assert_close(loss._numbers, torch.full((3,), -0.7978845608, dtype=torch.float64))
+    torch.testing.assert_close(loss._numbers.cpu(), torch.full((3,), -0.7978845608, dtype=torch.float64).cpu())
 
 
 def test_margins_that_cannot_be_read_raise() -> None:

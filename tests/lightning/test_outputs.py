@@ -11,6 +11,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -159,7 +160,7 @@ def test_an_ambiguous_output_raises_and_lists_its_tensors(trainer: MakeTrainer, 
         rf"Expected `output` to pick one tensor of {source}, .*Tap\(layer, output=\.\.\.\).*The tensors are: {listed}"
     )
     with pytest.raises(ValueError, match=match):
-        run(trainer, make, lambda out: torch.zeros(8, nets.CLASSES, requires_grad=True), term)
+        run(trainer, make, lambda out: torch.zeros(8, nets.CLASSES, requires_grad=True, device=DEVICE), term)
 
 
 # Taps that pick ------------------------------------------------------------------------------------------------------

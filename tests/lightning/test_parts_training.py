@@ -9,6 +9,7 @@ from typing import Any
 import nets
 import pytest
 import torch
+from device import DEVICE
 from lightning.pytorch import Callback, LightningModule, Trainer
 from parts_nets import Network
 from torch import Tensor
@@ -123,8 +124,10 @@ def test_a_cache_serves_a_loss_whose_margins_are_given(trainer: MakeTrainer, cac
     cached = fit_from(cache, trainer, FeatureDistillation("norm", "norm", MarginReLULoss(margins=margins)))
     live = fit_from(Network(4), trainer, FeatureDistillation("norm", "norm", MarginReLULoss()))
 
-    for value, expected in zip(cached.parameters(), live.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    for (name, value), expected in zip(cached.named_parameters(), live.parameters(), strict=True):
+        # before a batch normalisation: its gradient is rounding errors alone, of which AdamW makes whole steps
+        if DEVICE == "cpu" or name != "model.conv.bias":
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

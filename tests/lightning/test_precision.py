@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelSummary
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -61,7 +62,7 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> 
 
 def same(left: nn.Module, right: nn.Module) -> None:
     for (name, actual), (_, expected) in zip(left.named_parameters(), right.named_parameters(), strict=True):
-        torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual.cpu(), expected.cpu(), msg=lambda text, name=name: f"{name}: {text}")
 
 
 # L13: the teacher ------------------------------------------------------------------------------------------------
@@ -168,8 +169,8 @@ def test_l14_gradients_equal_a_hand_written_step_in_every_precision(trainer, pre
     student, teacher = Classifier(), Watched(5)
     dtype, mixed = DTYPES[precision], precision.endswith("mixed")
     oracle, oracle_teacher = (
-        copy.deepcopy(student).to(dtype),
-        copy.deepcopy(teacher).eval().requires_grad_(False).to(dtype),
+        copy.deepcopy(student).to(DEVICE, dtype),
+        copy.deepcopy(teacher).eval().requires_grad_(False).to(DEVICE, dtype),
     )
     callback = DistillCallback(
         teacher, [LogitsDistillation(weight=0.5), FeatureDistillation("body", "body", weight=2.0, adapter=None)]
@@ -178,8 +179,8 @@ def test_l14_gradients_equal_a_hand_written_step_in_every_precision(trainer, pre
 
     optimizer = oracle.configure_optimizers()
     for x, y in list(loader())[:2]:
-        x = x.to(dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        x, y = x.to(DEVICE, dtype), y.to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=mixed):
             feature = oracle.model.body(x)
             logits = oracle.model.head(oracle.model.act(feature))
             task = F.cross_entropy(logits, y)
@@ -204,7 +205,7 @@ def test_l14_losses_are_computed_in_float32_or_better_and_adapters_learn(trainer
 
     def spy(student: Tensor, teacher: Tensor) -> Tensor:
         seen.append(
-            (student.dtype, teacher.dtype, torch.is_autocast_enabled("cpu"), (student - teacher).square().mean().dtype)
+            (student.dtype, teacher.dtype, torch.is_autocast_enabled(DEVICE), (student - teacher).square().mean().dtype)
         )
         return (student - teacher).square().mean()
 
@@ -267,7 +268,8 @@ def test_l14_on_overflow_student_and_adapters_skip_together_and_the_next_step_re
 @pytest.mark.parametrize("where", [None, "student", "adapter"])
 def test_l14_mixed_precision_equals_a_hand_written_loop_with_one_optimizer_for_both(trainer, where):
     teacher, student = Watched(7), Classifier()
-    oracle, oracle_teacher = copy.deepcopy(student), copy.deepcopy(teacher).eval().requires_grad_(False)
+    oracle = copy.deepcopy(student).to(DEVICE)
+    oracle_teacher = copy.deepcopy(teacher).to(DEVICE).eval().requires_grad_(False)
     callback, overflow = DistillCallback(teacher, terms()), Overflow(where or "", at=1 if where else -1)
     first = {}
 
@@ -276,14 +278,15 @@ def test_l14_mixed_precision_equals_a_hand_written_loop_with_one_optimizer_for_b
             if not first:
                 first["adapter"] = copy.deepcopy(callback.terms[1].adapters[0])
 
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    plugin = MixedPrecision("16-mixed", DEVICE, torch.amp.GradScaler(DEVICE, init_scale=1024.0))
     trainer(callbacks=[callback, Start(), overflow], plugins=plugin, max_steps=4).fit(student, loader(rows=32))
 
-    adapter, scaler = first["adapter"], torch.amp.GradScaler("cpu", init_scale=1024.0)
+    adapter, scaler = first["adapter"], torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     adapter.zero_grad()
     optimizer = torch.optim.SGD([*oracle.parameters(), *adapter.parameters()], lr=0.1, momentum=0.9)
     for index, (x, y) in enumerate(list(loader(rows=32))[:4]):
-        with torch.autocast("cpu", torch.float16):
+        x, y = x.to(DEVICE), y.to(DEVICE)
+        with torch.autocast(DEVICE, torch.float16):
             feature = oracle.model.body(x)
             logits = oracle.model.head(oracle.model.act(feature))
             task = F.cross_entropy(logits, y)

@@ -7,6 +7,7 @@ from inspect import signature
 
 import pytest
 import torch
+from device import DEVICE
 from torch import Tensor
 
 from lightning_distill import functional
@@ -15,7 +16,7 @@ from lightning_distill.functional import primitives
 pytestmark = pytest.mark.tensors
 
 Function = Callable[[Tensor], Tensor]
-TEACHER = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+TEACHER = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 BY_HAND: dict[str, Function] = {
     "gram": primitives.gram,
     "sum_of_squares": lambda values: primitives.sum_of_squares(values, (0, 2)),

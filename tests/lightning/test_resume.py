@@ -171,7 +171,7 @@ def test_a_checkpoint_resumed_and_saved_before_any_step_keeps_its_adapters(
             trainer.save_checkpoint(tmp_path / "again.ckpt")
 
     fit(trainer, callback(), SaveAtStart(), ckpt_path=tmp_path / "two.ckpt")
-    first, second = (torch.load(tmp_path / f"{name}.ckpt")["callbacks"] for name in ("two", "again"))
+    first, second = (torch.load(tmp_path / f"{name}.ckpt", "cpu")["callbacks"] for name in ("two", "again"))
     assert equal(first[distill.state_key], second[distill.state_key])
 
 

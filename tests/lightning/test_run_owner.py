@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -90,7 +91,7 @@ def test_autocast_is_open_around_the_teacher_and_the_terms(trainer: Make) -> Non
 
     class Looks(Mlp):
         def forward(self, x: Tensor) -> Tensor:
-            seen.append(torch.is_autocast_enabled("cpu"))
+            seen.append(torch.is_autocast_enabled(DEVICE))
             return super().forward(x)
 
     callback = DistillCallback(Looks(7, seed=1), student="model")
@@ -141,7 +142,7 @@ def test_one_trainer_fits_twice_with_every_form_of_the_step(trainer: Make) -> No
     class Iterates(ValidatedClassifier):
         def training_step(self, dataloader_iter: Any) -> Any:
             batch, batch_idx, _ = next(dataloader_iter)
-            return super().training_step(batch, batch_idx)
+            return super().training_step([part.to(self.device) for part in batch], batch_idx)
 
     for kind in (NoIndex, Iterates):
         callback, module = distill(validate=False), kind()
@@ -210,7 +211,8 @@ def test_an_averaged_module_trains_itself_and_is_not_recorded(trainer: Make, nam
     def look(trainer: Any, module: Any, *_: Any) -> None:
         inner = average._average_model if name == "swa" else average._average_model.module
         inner.zero_grad()
-        inner.train().training_step(next(iter(loader())), 0).backward()
+        device = next(inner.parameters()).device
+        inner.train().training_step([part.to(device) for part in next(iter(loader()))], 0).backward()
         checked.append(all(parameter.grad is not None for parameter in inner.parameters()))
         checked.append(hooks(inner) == [] and "training_step" not in vars(inner))
 
@@ -248,7 +250,7 @@ def test_a_student_pickled_inside_a_step_loads_without_this_package(trainer: Mak
     trainer(callbacks=distill(), max_steps=1).fit(module, loader())
     file = module.__dict__["file"]
     assert b"lightning_distill" not in file
-    assert pickle.loads(file)(torch.zeros(1, 4)).shape == (1, 3)
+    assert pickle.loads(file).cpu()(torch.zeros(1, 4)).shape == (1, 3)
 
 
 def test_a_module_saved_inside_a_step_loads_in_another_process(trainer: Make, tmp_path: Any) -> None:
@@ -261,7 +263,7 @@ def test_a_module_saved_inside_a_step_loads_in_another_process(trainer: Make, tm
     trainer(callbacks=distill(), max_steps=1).fit(Saves(), loader())
     code = (
         "import sys, torch; sys.modules['lightning_distill'] = None\n"
-        f"print(torch.load({str(tmp_path / 'student.pt')!r}, weights_only=False)(torch.zeros(1, 4)).shape[1])"
+        f"print(torch.load({str(tmp_path / 'student.pt')!r}, 'cpu', weights_only=False)(torch.zeros(1, 4)).shape[1])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment()
@@ -287,9 +289,9 @@ def test_a_shallow_copy_that_shares_the_hooks_is_not_recorded(trainer: Make) -> 
 def test_calls_between_the_steps_are_not_recorded(trainer: Make) -> None:
     callback = distill()
     look = At(
-        on_train_batch_end=lambda t, m, *_: m.model(torch.zeros(1, 4)),
-        on_train_batch_start=lambda t, m, *_: m.model(torch.zeros(1, 4)),
-        on_before_zero_grad=lambda t, m, *_: m.model(torch.zeros(1, 4)),
+        on_train_batch_end=lambda t, m, *_: m.model(torch.zeros(1, 4, device=m.device)),
+        on_train_batch_start=lambda t, m, *_: m.model(torch.zeros(1, 4, device=m.device)),
+        on_before_zero_grad=lambda t, m, *_: m.model(torch.zeros(1, 4, device=m.device)),
     )
     trainer(callbacks=[callback, look], max_steps=4).fit(Classifier(), loader())
     assert len(callback.teacher.shown) == 4
@@ -300,7 +302,7 @@ def test_calls_without_gradients_inside_a_step_are_not_recorded(trainer: Make) -
     class Looks(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             with torch.no_grad():
-                self.model(torch.zeros(1, 4))
+                self.model(torch.zeros(1, 4, device=self.device))
             return super().training_step(batch, batch_idx)
 
     callback = distill()

@@ -204,7 +204,8 @@ class BuiltLater(nets.InnerModule):
 
     def _build(self, hook: str) -> None:
         if hook == self.hook and isinstance(self.model, nn.Identity):
-            self.model = nets.student()
+            with torch.device("cpu"):  # Lightning builds on a GPU, which draws other numbers
+                self.model = nets.student()
 
     def setup(self, stage: str) -> None:
         self._build("setup")

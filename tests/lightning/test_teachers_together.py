@@ -97,7 +97,8 @@ def by_hand(decays: tuple[float, ...], shares: tuple[float, ...], itself: bool =
 
 def close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        message = lambda m, n=name: f"{n}: {m}"  # noqa: E731
+        torch.testing.assert_close(got[name].cpu(), value.cpu(), rtol=1e-6, atol=1e-6, msg=message)
 
 
 def averages_and_network(student: Mlp) -> list[Any]:

@@ -236,8 +236,8 @@ class Keywords(nets.InnerModule):
 
 class Iterator(nets.InnerModule):
     def training_step(self, dataloader_iter: Any) -> Any:
-        batch, _, _ = next(dataloader_iter)
-        return self.criterion(self.model(batch[0].double()), batch[1])
+        x, y = (part.to(self.device) for part in next(dataloader_iter)[0])
+        return self.criterion(self.model(x.double()), y)
 
 
 @pytest.mark.parametrize("kind", [nets.InnerModule, nets.ForwardModule, BatchOnly, Stars, Keywords, Iterator])
@@ -319,7 +319,7 @@ class Watching(nets.MLP):
     def forward(self, x: Tensor) -> Tensor:
         self.modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self.training))
         if self.table is None:  # what many networks keep from their first call, positions for example
-            self.table = torch.zeros(nets.CLASSES, dtype=x.dtype)
+            self.table = torch.zeros(nets.CLASSES, dtype=x.dtype, device=x.device)
         return super().forward(x) + self.table
 
 

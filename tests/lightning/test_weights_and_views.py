@@ -67,6 +67,7 @@ def test_a_weight_of_zero_skips_the_work_of_its_term_alone(trainer: MakeTrainer)
     assert "distill/layer2_loss" not in fit.callback_metrics
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("task_weight", [1.0, 0.5])
 def test_all_weights_zero_skip_the_teacher(trainer: MakeTrainer, task_weight: float) -> None:
     """L26: not one forward pass, and the task weight still holds."""

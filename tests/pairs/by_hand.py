@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
@@ -110,7 +111,7 @@ def variational(student: Tensor, teacher: Tensor, learned: dict[str, Tensor], pr
 
 def generated(student: Tensor, teacher: Tensor, learned: dict[str, Tensor], prefix: str, hidden: float) -> Tensor:
     """The squared error of a network that guesses the teacher's feature from a part of the student's."""
-    kept = (torch.rand(student.shape) >= hidden).float()
+    kept = (torch.rand(student.shape, device=student.device) >= hidden).float()
     feature = student.float() * kept
     inner = (feature @ learned[f"{prefix}.generator.0.weight"].T + learned[f"{prefix}.generator.0.bias"]).relu()
     guess = inner @ learned[f"{prefix}.generator.2.weight"].T + learned[f"{prefix}.generator.2.bias"]
@@ -149,10 +150,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def asked(teacher: Any, x: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The outputs of a teacher, without gradients; in a precision of its own if it has one."""
+    teacher = teacher.to(x.device)
     with torch.no_grad():
         if dtype is None:
             return outputs(teacher, x)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return outputs(teacher.to(dtype), x.to(dtype))
 
 
@@ -174,6 +176,7 @@ class Hand:
         dtype: The precision in which the teacher has answered, whatever the student's.
         decay: Share of the old values in each update of the student's average, at a place; ``None`` keeps no average.
         average: The average of an earlier training, by name.
+        device: Where it trains: where the run that it is compared with does, so that both draw and round alike.
     """
 
     formula: Formula
@@ -187,6 +190,7 @@ class Hand:
     dtype: torch.dtype | None = None
     decay: Callable[[Place], float] | None = None
     average: dict[str, Tensor] | None = None
+    device: str = DEVICE
     losses: list[float] = field(default_factory=list)
     tasks: list[float] = field(default_factory=list)
     after: list[dict[str, Tensor]] = field(default_factory=list)
@@ -194,7 +198,8 @@ class Hand:
     def __post_init__(self) -> None:
         if isinstance(self.formula, type):
             self.formula = self.formula()
-        self.learned = {key: value.clone() for key, value in self.learned.items()}
+        self.student = self.student.to(self.device)
+        self.learned = {key: value.to(self.device, copy=True) for key, value in self.learned.items()}
         for value in self.learned.values():
             value.requires_grad_(value.is_floating_point())
         self.teacher = copy.deepcopy(self.student)
@@ -204,6 +209,7 @@ class Hand:
     def distillation(self, batch: Batch, place: Place, distils: bool = True) -> tuple[Tensor, Tensor]:
         """The task loss and the weighted distillation loss of a batch, means over the views."""
         tasks, values = [], [torch.zeros(())] if not distils else []
+        batch = {key: value.to(self.device) for key, value in batch.items()}
         draw_alike(place.epoch, place.batch)
         for view in self.views:
             x = view(batch["x"])
@@ -222,7 +228,7 @@ class Hand:
         weighs_task: bool = True,
         divide_by: int = 1,
         clip: float | None = None,
-        autocast: bool = False,
+        autocast: torch.dtype | None = None,
         rates: Sequence[float] | None = None,
     ) -> Hand:
         """Train.
@@ -233,23 +239,24 @@ class Hand:
             weighs_task: Whether the task weight counts.
             divide_by: Divisor of the gradients of a batch.
             clip: The largest norm of the gradients, of the student and of the learned parts each by itself.
-            autocast: Whether the forward passes run in bfloat16.
+            autocast: The half precision of the forward passes; the loss is scaled for float16.
             rates: The learning rate of every step.
         """
         parameters, learned = list(self.student.parameters()), list(self.learned.values())
         optimizer = self.optimizer([*parameters, *learned])
+        scaler = torch.amp.GradScaler(self.device, enabled=autocast is torch.float16)
         number = 0
         for index, batches in enumerate(steps):
             if rates is not None:
                 optimizer.param_groups[0]["lr"] = rates[index]
             optimizer.zero_grad()
             for batch, place in batches:
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                with torch.autocast(self.device, autocast, enabled=autocast is not None):
                     task, distillation = self.distillation(batch, place, distils(number))
                 weight = self.task_weight(place) if weighs_task else 1.0
                 left_out = weight == 0 and distillation.requires_grad  # then optimizers see no gradient of 0 either
                 total = distillation if left_out else weight * task + distillation
-                (total / divide_by).backward()
+                scaler.scale(total / divide_by).backward()
                 self.losses.append(total.item())
                 self.tasks.append(task.item())
                 number += 1
@@ -257,7 +264,8 @@ class Hand:
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
                 if any(parameter.grad is not None for parameter in learned):
                     torch.nn.utils.clip_grad_norm_(learned, clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             if self.decay is not None:
                 decay = self.decay(batches[-1][1])
                 with torch.no_grad():

@@ -36,14 +36,14 @@ def of_variational_of_two(result, ask, batch, place, learned):
 def of_generated(result, ask, batch, place, learned):
     adapted = F.linear(result["body"], *_layer(learned, "body.adapters.0"))
     teacher = ask(Mlp(7, seed=1))["body"]
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(teacher.device.type, enabled=False):
         return 0.05 * generated(adapted, teacher, learned, "body.learned.0", 0.5)
 
 
 def of_factors(result, ask, batch, place, learned):
     """The distance of two factors, and the error of the network that restores the teacher's feature from its own."""
     student, teacher = result["body"].float(), ask(Mlp(7, seed=1))["body"].float()
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(student.device.type, enabled=False):
 
         def network(name: str, feature: Tensor) -> Tensor:
             for layer in (0, 2, 4):
@@ -71,7 +71,7 @@ class Remembering:
             self.place = place
             self.before = {name: value.detach().clone() for name, value in learned.items()}
         student = result["body"].float()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(student.device.type, enabled=False):
             values = [
                 self.value(student, ask(teacher)["body"].float(), batch, learned, f"body.learned.{index}")
                 for index, teacher in enumerate(self.teachers())

@@ -66,7 +66,9 @@ class Watch(Callback):
         draw_alike(trainer.current_epoch, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        self.losses.append(loss.item() * trainer.accumulate_grad_batches)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # that of float16 has scaled the loss
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        self.losses.append(loss.item() / scale * trainer.accumulate_grad_batches)
         if self.start is None and (values := learned(self.distill)):
             self.start = values
 
@@ -75,9 +77,11 @@ class Watch(Callback):
 
 
 def learned(distill: DistillCallback) -> dict[str, Tensor]:
-    """Copies of the learned parts, by term and name."""
+    """Copies of the learned parts on the CPU, by term and name."""
     saved = distill.adapter_state().get("adapters", {})
-    return {f"{term}.{key}": value.clone() for term, state in saved.items() for key, value in state.items()}
+    return {
+        f"{term}.{key}": value.to("cpu", copy=True) for term, state in saved.items() for key, value in state.items()
+    }
 
 
 def average(distill: DistillCallback) -> dict[str, Tensor]:
@@ -209,5 +213,5 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float =
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(
-            value, second[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            value.cpu(), second[name].cpu(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )

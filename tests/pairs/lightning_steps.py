@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from device import DEVICE
 from lightning.pytorch import Callback, Trainer
 from pairs.by_hand import asked
 from pairs.lightning_cell import Cell, Module, close
@@ -137,15 +138,15 @@ def compiled(cell: Cell) -> None:
     cell.equal(cell.hand(watch).train(cell.steps()), watch, distill, module)
 
 
-def mixed_precision(cell: Cell, precision: Any = "bf16-mixed") -> None:
+def mixed_precision(cell: Cell, precision: Any = "bf16-mixed", dtype: torch.dtype = torch.bfloat16) -> None:
     module, distill = cell.module(), cell.callback()
     _, watch = cell.fit(module, distill, precision=precision, max_epochs=1)
-    hand = cell.hand(watch).train(cell.steps((BATCH,)), autocast=True)
+    hand = cell.hand(watch).train(cell.steps((BATCH,)), autocast=dtype)
     cell.equal(hand, watch, distill, module, tolerance=2e-3)
 
 
 def half_precision_of_the_other_kind(cell: Cell) -> None:
-    mixed_precision(cell, "16-mixed")  # on the CPU Lightning takes bfloat16
+    mixed_precision(cell, "16-mixed", torch.bfloat16 if DEVICE == "cpu" else torch.float16)  # as Lightning chooses
 
 
 # Neighbours ----------------------------------------------------------------------------------------------------------

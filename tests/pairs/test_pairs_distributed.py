@@ -56,6 +56,7 @@ def by_hand(name: str, case: str, ended: list[dict[str, Any]]) -> Hand:
         task_weight=feature.task_weight,
         dtype=None if feature.cache is None else torch.float32,
         decay=feature.decay,
+        device="cpu",
     )
     return hand.train(
         steps,
