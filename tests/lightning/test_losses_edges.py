@@ -27,10 +27,13 @@ every_dtype = pytest.mark.parametrize(
 
 
 def value_and_gradient(case: LossCase, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The value, after a check that it and the student's gradient are finite."""
-    student = student.detach().clone().requires_grad_()
+    """The value, after a check that it and the student's gradient are finite, and that the inputs are unchanged."""
+    before = student, teacher
+    student, teacher = student.detach().clone().requires_grad_(), teacher.clone()
     value = case.build()(student, teacher)
     value.backward()
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
     assert torch.isfinite(value)
     assert student.grad.dtype == student.dtype
     if case.steep and student.dtype == torch.float16:
