@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -16,7 +16,7 @@ from benchmarks.device_steps import SIZES
 from benchmarks.device_timing import Measured
 from benchmarks.performance import records
 from benchmarks.record import write_record
-from benchmarks.timing import Row
+from benchmarks.timing import Row, Timing, absolute, compare
 
 NAMES = [*BENCHMARKS, *ON_DEVICE]
 
@@ -112,6 +112,14 @@ def test_steps_of_a_device_have_times_memory_and_goals(tmp_path: Path) -> None:
     assert "0 of 2 goals are met" in page
     write(tmp_path, "device_steps", rows[:1], **settings)  # with --only
     assert "in bfloat16" not in section(performance_page.page(tmp_path), "On a GPU")
+
+
+@pytest.mark.parametrize(("clock", "ratio", "milliseconds"), [("cpu", 0.5, 1000.0), ("wall", 3.0, 6000.0)])
+def test_rows_take_one_of_two_clocks(clock: Literal["cpu", "wall"], ratio: float, milliseconds: float) -> None:
+    runs = {"arm": [Timing(cpu=1.0, wall=6.0)] * 3, "other": [Timing(cpu=2.0, wall=2.0)] * 3}
+    row = compare("a question", runs, "arm", "other", gate=1.0, clock=clock)
+    assert (row.value, row.wall, row.passed) == (ratio, 3.0, clock == "cpu")
+    assert absolute("a question", runs, "arm", clock=clock).value == milliseconds
 
 
 def test_figures_of_tiny_inputs_meet_no_goal_and_miss_none(tmp_path: Path) -> None:

@@ -114,6 +114,13 @@ def stored(record: Record) -> dict[str, str]:
     }
 
 
+def peers(record: Record) -> str:
+    """Rows of ``cache`` that compare with other libraries, with their notes."""
+    rows = [row for row in record.of_kind("Row") if row["question"].startswith("peer ")]
+    heads = ("compared with", "measured", "remark")
+    return markdown(heads, ([row["question"].removeprefix("peer "), shown(row), row["note"]] for row in rows))
+
+
 def codec_classes(record: Record) -> int:
     """The largest number of classes for which the codecs were compared."""
     return max(row["classes"] for row in record.of_kind("Result") if row["cosine"] is not None)
@@ -145,8 +152,9 @@ def extra(arm: Entry | None) -> str:
 
 
 def vocabulary_shape(record: Record) -> str:
-    """Shape and type of the logits of the divergences over a vocabulary."""
-    return next(row["shape"] for row in record.of_kind("Measured") if row["question"].endswith(", logits"))
+    """Shape and type of the logits of the divergences over a vocabulary; empty if they were not measured."""
+    shapes = (row["shape"] for row in record.of_kind("Measured") if row["question"].endswith(", logits"))
+    return next(shapes, "")
 
 
 def vocabulary(record: Record) -> str:
