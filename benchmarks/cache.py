@@ -168,7 +168,7 @@ def codec_questions(plan: Plan) -> list[Row]:
     for pick, (k, size) in DISTILLKIT.items():
         codec_bytes = TopKCodec((128_000,), k, "uint8").bytes_per_item
         note = f"{pick} setting, k={k}: about {size} bytes by its documentation, {codec_bytes} here. Not installed."
-        rows.append(Row("peer DistillKit: bytes a token here / there", codec_bytes / size, "x", note=note))
+        rows.append(Row(f"peer DistillKit, {pick}: bytes a token here / there", codec_bytes / size, "x", note=note))
     return rows
 
 

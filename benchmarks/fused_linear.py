@@ -18,12 +18,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.timing import Plan, Row, absolute, compare, interleave, prepare, repeat, report
+
+if __name__ == "__main__" and "--way" not in sys.argv:
+    prepare("benchmarks.fused_linear", steady=False)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.loss_memory import ENVIRONMENT, resident
-from benchmarks.timing import Plan, Row, absolute, compare, interleave, repeat, report
 from lightning_distill.functional import fused_linear_divergence, soft_target_kl
 from lightning_distill.functional.rows import DIVERGENCES
 

@@ -20,23 +20,28 @@ from benchmarks.record import write_record
 
 # Without the first two, freed blocks go back to the system and are fetched again, and timings scatter by up to a third.
 # The third lets all threads share one heap.
-ENVIRONMENT = {
+ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_ARENA_MAX": "1",
-    "OMP_NUM_THREADS": "1",
 }
+ENVIRONMENT = {**ALLOCATOR, "OMP_NUM_THREADS": "1"}
 
 
-def prepare(module: str) -> None:
+def prepare(module: str, steady: bool = True) -> None:
     """Use one thread and a steady allocator; restart the program if its environment lacks the settings.
 
     Args:
         module: Name under which the program runs, as in ``python -m <module>``.
+        steady: False for the allocator's own settings: freed blocks go back to the system.
     """
-    if any(name not in os.environ for name in ENVIRONMENT):
-        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])  # the allocator reads them at the start
+    settings = ENVIRONMENT if steady else {**dict.fromkeys(ALLOCATOR), "OMP_NUM_THREADS": "1"}
+    wrong = {name: value for name, value in settings.items() if (name in os.environ) != (value is not None)}
+    if wrong:
+        kept = {name: value for name, value in os.environ.items() if name not in wrong}
+        added = {name: value for name, value in wrong.items() if value is not None}
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.execve(sys.executable, command, kept | added)  # the allocator reads them at the start
     import torch
 
     torch.set_num_threads(1)

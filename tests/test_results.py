@@ -1,14 +1,17 @@
-"""docs/results.md and the records that it is made from."""
+"""docs/results.md and docs/performance.md, and the records that they are made from."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from benchmarks import performance_page
+from benchmarks.performance.records import RECORDS
 from benchmarks.quality import classifier, data, experiments, page
 from benchmarks.quality.methods import LEFT_OUT, ON_LOGITS, ON_MAPS, ON_VECTORS
 from distill_core.guidance.comparison import Comparison
@@ -19,15 +22,18 @@ ROOT = Path(__file__).parents[1]
 QUALITY = ROOT / "benchmarks" / "quality"
 
 
-def test_the_page_is_made_from_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    written = page.PAGE.read_text()
-    monkeypatch.setattr(page, "PAGE", tmp_path / "results.md")
-    page.write()
-    assert page.PAGE.read_text() == written
+@pytest.mark.parametrize("generator", [page, performance_page], ids=lambda generator: generator.PAGE.stem)
+def test_the_page_is_made_from_the_records(
+    generator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written = generator.PAGE.read_text()
+    monkeypatch.setattr(generator, "PAGE", tmp_path / "page.md")
+    generator.write()
+    assert generator.PAGE.read_text() == written
 
 
 @pytest.mark.parametrize(
-    "folder", [path for path in page.RESULTS.iterdir() if path.is_dir()], ids=lambda path: path.name
+    "folder", [RECORDS, *(path for path in page.RESULTS.iterdir() if path.is_dir())], ids=lambda path: path.name
 )
 def test_records_are_complete_and_hold_no_paths_of_a_machine(folder: Path) -> None:
     if (folder / "comparison.json").exists():
