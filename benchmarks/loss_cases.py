@@ -21,6 +21,7 @@ class Case:
         settings: Of the loss.
         shape: Shape of the inputs when memory is measured.
         timed: Shape when time is measured, smaller if the paper's formula does not fit into memory; None for ``shape``.
+        squared: Whether the formula has a number for each pair of pixels, so that memory grows with their square.
     """
 
     loss: str
@@ -28,11 +29,12 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     shape: Shape = MAPS
     timed: Shape | None = None
+    squared: bool = False
 
     @property
     def gated(self) -> bool:
         """Whether memory has a gate: only losses on features have one, since logits are small."""
-        return self.shape != LOGITS
+        return self.shape != LOGITS and not self.squared
 
 
 CASES = {
@@ -50,7 +52,7 @@ CASES = {
     "attention transfer": Case("AttentionTransferLoss", "attention_transfer"),
     "attention relation": Case("AttentionRelationLoss", "attention_relation", {"relation_heads": 8}, TOKENS),
     "attention map": Case("AttentionMapLoss", "attention_kl", shape=SCORES),
-    "pixel relation": Case("PixelRelationLoss", "pixel_relation", shape=FEW_MAPS),
+    "pixel relation": Case("PixelRelationLoss", "pixel_relation", shape=FEW_MAPS, squared=True),
     "channel-wise": Case("ChannelWiseLoss", "channel_wise"),
     "hierarchical context": Case("HierarchicalContextLoss", "hierarchical_context"),
     "feature map transfer": Case("FeatureMapTransferLoss", "feature_map_transfer"),

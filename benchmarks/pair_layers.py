@@ -99,8 +99,8 @@ def rows(parts: dict[str, dict[str, Any]]) -> list[Row]:
     note = "about the duration on idle cores"
     return [
         Row("pair_layers / the forward passes alone, processor time", ratio, "x"),
-        Row("pair_layers: processor time of each core", pairs["of all cores"] / THREADS, "s", gate=GATE, note=note),
-        Row("pair_layers: duration", pairs["seconds"], "s", wall=pairs["seconds"]),
+        Row("pair_layers: processor time of each core", pairs["of all cores"] / THREADS, "s", note=note),
+        Row("pair_layers: duration", pairs["seconds"], "s", wall=pairs["seconds"], gate=GATE),
         Row("the forward passes alone: duration", forward["seconds"], "s", wall=forward["seconds"]),
         Row("pair_layers: memory beyond the forward passes alone", beyond, "MiB"),
     ]

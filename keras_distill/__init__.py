@@ -72,12 +72,12 @@ Wang 2021, arXiv:2012.15828         AttentionRelationLoss          functional.at
 """
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from distill_core import __version__ as __version__
 from distill_core.as_module import answer, is_run
-from distill_core.guidance.report import write_report
 from distill_core.installed import unusable
 
 if is_run("keras_distill"):  # `python -m keras_distill --help` ends here
@@ -94,7 +94,6 @@ from keras_distill.adapters import PCAProjection
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import DistillationScheduler, StudentCheckpoint
 from keras_distill.chains import assistant_chain
-from keras_distill.guidance import compare, pair_layers
 from keras_distill.images import Normalize
 from keras_distill.live import DistillSummary, LiveCurve
 from keras_distill.losses import (
@@ -269,16 +268,20 @@ __all__ = [
     "write_report",
 ]
 
-# These names are imported on first use. Where the launcher's packages are not installed, a star import leaves them out.
-_LAUNCHER = frozenset(__all__) - frozenset(globals())
+# Imported when they are first asked for, because a training needs none of them; pydantic takes the launcher a while.
+_GUIDANCE = {
+    "compare": "keras_distill.guidance",
+    "pair_layers": "keras_distill.guidance",
+    "write_report": "distill_core.guidance.report",
+}
+_LATER = {name: _GUIDANCE.get(name, "keras_distill.launcher") for name in __all__ if name not in globals()}
 if find_spec("pydantic") is None or find_spec("yaml") is None:
-    __all__ = [name for name in __all__ if name not in _LAUNCHER]
+    # `from keras_distill import *` works without them
+    __all__ = [name for name in __all__ if _LATER.get(name) != "keras_distill.launcher"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the launcher's names on first use, because only the launcher needs pydantic and PyYAML."""
-    if name not in _LAUNCHER:
+    """A name that is imported when it is first asked for."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from keras_distill import launcher
-
-    return getattr(launcher, name)
+    return getattr(import_module(_LATER[name]), name)

@@ -69,12 +69,12 @@ Wang 2021, arXiv:2012.15828         AttentionRelationLoss          functional.at
 ==================================  =============================  ====================================================
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from distill_core import __version__ as __version__
 from distill_core.as_module import answer, is_run
-from distill_core.guidance.report import write_report
 from distill_core.installed import unusable
 
 if is_run("lightning_distill"):  # `python -m lightning_distill --help` ends here
@@ -88,7 +88,6 @@ from lightning_distill.cache import CacheError, TeacherCache, content_key
 from lightning_distill.callback import DistillCallback
 from lightning_distill.chain import assistant_chain
 from lightning_distill.distiller import Distiller
-from lightning_distill.guidance import compare, pair_layers
 from lightning_distill.language_module import CausalLMDistillModule
 from lightning_distill.live import DistillSummary, LiveCurve
 from lightning_distill.losses import *  # noqa: F403
@@ -117,6 +116,9 @@ from lightning_distill.terms import (
 )
 
 if TYPE_CHECKING:
+    from distill_core.guidance.report import write_report
+    from lightning_distill.guidance.compare import compare
+    from lightning_distill.guidance.pairs import pair_layers
     from lightning_distill.launcher import (
         CompressionManager,
         Distillation,
@@ -190,17 +192,20 @@ __all__ = [
 ]
 __all__ += losses.__all__
 
-_LAUNCHER = frozenset(__all__) - frozenset(globals())
+# Imported when they are first asked for, because a training needs none of them; pydantic takes the launcher a while.
+_GUIDANCE = {
+    "compare": "lightning_distill.guidance",
+    "pair_layers": "lightning_distill.guidance",
+    "write_report": "distill_core.guidance.report",
+}
+_LATER = {name: _GUIDANCE.get(name, "lightning_distill.launcher") for name in __all__ if name not in globals()}
 if find_spec("pydantic") is None or find_spec("yaml") is None:
-    __all__ = [
-        name for name in __all__ if name not in _LAUNCHER
-    ]  # `from lightning_distill import *` works without them
+    # `from lightning_distill import *` works without them
+    __all__ = [name for name in __all__ if _LATER.get(name) != "lightning_distill.launcher"]
 
 
 def __getattr__(name: str) -> Any:
-    """The launcher's names, imported when they are first asked for: pydantic takes a while to import."""
-    if name not in _LAUNCHER:
+    """A name that is imported when it is first asked for."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lightning_distill import launcher
-
-    return getattr(launcher, name)
+    return getattr(import_module(_LATER[name]), name)
