@@ -133,7 +133,7 @@ def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
         Divergence in nats, the shape without ``dim``; 0 where all scores are minus infinity.
     """
     if torch.compiler.is_compiling() or student.device.type != "cpu":  # where a softmax is one kernel
-        logs = [F.log_softmax(bounded(scores), dim=dim) for scores in (student, teacher.detach())]
+        logs = [F.log_softmax(softened(scores, 1.0), dim=dim) for scores in (student, teacher.detach())]
         return F.kl_div(logs[0], logs[1], reduction="none", log_target=True).sum(dim=dim)
     return cast(Tensor, compat.applied(_SoftmaxDivergence, student, teacher.detach(), dim)[0])
 
