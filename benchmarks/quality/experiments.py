@@ -222,6 +222,13 @@ def time_series(name: str, epochs: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def without_labels(*arguments: Any) -> dict[str, Any]:
+    """Features without labels, from a module that imports this."""
+    from benchmarks.quality import without_labels
+
+    return without_labels.features(*arguments)
+
+
 class Pitch(LightningModule):
     """The small CREPE; without a teacher it learns the paper's targets."""
 
@@ -333,6 +340,15 @@ EXPERIMENTS = {
         3,
         metric="bits_per_byte",
         mode="min",
+    ),
+    "without_labels": Experiment(
+        "Features without labels",
+        "MNIST: 4,000 images without labels. A small convolutional network learns the features of EfficientNet-Lite0,"
+        " which has seen photographs only, or as a control those of the same network with random weights. A linear"
+        " probe on the student's features then sees 10 labels a class; the student alone learns from these labels.",
+        partial(without_labels, 10),
+        10,
+        metric="accuracy_of_probe",
     ),
     "crepe": Experiment(
         "CREPE, full to tiny",
