@@ -149,9 +149,10 @@ def _reference(name: str, comparison: Comparison, title: str) -> str:
         for network in ("teacher", "student")
         if facts[network]["cost"] is not None
     ]
+    others = [f"{other} {_number(value, comparison.mode)}" for other, value in facts.get("references", {}).items()]
     return (
         f"{title}: {known}student alone {alone}, at equal compute {equal} (as many steps as in"
-        f" {facts['equal_compute']['ratio']:.1f} trainings); {', '.join(parameters)}."
+        f" {facts['equal_compute']['ratio']:.1f} trainings); {', '.join([*others, *parameters])}."
     )
 
 

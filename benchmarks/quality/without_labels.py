@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,46 @@ from benchmarks.quality.networks import IMAGES, Convolutional
 from lightning_distill import FeatureDistillation, ProbabilisticTransferLoss, TeacherCache
 from lightning_distill.cache import content_key
 
-Labelled = tuple[Tensor, Tensor]
 MEASURED = 500  # images by which the teachers' features are standardized
 TEACHERS = {"EfficientNet": efficientnet.published, "random weights": efficientnet.untrained}
 small = partial(Convolutional, [16], [32, 64], IMAGES)
 
 
-def probe(network: nn.Module, train: Labelled, test: Labelled) -> float:
-    """The test accuracy of a logistic regression on a network's features, fitted to the examples with labels.
-
-    Args:
-        network: Gives features ``(N, D)``.
-        train: Images and their classes; ``UNLABELLED`` where the class is not known.
-        test: Images and their classes.
-    """
-    known = train[1] != UNLABELLED
+def features_of(network: nn.Module, images: Tensor) -> Tensor:
+    """The features ``(N, D)`` that a network has of images, in eval mode."""
     network.eval()
     with torch.no_grad():
-        features, test_features = (
-            torch.cat([network(part) for part in images.split(500)]) for images in (train[0][known], test[0])
-        )
+        return torch.cat([network(part) for part in images.split(100)])
+
+
+def probe(features: Tensor, classes: Tensor, test_features: Tensor, test_classes: Tensor) -> float:
+    """The test accuracy of a logistic regression on features, fitted to those of examples with labels.
+
+    Args:
+        features: Features ``(N, D)``.
+        classes: Their classes ``(N,)``.
+        test_features: Features for the test.
+        test_classes: Their classes.
+    """
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    regression.fit(features.numpy(), train[1][known].numpy())
-    return float(regression.score(test_features.numpy(), test[1].numpy()))
+    regression.fit(features.numpy(), classes.numpy())
+    return float(regression.score(test_features.numpy(), test_classes.numpy()))
+
+
+def of_teachers(a_class: int) -> dict[str, float]:
+    """The accuracy of probes on the teachers' own features, the mean of the experiment's five seeds."""
+    examples = data.mnist()
+    images, classes = examples.train
+    accuracies = {}
+    for name, make in TEACHERS.items():
+        teacher = make(images[:MEASURED])
+        test_features, values = features_of(teacher, examples.test[0]), []
+        for seed in range(5):
+            places = data.few_labels(examples, a_class, seed)
+            known_features = features_of(teacher, images[places])
+            values.append(probe(known_features, classes[places], test_features, examples.test[1]))
+        accuracies[f"a probe on the teacher's own features, {name}:"] = statistics.fmean(values)
+    return accuracies
 
 
 class Probed(Classifier):
@@ -52,8 +70,12 @@ class Probed(Classifier):
 
     def _probed(self) -> float:
         net, dataset = self.net, self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
-        train = getattr(dataset, "dataset", dataset).tensors  # of a cache's data set those that it wraps
-        accuracy = probe(nn.Sequential(net.early, net.deep, net.pooled), train, data.mnist().test)  # type: ignore[attr-defined]
+        images, classes = getattr(dataset, "dataset", dataset).tensors  # of a cache's data set those that it wraps
+        network = nn.Sequential(net.early, net.deep, net.pooled)  # type: ignore[arg-type]
+        test_images, test_classes = data.mnist().test
+        known = classes != UNLABELLED
+        known_features, test_features = features_of(network, images[known]), features_of(network, test_images)
+        accuracy = probe(known_features, classes[known], test_features, test_classes)
         net.train()
         return accuracy
 
