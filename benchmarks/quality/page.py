@@ -29,7 +29,8 @@ where it was stopped. A line of `benchmarks/quality/results/*/runs.jsonl` is one
 Every number is a mean over seeds on test examples, with a 95 % interval; accuracies are in percent. Differences are
 paired by seed: both students begin with the same weights and see the same batches. Their intervals hold for all methods
 of a table together (Bonferroni); **+** marks methods that are better, **-** those that are worse. *Equal compute* is
-the student alone, trained for as many more steps as the most expensive method takes longer.
+the student alone, trained for as many more steps as the most expensive method takes longer. Seconds are those of a
+machine that had other work in some of the experiments.
 """
 PEERS = """\
 scikit-learn's digits with the networks above: half the cross entropy with the labels plus half of T² times the KL
