@@ -48,7 +48,7 @@ def probe(features: Tensor, classes: Tensor, test_features: Tensor, test_classes
 
 
 def of_teachers(a_class: int) -> dict[str, float]:
-    """The accuracy of probes on the teachers' own features, the mean of the experiment's five seeds."""
+    """The accuracy of probes on the teachers' own features, the mean of five draws of the labels."""
     examples = data.mnist()
     images, classes = examples.train
     accuracies = {}
