@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from distill_core.guidance.comparison import Comparison
-from distill_core.guidance.records import ALONE, RunRecord
+from distill_core.guidance.records import ALONE
+from distill_core.guidance.run_records import RunRecord
 
 SCARCE, FULL = "10 %", "100 %"
 FOLDERS = {SCARCE: "labels-10", FULL: "labels-100"}

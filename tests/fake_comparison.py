@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.guidance.driver import MissingMetricError, Plan, Task, carry_out
-from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, RunRecord
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.run_records import RunRecord
 
 METHODS = ("a", "b")
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import performance_page
 from benchmarks.performance.records import RECORDS
-from benchmarks.quality import classifier, data, experiments, page
+from benchmarks.quality import classifier, data, efficientnet, experiments, page, without_labels
 from benchmarks.quality.methods import LEFT_OUT, ON_LOGITS, ON_MAPS, ON_VECTORS
 from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.statistics import Estimate
@@ -75,5 +75,21 @@ def test_files_of_the_experiments_are_pinned_by_hash(requirements: str) -> None:
     lines = [line for line in (QUALITY / requirements).read_text().splitlines() if line and line[0] != "#"]
     assert lines
     for package, hashed in zip(lines[::2], lines[1::2], strict=True):
-        assert re.fullmatch(r"[\w-]+==[\w.]+ \\", package)
+        assert re.fullmatch(r'[\w-]+==[\w.]+ (; python_version == "3.11" )?\\', package)
         assert re.fullmatch(r" +--hash=sha256:[0-9a-f]{64}", hashed)
+
+
+def test_a_probe_is_right_where_classes_can_be_separated_by_a_line() -> None:
+    features = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    classes, noise = (features[:, 0] > 0).long(), torch.randn(200, 3, generator=torch.Generator().manual_seed(1))
+    assert without_labels.probe(features[:100], classes[:100], features[100:], classes[100:]) > 0.95
+    assert without_labels.probe(noise[:100], classes[:100], noise[100:], classes[100:]) < 0.7
+
+
+def test_padding_is_that_of_tensorflow() -> None:
+    layer = efficientnet.Convolution(1, 1, 3, stride=2)
+    with torch.no_grad():
+        layer.weight.zero_()[0, 0, 0, 0] = 1.0  # copies the upper left of each window
+        image = torch.arange(16.0).view(1, 1, 4, 4)
+        assert layer(image).flatten().tolist() == [0.0, 2.0, 8.0, 10.0]  # the side of even length is padded at its end
+        assert layer(image[..., :3, :3]).flatten().tolist() == [0.0, 0.0, 0.0, 5.0]

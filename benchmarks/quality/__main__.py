@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.quality import page
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
+from distill_core.guidance.records import ResultsFolder
 
 
 def run(name: str, experiment: Experiment, folder: Path, seeds: int, epochs: int) -> None:
@@ -24,6 +25,10 @@ def run(name: str, experiment: Experiment, folder: Path, seeds: int, epochs: int
         compare = importlib.import_module(experiment.package).compare
         comparison = compare(**arguments, metric=experiment.metric, mode=experiment.mode, seeds=seeds, folder=folder)
     print(comparison, flush=True)
+    results = ResultsFolder(folder)
+    content = results.read() or {}
+    if experiment.references is not None and "references" not in content:
+        results.write({**content, "references": dict(experiment.references())})
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 Every program below minimises half the cross entropy with the labels plus half of the soft targets' loss, T² times the
 KL divergence at T = 4, with Adam on scikit-learn's digits. Each seed runs in a process of its own, which trains twice:
 the first time imports and warms up. The second is a line of ``results/peers/runs.jsonl``: accuracy, seconds of
-training, the most memory of the process, and lines of the program.
+training, the most memory of the process, and lines of the program. The programs for language models are in
+``peers_language``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import data
+from benchmarks.quality import data, peers_language
 from distill_core.guidance.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "peers"
@@ -182,6 +183,7 @@ PEERS: dict[str, tuple[Program, str, str]] = {
     "nvidia-modelopt": (modelopt, PyTorch, "nvidia-modelopt"),
     "keras_distill": (keras_distill, Keras, "lightning-distill"),
     "keras.distillation": (keras_distillation, Keras, "keras"),
+    **peers_language.PEERS,
 }
 
 
@@ -232,12 +234,13 @@ def measured_once(name: str, seed: int) -> dict[str, Any]:
     if name == "torchdistill":  # it needs torchvision, whose wheel may lack operators for this build of PyTorch
         sys.path.append("tests")
         import_module("plain_operators").has_torchvision()
-    accuracy, seconds = (in_keras if framework == Keras else in_pytorch)(program, seed)
+    measured = {PyTorch: in_pytorch, Keras: in_keras, peers_language.LANGUAGE: peers_language.measured}[framework]
+    value, seconds = measured(program, seed)
     lines = [line for line in inspect.getsource(program).splitlines()[1:] if line.strip()]
     return {
         "peer": name,
         "seed": seed,
-        "accuracy": accuracy,
+        "bits_per_byte" if framework == peers_language.LANGUAGE else "accuracy": value,
         "seconds": seconds,
         "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "lines": len(lines),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.checks import message
-from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, ResultsFolder, RunRecord
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, ResultsFolder
+from distill_core.guidance.run_records import RunRecord
 from distill_core.guidance.statistics import CONFIDENCE, Estimate, estimate, paired
 
 
@@ -87,7 +88,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """A sentence or two for each method, and remarks on anything that weakens them, one on each line."""
-        return "\n".join([*(self._sentence(method) for method in self.methods), *self.remarks])
+        return "\n".join([*map(self.sentence, self.methods), *self.remarks])
 
     @property
     def table(self) -> str:
@@ -185,7 +186,12 @@ class Comparison:
         text = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
         return text if margin is None else f"{text} ± {margin:.{digits}f}"
 
-    def _sentence(self, method: str) -> str:
+    def sentence(self, method: str) -> str:
+        """The verdict on a method: against the student alone at equal steps, and at equal compute where it was made.
+
+        Args:
+            method: The method.
+        """
         estimated = self.difference(method)
         if estimated is None:
             return f"{method}: not compared, since no seed has a run of it and one of the {ALONE}."
@@ -209,9 +215,10 @@ class Comparison:
 
     def _at_equal_compute(self, method: str) -> str:
         estimated = self.difference(method, EQUAL_COMPUTE)
-        if estimated is None or self.equal_compute is None or estimated.margin is None:
+        if estimated is None or estimated.margin is None:
             return ""
-        start = f" Against the {ALONE} at equal compute ({self.equal_compute.ratio:.2f} times the steps)"
+        steps = "" if self.equal_compute is None else f" ({self.equal_compute.ratio:.2f} times the steps)"
+        start = f" Against the {ALONE} at equal compute{steps}"
         better = estimated.sign if self.mode == "max" else -estimated.sign
         size = self._text(Estimate(abs(estimated.mean), estimated.margin, estimated.count))
         if better:

@@ -14,11 +14,11 @@ from distill_core.guidance.records import (
     ALONE,
     EQUAL_COMPUTE,
     ResultsFolder,
-    RunRecord,
     check_settings,
     described,
     settings_fingerprint,
 )
+from distill_core.guidance.run_records import RunRecord
 from distill_core.locks import locked
 from distill_core.terminal import one_line
 

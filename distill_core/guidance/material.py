@@ -16,7 +16,8 @@ from distill_core.guidance.advice import HARMED, HARMED_EXAMPLES, Facts
 from distill_core.guidance.evaluation import other_mass
 from distill_core.guidance.measures import Measurements, Measures, mean, measure
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
-from distill_core.guidance.results import Results, StoredRun, number, read_results
+from distill_core.guidance.results import Results, read_results
+from distill_core.guidance.run_records import RunRecord, number
 from distill_core.guidance.verdict import Verdict, verdict_of
 from distill_core.guidance.wording import Numbers, clipped
 
@@ -98,10 +99,10 @@ def gather(folder: str | Path) -> Material:
     measurements = measure(results)
     problems = [*results.problems, *measurements.problems]
     layers = _layers(results.folder / "pairs.json", problems)
-    return Material(results, Numbers.of(results), verdict_of(folder), measurements, layers, tuple(problems))
+    return Material(results, Numbers.of(results), verdict_of(results), measurements, layers, tuple(problems))
 
 
-def curve(run: StoredRun, metric: str) -> dict[float, float]:
+def curve(run: RunRecord, metric: str) -> dict[float, float]:
     """The values of a metric by epoch, the last of each; by step where epochs are not known.
 
     Args:
@@ -110,14 +111,14 @@ def curve(run: StoredRun, metric: str) -> dict[float, float]:
     """
     points: dict[float, float] = {}
     for point in run.curve:
-        place = point.get("epoch", point.get("step", math.nan))
-        value = point.get(metric, math.nan)
+        place = number(point.get("epoch", point.get("step")))
+        value = number(point.get(metric))
         if math.isfinite(place) and math.isfinite(value):
             points[place] = value
     return dict(sorted(points.items()))
 
 
-def mean_curve(runs: Sequence[StoredRun], metric: str) -> list[tuple[float, list[float]]]:
+def mean_curve(runs: Sequence[RunRecord], metric: str) -> list[tuple[float, list[float]]]:
     """The values of all runs at each epoch that every run with a curve has.
 
     Args:

@@ -12,62 +12,43 @@ from distill_core.guidance.blocks import Lines, Marks, Row, Section, Table, Text
 from distill_core.guidance.figures import Axis
 from distill_core.guidance.material import Material
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
-from distill_core.guidance.results import number
+from distill_core.guidance.run_records import number
 from distill_core.guidance.verdict import BETTER, UNCLEAR, UNTESTED, WORSE, Difference
 from distill_core.guidance.wording import UNKNOWN, Numbers, clipped, count, duration, plural, shares, size
 
 _LISTED: Final = 40  # errors, warnings and problems, each kind
 _TONES: Final = {BETTER: "better", WORSE: "worse"}
+_ANSWERS: Final = {
+    BETTER: "Yes, it helped.",
+    WORSE: "No, it did harm.",
+    UNCLEAR: "Not clearly.",
+    UNTESTED: "One seed cannot tell.",
+}
+_LIMITS: Final = {UNCLEAR: "not clearly with equal compute", WORSE: "not with equal compute"}
 
 
 def verdict_sentences(material: Material) -> list[str]:
-    """The verdict in sentences: that of the comparison where it has stored one.
+    """The verdict: an answer in a few words, and the sentences of the comparison on the best method.
 
     Args:
         material: The content of the report.
     """
     verdict, results = material.verdict, material.results
-    if verdict.text is not None:
-        return [line for line in (clipped(line, 1000) for line in verdict.text.splitlines()) if line]
     if verdict.best is None:
         return [f"No verdict: no run of a method with a teacher has ended with a value of {clipped(results.metric)}."]
-    beside = verdict.beside(ALONE)
+    beside, compute = verdict.beside(ALONE), verdict.beside(EQUAL_COMPUTE)
     if beside is None or not beside.seeds:
         return [f"No verdict: “{ALONE}” and “{clipped(verdict.best)}” have no finished seed in common."]
-    name = f"“{clipped(verdict.best)}”"
-    compute = verdict.beside(EQUAL_COMPUTE)
-    alone = f"{name} is better than the student alone"
-    limits = {UNCLEAR: "but not clearly with equal compute", WORSE: "but worse with equal compute"}
-    limit = limits.get(compute.verdict, "") if compute else ""
-    headlines = {
-        BETTER: f"Partly: {alone} after equal steps, {limit}." if limit else f"Yes: {alone}.",
-        WORSE: f"No: even the best method, {name}, is worse than the student alone.",
-        UNTESTED: f"One seed cannot tell: {name} is the best method, but the difference is not tested.",
-    }
-    sentences = [headlines.get(beside.verdict, f"No clear difference between {name} and the student alone.")]
-    sentences.append(_difference_in_words(material, beside, "After equal steps"))
-    if compute:
-        sentences.append(_difference_in_words(material, compute, "With equal compute"))
-    if len(results.distilled) > 1 and beside.seeds > 1:
-        sentences.append(
-            f"The intervals are wide enough to be right together for all {len(results.distilled)} methods (Bonferroni)."
-        )
-    return [*sentences, *(clipped(remark, 1000) for remark in verdict.remarks)]
-
-
-def _difference_in_words(material: Material, difference: Difference, how: str) -> str:
-    results, numbers = material.results, material.numbers
-    metric = clipped(results.metric)
-    if not difference.seeds:
-        return f"{how}: not compared, since no seed in common has finished."
-    value = f"{numbers.difference(difference.mean)}{numbers.unit}"
-    if difference.seeds == 1:
-        return f"{how}: {metric} {value} beside the student alone; a single seed has no interval."
-    interval = f"{numbers.difference(difference.low)} to {numbers.difference(difference.high)}"
-    return (
-        f"{how}: {metric} {value} beside the student alone (95 % interval {interval},"
-        f" {difference.seeds} seeds), {difference.verdict}."
-    )
+    compared, count_of_methods = results.compared, len(results.distilled)
+    answer = _ANSWERS[beside.verdict]
+    if compute and beside.verdict == BETTER and compute.verdict in _LIMITS:
+        answer = f"Partly: after equal steps, but {_LIMITS[compute.verdict]}."
+    if count_of_methods > 1:
+        answer += f" “{clipped(verdict.best)}” has the best mean of {count_of_methods} methods."
+    sentences = [answer, compared.sentence(verdict.best)]
+    if count_of_methods > 1 and beside.seeds > 1:
+        sentences.append(f"The intervals are right together for all {count_of_methods} methods (Bonferroni).")
+    return [clipped(sentence, 1000) for sentence in (*sentences, *compared.remarks)]
 
 
 def figures_of_merit(material: Material) -> list[tuple[str, str]]:
@@ -177,9 +158,7 @@ def _all_metrics(material: Material) -> list[Table]:
     rows = []
     for method in results.methods:
         runs = results.finished(method)
-        values = [
-            [run.metrics[name] for run in runs if math.isfinite(run.metrics.get(name, math.nan))] for name in names
-        ]
+        values = [[value for run in runs if (value := run.metrics.get(name)) is not None] for name in names]
         rows.append(Row(clipped(method), [plain.spread(each) if each else "" for each in values]))
     columns = ("method", *map(clipped, names[:_LISTED]))
     return [Table("All recorded metrics, mean ± standard deviation", columns, rows, folded="Show all metrics")]
@@ -246,8 +225,8 @@ def costs(material: Material) -> Section:
                     clipped(method),
                     [
                         duration(_mean(run.step_seconds for run in runs)),
-                        count(_mean(run.steps for run in runs)),
-                        duration(_mean(run.seconds for run in runs)),
+                        count(_mean(run.steps or None for run in runs)),
+                        duration(_mean(run.seconds or None for run in runs)),
                     ],
                 )
             )

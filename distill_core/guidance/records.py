@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ import numpy as np
 
 from distill_core.cache_files import fingerprint
 from distill_core.checks import message
+from distill_core.guidance.run_records import RunRecord, read_runs
 from distill_core.terminal import short
 
 FORMAT: Final = 1
@@ -24,49 +25,6 @@ EQUAL_COMPUTE: Final = "student alone, equal compute"
 COMPARISON: Final = "comparison.json"
 RUNS: Final = "runs.jsonl"
 _SHOWN: Final = 200  # the most examples of samples.npz
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One run: a line of ``runs.jsonl``.
-
-    Args:
-        method: Name of the method.
-        seed: Its seed.
-        metrics: The metrics of the trained student by name, and the last logged values of the training.
-        seconds: Duration of the training without validation.
-        steps: Number of optimizer steps.
-        epochs: Number of epochs, of which the last may be incomplete.
-        step_seconds: Duration of a step with the loading of its batch, undisturbed: see :func:`typical_seconds`.
-        curve: Logged values after each validation, each with ``epoch`` and ``step``.
-        error: The error that ended the run, or None.
-        predictions: File of the student's predictions in the folder, or None.
-        warnings: Remarks on the run.
-        weights: File of the student's weights in the folder, or None.
-        student: Digest of the student's weights before the first step.
-        batches: Digests of the first batch of each epoch.
-        random: How far two evaluations of the same weights differ in the metric; None if it was not measured.
-    """
-
-    method: str
-    seed: int
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    seconds: float = 0.0
-    steps: int = 0
-    epochs: int = 0
-    step_seconds: float | None = None
-    curve: list[dict[str, float | None]] = field(default_factory=list)
-    error: str | None = None
-    predictions: str | None = None
-    warnings: list[str] = field(default_factory=list)
-    weights: str | None = None
-    student: str | None = None
-    batches: list[str] = field(default_factory=list)
-    random: float | None = None
-
-    def value(self, metric: str) -> float | None:
-        """The metric, if the run has ended without an error."""
-        return None if self.error is not None else self.metrics.get(metric)
 
 
 class ResultsFolder:
@@ -122,16 +80,11 @@ class ResultsFolder:
             ValueError: If another line is not a record.
         """
         file = self.path / RUNS
-        lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
-        records = {}
-        for number, line in enumerate(lines[:-1], start=1):  # after the last line's end comes nothing
-            try:
-                record = _record(json.loads(line))
-            except (ValueError, TypeError, RecursionError) as error:
-                got = f"{short(error)} in line {number}"
-                raise ValueError(message(f"{file} to hold records of runs", got, "Pass another folder.")) from None
-            records[record.method, record.seed] = record
-        return records
+        read = read_runs(file)
+        for number, error in read.damaged:
+            got = f"{error} in line {number}"
+            raise ValueError(message(f"{file} to hold records of runs", got, "Pass another folder."))
+        return read.records
 
     def append(self, record: RunRecord) -> None:
         """Add a run.
@@ -158,11 +111,6 @@ class ResultsFolder:
         """Remove the settings and the runs of an earlier comparison."""
         for name in (COMPARISON, RUNS):
             (self.path / name).unlink(missing_ok=True)
-
-
-def _record(values: Mapping[str, Any]) -> RunRecord:
-    known = {entry.name for entry in fields(RunRecord)}
-    return RunRecord(**{name: value for name, value in values.items() if name in known})
 
 
 def write_predictions(folder: Path, name: str, logits: Any, labels: Any) -> str:

@@ -1,16 +1,14 @@
 """The results folder of a comparison for a report, which shows all that can be read, and the problems in words.
 
-``records`` reads the same folder to go on with the comparison, and raises at the first problem.
+``records`` goes on with the comparison in the same folder, and raises at the first problem.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import numbers
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,39 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill_core.checks import message
-from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, FORMAT
+from distill_core.guidance.comparison import Comparison, EqualCompute
+from distill_core.guidance.records import ALONE, COMPARISON, EQUAL_COMPUTE, FORMAT, RUNS
+from distill_core.guidance.run_records import ReadRuns, RunRecord, number, read_runs
 
-_LARGEST: Final = 1e100
 _REMEDY: Final = "Pass the folder that a comparison of methods has written."
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A line of ``runs.jsonl``: a finished or failed training of one method with one seed.
-
-    Args:
-        method: Name of the method.
-        seed: Seed of the run.
-        metrics: The last values by name; NaN where the file holds null or NaN.
-        seconds: Duration of the training, in seconds; None if it is not known.
-        steps: Number of optimizer steps; None if it is not known.
-        step_seconds: Duration of a step, in seconds; None if it is not known.
-        curve: Values during the training, each with ``epoch`` and ``step``.
-        error: The error that ended the run, or None.
-        predictions: Path of the predictions within the folder, or None.
-        warnings: Warnings of the run.
-    """
-
-    method: str
-    seed: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float | None = None
-    steps: int | None = None
-    step_seconds: float | None = None
-    curve: tuple[dict[str, float], ...] = ()
-    error: str | None = None
-    predictions: str | None = None
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +49,7 @@ class Results:
 
     folder: Path
     comparison: Mapping[str, Any]
-    runs: tuple[StoredRun, ...]
+    runs: tuple[RunRecord, ...]
     problems: tuple[str, ...]
 
     @property
@@ -109,14 +79,29 @@ class Results:
         """The methods that have a teacher."""
         return tuple(method for method in self.methods if method not in (ALONE, EQUAL_COMPUTE))
 
-    def finished(self, method: str) -> list[StoredRun]:
+    def finished(self, method: str) -> list[RunRecord]:
         """The runs of a method that ended without an error, by seed."""
         return [run for run in self.runs if run.method == method and run.error is None]
 
     def values(self, method: str) -> dict[int, float]:
-        """The deciding metric of a method's finished runs by seed; NaN is left out."""
-        values = {run.seed: run.metrics.get(self.metric, math.nan) for run in self.finished(method)}
-        return {seed: value for seed, value in values.items() if math.isfinite(value)}
+        """The deciding metric of a method's finished runs by seed; a value that is not finite is left out."""
+        return self.compared.values(method)
+
+    @property
+    def compared(self) -> Comparison:
+        """The comparison of the runs."""
+        equal = _mapping(self.comparison.get("equal_compute"))
+        ratio, seed, steps = (number(equal.get(name)) for name in ("ratio", "seed", "steps"))
+        known = all(map(math.isfinite, (ratio, seed, steps)))
+        return Comparison(
+            self.folder,
+            self.metric,
+            "max" if self.higher_is_better else "min",
+            self.seeds,
+            self.distilled,
+            self.runs,
+            EqualCompute(ratio, str(equal.get("method")), int(seed), int(steps)) if known else None,
+        )
 
     def teacher_value(self) -> float:
         """The teacher's deciding metric; NaN if it is not known."""
@@ -184,34 +169,20 @@ def read_results(folder: str | Path) -> Results:
         OSError: If a file cannot be read.
     """
     folder = Path(folder)
-    file = folder / "comparison.json"
+    file = folder / COMPARISON
     if not file.is_file():
-        kind = "without comparison.json" if folder.is_dir() else "which is not a folder"
+        kind = f"without {COMPARISON}" if folder.is_dir() else "which is not a folder"
         raise ValueError(message("`folder` to hold the results of a comparison", f"{str(folder)!r}, {kind}", _REMEDY))
     try:
         comparison = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(message(f"{file} to hold JSON", f"{error}", _REMEDY)) from None
     _check_comparison(file, comparison)
-    problems: list[str] = []
-    records = _read_runs(folder / "runs.jsonl", problems)
+    file = folder / RUNS
+    read = read_runs(file)
     order = {str(method): index for index, method in enumerate(comparison["methods"])}
-    runs = sorted(records, key=lambda run: (order.get(run.method, len(order)), run.method, run.seed))
-    return Results(folder, comparison, tuple(runs), tuple(problems))
-
-
-def number(value: Any) -> float:
-    """A number of a JSON file or of an array as a float; NaN for anything else, and for numbers of 1e100 and more.
-
-    A run with such a number has diverged, and sums of such numbers can overflow.
-
-    Example:
-        >>> number(3), number(None), number(True)
-        (3.0, nan, nan)
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) < _LARGEST:  # type: ignore[operator]
-        return math.nan
-    return float(value)
+    runs = sorted(read.records.values(), key=lambda run: (order.get(run.method, len(order)), run.method, run.seed))
+    return Results(folder, comparison, tuple(runs), tuple(_problems(file, read)))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -231,59 +202,17 @@ def _check_comparison(file: Path, comparison: Any) -> None:
         raise ValueError(message(f"`mode` in {file} to be 'max' or 'min'", f"{comparison['mode']!r}", _REMEDY))
 
 
-def _read_runs(file: Path, problems: list[str]) -> list[StoredRun]:
-    """The last readable record of each method and seed."""
+def _problems(file: Path, read: ReadRuns) -> Iterator[str]:
+    """Sentences on the parts of a file of runs that could not be read."""
     if not file.is_file():
-        problems.append(f"{file.name} is missing: no run has ended yet.")
-        return []
-    lines = file.read_bytes().decode("utf-8", "replace").split("\n")
-    records: dict[tuple[str, int], StoredRun] = {}
-    repeated: Counter[str] = Counter()
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            record = _record(json.loads(line))
-        except (ValueError, RecursionError):
-            if index == len(lines) - 1:  # every complete line ends with a line break
-                problems.append(
-                    f"The last line of {file.name} is incomplete: that run was stopped while it was written. Run the"
-                    " comparison again to complete it."
-                )
-            else:
-                problems.append(f"Line {index + 1} of {file.name} is not the record of a run and was left out.")
-            continue
-        repeated[record.method] += (record.method, record.seed) in records
-        records[record.method, record.seed] = record
-    problems += [
-        f"Of {method}, {count} record{'s' * (count > 1)} of a seed replaced by a later one."
-        for method, count in repeated.items()
-        if count
-    ]
-    return list(records.values())
-
-
-def _record(entry: Any) -> StoredRun:
-    """Check the types of a record; optional parts of a wrong type are left out."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
-        raise ValueError("not a record")
-    if not isinstance(entry.get("seed"), int) or isinstance(entry.get("seed"), bool):
-        raise ValueError("not a record")
-    curve, warnings, error = entry.get("curve"), entry.get("warnings"), entry.get("error")
-    seconds, steps, step_seconds = (number(entry.get(name)) for name in ("seconds", "steps", "step_seconds"))
-    return StoredRun(
-        entry["method"],
-        entry["seed"],
-        {str(name): number(value) for name, value in _mapping(entry.get("metrics")).items()},
-        seconds if math.isfinite(seconds) else None,
-        int(steps) if math.isfinite(steps) else None,
-        step_seconds if math.isfinite(step_seconds) else None,
-        tuple(
-            {str(name): number(value) for name, value in point.items()}
-            for point in (curve if isinstance(curve, list) else [])
-            if isinstance(point, Mapping)
-        ),
-        None if error is None else str(error),
-        entry.get("predictions") if isinstance(entry.get("predictions"), str) else None,
-        tuple(map(str, warnings)) if isinstance(warnings, list) else (),
-    )
+        yield f"{file.name} is missing: no run has ended yet."
+    for line, _ in read.damaged:
+        yield f"Line {line} of {file.name} is not the record of a run and was left out."
+    if read.incomplete:
+        yield (
+            f"The last line of {file.name} is incomplete: that run was stopped while it was written. Run the"
+            " comparison again to complete it."
+        )
+    for method, count in read.replaced.items():
+        if count:
+            yield f"Of {method}, {count} record{'s' * (count > 1)} of a seed replaced by a later one."

@@ -1,4 +1,4 @@
-"""Did a method help? Differences between runs of the same seed, and sentences about them."""
+"""Did a method help? Differences between runs of the same seed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
-from distill_core.guidance.results import Results, read_results
+from distill_core.guidance.results import Results
 from distill_core.guidance.statistics import paired
 
 BETTER, WORSE, UNCLEAR, UNTESTED = "better", "worse", "no clear difference", "not tested"
@@ -44,16 +42,12 @@ class Verdict:
     """The answer of a comparison.
 
     Args:
-        text: The verdict as the comparison has stored it, or None.
         best: The method with a teacher that has the best mean, or None.
         differences: Each method beside each baseline.
-        remarks: Sentences on anything that weakens the verdict.
     """
 
-    text: str | None
     best: str | None
     differences: tuple[Difference, ...]
-    remarks: tuple[str, ...] = ()
 
     def beside(self, baseline: str, method: str | None = None) -> Difference | None:
         """The difference of a method, by default the best one, to a baseline; None if they were not compared."""
@@ -61,23 +55,15 @@ class Verdict:
         return next((d for d in self.differences if (d.method, d.baseline) == (name, baseline)), None)
 
 
-def verdict_of(folder: str | Path) -> Verdict:
+def verdict_of(results: Results) -> Verdict:
     """The verdict on the methods of a comparison.
 
     Runs of the same seed are compared, and the mean difference has a 95 % interval of Student's t. With several methods
     it is so wide that the intervals of all methods are right together (Bonferroni's correction).
 
     Args:
-        folder: The results folder.
-
-    Returns:
-        The verdict; the text of ``comparison.json`` is kept where it has one.
-
-    Raises:
-        ValueError: If the folder does not hold the results of a comparison.
+        results: The results folder.
     """
-    results = read_results(folder)
-    text = results.comparison.get("verdict")
     differences = [
         paired_difference(
             method,
@@ -92,20 +78,7 @@ def verdict_of(folder: str | Path) -> Verdict:
         for method in results.methods
         if method not in (ALONE, baseline)
     ]
-    return Verdict(
-        text if isinstance(text, str) and text.strip() else None,
-        _best(results),
-        tuple(differences),
-        _remarks(results.folder),
-    )
-
-
-def _remarks(folder: Path) -> tuple[str, ...]:
-    """The remarks of the comparison; none if parts of its folder are damaged, which the report says itself."""
-    try:
-        return tuple(Comparison.read(folder).remarks)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return ()
+    return Verdict(_best(results), tuple(differences))
 
 
 def paired_difference(

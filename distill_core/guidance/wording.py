@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from distill_core.guidance.results import Results, number
+from distill_core.guidance.results import Results
+from distill_core.guidance.run_records import number
 from distill_core.terminal import printable
 
 UNKNOWN: Final = "not known"

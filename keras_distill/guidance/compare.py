@@ -14,7 +14,8 @@ from distill_core.guidance.comparison import Comparison, check_mode
 from distill_core.guidance.driver import Plan, Task, carry_out, checked_seeds
 from distill_core.guidance.machine import machine, shown_on_console, version
 from distill_core.guidance.processes import check_picklable
-from distill_core.guidance.records import ALONE, RunRecord, check_names, described, digest
+from distill_core.guidance.records import ALONE, check_names, described, digest
+from distill_core.guidance.run_records import RunRecord
 from keras_distill import checks
 from keras_distill.cache import TeacherCache
 from keras_distill.cache.builder import teacher_fingerprint

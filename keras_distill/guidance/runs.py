@@ -16,15 +16,8 @@ import numpy as np
 
 from distill_core.guidance.comparison import wrong_metric
 from distill_core.guidance.driver import MissingMetricError, Task
-from distill_core.guidance.records import (
-    ALONE,
-    EQUAL_COMPUTE,
-    RunRecord,
-    digest,
-    file_name,
-    write_predictions,
-    write_samples,
-)
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, digest, file_name, write_predictions, write_samples
+from distill_core.guidance.run_records import RunRecord
 from distill_core.terminal import one_line
 from keras_distill import checks
 from keras_distill.cache import TeacherCache

@@ -18,7 +18,8 @@ from distill_core.guidance.comparison import Comparison, check_mode
 from distill_core.guidance.driver import Plan, Task, carry_out, checked_seeds
 from distill_core.guidance.machine import machine, shown_on_console
 from distill_core.guidance.processes import check_picklable
-from distill_core.guidance.records import ALONE, RunRecord, check_names, described
+from distill_core.guidance.records import ALONE, check_names, described
+from distill_core.guidance.run_records import RunRecord
 from lightning_distill import checks
 from lightning_distill.cache import TeacherCache
 from lightning_distill.cache.calling import teacher_fingerprint

@@ -18,7 +18,8 @@ from torch import nn
 
 from distill_core.guidance.comparison import wrong_metric
 from distill_core.guidance.driver import MissingMetricError, Task
-from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, RunRecord, file_name, write_predictions, write_samples
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, file_name, write_predictions, write_samples
+from distill_core.guidance.run_records import RunRecord
 from distill_core.terminal import one_line
 from lightning_distill import checks, compat
 from lightning_distill.callback import DistillCallback

@@ -20,13 +20,13 @@ from distill_core.guidance.records import (
     ALONE,
     EQUAL_COMPUTE,
     ResultsFolder,
-    RunRecord,
     check_names,
     described,
     file_name,
     write_predictions,
     write_samples,
 )
+from distill_core.guidance.run_records import RunRecord
 from distill_core.locks import locked
 from distill_core.store import CacheError
 

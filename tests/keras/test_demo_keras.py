@@ -21,7 +21,8 @@ pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: instal
 
 from distill_core.demo_report import FULL, METHODS, SCARCE, best_run
 from distill_core.guidance.comparison import Comparison
-from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, RunRecord
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.run_records import RunRecord
 from keras_distill import DistillModel
 from keras_distill.demo import run
 from keras_distill.demo.digits import (

@@ -17,7 +17,8 @@ pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: instal
 
 from distill_core.demo_report import FOLDERS, FULL, METHODS, SCARCE, best_run
 from distill_core.guidance.comparison import Comparison
-from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, RunRecord
+from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
+from distill_core.guidance.run_records import RunRecord
 from lightning_distill.demo import QUICK, run
 from lightning_distill.demo.digits import UNLABELLED, Classifier, Student, hide_labels, load_digits_data
 from lightning_distill.demo.report import prove_plain
