@@ -7,6 +7,7 @@ methods of Keras are overridden where they belong: ``_symbolic_build`` in model.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "compiled_loss",
     "compiled_metrics",
     "computed_in",
+    "create_variables",
     "discarded_changes",
     "first_batch",
     "get_keras_mask",
@@ -125,6 +127,23 @@ def first_batch(batches: Any) -> Any:
     """
     _, _, block = next(iter(batches))
     return block[0] if isinstance(block, (list, tuple)) else next(block)
+
+
+def create_variables(model: keras.Model, batch: Any) -> None:
+    """Create the variables of a compiled model's optimizer and metrics before its first training step on TensorFlow.
+
+    TensorFlow traces a step a second time if the first trace has created a variable. Keras itself creates them ahead
+    on JAX and under ``tf.distribute``. A mistake in the model or the data is left to the step, whose message is better.
+
+    Args:
+        model: The model, whose layers are built.
+        batch: Arrays, tensors or specifications of them, as Keras passes a batch to a step.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the step warns too
+        model._symbolic_build(data_batch=batch)
 
 
 def untaped() -> contextlib.AbstractContextManager[Any]:

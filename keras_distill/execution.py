@@ -48,6 +48,8 @@ class StepFunction:
             state.sync()
         signature = step.signature(self._training)
         if signature not in self.made:
+            if self._training:
+                _create_variables(model, args)
             with _fresh_steps(model):
                 self._make(force=True)
             self.made = {key: made for key, made in self.made.items() if key[0] == step.version}
@@ -133,6 +135,15 @@ class StepFunction:
             for variable, value in zip(self.model.non_trainable_variables, fixed, strict=True)
         ]
         return ((trainable, fixed, *others), *rest)
+
+
+def _create_variables(model: Any, args: tuple[Any, ...]) -> None:
+    """Create the variables of the optimizer and the metrics, so that TensorFlow traces the step once and not twice."""
+    specification = getattr(args[0], "element_spec", None) if args else None
+    parts = [part for part in keras.tree.flatten(specification) if part is not None]
+    plain = all(type(part).__name__ == "TensorSpec" and part.shape.rank is not None for part in parts)
+    if parts and plain and model.step.built:
+        compat.create_variables(model, specification)
 
 
 def position_of(model: Any) -> Any:

@@ -20,7 +20,7 @@ EPOCHS = {
     "bert_to_blendcnn": 2,
     "tensorflow_images": 4,
     "detection": 6,
-    "keras_detection": 4,
+    "keras_detection": 3,
     "segmentation": 4,
     "speech_ctc": 5,
     "sentence_encoder": 1,

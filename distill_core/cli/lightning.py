@@ -155,7 +155,7 @@ def _add_demo(commands: Any) -> None:
         _PROG,
         output="demo_output",
         writes="the student's state_dict",
-        seconds="a minute and a half",
+        seconds="a minute",
         work="lightning_distill.cli:demo",
     )
     demo.add_argument(

@@ -35,9 +35,9 @@ class Settings:
     """
 
     seeds: int = 5
-    epochs: int = 15
-    teacher_epochs: int = 12
-    batch_size: int = 100
+    epochs: int = 8
+    teacher_epochs: int = 6
+    batch_size: int = 50
     student_lr: float = 1e-2
     teacher_lr: float = 3e-3
     temperature: float = 4.0
@@ -110,6 +110,7 @@ def compared(
             fit={"epochs": settings.epochs, "batch_size": settings.batch_size},
             folder=output / folder,
             save_weights=True,
+            reuse_models=True,
             resume=False,
             progress=lambda line, share=share: show(f"{share} of the labels, {line}"),  # type: ignore[misc]
         )

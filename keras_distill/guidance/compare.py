@@ -21,6 +21,7 @@ from keras_distill.cache import TeacherCache
 from keras_distill.cache.builder import teacher_fingerprint
 from keras_distill.cache.views import data_fingerprint
 from keras_distill.guidance.data import data_of, is_arrays
+from keras_distill.guidance.reuse import CompiledModels
 from keras_distill.guidance.runs import Trainings, distill_model, kept_random_state
 from keras_distill.model import DistillModel
 
@@ -44,6 +45,7 @@ def compare(
     workers: int = 1,
     classes: Sequence[str] | None = None,
     save_weights: bool = False,
+    reuse_models: bool = False,
     resume: bool = True,
     progress: bool | Callable[[str], None] = True,
     **settings: Any,
@@ -95,6 +97,10 @@ def compare(
             be pickled, and the durations of steps are measured while the runs share the machine.
         classes: Names of the classes, for the report.
         save_weights: Whether the weights of each trained student are kept, in ``weights/``.
+        reuse_models: If True, the seeds of a method share one compiled model, which is set to the weights of a fresh
+            student before each run: TensorFlow then traces its step once, and not for each seed. Only for students
+            whose variables hold all their state. It changes nothing with callbacks in ``fit``, schedules, balanced
+            weights, an :class:`EMATeacher` or several workers, and on the other backends.
         resume: If False, runs that are in the folder already are removed first.
         progress: Whether a line is printed for each finished run, or a function that gets the line.
         **settings: Further arguments of :class:`DistillModel` for all methods.
@@ -138,7 +144,8 @@ def compare(
     check_names(list(methods))
     listed, place = checked_seeds(seeds), Path(folder)
     by_method = {name: method_settings(name, method, teacher, settings) for name, method in methods.items()}
-    trainings = Trainings(student, data, by_method, compile, fit, metric, place, save_weights)
+    models = CompiledModels() if reuse_models else None
+    trainings = Trainings(student, data, by_method, compile, fit, metric, place, save_weights, models)
     if workers > 1:
         parts = {"student": student, "data": data, "teacher": teacher, "methods": by_method, "compile": compile}
         check_picklable({**parts, "fit": dict(fit)}, workers)

@@ -19,11 +19,12 @@ from distill_core.guidance.driver import MissingMetricError, Task
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE, digest, file_name, write_predictions, write_samples
 from distill_core.guidance.run_records import RunRecord
 from distill_core.terminal import one_line
-from keras_distill import checks
+from keras_distill import checks, compat
 from keras_distill.cache import TeacherCache
 from keras_distill.guidance.data import RunData, batches_of, data_of, digest_of_batch, is_arrays
 from keras_distill.guidance.evaluation import Answers, cost_of, first_images, predictions_of
 from keras_distill.guidance.observer import RunObserver
+from keras_distill.guidance.reuse import CompiledModels
 from keras_distill.model import DistillModel
 
 
@@ -40,6 +41,7 @@ class Trainings:
         metric: The metric that decides.
         folder: The folder for predictions and weights; None writes none.
         save_weights: Whether the weights of each student are kept.
+        models: Compiled models to use again; None trains a fresh one in each run.
     """
 
     student: Callable[[], keras.Model]
@@ -50,6 +52,7 @@ class Trainings:
     metric: str
     folder: Path | None = None
     save_weights: bool = False
+    models: CompiledModels | None = None
 
     @property
     def batch_size(self) -> int:
@@ -81,14 +84,14 @@ class Trainings:
         cache = teacher if isinstance(teacher := settings.pop("teacher", None), TeacherCache) else None
         shuffle = bool(self.fit.get("shuffle", True))
         train, arrays = data.training(cache, self.batch_size, shuffle, task.seed)
-        first = None if arrays is not None else digest_of_batch(next(batches_of(train, 0)))
+        batch = next(batches_of(train, 0)) if arrays is None else arrays.first_batch(0)
         model = student
         if task.method not in (ALONE, EQUAL_COMPUTE):
             model = distill_model(student, None if cache else teacher, settings)
         observer = RunObserver(task.steps)
         error, metrics, noise, predictions = None, dict[str, float](), None, None
         try:
-            model.compile(**self.compiled(self._steps(train, task)))
+            student, model = self._compiled(student, model, self._steps(train, task), task.method, batch)
             self._fit(model, train, data, observer, task)
             metrics, noise = self._evaluated(student, model, data, observer, task)
             predictions = predictions_of(student, data.val, self.batch_size)
@@ -120,8 +123,8 @@ class Trainings:
             predictions=write_predictions(folder, name, *predictions) if keep else None,  # type: ignore[arg-type, misc]
             weights=weights,
             student=start,
-            batches=[first]
-            if first is not None
+            batches=[digest_of_batch(batch)]
+            if arrays is None
             else [digest_of_batch(arrays.first_batch(epoch)) for epoch in range(observer.epochs)],
             random=noise,
         )
@@ -158,6 +161,20 @@ class Trainings:
                 raise ValueError(checks.message(expected, "a data set without one", "Pass steps_per_epoch in `fit`."))
             return dict(settings(steps=steps) if asks else settings())
         return {name: _fresh(value) for name, value in settings.items()}
+
+    def _compiled(
+        self, student: keras.Model, model: keras.Model, steps: int | None, method: str, batch: Any
+    ) -> tuple[keras.Model, keras.Model]:
+        """The student and the model to train, compiled now or for an earlier seed."""
+        kept = None if self.models is None else self.models.kept.get((method, steps))
+        if kept is not None and kept.started(model):
+            return kept.student, kept.model
+        model.compile(**self.compiled(steps))
+        if model is student or model.step.built:  # else its step creates them, with the terms
+            compat.create_variables(model, batch)
+        if self.models is not None and not self.fit.get("callbacks"):
+            self.models.keep((method, steps), student, model)
+        return student, model
 
     def _steps(self, train: Any, task: Task) -> int | None:
         if task.steps is not None:

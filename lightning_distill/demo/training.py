@@ -39,9 +39,9 @@ class Settings:
     """
 
     seeds: int = 5
-    epochs: int = 15
-    teacher_epochs: int = 12
-    batch_size: int = 100
+    epochs: int = 8
+    teacher_epochs: int = 6
+    batch_size: int = 50
     student_lr: float = 1e-2
     teacher_lr: float = 3e-3
     temperature: float = 4.0

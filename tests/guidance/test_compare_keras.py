@@ -230,6 +230,34 @@ def test_one_run_alone_is_that_of_the_comparison(whole: Comparison) -> None:
     assert record.batches == records(whole, "soft targets")[1].batches
 
 
+class CountingStudent(keras.Model):
+    """A linear student that counts the calls of ``train_step``, of which a compiled step has one for each trace."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = keras.layers.Dense(3)
+        self.build((None, 4))
+
+    def build(self, input_shape: Any) -> None:
+        self.scores.build(input_shape)
+
+    def call(self, inputs: Any) -> Any:
+        return self.scores(inputs)
+
+    def train_step(self, *args: Any) -> Any:
+        CountingStudent.calls += 1
+        return super().train_step(*args)
+
+
+def test_the_step_of_the_student_alone_is_traced_once() -> None:
+    CountingStudent.calls = 0
+    settings = {"compile": COMPILE, "fit": {"epochs": 1, "batch_size": 64}}
+    run_once(student=CountingStudent, data=arrays(), metric="val_accuracy", **settings)
+    assert CountingStudent.calls == 1
+
+
 def test_arrays_have_an_order_of_the_seed_and_the_epoch_that_contains_each_row_once() -> None:
     data = ShuffledArrays((np.arange(10), np.arange(10)), 4, seed=3)
     epochs = []

@@ -151,3 +151,16 @@ def test_compiled_metrics_are_known_before_keras_builds_them() -> None:
     assert compat.compiled_metrics(model) == []
     model.compile("sgd", cross_entropy(), metrics=["accuracy", own], weighted_metrics=[weighted])
     assert compat.compiled_metrics(model) == ["accuracy", own, weighted]
+
+
+@pytest.mark.tensorflow
+def test_variables_of_optimizer_and_metrics_are_created_ahead_and_mistakes_are_left_to_the_step() -> None:
+    model, (x, y) = mlp(), table(4)
+    model.compile("adam", cross_entropy(), metrics=["accuracy"])
+    compat.create_variables(model, (x[:, :1], y))  # the model expects more inputs
+    assert not model.optimizer.built
+    compat.create_variables(model, (x, y))
+    assert model.optimizer.built
+    count = len(model.variables), len(model.optimizer.variables), len(model.metrics_variables)
+    model.fit(x, y, verbose=0)
+    assert (len(model.variables), len(model.optimizer.variables), len(model.metrics_variables)) == count

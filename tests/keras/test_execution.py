@@ -67,6 +67,23 @@ def test_k16_every_way_to_execute_ends_in_the_same_weights_and_logs(way: dict[st
     assert len(usual.get_weights()) > len(usual.student.get_weights())  # the adapter's are among them
 
 
+class CountingModel(DistillModel):
+    """A DistillModel that counts the calls of ``train_step``, of which a compiled step has one for each trace."""
+
+    calls = 0
+
+    def train_step(self, *args: Any) -> Any:
+        self.calls += 1
+        return super().train_step(*args)
+
+
+def test_the_first_step_creates_no_variables_so_that_tensorflow_traces_it_once() -> None:
+    model = CountingModel(mlp(8), mlp(12, name="teacher"), FeatureDistillation("hidden", "hidden"))
+    model.compile("adam", cross_entropy(), metrics=["accuracy"], jit_compile=False)
+    model.fit(*table(8), batch_size=8, verbose=0)  # one batch
+    assert model.calls == 1
+
+
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("way", [{"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}], ids=str)
 def test_k16_convolutions_and_batch_norm_too(way: dict[str, Any]) -> None:
