@@ -136,12 +136,12 @@ class StepFunction:
 
 
 def position_of(model: Any) -> Any:
-    """The optimizer steps that a model has made so far, an integer scalar; None without an optimizer.
+    """The optimizer steps that a model has made so far, an integer scalar; None if no term measures its weight.
 
     Args:
         model: The DistillModel, in a step.
     """
-    if model.optimizer is None:
+    if model.optimizer is None or not any(term.measuring for term in model.terms):
         return None
     counter, accumulated = compat.iterations_counter(model.optimizer)
     return ops.cast(backends.value_of(counter), "int32") // accumulated

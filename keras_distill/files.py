@@ -7,14 +7,14 @@ from typing import Any
 import keras
 
 from keras_distill import backends
+from keras_distill.learned_parts import ModelWithLearnedParts
 from keras_distill.metrics import LossParts
 from keras_distill.schedules import Schedule, deserialized, serialized
 from keras_distill.terms import DistillationTerm
-from keras_distill.untracked import ModelWithTeacher
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class ModelInFiles(ModelWithTeacher):
+class ModelInFiles(ModelWithLearnedParts):
     """Base of :class:`keras_distill.DistillModel`: what its files hold."""
 
     student: keras.Model
@@ -66,6 +66,24 @@ class ModelInFiles(ModelWithTeacher):
         """Make the adapters of a saved model."""
         self.step.build_from_config((config or {}).get("terms", {}))
         self.built = True
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """The arguments of ``compile``, and whether the optimizer has a state."""
+        config: dict[str, Any] | None = super().get_compile_config()
+        built = self.optimizer is not None and self.optimizer.built
+        return None if config is None else {**config, "optimizer_built": built}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile a loaded model; its optimizer is built only if the file holds a state for it.
+
+        Keras builds the optimizer of each built model, which then does not know the adapters that are made later.
+        """
+        config, built = dict(config), self.built
+        self.built = config.pop("optimizer_built", True) and built
+        try:
+            super().compile_from_config(config)
+        finally:
+            self.built = built
 
     def load_own_variables(self, store: Any) -> None:
         """Load this model's own variable, the task weight."""

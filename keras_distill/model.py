@@ -287,6 +287,8 @@ class DistillModel(ModelInFiles):
     def make_train_function(self, force: bool = False) -> Any:
         """Make the function of a training step, with one graph for each set of computed terms."""
         self.begin_average()
+        if keras.backend.backend() == "jax":  # elsewhere the first step does it, and may raise
+            self.build_optimizer()
         if force or self.train_function is None:
             leave_out_xla(self)
             warn_of_accumulation(self)
@@ -353,6 +355,8 @@ class DistillModel(ModelInFiles):
                 task_loss=None if self.distils_alone else task, position=position_of(self) if training else None,
             )  # fmt: skip
             total = total + losses.total
+            if training:
+                self.check_optimizer()
             parts |= {"distillation": losses.total, **losses.values}
             if losses.scores == [] and self.must_compare:
                 expected = "outputs that choose one class for `teacher_metrics`"
@@ -387,13 +391,3 @@ class DistillModel(ModelInFiles):
                 result = metric.result()
                 logs.update(result if isinstance(result, dict) else {metric.name: result})
         return logs
-
-    # Inside -------------------------------------------------------------------------------------------------------
-
-    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """As in Keras; on JAX it builds the terms first, because a step on JAX cannot create variables."""
-        if keras.backend.backend() == "jax" and not self.step.built:
-            data_batch = data_batch or compat.first_batch(iterator)
-            inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data_batch)
-            self.step.build(inputs, split_targets(targets)[1])
-        super()._symbolic_build(iterator, data_batch)

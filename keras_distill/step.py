@@ -297,7 +297,7 @@ class DistillStep(BuildsTerms):
         terms = self._working(training)
         dtype = keras.backend.result_type(keras.config.floatx(), "float32")  # TensorFlow adds no float32 to a float64
         zero = ops.zeros((), dtype)
-        if not terms:
+        if not terms and self.built:
             return StepLosses(zero, {})
         student, x = self._student_call(output, x, student, terms, training)
         reads_teacher = any(term.needs_teacher for term in terms)
@@ -306,9 +306,11 @@ class DistillStep(BuildsTerms):
             raise ValueError(checks.message("a teacher to learn from", "teacher=None", remedy))
         if x is not None:
             self.build(x, teacher)
-        elif not all(term.built for term in terms):  # the inputs are unknown
+        elif not self.built:  # the inputs are unknown
             waiting = [t for t in self.terms if not t.built and (teacher is not None or not t.needs_teacher)]
             self._build_terms(waiting, student, [student if teacher is None else teacher])
+        if not terms:  # those that rest have been built too, so that an optimizer knows their weights
+            return StepLosses(zero, {})
         answers = self.ensemble.answers(x, student, teacher) if reads_teacher else Answers([])
         total, values = zero, {}
         for term in terms:
