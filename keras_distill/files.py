@@ -10,6 +10,7 @@ from keras_distill import backends
 from keras_distill.learned_parts import ModelWithLearnedParts
 from keras_distill.metrics import LossParts
 from keras_distill.schedules import Schedule, deserialized, serialized
+from keras_distill.teachers import EMATeacher
 from keras_distill.terms import DistillationTerm
 
 
@@ -29,13 +30,15 @@ class ModelInFiles(ModelWithLearnedParts):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON; they include the teacher only if ``save_teacher`` is True."""
         serialize, metrics = keras.saving.serialize_keras_object, self.loss_parts.teacher_metrics
-        in_file = (self.save_teacher and self.teacher is not None) or self.step.moving is not None
+        teachers = keras.tree.map_structure(
+            lambda each: serialize(each) if self.save_teacher or isinstance(each, EMATeacher) else None, self.teacher
+        )  # the models among several teachers leave gaps
         return {
             "name": self.name,
             "trainable": self.trainable,
             "dtype": serialize(self.dtype_policy),
             "student": serialize(self.student),
-            "teacher": serialize(self.teacher) if in_file else None,
+            "teacher": teachers if self.save_teacher or self.step.averages else None,
             "terms": [serialize(term) for term in self.terms],
             "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,

@@ -64,9 +64,9 @@ class DistillModel(ModelInFiles):
 
     Args:
         student: The model to train.
-        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, a list of several, or an
-            :class:`EMATeacher`. None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can
-            be set later, ``model.teacher = teacher``, unless it is an EMATeacher.
+        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, an :class:`EMATeacher`, or a
+            list of several. None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can
+            be set later, ``model.teacher = teacher``; an EMATeacher stays where it is.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. The model makes copies, in ``model.terms``, that share
             their settings with the terms that you pass.
         task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; a number can be assigned during
