@@ -20,13 +20,13 @@ from keras_distill.execution import (
     warn_of_accumulation,
 )
 from keras_distill.files import ModelInFiles
+from keras_distill.first_labels import FirstLabels
 from keras_distill.metrics import LossParts, TeacherMetric
 from keras_distill.recording import Call
 from keras_distill.schedules import Schedule, first_value
 from keras_distill.step import DistillStep
 from keras_distill.students import (
     check_arguments,
-    check_first_labels,
     check_route,
     check_saved,
     check_student,
@@ -257,7 +257,7 @@ class DistillModel(ModelInFiles):
         check_stored_logits(self.terms, targets, data)
         for term in self.terms:
             term.expect_new_labels()
-        check_first_labels(self.student, self.terms, data, targets)
+        arguments["x"] = FirstLabels(self.student, self.terms).watched(data, targets)
         check_route(self.step.ensemble, data)
         before, self.fitting = self.fitting, True
         try:
@@ -272,7 +272,7 @@ class DistillModel(ModelInFiles):
     ) -> Any:
         """Like ``keras.Model.train_on_batch``; it follows schedules over steps and refuses all others."""
         check_class_weight(class_weight, y, x)
-        check_first_labels(self.student, self.terms, x, y)
+        FirstLabels(self.student, self.terms).watched(x, y)
         return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

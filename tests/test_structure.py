@@ -41,7 +41,7 @@ ROOMS = {
         ("ensemble",),
         ("building",),
         ("step",),
-        ("callbacks", "chains", "students", "untracked"),
+        ("callbacks", "chains", "first_labels", "students", "untracked"),
         ("execution", "learned_parts"),
         ("files",),
         ("model", "mutual", "live"),
