@@ -71,4 +71,4 @@ class ModelWithLearnedParts(ModelWithTeacher):
             owners = [term.name for term in self.step.terms if any(v is unknown[0] for v in term.trainable_variables)]
             expected = f"the optimizer to train the weights of term {owners[0]!r}"
             received = "an optimizer of an earlier training, in which the term had a weight of 0 and no teacher"
-            raise ValueError(checks.message(expected, received, "Call `compile` again, with a new optimizer."))
+            raise ValueError(checks.message(expected, received, "Make a new DistillModel of the student."))
