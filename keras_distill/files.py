@@ -73,8 +73,9 @@ class ModelInFiles(ModelWithLearnedParts):
     def get_compile_config(self) -> dict[str, Any] | None:
         """The arguments of ``compile``, and whether the optimizer has a state."""
         config: dict[str, Any] | None = super().get_compile_config()
-        built = self.optimizer is not None and self.optimizer.built
-        return None if config is None else {**config, "optimizer_built": built}
+        if config is None:  # a model that is not compiled has no optimizer
+            return None
+        return {**config, "optimizer_built": self.optimizer is not None and self.optimizer.built}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile a loaded model; its optimizer is built only if the file holds a state for it.
