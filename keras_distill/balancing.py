@@ -268,12 +268,12 @@ def _squares(gradients: Sequence[Any]) -> Any:
     return sum(ops.sum(ops.square(gradient)) for gradient in gradients if gradient is not None)
 
 
-def check_balanced(terms: Sequence[Any], moving: Any) -> None:
+def check_balanced(terms: Sequence[Any], averages: Sequence[Any]) -> None:
     """Raise if a weight is balanced where it cannot be measured.
 
     Args:
         terms: The terms of a model.
-        moving: The teacher, if it is a moving average of the student.
+        averages: The teachers that are moving averages of the student.
 
     Raises:
         ValueError: If so.
@@ -285,7 +285,7 @@ def check_balanced(terms: Sequence[Any], moving: Any) -> None:
         reason = None
         if keras.backend.backend() == "jax":
             reason = "on JAX, which cannot differentiate at inner tensors"
-        elif moving is not None:
+        elif averages:
             reason = "with an EMATeacher, since the student and its average are equal at first"
         if reason is not None:
             expected = f"the weight of term {term.name!r} to be a number or a schedule {reason}"

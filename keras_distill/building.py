@@ -22,6 +22,7 @@ class BuildsTerms:
         terms: The step's own terms.
         recorder: Records the student.
         ensemble: The teachers.
+        averages: The teachers that are moving averages of the student.
         behind: The layers behind the student's taps, by the key of the tap.
     """
 
@@ -29,17 +30,13 @@ class BuildsTerms:
     terms: list[DistillationTerm]
     recorder: Recorder
     ensemble: Ensemble
+    averages: list[EMATeacher]
     behind: dict[str, Any]
 
     @property
     def teachers(self) -> list[LiveTeacher]:
         """The teachers with their recorders."""
         return self.ensemble.live
-
-    @property
-    def moving(self) -> EMATeacher | None:
-        """The teacher, if it is a moving average of the student."""
-        return self.ensemble.moving
 
     def build(self, inputs: Any, teacher: Call | None = None) -> None:
         """Check the models against the terms, and make the adapters.
@@ -60,8 +57,8 @@ class BuildsTerms:
             self._build_terms(waiting, student, self.ensemble.probe(inputs))
         else:
             self._build_terms(waiting, student, [student if teacher is None else teacher])
-        if self.moving is not None:
-            self.moving.build()
+        for average in self.averages:
+            average.build()
 
     def build_from_models(self) -> None:
         """Build at once if student and teachers know their inputs, so that errors are raised by the constructor."""
@@ -80,8 +77,8 @@ class BuildsTerms:
                 if configs[term.name] is not None:
                     term.build_from_shapes(configs[term.name])
                 self._adopt(term)
-        if self.moving is not None:
-            self.moving.build()
+        for average in self.averages:
+            average.build()
 
     def _check_teacher(self) -> None:
         """Check that a new teacher fits the adapters, if both models know their inputs.

@@ -18,8 +18,6 @@ from keras_distill.targets import EpochData
 
 _PARAMETERS = ("weight", "temperature", "task_weight", "decay")
 
-_LOGGED = {"decay": "teacher_decay"}
-
 
 class _Following(keras.callbacks.Callback):
     """Base of callbacks that need the progress of the training."""
@@ -148,8 +146,10 @@ class DistillationScheduler(_Following):
         return float(getattr(self._owner, self.parameter))
 
     def _log_name(self) -> str:
-        if self.parameter in ("task_weight", "decay"):
-            return _LOGGED.get(self.parameter, self.parameter)
+        if self.parameter == "decay":
+            return next(f"{name}_decay" for name in self.model.step.named_averages())
+        if self.parameter == "task_weight":
+            return self.parameter
         return f"{self._owner.name}_{self.parameter}"
 
     def _find_owner(self) -> Any:
@@ -160,11 +160,13 @@ class DistillationScheduler(_Following):
             self._check_free(self.model.schedules)
             return self.model
         if self.parameter == "decay":
-            moving = self.model.step.moving
-            if moving is None:
-                raise ValueError(checks.message("an EMATeacher, whose `decay` is scheduled", "another teacher"))
-            self._check_free(moving.schedules)
-            return moving
+            averages = self.model.step.averages
+            if len(averages) != 1:
+                received = f"{len(averages)} of them" if averages else "another teacher"
+                remedy = "Pass each a schedule of its own, EMATeacher(decay=<schedule>)." if averages else ""
+                raise ValueError(checks.message("an EMATeacher, whose `decay` is scheduled", received, remedy))
+            self._check_free(averages[0].schedules)
+            return averages[0]
         fitting = [term for term in terms if self.term in (None, term.name) and hasattr(term, self.parameter)]
         if len(fitting) == 1:
             self._check_free(fitting[0].schedules)
@@ -264,11 +266,11 @@ def scheduled_settings(model: Any) -> list[tuple[str, Schedule, Callable[[float]
     Returns:
         For each setting its name in the logs, its schedule, and a function that sets it.
     """
-    moving = model.step.moving
-    owners = [model, model.step.ensemble.mix, *([] if moving is None else [moving])]
+    owners: list[tuple[str, Any]] = [("", model), ("", model.step.ensemble.mix)]
+    owners += [(f"{name}_", average) for name, average in model.step.named_averages().items()]
     own = [
-        (_LOGGED.get(name, name), schedule, functools.partial(owner.follow, name))
-        for owner in owners
+        (f"{prefix}{name}", schedule, functools.partial(owner.follow, name))
+        for prefix, owner in owners
         for name, schedule in owner.schedules.items()
     ]
     return own + [

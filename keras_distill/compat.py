@@ -1,7 +1,8 @@
 """All private names of Keras and TensorFlow that this package imports or calls, each with the reason.
 
 tests/keras/test_compat_keras.py tests each of them, so that it fails if a new version of Keras drops one. Two private
-methods of Keras are overridden where they belong: ``_symbolic_build`` in model.py, ``_set_monitor_op`` in callbacks.py.
+methods of Keras are overridden where they belong: ``_symbolic_build`` in learned_parts.py,
+``_set_monitor_op`` in callbacks.py.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ __all__ = [
     "set_keras_mask",
     "set_tensor_attr",
     "sublayers_of",
+    "unknown_variables",
     "unscale_loss_for_distribution",
     "untaped",
 ]
@@ -114,6 +116,15 @@ def iterations_counter(optimizer: Any) -> tuple[keras.Variable, int]:
     """The variable that counts the batches of an optimizer, and how many it accumulates for one step."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return optimizer._iterations, optimizer.gradient_accumulation_steps or 1
+
+
+def unknown_variables(optimizer: Any, variables: Sequence[keras.Variable]) -> list[keras.Variable]:
+    """The trainable variables that an optimizer does not know, and refuses to train; none of one that is not built."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if optimizer is None or not optimizer.built:
+        return []
+    known = optimizer._trainable_variables_indices
+    return [variable for variable in variables if optimizer._var_key(variable) not in known]
 
 
 def first_batch(batches: Any) -> Any:

@@ -61,17 +61,11 @@ class Ensemble:
         """The teachers."""
         return [live.model for live in self.live]
 
-    @property
-    def moving(self) -> EMATeacher | None:
-        """The teacher, if it is a moving average of the student."""
-        teacher = self.live[0].teacher if self.live else None
-        return teacher if isinstance(teacher, EMATeacher) else None
-
     def assign(self, teachers: Sequence[Any], terms: Sequence[DistillationTerm]) -> None:
         """Use other teachers from now on.
 
         Args:
-            teachers: Models, or one moving average of the student.
+            teachers: Models and moving averages of the student.
             terms: The terms that read them.
 
         Raises:
@@ -121,7 +115,7 @@ class Ensemble:
                 expected = "live teachers with `teacher_weights`, `mix` or `route`"
                 remedy = "Leave these arguments out."
                 raise ValueError(checks.message(expected, "the outputs of one teacher in `DistillTargets`", remedy))
-            if self.moving is not None:
+            if any(isinstance(live, AveragedTeacher) for live in self.live):
                 expected = "a live teacher, because the weights of an EMATeacher change"
                 raise ValueError(checks.message(expected, "`DistillTargets`", "Train on the labels alone."))
             stored.training = student.training

@@ -62,7 +62,7 @@ class StepFunction:
                 result = self.made[signature](*self._with_numbers(args))
         finally:
             step.working_names = parts.now = None
-        if self._training and step.moving is not None and not step.moving.followed:
+        if self._training and not all(average.followed for average in step.averages):
             expected = "the step to update the EMATeacher"
             remedy = "Call super().train_step(...), or self.step.update_teacher() after the optimizer's step."
             raise ValueError(checks.message(expected, f"a custom `train_step` of {type(model).__name__}", remedy))
@@ -147,19 +147,19 @@ def _create_variables(model: Any, args: tuple[Any, ...]) -> None:
 
 
 def position_of(model: Any) -> Any:
-    """The optimizer steps that a model has made so far, an integer scalar; None without an optimizer.
+    """The optimizer steps that a model has made so far, an integer scalar; None if no term measures its weight.
 
     Args:
         model: The DistillModel, in a step.
     """
-    if model.optimizer is None:
+    if model.optimizer is None or not any(term.measuring for term in model.terms):
         return None
     counter, accumulated = compat.iterations_counter(model.optimizer)
     return ops.cast(backends.value_of(counter), "int32") // accumulated
 
 
 def followed_by_average(model: Any, train: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Run a training step; then a teacher that is the average of the student follows, if the weights have changed.
+    """Run a training step; then the teachers that are averages of the student follow, if the weights have changed.
 
     Args:
         model: The DistillModel.
@@ -169,21 +169,21 @@ def followed_by_average(model: Any, train: Callable[..., Any], args: tuple[Any, 
     Returns:
         The result of the step; on JAX with the new averages in the state.
     """
-    moving = model.step.moving
-    if moving is None or model.optimizer is None:
+    follow = model.step.update_teacher
+    if not model.step.averages or model.optimizer is None:
         return train(*args)
     counter, accumulated = compat.iterations_counter(model.optimizer)
     if keras.backend.backend() != "jax":
         before = backends.value_of(counter)
         result = train(*args)
-        moving.update(backends.value_of(counter) // accumulated != before // accumulated)
+        follow(backends.value_of(counter) // accumulated != before // accumulated)
         return result
     place = [id(variable) for variable in model.optimizer.variables].index(id(counter))
     before = args[0][2][place]
     logs, (trainable, fixed, optimizer, metrics) = train(*args)
     variables = [*model.trainable_variables, *model.non_trainable_variables]
     with keras.StatelessScope(list(zip(variables, [*trainable, *fixed], strict=True))) as scope:
-        moving.update(optimizer[place] // accumulated != before // accumulated)
+        follow(optimizer[place] // accumulated != before // accumulated)
     fixed = [scope.get_current_value(variable) for variable in model.non_trainable_variables]
     return logs, (trainable, fixed, optimizer, metrics)
 

@@ -7,14 +7,15 @@ from typing import Any
 import keras
 
 from keras_distill import backends
+from keras_distill.learned_parts import ModelWithLearnedParts
 from keras_distill.metrics import LossParts
 from keras_distill.schedules import Schedule, deserialized, serialized
+from keras_distill.teachers import EMATeacher
 from keras_distill.terms import DistillationTerm
-from keras_distill.untracked import ModelWithTeacher
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class ModelInFiles(ModelWithTeacher):
+class ModelInFiles(ModelWithLearnedParts):
     """Base of :class:`keras_distill.DistillModel`: what its files hold."""
 
     student: keras.Model
@@ -29,13 +30,15 @@ class ModelInFiles(ModelWithTeacher):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON; they include the teacher only if ``save_teacher`` is True."""
         serialize, metrics = keras.saving.serialize_keras_object, self.loss_parts.teacher_metrics
-        in_file = (self.save_teacher and self.teacher is not None) or self.step.moving is not None
+        teachers = keras.tree.map_structure(
+            lambda each: serialize(each) if self.save_teacher or isinstance(each, EMATeacher) else None, self.teacher
+        )  # the models among several teachers leave gaps
         return {
             "name": self.name,
             "trainable": self.trainable,
             "dtype": serialize(self.dtype_policy),
             "student": serialize(self.student),
-            "teacher": serialize(self.teacher) if in_file else None,
+            "teacher": teachers if self.save_teacher or self.step.averages else None,
             "terms": [serialize(term) for term in self.terms],
             "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,
@@ -66,6 +69,25 @@ class ModelInFiles(ModelWithTeacher):
         """Make the adapters of a saved model."""
         self.step.build_from_config((config or {}).get("terms", {}))
         self.built = True
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """The arguments of ``compile``, and whether the optimizer has a state."""
+        config: dict[str, Any] | None = super().get_compile_config()
+        if not config or not self.compiled:  # there is no optimizer
+            return config
+        return {**config, "optimizer_built": self.optimizer is not None and self.optimizer.built}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile a loaded model; its optimizer is built only if the file holds a state for it.
+
+        Keras builds the optimizer of each built model, which then does not know the adapters that are made later.
+        """
+        config, built = dict(config), self.built
+        self.built = config.pop("optimizer_built", True) and built
+        try:
+            super().compile_from_config(config)
+        finally:
+            self.built = built
 
     def load_own_variables(self, store: Any) -> None:
         """Load this model's own variable, the task weight."""

@@ -20,13 +20,13 @@ from keras_distill.execution import (
     warn_of_accumulation,
 )
 from keras_distill.files import ModelInFiles
+from keras_distill.first_labels import FirstLabels
 from keras_distill.metrics import LossParts, TeacherMetric
 from keras_distill.recording import Call
 from keras_distill.schedules import Schedule, first_value
 from keras_distill.step import DistillStep
 from keras_distill.students import (
     check_arguments,
-    check_first_labels,
     check_route,
     check_saved,
     check_student,
@@ -64,9 +64,9 @@ class DistillModel(ModelInFiles):
 
     Args:
         student: The model to train.
-        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, a list of several, or an
-            :class:`EMATeacher`. None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can
-            be set later, ``model.teacher = teacher``, unless it is an EMATeacher.
+        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, an :class:`EMATeacher`, or a
+            list of several. None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can
+            be set later, ``model.teacher = teacher``; an EMATeacher stays where it is.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. The model makes copies, in ``model.terms``, that share
             their settings with the terms that you pass.
         task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; a number can be assigned during
@@ -257,7 +257,7 @@ class DistillModel(ModelInFiles):
         check_stored_logits(self.terms, targets, data)
         for term in self.terms:
             term.expect_new_labels()
-        check_first_labels(self.student, self.terms, data, targets)
+        arguments["x"] = FirstLabels(self.student, self.terms).watched(data, targets)
         check_route(self.step.ensemble, data)
         before, self.fitting = self.fitting, True
         try:
@@ -272,7 +272,7 @@ class DistillModel(ModelInFiles):
     ) -> Any:
         """Like ``keras.Model.train_on_batch``; it follows schedules over steps and refuses all others."""
         check_class_weight(class_weight, y, x)
-        check_first_labels(self.student, self.terms, x, y)
+        FirstLabels(self.student, self.terms).watched(x, y)
         return super().train_on_batch(x, y, sample_weight, class_weight, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -287,6 +287,8 @@ class DistillModel(ModelInFiles):
     def make_train_function(self, force: bool = False) -> Any:
         """Make the function of a training step, with one graph for each set of computed terms."""
         self.begin_average()
+        if keras.backend.backend() == "jax":  # elsewhere the first step does it, and may raise
+            self.build_optimizer()
         if force or self.train_function is None:
             leave_out_xla(self)
             warn_of_accumulation(self)
@@ -353,6 +355,8 @@ class DistillModel(ModelInFiles):
                 task_loss=None if self.distils_alone else task, position=position_of(self) if training else None,
             )  # fmt: skip
             total = total + losses.total
+            if training:
+                self.check_optimizer()
             parts |= {"distillation": losses.total, **losses.values}
             if losses.scores == [] and self.must_compare:
                 expected = "outputs that choose one class for `teacher_metrics`"
@@ -387,13 +391,3 @@ class DistillModel(ModelInFiles):
                 result = metric.result()
                 logs.update(result if isinstance(result, dict) else {metric.name: result})
         return logs
-
-    # Inside -------------------------------------------------------------------------------------------------------
-
-    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """As in Keras; on JAX it builds the terms first, because a step on JAX cannot create variables."""
-        if keras.backend.backend() == "jax" and not self.step.built:
-            data_batch = data_batch or compat.first_batch(iterator)
-            inputs, targets, _ = keras.utils.unpack_x_y_sample_weight(data_batch)
-            self.step.build(inputs, split_targets(targets)[1])
-        super()._symbolic_build(iterator, data_batch)

@@ -52,6 +52,7 @@ class DistillStep(BuildsTerms):
         states: The numbers and weights of these terms, and the weights of the teachers, as layers.
         recorder: Records the student.
         ensemble: The teachers.
+        averages: Those of them that are moving averages of the student.
         working_names: Names of the terms in the graph that is being traced or run, None outside of such graphs.
         behind: The layers behind the student's taps, by the key of the tap.
         version: Counts the teachers that were assigned: a graph of an earlier teacher must not be used again.
@@ -84,10 +85,13 @@ class DistillStep(BuildsTerms):
         self.student, self.teacher_dtype = student, checked_dtype(teacher_dtype)
         self.terms = [term.owned(student) for term in as_terms(terms)]
         combination = TeacherMix(teacher_weights, mix, route)
-        if isinstance(teacher, EMATeacher):
-            teacher = teacher.owned(student)
-        average = teacher.state if isinstance(teacher, EMATeacher) else None
-        states = [*(term.state for term in self.terms), combination.state, average]
+        teachers = [
+            each.owned(student, number) if isinstance(each, EMATeacher) else each
+            for number, each in enumerate(as_teachers(teacher, student))
+        ]
+        self.averages = [each for each in teachers if isinstance(each, EMATeacher)]
+        averages = (average.state for average in self.averages)
+        states = [*(term.state for term in self.terms), combination.state, *averages]
         self.states: list[NumbersState] = [state for state in states if state is not None]
         self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
         self.ensemble = Ensemble(self.recorder, self.teacher_dtype, teacher_inputs, combination)
@@ -95,22 +99,22 @@ class DistillStep(BuildsTerms):
         self.version = 0
         self._advanced = False
         self.behind: dict[str, Any] = {}
-        self._assign(as_teachers(teacher, student, moving=True))
-        check_balanced(self.terms, self.moving)
+        self._teachers: list[Any] = []
+        self._assign(teachers)
+        check_balanced(self.terms, self.averages)
         self.build_from_models()
 
     @property
     def teacher(self) -> Any:
-        """The teacher, a list of several teachers, or None. It can be replaced at any time by assignment."""
-        teachers = [live.teacher for live in self.ensemble.live]
-        return teachers if len(teachers) > 1 else next(iter(teachers), None)
+        """The teacher, a list of several teachers, or None. It can be replaced at any time by assignment.
+
+        In a list with an :class:`EMATeacher` a None stands for a model that is still to be set.
+        """
+        return list(self._teachers) if len(self._teachers) > 1 else next(iter(self._teachers), None)
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
-        if self.moving is not None:
-            expected = "`teacher` not to be assigned in the place of an EMATeacher, which files of the model hold"
-            raise ValueError(checks.message(expected, f"a {type(teacher).__name__}", "Make a new DistillModel."))
-        self._assign(as_teachers(teacher, self.student))
+        self._assign(as_teachers(teacher, self.student, self.averages))
 
     def update_teacher(self, stepped: Any = True) -> None:
         """Move an :class:`EMATeacher` towards the student: call it after each step of the optimizer in your own loop.
@@ -118,22 +122,35 @@ class DistillStep(BuildsTerms):
         Args:
             stepped: Whether the optimizer has changed the weights, a bool or a scalar tensor.
         """
-        if self.moving is not None:
-            self.moving.update(stepped)
+        for average in self.averages:
+            average.update(stepped)
+
+    def named_averages(self) -> dict[str, EMATeacher]:
+        """The moving averages by their names in the logs, ``"teacher"`` or, in a list, ``"teacher_<position>"``."""
+        several = len(self._teachers) > 1
+        return {
+            f"teacher_{number}" if several else "teacher": each
+            for number, each in enumerate(self._teachers)
+            if isinstance(each, EMATeacher)
+        }
 
     def _owners(self) -> list[Any]:
         """The objects whose settings may have schedules."""
-        return [*self.terms, self.ensemble.mix, *filter(None, [self.moving])]
+        return [*self.terms, self.ensemble.mix, *self.averages]
 
     def _assign(self, teachers: list[Any]) -> None:
-        before = [live.teacher for live in self.ensemble.live]
         self.version += 1
         try:
-            self.ensemble.assign(teachers, self.terms)
+            self._use(teachers)
             self._check_teacher()
         except BaseException:  # keep the teacher that fits
-            self.ensemble.assign(before, self.terms)
+            self._use(self._teachers)
             raise
+        self._teachers = teachers
+
+    def _use(self, teachers: list[Any]) -> None:
+        """Run these teachers from now on, or none as long as one of them is still to be set."""
+        self.ensemble.assign([] if None in teachers else teachers, self.terms)
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -297,18 +314,20 @@ class DistillStep(BuildsTerms):
         terms = self._working(training)
         dtype = keras.backend.result_type(keras.config.floatx(), "float32")  # TensorFlow adds no float32 to a float64
         zero = ops.zeros((), dtype)
-        if not terms:
+        if not terms and self.built:
             return StepLosses(zero, {})
         student, x = self._student_call(output, x, student, terms, training)
         reads_teacher = any(term.needs_teacher for term in terms)
         if teacher is None and reads_teacher and not self.teachers:
             remedy = "Pass teacher=..., set `model.teacher`, or train on DistillTargets(labels, teacher)."
-            raise ValueError(checks.message("a teacher to learn from", "teacher=None", remedy))
+            raise ValueError(checks.message("a teacher to learn from", f"teacher={self.teacher!r}", remedy))
         if x is not None:
             self.build(x, teacher)
-        elif not all(term.built for term in terms):  # the inputs are unknown
+        elif not self.built:  # the inputs are unknown
             waiting = [t for t in self.terms if not t.built and (teacher is not None or not t.needs_teacher)]
             self._build_terms(waiting, student, [student if teacher is None else teacher])
+        if not terms:  # those that rest have been built too, so that an optimizer knows their weights
+            return StepLosses(zero, {})
         answers = self.ensemble.answers(x, student, teacher) if reads_teacher else Answers([])
         total, values = zero, {}
         for term in terms:

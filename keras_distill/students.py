@@ -12,15 +12,11 @@ import numpy as np
 from keras_distill import checks
 from keras_distill.ensemble import Ensemble
 from keras_distill.recording import sublayers
-from keras_distill.recording.calls import image_size
 from keras_distill.step import DistillStep
-from keras_distill.targets import split_targets
 from keras_distill.teachers import EMATeacher
-from keras_distill.teachers.inputs import chosen_inputs
 from keras_distill.terms import DistillationTerm
 
 _OWN_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
-_FIRST_ROWS = 8
 _OF_KERAS_DISTILLATION = {
     "distillation_losses": "Pass `terms`, such as LogitsDistillation() and FeatureDistillation(layer, layer).",
     "distillation_loss": "Pass `terms`, such as LogitsDistillation() and FeatureDistillation(layer, layer).",
@@ -127,35 +123,6 @@ def check_term_names(terms: Sequence[DistillationTerm], student: keras.Model) ->
             raise ValueError(checks.message(expected, received, "Pass name=... to the term."))
 
 
-def check_first_labels(student: keras.Model, terms: Sequence[DistillationTerm], data: Any, targets: Any = None) -> None:
-    """Check the labels of language models and the boxes of the first batch: a graph does not know their values.
-
-    Args:
-        student: The student.
-        terms: The terms.
-        data: The ``x`` argument of ``fit``; the first batch of a generator is left alone.
-        targets: The ``y`` argument of ``fit``.
-
-    Raises:
-        ValueError: If the labels can be seen to be others than a term expects.
-    """
-    waiting = [term for term in terms if not term.labels_checked]
-    if not waiting:
-        return
-    if isinstance(data, keras.utils.PyDataset):
-        batch: Any = data[0]
-    elif hasattr(data, "element_spec") and hasattr(data, "take"):
-        batch = next(iter(data.take(1)), None)
-    else:
-        batch = (
-            keras.tree.map_structure(lambda part: part[:_FIRST_ROWS], (data, targets)) if targets is not None else ()
-        )
-    if isinstance(batch, tuple) and len(batch) > 1:
-        labels, _ = split_targets(batch[1])
-        for term in waiting:
-            term.check_labels(batch[0], labels, image_size(chosen_inputs(student, batch[0])))
-
-
 def check_route(ensemble: Ensemble, data: Any) -> None:
     """Check the teachers that a route names in arrays: under XLA a step cannot raise an error.
 
@@ -171,10 +138,6 @@ def check_route(ensemble: Ensemble, data: Any) -> None:
     )
     if ensemble.mix.route is not None and ensemble.live and arrays:
         ensemble.mix.teacher_of(data, len(ensemble.live), None)
-
-
-def _first_rows(part: Any) -> Any:
-    return part[:_FIRST_ROWS] if hasattr(part, "shape") else part
 
 
 def warn_of_augmentation(student: keras.Model) -> None:

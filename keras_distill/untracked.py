@@ -59,7 +59,7 @@ class ModelWithTeacher(keras.Model):
         Raises:
             ValueError: If the model does not have exactly one teacher, or it is an :class:`EMATeacher`.
         """
-        if self.step.moving is not None:
+        if self.step.averages:
             expected = "a teacher that does not change, for stored outputs"
             raise ValueError(checks.message(expected, f"{self.teacher!r}", "Train with the live teacher."))
         if len(self.step.teachers) != 1:
@@ -81,9 +81,9 @@ class ModelWithTeacher(keras.Model):
         return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
 
     def begin_average(self) -> None:
-        """Let an :class:`EMATeacher` that had no update yet begin with the student's present weights."""
-        if self.step.moving is not None:
-            self.step.moving.begin()
+        """Let each :class:`EMATeacher` that had no update yet begin with the student's present weights."""
+        for average in self.step.averages:
+            average.begin()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """On torch, where Keras calls it in each step: clear the gradients of all weights.

@@ -24,17 +24,16 @@ class AverageState(NumbersState):
 
     Args:
         teacher: The owner.
+        number: Its position among several teachers.
 
     Attributes:
-        averages: Pairs of a variable of the student and its average; empty until the student is built.
         updates: Number of updates so far.
     """
 
-    def __init__(self, teacher: EMATeacher) -> None:
+    def __init__(self, teacher: EMATeacher, number: int = 0) -> None:
         self.teacher = teacher
-        super().__init__({"decay": teacher.decay}, name="average")
+        super().__init__({"decay": teacher.decay}, name=f"average_{number}" if number else "average")
         self.updates = self._variable("updates", (), "int32", "zeros", "only_first_replica")
-        self.averages: list[tuple[keras.Variable, keras.Variable]] = []
 
     def current(self) -> Mapping[str, float]:
         """The decay."""
@@ -44,11 +43,14 @@ class AverageState(NumbersState):
         """Accept the decay of a file."""
         self.teacher.follow("decay", numbers["decay"])
 
-    def make(self, student: keras.Model) -> None:
+    def made(self, student: keras.Model) -> list[tuple[keras.Variable, keras.Variable]]:
         """Make the averages, with the student's values.
 
         Args:
             student: The student, built.
+
+        Returns:
+            Pairs of a variable of the student and its average.
         """
         pairs = []
         for index, variable in enumerate(student.weights):
@@ -60,7 +62,7 @@ class AverageState(NumbersState):
             value = backends.value_of(variable)
             first = _Value(value)
             pairs.append((variable, self._variable(f"average_{index}", variable.shape, dtype, first, aggregation)))
-        self.averages = pairs
+        return pairs
 
     def _variable(self, name: str, shape: Any, dtype: str, initializer: Any, aggregation: str) -> keras.Variable:
         if not keras.backend.is_float_dtype(dtype) and aggregation == "mean":
@@ -90,6 +92,7 @@ class EMATeacher:
     It follows each step of the optimizer, with gradient accumulation only the steps in which weights change. Statistics
     such as those of batch normalisation are averaged too, integers are copied. The average begins as a copy of the
     student when the training begins; it is kept in float32 or better, and saved with the model, not with the student.
+    It may be one of several teachers, ``[EMATeacher(0.99), model]``.
 
     Args:
         decay: Share of the old average, from 0 to 1, a number or a schedule.
@@ -120,6 +123,8 @@ class EMATeacher:
     _begun = False
 
     def __init__(self, decay: float | Schedule = 0.999) -> None:
+        # not in an attribute of the state, where Keras would count the student's variables as the state's own
+        self._pairs: list[tuple[keras.Variable, keras.Variable]] = []
         self.schedules: dict[str, Schedule] = {}
         self._decay = first_value("decay", decay, _check_decay, self.schedules)
 
@@ -148,11 +153,12 @@ class EMATeacher:
         if self.state is not None and self.state.numbers_written["decay"] != self._decay:
             self.state.sync()
 
-    def owned(self, student: keras.Model) -> EMATeacher:
+    def owned(self, student: keras.Model, number: int = 0) -> EMATeacher:
         """A copy for one student.
 
         Args:
             student: The student.
+            number: Its position among several teachers.
 
         Returns:
             The copy.
@@ -167,14 +173,14 @@ class EMATeacher:
                 raise ValueError(checks.message(expected, f"the {kind} {path!r}"))
         copy = EMATeacher(self._decay)
         copy.schedules, copy.student = dict(self.schedules), student
-        copy.state = AverageState(copy)
+        copy.state = AverageState(copy, number)
         copy.build()
         return copy
 
     def build(self) -> None:
         """Make the averages, if the student is built."""
-        if self.state is not None and self.student is not None and self.student.built and not self.state.averages:
-            self.state.make(self.student)
+        if self.state is not None and self.student is not None and self.student.built and not self._pairs:
+            self._pairs = self.state.made(self.student)
 
     def begin(self) -> None:
         """Copy the student's weights before the first update: they may have been loaded after the teacher was made.
@@ -195,14 +201,14 @@ class EMATeacher:
         Raises:
             ValueError: If the student has got other weights since.
         """
-        state, student = self.state, self.student
-        if state is None or student is None:
+        student = self.student
+        if student is None:
             raise ValueError(checks.message("an EMATeacher of a model", "one that no model owns", "Use model.teacher."))
-        if state.averages and [id(weight) for weight in student.weights] != [id(own) for own, _ in state.averages]:
+        if self._pairs and [id(weight) for weight in student.weights] != [id(own) for own, _ in self._pairs]:
             expected = "the student to have the weights that it had when the EMATeacher was made"
             remedy = "Change the student first, then make the DistillModel."
             raise ValueError(checks.message(expected, f"{len(student.weights)} weights, some of them new", remedy))
-        return state.averages
+        return self._pairs
 
     def update(self, stepped: Any = True) -> None:
         """Move the averages towards the student.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,48 +12,59 @@ from keras_distill import checks
 from keras_distill.teachers.average import EMATeacher
 
 
-def as_teachers(teacher: Any, student: keras.Model, *, moving: bool = False) -> list[Any]:
+def as_teachers(teacher: Any, student: keras.Model, averages: Sequence[EMATeacher] | None = None) -> list[Any]:
     """Check the teachers and put them into a list.
 
     Args:
-        teacher: A model, several, or None.
+        teacher: A model, several, or None; beside an :class:`EMATeacher` a None stands for a model that is set later.
         student: The student, which cannot be its own teacher.
-        moving: Whether the teacher may be an :class:`EMATeacher`.
+        averages: Moving averages of the student that must be among the teachers, and no others; None allows any.
 
     Returns:
-        The models; an empty list for None.
+        The teachers; an empty list for None.
 
     Raises:
         TypeError: If an entry is not a Keras model.
-        ValueError: If the list is empty, or the teacher is the student.
+        ValueError: If the list is empty, the teacher is the student, or the averages are others.
     """
-    if teacher is None:
+    if teacher is None and not averages:
         return []
     several = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
     if not several:
         raise ValueError(
             checks.message("`teacher` to be a model, or a list of at least one", "teacher=[]", "Pass None.")
         )
-    averages = [model for model in several if isinstance(model, EMATeacher)]
-    if averages and (len(several) > 1 or not moving):
-        place = "beside other teachers" if len(several) > 1 else "here"
-        expected = "an EMATeacher to be the only teacher, passed to DistillModel or DistillStep when it is made"
-        raise ValueError(checks.message(expected, f"{averages[0]!r} {place}"))
-    for model in () if averages else several:
-        if not isinstance(model, keras.Model):
-            remedy = ""
-            if isinstance(model, str):
-                remedy = "Load a file with keras.models.load_model."
-            elif isinstance(model, keras.layers.Layer):
-                remedy = "Wrap the layer: keras.Sequential([layer])."
-            elif callable(model):
-                remedy = "Wrap a function of arrays: CallableTeacher(function, output_shape=(10,))."
-            expected = "`teacher` to be a keras.Model or None"
-            raise TypeError(checks.message(expected, f"a {type(model).__name__}", remedy))
-        if model is student:
-            remedy = "Pass a model of its own, such as a copy made by keras.models.clone_model."
-            raise ValueError(checks.message("`teacher` to be another model than `student`", "the same model", remedy))
+    moving = [model for model in several if isinstance(model, EMATeacher)]
+    if averages is not None and list(map(id, moving)) != list(map(id, averages)):
+        expected = "an EMATeacher to be passed to DistillModel or DistillStep when it is made, and to stay its teacher"
+        remedy = "Keep it in the list: model.teacher = [model.teacher[0], network]." if averages else ""
+        raise ValueError(checks.message(expected, f"{len(averages)} of them before and teacher={teacher!r}", remedy))
+    for model in several:
+        if not isinstance(model, EMATeacher) and not (model is None and moving):
+            _check_model(model, student)
     return several
+
+
+def _check_model(model: Any, student: keras.Model) -> None:
+    """Check that a teacher is a model, and not the student.
+
+    Raises:
+        TypeError: If it is not a model.
+        ValueError: If it is the student.
+    """
+    if model is student:
+        remedy = "Pass a model of its own, such as a copy made by keras.models.clone_model."
+        raise ValueError(checks.message("`teacher` to be another model than `student`", "the same model", remedy))
+    if not isinstance(model, keras.Model):
+        remedy = ""
+        if isinstance(model, str):
+            remedy = "Load a file with keras.models.load_model."
+        elif isinstance(model, keras.layers.Layer):
+            remedy = "Wrap the layer: keras.Sequential([layer])."
+        elif callable(model):
+            remedy = "Wrap a function of arrays: CallableTeacher(function, output_shape=(10,))."
+        expected = "`teacher` to be a keras.Model or None"
+        raise TypeError(checks.message(expected, f"a {type(model).__name__}", remedy))
 
 
 def checked_dtype(dtype: Any) -> str | None:

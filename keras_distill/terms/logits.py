@@ -20,6 +20,7 @@ from keras_distill.losses import (
 )
 from keras_distill.recording import Call, select
 from keras_distill.schedules import Weight
+from keras_distill.terms.counting import MaskPlace, check_counting, counted_positions, without_ignored
 from keras_distill.terms.loss_term import LossTerm
 from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import row_weights, weigh, zeroed
@@ -68,6 +69,11 @@ class LogitsDistillation(LossTerm):
             temperature 4.
         weight: Factor of the term in the total loss, a number or a schedule.
         output: Which of a model's outputs, an index or a key; ``None`` adds the losses of all outputs.
+        mask: Where the inputs keep the mask of the positions that count: a key, an index, or a function of the inputs.
+            Shape ``(N,)``, ``(N, L)`` or ``(N, H, W)``; a position of a smaller map counts if at least half of its
+            pixels do.
+        ignore_index: Positions with this label do not count, such as void pixels; None reads no labels. The labels may
+            have more pixels than the logits.
         use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files.
         **kwargs: Further settings of :class:`DistillationTerm`.
@@ -77,8 +83,8 @@ class LogitsDistillation(LossTerm):
 
     Raises:
         TypeError: If ``loss`` cannot be called, is a class, or has parameters of its own.
-        ValueError: If ``weight`` is negative. When a model is built with the term: if the loss expects logits and a
-            model returns probabilities, or the other way round.
+        ValueError: If ``weight`` is negative, or the loss cannot leave out positions. When a model is built with the
+            term: if the loss expects logits and a model returns probabilities, or the other way round.
 
     Example:
         >>> term = LogitsDistillation(SoftTargetLoss(temperature=1.0), weight=0.5)
@@ -97,6 +103,8 @@ class LogitsDistillation(LossTerm):
         *,
         weight: Weight = 1.0,
         output: int | str | None = None,
+        mask: MaskPlace | None = None,
+        ignore_index: int | None = None,
         use_sample_weight: bool = True,
         name: str = "logits",
         **kwargs: Any,
@@ -110,7 +118,9 @@ class LogitsDistillation(LossTerm):
             expected = "`loss` to have no parameters of its own"
             remedy = "Use it in a FeatureDistillation, between the models' last layers for instance."
             raise TypeError(checks.message(expected, f"a {type(loss).__name__}", remedy))
-        self.output_key = output
+        check_counting(mask, ignore_index, chosen)
+        self.output_key, self.mask, self.ignore_index = output, mask, ignore_index
+        self.needs_labels = self.requires.needs_labels or ignore_index is not None
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
@@ -129,7 +139,8 @@ class LogitsDistillation(LossTerm):
         for (student_logits, teacher_logits, weights), known in zip(
             pairs, self._labels_of(labels, len(pairs)), strict=True
         ):
-            masks = [student.mask_of(student_logits), teacher.mask_of(teacher_logits)]
+            counted = self._counted(student, known, student_logits)
+            masks = [student.mask_of(student_logits), teacher.mask_of(teacher_logits), counted]
             if isinstance(teacher_logits, TopK):
                 self._check_merging(teacher_logits)  # again, because the term may have been built with a teacher model
                 temperature = getattr(loss, "temperature", 1.0)
@@ -140,8 +151,8 @@ class LogitsDistillation(LossTerm):
                 loss,
                 student_logits,
                 teacher_logits,
-                labels=known,
-                needs_labels=self.needs_labels,
+                labels=known if self.ignore_index is None else without_ignored(known, self.ignore_index),
+                needs_labels=self.requires.needs_labels,
                 masks=masks,
                 sample_weight=weights,
             )
@@ -170,14 +181,16 @@ class LogitsDistillation(LossTerm):
         binary, from_logits = isinstance(self.loss, BinarySoftTargetLoss), getattr(self.loss, "from_logits", True)
         weights = sample_weight if self.use_sample_weight else None
         scores = []
-        for own, other, weight in paired_outputs(student, teacher, self.output_key, weights):
+        pairs = paired_outputs(student, teacher, self.output_key, weights)
+        for (own, other, weight), known in zip(pairs, self._labels_of(labels, len(pairs)), strict=True):
             shape = tuple(own.shape)
             single = len(shape) < 2 or shape[-1] == 1
             # several sigmoids do not choose one class; a single score means a class only with the binary loss
             fits = isinstance(other, TopK) or not checks.shapes_differ(shape, tuple(other.shape))
             if single != binary or not fits:
                 continue
-            rows = row_weights(own, [student.mask_of(own), teacher.mask_of(other)], weight)
+            masks = [student.mask_of(own), teacher.mask_of(other), self._counted(student, known, own)]
+            rows = row_weights(own, masks, weight)
             if isinstance(other, TopK):
                 scores.append(Scores(own, other, rows))
                 continue
@@ -192,7 +205,13 @@ class LogitsDistillation(LossTerm):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
         loss = keras.saving.serialize_keras_object(self.loss)
-        return {**super().get_config(), "loss": loss, "output": self.output_key}
+        mask = keras.saving.serialize_keras_object(self.mask) if callable(self.mask) else self.mask
+        counted = {"mask": mask, "ignore_index": self.ignore_index}
+        return {**super().get_config(), "loss": loss, "output": self.output_key, **counted}
+
+    def _counted(self, student: Call, labels: Any, logits: Any) -> Any:
+        """The positions of an output that count, None for all."""
+        return counted_positions(self.mask, self.ignore_index, student.inputs, labels, logits)
 
     def _labels_of(self, labels: Any, count: int) -> list[Any]:
         """The labels of each output: nested labels belong to the outputs one by one, a single tensor to all of them."""
@@ -202,7 +221,7 @@ class LogitsDistillation(LossTerm):
             return [select(labels, self.output_key, "the labels")]
         several: list[Any] = keras.tree.flatten(labels)
         if len(several) != count:
-            expected = f"labels for each of the {count} outputs, since {type(self.loss).__name__} needs them"
+            expected = f"labels for each of the {count} outputs, since term {self.name!r} needs them"
             raise ValueError(checks.message(expected, f"{len(several)}", "Pass output=<the output that has labels>."))
         return several
 

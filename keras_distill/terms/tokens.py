@@ -114,6 +114,7 @@ class SequenceDistillation(LogitsDistillation):
             checks.integer("vocabulary", vocabulary)
             checks.positive("vocabulary", vocabulary)
         self.normalize, self.vocabulary = normalize, vocabulary
+        self.mask, self.ignore_index = mask, int(ignore_index)
         self.tokens = TokenPositions(shift=shift, ignore_index=int(ignore_index), mask=mask)
         self._kinds: tuple[str, ...] = ()
         self.aligned = False

@@ -169,7 +169,7 @@ def test_k25_numbers_that_changed_are_those_in_the_config(tmp_path: Path) -> Non
 def test_k25_no_setting_of_a_term_is_lost() -> None:
     """K25: every parameter of a constructor, at a value that is not its default."""
     settings: dict[str, Any] = {"weight": 0.7, "use_sample_weight": False, "name": "custom"}
-    logits = {**settings, "loss": LogitMSELoss(), "output": 1}
+    logits = {**settings, "loss": LogitMSELoss(), "output": 1, "mask": "mask", "ignore_index": 255}
     feature = {**settings, "student_layer": "a", "teacher_layer": "b", "loss": "l1", "adapter": None}
     feature |= {"boxes": "boxes"}
     for kind, arguments in ((LogitsDistillation, logits), (FeatureDistillation, feature)):

@@ -80,6 +80,75 @@ def test_boxes_are_looked_at_in_each_training() -> None:
         model.fit(IMAGES, {**TARGETS, "boxes": BOXES / 16}, verbose=0)
 
 
+EMPTY = {**TARGETS, "boxes": np.full_like(BOXES, -1)}
+SHARES = {**TARGETS, "boxes": BOXES / 16}
+
+
+class Batches(keras.utils.PyDataset):
+    """A batch without any boxes, then one with wrong boxes."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return IMAGES, (EMPTY, SHARES)[index]
+
+
+def together(first: Any, second: Any) -> Any:
+    return keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *first, second)
+
+
+LATER = {
+    "generator": lambda: ((IMAGES, targets) for targets in (EMPTY, SHARES)),
+    "first of a generator": lambda: ((IMAGES, targets) for targets in (SHARES,)),
+    "data set": Batches,
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_wrong_boxes_of_later_batches_are_refused_too(kind: str) -> None:
+    """TensorFlow wraps an error in the making of batches, and keeps its words."""
+    with pytest.raises(Exception, match=r"left, top, right and bottom in pixels of the student's input"):
+        detector(jit_compile=False).fit(LATER[kind](), shuffle=False, verbose=0)
+
+
+def test_wrong_boxes_behind_rows_without_any_are_refused_before_the_first_step() -> None:
+    x, y = together([(IMAGES, EMPTY)] * 3, (IMAGES, SHARES))
+
+    with pytest.raises(ValueError, match=r"Received: shares of the image's size"):
+        detector(jit_compile=True).fit(x, y, verbose=0)
+
+
+@pytest.mark.tensorflow
+def test_wrong_boxes_of_a_later_batch_of_a_data_set_are_refused_before_the_first_step() -> None:
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices(together([(IMAGES, EMPTY)], (IMAGES, SHARES))).batch(2)
+
+    with pytest.raises(ValueError, match=r"Received: shares of the image's size"):
+        detector(jit_compile=True).fit(data, verbose=0)
+
+
+def test_a_data_set_that_is_looked_at_trains_like_the_same_arrays() -> None:
+    class Right(Batches):
+        seen = 0
+
+        def __getitem__(self, index: int) -> Any:
+            return IMAGES, (EMPTY, TARGETS)[index]
+
+        def on_epoch_end(self) -> None:
+            self.seen += 1
+
+    data, arrays = Right(), together([(IMAGES, EMPTY)], (IMAGES, TARGETS))
+    models = [detector(jit_compile=False) for _ in range(2)]
+    models[0].fit(data, epochs=2, shuffle=False, verbose=0)
+    models[1].fit(*arrays, batch_size=len(IMAGES), epochs=2, shuffle=False, verbose=0)
+
+    for own, other in zip(models[0].get_weights(), models[1].get_weights(), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-6)
+    assert data.seen >= 2
+
+
 @pytest.mark.tensorflow
 def test_wrong_boxes_of_a_data_set_are_refused_too() -> None:
     import tensorflow as tf
