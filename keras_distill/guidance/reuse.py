@@ -76,5 +76,5 @@ def _state_of(model: keras.Model) -> list[Any]:
 def _changes_itself(model: DistillModel) -> bool:
     """Whether a training changes more of a model than its variables."""
     step = model.step
-    follows = step.moving is not None or bool(scheduled_settings(model))
+    follows = bool(step.averages) or bool(scheduled_settings(model))
     return follows or any(term.measuring for term in step.terms)
