@@ -166,7 +166,7 @@ def test_the_head_of_a_moving_average_has_the_averaged_weights() -> None:
     student, average = net(3, 1), net(3, 2)
     step = DistillStep(student, EMATeacher(0.5), CrossHeadDistillation(INTO_HEAD, FROM_HEAD, "mse"))
     before = [as_double(weight) for weight in student.get_weights()]
-    step.moving.begin()
+    step.averages[0].begin()
     random = np.random.default_rng(0)
     student.set_weights([weight + random.normal(size=weight.shape) for weight in student.get_weights()])
     step.update_teacher()
