@@ -49,7 +49,7 @@ def fit(model: Any, feature: Feature, targets: Any, *, first: int = 0, last: int
 def again(model: Any, other: Any) -> Any:
     """Give another model the teacher, which files do not hold; the average of the student is in the file."""
     other.held = model.held
-    if model.teacher is not None and model.step.moving is None:
+    if model.teacher is not None and not model.step.averages:
         other.teacher = model.teacher
     return other
 
