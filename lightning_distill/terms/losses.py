@@ -108,7 +108,7 @@ def counted_positions(call: Call, mask: Mask | None, ignore_index: int | None, l
         A bool tensor, or ``None`` if all positions count.
 
     Raises:
-        ValueError: If the batch has no mask at that place.
+        ValueError: If the batch has no mask at that place, or it does not fit the labels.
     """
     counted: Tensor | None = None
     if mask is not None:
@@ -120,6 +120,12 @@ def counted_positions(call: Call, mask: Mask | None, ignore_index: int | None, l
         counted = find_mask(call.batch, mask).bool()
     if ignore_index is not None and labels is not None:
         kept = labels != ignore_index
+        sizes = zip(kept.shape, kept.shape if counted is None else counted.shape, strict=False)
+        if counted is not None and (counted.ndim != kept.ndim or any(other not in (size, 1) for size, other in sizes)):
+            raise ValueError(
+                f"Expected mask={mask!r} to have the shape of the labels where ignore_index is given,"
+                f" {tuple(kept.shape)}, but got {tuple(counted.shape)}. Resize it to the labels."
+            )
         counted = kept if counted is None else counted & kept
     return counted
 

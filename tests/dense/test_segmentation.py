@@ -57,6 +57,20 @@ def test_void_pixels_do_not_count_in_the_divergence_of_the_logits() -> None:
     close(total, kl(student(images), teacher(images))[masks != VOID].mean())
 
 
+def test_a_mask_counts_beside_the_void_pixels_and_must_have_their_size() -> None:
+    student, teacher = Net(3, 0), Net(4, 1)
+    columns = torch.arange(16) < 8
+
+    total = value(LogitsDistillation(mask=lambda batch: columns.expand(2, 1, 16), ignore_index=VOID), student, teacher)
+
+    close(total, kl(student(images), teacher(images))[(masks != VOID) & columns].mean())
+    for mask in (torch.ones(2, 4, 4), torch.ones(16)):
+        with pytest.raises(
+            ValueError, match=r"to have the shape of the labels where ignore_index is given, \(2, 16, 16\)"
+        ):
+            value(LogitsDistillation(mask=lambda batch, mask=mask: mask, ignore_index=VOID), student, teacher)
+
+
 def test_a_teacher_with_larger_logits_is_averaged_down() -> None:
     teacher = Net(4, 1)
 
