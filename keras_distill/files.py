@@ -73,8 +73,8 @@ class ModelInFiles(ModelWithLearnedParts):
     def get_compile_config(self) -> dict[str, Any] | None:
         """The arguments of ``compile``, and whether the optimizer has a state."""
         config: dict[str, Any] | None = super().get_compile_config()
-        if not config or not self.compiled:  # there is no optimizer
-            return config
+        if not config or not self.compiled:
+            return config  # a model that is not compiled has no optimizer
         return {**config, "optimizer_built": self.optimizer is not None and self.optimizer.built}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ class ModelWithLearnedParts(ModelWithTeacher):
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """As in Keras; but the terms are built first, and the optimizer is left unbuilt as long as they are."""
-        built_before = self.step.built
+        built_before = self.step.built  # the lines below may build it
         if built_before:
             super()._symbolic_build(iterator, data_batch)
             return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 
 
 def mlp(width: int = 8, *, name: str = "student", dropout: float = 0.0) -> keras.Model:
@@ -27,6 +29,33 @@ def table(examples: int = 16, seed: int = 0) -> tuple[Any, Any]:
 def cross_entropy() -> keras.losses.Loss:
     """The task loss of the models above."""
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+class _Interrupt(keras.callbacks.Callback):
+    """Stops a training as a user does, before the third epoch."""
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+def with_and_without_interruption(
+    make: Callable[[], keras.Model], folder: Path, *data: Any, **fit: Any
+) -> tuple[keras.Model, keras.Model]:
+    """A model after 4 epochs, and one that went on from the backup of another, which was stopped after 2.
+
+    Args:
+        make: Makes a compiled model, always the same.
+        folder: For the backup.
+        data: Inputs and labels.
+        fit: Further arguments of ``fit``.
+    """
+    whole, first, second = make(), make(), make()
+    whole.fit(*data, epochs=4, **fit)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(*data, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(folder), _Interrupt()], **fit)
+    second.fit(*data, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(folder)], **fit)
+    return whole, second
 
 
 def assert_same_weights(first: keras.Model, second: keras.Model, tolerance: float = 1e-4) -> None:

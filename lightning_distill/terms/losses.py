@@ -120,14 +120,18 @@ def counted_positions(call: Call, mask: Mask | None, ignore_index: int | None, l
         counted = find_mask(call.batch, mask).bool()
     if ignore_index is not None and labels is not None:
         kept = labels != ignore_index
-        sizes = zip(kept.shape, kept.shape if counted is None else counted.shape, strict=False)
-        if counted is not None and (counted.ndim != kept.ndim or any(other not in (size, 1) for size, other in sizes)):
+        if counted is not None and not _fits(counted.shape, kept.shape):
             raise ValueError(
                 f"Expected mask={mask!r} to have the shape of the labels where ignore_index is given,"
                 f" {tuple(kept.shape)}, but got {tuple(counted.shape)}. Resize it to the labels."
             )
         counted = kept if counted is None else counted & kept
     return counted
+
+
+def _fits(mask: torch.Size, labels: torch.Size) -> bool:
+    """Whether a mask has the labels' shape, or a 1 in the place of a size."""
+    return len(mask) == len(labels) and all(size in (1, other) for size, other in zip(mask, labels, strict=True))
 
 
 def check_held(held: Tensor | None, mask: Tensor | None, term: str, once: bool = False) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from keras_nets import assert_same_weights, cross_entropy, kl64, mlp, numpy_of, table
+from keras_nets import (
+    assert_same_weights,
+    cross_entropy,
+    kl64,
+    mlp,
+    numpy_of,
+    table,
+    with_and_without_interruption,
+)
 
 from keras_distill import (
     DistillationScheduler,
@@ -131,17 +139,8 @@ def test_a_resumed_training_continues_bit_for_bit(resumed: Callable[..., Any], t
 
 
 def test_an_interrupted_training_continues_from_its_backup(tmp_path: Path) -> None:
-    class Interrupt(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            if epoch == 2:
-                raise KeyboardInterrupt
-
-    whole, first, second = distilled(), distilled(), distilled()
-    whole.fit(X, Y, epochs=4, **FIT)
-    with pytest.raises(KeyboardInterrupt):
-        first.fit(X, Y, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path), Interrupt()], **FIT)
-    second.fit(X, Y, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path)], **FIT)
-    for own, expected in zip(averages(second), averages(whole), strict=True):
+    whole, resumed = with_and_without_interruption(distilled, tmp_path, X, Y, **FIT)
+    for own, expected in zip(averages(resumed), averages(whole), strict=True):
         np.testing.assert_array_equal(own, expected)
 
 

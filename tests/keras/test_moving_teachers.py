@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from keras_nets import cross_entropy, kl64, mlp, numpy_of, table
+from keras_nets import cross_entropy, kl64, mlp, numpy_of, table, with_and_without_interruption
 
 from keras_distill import (
     CallableTeacher,
@@ -192,12 +192,6 @@ def test_a_saved_average_continues_bit_for_bit(resumed: Callable[..., Any], tmp_
         np.testing.assert_array_equal(own, expected)
 
 
-class Interrupt(keras.callbacks.Callback):
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if epoch == 2:
-            raise KeyboardInterrupt
-
-
 def test_an_interrupted_training_continues_from_its_backup(tmp_path: Path) -> None:
     def plain() -> DistillModel:
         keras.utils.set_random_seed(1)
@@ -205,12 +199,8 @@ def test_an_interrupted_training_continues_from_its_backup(tmp_path: Path) -> No
         model.compile(keras.optimizers.Adam(0.05), cross_entropy(), run_eagerly=True)
         return model
 
-    whole, first, second = plain(), plain(), plain()
-    whole.fit(X, Y, epochs=4, **FIT)
-    with pytest.raises(KeyboardInterrupt):
-        first.fit(X, Y, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path), Interrupt()], **FIT)
-    second.fit(X, Y, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path)], **FIT)
-    for own, expected in zip(averages(second), averages(whole), strict=True):
+    whole, resumed = with_and_without_interruption(plain, tmp_path, X, Y, **FIT)
+    for own, expected in zip(averages(resumed), averages(whole), strict=True):
         np.testing.assert_array_equal(own, expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ from keras_distill import (
     ReviewDistillation,
     SolutionFlowLoss,
     Tap,
+    TeacherCache,
 )
 
 ALL = Tap("neck", output="*")
@@ -127,6 +129,25 @@ def test_wrong_boxes_of_a_later_batch_of_a_data_set_are_refused_before_the_first
 
     with pytest.raises(ValueError, match=r"Received: shares of the image's size"):
         detector(jit_compile=True).fit(data, verbose=0)
+
+
+def test_boxes_of_a_cached_data_set_are_looked_at_behind_a_batch_without_any(tmp_path: Path) -> None:
+    def maps(channels: int) -> keras.Model:
+        inputs = keras.Input(IMAGES.shape[1:])
+        return keras.Model(inputs, keras.layers.Conv2D(channels, 3, strides=4, name="maps")(inputs))
+
+    images = np.concatenate([IMAGES, IMAGES])
+    cache = TeacherCache.build(maps(5), images, tmp_path, layers=["maps"], progress=False)
+    for boxes in (BOXES, BOXES / 16):
+        model = DistillModel(maps(3), None, FeatureDistillation("maps", "maps", boxes="boxes"), task_weight=0.0)
+        model.compile("sgd", jit_compile=False)
+        data = cache.attach((images, {"boxes": np.concatenate([-np.ones_like(BOXES), boxes])}), batch_size=len(IMAGES))
+        if boxes is BOXES:
+            model.fit(data, epochs=2, verbose=0)
+            continue
+        with pytest.raises(Exception, match=r"left, top, right and bottom in pixels of the student's input"):
+            model.fit(data, verbose=0)
+        assert data.epoch == 0
 
 
 def test_a_data_set_that_is_looked_at_trains_like_the_same_arrays() -> None:
