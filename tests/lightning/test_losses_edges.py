@@ -349,3 +349,17 @@ def test_a_class_dimension_the_logits_lack_raises(shape: tuple[int, ...], class_
 def test_a_value_that_is_not_a_floating_point_tensor_raises(teacher: object, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         SoftTargetLoss()(torch.ones(2, 3), teacher)
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    ["soft_target_kl", "soft_cross_entropy", "reverse_kl", "generalized_jsd", "skew_kl", "total_variation"],
+)
+def test_a_batch_without_rows_has_no_values(divergence: str) -> None:
+    student = torch.zeros(0, 5, requires_grad=True)
+
+    values = getattr(functional, divergence)(student, torch.zeros(0, 5), temperature=1.0)
+    values.sum().backward()
+
+    assert values.shape == (0,)
+    assert student.grad.shape == (0, 5)
