@@ -351,14 +351,14 @@ def test_a_value_that_is_not_a_floating_point_tensor_raises(teacher: object, wor
         SoftTargetLoss()(torch.ones(2, 3), teacher)
 
 
-@pytest.mark.parametrize(
-    "divergence",
-    ["soft_target_kl", "soft_cross_entropy", "reverse_kl", "generalized_jsd", "skew_kl", "total_variation"],
-)
+KINDS = ["soft_target_kl", "soft_cross_entropy", "reverse_kl", "generalized_jsd", "skew_kl", "total_variation"]
+
+
+@pytest.mark.parametrize("divergence", KINDS)
 def test_a_batch_without_rows_has_no_values(divergence: str) -> None:
     student = torch.zeros(0, 5, requires_grad=True)
 
-    values = getattr(functional, divergence)(student, torch.zeros(0, 5), temperature=1.0)
+    values = getattr(functional, divergence)(student, torch.zeros(0, 5))
     values.sum().backward()
 
     assert values.shape == (0,)
