@@ -316,7 +316,7 @@ def alpha_beta_divergence(
     log_student, log_teacher = (
         F.log_softmax(softened(logits, temperature, counts, dim), dim=dim) for logits in (student, teacher)
     )
-    terms, _ = alpha_beta_terms(log_student, log_teacher, alpha=alpha, beta=beta)
+    terms = alpha_beta_terms(log_student, log_teacher, alpha=alpha, beta=beta)
     return reduced(terms.sum(dim=dim), counts, reduction)
 
 

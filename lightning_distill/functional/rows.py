@@ -289,14 +289,18 @@ def _alpha_beta(x: Tensor, y: Tensor, *, alpha: float, beta: float) -> Tensor:
     # The divisor is 0 if a, b or a + b is: these cases are D's limits (Cichocki, Cruces and Amari 2011). h is the
     # same, but for a = 0, where its limit is q^b log(q / p).
     log_q, log_p = (scores.sub_(scores.exp().sum(-1, keepdim=True).log_()) for scores in (x, y))
-    terms, h = alpha_beta_terms(log_q, log_p, alpha=alpha, beta=beta)
-    divergence = terms.sum(-1, keepdim=True)
+    powers = _powers(log_q, log_p, alpha, beta)
+    divergence = _alpha_beta_terms(powers, alpha, beta).sum(-1, keepdim=True)
+    if abs(alpha) < _CLOSE_TO_ZERO:
+        h = powers.q.mul_(powers.log_q - powers.log_p)
+    else:
+        h = powers.q.sub_(powers.mixed).div_(alpha)
     _through_softmax(log_q.exp_(), h)
     return divergence
 
 
-def alpha_beta_terms(log_q: Tensor, log_p: Tensor, *, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
-    """The terms of the alpha-beta divergence, whose sum over the classes it is, and ``q`` times their derivative.
+def alpha_beta_terms(log_q: Tensor, log_p: Tensor, *, alpha: float, beta: float) -> Tensor:
+    """The terms of the alpha-beta divergence, whose sum over the classes it is; autograd can differentiate them.
 
     Args:
         log_q: The student's log-probabilities, finite, any shape.
@@ -305,26 +309,52 @@ def alpha_beta_terms(log_q: Tensor, log_p: Tensor, *, alpha: float, beta: float)
         beta: Exponent of the student's probabilities.
 
     Returns:
-        The terms, which autograd can differentiate, and ``q dD/dq`` up to a constant times ``q``; same shape.
+        The terms, same shape.
     """
+    return _alpha_beta_terms(_powers(log_q, log_p, alpha, beta), alpha, beta)
+
+
+class _Powers(NamedTuple):
+    """Log-probabilities and the powers of the alpha-beta divergence.
+
+    Attributes:
+        log_q: The student's log-probabilities.
+        log_p: The teacher's.
+        q: ``q^(alpha + beta)``.
+        p: ``p^(alpha + beta)``.
+        mixed: ``p^alpha q^beta``.
+    """
+
+    log_q: Tensor
+    log_p: Tensor
+    q: Tensor
+    p: Tensor
+    mixed: Tensor
+
+
+def _powers(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> _Powers:
+    if min(alpha, beta) >= _CLOSE_TO_ZERO:  # no power is greater than 1, and no limit squares a logarithm
+        q, p = ((alpha + beta) * log_q).exp(), ((alpha + beta) * log_p).exp()
+        return _Powers(log_q, log_p, q, p, (alpha * log_p).add(log_q, alpha=beta).exp())
     log_q, log_p = log_q.clamp(min=_LEAST_LOG), log_p.clamp(min=_LEAST_LOG)
+    exponents = (alpha + beta) * log_q, (alpha + beta) * log_p, alpha * log_p + beta * log_q
+    return _Powers(log_q, log_p, *(exponent.clamp(max=_LARGEST_LOG).exp() for exponent in exponents))
+
+
+def _alpha_beta_terms(powers: _Powers, alpha: float, beta: float) -> Tensor:
+    log_q, log_p, q, p, mixed = powers
     no_alpha, no_beta, no_total = (abs(exponent) < _CLOSE_TO_ZERO for exponent in (alpha, beta, alpha + beta))
-    apart = log_q - log_p
-    q_power, p_power, mixed = (
-        power.clamp(max=_LARGEST_LOG).exp()
-        for power in ((alpha + beta) * log_q, (alpha + beta) * log_p, alpha * log_p + beta * log_q)
-    )
     if no_alpha and no_beta:
-        return 0.5 * apart.square(), apart
+        return 0.5 * (log_q - log_p).square()
     if no_alpha:  # [q^b log(q^b / p^b) - q^b + p^b] / b^2
-        h = q_power * apart
-        return (beta * h - q_power + p_power) / beta**2, h
-    h = (q_power - mixed) / alpha
+        return (beta * q * (log_q - log_p) - q + p) / beta**2
     if no_beta:  # [p^a log(p^a / q^a) - p^a + q^a] / a^2
-        return (q_power - p_power - alpha * apart * p_power) / alpha**2, h
+        return (q - p - alpha * p * (log_q - log_p)) / alpha**2
     if no_total:  # [log(q^a / p^a) + (p / q)^a - 1] / a^2
-        return (alpha * apart + mixed - 1) / alpha**2, h
-    return (alpha * p_power + beta * q_power - (alpha + beta) * mixed) / (alpha * beta * (alpha + beta)), h
+        return (alpha * (log_q - log_p) + mixed - 1) / alpha**2
+    # In one sum of three addends and without a quotient, which would take a pass over all classes each.
+    weighted = torch.add(p / beta, q, alpha=1 / alpha).div_(alpha + beta)
+    return torch.sub(weighted, mixed, alpha=1 / (alpha * beta))
 
 
 def _softmax(scores: Tensor) -> Tensor:
