@@ -20,16 +20,16 @@ _STATIONS: Final = 6  # columns of the table
 def curves(material: Material) -> Section:
     """The section on the course of the training."""
     results, numbers = material.results, material.numbers
-    name, title = "curves", "Curves"
-    means = {method: mean_curve(results.finished(method), results.metric) for method in results.methods}
+    name, title, metric = "curves", "Curves", clipped(results.curve_metric)
+    means = {method: mean_curve(results.finished(method), results.curve_metric) for method in results.methods}
     means = {method: points for method, points in means.items() if points}
     if not means:
-        reason = f"No finished run has recorded {clipped(results.metric)} during the training."
+        reason = f"No finished run has recorded {metric} during the training."
         return Section(name, title, absent=reason)
-    teacher = results.teacher_value()
+    teacher = results.teacher_value(results.curve_metric)
     values = [value for points in means.values() for _, several in points for value in several]
     y_axis = Axis.of([*values, teacher])
-    panels = [_panel(material, method, means, y_axis) for method in means]
+    panels = [_panel(material, method, means, y_axis, teacher) for method in means]
     legend = [("own", "the method: mean of the seeds; band: least to greatest")]
     legend += [("base", ALONE)] if ALONE in means else []
     legend += [("teacher", "teacher")] if math.isfinite(teacher) else []
@@ -43,10 +43,10 @@ def curves(material: Material) -> Section:
         *(f"{100 * station // (_STATIONS - 1)} %" for station in range(1, _STATIONS - 1)),
         "end",
     )
-    table = Table(f"Mean {clipped(results.metric)} along each training", columns, rows, folded="Show the numbers")
+    table = Table(f"Mean {metric} along each training", columns, rows, folded="Show the numbers")
     unit = ", in percent" if numbers.percent else ""
     lead = (
-        f"{clipped(results.metric)}{unit} by epoch, each panel to the end of its training. A curve that still rises at"
+        f"{metric}{unit} by epoch, each panel to the end of its training. A curve that still rises at"
         " its end asks for a longer training."
     )
     return Section(name, title, lead, (Panels("", panels, legend), table))
@@ -57,8 +57,9 @@ def _panel(
     method: str,
     means: Mapping[str, _Points],
     y_axis: Axis,
+    teacher: float,
 ) -> Panel:
-    frame, numbers, teacher = Frame(), material.numbers, material.results.teacher_value()
+    frame, numbers = Frame(), material.numbers
 
     points = means[method]
     x_axis = Axis.of((place for place, _ in points), count=4, margin=0)
@@ -74,9 +75,9 @@ def _panel(
         lines.insert(0, (path([(0, y_axis.share(teacher)), (1, y_axis.share(teacher))], frame), "teacher"))
     bands = [(area(line(points, max), line(points, min), frame), "own")] if len(points[0][1]) > 1 else []
     last, seeds = points[-1], len(points[0][1])
-    reached = numbers.value(statistics.fmean(last[1]))
+    begun, reached = (numbers.value(statistics.fmean(point[1])) for point in (points[0], last))
     label = (
-        f"{clipped(method)}: {clipped(material.results.metric)} from {numbers.value(statistics.fmean(points[0][1]))} at"
+        f"{clipped(method)}: {clipped(material.results.curve_metric)} from {begun} at"
         f" epoch {points[0][0]:g} to {reached} at epoch {last[0]:g}, mean of {plural(seeds, 'seed')}"
     )
     return Panel(

@@ -196,7 +196,9 @@ def _ratio(numerator: Any, denominator: Any) -> float:
 
 def _still_rising(results: Results, method: str | None) -> float:
     """Share of the improvement of the mean curve that came in its last fifth."""
-    points = [statistics.fmean(values) for _, values in mean_curve(results.finished(method or ""), results.metric)]
+    points = [
+        statistics.fmean(values) for _, values in mean_curve(results.finished(method or ""), results.curve_metric)
+    ]
     if len(points) < 5:
         return math.nan
     sign = 1 if results.higher_is_better else -1

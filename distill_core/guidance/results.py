@@ -58,6 +58,17 @@ class Results:
         return str(self.comparison["metric"])
 
     @property
+    def curve_metric(self) -> str:
+        """Name of the metric whose curves are shown: that of the comparison, or its twin on the validation set.
+
+        Runs are tested once, after the training, so that a metric such as ``test_accuracy`` has no curve of its own.
+        """
+        recorded = {name for run in self.runs for point in run.curve for name in point}
+        rest = self.metric.removeprefix("test")
+        twins = [f"{prefix}{rest}" for prefix in ("val", "valid", "validation")] if rest != self.metric else []
+        return next((name for name in (self.metric, *twins) if name in recorded), self.metric)
+
+    @property
     def higher_is_better(self) -> bool:
         """Whether a greater metric is better."""
         return bool(self.comparison["mode"] == "max")
@@ -103,9 +114,14 @@ class Results:
             EqualCompute(ratio, str(equal.get("method")), int(seed), int(steps)) if known else None,
         )
 
-    def teacher_value(self) -> float:
-        """The teacher's deciding metric; NaN if it is not known."""
-        return number(_mapping(_mapping(self.comparison.get("teacher")).get("metrics")).get(self.metric))
+    def teacher_value(self, metric: str | None = None) -> float:
+        """A metric of the teacher; NaN if it is not known.
+
+        Args:
+            metric: Name of the metric; None for the deciding metric.
+        """
+        metrics = _mapping(_mapping(self.comparison.get("teacher")).get("metrics"))
+        return number(metrics.get(self.metric if metric is None else metric))
 
     def predictions(self, name: Any) -> Predictions:
         """Read a file of predictions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,19 @@ def test_curves_are_described_in_words(tmp_path: Path) -> None:
     named = [element.attributes["aria-label"] for element in page.all("svg") if "role" in element.attributes]
     labels = [" ".join(name.split()) for name in named]
     assert "a: val_acc from 45.0 % at epoch 0 to 89.9 % at epoch 9, mean of 2 seeds" in labels
+
+
+def test_a_test_metric_is_shown_by_the_curves_of_the_validation_set(tmp_path: Path) -> None:
+    """Runs are tested once, so that the deciding metric has no curve; the teacher's line is that of the curves."""
+    teacher = {"metrics": {"test_acc": 0.99, "val_acc": 0.95}}
+    write_comparison(tmp_path, comparison((ALONE, "a"), 2, metric="test_acc", mode="max", teacher=teacher))
+    runs = [run(m, s, None, metrics={"test_acc": v}) for m, v in ((ALONE, 0.8), ("a", 0.9)) for s in range(2)]
+    write_runs(tmp_path, runs)
+    assert all("val_acc" in point for run in runs for point in run["curve"])
+    words = report(tmp_path).words("curves")
+    assert words.startswith("Curves val_acc, in percent by epoch")
+    assert gather(tmp_path).results.teacher_value("val_acc") == 0.95
+    assert math.isfinite(facts_of(gather(tmp_path)).still_rising)
 
 
 def test_calibration_classes_and_confusion_by_hand(tmp_path: Path) -> None:
