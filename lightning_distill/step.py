@@ -25,6 +25,7 @@ from lightning_distill.terms import DistillationTerm, LogitsDistillation, connec
 from lightning_distill.terms.counting import TokenShare, over_calls
 from lightning_distill.terms.mixing import TeacherMix
 from lightning_distill.terms.skipped_heads import SkippedHeads, check_not_compiled
+from lightning_distill.totals import summed
 
 Pair = tuple[Tensor, Tensor, Tensor | None]
 Labels = str | int | Callable[[Any], Tensor] | None
@@ -196,12 +197,11 @@ class DistillStep:
         if self.own_text:
             return distillation
         self.parts["task_loss"] = task_loss.detach()
-        weight = self.settings.task_weight
-        # if all weights are 0 the task loss stays, because a total without a graph could not be differentiated
-        if weight == 0 and distillation.requires_grad:
-            return distillation
-        # a product is an operation forward and one backward
-        return (task_loss if weight == 1 else weight * task_loss) + distillation
+        return summed(task_loss, self.settings.task_weight, distillation)
+
+    def forget(self) -> None:
+        """Forget the results of the last step; those of this one may be fewer."""
+        self.parts, self.counted, self.unlogged = {}, {}, None
 
     def rest(self, task_loss: Any) -> None:
         """Store the parts of a step in which every term has weight 0 and the task loss is the total.
@@ -234,7 +234,7 @@ class DistillStep:
     def _loss(self, batch: Any, step_calls: StepCalls, task_loss: Tensor | None) -> Tensor:
         active = [term for term in self.terms if term.active]
         calls = step_calls.of(self.student.find())
-        self.parts, self.counted, self.unlogged = {}, {}, None
+        self.forget()
         rest = self._anchor(calls)
         if not active:
             if calls:

@@ -140,8 +140,8 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return named
 
 
-def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
-    """Name of a parameter that the student trains and the teacher has too, or ``None``.
+def check_shares_nothing(student: nn.Module, source: TeacherSource, further_remedy: str = "") -> None:
+    """Raise if the teacher has a parameter that the student trains.
 
     A teacher that is a part of the student's module (``self.teacher``) does not count as the student's, and frozen
     parameters may be shared.
@@ -149,6 +149,10 @@ def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
     Args:
         student: The student, or the module that contains it.
         source: The teacher.
+        further_remedy: A sentence for the message.
+
+    Raises:
+        ValueError: If so.
     """
     own = modules_of_student(student, source.modules())
     trained = {id(p) for module in own for p in module.parameters(recurse=False) if p.requires_grad}
@@ -157,5 +161,7 @@ def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
     for network in source.modules():
         for name, parameter in network.named_parameters():
             if id(parameter) in trained:
-                return name
-    return None
+                raise ValueError(
+                    f"Expected `teacher` to share no parameter with the student, but both train {name!r}. Pass"
+                    f" copy.deepcopy(teacher), or freeze the shared parameters.{further_remedy}"
+                )
