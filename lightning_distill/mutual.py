@@ -90,6 +90,7 @@ class MutualLearning(LightningModule):
             terms = SoftTargetLoss(temperature=1.0)
         self._terms, self._task_weight = [terms], task_weight  # in a list: a term is a module
         self._distillers: list[Distiller] = []
+        self._validated = False  # whether there was a validation in this epoch
         self._new_distillers()  # which checks the settings
 
     def _new_distillers(self) -> list[Distiller]:
@@ -148,20 +149,36 @@ class MutualLearning(LightningModule):
             optimizer.step()
 
     def on_train_epoch_end(self) -> None:
-        """Steps the learning rate schedulers."""
+        """Steps the learning rate schedulers; a ``ReduceLROnPlateau`` after a validation alone.
+
+        Raises:
+            MisconfigurationException: If it would never step.
+        """
         schedulers: Any = self.lr_schedulers() or []
         for index, scheduler in enumerate(schedulers if isinstance(schedulers, list) else [schedulers]):
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(self.trainer.callback_metrics[f"student_{index}/val_loss"])
-            else:
+            if not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
+            elif self._validated:
+                scheduler.step(self.trainer.callback_metrics[f"student_{index}/val_loss"])
+            elif not self.trainer.enable_validation:
+                raise MisconfigurationException(
+                    "Expected data to validate on with a ReduceLROnPlateau, which reads `val_loss`, but got none. Pass"
+                    " them to fit, or another lr_scheduler."
+                )
+        self._validated = False
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs the loss of each student on the labels, and their mean."""
         inputs, labels = split_batch(batch, self.labels)
         losses = [self._task_loss(call_with(student, inputs), labels) for student in self.students]
         values = {f"student_{index}/val_loss": loss for index, loss in enumerate(losses)}
-        self.log_dict({**values, "val_loss": torch.stack(losses).mean()}, batch_size=len(labels))
+        values["val_loss"] = torch.stack(losses).mean()
+        # over all processes, which lower their learning rates by it
+        self.log_dict(values, batch_size=len(labels), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Notes that the losses are new."""
+        self._validated = not self.trainer.sanity_checking
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[Any]:
         """The output of each student."""
