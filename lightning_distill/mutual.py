@@ -22,6 +22,7 @@ from lightning_distill.recording import Call, Tap, map_tensors
 from lightning_distill.recording.batches import call_with, inputs_in, split_batch
 from lightning_distill.recording.outputs import obvious
 from lightning_distill.schedules import Balanced, Schedule
+from lightning_distill.teachers.hold import memory_of
 from lightning_distill.teachers.without_network import WithoutNetwork
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -233,12 +234,13 @@ class _Peers(WithoutNetwork):
 def _checked(students: Sequence[nn.Module]) -> Sequence[nn.Module]:
     if len(students) < 2:
         raise ValueError(f"Expected `students` to be two or more networks, but got {len(students)}.")
-    owners: dict[int, int] = {}
+    owners: dict[Any, int] = {}
     for index, student in enumerate(students):
         for name, parameter in student.named_parameters():
-            if owners.setdefault(id(parameter), index) != index:
+            owner = owners.setdefault(memory_of(parameter), index)
+            if owner != index:
                 raise ValueError(
-                    f"Expected `students` to share no parameters, but students {owners[id(parameter)]} and {index} both"
+                    f"Expected `students` to share no parameters, but students {owner} and {index} both"
                     f" have {name!r}. Pass copy.deepcopy(student), with weights of its own."
                 )
     return students
