@@ -159,11 +159,12 @@ class DistillStep:
 
     @contextmanager
     def _skipping(self, recording: AbstractContextManager[None], term: Any, batch: Any) -> Iterator[None]:
-        if self._heads is None:
+        head = self.student.layer(term.student_head)
+        if self._heads is None or self._heads.student_head is not head:  # the user may put another in its place
             check_not_compiled(self.student.root, term.student_head)
             self._heads = SkippedHeads(
                 term,
-                self.student.layer(term.student_head),
+                head,
                 cast(LiveTeachers, self.source).layer(term.teacher_head),
                 open_call=self._open_call,
                 answer=self.answers,
