@@ -28,6 +28,8 @@ def find_layer(root: nn.Module, layer: str) -> nn.Module | None:
     """The module of that dotted path below ``root``, seen through DDP, compile and Fabric wrappers, or ``None``."""
     try:
         return root.get_submodule(layer)
+    except RuntimeError:  # a program of TorchScript has modules that call no hooks
+        return root if not layer else None
     except AttributeError:
         inner = compat.unwrapped(root)
         return None if inner is None else find_layer(inner, layer)
@@ -226,6 +228,11 @@ class Recorder:
             ValueError: With the closest names.
         """
         for argument, tap in terms:
+            if self.find(tap.layer) is None and isinstance(self.root, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"Expected the {self.who} to be a module with layers, since `{argument}` names {tap.layer!r}, but"
+                    " got a program of TorchScript, whose layers cannot be read. Pass the module that it was made of."
+                )
             if self.find(tap.layer) is None:
                 names = [name for name, _ in self.root.named_modules() if name]
                 raise ValueError(

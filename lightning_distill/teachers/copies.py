@@ -28,7 +28,7 @@ def independent_copy(network: nn.Module) -> nn.Module:
         ValueError: If a function in it belongs to the network, or it cannot be copied.
     """
     try:
-        with torch.inference_mode(False):  # copies may be updated later, outside it
+        with torch.inference_mode(False), torch.no_grad():  # copies may be updated later, outside it
             copied = copy.deepcopy(network)
     except Exception as error:
         raise ValueError(

@@ -163,7 +163,9 @@ class AverageSource(FixedTeacher):
         student = _plain(self._student.root) if self._student is not None else nn.Module()
         _check_student(student)
         network = independent_copy(student)
-        network.eval().requires_grad_(False)
+        network.eval()
+        for parameter in network.parameters():  # `requires_grad_` of the module is not there in TorchScript
+            parameter.requires_grad_(False)
         if self._saved:
             _restore(network, self._saved)
             self._saved, self._begun = {}, True

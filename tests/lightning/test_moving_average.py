@@ -127,6 +127,18 @@ def test_the_average_of_a_student_with_another_forward_has_its_own_weights(chang
         torch.testing.assert_close(network(batches()[0]), other(batches()[0]))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+def test_the_average_of_a_program_of_torchscript_has_its_own_weights() -> None:
+    parameters = []
+    for student in (Mlp(5), torch.jit.script(Mlp(5))):
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+        with Distiller(student, EMATeacher(0.75)) as distiller:
+            distiller.follow(optimizer)
+            trained(distiller, student, optimizer, batches())
+        parameters.append([*student.parameters(), *distiller.teacher.network.parameters()])
+    torch.testing.assert_close(parameters[1], parameters[0])
+
+
 def enclosing_forward(network: Mlp) -> str:
     forward = network.forward
     network.forward = lambda x: 2 * forward(x)
