@@ -16,6 +16,7 @@ from lightning_distill import checks, compat
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.hparams import Teacher, Terms, log_hyperparameters, settings_of
 from lightning_distill.mailbox import Mailbox
+from lightning_distill.neighbours import check_together
 from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
@@ -42,7 +43,8 @@ class DistillCallback(Callback):
     ``<name>/val_distillation_loss`` and ``<name>/val_<term>_loss``; if ``validation_step`` returns its loss, also
     ``<name>/val_loss`` and ``<name>/val_task_loss``; if a term compares class scores, also
     ``<name>/val_teacher_agreement``, the share of examples for which both networks choose the same class.
-    ``ModelCheckpoint`` and ``EarlyStopping`` can monitor all of them. A ``ModelCheckpoint`` with such a key in its
+    ``ModelCheckpoint`` and ``EarlyStopping`` can monitor all of them, and a value that is monitored is logged in every
+    step. A ``ModelCheckpoint`` with such a key in its
     ``filename`` needs ``auto_insert_metric_name=False``, since the slash would make a folder. At the start of a fit the
     loggers get the settings as hyper-parameters: ``<name>/teacher``, ``<name>/task_weight``, ``<name>/<term>/weight``,
     ``<name>/<term>/loss``, ``<name>/<term>/temperature`` and so on.
@@ -57,7 +59,8 @@ class DistillCallback(Callback):
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
             else the one child that the step calls and that has the tapped layers. A list of paths names networks that
             are called one after the other, as in ``self.head(self.backbone(x))``, and together are the student.
-        task_weight: Factor of the module's own loss, 0 or greater, or a schedule. At 0 the loss is left out, and
+        task_weight: Factor of the module's own loss, 0 or greater, or a schedule; with several callbacks, the product
+            of their factors. At 0 the loss is left out, and
             ``training_step`` may return ``None`` after it has called the student, as without labels. Under DDP,
             parameters that only this loss uses then need ``find_unused_parameters``.
         labels: The place of the labels in a batch: a key, an index, or a function of the batch. ``None`` is the second
@@ -331,18 +334,8 @@ class DistillCallback(Callback):
             )
 
     def _check_names(self, trainer: Trainer) -> None:
-        callbacks = [other for other in getattr(trainer, "callbacks", []) if isinstance(other, DistillCallback)]
-        alike = sum(other.name == self.name for other in callbacks)
-        if alike > 1:
-            raise MisconfigurationException(
-                f"Expected `name` to be distinct for each DistillCallback of a Trainer, but got name={self.name!r}"
-                f" {alike} times. Pass name=... to all but one."
-            )
-        if len(callbacks) > 1 and any(other.on_policy is not None for other in callbacks):
-            raise MisconfigurationException(
-                f"Expected one DistillCallback where on_policy is given, since each would change the batch of the"
-                f" other, but got {len(callbacks)}. Give one callback all the terms."
-            )
+        callbacks = getattr(trainer, "callbacks", [])
+        check_together([other for other in callbacks if isinstance(other, DistillCallback)], self.name)
 
     def _check_free(self, trainer: Trainer) -> None:
         if self._run is not None and self._run.trainer is not trainer and self._run.trainer.state.status == "running":

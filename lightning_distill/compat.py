@@ -107,6 +107,14 @@ def is_compiled(module: nn.Module) -> bool:
     return in_place or hasattr(module, "_orig_mod") or getattr(module, "_compiler_ctx", None) is not None
 
 
+def is_compiled_method(function: Any, method: Callable[..., Any]) -> bool:
+    """Whether a function is what torch.compile has made of a method of an object."""
+    inner = getattr(function, "_torchdynamo_orig_callable", None)
+    if getattr(inner, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":  # around methods of torch
+        inner = getattr(inner, "__wrapped__", None)
+    return inner is not None and getattr(inner, "__func__", inner) is method
+
+
 def unwrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper of DDP, torch.compile or Fabric; ``None`` if it is not such a wrapper."""
     inside = [module._modules.get(name) for name in ("module", "_orig_mod", "_forward_module")]

@@ -23,7 +23,7 @@ from lightning_distill.step import DistillStep, Labels
 from lightning_distill.step_calls import StepCalls
 from lightning_distill.teachers import as_dtype, as_teacher
 from lightning_distill.teachers.inputs import Place
-from lightning_distill.teachers.make import as_source, shared_parameter
+from lightning_distill.teachers.make import as_source, check_shares_nothing
 from lightning_distill.teachers.route import Place as Route
 from lightning_distill.terms import LogitsDistillation, as_terms, teacher_inputs_of
 from lightning_distill.terms.counting import LoopWindow
@@ -119,11 +119,7 @@ class Distiller:
             batches = OnPolicyBatches(on_policy, self._step.student, self.terms, labels, processes.process_number())
             batches.check(self._step.source.stored, teacher_inputs)
             self._texts = LoopTexts(batches)
-        if (shared := shared_parameter(student, self._step.source)) is not None:
-            raise ValueError(
-                f"Expected `teacher` to share no parameter with the student, but both train {shared!r}. Pass"
-                " copy.deepcopy(teacher), or freeze the shared parameters."
-            )
+        check_shares_nothing(student, self._step.source)
 
     def _new_step(self) -> DistillStep:
         taps = [tap for term in self.terms for tap in term.teacher_taps]

@@ -201,7 +201,8 @@ class DistillModule(LightningModule):
         # your own task loss may need the whole output of a network without obvious logits
         logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else obvious(output)
         loss = self.task_loss(logits, labels)
-        self.log(name, loss, prog_bar=True, batch_size=len(labels))
+        # in validation over all processes, which stop and lower their learning rates by it
+        self.log(name, loss, prog_bar=True, batch_size=len(labels), sync_dist=name != "train_loss")
         return loss
 
 

@@ -22,6 +22,7 @@ from lightning_distill.recording import Call, Tap, map_tensors
 from lightning_distill.recording.batches import call_with, inputs_in, split_batch
 from lightning_distill.recording.outputs import obvious
 from lightning_distill.schedules import Balanced, Schedule
+from lightning_distill.teachers.hold import memory_of
 from lightning_distill.teachers.without_network import WithoutNetwork
 
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -90,6 +91,7 @@ class MutualLearning(LightningModule):
             terms = SoftTargetLoss(temperature=1.0)
         self._terms, self._task_weight = [terms], task_weight  # in a list: a term is a module
         self._distillers: list[Distiller] = []
+        self._validated = False  # whether there was a validation in this epoch
         self._new_distillers()  # which checks the settings
 
     def _new_distillers(self) -> list[Distiller]:
@@ -148,20 +150,36 @@ class MutualLearning(LightningModule):
             optimizer.step()
 
     def on_train_epoch_end(self) -> None:
-        """Steps the learning rate schedulers."""
+        """Steps the learning rate schedulers; a ``ReduceLROnPlateau`` after a validation alone.
+
+        Raises:
+            MisconfigurationException: If it would never step.
+        """
         schedulers: Any = self.lr_schedulers() or []
         for index, scheduler in enumerate(schedulers if isinstance(schedulers, list) else [schedulers]):
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(self.trainer.callback_metrics[f"student_{index}/val_loss"])
-            else:
+            if not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
+            elif self._validated:
+                scheduler.step(self.trainer.callback_metrics[f"student_{index}/val_loss"])
+            elif not self.trainer.enable_validation:
+                raise MisconfigurationException(
+                    "Expected data to validate on with a ReduceLROnPlateau, which reads `val_loss`, but got none. Pass"
+                    " them to fit, or another lr_scheduler."
+                )
+        self._validated = False
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs the loss of each student on the labels, and their mean."""
         inputs, labels = split_batch(batch, self.labels)
         losses = [self._task_loss(call_with(student, inputs), labels) for student in self.students]
         values = {f"student_{index}/val_loss": loss for index, loss in enumerate(losses)}
-        self.log_dict({**values, "val_loss": torch.stack(losses).mean()}, batch_size=len(labels))
+        values["val_loss"] = torch.stack(losses).mean()
+        # over all processes, which lower their learning rates by it
+        self.log_dict(values, batch_size=len(labels), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Notes that the losses are new."""
+        self._validated = not self.trainer.sanity_checking
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[Any]:
         """The output of each student."""
@@ -216,12 +234,13 @@ class _Peers(WithoutNetwork):
 def _checked(students: Sequence[nn.Module]) -> Sequence[nn.Module]:
     if len(students) < 2:
         raise ValueError(f"Expected `students` to be two or more networks, but got {len(students)}.")
-    owners: dict[int, int] = {}
+    owners: dict[Any, int] = {}
     for index, student in enumerate(students):
         for name, parameter in student.named_parameters():
-            if owners.setdefault(id(parameter), index) != index:
+            owner = owners.setdefault(memory_of(parameter), index)
+            if owner != index:
                 raise ValueError(
-                    f"Expected `students` to share no parameters, but students {owners[id(parameter)]} and {index} both"
+                    f"Expected `students` to share no parameters, but students {owner} and {index} both"
                     f" have {name!r}. Pass copy.deepcopy(student), with weights of its own."
                 )
     return students

@@ -21,6 +21,7 @@ from lightning_distill.cache.teacher import Stored
 from lightning_distill.cache.training import CachedLoaders
 from lightning_distill.hparams import Settings
 from lightning_distill.measures import Means, Validation
+from lightning_distill.neighbours import monitored_names
 from lightning_distill.patch import MethodPatch, patch_step
 from lightning_distill.progress import fraction_done
 from lightning_distill.recording.batches import kept
@@ -29,10 +30,11 @@ from lightning_distill.schedules import Progress
 from lightning_distill.step import DistillStep
 from lightning_distill.step_calls import StepCalls
 from lightning_distill.teachers import EMATeacher, members
-from lightning_distill.teachers.make import as_source, shared_parameter
+from lightning_distill.teachers.make import as_source, check_shares_nothing
 from lightning_distill.terms import connected, teacher_inputs_of
 from lightning_distill.terms.counting import token_sizes
 from lightning_distill.texts import TrainerTexts
+from lightning_distill.totals import Total, logged_value, loss_in, with_loss
 from lightning_distill.windows import TokenWindow
 
 _TRUE_PRECISIONS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -121,13 +123,8 @@ class Run:
             )
         if self._texts is not None:
             self._texts.check(self.step.source.stored, self.callback.teacher_inputs)
-        name = shared_parameter(self.step.student.root, self.step.source)
-        if name is not None:
-            raise ValueError(
-                f"Expected `teacher` to share no parameter with the student, but both train {name!r}. Pass"
-                " copy.deepcopy(teacher), or freeze the shared parameters. If the module also holds the teacher, pass"
-                " student=<path of the student>."
-            )
+        remedy = " If the module also holds the teacher, pass student=<path of the student>."
+        check_shares_nothing(self.step.student.root, self.step.source, remedy)
 
     def _begin(self, stage: str) -> None:
         trainer, callback = self.trainer, self.callback
@@ -180,7 +177,7 @@ class Run:
             self._checked = True
         self._advance()
         distill = self.step
-        distill.parts = {}
+        distill.forget()
         if self._texts is not None:
             args, kwargs, distill.own_text = self._texts.arguments(args, kwargs)
         self._batch = None if self._takes_iterator else kept(args[0] if args else kwargs.get("batch"))
@@ -194,7 +191,7 @@ class Run:
             if not self._explicit and self._changes_loss():
                 output = self._with_distillation(output)
             elif not self._explicit and self.module.automatic_optimization:
-                distill.rest(output.get("loss") if isinstance(output, Mapping) else output)
+                distill.rest(Total.of(loss_in(output)).task_loss)
         finally:
             distill.release()
             self._in_step, self._batch, distill.own_text = False, None, False
@@ -226,23 +223,28 @@ class Run:
         """The result of a training step, with the total in place of its loss."""
         if not self.module.automatic_optimization:
             return output
-        if self.step.skips_heads and (output is None or (isinstance(output, Mapping) and output.get("loss") is None)):
+        loss = loss_in(output)
+        if loss is None and self.step.skips_heads:
             if output is None and self._distilled and not self.step.student.find():
                 return output  # Lightning skips such a batch
-            return self.step.loss(self._batch, self._step_calls())  # the step has no logits to make a loss of its own
+            return self._total(None)  # the step has no logits to make a loss of its own
         if output is None and self.step.student.find():
             if self.callback.distils_alone and not self.step.idle:
-                return self.step.loss(self._batch, self._step_calls())  # a batch without labels
+                return self._total(None)  # a batch without labels
             self._skipped = True
-        if output is None:
-            return output  # Lightning skips such a batch
-        if isinstance(output, Mapping):
-            if not isinstance(output.get("loss"), Tensor):
-                return output  # Lightning says what is missing
-            return {**output, "loss": self.step.total(output["loss"], self._batch, self._step_calls())}
-        if not isinstance(output, Tensor):
-            return output  # Lightning says what a step may return
-        return self.step.total(output, self._batch, self._step_calls())
+        if not isinstance(loss, Tensor):
+            return output  # Lightning skips such a batch, or says what is missing
+        return with_loss(output, self._total(loss))
+
+    def _total(self, loss: Tensor | None) -> Tensor:
+        """The total of a step that has returned this loss, which may be the total of another callback."""
+        before = Total.of(loss)
+        distillation = self.step.loss(self._batch, self._step_calls(), before.task_loss)
+        if self.step.own_text:  # its labels are not a reference
+            before = Total(None)
+        elif before.task_loss is not None:
+            self.step.parts["task_loss"] = before.task_loss.detach()
+        return before.plus(distillation, self.callback.task_weight, self.step.unlogged)
 
     def _step_calls(self, calls: int | slice | None = None) -> StepCalls:
         stored = None if self._cached is None else Stored(self._cached.answers, self._cached.check_unchanged)
@@ -363,18 +365,17 @@ class Run:
         callback, parts = self.callback, dict(self.step.parts)
         if not callback.logs:
             return
-        loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = loss_in(output)
         if isinstance(loss, Tensor) and not self._explicit:
-            unlogged = self.step.unlogged
-            parts["loss"] = loss.detach() if unlogged is None else loss.detach() - unlogged
+            parts["loss"] = logged_value(loss)
         self._train_means.add(parts, self.step.batch_size, token_sizes(self.step.terms, self.step.counted))
-        if not callback.prog_bar and not compat.is_log_step(self.trainer):
+        logs_all, monitored = compat.is_log_step(self.trainer), monitored_names(self.trainer, callback.name)
+        if not (callback.prog_bar or logs_all or monitored):
             return
         values: dict[str, Any] = {**parts, **self.step.scheduler.values}
         shown = {key: values.pop(key) for key in callback.prog_bar if key in values}
         self._log_step(shown, prog_bar=True)  # in every step: the loggers take the log steps alone
-        if compat.is_log_step(self.trainer):
-            self._log_step(values, prog_bar=False)
+        self._log_step({key: value for key, value in values.items() if logs_all or key in monitored}, prog_bar=False)
 
     def _log_step(self, values: Mapping[str, Any], prog_bar: bool) -> None:
         if values:

@@ -25,6 +25,7 @@ from lightning_distill.terms import DistillationTerm, LogitsDistillation, connec
 from lightning_distill.terms.counting import TokenShare, over_calls
 from lightning_distill.terms.mixing import TeacherMix
 from lightning_distill.terms.skipped_heads import SkippedHeads, check_not_compiled
+from lightning_distill.totals import summed
 
 Pair = tuple[Tensor, Tensor, Tensor | None]
 Labels = str | int | Callable[[Any], Tensor] | None
@@ -158,11 +159,12 @@ class DistillStep:
 
     @contextmanager
     def _skipping(self, recording: AbstractContextManager[None], term: Any, batch: Any) -> Iterator[None]:
-        if self._heads is None:
+        head = self.student.layer(term.student_head)
+        if self._heads is None or self._heads.student_head is not head:  # the user may put another in its place
             check_not_compiled(self.student.root, term.student_head)
             self._heads = SkippedHeads(
                 term,
-                self.student.layer(term.student_head),
+                head,
                 cast(LiveTeachers, self.source).layer(term.teacher_head),
                 open_call=self._open_call,
                 answer=self.answers,
@@ -196,12 +198,11 @@ class DistillStep:
         if self.own_text:
             return distillation
         self.parts["task_loss"] = task_loss.detach()
-        weight = self.settings.task_weight
-        # if all weights are 0 the task loss stays, because a total without a graph could not be differentiated
-        if weight == 0 and distillation.requires_grad:
-            return distillation
-        # a product is an operation forward and one backward
-        return (task_loss if weight == 1 else weight * task_loss) + distillation
+        return summed(task_loss, self.settings.task_weight, distillation)
+
+    def forget(self) -> None:
+        """Forget the results of the last step; those of this one may be fewer."""
+        self.parts, self.counted, self.unlogged = {}, {}, None
 
     def rest(self, task_loss: Any) -> None:
         """Store the parts of a step in which every term has weight 0 and the task loss is the total.
@@ -234,7 +235,7 @@ class DistillStep:
     def _loss(self, batch: Any, step_calls: StepCalls, task_loss: Tensor | None) -> Tensor:
         active = [term for term in self.terms if term.active]
         calls = step_calls.of(self.student.find())
-        self.parts, self.counted, self.unlogged = {}, {}, None
+        self.forget()
         rest = self._anchor(calls)
         if not active:
             if calls:

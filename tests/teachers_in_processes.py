@@ -20,10 +20,11 @@ from plain_trainer import PLAIN
 from processes import run_as_process
 from tiny import CLASSES, INPUTS, Classifier, Mlp, dataset
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_distill import (
     DistillCallback,
+    DistillModule,
     EMATeacher,
     FeatureDistillation,
     LogitsDistillation,
@@ -63,7 +64,14 @@ class Normalized(nn.Module):
 
 def trainer(*callbacks: Callback) -> Trainer:
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
-    settings = {"accelerator": "cpu", "devices": 2, "max_epochs": 2, "use_distributed_sampler": False, **PLAIN}
+    settings = {
+        "accelerator": "cpu",
+        "devices": 2,
+        "max_epochs": 2,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        **PLAIN,
+    }
     return Trainer(strategy=strategy, callbacks=list(callbacks), **settings)
 
 
@@ -83,6 +91,46 @@ def mutual(folder: Path) -> None:
     fit(fitted)
     values = {name: value.tolist() for name, value in fitted.state_dict().items()}
     (folder / f"mutual{RANK}.json").write_text(json.dumps(values))
+
+
+PLATEAUS = ("distill", "mutual")
+
+
+class Rates(Callback):
+    """Notes the losses in validation and the learning rates of every epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        losses = [float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.endswith("val_loss")]
+        self.seen.append([*losses, *(optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers)])
+
+
+def plateau_module(kind: str) -> LightningModule:
+    """A module whose learning rates follow its losses in validation."""
+    plateau = lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)  # noqa: E731
+    steep = lambda parameters: torch.optim.SGD(parameters, lr=2.0)  # noqa: E731
+    if kind == "mutual":
+        return MutualLearning([Mlp(5), Mlp(7, seed=1)], optimizer=steep, lr_scheduler=plateau)
+    return DistillModule(Mlp(5), Mlp(7, seed=1), optimizer=steep, lr_scheduler=plateau, log=False)
+
+
+def validation(rank: int | None) -> DataLoader:
+    """Rows to validate on: those of a process, of which the second has fewer, or all."""
+    parts = (range(7), range(7, 10))
+    return DataLoader(Subset(dataset(10, seed=3), range(10) if rank is None else parts[rank]), batch_size=3)
+
+
+def plateaus(folder: Path) -> None:
+    ended = {}
+    for kind in PLATEAUS:
+        rates = Rates()
+        run = trainer(rates)
+        run.fit_loop.max_epochs = 6
+        run.fit(plateau_module(kind), batches(RANK), validation(RANK))
+        ended[kind] = rates.seen
+    (folder / f"plateaus{RANK}.json").write_text(json.dumps(ended))
 
 
 class KeepsTheFirstEpoch(Callback):
@@ -138,4 +186,4 @@ def chain(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_as_process({"mutual": mutual, "average": average, "chain": chain})
+    run_as_process({"mutual": mutual, "plateaus": plateaus, "average": average, "chain": chain})

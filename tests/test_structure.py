@@ -13,12 +13,12 @@ ROOMS = {
     "lightning_distill": [
         ("checks", "compat", "processes", "waiting"),
         ("functional",),
-        ("schedules", "patch", "mailbox", "modes", "progress"),
+        ("schedules", "patch", "mailbox", "modes", "progress", "totals"),
         ("losses", "metrics", "recording"),
         ("adapters", "teachers", "heads"),
         ("terms", "measures"),
         ("cache", "on_policy", "windows", "step_checks", "step_calls", "balancing"),
-        ("hparams", "step", "texts"),
+        ("hparams", "step", "texts", "neighbours"),
         ("distiller", "run"),
         ("callback",),
         ("module", "mutual", "live"),
@@ -65,6 +65,7 @@ KNOW_NO_TRAINER = (
     "step_calls",
     "balancing",
     "schedules",
+    "totals",
 )
 
 

@@ -35,6 +35,11 @@ class ForwardSwap:
         Raises:
             TypeError: If something else has taken it.
         """
+        if isinstance(self.module.__dict__.get("forward"), ForwardSwap):
+            raise TypeError(
+                f"Expected one FusedLinearDistillation to skip the head {type(self.module).__name__}, but got two, such"
+                " as those of two callbacks. Use SequenceDistillation in all of them."
+            )
         if "forward" in self.module.__dict__:
             raise TypeError(
                 f"Expected the head to have its own forward, but another library has replaced that of"

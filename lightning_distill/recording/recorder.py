@@ -28,9 +28,41 @@ def find_layer(root: nn.Module, layer: str) -> nn.Module | None:
     """The module of that dotted path below ``root``, seen through DDP, compile and Fabric wrappers, or ``None``."""
     try:
         return root.get_submodule(layer)
+    except RuntimeError:  # a program of TorchScript has modules that call no hooks
+        return root if not layer else None
     except AttributeError:
         inner = compat.unwrapped(root)
         return None if inner is None else find_layer(inner, layer)
+
+
+class Path:
+    """The way from a network to a module below it, to see cheaply whether it still leads there.
+
+    Args:
+        root: The network.
+        layer: Dotted path of the module, which must exist.
+    """
+
+    def __init__(self, root: nn.Module, layer: str) -> None:
+        self._links: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
+        for part in filter(None, layer.split(".")):
+            while part not in root._modules:
+                inner = compat.unwrapped(root)
+                if inner is None:  # not a module of the table, such as a property that returns one
+                    return
+                name = next(name for name, module in root._modules.items() if module is inner)
+                self._links.append((root._modules, name, inner))
+                root = inner
+            child = root._modules[part]
+            self._links.append((root._modules, part, child))
+            if child is None:
+                return
+            root = child
+
+    @property
+    def holds(self) -> bool:
+        """Whether no module on the way was replaced since."""
+        return all(table.get(name) is module for table, name, module in self._links)
 
 
 def random_state() -> dict[str, Any]:
@@ -169,6 +201,7 @@ class Recorder:
         self._parameters: tuple[str, ...] = ()
         self._was_capturing: bool | None = None  # None until arguments are added to a call
         self._hooks: list[_Hook] | None = None
+        self._paths: list[Path] = []  # to the layers of the hooks
         self._ends: list[_Hook] = []
 
     def find(self, layer: str) -> nn.Module | None:
@@ -195,6 +228,11 @@ class Recorder:
             ValueError: With the closest names.
         """
         for argument, tap in terms:
+            if self.find(tap.layer) is None and isinstance(self.root, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"Expected the {self.who} to be a module with layers, since `{argument}` names {tap.layer!r}, but"
+                    " got a program of TorchScript, whose layers cannot be read. Pass the module that it was made of."
+                )
             if self.find(tap.layer) is None:
                 names = [name for name, _ in self.root.named_modules() if name]
                 raise ValueError(
@@ -224,7 +262,7 @@ class Recorder:
         Returns:
             The hooks; the caller removes them.
         """
-        if self._hooks is None:
+        if self._hooks is None or not all(path.holds for path in self._paths):  # the user may replace a layer
             self._hooks = self._feature_hooks()
             if self._whole:
                 self._ends = [_EnterHook(self.first, self), _LeaveHook(self.last, self)]
@@ -244,10 +282,13 @@ class Recorder:
 
     def _feature_hooks(self) -> list[_Hook]:
         hooks: list[_Hook] = []
+        self._paths = []
         for layer, where in sorted({(tap.layer, tap.where) for tap in self.taps if tap.layer}):
             module = self.find(layer)
             if module is not None:  # else `check` has reported it, or reading it will
                 hooks.append((_OutputHook if where == "output" else _InputHook)(module, self, layer))
+                inside = find_layer(self.root, layer) is not None
+                self._paths.append(Path(self.root, layer if inside else layer[len(self.prefix) :]))
         return hooks
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_distill.checks import closest
 from lightning_distill.recording.calls import Call, Tap
-from lightning_distill.recording.recorder import Recorder, Recording, find_layer
+from lightning_distill.recording.recorder import Path, Recorder, Recording, find_layer
 
 
 class StudentFinder:
@@ -30,6 +30,8 @@ class StudentFinder:
         self._module, self._taps, self._student = module, taps, student
         self._recorders: dict[str, Recorder] | None = None
         self._student_recorder: Recorder | None = None
+        self._place: str | None = None  # path of the student that was found or named; None for several
+        self._path: Path | None = None
 
     @property
     def named(self) -> bool:
@@ -96,8 +98,13 @@ class StudentFinder:
             features: Whether to keep the features at the tapped layers.
             arguments: Keyword arguments to add to each recorded call.
         """
+        if self._path is not None and not self._path.holds:  # the user has put another network into its place
+            self.close()
+            self._meet(Recorder(self._child(), self._taps, prefix=f"{self._place}."), self._place)
         if self._student_recorder is None and self._student is not None:
-            self._student_recorder = self._named()  # not earlier: a hook of the module may build the student
+            paths = [self._student] if isinstance(self._student, str) else list(self._student)
+            # not earlier: a hook of the module may build the student
+            self._meet(self._named(), paths[0] if len(paths) == 1 else None)
         if self._student_recorder is not None:
             return Recording([self._student_recorder], needs_grad, features, arguments)
         if self._recorders is None:
@@ -122,13 +129,28 @@ class StudentFinder:
                     f" {', '.join(map(repr, called))}. Pass student=<one of them>, or student={[*called]} if they are"
                     " called one after the other and are the student together."
                 )
-            for recorder in called.values():
+            for place, recorder in called.items():
                 for other in (self._recorders or {}).values():
                     if other is not recorder:
                         other.close()
                         other.clear()  # it has recorded the student's calls, or calls inside them
-                self._student_recorder, self._recorders = recorder, None
+                self._meet(recorder, place)
+                self._recorders = None
         return [] if self._student_recorder is None else self._student_recorder.calls
+
+    def _meet(self, recorder: Recorder, place: str | None) -> None:
+        """Record this student from now on."""
+        self._student_recorder, self._place = recorder, place
+        self._path = Path(self._module, place) if place else None
+
+    def _child(self) -> nn.Module:
+        """The network that is at the student's place now."""
+        network = find_layer(self._module, self._place or "")
+        if network is None:
+            raise ValueError(
+                f"Expected the student {self._place!r} to stay in the module, but it was removed. Keep it there."
+            )
+        return network
 
     def _recording(self) -> list[Recorder]:
         return [self._student_recorder] if self._student_recorder else list((self._recorders or {}).values())

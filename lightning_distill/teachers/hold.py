@@ -56,6 +56,19 @@ def modules_of_student(student: nn.Module, teachers: Iterable[nn.Module]) -> set
     return own
 
 
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """A key that is equal for tensors that begin at one place in memory, where a change of one changes the other.
+
+    Args:
+        tensor: The tensor.
+    """
+    try:
+        address = 0 if tensor.is_meta else tensor.data_ptr()
+    except (RuntimeError, ValueError):  # a tensor that consists of several others, or has no values yet
+        address = 0
+    return (tensor.device, address) if address else (id(tensor),)
+
+
 class Hold:
     """Keeps a teacher in eval mode, without gradients, on a device and in a precision.
 
@@ -68,8 +81,8 @@ class Hold:
         dtype: The precision that the teacher computes in; ``None`` takes that of the surrounding code.
 
     Attributes:
-        shared: Modules that belong to the student too, such as a frozen encoder. They keep their modes and are not
-            restored: the student's owner decides on them. Set it before :meth:`take`.
+        student: The student's modules. Those that are the teacher's too, such as a frozen encoder, keep their modes and
+            are not restored: the student's owner decides on them. Set it before :meth:`take`.
     """
 
     # by module and not by teacher: two callbacks may share one network, alone in one and among several in the other
@@ -77,7 +90,9 @@ class Hold:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module, self.dtype = module, dtype
-        self.shared: set[nn.Module] = set()
+        self.student: set[nn.Module] = set()
+        self._shared: set[nn.Module] = set()
+        self._shared_parameters: dict[int, nn.Parameter] = {}  # by id; those of modules of the teacher's own too
         self._modules: list[nn.Module] = []
         self._scripts: list[nn.Module] = []
         self._taken = False
@@ -96,18 +111,22 @@ class Hold:
             dtype: The precision where it has none of its own; ``None`` leaves it as it is.
 
         Raises:
-            ValueError: If another holder has it in another precision, it cannot be moved, or it shares modules with the
-                student and has a precision of its own.
+            ValueError: If another holder has it in another precision, it cannot be moved, or it shares parameters with
+                the student and has a precision of its own.
         """
         if self._taken:
             return
-        if self.dtype is not None and any(tensor.dtype != self.dtype for tensor in self._shared_parameters()):
+        everything = [*self.module.modules()]
+        self._shared = self.student & set(everything)
+        own = {id(parameter) for module in self.student for parameter in module.parameters(recurse=False)}
+        self._shared_parameters = {id(entry): entry for entry in self.module.parameters() if id(entry) in own}
+        if self.dtype is not None and any(entry.dtype != self.dtype for entry in self._shared_parameters.values()):
             raise ValueError(
-                f"Expected `teacher_dtype` to be None for a teacher that shares modules with the student, but got"
+                f"Expected `teacher_dtype` to be None for a teacher that shares parameters with the student, but got"
                 f" {self.dtype}, which would convert the student's too. Pass copy.deepcopy(teacher)."
             )
         dtype = self.dtype or dtype
-        modules = [module for module in self.module.modules() if module not in self.shared]
+        modules = [module for module in everything if module not in self._shared]
         for module in modules:  # before anything is stored, so that an error leaves nothing behind
             state = self._held.get(module)
             if state is not None and state.dtype != dtype:
@@ -125,7 +144,7 @@ class Hold:
         self._taken = True
         # a hold that is dropped without a release restores the teacher too
         self._end = finalize(self, _release, modules)
-        modes = [(module, module.training) for module in self.shared]
+        modes = [(module, module.training) for module in self._shared]
         with contextlib.suppress(NotImplementedError):  # an exported program keeps the mode that it was traced in
             self.module.eval()
         _set_modes(modes)
@@ -136,26 +155,20 @@ class Hold:
             self.release()
             raise
 
-    def _shared_parameters(self) -> Iterator[Tensor]:
-        return (parameter for module in self.shared for parameter in module.parameters(recurse=False))
-
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
         """A context for a call of the teacher: the modules that it shares with the student are in eval mode too.
 
         Raises:
-            ValueError: If one of them is trained, so that the teacher would change with the student.
+            ValueError: If a parameter that they share is trained, so that the teacher would change with the student.
         """
-        if not self.shared:
-            yield
-            return
-        if any(parameter.requires_grad for parameter in self._shared_parameters()):
+        if any(parameter.requires_grad for parameter in self._shared_parameters.values()):
             raise ValueError(
-                "Expected the modules that teacher and student share to stay frozen, but they are trained now, so that"
-                " the teacher would change too. Pass copy.deepcopy(teacher)."
+                "Expected the parameters that teacher and student share to stay frozen, but they are trained now, so"
+                " that the teacher would change too. Pass copy.deepcopy(teacher)."
             )
-        modes = [(module, module.training) for module in self.shared]
-        _set_modes([(module, False) for module in self.shared])
+        modes = [(module, module.training) for module in self._shared]
+        _set_modes([(module, False) for module in self._shared])
         try:
             yield
         finally:
@@ -185,7 +198,7 @@ class Hold:
             if module.training:  # a `train()` on something that holds the teacher reaches it too
                 module.training = False
             for parameter in module._parameters.values():
-                if parameter is not None and parameter.requires_grad:
+                if parameter is not None and parameter.requires_grad and id(parameter) not in self._shared_parameters:
                     parameter.requires_grad_(False)
         for module in self._scripts:  # TorchScript programs have no table of parameters and may have no mode
             if getattr(module, "training", False):

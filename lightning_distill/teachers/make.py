@@ -12,7 +12,7 @@ from torch import nn
 from lightning_distill.recording import Call, Tap
 from lightning_distill.teachers.callable_teacher import takes_arrays
 from lightning_distill.teachers.group import GroupSource, TeacherGroup
-from lightning_distill.teachers.hold import modules_of_student
+from lightning_distill.teachers.hold import memory_of, modules_of_student
 from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.moving_average import EMATeacher
 from lightning_distill.teachers.route import Route
@@ -140,22 +140,28 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return named
 
 
-def shared_parameter(student: nn.Module, source: TeacherSource) -> str | None:
-    """Name of a parameter that the student trains and the teacher has too, or ``None``.
+def check_shares_nothing(student: nn.Module, source: TeacherSource, further_remedy: str = "") -> None:
+    """Raise if the teacher has a parameter that the student trains, or one with the same memory.
 
-    A teacher that is a part of the student's module (``self.teacher``) does not count as the student's, and frozen
-    parameters may be shared.
+    ``nn.Parameter(other)`` and ``parameter.data = other.data`` copy no values. A teacher that is a part of the
+    student's module (``self.teacher``) does not count as the student's, and frozen parameters may be shared.
 
     Args:
         student: The student, or the module that contains it.
         source: The teacher.
+        further_remedy: A sentence for the message.
+
+    Raises:
+        ValueError: If so.
     """
     own = modules_of_student(student, source.modules())
-    trained = {id(p) for module in own for p in module.parameters(recurse=False) if p.requires_grad}
+    trained = {memory_of(p) for module in own for p in module.parameters(recurse=False) if p.requires_grad}
     if not trained:  # everything that the student trains is inside the teacher
-        trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+        trained = {memory_of(parameter) for parameter in student.parameters() if parameter.requires_grad}
     for network in source.modules():
         for name, parameter in network.named_parameters():
-            if id(parameter) in trained:
-                return name
-    return None
+            if memory_of(parameter) in trained:
+                raise ValueError(
+                    f"Expected `teacher` to share no parameter with the student, but both train {name!r}. Pass"
+                    f" copy.deepcopy(teacher), or freeze the shared parameters.{further_remedy}"
+                )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from lightning_distill.processes import world_size
 from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.schedules import Schedule, Setting
+from lightning_distill.teachers.copies import independent_copy
 from lightning_distill.teachers.fixed import FixedTeacher
 from lightning_distill.teachers.inputs import TeacherInputs
 from lightning_distill.teachers.source import LiveTeachers
@@ -162,14 +162,10 @@ class AverageSource(FixedTeacher):
             return self._live
         student = _plain(self._student.root) if self._student is not None else nn.Module()
         _check_student(student)
-        try:
-            with torch.inference_mode(False):  # the copies are updated later, outside it
-                network = copy.deepcopy(student)
-        except Exception as error:
-            raise ValueError(
-                f"Expected the student of an EMATeacher to be one that copy.deepcopy can copy, but got {error}"
-            ) from error
-        network.eval().requires_grad_(False)
+        network = independent_copy(student)
+        network.eval()
+        for parameter in network.parameters():  # `requires_grad_` of the module is not there in TorchScript
+            parameter.requires_grad_(False)
         if self._saved:
             _restore(network, self._saved)
             self._saved, self._begun = {}, True

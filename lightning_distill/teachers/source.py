@@ -219,7 +219,7 @@ class LiveTeachers(FixedTeacher):
         if self.held.taken:
             return
         if self._student is not None:
-            self.held.shared = modules_of_student(self._student.root, self.modules()) & set(self.module.modules())
+            self.held.student = modules_of_student(self._student.root, self.modules())
         self.held.take(device, dtype)
         self._inputs.look_at(self.modules())
         self._without_capturing = [network for network in self.modules() if not has_capturing_hooks(network)]

@@ -59,6 +59,7 @@ class SkippedHeads:
 
     Attributes:
         known: Whether it is known what the student does after its head.
+        student_head: The student's head.
 
     Args:
         term: The term.
@@ -82,6 +83,7 @@ class SkippedHeads:
         calls: Callable[[], Iterable[Call]],
     ) -> None:
         self.term, self._open_call, self._answer, self._rerun, self._calls = term, open_call, answer, rerun, calls
+        self.student_head = student_head
         self._recipes: list[Recipe] = [(), ()]
         self.known = False
         self._asking: SkippedCall | None = None

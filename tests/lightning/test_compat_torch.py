@@ -169,6 +169,18 @@ def test_compiled_modules_are_distinguished_from_plain_ones() -> None:
     assert not compat.is_compiled(module)
 
 
+def test_a_compiled_method_is_distinguished_from_other_functions() -> None:
+    network = Mlp(3)
+    compiled = torch.compile(network.forward, backend="eager")
+    torch.testing.assert_close(compiled(torch.ones(2, 4)), network(torch.ones(2, 4)))
+    assert compat.is_compiled_method(compiled, Mlp.forward)
+    assert compat.is_compiled_method(torch.compile(network.body.forward, backend="eager"), nn.Linear.forward)
+    wrapped = torch.compile(functools.wraps(network.forward)(lambda x: 2 * network(x)), backend="eager")
+    assert not compat.is_compiled_method(wrapped, Mlp.forward)
+    assert not compat.is_compiled_method(compiled, nn.Linear.forward)
+    assert not compat.is_compiled_method(functools.wraps(network.forward)(lambda x: 2 * x), Mlp.forward)
+
+
 def test_a_module_that_lightning_has_compiled_is_distinguished_from_a_plain_one(trainer) -> None:
     seen = []
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,80 @@ def test_parameters_and_statistics_are_averaged_and_counters_copied() -> None:
         assert not any(module.training for module in network.modules())
         assert not any(parameter.requires_grad for parameter in network.parameters())
     assert student.training
+
+
+def compiled_forward(network: Mlp) -> None:
+    network.forward = torch.compile(network.forward, backend="eager")
+
+
+def compiled_layer_forward(network: Mlp) -> None:
+    network.body.forward = torch.compile(network.body.forward, backend="eager")
+
+
+def bound_forward(network: Mlp) -> None:
+    network.forward = types.MethodType(lambda module, x: module.head(module.act(module.body(x))), network)
+
+
+def partial_forward(network: Mlp) -> None:
+    network.forward = functools.partial(Mlp.forward, network)
+
+
+def function_without_the_network(network: Mlp) -> None:
+    scale = 1.0
+    network.act.forward = lambda x: scale * x.relu()
+
+
+CHANGES = (compiled_forward, compiled_layer_forward, bound_forward, partial_forward, function_without_the_network)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_average_of_a_student_with_another_forward_has_its_own_weights(change: Any) -> None:
+    networks = []
+    for changes in (False, True):
+        student = Mlp(5)
+        if changes:
+            change(student)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+        with Distiller(student, EMATeacher(0.75)) as distiller:
+            distiller.follow(optimizer)
+            trained(distiller, student, optimizer, batches())
+        networks += [student, distiller.teacher.network]
+    for network, other in zip(networks[:2], networks[2:], strict=True):
+        torch.testing.assert_close(list(network.parameters()), list(other.parameters()))
+        torch.testing.assert_close(network(batches()[0]), other(batches()[0]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+def test_the_average_of_a_program_of_torchscript_has_its_own_weights() -> None:
+    parameters = []
+    for student in (Mlp(5), torch.jit.script(Mlp(5))):
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+        with Distiller(student, EMATeacher(0.75)) as distiller:
+            distiller.follow(optimizer)
+            trained(distiller, student, optimizer, batches())
+        parameters.append([*student.parameters(), *distiller.teacher.network.parameters()])
+    torch.testing.assert_close(parameters[1], parameters[0])
+
+
+def enclosing_forward(network: Mlp) -> str:
+    forward = network.forward
+    network.forward = lambda x: 2 * forward(x)
+    return "forward"
+
+
+def default_argument(network: Mlp) -> str:
+    network.body.scaled = lambda x, layer=network.body: 2 * layer(x)
+    return "body.scaled"
+
+
+@pytest.mark.parametrize("change", [enclosing_forward, default_argument])
+def test_a_student_whose_copy_would_call_the_student_is_refused(change: Any) -> None:
+    student = Mlp(5)
+    name = change(student)
+    words = rf"can copy, but its attribute '{name}' is a function that would call the student.*as a method"
+    distiller = Distiller(student, EMATeacher(0.75))
+    with pytest.raises(ValueError, match=words), distiller.record():
+        student(batches()[0])
 
 
 def test_accumulated_micro_batches_are_one_update() -> None:

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from plain_trainer import PLAIN
 from processes import run_processes
+from teachers_in_processes import PLATEAUS, Rates, plateau_module, validation
 from teachers_in_processes import module as pair_module
 from tiny import CLASSES, INPUTS, Mlp, dataset
 from torch import Tensor, nn
@@ -119,6 +120,20 @@ def test_two_processes_equal_one_that_sees_all_batches(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(ended[0][name]), value, rtol=5e-6, atol=5e-6)
 
 
+@pytest.mark.distributed
+def test_two_processes_lower_their_learning_rates_alike(tmp_path: Path) -> None:
+    ended = run_processes(Path(__file__).parents[1] / "teachers_in_processes.py", "plateaus", 2, tmp_path)
+    for kind in PLATEAUS:
+        assert ended[0][kind] == ended[1][kind]
+        rates = Rates()
+        trainer = Trainer(max_epochs=6, callbacks=[rates], **QUIET)
+        trainer.fit(plateau_module(kind), DataLoader(dataset(16), batch_size=8), validation(None))
+        for epoch, seen in zip(ended[0][kind], rates.seen, strict=True):
+            assert epoch == pytest.approx(seen, rel=1e-4)
+        assert rates.seen[-1] != rates.seen[1]
+        assert min(rates.seen[-1][-2:]) < 2.0
+
+
 def noisy() -> MutualLearning:
     torch.manual_seed(5)
     term = LogitsDistillation(SoftTargetLoss(Linear(4.0, 1.0)), weight=Linear(0.0, 1.0))
@@ -161,6 +176,19 @@ def test_losses_are_logged_by_student_and_validation_has_their_mean() -> None:
     values = [logged["student_0/val_loss"], logged["student_1/val_loss"]]
     torch.testing.assert_close(logged["val_loss"], torch.stack(values).mean())
     assert [output.shape for output in module.predict_step(torch.ones(2, INPUTS), 0)] == [(2, CLASSES)] * 2
+
+
+def test_a_plateau_is_looked_for_after_each_validation_alone() -> None:
+    module = plateau_module("mutual")
+    rates = Rates()
+    trainer = Trainer(max_epochs=4, check_val_every_n_epoch=3, callbacks=[rates], **QUIET)
+    trainer.fit(module, loader(), loader())
+    assert [scheduler.last_epoch for scheduler in module.lr_schedulers()] == [1, 1]
+
+
+def test_a_plateau_without_data_to_validate_on_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"data to validate on with a ReduceLROnPlateau.*got none"):
+        Trainer(max_epochs=2, **QUIET).fit(plateau_module("mutual"), loader())
 
 
 def test_copies_of_the_module_are_trained_apart() -> None:

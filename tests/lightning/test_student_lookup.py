@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from tiny import Mlp
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation
+from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -241,3 +242,13 @@ def test_a_student_called_in_some_steps_only_is_found_in_the_first_of_them(train
     module = nets.StepModule(nets.student(), step)
     trainer(max_epochs=1, callbacks=[DistillCallback(nets.teacher())]).fit(module, nets.loader())
     assert not nets.same(nets.snapshot(module.model), nets.snapshot(nets.student()))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_layers_of_a_program_of_torchscript_are_refused_in_words(side: str) -> None:
+    networks = {"student": Mlp(5), "teacher": Mlp(5, seed=1)}
+    networks[side] = torch.jit.script(networks[side])
+    words = rf"the {side} to be a module with layers, since `terms\[0\].{side}_layer` names 'body'.*TorchScript"
+    with pytest.raises(ValueError, match=words):
+        Distiller(*networks.values(), FeatureDistillation("body", "body"))
