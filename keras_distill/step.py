@@ -108,7 +108,7 @@ class DistillStep(BuildsTerms):
     def teacher(self) -> Any:
         """The teacher, a list of several teachers, or None. It can be replaced at any time by assignment.
 
-        In a list with an :class:`EMATeacher` a None stands for a model that is still to be set.
+        In a list with an :class:`EMATeacher` or a :class:`SelfTeacher` a None stands for one that is still to be set.
         """
         return list(self._teachers) if len(self._teachers) > 1 else next(iter(self._teachers), None)
 
@@ -318,7 +318,7 @@ class DistillStep(BuildsTerms):
             return StepLosses(zero, {})
         student, x = self._student_call(output, x, student, terms, training)
         reads_teacher = any(term.needs_teacher for term in terms)
-        if teacher is None and reads_teacher and not self.teachers:
+        if teacher is None and reads_teacher and not self.ensemble.size:
             remedy = "Pass teacher=..., set `model.teacher`, or train on DistillTargets(labels, teacher)."
             raise ValueError(checks.message("a teacher to learn from", f"teacher={self.teacher!r}", remedy))
         if x is not None:

@@ -303,11 +303,12 @@ class DistillationTerm:
     def take_numbers(self) -> None:
         """Let an owner's copy compute with the owner's variables."""
 
-    def in_teachers(self, teachers: Sequence[keras.Model]) -> None:
+    def in_teachers(self, teachers: Sequence[keras.Model | None]) -> None:
         """Let ``teacher_taps`` name the layers by their paths in the first of several teachers.
 
         Args:
-            teachers: The teachers; an empty list restores the taps that the user passed.
+            teachers: The teachers, None for one whose outputs are stored. It, and an empty list, restore the taps that
+                the user passed.
 
         Raises:
             ValueError: If a tap does not name one layer of a teacher.
