@@ -93,7 +93,8 @@ class DistillStep(BuildsTerms):
         averages = (average.state for average in self.averages)
         states = [*(term.state for term in self.terms), combination.state, *averages]
         self.states: list[NumbersState] = [state for state in states if state is not None]
-        self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
+        taps = [tap for term in self.terms for tap in (*term.student_taps, *term.student_values)]
+        self.recorder = Recorder(student, taps, "student")
         self.ensemble = Ensemble(self.recorder, self.teacher_dtype, teacher_inputs, combination)
         self.working_names: tuple[str, ...] | None = None
         self.version = 0

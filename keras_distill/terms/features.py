@@ -55,8 +55,10 @@ class FeatureDistillation(TeacherParts):
             factory called with the shapes of both features, channels last.
         boxes: Where a batch keeps the boxes of its images, ``(N, M, 4)`` with left, top, right and bottom in pixels of
             the student's input: a key or an index of the targets, a key of the inputs where the targets do not have it,
-            or a function of the targets. Rows without an area, such as padding of 0 or -1, do not count. A loss that
-            needs boxes gets their weights; for any other the positions in boxes count alone.
+            a function of the targets, or a :class:`Tap` on the student's layer that returns resized images with their
+            boxes, a pair or a dict of ``"images"`` and ``"bounding_boxes"``. Rows without an area, such as padding of 0
+            or -1, do not count. A loss that needs boxes gets their weights; for any other the positions in boxes count
+            alone.
         mask: Where the inputs keep the mask of the positions that count, as for :class:`LogitsDistillation`: shape
             ``(N,)``, ``(N, L)`` or ``(N, H, W)``, which is resized to the student's map after its adapter.
         ignore_index: Positions with this label do not count, as for :class:`LogitsDistillation`.
@@ -110,7 +112,8 @@ class FeatureDistillation(TeacherParts):
         if boxes is not None and not self.reads_boxes:
             raise TypeError(checks.message(f"known settings of {type(self).__name__}", f"boxes={boxes!r}"))
         check_boxes(boxes, self.loss, self.requires)
-        self.boxes, self.labels_checked = boxes, boxes is None
+        self.boxes, self.student_values = boxes, [boxes] if isinstance(boxes, Tap) else []
+        self.expect_new_labels()
         if self.requires.reads_teacher and any(tap.spreads for pair in self.pairs for tap in pair):
             expected = f"single layers for {type(self.loss).__name__}, which takes numbers from the teacher's layers"
             raise ValueError(checks.message(expected, "output='*'", "Name them."))
@@ -238,12 +241,13 @@ class FeatureDistillation(TeacherParts):
         """The teacher's map, with the weights of the boxes if the loss needs them, and the masks of both maps."""
         if self.boxes is None:
             return target, masks
-        weights = box_weights(self.boxes, student, labels, feature, self.name)
+        place = self.student_values[0] if self.student_values else self.boxes
+        weights = box_weights(place, student, labels, feature, self.name)
         return ((target, weights), masks) if self.requires.needs_boxes else (target, [*masks, weights > 0])
 
     def expect_new_labels(self) -> None:
         """Let the first batch of a new training be checked too."""
-        self.labels_checked = self.boxes is None
+        self.labels_checked = self.boxes is None or bool(self.student_values)
 
     def check_labels(self, inputs: Any, labels: Any, image: tuple[int, int] | None = None) -> None:
         """Check that boxes are corners in pixels, once, as soon as their values are known; it waits for the device.
@@ -261,7 +265,8 @@ class FeatureDistillation(TeacherParts):
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
-        boxes = {} if self.boxes is None else {"boxes": keras.saving.serialize_keras_object(self.boxes)}
+        boxes = next((tap.get_config() for tap in self.student_values), self.boxes)
+        named_boxes = {} if boxes is None else {"boxes": keras.saving.serialize_keras_object(boxes)}
         adapter = (self._origin or self).adapter  # type: ignore[attr-defined]
         named = adapter is None or isinstance(adapter, str)
         return {
@@ -270,7 +275,7 @@ class FeatureDistillation(TeacherParts):
             "teacher_layer": [teacher.get_config() for _, teacher in self.pairs],
             "loss": keras.saving.serialize_keras_object(self.loss),
             "adapter": adapter if named else keras.saving.serialize_keras_object(adapter),
-            **boxes,
+            **named_boxes,
         }
 
     @classmethod

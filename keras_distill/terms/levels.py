@@ -61,7 +61,9 @@ def as_taps(layers: Layers) -> list[Tap]:
 
 def taps_and_settings(config: dict[str, Any], *sides: str) -> dict[str, Any]:
     """The arguments of a term's constructor from its config, whose entries for the two sides are lists of taps."""
-    taps = {side: [Tap(**tap) for tap in config[side]] for side in sides}
+    taps: dict[str, Any] = {side: [Tap(**tap) for tap in config[side]] for side in sides}
+    if isinstance(config.get("boxes"), dict) and "layer" in config["boxes"]:
+        taps["boxes"] = Tap(**config["boxes"])
     return {**deserialized({key: value for key, value in config.items() if key not in taps}), **taps}
 
 
