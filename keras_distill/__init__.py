@@ -157,7 +157,7 @@ from keras_distill.recording import Call, Tap
 from keras_distill.schedules import Balanced
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets
-from keras_distill.teachers import CallableTeacher, EMATeacher
+from keras_distill.teachers import CallableTeacher, EMATeacher, SelfTeacher
 from keras_distill.terms import (
     CrossHeadDistillation,
     DistillationTerm,
@@ -239,6 +239,7 @@ __all__ = [
     "ReverseKLLoss",
     "ReviewDistillation",
     "SelfDistillation",
+    "SelfTeacher",
     "SequenceDistillation",
     "SimilarityPreservingLoss",
     "SimpleRecipeLoss",

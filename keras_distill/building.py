@@ -48,15 +48,13 @@ class BuildsTerms:
         Raises:
             ValueError: If layers, layouts, shapes or outputs do not fit the terms.
         """
-        knows_teacher = teacher is not None or bool(self.teachers)
+        knows_teacher = self.ensemble.can_answer(teacher)
         waiting = [term for term in self.terms if not term.built and (knows_teacher or not term.needs_teacher)]
         if not waiting:
             return
         student = probed(self.recorder, chosen_inputs(self.student, inputs))
-        if teacher is None and self.teachers and any(term.needs_teacher for term in waiting):
-            self._build_terms(waiting, student, self.ensemble.probe(inputs))
-        else:
-            self._build_terms(waiting, student, [student if teacher is None else teacher])
+        reads_teacher = any(term.needs_teacher for term in waiting)
+        self._build_terms(waiting, student, self.ensemble.probe(inputs, teacher) if reads_teacher else [student])
         for average in self.averages:
             average.build()
 
@@ -92,7 +90,7 @@ class BuildsTerms:
         if joint is not None:
             student, calls = probed(self.recorder, inputs), self.ensemble.probe(joint)
             for term in built:
-                for number, call in enumerate(calls):
+                for number, call in zip(self.ensemble.numbers, calls, strict=True):
                     term.for_teacher(number).check_calls(student, call)
 
     def _build_terms(self, terms: Sequence[DistillationTerm], student: Call, teachers: Sequence[Call]) -> None:

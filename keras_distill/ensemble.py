@@ -10,14 +10,20 @@ from keras import ops
 
 from keras_distill import checks, compat
 from keras_distill.comparison import mean_scores
+from keras_distill.functional.top_k import TopK
 from keras_distill.mixed_calls import mixed, routed, rows_of, times, weights_by_confidence
 from keras_distill.mixing import TeacherMix
-from keras_distill.recording import Call, Recorder, probed, symbolic
+from keras_distill.recording import Call, Recorder, Tap, probed, symbolic
+from keras_distill.recording.rows import ROWS
 from keras_distill.teachers import (
     AveragedTeacher,
     CallableTeacher,
     EMATeacher,
     LiveTeacher,
+    OwnLayers,
+    SelfTeacher,
+    StoredTeacher,
+    StudentAsTeacher,
     chosen_inputs,
     joint_inputs,
     with_call,
@@ -49,44 +55,70 @@ class Ensemble:
         mix: How the teachers are combined.
 
     Attributes:
-        live: The teachers with their recorders.
+        live: The teachers that run, with their recorders.
+        numbers: Their positions among all teachers.
+        cache: Position of the teacher whose outputs come with the targets, None without such a teacher.
     """
 
     def __init__(self, student: Recorder, dtype: str | None, hook: Callable[..., Any] | None, mix: TeacherMix) -> None:
         self.student, self.dtype, self.hook, self.mix = student, dtype, hook, mix
         self.live: list[LiveTeacher] = []
+        self.numbers: list[int] = []
+        self.cache: int | None = None
 
     @property
     def models(self) -> list[keras.Model]:
-        """The teachers."""
+        """The models of the teachers that run."""
         return [live.model for live in self.live]
+
+    @property
+    def size(self) -> int:
+        """Number of teachers."""
+        return len(self.live) + (self.cache is not None)
+
+    @property
+    def depends_on_student(self) -> bool:
+        """Whether a teacher changes with the student, so that its outputs cannot be stored."""
+        return any(isinstance(live, StudentAsTeacher) for live in self.live)
+
+    def can_answer(self, stored: Call | None) -> bool:
+        """Whether the outputs of all teachers are known for a batch with these stored outputs."""
+        return stored is not None or (bool(self.live) and self.cache is None)
 
     def assign(self, teachers: Sequence[Any], terms: Sequence[DistillationTerm]) -> None:
         """Use other teachers from now on.
 
         Args:
-            teachers: Models and moving averages of the student.
+            teachers: Models, moving averages of the student, the student itself, and at most one cache.
             terms: The terms that read them.
 
         Raises:
             ValueError: If a tap does not name one layer of a teacher, or the settings do not fit the teachers.
         """
-        models = [teacher.student if isinstance(teacher, EMATeacher) else teacher for teacher in teachers]
-        if models:
-            self.mix.check(len(models), terms)
+        if teachers:
+            self.mix.check(len(teachers), terms)
+        models = [_model_of(teacher) for teacher in teachers]
         for term in terms:
-            if any(isinstance(teacher, EMATeacher) for teacher in teachers):
-                _check_layers_stay(term)
-            term.in_teachers(models)
-        self.live = []
+            for teacher in teachers:
+                _check_network(term, teacher)
+            term.in_teachers(models if any(model is not None for model in models) else [])
+        live, numbers, cache = [], [], None
         for number, teacher in enumerate(teachers):
-            taps = [tap for term in terms for tap in term.for_teacher(number).teacher_taps]
-            kind: Any = AveragedTeacher if isinstance(teacher, EMATeacher) else LiveTeacher
-            self.live.append(kind(teacher, taps, self.dtype))
+            readers = [term for term in terms if term.needs_teacher]
+            taps = [tap for term in readers for tap in term.for_teacher(number).teacher_taps]
+            if isinstance(teacher, StoredTeacher):
+                teacher.check(taps, any(isinstance(term, LogitsDistillation) for term in readers))
+                cache = number
+                continue
+            if isinstance(teacher, SelfTeacher) and self.hook is None:
+                teacher.check_differs()
+            live.append(_running(teacher, taps, self.dtype))
+            numbers.append(number)
+        self.live, self.numbers, self.cache = live, numbers, cache
         from_logits = any(
             isinstance(term, LogitsDistillation) and getattr(term.loss, "from_logits", None) is True for term in terms
         )
-        for model in models:
+        for model in self.models:
             if isinstance(model, CallableTeacher):
                 model.expects_logits = from_logits
 
@@ -108,17 +140,18 @@ class Ensemble:
             The calls.
 
         Raises:
-            ValueError: If the inputs are unknown, the route is wrong, or stored outputs stand for several teachers.
+            ValueError: If the inputs are unknown, the route is wrong, stored outputs stand for several teachers, or
+                those of a cache among the teachers are missing.
         """
         if stored is not None:
-            if not self.mix.plain:
-                expected = "live teachers with `teacher_weights`, `mix` or `route`"
-                remedy = "Leave these arguments out."
-                raise ValueError(checks.message(expected, "the outputs of one teacher in `DistillTargets`", remedy))
-            if any(isinstance(live, AveragedTeacher) for live in self.live):
-                expected = "a live teacher, because the weights of an EMATeacher change"
-                raise ValueError(checks.message(expected, "`DistillTargets`", "Train on the labels alone."))
             stored.training = student.training
+        if stored is not None and self.cache is None:
+            self._check_stand_in()
+            return Answers([stored])
+        if stored is None and self.cache is not None:
+            expected = "the targets to hold the outputs of the cache, which is one of the teachers"
+            raise ValueError(checks.message(expected, "labels alone", "Train on cache.attach((x, y))."))
+        if stored is not None and not self.live:
             return Answers([stored])
         if x is None:
             remedy = "Pass `x`, or the student's output unchanged."
@@ -126,13 +159,40 @@ class Ensemble:
         teacher_of = None
         if self.mix.route is not None:
             rows = keras.tree.flatten(student.output)[0].shape[0]
-            teacher_of = self.mix.teacher_of(x, len(self.live), rows)
+            teacher_of = self.mix.teacher_of(x, self.size, rows)
         if self.hook is not None:
             x = with_call(self.hook, x, student)
         calls = [live.answer(x) for live in self.live]
         for call in calls:
             call.training = student.training
-        return Answers(calls, teacher_of)
+        return Answers(self._with_stored(calls, stored), teacher_of)
+
+    def _check_stand_in(self) -> None:
+        """Check that stored outputs may stand for all teachers.
+
+        Raises:
+            ValueError: If they may not.
+        """
+        if not self.mix.plain:
+            expected = "live teachers, or a cache in the list of teachers, with `teacher_weights`, `mix` or `route`"
+            remedy = "Name the cache, teacher=[cache, model], or leave these arguments out."
+            raise ValueError(checks.message(expected, "the outputs of one teacher in `DistillTargets`", remedy))
+        if self.depends_on_student:
+            moving = next(live.teacher for live in self.live if isinstance(live, StudentAsTeacher))
+            expected = f"a live teacher, because the weights of {_kind(moving)} change"
+            remedy = "Train on the labels alone, or name the cache in the list of teachers."
+            raise ValueError(checks.message(expected, "`DistillTargets`", remedy))
+
+    def _with_stored(self, calls: list[Call], stored: Call | None) -> list[Call]:
+        """The calls of the running teachers, with the stored one in its place."""
+        if stored is None or self.cache is None:
+            return calls
+        if not isinstance(stored.output, TopK):
+            stored.output = keras.tree.map_structure(ops.convert_to_tensor, stored.output)
+        if ROWS in stored.features:  # the rows of the examples, whichever teacher knows them
+            for call in calls:
+                call.features[ROWS] = stored.features[ROWS]
+        return [*calls[: self.cache], stored, *calls[self.cache :]]
 
     def value(self, term: DistillationTerm, student: Call, answers: Answers, labels: Any, weights: Any) -> Any:
         """The value of a term for all teachers together.
@@ -157,6 +217,8 @@ class Ensemble:
             return value_of(student)
         if len(calls) == 1:
             return value_of(calls[0])
+        if self.cache is not None and not (mix.mix == "losses" and mix.route is None and not mix.by_entropy):
+            _check_all_classes(calls[self.cache], mix)
         if mix.route is not None:
             if isinstance(term, FeatureDistillation) and term.own_parts:
                 return self._routed_parts(term, answers, weights, value_of)
@@ -198,6 +260,8 @@ class Ensemble:
             elif len(calls) > 1 and mix.mix != "losses":
                 calls = [mixed(term, student, calls, mix)]
             pairs = list(zip(*(term.scores(student, call, weights, labels) for call in calls), strict=True))
+            if len(calls) > 1 and any(isinstance(score.teacher, TopK) for pair in pairs for score in pair):
+                return []  # a part of the classes has no mean with all of them
             if pairs:
                 shares = mix.shares(len(calls)) if len(calls) > 1 and not mix.by_entropy else None
                 return [pair[0]._replace(teacher=mean_scores(pair, shares)) for pair in pairs]
@@ -217,27 +281,64 @@ class Ensemble:
         known = ops.all((teacher_of >= 0) & (teacher_of < len(answers.calls)))
         return ops.where(known, total, ops.full_like(total, float("nan")))
 
-    def probe(self, inputs: Any) -> list[Call]:
+    def probe(self, inputs: Any, stored: Call | None = None) -> list[Call]:
         """Symbolic calls of the teachers, which have shapes and facts but no values.
 
         Args:
             inputs: A batch's inputs or their specifications.
+            stored: The call of a teacher whose outputs are known.
 
         Returns:
             The calls.
         """
         hook = self.hook
+        if (stored is not None and self.cache is None) or not self.live:
+            return [] if stored is None else [stored]
         if hook is not None:
 
             def for_teacher(tensors: Any) -> Any:
                 return with_call(hook, tensors, self.student.forward(tensors, training=False))
 
             inputs = compat.output_spec(for_teacher, symbolic(inputs))
-        return [probed(live.recorder, chosen_inputs(live.model, inputs)) for live in self.live]
+        calls = [probed(live.recorder, chosen_inputs(live.model, inputs)) for live in self.live]
+        return self._with_stored(calls, stored)
 
 
-def _check_layers_stay(term: DistillationTerm) -> None:
-    """Raise if a term takes numbers from layers of a teacher whose weights change in every step."""
-    if isinstance(term, FeatureDistillation) and term.reads_layers:
+def _model_of(teacher: Any) -> keras.Model | None:
+    """The model whose layers a teacher runs; None for a cache."""
+    if isinstance(teacher, StoredTeacher):
+        return None
+    return teacher.student if isinstance(teacher, (EMATeacher, SelfTeacher)) else teacher
+
+
+def _running(teacher: Any, taps: Sequence[Tap], dtype: str | None) -> LiveTeacher:
+    """A teacher with its recorder."""
+    if isinstance(teacher, EMATeacher):
+        return AveragedTeacher(teacher, taps, dtype)
+    return OwnLayers(teacher, taps, dtype) if isinstance(teacher, SelfTeacher) else LiveTeacher(teacher, taps, dtype)
+
+
+def _kind(teacher: EMATeacher | SelfTeacher) -> str:
+    return "a SelfTeacher" if isinstance(teacher, SelfTeacher) else "an EMATeacher"
+
+
+def _check_network(term: DistillationTerm, teacher: Any) -> None:
+    """Raise if a term reads or calls the layers of a teacher that has none, or whose weights change in every step."""
+    if not isinstance(term, FeatureDistillation):
+        return
+    if term.reads_layers and isinstance(teacher, (EMATeacher, SelfTeacher)):
         expected = f"a teacher whose weights stay for term {term.name!r}, which takes numbers from its layers"
-        raise ValueError(checks.message(expected, "an EMATeacher", "Use another loss, or a trained teacher."))
+        raise ValueError(checks.message(expected, _kind(teacher), "Use another loss, or a trained teacher."))
+    if term.needs_network and isinstance(teacher, StoredTeacher):
+        expected = f"models as teachers for term {term.name!r}, which calls their layers"
+        raise ValueError(checks.message(expected, "a cache", "Pass the model that it was built with."))
+
+
+def _check_all_classes(call: Call, mix: TeacherMix) -> None:
+    """Raise if a cache holds a part of the classes where the scores of all are mixed."""
+    if isinstance(call.output, TopK):
+        setting = "a route" if mix.route is not None else "teacher_weights='entropy'"
+        setting = f"mix={mix.mix!r}" if mix.mix != "losses" else setting
+        expected = f"the scores of all classes of each teacher with {setting}"
+        remedy = "Build it without top_k and sampled, or use mix='losses' and numbers as weights."
+        raise ValueError(checks.message(expected, "a cache that holds a part of them", remedy))

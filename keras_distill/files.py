@@ -10,7 +10,7 @@ from keras_distill import backends
 from keras_distill.learned_parts import ModelWithLearnedParts
 from keras_distill.metrics import LossParts
 from keras_distill.schedules import Schedule, deserialized, serialized
-from keras_distill.teachers import EMATeacher
+from keras_distill.teachers import EMATeacher, SelfTeacher
 from keras_distill.terms import DistillationTerm
 
 
@@ -31,14 +31,15 @@ class ModelInFiles(ModelWithLearnedParts):
         """Settings of the constructor, ready for JSON; they include the teacher only if ``save_teacher`` is True."""
         serialize, metrics = keras.saving.serialize_keras_object, self.loss_parts.teacher_metrics
         teachers = keras.tree.map_structure(
-            lambda each: serialize(each) if self.save_teacher or isinstance(each, EMATeacher) else None, self.teacher
-        )  # the models among several teachers leave gaps
+            lambda each: serialize(each) if self.save_teacher or _is_of_student(each) else None, self.teacher
+        )  # the models and caches among several teachers leave gaps
+        in_files = self.save_teacher or any(map(_is_of_student, keras.tree.flatten(self.teacher)))
         return {
             "name": self.name,
             "trainable": self.trainable,
             "dtype": serialize(self.dtype_policy),
             "student": serialize(self.student),
-            "teacher": teachers if self.save_teacher or self.step.averages else None,
+            "teacher": teachers if in_files else None,
             "terms": [serialize(term) for term in self.terms],
             "task_weight": serialized(self.schedules.get("task_weight"), self._task_weight),
             "evaluate_distillation": self.evaluate_distillation,
@@ -93,3 +94,8 @@ class ModelInFiles(ModelWithLearnedParts):
         """Load this model's own variable, the task weight."""
         super().load_own_variables(store)
         self._task_weight = backends.same_or_loaded(self._task_weight, self.task_weight_variable)
+
+
+def _is_of_student(teacher: Any) -> bool:
+    """Whether a teacher is made of the student in the file, which has no LoRA weights: Keras merges them."""
+    return isinstance(teacher, EMATeacher) or (isinstance(teacher, SelfTeacher) and teacher.adapters)

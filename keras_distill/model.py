@@ -64,9 +64,10 @@ class DistillModel(ModelInFiles):
 
     Args:
         student: The model to train.
-        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, an :class:`EMATeacher`, or a
-            list of several. None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can
-            be set later, ``model.teacher = teacher``; an EMATeacher stays where it is.
+        teacher: A trained model that takes the same inputs, a :class:`CallableTeacher`, an :class:`EMATeacher`, a
+            :class:`SelfTeacher`, or a list of several, which may hold a :class:`TeacherCache` whose outputs the data
+            holds. None if no term needs a teacher, or if the data holds :class:`DistillTargets`. It can be set
+            later, ``model.teacher = teacher``; an EMATeacher stays where it is.
         terms: The terms; ``None`` is ``[LogitsDistillation()]``. The model makes copies, in ``model.terms``, that share
             their settings with the terms that you pass.
         task_weight: Factor of the compiled loss, 0 or greater, a number or a schedule; a number can be assigned during
@@ -335,7 +336,7 @@ class DistillModel(ModelInFiles):
         sample_weight = targets_of_outputs(weights_of(sample_weight), y_pred, self.terms)
         total = sum((compat.additional_loss(self, loss) for loss in self.losses), ops.zeros(()))
         task = self.task_loss(x, labels, y_pred, sample_weight, training)
-        knows_teacher = stored is not None or bool(self.step.teachers) or not self.step.needs_teacher
+        knows_teacher = self.step.ensemble.can_answer(stored) or not self.step.needs_teacher
         unrecorded = self.step.recorder.record_of(y_pred) is None
         if unrecorded and compat.in_symbolic_scope():  # Keras runs this only to create variables
             if stored is not None or x is not None:
@@ -360,7 +361,8 @@ class DistillModel(ModelInFiles):
             parts |= {"distillation": losses.total, **losses.values}
             if losses.scores == [] and self.must_compare:
                 expected = "outputs that choose one class for `teacher_metrics`"
-                raise ValueError(checks.message(expected, "single scores, or a sigmoid for each of several classes"))
+                received = "single scores, a sigmoid for each of several classes, or a cache of a part of the classes"
+                raise ValueError(checks.message(expected, received))
             for scores in losses.scores or []:
                 self.loss_parts.compare(*scores)
             if training and task is None and not losses.values:

@@ -93,7 +93,8 @@ class DistillStep(BuildsTerms):
         averages = (average.state for average in self.averages)
         states = [*(term.state for term in self.terms), combination.state, *averages]
         self.states: list[NumbersState] = [state for state in states if state is not None]
-        self.recorder = Recorder(student, [tap for term in self.terms for tap in term.student_taps], "student")
+        taps = [tap for term in self.terms for tap in (*term.student_taps, *term.student_values)]
+        self.recorder = Recorder(student, taps, "student")
         self.ensemble = Ensemble(self.recorder, self.teacher_dtype, teacher_inputs, combination)
         self.working_names: tuple[str, ...] | None = None
         self.version = 0
@@ -108,7 +109,7 @@ class DistillStep(BuildsTerms):
     def teacher(self) -> Any:
         """The teacher, a list of several teachers, or None. It can be replaced at any time by assignment.
 
-        In a list with an :class:`EMATeacher` a None stands for a model that is still to be set.
+        In a list with an :class:`EMATeacher` or a :class:`SelfTeacher` a None stands for one that is still to be set.
         """
         return list(self._teachers) if len(self._teachers) > 1 else next(iter(self._teachers), None)
 
@@ -318,7 +319,7 @@ class DistillStep(BuildsTerms):
             return StepLosses(zero, {})
         student, x = self._student_call(output, x, student, terms, training)
         reads_teacher = any(term.needs_teacher for term in terms)
-        if teacher is None and reads_teacher and not self.teachers:
+        if teacher is None and reads_teacher and not self.ensemble.size:
             remedy = "Pass teacher=..., set `model.teacher`, or train on DistillTargets(labels, teacher)."
             raise ValueError(checks.message("a teacher to learn from", f"teacher={self.teacher!r}", remedy))
         if x is not None:

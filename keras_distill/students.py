@@ -13,7 +13,7 @@ from keras_distill import checks
 from keras_distill.ensemble import Ensemble
 from keras_distill.recording import sublayers
 from keras_distill.step import DistillStep
-from keras_distill.teachers import EMATeacher
+from keras_distill.teachers import EMATeacher, SelfTeacher, StoredTeacher
 from keras_distill.terms import DistillationTerm
 
 _OWN_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
@@ -98,10 +98,17 @@ def check_saved(save_teacher: bool, teacher: Any) -> None:
         teacher: The ``teacher`` argument.
 
     Raises:
-        ValueError: If the teacher is an :class:`EMATeacher`.
+        ValueError: If the teacher is an :class:`EMATeacher` or a :class:`SelfTeacher`, or a cache is among several.
     """
     if save_teacher and isinstance(teacher, EMATeacher):
         expected = "`save_teacher` to be False with an EMATeacher, whose average is saved in any case"
+        raise ValueError(checks.message(expected, "save_teacher=True", "Leave it out."))
+    if save_teacher and isinstance(teacher, SelfTeacher):
+        expected = "`save_teacher` to be False with a SelfTeacher, which is the student"
+        raise ValueError(checks.message(expected, "save_teacher=True", "Leave it out."))
+    several = teacher if isinstance(teacher, (list, tuple)) else [teacher]
+    if save_teacher and any(isinstance(each, StoredTeacher) for each in several):
+        expected = "`save_teacher` to be False with a TeacherCache, which has a folder of its own"
         raise ValueError(checks.message(expected, "save_teacher=True", "Leave it out."))
 
 
@@ -136,8 +143,8 @@ def check_route(ensemble: Ensemble, data: Any) -> None:
     arrays = isinstance(data, (dict, list, tuple, np.ndarray)) and all(
         isinstance(part, np.ndarray) for part in keras.tree.flatten(data)
     )
-    if ensemble.mix.route is not None and ensemble.live and arrays:
-        ensemble.mix.teacher_of(data, len(ensemble.live), None)
+    if ensemble.mix.route is not None and ensemble.size and arrays:
+        ensemble.mix.teacher_of(data, ensemble.size, None)
 
 
 def warn_of_augmentation(student: keras.Model) -> None:

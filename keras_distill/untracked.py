@@ -57,15 +57,19 @@ class ModelWithTeacher(keras.Model):
             Labels, and the teacher's output and features.
 
         Raises:
-            ValueError: If the model does not have exactly one teacher, or it is an :class:`EMATeacher`.
+            ValueError: If the model does not have exactly one teacher, or it is an :class:`EMATeacher`, a
+                :class:`SelfTeacher` or a cache.
         """
-        if self.step.averages:
+        ensemble = self.step.ensemble
+        if ensemble.depends_on_student:
             expected = "a teacher that does not change, for stored outputs"
             raise ValueError(checks.message(expected, f"{self.teacher!r}", "Train with the live teacher."))
-        if len(self.step.teachers) != 1:
-            received = f"{len(self.step.teachers)} teachers" if self.step.teachers else "teacher=None"
-            remedy = "Make the targets of each teacher separately." if self.step.teachers else "Set `model.teacher`."
+        if ensemble.size != 1:
+            received = f"{ensemble.size} teachers" if ensemble.size else "teacher=None"
+            remedy = "Make the targets of each teacher separately." if ensemble.size else "Set `model.teacher`."
             raise ValueError(checks.message("one teacher", received, remedy))
+        if ensemble.cache is not None:
+            raise ValueError(checks.message("a teacher that runs", "a cache", "Use cache.attach((x, y))."))
         taps = [tap for term in self.step.terms for tap in term.teacher_taps]
         return stored_targets(labels, self.step.teachers[0].answer(inputs), taps)
 

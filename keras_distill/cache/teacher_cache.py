@@ -14,7 +14,7 @@ from distill_core.columns import Ragged
 from distill_core.keys import digests
 from distill_core.remote import building, open_reader
 from distill_core.storage import Storage
-from distill_core.store import CacheError, Manifest, Reader, check_teacher
+from distill_core.store import CacheError, Reader, check_teacher
 from distill_core.terminal import short
 from keras_distill.cache.builder import Builder, described_teacher
 from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
@@ -23,16 +23,18 @@ from keras_distill.cache.views import Augmentation, Transform, data_fingerprint,
 from keras_distill.functional.top_k import Sampled, TopK
 from keras_distill.recording import Tap, looks_like
 from keras_distill.recording.rows import ROWS
+from keras_distill.teachers import StoredTeacher
 
 _UNKNOWN = -2  # the cardinality of a tf.data.Dataset of unknown length
 
 
-class TeacherCache:
+class TeacherCache(StoredTeacher):
     """The teacher's outputs for every item of a data set, in a folder, as targets for ``DistillModel.fit``.
 
     The folder has the format of ``lightning_distill.TeacherCache``, described in :mod:`distill_core.store`: each half
     reads caches of the other. Feature maps of a PyTorch teacher are returned with channels last. If a cache holds the
     likeliest classes only, the loss treats all other classes as one, which divergences such as SoftTargetLoss allow.
+    In a list of teachers, ``teacher=[cache, model]``, a cache stands for the outputs that the targets hold.
 
     Args:
         reader: Reads the folder.
@@ -54,11 +56,6 @@ class TeacherCache:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._maps: dict[str, bool] = {}  # arrays written by PyTorch: whether they are maps, with channels first
-
-    @property
-    def manifest(self) -> Manifest:
-        """The manifest of the folder: arrays, layers, data and versions."""
-        return self.reader.manifest
 
     @classmethod
     def open(

@@ -43,7 +43,8 @@ class Loop:
         self.task_weight, self.criterion = task_weight, criterion
         self.distillation = DistillStep(student, teacher, terms) if terms else None
         self.recorder = Recorder(student, [], "student") if self.distillation is None else self.distillation.recorder
-        self.teachers = [LiveTeacher(model, []) for model in as_teachers(teacher, student)]  # for the criterion
+        models = [each for each in as_teachers(teacher, student) if isinstance(each, keras.Model)]
+        self.teachers = [LiveTeacher(model, []) for model in models]  # for the criterion
         self._thread = threading.local()
         self._watching = contextlib.ExitStack()
 

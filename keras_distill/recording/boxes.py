@@ -9,14 +9,50 @@ import numpy as np
 from keras import ops
 
 from keras_distill import checks
-from keras_distill.recording.calls import Call
-from keras_distill.recording.taps import entry_at
+from keras_distill.recording.calls import Call, image_size
+from keras_distill.recording.taps import Tap, entry_at
 
-BoxPlace: TypeAlias = str | int | Callable[[Any], Any]
+BoxPlace: TypeAlias = str | int | Callable[[Any], Any] | Tap
 _PLACES = "Pass a key or an index of the targets, a key of the inputs, or a function of the targets."
 
 
-def find_boxes(place: BoxPlace, inputs: Any, labels: Any) -> Any:
+def boxes_of_call(place: BoxPlace, student: Call, labels: Any) -> tuple[Any, tuple[int, int]]:
+    """The boxes of each image, and the height and width of the images that they are pixels of.
+
+    Args:
+        place: As for :func:`find_boxes`, or a tap on the layer of the student that returns images and their boxes: a
+            pair of the two, or a dict of ``"images"`` and ``"bounding_boxes"`` or ``"boxes"``. The boxes are a tensor
+            or the entry ``"boxes"`` of a dict.
+        student: The student's call.
+        labels: The batch's targets, or None.
+
+    Raises:
+        ValueError: If they are not there, have another form, or it is not known which images they belong to.
+    """
+    if not isinstance(place, Tap):
+        return find_boxes(place, student.inputs, labels), size_of_images(student)
+    value = student.recorded(place)
+    images, boxes = _images_and_boxes(value)
+    size = image_size(images)
+    if size is None or boxes is None:
+        expected = f"student layer {place.name!r} to return images of a known size and their boxes"
+        received = f"a dict of {sorted(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
+        remedy = "Return {'images': ..., 'boxes': ...}, or a pair of the two."
+        raise ValueError(checks.message(expected, received, remedy))
+    return _checked(boxes, f"boxes={place!r}"), size
+
+
+def _images_and_boxes(value: Any) -> tuple[Any, Any]:
+    """The two parts of a layer's output, None if it has others."""
+    if isinstance(value, dict):
+        value = value.get("images"), value.get("bounding_boxes", value.get("boxes"))
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None, None
+    images, boxes = value
+    return images, boxes.get("boxes") if isinstance(boxes, dict) else boxes
+
+
+def find_boxes(place: str | int | Callable[[Any], Any], inputs: Any, labels: Any) -> Any:
     """The boxes of each image of a batch.
 
     Args:
@@ -41,9 +77,14 @@ def find_boxes(place: BoxPlace, inputs: Any, labels: Any) -> Any:
     if hasattr(value, "to_tensor"):  # a ragged tensor
         remedy = "Pad them: boxes.to_tensor(-1.0). Rows without an area do not count."
         raise ValueError(checks.message("as many rows of boxes for each image", f"a {type(value).__name__}", remedy))
+    return _checked(value, f"boxes={place!r}")
+
+
+def _checked(value: Any, name: str) -> Any:
+    """The boxes as a tensor ``(N, M, 4)``."""
     boxes = ops.convert_to_tensor(value)
     if len(boxes.shape) != 3 or boxes.shape[-1] != 4:
-        expected = f"boxes={place!r} to be left, top, right and bottom of each box, shape (N, M, 4)"
+        expected = f"{name} to be left, top, right and bottom of each box, shape (N, M, 4)"
         remedy = "Pad them to the same number of rows for each image: rows without an area do not count."
         raise ValueError(checks.message(expected, f"shape {tuple(boxes.shape)}", remedy))
     return boxes

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_distill import backends, checks, compat
-from keras_distill.recording import Call, Tap, sublayers
+from keras_distill import backends, checks
+from keras_distill.recording import Tap, sublayers
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 from keras_distill.states import NumbersState
-from keras_distill.teachers.inputs import chosen_inputs
-from keras_distill.teachers.live import LiveTeacher
+from keras_distill.teachers.live import StudentAsTeacher
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -260,7 +257,7 @@ class EMATeacher:
         return f"EMATeacher(decay={self.schedules.get('decay', self._decay)!r})"
 
 
-class AveragedTeacher(LiveTeacher):
+class AveragedTeacher(StudentAsTeacher):
     """Runs the student's layers with the averages in the place of the student's weights.
 
     Args:
@@ -279,18 +276,10 @@ class AveragedTeacher(LiveTeacher):
         """The moving average."""
         return self.average
 
-    def answer(self, inputs: Any) -> Call:
-        """Run the student's layers in inference mode, with the averages, without gradient."""
+    def values_instead(self) -> list[tuple[keras.Variable, Any]]:
+        """The averages."""
         self.average.build()
-        values = [(variable, ops.convert_to_tensor(average)) for variable, average in self.average.pairs()]
-        layers = [self.model, *(layer for _, layer in sublayers(self.model))]
-        with contextlib.ExitStack() as contexts:
-            contexts.enter_context(compat.untaped())
-            contexts.enter_context(compat.kept_losses(layers))
-            contexts.enter_context(compat.discarded_changes(values))
-            contexts.enter_context(compat.computed_in(layers, self.dtype))
-            call = self.recorder.forward(chosen_inputs(self.model, inputs), training=False)
-        return replace(call.without_gradient(), network=self)
+        return [(variable, ops.convert_to_tensor(average)) for variable, average in self.average.pairs()]
 
     def _values(self, part: keras.layers.Layer) -> list[tuple[keras.Variable, Any]]:
         """The weights of a part with their averages."""

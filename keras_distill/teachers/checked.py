@@ -10,13 +10,16 @@ import keras
 
 from keras_distill import checks
 from keras_distill.teachers.average import EMATeacher
+from keras_distill.teachers.itself import SelfTeacher
+from keras_distill.teachers.stored import StoredTeacher, check_single_cache
 
 
 def as_teachers(teacher: Any, student: keras.Model, averages: Sequence[EMATeacher] | None = None) -> list[Any]:
     """Check the teachers and put them into a list.
 
     Args:
-        teacher: A model, several, or None; beside an :class:`EMATeacher` a None stands for a model that is set later.
+        teacher: A model, a moving average, the student itself or a cache, several of them, or None; beside an
+            :class:`EMATeacher` or a :class:`SelfTeacher` a None stands for a teacher that is set later.
         student: The student, which cannot be its own teacher.
         averages: Moving averages of the student that must be among the teachers, and no others; None allows any.
 
@@ -24,8 +27,9 @@ def as_teachers(teacher: Any, student: keras.Model, averages: Sequence[EMATeache
         The teachers; an empty list for None.
 
     Raises:
-        TypeError: If an entry is not a Keras model.
-        ValueError: If the list is empty, the teacher is the student, or the averages are others.
+        TypeError: If an entry is not a teacher.
+        ValueError: If the list is empty or holds several caches, the teacher is the student, or the averages are not
+            these.
     """
     if teacher is None and not averages:
         return []
@@ -39,8 +43,12 @@ def as_teachers(teacher: Any, student: keras.Model, averages: Sequence[EMATeache
         expected = "an EMATeacher to be passed to DistillModel or DistillStep when it is made, and to stay its teacher"
         remedy = "Keep it in the list: model.teacher = [model.teacher[0], network]." if averages else ""
         raise ValueError(checks.message(expected, f"{len(averages)} of them before and teacher={teacher!r}", remedy))
+    check_single_cache(several)
+    in_files = any(isinstance(each, (EMATeacher, SelfTeacher)) for each in several)
     for model in several:
-        if not isinstance(model, EMATeacher) and not (model is None and moving):
+        if isinstance(model, SelfTeacher):
+            model.take(student)
+        elif not isinstance(model, (EMATeacher, StoredTeacher)) and not (model is None and in_files):
             _check_model(model, student)
     return several
 
@@ -53,7 +61,7 @@ def _check_model(model: Any, student: keras.Model) -> None:
         ValueError: If it is the student.
     """
     if model is student:
-        remedy = "Pass a model of its own, such as a copy made by keras.models.clone_model."
+        remedy = "Pass a model of its own, such as a copy made by keras.models.clone_model, or SelfTeacher(student)."
         raise ValueError(checks.message("`teacher` to be another model than `student`", "the same model", remedy))
     if not isinstance(model, keras.Model):
         remedy = ""

@@ -1,4 +1,4 @@
-"""A teacher that runs on each batch, in inference mode and without gradient."""
+"""Teachers that run on each batch, in inference mode and without gradient."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class LiveTeacher:
     def __init__(self, model: keras.Model, taps: Iterable[Tap], dtype: str | None = None) -> None:
         self.model, self.dtype = model, dtype
         self.recorder = Recorder(model, taps, "teacher")
-        self._layers: list[Any] = []  # all layers, once the model is built
+        # all layers, once the model is built: torch.compile cannot follow the search
+        self._layers: list[Any] = [model, *(layer for _, layer in sublayers(model))] if model.built else []
 
     @property
     def teacher(self) -> Any:
@@ -80,3 +81,25 @@ class LiveTeacher:
         """The weights of a part with their values."""
         variables = [each for each in part.variables if keras.backend.is_float_dtype(each.dtype)]
         return [(variable, ops.convert_to_tensor(variable, variable.dtype)) for variable in variables]
+
+
+class StudentAsTeacher(LiveTeacher):
+    """Runs the student's own layers in inference mode, with other values in the place of some of its weights.
+
+    A subclass implements :meth:`values_instead`.
+    """
+
+    def values_instead(self) -> list[tuple[keras.Variable, Any]]:
+        """Pairs of a variable of the student and the tensor that its layers read in its place."""
+        raise NotImplementedError
+
+    def answer(self, inputs: Any) -> Call:
+        """Run the student's layers without gradient and without changing them."""
+        layers = [self.model, *(layer for _, layer in sublayers(self.model))]
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(compat.untaped())
+            contexts.enter_context(compat.kept_losses(layers))
+            contexts.enter_context(compat.discarded_changes(self.values_instead()))
+            contexts.enter_context(compat.computed_in(layers, self.dtype))
+            call = self.recorder.forward(chosen_inputs(self.model, inputs), training=False)
+        return replace(call.without_gradient(), network=self)

@@ -39,6 +39,7 @@ class DistillationTerm:
     Attributes:
         student_taps: Layers of the student that the term reads.
         teacher_taps: Layers of the teacher that the term reads.
+        student_values: Layers of the student whose outputs the term reads beside the features, such as boxes.
         needs_labels: Whether :meth:`compute` needs the batch's labels.
         needs_teacher: Whether :meth:`compute` reads the teacher.
         trains_only: Whether evaluation leaves the term out, because it knows the training data alone.
@@ -63,6 +64,7 @@ class DistillationTerm:
 
     student_taps: Sequence[Tap] = ()
     teacher_taps: Sequence[Tap] = ()
+    student_values: Sequence[Tap] = ()
     needs_labels: bool = False
     needs_teacher: bool = True
     trains_only: bool = False
@@ -283,6 +285,7 @@ class DistillationTerm:
         copy.__dict__.update({**vars(origin), **origin._layers_for_an_owner()})
         copy._origin = origin
         copy.student_taps = [tap.within(student, "student") for tap in origin.student_taps]
+        copy.student_values = [tap.within(student, "student") for tap in origin.student_values]
         copy.state = TermState(copy)
         origin._settings.add(copy.state)
         copy.take_numbers()
@@ -303,11 +306,12 @@ class DistillationTerm:
     def take_numbers(self) -> None:
         """Let an owner's copy compute with the owner's variables."""
 
-    def in_teachers(self, teachers: Sequence[keras.Model]) -> None:
+    def in_teachers(self, teachers: Sequence[keras.Model | None]) -> None:
         """Let ``teacher_taps`` name the layers by their paths in the first of several teachers.
 
         Args:
-            teachers: The teachers; an empty list restores the taps that the user passed.
+            teachers: The teachers, None for one whose outputs are stored. It, and an empty list, restore the taps that
+                the user passed.
 
         Raises:
             ValueError: If a tap does not name one layer of a teacher.

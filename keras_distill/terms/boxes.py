@@ -7,8 +7,8 @@ from typing import Any
 from distill_core.requires import Requires
 from keras_distill import backends, checks
 from keras_distill.functional.detection import foreground_weights
-from keras_distill.recording import Call
-from keras_distill.recording.boxes import BoxPlace, check_pixels, find_boxes, size_of_images
+from keras_distill.recording import Call, Tap
+from keras_distill.recording.boxes import BoxPlace, boxes_of_call, check_pixels, find_boxes
 
 
 def check_boxes(boxes: Any, loss: Any, requires: Requires) -> None:
@@ -30,8 +30,8 @@ def check_boxes(boxes: Any, loss: Any, requires: Requires) -> None:
             remedy = "Pass a key or an index of the targets, a key of the inputs, or a function of the targets."
             raise ValueError(checks.message(expected, "boxes=None", remedy))
         return
-    if isinstance(boxes, bool) or not (isinstance(boxes, (str, int)) or callable(boxes)):
-        expected = "`boxes` to be a key, an index, a function of the targets, or None"
+    if isinstance(boxes, bool) or not (isinstance(boxes, (str, int, Tap)) or callable(boxes)):
+        expected = "`boxes` to be a key, an index, a function of the targets, a Tap, or None"
         raise TypeError(checks.message(expected, f"boxes={boxes!r}"))
     for unfit, reason in (
         (requires.several_layers, "several layers at once"),
@@ -54,6 +54,8 @@ def check_batch(boxes: BoxPlace, inputs: Any, labels: Any, size: tuple[int, int]
     Raises:
         ValueError: If they can be seen to have another form than corners in pixels.
     """
+    if isinstance(boxes, Tap):  # known in the student's call alone
+        return False
     values = backends.values_of(find_boxes(boxes, inputs, labels))
     return values is not None and size is not None and check_pixels(values, size)
 
@@ -78,9 +80,11 @@ def box_weights(boxes: BoxPlace, student: Call, labels: Any, feature: Any, name:
     if len(shape) != 4 or None in shape[1:3]:
         expected = f"term {name!r} to compare maps (N, H, W, C) of a known size, since it has boxes"
         raise ValueError(checks.message(expected, f"a feature of shape {shape}", "Name another layer."))
-    corners = find_boxes(boxes, student.inputs, labels)
+    corners, image = boxes_of_call(boxes, student, labels)
+    if isinstance(boxes, Tap) and (values := backends.values_of(corners)) is not None:
+        check_pixels(values, image)
     if checks.shapes_differ(tuple(corners.shape)[:1], shape[:1]):
         expected = f"boxes for each of {shape[0]} images"
         raise ValueError(checks.message(expected, f"boxes of shape {tuple(corners.shape)}"))
     backends.check_batch(feature, corners)
-    return foreground_weights(corners, size_of_images(student), shape[1:3])
+    return foreground_weights(corners, image, shape[1:3])

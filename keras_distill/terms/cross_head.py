@@ -18,9 +18,10 @@ from keras_distill.recording import Call, Tap
 from keras_distill.recording.boxes import BoxPlace
 from keras_distill.recording.taps import by_name
 from keras_distill.schedules import Weight
-from keras_distill.terms.features import FeatureDistillation, Layers, as_taps
+from keras_distill.terms.counting import MaskPlace
+from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.layouts import arranged, known_layout, widened, without_prefix
-from keras_distill.terms.levels import Pair, matched
+from keras_distill.terms.levels import Layers, Pair, as_taps, matched
 from keras_distill.terms.logits import LossLike, fitted_rows
 from keras_distill.terms.weighing import weigh
 
@@ -42,6 +43,8 @@ class CrossHeadDistillation(FeatureDistillation):
         weight: Factor of the term in the total loss, a number or a schedule.
         adapter: As for :class:`FeatureDistillation`, from the student's feature to what the head takes; not ``"pool"``.
         boxes: As for :class:`FeatureDistillation`.
+        mask: As for :class:`FeatureDistillation`, at the positions of the prediction.
+        ignore_index: As for :class:`FeatureDistillation`.
         use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files; ``None`` takes the teacher layer's, with ``"cross_"`` before it.
         **kwargs: Further settings of :class:`DistillationTerm`.
@@ -58,7 +61,7 @@ class CrossHeadDistillation(FeatureDistillation):
         Wang et al. (2023). CrossKD: Cross-Head Knowledge Distillation for Object Detection. arXiv:2306.11369.
     """
 
-    adapters_per_teacher = True
+    needs_network = adapters_per_teacher = True
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class CrossHeadDistillation(FeatureDistillation):
         weight: Weight = 1.0,
         adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
         boxes: BoxPlace | None = None,
+        mask: MaskPlace | None = None,
+        ignore_index: int | None = None,
         use_sample_weight: bool = True,
         name: str | None = None,
         **kwargs: Any,
@@ -90,6 +95,8 @@ class CrossHeadDistillation(FeatureDistillation):
             weight=weight,
             adapter=adapter,
             boxes=boxes,
+            mask=mask,
+            ignore_index=ignore_index,
             use_sample_weight=use_sample_weight,
             name=name,
             **kwargs,
@@ -142,7 +149,7 @@ class CrossHeadDistillation(FeatureDistillation):
         self.check_labels(student.inputs, labels, student.image)
         features = iter([self._fed(index, taps, student, teacher) for index, taps in enumerate(levels)])
         loss, values = self.loss_of(student), []
-        settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}
+        settings = self._weighing(labels, sample_weight)
         for _, head, place in self._places():
             args, kwargs = teacher.form(place).filled(_replaced(teacher.recorded(place), features))
             output = teacher.network.called(head.layer, args, kwargs)
@@ -156,7 +163,8 @@ class CrossHeadDistillation(FeatureDistillation):
                     target = resized(target, prediction.shape)
                 self._check_predictions(prediction, target, head)
                 target, masks = self._in_boxes(prediction, fitted_rows(prediction, target), masks, student, labels)
-                values.append(weigh(loss, prediction, target, masks=masks, **settings))
+                counted = self.counted(student, labels, prediction)
+                values.append(weigh(loss, prediction, target, masks=masks, counted=counted, **settings))
         return sum(values) / len(values)
 
     def _places(self) -> Iterator[tuple[Tap, Tap, Tap]]:

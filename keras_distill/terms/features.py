@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 from keras import ops
@@ -15,17 +15,16 @@ from keras_distill.functional.vectors import resized
 from keras_distill.losses import DistillationLoss
 from keras_distill.recording import Call, Tap
 from keras_distill.recording.boxes import BoxPlace
-from keras_distill.schedules import Weight, deserialized
+from keras_distill.schedules import Weight
 from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.boxes import box_weights, check_batch, check_boxes
+from keras_distill.terms.counting import MaskPlace
 from keras_distill.terms.layouts import KINDS, arranged, layouts_of_pair, widened, without_prefix
-from keras_distill.terms.levels import Pair, paired_levels
+from keras_distill.terms.levels import Layers, Pair, as_taps, check_single, paired_levels, taps_and_settings
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
 from keras_distill.terms.loss_term import copied
 from keras_distill.terms.teacher_parts import TeacherParts
 from keras_distill.terms.weighing import weigh
-
-Layers: TypeAlias = str | keras.layers.Layer | Tap | Sequence[str | keras.layers.Layer | Tap]
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -56,8 +55,13 @@ class FeatureDistillation(TeacherParts):
             factory called with the shapes of both features, channels last.
         boxes: Where a batch keeps the boxes of its images, ``(N, M, 4)`` with left, top, right and bottom in pixels of
             the student's input: a key or an index of the targets, a key of the inputs where the targets do not have it,
-            or a function of the targets. Rows without an area, such as padding of 0 or -1, do not count. A loss that
-            needs boxes gets their weights; for any other the positions in boxes count alone.
+            a function of the targets, or a :class:`Tap` on the student's layer that returns resized images with their
+            boxes, a pair or a dict of ``"images"`` and ``"bounding_boxes"``. Rows without an area, such as padding of 0
+            or -1, do not count. A loss that needs boxes gets their weights; for any other the positions in boxes count
+            alone.
+        mask: Where the inputs keep the mask of the positions that count, as for :class:`LogitsDistillation`: shape
+            ``(N,)``, ``(N, L)`` or ``(N, H, W)``, which is resized to the student's map after its adapter.
+        ignore_index: Positions with this label do not count, as for :class:`LogitsDistillation`.
         use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files; ``None`` takes the student layer's name, ``"blocks_1"`` for ``"blocks.1"``.
         **kwargs: ``index`` of :class:`LossTerm`, and further settings of :class:`DistillationTerm`.
@@ -86,6 +90,8 @@ class FeatureDistillation(TeacherParts):
         weight: Weight = 1.0,
         adapter: str | keras.layers.Layer | AdapterFactory | None = "auto",
         boxes: BoxPlace | None = None,
+        mask: MaskPlace | None = None,
+        ignore_index: int | None = None,
         use_sample_weight: bool = True,
         name: str | None = None,
         **kwargs: Any,
@@ -93,7 +99,9 @@ class FeatureDistillation(TeacherParts):
         student_taps, teacher_taps = self._paired_taps(as_taps(student_layer), as_taps(teacher_layer))
         layers = re.sub(r"\W", "_", "_".join(tap.name for tap in student_taps))
         name = name or layers or "features"
-        super().__init__(as_loss(loss), weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
+        kwargs |= {"mask": mask, "ignore_index": ignore_index}
+        settings: dict[str, Any] = {"weight": weight, "name": name, "use_sample_weight": use_sample_weight}
+        super().__init__(as_loss(loss), **settings, **kwargs)
         if len(student_taps) != len(teacher_taps) or not student_taps:
             expected = "`student_layer` and `teacher_layer` to name the same number of layers, at least one"
             raise ValueError(checks.message(expected, f"{len(student_taps)} and {len(teacher_taps)}", "Pair them."))
@@ -104,7 +112,8 @@ class FeatureDistillation(TeacherParts):
         if boxes is not None and not self.reads_boxes:
             raise TypeError(checks.message(f"known settings of {type(self).__name__}", f"boxes={boxes!r}"))
         check_boxes(boxes, self.loss, self.requires)
-        self.boxes, self.labels_checked = boxes, boxes is None
+        self.boxes, self.student_values = boxes, [boxes] if isinstance(boxes, Tap) else []
+        self.expect_new_labels()
         if self.requires.reads_teacher and any(tap.spreads for pair in self.pairs for tap in pair):
             expected = f"single layers for {type(self.loss).__name__}, which takes numbers from the teacher's layers"
             raise ValueError(checks.message(expected, "output='*'", "Name them."))
@@ -208,7 +217,7 @@ class FeatureDistillation(TeacherParts):
         levels = enumerate(self.levels(student, teacher))
         pairs = [self._pair(index, taps, student, teacher) for index, taps in levels]
         self.check_labels(student.inputs, labels, student.image)
-        settings = {"labels": labels, "needs_labels": self.needs_labels, "sample_weight": sample_weight}
+        settings = self._weighing(labels, sample_weight)
         if self.requires.several_layers:
             students, teachers, masks = ([pair[part] for pair in pairs] for part in range(3))
             return weigh(self.loss_of(student), students, teachers, masks=masks[0], **settings)
@@ -219,19 +228,26 @@ class FeatureDistillation(TeacherParts):
                 loss = self.with_numbers(loss, student)
                 loss.training = student.training
             target, masks = self._in_boxes(feature, target, masks, student, labels)
-            values.append(weigh(loss, feature, self.with_rows(target, student, teacher), masks=masks, **settings))
+            target, counted = self.with_rows(target, student, teacher), self.counted(student, labels, feature)
+            values.append(weigh(loss, feature, target, masks=masks, counted=counted, **settings))
         return sum(values) / len(pairs)
+
+    def _weighing(self, labels: Any, sample_weight: Any) -> dict[str, Any]:
+        """Arguments of :func:`weigh` that are the same for all pairs."""
+        needs = self.requires.needs_labels
+        return {"labels": self.labels_of_loss(labels), "needs_labels": needs, "sample_weight": sample_weight}
 
     def _in_boxes(self, feature: Any, target: Any, masks: list[Any], student: Call, labels: Any) -> tuple[Any, Any]:
         """The teacher's map, with the weights of the boxes if the loss needs them, and the masks of both maps."""
         if self.boxes is None:
             return target, masks
-        weights = box_weights(self.boxes, student, labels, feature, self.name)
+        place = self.student_values[0] if self.student_values else self.boxes
+        weights = box_weights(place, student, labels, feature, self.name)
         return ((target, weights), masks) if self.requires.needs_boxes else (target, [*masks, weights > 0])
 
     def expect_new_labels(self) -> None:
         """Let the first batch of a new training be checked too."""
-        self.labels_checked = self.boxes is None
+        self.labels_checked = self.boxes is None or bool(self.student_values)
 
     def check_labels(self, inputs: Any, labels: Any, image: tuple[int, int] | None = None) -> None:
         """Check that boxes are corners in pixels, once, as soon as their values are known; it waits for the device.
@@ -249,7 +265,8 @@ class FeatureDistillation(TeacherParts):
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
-        boxes = {} if self.boxes is None else {"boxes": keras.saving.serialize_keras_object(self.boxes)}
+        boxes = next((tap.get_config() for tap in self.student_values), self.boxes)
+        named_boxes = {} if boxes is None else {"boxes": keras.saving.serialize_keras_object(boxes)}
         adapter = (self._origin or self).adapter  # type: ignore[attr-defined]
         named = adapter is None or isinstance(adapter, str)
         return {
@@ -258,7 +275,7 @@ class FeatureDistillation(TeacherParts):
             "teacher_layer": [teacher.get_config() for _, teacher in self.pairs],
             "loss": keras.saving.serialize_keras_object(self.loss),
             "adapter": adapter if named else keras.saving.serialize_keras_object(adapter),
-            **boxes,
+            **named_boxes,
         }
 
     @classmethod
@@ -364,32 +381,6 @@ class FeatureDistillation(TeacherParts):
             if self.adapter == "auto" and self._adapters and mapped[-1] != teacher_shape[-1]:
                 remedy = "The adapter was made for another teacher: make a new DistillModel."
             raise ValueError(checks.message(expected, f"{tuple(mapped)} and {tuple(teacher_shape)}", remedy))
-
-
-def check_single(adapter: Any, pairs: int) -> None:
-    """Raise if one layer would be the adapter of several pairs.
-
-    Args:
-        adapter: The setting of a term.
-        pairs: Number of pairs.
-
-    Raises:
-        ValueError: If so.
-    """
-    if isinstance(adapter, keras.layers.Layer) and pairs > 1:
-        remedy = "Pass a function that makes a layer for each pair."
-        raise ValueError(checks.message("`adapter` not to be one layer for several pairs", f"{adapter}", remedy))
-
-
-def as_taps(layers: Layers) -> list[Tap]:
-    """One layer or several as taps."""
-    return [Tap.of(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
-
-
-def taps_and_settings(config: dict[str, Any], *sides: str) -> dict[str, Any]:
-    """The arguments of a term's constructor from its config, whose entries for the two sides are lists of taps."""
-    taps = {side: [Tap(**tap) for tap in config[side]] for side in sides}
-    return {**deserialized({key: value for key, value in config.items() if key not in taps}), **taps}
 
 
 def _of_patches(tap: Tap, mask: Any) -> Any:

@@ -1,14 +1,18 @@
-"""The levels of two feature pyramids, in pairs."""
+"""The layers of a term as taps, and the levels of two feature pyramids, in pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import keras
 
 from keras_distill import checks
 from keras_distill.recording import Call, Tap
+from keras_distill.schedules import deserialized
 
 Pair: TypeAlias = tuple[Tap, Tap]
+Layers: TypeAlias = str | keras.layers.Layer | Tap | Sequence[str | keras.layers.Layer | Tap]
 
 
 def matched(students: Sequence[Tap], teachers: Sequence[Tap]) -> bool:
@@ -48,3 +52,31 @@ def paired_levels(student: Call, student_tap: Tap, teacher: Call, teacher_tap: T
         remedy = f"Name the levels to compare: [Tap({student_tap.name!r}, output={names[0][0]!r}), ...]."
         raise ValueError(checks.message(expected, f"{names[0]} and {names[1]}", remedy))
     return [*zip(students, teachers, strict=True)]
+
+
+def as_taps(layers: Layers) -> list[Tap]:
+    """One layer or several as taps."""
+    return [Tap.of(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
+
+
+def taps_and_settings(config: dict[str, Any], *sides: str) -> dict[str, Any]:
+    """The arguments of a term's constructor from its config, whose entries for the two sides are lists of taps."""
+    taps: dict[str, Any] = {side: [Tap(**tap) for tap in config[side]] for side in sides}
+    if isinstance(config.get("boxes"), dict) and "layer" in config["boxes"]:
+        taps["boxes"] = Tap(**config["boxes"])
+    return {**deserialized({key: value for key, value in config.items() if key not in taps}), **taps}
+
+
+def check_single(adapter: Any, pairs: int) -> None:
+    """Raise if one layer would be the adapter of several pairs.
+
+    Args:
+        adapter: The setting of a term.
+        pairs: Number of pairs.
+
+    Raises:
+        ValueError: If so.
+    """
+    if isinstance(adapter, keras.layers.Layer) and pairs > 1:
+        remedy = "Pass a function that makes a layer for each pair."
+        raise ValueError(checks.message("`adapter` not to be one layer for several pairs", f"{adapter}", remedy))

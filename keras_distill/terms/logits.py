@@ -20,8 +20,7 @@ from keras_distill.losses import (
 )
 from keras_distill.recording import Call, select
 from keras_distill.schedules import Weight
-from keras_distill.terms.counting import MaskPlace, check_counting, counted_positions, without_ignored
-from keras_distill.terms.loss_term import LossTerm
+from keras_distill.terms.counting import CountingTerm, MaskPlace
 from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import row_weights, weigh, zeroed
 
@@ -56,7 +55,7 @@ class Scores(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class LogitsDistillation(LossTerm):
+class LogitsDistillation(CountingTerm):
     """A loss between the outputs of the two models.
 
     If the models declare several outputs (functional models, dicts), the outputs are compared one by one and the losses
@@ -110,7 +109,9 @@ class LogitsDistillation(LossTerm):
         **kwargs: Any,
     ) -> None:
         chosen = as_loss(SoftTargetLoss() if loss is None else loss)
-        super().__init__(chosen, weight=weight, name=name, use_sample_weight=use_sample_weight, **kwargs)
+        kwargs |= {"mask": mask, "ignore_index": ignore_index}
+        settings: dict[str, Any] = {"weight": weight, "name": name, "use_sample_weight": use_sample_weight}
+        super().__init__(chosen, **settings, **kwargs)
         if self.requires.needs_boxes:
             remedy = "Use it in a FeatureDistillation(..., boxes=...)."
             raise TypeError(checks.message("`loss` to need no boxes", f"a {type(loss).__name__}", remedy))
@@ -118,9 +119,7 @@ class LogitsDistillation(LossTerm):
             expected = "`loss` to have no parameters of its own"
             remedy = "Use it in a FeatureDistillation, between the models' last layers for instance."
             raise TypeError(checks.message(expected, f"a {type(loss).__name__}", remedy))
-        check_counting(mask, ignore_index, chosen)
-        self.output_key, self.mask, self.ignore_index = output, mask, ignore_index
-        self.needs_labels = self.requires.needs_labels or ignore_index is not None
+        self.output_key = output
 
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
@@ -139,8 +138,8 @@ class LogitsDistillation(LossTerm):
         for (student_logits, teacher_logits, weights), known in zip(
             pairs, self._labels_of(labels, len(pairs)), strict=True
         ):
-            counted = self._counted(student, known, student_logits)
-            masks = [student.mask_of(student_logits), teacher.mask_of(teacher_logits), counted]
+            counted = self.counted(student, known, student_logits)
+            masks = [student.mask_of(student_logits), teacher.mask_of(teacher_logits)]
             if isinstance(teacher_logits, TopK):
                 self._check_merging(teacher_logits)  # again, because the term may have been built with a teacher model
                 temperature = getattr(loss, "temperature", 1.0)
@@ -151,9 +150,10 @@ class LogitsDistillation(LossTerm):
                 loss,
                 student_logits,
                 teacher_logits,
-                labels=known if self.ignore_index is None else without_ignored(known, self.ignore_index),
+                labels=self.labels_of_loss(known),
                 needs_labels=self.requires.needs_labels,
                 masks=masks,
+                counted=counted,
                 sample_weight=weights,
             )
         return total
@@ -189,7 +189,7 @@ class LogitsDistillation(LossTerm):
             fits = isinstance(other, TopK) or not checks.shapes_differ(shape, tuple(other.shape))
             if single != binary or not fits:
                 continue
-            masks = [student.mask_of(own), teacher.mask_of(other), self._counted(student, known, own)]
+            masks = [student.mask_of(own), teacher.mask_of(other), self.counted(student, known, own)]
             rows = row_weights(own, masks, weight)
             if isinstance(other, TopK):
                 scores.append(Scores(own, other, rows))
@@ -205,13 +205,7 @@ class LogitsDistillation(LossTerm):
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""
         loss = keras.saving.serialize_keras_object(self.loss)
-        mask = keras.saving.serialize_keras_object(self.mask) if callable(self.mask) else self.mask
-        counted = {"mask": mask, "ignore_index": self.ignore_index}
-        return {**super().get_config(), "loss": loss, "output": self.output_key, **counted}
-
-    def _counted(self, student: Call, labels: Any, logits: Any) -> Any:
-        """The positions of an output that count, None for all."""
-        return counted_positions(self.mask, self.ignore_index, student.inputs, labels, logits)
+        return {**super().get_config(), "loss": loss, "output": self.output_key}
 
     def _labels_of(self, labels: Any, count: int) -> list[Any]:
         """The labels of each output: nested labels belong to the outputs one by one, a single tensor to all of them."""

@@ -15,8 +15,9 @@ from keras_distill.losses.networks import linear_classifier
 from keras_distill.recording import Call, Tap, find_layer
 from keras_distill.schedules import Weight
 from keras_distill.terms.base import DistillationTerm
-from keras_distill.terms.features import FeatureDistillation, taps_and_settings
+from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.layouts import KINDS, arranged, widened
+from keras_distill.terms.levels import taps_and_settings
 from keras_distill.terms.weighing import weigh
 
 
@@ -56,7 +57,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
     """
 
     one_teacher = True
-    reads_boxes = False
+    reads_boxes = leaves_out = False
 
     def __init__(
         self,

@@ -14,8 +14,9 @@ from keras_distill.losses import HierarchicalContextLoss
 from keras_distill.losses.networks import BatchNormalized
 from keras_distill.recording import Call
 from keras_distill.schedules import Weight
-from keras_distill.terms.features import FeatureDistillation, Layers, taps_and_settings
+from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.layouts import KINDS, arranged, widened
+from keras_distill.terms.levels import Layers, taps_and_settings
 from keras_distill.terms.logits import LossLike
 from keras_distill.terms.weighing import weigh
 
@@ -54,7 +55,7 @@ class ReviewDistillation(FeatureDistillation):
         in this package, a map of the teacher is resized to the student's height and width.
     """
 
-    reads_boxes = False
+    reads_boxes = leaves_out = False
 
     def __init__(
         self,

@@ -11,14 +11,15 @@ import keras
 from keras_distill import checks
 from keras_distill.recording import Call, Tap, find_layer
 from keras_distill.terms.base import DistillationTerm
+from keras_distill.terms.counting import CountingTerm
 from keras_distill.terms.levels import Pair
-from keras_distill.terms.loss_term import LossTerm
 
 
-class TeacherParts(LossTerm):
+class TeacherParts(CountingTerm):
     """Base of the terms on layers: with several teachers each has its taps and, if features differ, its adapters."""
 
     one_teacher = False  # whether the term, not its loss, takes numbers from the layers of its only teacher
+    needs_network = False  # whether the term calls the teacher's layers
     adapters_per_teacher = False  # whether each teacher has adapters of its own, also if the features do not differ
     _find_in_teacher: Callable[[Any], tuple[str, keras.layers.Layer]] | None = None
     _further: list[Any]  # the parts for teachers after the first
@@ -37,7 +38,7 @@ class TeacherParts(LossTerm):
         """The parts for further teachers that have adapters of their own, because the teachers' features differ."""
         return [part for part in self._further if part._built_for is not self._built_for]
 
-    def in_teachers(self, teachers: Sequence[keras.Model]) -> None:
+    def in_teachers(self, teachers: Sequence[keras.Model | None]) -> None:
         """Let the taps name the layers by their paths in each teacher, as in :class:`DistillationTerm`.
 
         Raises:
@@ -58,7 +59,8 @@ class TeacherParts(LossTerm):
         for part, part_taps in zip(self._further, taps[1:], strict=False):
             part.teacher_taps = part_taps
         # a function: Keras would track a model in an attribute
-        self._find_in_teacher = functools.partial(find_layer, teachers[0], who="teacher") if teachers else None
+        first = teachers[0] if teachers else None
+        self._find_in_teacher = None if first is None else functools.partial(find_layer, first, who="teacher")
         if teachers and self._learned:
             self._read_teacher()
 

@@ -21,6 +21,7 @@ def weigh(
     labels: Any = None,
     needs_labels: bool = False,
     masks: Sequence[Any] = (),
+    counted: Any = None,
     sample_weight: Any = None,
 ) -> Any:
     """The masked and weighted mean of a loss between the student's tensor and the teacher's.
@@ -36,21 +37,25 @@ def weigh(
         labels: The batch's labels.
         needs_labels: Whether the loss needs them.
         masks: True where a position counts, shape ``(N, L)``; entries may be None.
+        counted: A further mask, which the user has asked for, of the first dimensions of the tensors.
         sample_weight: Weight of each example, shape ``(N,)``, or of each position.
 
     Returns:
         A scalar; under ``tf.distribute`` divided by the number of replicas.
 
     Raises:
-        ValueError: If the weights fit neither the examples nor the positions.
+        ValueError: If the weights fit neither the examples nor the positions, or a loss has no values for the positions
+            of ``counted``.
     """
     first = keras.tree.flatten(student)[0]
     kept = [ops.cast(mask, "bool") for mask in masks if mask is not None and len(mask.shape) < len(first.shape)]
+    kept += [] if counted is None else [counted]
     if needs_labels and labels is not None:
         labels, classes = _classes(labels, first, getattr(loss, "ignore_index", None))
         if classes is not None:
             kept.append(classes)
-    mask = functools.reduce(ops.logical_and, kept) if kept else None
+    rank = max((len(mask.shape) for mask in kept), default=0)
+    mask = functools.reduce(ops.logical_and, [expanded(mask, rank) for mask in kept]) if kept else None
     if mask is not None:
         student, teacher = keras.tree.map_structure(lambda tensor: zeroed(tensor, mask), (student, teacher))
     target = (teacher, labels) if needs_labels else teacher
@@ -60,6 +65,9 @@ def weigh(
         return loss(target, student)
     target, student = in_precision(loss, (target, student))
     values = loss.call(target, student)
+    if counted is not None and len(values.shape) < len(counted.shape):
+        expected = "a loss with one value for each position, with `mask` or `ignore_index`"
+        raise ValueError(checks.message(expected, f"values of shape {tuple(values.shape)}"))
     if not len(values.shape):
         return values / backends.replicas()  # the loss has taken the mean itself
     if values_per == "examples":

@@ -25,7 +25,8 @@ class SelfDistillation(FeatureDistillation):
         adapter: As for :class:`FeatureDistillation`.
         use_sample_weight: Whether the batch's sample weights are applied to the term.
         name: Name in logs and files; ``None`` takes the shallow layers' names.
-        **kwargs: Further settings of :class:`DistillationTerm`.
+        **kwargs: ``mask`` and ``ignore_index`` of :class:`FeatureDistillation`, and further settings of
+            :class:`DistillationTerm`.
 
     Raises:
         ValueError: As for :class:`FeatureDistillation`.

@@ -32,6 +32,7 @@ from keras_distill import (
 )
 from keras_distill.losses.base import FormulaLoss, LabelledLoss, LogitsLoss
 from keras_distill.terms import LossTerm, TermState
+from keras_distill.terms.counting import CountingTerm
 from keras_distill.terms.teacher_parts import TeacherParts
 
 
@@ -90,7 +91,7 @@ def serializable() -> set[type]:
             own = isinstance(value, type) and value.__module__ == module.name and not value.__name__.startswith("_")
             if own and issubclass(value, kinds):
                 classes.add(value)
-    abstract = {keras_distill.DistillationTerm, LossTerm, TeacherParts, keras_distill.DistillationLoss}
+    abstract = {keras_distill.DistillationTerm, LossTerm, CountingTerm, TeacherParts, keras_distill.DistillationLoss}
     abstract |= {FormulaLoss, LogitsLoss, LabelledLoss}
     return classes - abstract - {metrics.LossParts, TermState}
 
@@ -171,7 +172,7 @@ def test_k25_no_setting_of_a_term_is_lost() -> None:
     settings: dict[str, Any] = {"weight": 0.7, "use_sample_weight": False, "name": "custom"}
     logits = {**settings, "loss": LogitMSELoss(), "output": 1, "mask": "mask", "ignore_index": 255}
     feature = {**settings, "student_layer": "a", "teacher_layer": "b", "loss": "l1", "adapter": None}
-    feature |= {"boxes": "boxes"}
+    feature |= {"boxes": "boxes", "mask": "mask", "ignore_index": 255}
     for kind, arguments in ((LogitsDistillation, logits), (FeatureDistillation, feature)):
         named = [
             name

@@ -132,9 +132,9 @@ def test_labels_that_a_loss_needs_go_together_with_those_to_ignore() -> None:
             "labels for a term with ignore_index=255",
         ),
         (
-            lambda: LogitsDistillation(ignore_index=255).compute(Call(STUDENT), Call(TEACHER), labels=FINE[:, 0, 0]),
+            lambda: LogitsDistillation(ignore_index=255).compute(Call(STUDENT), Call(TEACHER), labels=FINE[:, 0]),
             ValueError,
-            "integer labels, one for each position of logits (2, 4, 6, 5)",
+            "labels, with `ignore_index`, to have one value for each example or position of a tensor (2, 4, 6, 5)",
         ),
     ],
     ids=["loss", "mask", "key", "labels", "shape"],

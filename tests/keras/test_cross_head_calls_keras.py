@@ -106,12 +106,12 @@ def test_maps_of_other_sizes_make_predictions_to_which_the_teacher_s_are_resized
 
 
 def test_both_halves_have_the_same_settings_with_the_same_defaults() -> None:
-    """Masks are Keras' own here, and weights of examples are Keras' alone."""
-    keras_only, pytorch_only = {"use_sample_weight", "kwargs"}, {"mask", "ignore_index"}
+    """Weights of examples are Keras' alone."""
+    keras_only = {"use_sample_weight", "kwargs"}
     for name in ("CrossHeadDistillation", "FeatureDistillation"):
         own, other = (inspect.signature(getattr(half, name)).parameters for half in (keras_distill, lightning_distill))
 
-        assert set(own) - keras_only == set(other) - pytorch_only - {"index"}
+        assert set(own) - keras_only == set(other) - {"index"}
         for shared in set(own) & set(other):
             assert (own[shared].default, own[shared].kind) == (other[shared].default, other[shared].kind), shared
 

@@ -157,7 +157,7 @@ REFUSED: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "stored outputs": (
         ValueError,
         stored,
-        "Expected live teachers with `teacher_weights`, `mix` or `route`. Leave these arguments out.",
+        "Expected live teachers, or a cache in the list of teachers, with `teacher_weights`, `mix` or `route`.",
     ),
     "weights after equal ones": (ValueError, assigned([1, 2]), "Make a new model. Received: None"),
     "weights of another number": (ValueError, assigned([1.0], teacher_weights=[1, 2]), "to hold 2 numbers"),

@@ -247,7 +247,7 @@ def test_boxes_need_images() -> None:
         (
             lambda: FeatureDistillation("a", "a", boxes=1.5),
             TypeError,
-            r"a function of the targets, or None\. .*=1\.5",
+            r"a function of the targets, a Tap, or None\. .*=1\.5",
         ),
         (lambda: FeatureDistillation("a", "a", boxes=True), TypeError, r"`boxes` to be a key, an index, .* boxes=True"),
         (

@@ -10,7 +10,7 @@ import tensorflow as tf
 [cpu] = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
-from pairs.keras_dense import BATCH, EPOCHS, FEATURES  # noqa: E402
+from pairs.keras_teachers import BATCH, EPOCHS, FEATURES  # noqa: E402
 
 
 def main(path: str) -> None:

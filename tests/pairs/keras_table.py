@@ -19,10 +19,13 @@ from keras_distill import (
     FeatureDistillation,
     LogitsDistillation,
     SelfDistillation,
+    SelfTeacher,
     SoftTargetLoss,
+    TeacherCache,
     VariationalInformationLoss,
 )
 from keras_distill.schedules import Linear
+from keras_distill.targets import split_targets
 
 RATE, EPOCHS, BATCH = 0.05, 2, 8
 RNG = np.random.default_rng(0)
@@ -103,6 +106,8 @@ class Feature:
         teacher: Makes the teachers of the model from the networks; None uses them as they are.
         moving: Whether the teacher is the average of the student.
         stored: Whether the targets hold the teacher's outputs.
+        cached: Whether they hold those of the cache among the teachers.
+        itself: Whether the student is a teacher too, before the networks.
         tokens: Whether the models tag tokens.
         tolerance: The smallest tolerance: a graph rounds to bfloat16 in other places than eager steps.
         words: The error of a situation that cannot work, by the situation's name.
@@ -118,6 +123,8 @@ class Feature:
     teacher: Callable[[list[keras.Model]], Any] | None = None
     moving: bool = False
     stored: bool = False
+    cached: bool = False
+    itself: bool = False
     tokens: bool = False
     tolerance: float = 0.0
     words: dict[str, str] = field(default_factory=dict)
@@ -131,7 +138,10 @@ class Feature:
         teacher: Any = [None, held[0], held][min(self.teachers, 2)] if self.teacher is None else self.teacher(held)
         if self.moving:
             held, teacher = [made(4, "average")], EMATeacher(0.8)
-        model = DistillModel(made(4, "student"), None if self.stored else teacher, self.terms(), **self.settings)
+        student = made(4, "student")
+        if self.itself:
+            teacher = [SelfTeacher(student), *held]
+        model = DistillModel(student, None if self.stored else teacher, self.terms(), **self.settings)
         if self.moving:
             held[0].set_weights(model.student.get_weights())
         model.held = _Hidden(held)
@@ -150,6 +160,9 @@ class Feature:
 
     def targets(self, model: DistillModel) -> Any:
         """Labels, with the outputs of a teacher if they are stored."""
+        if self.cached:
+            [cache] = [each for each in model.teacher if isinstance(each, TeacherCache)]
+            return DistillTargets(self.labels, cache.answers(np.arange(16)))
         if not self.stored:
             return self.labels
         return DistillTargets(self.labels, model.held.models[0].predict(self.x, verbose=0))
@@ -360,6 +373,8 @@ def by_hand(
     feature, before = FEATURES[name], keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     twin = feature.model()
+    if feature.cached:
+        twin.step.build(feature.x, split_targets(feature.targets(twin))[1])
     keras.config.set_dtype_policy(before)
     optimizer = keras.optimizers.SGD(RATE)
     hand = feature.hand() if isinstance(feature.hand, type) else feature.hand

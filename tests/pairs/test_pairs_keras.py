@@ -23,8 +23,8 @@ if keras.backend.backend() != "tensorflow":
 
 from pairs import keras_table as table  # noqa: E402
 from pairs import random_keras  # noqa: E402
-from pairs.keras_dense import BATCH, EPOCHS, FEATURES  # noqa: E402
 from pairs.keras_table import Feature, by_hand, compile_model  # noqa: E402
+from pairs.keras_teachers import BATCH, EPOCHS, FEATURES  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -47,9 +47,12 @@ def fit(model: Any, feature: Feature, targets: Any, *, first: int = 0, last: int
 
 
 def again(model: Any, other: Any) -> Any:
-    """Give another model the teacher, which files do not hold; the average of the student is in the file."""
+    """Give another model the teacher, which files do not hold unless it is made of the student."""
     other.held = model.held
-    if model.teacher is not None and not model.step.averages:
+    if isinstance(other.teacher, list):
+        pairs = zip(other.teacher, model.teacher, strict=True)
+        other.teacher = [teacher if own is None else own for own, teacher in pairs]
+    elif model.teacher is not None and not model.step.averages:
         other.teacher = model.teacher
     return other
 
