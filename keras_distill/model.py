@@ -259,6 +259,7 @@ class DistillModel(ModelInFiles):
             term.expect_new_labels()
         arguments["x"] = FirstLabels(self.student, self.terms).watched(data, targets)
         check_route(self.step.ensemble, data)
+        self.build_from_data(data, targets)
         before, self.fitting = self.fitting, True
         try:
             return with_callbacks(super().fit, fit_callbacks(self, data), arguments)

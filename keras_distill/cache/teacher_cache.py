@@ -19,7 +19,7 @@ from distill_core.terminal import short
 from keras_distill.cache.builder import Builder, described_teacher
 from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
 from keras_distill.cache.positions import TokenPlaces, padded
-from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
+from keras_distill.cache.views import Augmentation, PassingItems, Transform, data_fingerprint, requested
 from keras_distill.functional.top_k import Sampled, TopK
 from keras_distill.recording import Tap, looks_like
 from keras_distill.recording.rows import ROWS
@@ -274,7 +274,8 @@ class TeacherCache:
 
         Raises:
             CacheError: If an item's key or number of tokens is not in the cache. If the data have another length, or
-                are not the data that Keras built the cache from; if
+                are not the data that Keras built the cache from, of which a ``tf.data.Dataset`` shows the last item at
+                the end of its first pass; if
                 ``transform`` or ``view`` does not fit the cache; or if the cache holds augmented views and the data are
                 a ``tf.data.Dataset``.
         """
@@ -289,14 +290,15 @@ class TeacherCache:
             items = np.asarray(items, "int64")
             return self.answers(view * number + items if rows is None else rows[items], items, places)
 
+        known = manifest.data["kind"] == "keras" and not manifest.data["stale"] and rows is None
         if not arrays:
             length = int(data.cardinality())
             check_length(number if length == _UNKNOWN else length, number)
-            return zipped(data, answers, views[0], number)
+            passing = PassingItems(number, manifest.data["fingerprint"]) if known else None
+            return zipped(data, answers, views[0], number, passing)
         x, y, weight = unpacked
         check_length(len(keras.tree.flatten(x)[0]), number)
         augmentation = None if transform is None else Augmentation(transform, manifest.data["transform_seed"])
-        known = manifest.data["kind"] == "keras" and not manifest.data["stale"] and rows is None
         if known and data_fingerprint(x, augmentation) != manifest.data["fingerprint"]:
             raise CacheError("Expected the data that the cache was built from, but some items differ.")
         return CachedData(
