@@ -143,6 +143,11 @@ def zipped(data: Any, answers: Answers, view: int, length: int, known: PassingIt
     return tf.data.Dataset.zip((data, rows)).map(joined)
 
 
+def as_array(array: Any) -> Any:
+    """A tensor as an array; arrays, which may be memory-mapped, are not copied."""
+    return array if isinstance(array, np.ndarray) else keras.ops.convert_to_numpy(array)
+
+
 def check_length(length: int, expected: int) -> None:
     """Check that the data have the length of the data that a cache was built from.
 
