@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,22 @@ def executes_eagerly() -> bool:
 
         return bool(tf.executing_eagerly())
     return bool(keras.backend.backend() == "torch")
+
+
+def after(tensors: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the operations of a TensorFlow graph wait for some tensors, also those that do not read them.
+
+    Args:
+        tensors: Tensors in any structure; other objects are ignored.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    leaves = tf.nest.flatten(tensors, expand_composites=True)
+    # the identities are operations of the function that is traced, where its arguments do not count as any
+    read = [tf.identity(leaf) for leaf in leaves if tf.is_symbolic_tensor(leaf)]
+    return tf.control_dependencies(read)  # type: ignore[no-any-return]
 
 
 def sum_over_replicas(value: Any) -> Any:

@@ -22,18 +22,26 @@ _PARAMETERS = ("weight", "temperature", "task_weight", "decay")
 class _Following(keras.callbacks.Callback):
     """Base of callbacks that need the progress of the training."""
 
-    _epoch = _seen = 0
+    _epoch = 0
     _accumulated = 1
+    _seen: int | None = None  # batches before the epoch
+    _length: int | None = None  # batches of the epoch before it
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Forget the data of an earlier training."""
+        self._seen = self._length = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Store the epoch and the number of batches before it."""
-        self._epoch = epoch
-        self._seen, self._accumulated = compat.raw_iterations(self.model.optimizer)
+        seen, self._accumulated = compat.raw_iterations(self.model.optimizer)
+        self._length = None if self._seen is None else seen - self._seen
+        self._epoch, self._seen = epoch, seen
 
     def _progress(self, batch: int) -> Progress:
-        batches = self.params.get("steps") or math.inf  # unknown in the first epoch of a generator
+        # Keras never knows the length of some data, which are as long as in the epoch before
+        batches = self.params.get("steps") or self._length or math.inf
         fraction = (self._epoch + min(batch / batches, 1.0)) / self.params["epochs"]
-        return Progress((self._seen + batch) // self._accumulated, self._epoch, fraction)
+        return Progress(((self._seen or 0) + batch) // self._accumulated, self._epoch, fraction)
 
 
 class ScheduleFollower(_Following):
@@ -116,6 +124,7 @@ class DistillationScheduler(_Following):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Find the term or the model that has the parameter."""
+        super().on_train_begin(logs)
         self._owner = self._find_owner()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

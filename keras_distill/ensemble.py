@@ -30,7 +30,7 @@ from keras_distill.teachers import (
 )
 from keras_distill.terms import DistillationTerm, FeatureDistillation, LogitsDistillation
 from keras_distill.terms.logits import Scores
-from keras_distill.terms.weighing import scalar
+from keras_distill.terms.weighing import scalar, weights_of_examples
 
 
 class Answers(NamedTuple):
@@ -272,7 +272,7 @@ class Ensemble:
     ) -> Any:
         """The sum of each teacher's loss on its own examples, where each teacher has adapters of its own."""
         self.mix.check_routed_parts(term)
-        weights = None if keras.tree.is_nested(weights) else weights  # those of outputs; the feature has none
+        weights = weights_of_examples(weights)
         teacher_of, total = answers.teacher_of, 0.0
         for number, call in enumerate(answers.calls):
             rows = teacher_of == number

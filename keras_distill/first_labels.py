@@ -131,3 +131,17 @@ def _first_batches(data: Any, targets: Any) -> Iterator[Any]:
 
 def _rows(begin: int, size: int) -> Callable[[Any], Any]:
     return lambda leaf: None if leaf is None else leaf[begin : begin + size]
+
+
+def first_rows(data: Any, targets: Any) -> tuple[Any, ...] | None:
+    """The first rows of data that can be read again: inputs, targets and perhaps weights.
+
+    Args:
+        data: The ``x`` argument of ``fit``.
+        targets: The ``y`` argument.
+
+    Returns:
+        A batch; None for other data, such as a generator.
+    """
+    batch = data[0] if isinstance(data, keras.utils.PyDataset) else next(iter(_first_batches(data, targets)), None)
+    return batch if isinstance(batch, tuple) else None

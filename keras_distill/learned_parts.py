@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_distill import checks, compat
+from keras_distill.first_labels import first_rows
 from keras_distill.targets import split_targets
 from keras_distill.untracked import ModelWithTeacher
 
@@ -23,6 +24,7 @@ class ModelWithLearnedParts(ModelWithTeacher):
 
     optimizer: Any
     jit_compile: Any
+    built: bool
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """As in Keras; but the terms are built first, and the optimizer is left unbuilt as long as they are."""
@@ -39,6 +41,25 @@ class ModelWithLearnedParts(ModelWithTeacher):
             super()._symbolic_build(iterator, data_batch)
         if self.step.built:
             self.build_optimizer()
+
+    def build_from_data(self, data: Any, targets: Any) -> None:
+        """Build the terms for data that hold the teacher's outputs, before callbacks such as ``BackupAndRestore``.
+
+        These need a model whose weights are all there. Data that cannot be read twice are left to the first step.
+
+        Args:
+            data: The ``x`` argument of ``fit``.
+            targets: The ``y`` argument.
+        """
+        if self.step.built:
+            return
+        inputs, answers, _ = keras.utils.unpack_x_y_sample_weight(first_rows(data, targets) or (None, None))
+        stored = split_targets(answers)[1]
+        if stored is not None:
+            strategy = getattr(self, "distribute_strategy", None)
+            with contextlib.nullcontext() if strategy is None else strategy.scope():
+                self.step.build(inputs, stored)
+            self.built = self.step.built
 
     @contextlib.contextmanager
     def _unoptimized(self) -> Iterator[None]:

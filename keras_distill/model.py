@@ -260,6 +260,7 @@ class DistillModel(ModelInFiles):
             term.expect_new_labels()
         arguments["x"] = FirstLabels(self.student, self.terms).watched(data, targets)
         check_route(self.step.ensemble, data)
+        self.build_from_data(data, targets)
         before, self.fitting = self.fitting, True
         try:
             return with_callbacks(super().fit, fit_callbacks(self, data), arguments)
@@ -310,7 +311,7 @@ class DistillModel(ModelInFiles):
 
     def train_step(self, *args: Any) -> Any:
         """As in Keras; then an :class:`EMATeacher` follows the student."""
-        with self.step.taped():
+        with self.after(args), self.step.taped():
             return followed_by_average(self, super().train_step, args)
 
     def compute_loss(

@@ -15,10 +15,11 @@ from keras_distill.step import DistillStep
 from keras_distill.students import check_student
 from keras_distill.teachers import chosen_inputs
 from keras_distill.terms import DistillationTerm, LogitsDistillation
+from keras_distill.whole_steps import ModelOfWholeSteps
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class MutualLearning(keras.Model):
+class MutualLearning(ModelOfWholeSteps):
     r"""Students that learn from labels and from each other's outputs, with ``compile`` and ``fit``.
 
     .. math:: L = \sum_i \Big( L_{task}(z_i, y) + \frac{1}{K - 1} \sum_{j \ne i} \sum_t w_t D_t(z_i, z_j) \Big)

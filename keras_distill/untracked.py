@@ -6,13 +6,14 @@ from typing import Any
 
 import keras
 
-from keras_distill import backends, checks
+from keras_distill import backends, checks, compat
 from keras_distill.step import DistillStep
 from keras_distill.targets import DistillTargets, stored_targets
+from keras_distill.whole_steps import ModelOfWholeSteps
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class ModelWithTeacher(keras.Model):
+class ModelWithTeacher(ModelOfWholeSteps):
     """Base of :class:`keras_distill.DistillModel`, which hides the teacher from Keras' tracking.
 
     Attributes:
@@ -22,6 +23,7 @@ class ModelWithTeacher(keras.Model):
 
     step: DistillStep
     save_teacher: bool
+    optimizer: Any
     train_function: Any
     test_function: Any
 
@@ -85,8 +87,12 @@ class ModelWithTeacher(keras.Model):
         return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
 
     def begin_average(self) -> None:
-        """Let each :class:`EMATeacher` that had no update yet begin with the student's present weights."""
-        for average in self.step.averages:
+        """Let each :class:`EMATeacher` begin with the student's present weights, before the optimizer's first batch.
+
+        An evaluation later, among batches that are accumulated for the first step, changes nothing.
+        """
+        begun = self.optimizer is not None and compat.raw_iterations(self.optimizer)[0] > 0
+        for average in [] if begun else self.step.averages:
             average.begin()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -40,7 +40,7 @@ ROOMS = {
         ("mixed_calls",),
         ("ensemble",),
         ("building",),
-        ("step",),
+        ("step", "whole_steps"),
         ("callbacks", "chains", "first_labels", "students", "untracked"),
         ("execution", "learned_parts"),
         ("files",),

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from distill_core.store import CacheError, Manifest
-from keras_distill.cache.views import Augmentation
+from keras_distill.cache.views import Augmentation, PassingItems
 from keras_distill.targets import DistillTargets, EpochData
 
 _ROWS = 256  # rows in one call of Python
@@ -85,7 +85,7 @@ def _rows(arrays: Any, rows: Any) -> Any:
     return None if arrays is None else keras.tree.map_structure(lambda array: np.asarray(array)[rows], arrays)
 
 
-def zipped(data: Any, answers: Answers, view: int, length: int) -> Any:
+def zipped(data: Any, answers: Answers, view: int, length: int, known: PassingItems | None = None) -> Any:
     """A ``tf.data.Dataset`` of single items whose targets hold the teacher's outputs.
 
     Args:
@@ -93,6 +93,7 @@ def zipped(data: Any, answers: Answers, view: int, length: int) -> Any:
         answers: Returns the teacher's part of the targets for some items.
         view: Number of the view.
         length: Number of items.
+        known: Compares the items with those that the cache was built from; None compares nothing.
 
     Returns:
         The data set, to shuffle and batch.
@@ -122,10 +123,29 @@ def zipped(data: Any, answers: Answers, view: int, length: int) -> Any:
         targets = DistillTargets(y, keras.tree.pack_sequence_as(first, arrays))
         return (x, targets) if weight is None else (x, targets, weight)
 
+    def seen(number: Any, item: Any) -> Any:
+        leaves = keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(item)[0])
+
+        def look(number: Any, *arrays: Any) -> Any:
+            known.see(number, *arrays)  # type: ignore[union-attr]
+            return number
+
+        probed = tf.reduce_any(tf.equal(number, known.probes))  # type: ignore[union-attr]
+        looked = tf.cond(probed, lambda: tf.numpy_function(look, [number, *leaves], tf.int64), lambda: number)
+        with tf.control_dependencies([looked]):
+            return keras.tree.map_structure(tf.identity, item)
+
+    if known is not None:
+        data = data.enumerate().map(seen)
     # many rows in one call: a call of Python for each row would take longer than the training
     rows = tf.data.Dataset.range(length).batch(_ROWS).map(read).unbatch()
     rows = rows.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
     return tf.data.Dataset.zip((data, rows)).map(joined)
+
+
+def as_array(array: Any) -> Any:
+    """A tensor as an array; arrays, which may be memory-mapped, are not copied."""
+    return array if isinstance(array, np.ndarray) else keras.ops.convert_to_numpy(array)
 
 
 def check_length(length: int, expected: int) -> None:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from distill_core.columns import Array, Ragged
+from distill_core.keys import digest
 from distill_core.store import CacheError
 
 _MASKS = ("attention_mask", "padding_mask")
@@ -39,6 +40,8 @@ class TokenPlaces:
         elif mask is None and batched:
             mask = next((named[name] for name in _MASKS if name in named), None)
         self.mask: Array | None = None if mask is None else np.asarray(mask) != 0
+        leaves = keras.tree.flatten(inputs) if batched else []
+        self._tokens = [leaf for leaf in leaves if len(leaf.shape) == 2 and keras.backend.is_int_dtype(leaf.dtype)]
         shapes = [tuple(leaf.shape) for leaf in keras.tree.flatten(inputs)]
         widths = [shape[1 if batched else 0] for shape in shapes if len(shape) > batched]
         width: int | None = next(iter(widths), None) if self.mask is None else self.mask.shape[1]
@@ -69,6 +72,26 @@ class TokenPlaces:
                 " them, and mask=<array of shape (items, tokens)> if they are not padded on the right."
             )
         return mask
+
+    def check_tokens(self, item: int, mask: Array, known: int) -> None:
+        """Check that an item of a cache with keys has the tokens that the teacher got.
+
+        Args:
+            item: Number of the item.
+            mask: True at its tokens, shape ``(T,)``.
+            known: The digest of the teacher's tokens; 0 if it is not known.
+
+        Raises:
+            CacheError: If none of the arrays of whole numbers in the inputs holds these tokens.
+        """
+        rows = [np.asarray(tokens[item]) for tokens in self._tokens]
+        seen = {max(digest(row[mask].astype("int64").tobytes()), 1) for row in rows if row.shape == mask.shape}
+        if known and seen and known not in seen:
+            raise CacheError(
+                f"Expected item {item} to have the tokens that the teacher got for its key, but they differ. Pass the"
+                " data of the build, with its tokenizer; or TeacherCache.open(path, allow_changed_inputs=True) if the"
+                " teacher's outputs fit these tokens too."
+            )
 
 
 def padded(values: Ragged, mask: Array) -> Any:

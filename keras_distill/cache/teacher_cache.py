@@ -17,9 +17,9 @@ from distill_core.storage import Storage
 from distill_core.store import CacheError, Reader, check_teacher
 from distill_core.terminal import short
 from keras_distill.cache.builder import Builder, described_teacher
-from keras_distill.cache.data import CachedData, check_length, chosen_views, zipped
+from keras_distill.cache.data import CachedData, as_array, check_length, chosen_views, zipped
 from keras_distill.cache.positions import TokenPlaces, padded
-from keras_distill.cache.views import Augmentation, Transform, data_fingerprint, requested
+from keras_distill.cache.views import Augmentation, PassingItems, Transform, data_fingerprint, requested
 from keras_distill.functional.top_k import Sampled, TopK
 from keras_distill.recording import Tap, looks_like
 from keras_distill.recording.rows import ROWS
@@ -55,11 +55,17 @@ class TeacherCache(StoredTeacher):
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
+        self._compares_tokens = reader.manifest.key is not None and not reader.manifest.data["stale"]
         self._maps: dict[str, bool] = {}  # arrays written by PyTorch: whether they are maps, with channels first
 
     @classmethod
     def open(
-        cls, path: str | PathLike[str], *, teacher: keras.Model | None = None, teacher_inputs: Any = None
+        cls,
+        path: str | PathLike[str],
+        *,
+        teacher: keras.Model | None = None,
+        teacher_inputs: Any = None,
+        allow_changed_inputs: bool = False,
     ) -> TeacherCache:
         """Open a cache that was built before.
 
@@ -67,6 +73,7 @@ class TeacherCache(StoredTeacher):
             path: The folder, or a URL of fsspec such as ``"s3://bucket/cache"``.
             teacher: The Keras model that the cache must come from; None skips this check.
             teacher_inputs: The maker of the teacher's inputs that it must come from, beside ``teacher``.
+            allow_changed_inputs: Whether sequences with a known key may have other tokens than the teacher got.
 
         Returns:
             The cache.
@@ -75,6 +82,7 @@ class TeacherCache(StoredTeacher):
             CacheError: If the cache is incomplete, or comes from another teacher.
         """
         cache = cls(open_reader(path))
+        cache._compares_tokens &= not allow_changed_inputs
         if teacher is not None:
             check_teacher(cache.manifest.teacher, described_teacher(teacher, teacher_inputs), path)
         return cache
@@ -212,7 +220,7 @@ class TeacherCache(StoredTeacher):
             ...     cache.attach(np.ones((2, 6), "int32"))[0][1].teacher.shape
             (2, 6, 30)
         """
-        named, layers = named_arrays(keras.tree.map_structure(_as_array, arrays))
+        named, layers = named_arrays(keras.tree.map_structure(as_array, arrays))
         if (key is None) != (keys is None):
             raise CacheError(f"Expected `key` and `keys` to be given together, but got key={key!r}. Pass both or none.")
         known = teacher and described_teacher(teacher)
@@ -271,7 +279,8 @@ class TeacherCache(StoredTeacher):
 
         Raises:
             CacheError: If an item's key or number of tokens is not in the cache. If the data have another length, or
-                are not the data that Keras built the cache from; if
+                are not the data that Keras built the cache from, of which a ``tf.data.Dataset`` shows the last item at
+                the end of its first pass; if
                 ``transform`` or ``view`` does not fit the cache; or if the cache holds augmented views and the data are
                 a ``tf.data.Dataset``.
         """
@@ -286,15 +295,17 @@ class TeacherCache(StoredTeacher):
             items = np.asarray(items, "int64")
             return self.answers(view * number + items if rows is None else rows[items], items, places)
 
+        is_known = manifest.data["kind"] == "keras" and not manifest.data["stale"] and rows is None
+        known = manifest.data["fingerprint"] if is_known else None
         if not arrays:
             length = int(data.cardinality())
             check_length(number if length == _UNKNOWN else length, number)
-            return zipped(data, answers, views[0], number)
+            passing = PassingItems(number, known) if known else None
+            return zipped(data, answers, views[0], number, passing)
         x, y, weight = unpacked
         check_length(len(keras.tree.flatten(x)[0]), number)
         augmentation = None if transform is None else Augmentation(transform, manifest.data["transform_seed"])
-        known = manifest.data["kind"] == "keras" and not manifest.data["stale"] and rows is None
-        if known and data_fingerprint(x, augmentation) != manifest.data["fingerprint"]:
+        if known and data_fingerprint(x, augmentation) != known:
             raise CacheError("Expected the data that the cache was built from, but some items differ.")
         return CachedData(
             answers,
@@ -352,7 +363,11 @@ class TeacherCache(StoredTeacher):
                     raise CacheError(
                         "Expected `places` to be given for a cache of sequences, but got None. Use `attach`."
                     )
-                arrays[name] = padded(values, places.of(np.asarray(rows if items is None else items), values.lengths))
+                items = np.asarray(rows if items is None else items)
+                mask = places.of(items, values.lengths)
+                if self._compares_tokens and len(items):  # the first item of each batch
+                    places.check_tokens(int(items[0]), mask[0], int(self.reader.input_digests(rows[:1])[0]))
+                arrays[name] = padded(values, mask)
         output: Any = arrays.get("output", np.zeros((len(rows), 1)))
         if isinstance(output, tuple):
             indices, logs, tail = output
@@ -379,8 +394,3 @@ class TeacherCache(StoredTeacher):
             attention = name != "output" and square and looks_like(value) == "softmax"
             self._maps[name] = not attention
         return np.moveaxis(value, 1, -1) if self._maps[name] else value
-
-
-def _as_array(array: Any) -> Any:
-    """A tensor as an array; arrays, which may be memory-mapped, are not copied."""
-    return array if isinstance(array, np.ndarray) else keras.ops.convert_to_numpy(array)

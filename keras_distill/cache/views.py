@@ -102,6 +102,45 @@ def requested(transform: Transform | None, transform_seed: int | None, views: in
     return Augmentation(transform, transform_seed)
 
 
+def probed_items(length: int) -> list[int]:
+    """The numbers of the items that are in a fingerprint, of data of some length; the last item is one of them."""
+    return sorted({round(probe * (length - 1) / (_PROBES - 1)) for probe in range(_PROBES)})
+
+
+class PassingItems:
+    """Compares items that pass one by one with the fingerprint of the data, at the end of each pass.
+
+    Args:
+        length: Number of items.
+        expected: The fingerprint, from :func:`data_fingerprint`.
+    """
+
+    def __init__(self, length: int, expected: str) -> None:
+        self.probes = probed_items(length)
+        self._length, self._expected, self._items = length, expected, dict[int, list[Array]]()
+
+    def see(self, number: int, *leaves: Array) -> None:
+        """Look at an item.
+
+        Args:
+            number: Its number, one of the ``probes``.
+            *leaves: The arrays of its inputs.
+
+        Raises:
+            CacheError: At the last item, if the items differ from those that the cache was built from.
+        """
+        self._items[int(number)] = [np.array(leaf) for leaf in leaves]
+        if int(number) != self.probes[-1] or len(self._items) != len(self.probes):
+            return
+        arrays = [self._items[probe][leaf] for leaf in range(len(leaves)) for probe in self.probes]
+        self._items = {}
+        if fingerprint([str(self._length), *arrays]) != self._expected:
+            raise CacheError(
+                "Expected the items of the data set in the order in which the cache was built, but some inputs differ."
+                " Shuffle, augment and convert the items after `attach`, as in cache.attach(data).shuffle(1000)."
+            )
+
+
 def data_fingerprint(inputs: Any, augmentation: Augmentation | None = None) -> str:
     """A digest of the number of items and of a few of them.
 
@@ -113,7 +152,7 @@ def data_fingerprint(inputs: Any, augmentation: Augmentation | None = None) -> s
         32 hexadecimal digits.
     """
     length = len(keras.tree.flatten(inputs)[0])
-    probes = sorted({round(probe * (length - 1) / (_PROBES - 1)) for probe in range(_PROBES)})
+    probes = probed_items(length)
     if augmentation is not None:
         arrays = keras.tree.flatten(augmentation.batch(inputs, probes, 0))
         return fingerprint([str(length), *arrays])

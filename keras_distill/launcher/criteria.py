@@ -182,7 +182,8 @@ class CriterionTerm(DistillationTerm):
     """A user's criterion, which makes the total itself from both outputs and the student's own loss.
 
     Args:
-        criterion: Called with ``(student_output, teacher_output, student_loss)``, returns a scalar.
+        criterion: Called with ``(student_output, teacher_output, student_loss)``, returns a scalar. The sample weights
+            are in ``student_loss``.
         task_loss: The student's own loss, called with the labels and its output.
     """
 
@@ -190,12 +191,13 @@ class CriterionTerm(DistillationTerm):
 
     def __init__(self, criterion: Any, task_loss: Any) -> None:
         super().__init__(name="criterion")
-        self.criterion, self._task_loss = criterion, task_loss
+        self.criterion = criterion
+        self._task_loss = task_loss if isinstance(task_loss, keras.losses.Loss) else _WeighedFunction(task_loss)
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The total, a scalar."""
         output = select(student.output, None, "the student's output")
-        loss = None if labels is None else keras.ops.mean(self._task_loss(labels, output))
+        loss = None if labels is None else keras.ops.mean(self._task_loss(labels, output, sample_weight))
         return self.criterion(student.output, teacher.output, loss) / backends.replicas()
 
 
@@ -254,6 +256,17 @@ def criterion_of(section: Any) -> Any:
         2.0
     """
     return configured(section, (KnowledgeDistillationLoss, IntermediateLayersKnowledgeDistillationLoss))
+
+
+class _WeighedFunction(keras.losses.Loss):
+    """A function of labels and outputs, such as ``keras.losses.mean_squared_error``, as a loss with sample weights."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(name="weighed_function")
+        self._function = function
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return self._function(y_true, y_pred)
 
 
 class _DividedByClasses(DistillationLoss):

@@ -7,10 +7,11 @@ from typing import Any
 import keras
 
 from distill_core.launcher import conf
+from keras_distill.whole_steps import ModelOfWholeSteps
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
-class StudentAlone(keras.Model):
+class StudentAlone(ModelOfWholeSteps):
     """A model that trains a student on its labels alone; the student itself is not compiled.
 
     Args:

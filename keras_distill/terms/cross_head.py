@@ -23,7 +23,7 @@ from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.layouts import arranged, known_layout, widened, without_prefix
 from keras_distill.terms.levels import Layers, Pair, as_taps, matched
 from keras_distill.terms.logits import LossLike, fitted_rows
-from keras_distill.terms.weighing import weigh
+from keras_distill.terms.weighing import weigh, weights_of_examples
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -141,8 +141,7 @@ class CrossHeadDistillation(FeatureDistillation):
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
-        if isinstance(sample_weight, (dict, list, tuple)):
-            sample_weight = None  # these are weights of the outputs, but the features belong to all of them
+        sample_weight = weights_of_examples(sample_weight)
         levels = self.levels(student, teacher)
         if teacher.network is None:
             raise ValueError(self._without_network(self.pairs[0][1]))

@@ -24,7 +24,7 @@ from keras_distill.terms.levels import Layers, Pair, as_taps, check_single, pair
 from keras_distill.terms.logits import LossLike, as_loss, fitted_rows
 from keras_distill.terms.loss_term import copied
 from keras_distill.terms.teacher_parts import TeacherParts
-from keras_distill.terms.weighing import weigh
+from keras_distill.terms.weighing import weigh, weights_of_examples
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -212,8 +212,7 @@ class FeatureDistillation(TeacherParts):
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
-        if isinstance(sample_weight, (dict, list, tuple)):
-            sample_weight = None  # these are weights of the outputs, but the feature belongs to all of them
+        sample_weight = weights_of_examples(sample_weight)
         levels = enumerate(self.levels(student, teacher))
         pairs = [self._pair(index, taps, student, teacher) for index, taps in levels]
         self.check_labels(student.inputs, labels, student.image)

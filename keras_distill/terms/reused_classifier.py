@@ -18,7 +18,7 @@ from keras_distill.terms.base import DistillationTerm
 from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.layouts import KINDS, arranged, widened
 from keras_distill.terms.levels import taps_and_settings
-from keras_distill.terms.weighing import weigh
+from keras_distill.terms.weighing import weigh, weights_of_examples
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -102,8 +102,7 @@ class ReusedClassifierDistillation(FeatureDistillation):
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
-        if isinstance(sample_weight, (dict, list, tuple)):
-            sample_weight = None  # these are weights of the outputs, but the feature belongs to all of them
+        sample_weight = weights_of_examples(sample_weight)
         (_, feature), (_, target) = self._raw(self.levels(student, teacher)[0], student, teacher)
         student_layout, teacher_layout = self._built_for[0][2:]
         projector: Any = self._adapters[0]

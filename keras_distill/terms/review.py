@@ -18,7 +18,7 @@ from keras_distill.terms.features import FeatureDistillation
 from keras_distill.terms.layouts import KINDS, arranged, widened
 from keras_distill.terms.levels import Layers, taps_and_settings
 from keras_distill.terms.logits import LossLike
-from keras_distill.terms.weighing import weigh
+from keras_distill.terms.weighing import weigh, weights_of_examples
 
 
 @keras.saving.register_keras_serializable(package="keras_distill")
@@ -98,8 +98,7 @@ class ReviewDistillation(FeatureDistillation):
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, added over the layers, a scalar."""
-        if isinstance(sample_weight, (dict, list, tuple)):
-            sample_weight = None  # these are weights of the outputs, but the features belong to all of them
+        sample_weight = weights_of_examples(sample_weight)
         features, targets = [], []
         for index, taps in enumerate(self.levels(student, teacher)):
             (_, feature), (_, target) = self._raw(taps, student, teacher)

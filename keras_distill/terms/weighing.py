@@ -145,6 +145,35 @@ def row_weights(logits: Any, masks: Sequence[Any], sample_weight: Any) -> Any:
     return ops.broadcast_to(functools.reduce(ops.multiply, factors), ops.shape(logits)[:rank]) if factors else None
 
 
+def weights_of_examples(sample_weight: Any) -> Any:
+    """The weights of the examples, for terms on layers, which belong to all outputs of a model.
+
+    For arrays Keras repeats the weights of the examples for every output. Weights that differ between the outputs are
+    those of their labels; the examples then count alike.
+
+    Args:
+        sample_weight: The batch's weights, one tensor or nested like the outputs; or None.
+
+    Returns:
+        A tensor, or None if the examples count alike.
+
+    Example:
+        >>> first, second = ops.array([2.0, 0.0]), ops.array([1.0, 0.0])
+        >>> weights_of_examples({"a": first, "b": first}).numpy(), weights_of_examples([first, second]).numpy()
+        ([2.0, 0.0], [1.0, 1.0])
+    """
+    if not keras.tree.is_nested(sample_weight):
+        return sample_weight
+    leaves = keras.tree.flatten(sample_weight)
+    if not leaves or any(leaf is None for leaf in leaves):
+        return None
+    first, *others = (ops.convert_to_tensor(leaf) for leaf in leaves)
+    if any(len(other.shape) != len(first.shape) or checks.shapes_differ(other.shape, first.shape) for other in others):
+        return None
+    equal = [ops.all(ops.equal(first, ops.cast(other, first.dtype))) for other in others]
+    return ops.where(ops.all(ops.stack(equal)), first, ops.ones_like(first)) if equal else first
+
+
 def scalar(value: Any) -> Any:
     """The mean of values, under ``tf.distribute`` divided by the number of replicas; a scalar is returned unchanged."""
     value = ops.convert_to_tensor(value)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cache_nets import Module, difference, trained
-from keras_nets import assert_same_logs, assert_same_weights, cross_entropy
+from keras_nets import assert_same_logs, assert_same_weights, cross_entropy, with_and_without_interruption
 from torch import nn
 
 import keras_distill
@@ -40,10 +40,14 @@ def torch_twin(model: keras.Model) -> nn.Sequential:
     return twin
 
 
+def adapter(student: Any, teacher: Any) -> Any:
+    """The adapter for two shapes, with the same weights whenever it is made."""
+    return keras.layers.Dense(teacher[-1], kernel_initializer="ones")
+
+
 def fitted(teacher: Any, data: Any, *more: Any, features: tuple[str, str] | None = None, **settings: Any) -> Any:
     terms: list[Any] = [keras_distill.LogitsDistillation()]
     if features is not None:
-        adapter = lambda student, teacher: keras.layers.Dense(teacher[-1], kernel_initializer="ones")  # noqa: E731
         terms.append(keras_distill.FeatureDistillation(*features, adapter=adapter, weight=0.1))
     model = DistillModel(keras_network(8, seed=1), teacher, terms)
     model.compile(keras.optimizers.SGD(0.1), cross_entropy(), jit_compile=False)
@@ -109,6 +113,53 @@ def test_c3_a_tf_data_set_gets_its_answers_in_order(cache: keras_distill.Teacher
     model, own = fitted(None, data, features=("hidden", "hidden"))
     assert_same_logs(own, logs, 1e-5)
     assert_same_weights(model, expected, 1e-6)
+
+
+def of_tensors(change: str) -> Any:
+    """Single items for TensorFlow, in the order of the build, changed in some way."""
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensor_slices((X, Y))
+    changed = {"shuffled": data.shuffle(ITEMS, seed=1), "reversed": data.skip(1).concatenate(data.take(1))}
+    return {**changed, "augmented": data.map(lambda x, y: (-x, y)), "none": data}[change]
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("change", ["none", "shuffled", "reversed", "augmented"])
+def test_c5_a_tf_data_set_with_other_inputs_is_refused_at_the_end_of_its_first_pass(
+    cache: keras_distill.TeacherCache, change: str
+) -> None:
+    """C5: the outputs would belong to other items; behind `attach` everything is allowed."""
+    data = cache.attach(of_tensors(change))
+    if change == "none":
+        for _ in range(2):
+            assert sum(1 for _ in data.shuffle(ITEMS).map(lambda x, y: (-x, y))) == ITEMS
+        return
+    with pytest.raises(Exception, match=r"(?s)in the order in which the cache was built.*Shuffle, augment and convert"):
+        fitted(None, data.batch(8), features=("hidden", "hidden"))
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("source", ["arrays", "tf.data", "targets"])
+def test_c10_a_training_with_adapters_and_a_cache_goes_on_after_an_exception(
+    cache: keras_distill.TeacherCache, tmp_path: Path, source: str
+) -> None:
+    """C10: Keras restores a backup before the first step, where the shapes of the adapters must be known."""
+
+    def made() -> DistillModel:
+        feature = keras_distill.FeatureDistillation("hidden", "hidden", adapter=adapter)
+        model = DistillModel(keras_network(8, seed=1), None, [keras_distill.LogitsDistillation(), feature])
+        model.compile(keras.optimizers.Adam(0.01), cross_entropy(), jit_compile=False)
+        return model
+
+    data: tuple[Any, ...] = (cache.attach((X, Y), batch_size=8),)
+    if source == "tf.data":
+        data = (cache.attach(of_tensors("none")).batch(8),)
+    if source == "targets":
+        data = (X, keras_distill.DistillTargets(Y, cache.answers(range(ITEMS))))
+    whole, resumed = with_and_without_interruption(made, tmp_path / "backup", *data, shuffle=False, verbose=0)
+    assert whole.terms[1].adapters[0] is not None
+    assert_same_weights(resumed, whole, 1e-6)
 
 
 def test_c3_shuffled_arrays_keep_their_answers(cache: keras_distill.TeacherCache) -> None:

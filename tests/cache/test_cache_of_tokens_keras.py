@@ -161,6 +161,25 @@ def test_c17_other_tokens_than_the_teacher_got_are_refused(tmp_path: Path) -> No
         cache.answers([0])
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_c5_c18_other_tokens_with_the_same_key_are_refused(tmp_path: Path, side: str) -> None:
+    """C5, C18: as in the PyTorch half, such as those of another tokenizer, at the first item of each batch."""
+    cache = torch_cache(tmp_path, key="id")
+    x, y = split(padded(WORDS, side))
+    changed = {**x, "token_ids": np.where(x["padding_mask"] > 0, x["token_ids"] % 13 + 1, 0).astype("int32")}
+    mixed = {**x, "token_ids": np.concatenate([x["token_ids"][:3], changed["token_ids"][3:]])}
+    expected, keys = cache.attach((x, y), keys=range(len(WORDS)), batch_size=3)[1][1].teacher, range(len(WORDS))
+    with pytest.raises(CacheError, match=r"^Expected item 0 to have the tokens that the teacher got for its key, but"):
+        cache.attach((changed, y), keys=keys, batch_size=3)[0]
+    batches = cache.attach((mixed, y), keys=keys, batch_size=3)
+    assert len(batches[0]) == 2
+    with pytest.raises(CacheError, match=r"^Expected item 3 to have the tokens.* with its tokenizer; or TeacherCache"):
+        batches[1]
+    allowing = keras_distill.TeacherCache.open(tmp_path, allow_changed_inputs=True)
+    accepted = allowing.attach((changed, y), keys=keys, batch_size=3)[1][1].teacher
+    np.testing.assert_array_equal(accepted, expected)
+
+
 def test_c21_arrays_become_a_cache_of_keras_that_torch_reads(tmp_path: Path) -> None:
     """C3, C21: outputs, features and keys."""
     tokens = [logits_of(sentence) for sentence in WORDS]

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from keras_nets import assert_same_logs, assert_same_weights, cross_entropy, mlp, table
 
-from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation
+from keras_distill import (
+    DistillModel,
+    EMATeacher,
+    FeatureDistillation,
+    LogitsDistillation,
+    MutualLearning,
+    SoftTargetLoss,
+)
+from keras_distill.schedules import Step
 
 INPUTS, LABELS = table(32)
 WEIGHTS = np.linspace(0.0, 2.0, 32, dtype="float32")
@@ -208,3 +216,37 @@ def test_k28_labels_without_a_loss_serve_metrics() -> None:
     assert "task_loss" not in logs
     accuracy = float(np.mean(model.predict(INPUTS, verbose=0).argmax(-1) == LABELS))
     assert logs["val_accuracy"][0] == pytest.approx(accuracy)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras' word for the end of an unknown length
+@pytest.mark.tensorflow  # only a graph of TensorFlow begins a step without its batch
+@pytest.mark.parametrize("kind", ["live", "average", "mutual"])
+@pytest.mark.parametrize("accumulated", [None, 3])
+def test_k30_a_data_set_of_unknown_length_trains_and_counts_like_one_of_known_length(
+    kind: str, accumulated: int | None
+) -> None:
+    """K30: Keras learns the end from a step without a batch, in which nothing may happen."""
+
+    import tensorflow as tf
+
+    def trained(known: bool) -> tuple[keras.Model, dict[str, Any], int]:
+        keras.utils.set_random_seed(5)
+        students = [mlp(8), mlp(6, name="second")]
+        model: Any = MutualLearning(students)
+        if kind != "mutual":
+            teacher = EMATeacher(0.7) if kind == "average" else mlp(12, name="teacher")
+            ramp = LogitsDistillation(SoftTargetLoss(temperature=Step([4.0, 1.0], boundaries=[0.5], over="fraction")))
+            model = DistillModel(students[0], teacher, ramp)
+        optimizer = keras.optimizers.Adam(0.1, gradient_accumulation_steps=accumulated)
+        model.compile(optimizer, cross_entropy(), metrics=["accuracy"], jit_compile=False)
+        data = source("tf.data", INPUTS, LABELS)  # every batch has eight rows, which the graph knows
+        data = data.unbatch().batch(8, drop_remainder=True)
+        data = data.apply(tf.data.experimental.assert_cardinality(4)) if known else data.filter(lambda x, y: True)
+        logs = model.fit(data, epochs=3, shuffle=False, validation_data=data, verbose=0).history
+        return model, logs, int(optimizer._iterations)
+
+    model, logs, number = trained(known=False)
+    expected_model, expected_logs, expected_number = trained(known=True)
+    assert number == expected_number == 12
+    assert_same_weights(model, expected_model)  # those of an average and its number of updates too
+    assert_same_logs(logs, expected_logs)

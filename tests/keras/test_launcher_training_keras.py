@@ -105,3 +105,22 @@ def test_a_criterion_of_the_users_own_makes_the_total_n10() -> None:
     np.testing.assert_allclose(
         logs.epochs[0]["loss"], 3 * ce64(z_s, labels).mean() + np.abs(z_s - z_t).mean(), rtol=2e-5
     )
+
+
+@pytest.mark.parametrize("task_loss", [None, "sparse_categorical_crossentropy", "categorical_crossentropy"])
+def test_a_criterion_of_the_users_own_gets_the_weighted_loss_of_the_labels_n10(task_loss: str | None) -> None:
+    """N10: as the compiled loss of a criterion of this package."""
+    inputs, labels = table()
+    targets = np.eye(3, dtype="float32")[labels] if task_loss == "categorical_crossentropy" else labels
+    weights, logs = np.linspace(0.0, 2.0, len(labels), dtype="float32"), Logs()
+    distiller = launched(
+        criterion=lambda student_output, teacher_output, student_loss: 3.0 * student_loss,
+        callbacks=[logs], train_dataloader=[(inputs, targets, weights)], task_loss=task_loss,
+    )  # fmt: skip
+    if task_loss is not None:
+        distiller.student_model = keras.Sequential([distiller.student_model, keras.layers.Softmax()])
+        distiller.teacher_model = keras.Sequential([distiller.teacher_model, keras.layers.Softmax()])
+    output = numpy_of(distiller.student_model(inputs))
+    logits = output if task_loss is None else np.log(output)
+    distiller.fit()
+    np.testing.assert_allclose(logs.epochs[0]["loss"], 3 * (weights * ce64(logits, labels)).mean(), rtol=2e-5)

@@ -369,3 +369,21 @@ def test_a_use_that_cannot_be_right_is_refused_in_words(name: str) -> None:
     kind, act, words = REFUSED[name]
     with pytest.raises(kind, match=re.escape(words)):
         act()
+
+
+def test_an_evaluation_among_the_first_accumulated_batches_leaves_the_average_alone() -> None:
+    """The statistics of the batch normalisation have moved by then, but the average begins with the training."""
+
+    def trained(callbacks: list[Any]) -> list[Any]:
+        keras.utils.set_random_seed(1)
+        model = DistillModel(student(), EMATeacher(0.7))
+        model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=3), cross_entropy(), jit_compile=False)
+        model.fit(X, Y, epochs=2, callbacks=callbacks, **FIT)
+        return list(model.teacher.averaged().get_weights())
+
+    class Evaluation(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.model.evaluate(X, Y, verbose=0)
+
+    for own, expected in zip(trained([Evaluation()]), trained([]), strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-6)

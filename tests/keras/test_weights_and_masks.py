@@ -281,6 +281,33 @@ def test_k13_each_output_has_the_weights_that_are_given_for_it(form: str, output
     assert logs["hidden_loss"] == pytest.approx(distance.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("form", ["list", "dict"])
+@pytest.mark.parametrize("teachers", [1, 2])
+@pytest.mark.parametrize("source", ["arrays", "stored", "batch"])
+def test_k13_weights_of_the_examples_weigh_the_features_of_all_outputs(form: str, teachers: int, source: str) -> None:
+    """K13 and K11: for arrays Keras repeats the weights for every output."""
+    held = [several(form, f"teacher{number}") for number in range(teachers)]
+    settings = {"route": lambda x: ops.cast(x[:, 0] > 0, "int32")} if teachers == 2 else {}
+    terms = [FeatureDistillation("hidden", "hidden", adapter="linear" if teachers == 2 else None)]
+    model = DistillModel(several(form, "student"), held if teachers == 2 else held[0], terms, **settings)
+    losses = {"list": [cross_entropy()] * 2, "dict": {"first": cross_entropy(), "second": cross_entropy()}}[form]
+    model.compile(keras.optimizers.SGD(0.0), losses, jit_compile=False)
+    y: Any = {"first": LABELS, "second": LABELS} if form == "dict" else [LABELS] * 2
+    if source == "stored" and teachers == 1:
+        y = model.teacher_targets(INPUTS, y)
+    if source == "batch":
+        logs = model.train_on_batch(INPUTS, y, sample_weight=WEIGHTS, return_dict=True)
+    else:
+        logs = model.evaluate(INPUTS, y, sample_weight=WEIGHTS, batch_size=16, verbose=0, return_dict=True)
+    own, values = features(model.student, "hidden"), np.zeros(16)
+    for number, network in enumerate(held):
+        adapter = model.terms[0].for_teacher(number).adapters[0]
+        mapped = own if adapter is None else numpy_of(adapter(own))
+        chosen = (INPUTS[:, 0] > 0) == number if teachers == 2 else np.ones(16, bool)
+        values += chosen * ((mapped - features(network, "hidden")) ** 2).mean(-1)
+    assert logs["hidden_loss"] == pytest.approx((WEIGHTS * values).mean(), rel=1e-5)
+
+
 # Adapters -------------------------------------------------------------------------------------------------------------
 
 
