@@ -311,7 +311,7 @@ class DistillModel(ModelInFiles):
 
     def train_step(self, *args: Any) -> Any:
         """As in Keras; then an :class:`EMATeacher` follows the student."""
-        with self.after(args), self.step.taped():
+        with self.step.taped():
             return followed_by_average(self, super().train_step, args)
 
     def compute_loss(

@@ -124,7 +124,7 @@ MODELS: dict[str, tuple[type[Exception], Make, str]] = {
         ValueError,
         itself,
         "Expected `teacher` to be another model than `student`. Pass a model of its own, such as a copy made by"
-        " keras.models.clone_model. Received: the same model",
+        " keras.models.clone_model, or SelfTeacher(student). Received: the same model",
     ),
     "a teacher that is not a model": (
         TypeError,
