@@ -29,6 +29,7 @@ __all__ = [
     "compiled_metrics",
     "computed_in",
     "create_variables",
+    "direction",
     "discarded_changes",
     "first_batch",
     "get_keras_mask",
@@ -99,6 +100,12 @@ def compiled_metrics(model: keras.Model) -> list[Any]:
 def additional_loss(model: keras.Model, loss: Any) -> Any:
     """A regulariser as Keras adds it to the loss, under ``tf.distribute`` divided by the number of replicas."""
     return model._aggregate_additional_loss(loss)
+
+
+def direction(metric: Any) -> str | None:
+    """Whether ``"up"`` or ``"down"`` is better; None if the metric does not say it."""
+    better: str | None = getattr(metric, "_direction", None)
+    return better
 
 
 def set_direction(metric: keras.metrics.Metric, direction: str) -> None:

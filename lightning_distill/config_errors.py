@@ -58,7 +58,7 @@ def cause(error: BaseException) -> str:
     Returns:
         The message of a check of this project if there is one, otherwise of the first error of other code.
     """
-    if checks := re.findall(r"- (Expected `[^`\n]+` to [^\n]*, but got [^\n]*)", str(error)):
+    if checks := re.findall(r"- (Expected [^\n]*, but [^\n]*)", str(error)):
         return str(checks[-1])
     while error.__cause__ is not None and raised_in(error) == "jsonargparse":
         error = error.__cause__
@@ -132,11 +132,26 @@ def _wrong_arguments(path: str, target: Any, arguments: Mapping[str, Any]) -> It
         try:
             parser.parse_object({key: value})
         except ArgumentError:
-            yield f"{path}.{key}", f"Expected {_annotation(target, key)}, but got {short(value)}."
+            function = _without_type(value)
+            remedy = f" Write in Python what {function} returns: `def {function}(...) -> torch.nn.Module`."
+            yield (
+                f"{path}.{key}",
+                (f"Expected {_annotation(target, key)}, but got {short(value)}.{remedy if function else ''}"),
+            )
     made_later = isinstance(target, type) and issubclass(target, (Optimizer, LRScheduler, ReduceLROnPlateau))
     missing = [] if made_later else [key for key in _required(target) if key in known and key not in arguments]
     if missing:
         yield path, f"Expected `{missing[0]}`, which {name} requires, but it is missing."
+
+
+def _without_type(value: Any) -> str | None:
+    """The name of the function that a class_path names, if jsonargparse refuses it because it has no return type."""
+    try:
+        target = import_class_path(value["class_path"])
+    except (TypeError, KeyError, ValueError, AttributeError):  # of another form
+        return None
+    untyped = inspect.isfunction(target) and "return" not in target.__annotations__
+    return target.__name__ if untyped else None
 
 
 def _added(parser: ArgumentParser, target: Any, skip: set[str | int] | None = None) -> list[str]:

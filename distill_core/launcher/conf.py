@@ -153,6 +153,11 @@ class BuiltInMetric(Section):
     def _check_exactly_one(self) -> BuiltInMetric:
         return exactly_one(self)
 
+    @property
+    def is_error(self) -> bool:
+        """Whether it is an error of numbers, of which a smaller one is better."""
+        return any(settings is not None for settings in (self.MSE, self.RMSE, self.MAE))
+
 
 class Tuning(Section):
     """The part of the older tuning section that has an effect."""

@@ -59,9 +59,9 @@ class Hooks:
         self.eval_func: Callable[[Any], Any] | None = None
         self.train_dataloader: Any = None
         self.eval_dataloader: Any = None
-        self.higher_is_better = True
+        self.higher_is_better: bool | None = None
         self.eval_frequency: int | None = None
-        self.scores: BestStudent = self.best_student(None, self.higher_is_better, 1)
+        self.scores: BestStudent = self.best_student(None, True, 1)
         self._loop: Loop | None = None
         self._begun = False
 
@@ -220,12 +220,15 @@ class Hooks:
     # Shared by both halves -------------------------------------------------------------------------------------------
 
     def _new_scores(self) -> BestStudent:
-        score, metric = self.eval_func, self.conf.evaluation.accuracy.metric
+        score, metric, higher = self.eval_func, self.conf.evaluation.accuracy.metric, True
         if score is None and metric is not None:
             data = self.conf.data("evaluation.accuracy.dataloader", self.eval_dataloader)
-            score = None if data is None else self._metric(data, metric)
+            if data is not None:
+                score = evaluation = self._metric(data, metric)
+                higher = evaluation.higher_is_better
+        higher = higher if self.higher_is_better is None else self.higher_is_better
         frequency = self.conf.distillation.train.frequency if self.eval_frequency is None else self.eval_frequency
-        return self.best_student(score, self.higher_is_better, frequency)
+        return self.best_student(score, higher, frequency)
 
     def _begin(self, loop: Any, student: Any) -> None:
         """Score both models, before the loop opens."""
@@ -259,6 +262,6 @@ class Hooks:
         """The criterion of the configuration."""
         raise NotImplementedError
 
-    def _metric(self, data: Any, metric: Any) -> Callable[[Any], Any]:
-        """A function that scores a model by a configured metric."""
+    def _metric(self, data: Any, metric: Any) -> Any:
+        """A function that scores a model by a configured metric, with an attribute ``higher_is_better``."""
         raise NotImplementedError

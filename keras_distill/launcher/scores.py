@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from distill_core.launcher import scores
-from keras_distill import checks
+from keras_distill import checks, compat
 from keras_distill.launcher.batches import batches_of
 from keras_distill.launcher.conf import Metric
 from keras_distill.launcher.criteria import one_hot
@@ -64,6 +64,13 @@ class MetricEvaluation:
 
     def __init__(self, data: Any, metric: Metric, batch_size: int = 32) -> None:
         self._data, self._metric, self._batch_size = data, metric, batch_size
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger number is better; True for metrics that do not say it."""
+        if self._metric.keras is None:
+            return not self._metric.is_error
+        return compat.direction(self._metric.keras.make()) != "down"
 
     def __call__(self, model: keras.Model) -> float:
         """The metric over all the data.

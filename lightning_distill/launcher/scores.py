@@ -46,6 +46,15 @@ class MetricEvaluation:
     def __init__(self, loader: Iterable[Any], metric: Metric) -> None:
         self._loader, self._metric = loader, metric
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger number is better; True for metrics that do not say it."""
+        if self._metric.torchmetrics is None:
+            return not self._metric.is_error
+        made = self._metric.torchmetrics.make()
+        first = next(iter(made.values())) if isinstance(made, torchmetrics.MetricCollection) else made
+        return getattr(first, "higher_is_better", None) is not False
+
     def __call__(self, model: nn.Module) -> float:
         """The metric over the whole loader.
 

@@ -63,7 +63,10 @@ def test_values_are_weighted_masked_and_reduced_as_in_compile() -> None:
 
 def test_a_list_of_metrics_is_where_callbacks_look_for_the_better_direction() -> None:
     metric = keras.metrics.Mean(name="score")
+    assert compat.direction(metric) is None
     compat.set_direction(metric, "up")
+    assert compat.direction(metric) == "up"
+    assert compat.direction(keras.metrics.MeanSquaredError()) == "down"
 
     class Model(keras.Sequential):
         @property

@@ -207,6 +207,36 @@ def test_the_best_student_is_given_back_n2() -> None:
         assert (best != last).any()
 
 
+@pytest.mark.parametrize(
+    ("metric", "higher", "best"),
+    [
+        ({"MSE": {}}, None, 1.0),
+        ({"RMSE": {}}, None, 1.0),
+        ({"MAE": {}}, None, 1.0),
+        ({"keras": {"class_path": "keras.metrics.MeanAbsoluteError"}}, None, 1.0),
+        ({"keras": {"class_path": "keras.metrics.R2Score"}}, None, 1.0),
+        ({"keras": {"class_path": "keras.metrics.R2Score"}}, False, 5.0),
+        ({"MSE": {}}, True, 5.0),
+    ],
+)
+def test_the_best_student_is_the_one_with_the_smallest_error_n2(metric: Any, higher: bool | None, best: float) -> None:
+    """N2: unless the direction is set; also for metrics of Keras, some of which grow."""
+    student, teacher = (keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]) for _ in range(2))
+    data = np.zeros((2, 1), "float32"), np.array([[0.0], [2.0]], "float32")
+    distiller = launched({"evaluation": {"accuracy": {"metric": metric}}}, eval_dataloader=data)
+    distiller.student_model, distiller.teacher_model = student, teacher
+    if higher is not None:
+        distiller.higher_is_better = higher
+    for number, bias in enumerate((5.0, 4.0, 1.0, 3.0)):
+        student.layers[-1].bias.assign([bias])
+        if number:
+            distiller.on_epoch_end()
+        else:
+            distiller.on_train_begin()
+    distiller.on_train_end()
+    assert numpy_of(student.layers[-1].bias).tolist() == [best]
+
+
 def test_a_score_that_is_not_a_number_is_refused_n2() -> None:
     with pytest.raises(TypeError, match=r"`eval_func` to return a number, or several. Received: \[\]"):
         launched(eval_func=lambda model: []).fit()

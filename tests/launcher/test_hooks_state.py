@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tiny import Mlp
 from torch import Tensor, nn
 
+from lightning_distill import Distillation
 from lightning_distill import IntermediateLayersKnowledgeDistillationLoss as Intermediate
 from lightning_distill import KnowledgeDistillationLoss as Knowledge
 
@@ -101,6 +102,36 @@ def test_n2_student_that_never_improves_gets_its_first_weights_back(distiller):
         ready.on_epoch_end()
     ready.on_train_end()
     assert all(torch.equal(before[name], value) for name, value in weights(ready.student_model).items())
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "best"),
+    [
+        ({"MSE": {}}, None, 1.0),
+        ({"RMSE": {}}, None, 1.0),
+        ({"MAE": {}}, None, 1.0),
+        ({"torchmetrics": {"class_path": "torchmetrics.MeanAbsoluteError"}}, None, 1.0),
+        ({"torchmetrics": {"class_path": "torchmetrics.R2Score"}}, None, 1.0),
+        ({"torchmetrics": {"class_path": "torchmetrics.R2Score"}}, False, 5.0),
+        ({"MSE": {}}, True, 5.0),
+    ],
+)
+def test_n2_the_best_student_is_the_one_with_the_smallest_error(metric, higher, best):
+    """N2: unless the direction is set; also for metrics of torchmetrics, some of which grow."""
+    ready = Distillation({"evaluation": {"accuracy": {"metric": metric}}})
+    ready.student_model, ready.teacher_model = nn.Linear(1, 1), nn.Linear(1, 1)
+    if higher is not None:
+        ready.higher_is_better = higher
+    ready.eval_dataloader = [(torch.zeros(2, 1), torch.tensor([[0.0], [2.0]]))]
+    for number, bias in enumerate((5.0, 4.0, 1.0, 3.0)):
+        with torch.no_grad():
+            ready.student_model.bias.fill_(bias)
+        if number:
+            ready.on_epoch_end()
+        else:
+            ready.on_train_begin()
+    ready.on_train_end()
+    assert ready.student_model.bias.tolist() == [best]
 
 
 def test_n2_the_best_weights_are_a_copy(distiller):

@@ -43,6 +43,9 @@ class Networks:
     def pretrained(cls, *inputs, **settings) -> Mlp:  # in the manner of transformers
         return Mlp(settings["width"])
 
+def untyped(width=7):
+    return Mlp(width)
+
 def picky(width: int) -> Mlp:
     if width > 9:
         raise ValueError("width must be at most 9")
@@ -152,6 +155,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "fit.yaml: trainer: Expected arguments of Trainer, but got `max_epoch`. Closest: 'max_epochs'",
     ),
     "a wrong section": ({"trainers": {"max_epochs": 1}}, "fit.yaml: trainers: Expected a section of the file"),
+    "a cache that does not exist": (
+        {"init_args": {"teacher": {"class_path": "lightning_distill.TeacherCache.open",
+                                   "init_args": {"path": "nowhere"}}}},
+        "Expected a cache's manifest.json in nowhere, but the folder has none.",
+    ),
+    "a function without a return type": (
+        {"init_args": {"teacher": {"class_path": "fit_project.untyped"}}},
+        "fit.yaml: model.init_args.teacher: Expected Teacher, but got {'class_path': 'fit_project.untyped'}. Write in"
+        " Python what untyped returns: `def untyped(...) -> torch.nn.Module`.",
+    ),
     "a missing argument": (
         {"model": "lightning_distill.DistillModule", "init_args": {"student": {"class_path": "tiny.Mlp"}}},
         "fit.yaml: model.init_args.student.init_args: Expected `width`, which Mlp requires, but it is missing.",
