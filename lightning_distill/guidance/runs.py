@@ -170,7 +170,8 @@ class Trainings:
         if task.method not in (ALONE, EQUAL_COMPUTE):
             callbacks.append(distill_callback(self.methods[task.method]))
         if task.steps is not None:
-            settings |= {"max_steps": task.steps, "max_epochs": -1}
+            epochs = settings.get("max_epochs") or -1
+            settings |= {"max_steps": task.steps, "max_epochs": task.stretched(epochs) if epochs > 0 else -1}
         return Trainer(**settings, callbacks=[*callbacks, observer])
 
     def _evaluated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,32 @@ def test_an_expensive_teacher_gives_the_student_alone_more_steps(tmp_path: Path)
     assert equal.ratio > 1.5
     longer = next(run for run in comparison.runs if run.method == EQUAL_COMPUTE)
     assert longer.steps == equal.steps == round(10 * equal.ratio)
+
+
+def test_a_schedule_by_epochs_stretches_with_the_steps(tmp_path: Path) -> None:
+    class Scheduled(LitClassifier):
+        def configure_optimizers(self) -> Any:
+            self.epochs = self.trainer.max_epochs
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
+
+    kept = Kept(Scheduled)
+    comparison = compared(tmp_path, module=kept, seeds=1)
+    equal = comparison.equal_compute
+    assert equal is not None
+    trained = [module.epochs for module in kept.modules if module.seen]
+    assert trained == [2, 2, math.ceil(2 * equal.ratio)]
+    assert [run.steps for run in comparison.runs if run.method == EQUAL_COMPUTE] == [equal.steps]
+
+
+def test_lazy_layers_are_compared_like_others(tmp_path: Path) -> None:
+    def lazy() -> LitClassifier:
+        module = LitClassifier()
+        module.net = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
+        return module
+
+    comparison = compared(tmp_path, module=lazy, seeds=1)
+    assert all(run.error is None for run in comparison.runs)
 
 
 def test_a_cached_teacher_trains_like_the_live_one(tmp_path: Path) -> None:
