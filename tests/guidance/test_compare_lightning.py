@@ -14,7 +14,7 @@ import torch
 from compared import SOFT, TRAINER, DataModule, LitClassifier, compared, loaders, teacher
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, random_split
 
 from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
@@ -290,6 +290,33 @@ def test_a_data_module_may_be_an_object_or_a_class_and_its_test_is_a_metric_too(
     as_object = compared(tmp_path / "object", data=DataModule(), metric="test_acc", seeds=1)
     assert as_class.values(ALONE) == as_object.values(ALONE)
     assert {"val_acc", "test_acc"} <= as_class.runs[0].metrics.keys()
+
+
+@pytest.mark.parametrize("stages", [("fit",), ("fit", "validate")])
+@pytest.mark.parametrize("make", [lambda kind: kind, lambda kind: kind()])
+def test_a_data_module_that_splits_its_data_has_one_split_for_each_seed(
+    tmp_path: Path, stages: tuple[str, ...], make: Callable[[Any], Any]
+) -> None:
+    splits = []
+
+    class Splits(DataModule):
+        def setup(self, stage: str) -> None:
+            if stage in stages:
+                self.parts = random_split(loaders()[0].dataset, [24, 16])
+                splits.append(self.parts[1].indices)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.parts[0], 8, shuffle=True)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.parts[1], 8)
+
+    data = make(Splits)
+    comparison = compared(tmp_path, data=data)
+    assert all(run.error is None for run in comparison.runs)
+    assert "Not paired" not in comparison.verdict
+    assert len({tuple(split) for split in splits}) == 2
+    assert "setup" not in vars(data) or isinstance(data, type)
 
 
 def test_a_function_of_the_seed_gets_the_seed_of_the_run(tmp_path: Path) -> None:
