@@ -249,6 +249,6 @@ def fingerprint(parts: Iterable[Any]) -> str:
         else:
             array = np.ascontiguousarray(part)
             digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(array.tobytes())
+            digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
         digest.update(b"\0")
     return digest.hexdigest()

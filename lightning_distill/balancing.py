@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill_core.guidance.balance import Balanced, large, median_ratio, unmeasured
 from distill_core.schedules import Progress, set_scheduled
+from lightning_distill.compat import backward_of_fabric
 from lightning_distill.processes import world_size
 from lightning_distill.recording import Call
 from lightning_distill.recording.outputs import tensors_in
@@ -278,7 +279,10 @@ def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
     half = any(tensor.dtype == torch.float16 for tensor in tensors)
     for scale in _HALF_SCALES if half else (1.0,):
         scaled = scale * loss.float().sum() if half else loss.sum()
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(scaled, tensors, retain_graph=True, allow_unused=True)
+        with backward_of_fabric():
+            gradients: Sequence[Tensor | None] = torch.autograd.grad(
+                scaled, tensors, retain_graph=True, allow_unused=True
+            )
         if half:  # wider before the scale is taken away again
             gradients = [None if gradient is None else gradient.float() / scale for gradient in gradients]
         if not half or all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):

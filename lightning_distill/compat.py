@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -197,6 +198,24 @@ def plain_step(optimizer: Optimizer) -> Callable[..., Any]:
 
 
 # Lightning -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def backward_of_fabric() -> Iterator[None]:
+    """A context in which Fabric takes a backward pass for its own; in mixed precision it refuses any other one."""
+    wrappers: Any = [
+        module
+        for package in ("lightning.fabric", "lightning_fabric")
+        if hasattr(module := sys.modules.get(f"{package}.wrappers"), "_in_fabric_backward")
+    ]
+    before = [module._in_fabric_backward for module in wrappers]
+    try:
+        for module in wrappers:
+            module._in_fabric_backward = True
+        yield
+    finally:
+        for module, inside in zip(wrappers, before, strict=True):
+            module._in_fabric_backward = inside
 
 
 def is_log_step(trainer: Trainer) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Task:
         method: Name of the method.
         seed: Its seed.
         steps: Number of optimizer steps, if it is not that of the settings.
+        ratio: These steps as a multiple of those of the settings; 1 or more.
         examined: Whether to evaluate twice, to see whether the evaluation is random.
     """
 
@@ -42,6 +44,19 @@ class Task:
     seed: int
     steps: int | None = None
     examined: bool = False
+    ratio: float = 1.0
+
+    def stretched(self, epochs: int) -> int:
+        """The epochs that the steps take, by which a learning rate schedule may count.
+
+        Args:
+            epochs: The epochs of the settings.
+
+        Example:
+            >>> Task("student alone", 0, steps=15, ratio=1.5).stretched(3)
+            5
+        """
+        return math.ceil(epochs * self.ratio)
 
 
 @dataclass(frozen=True)
@@ -185,8 +200,9 @@ class _Runs:
         return [Task(method, seed, examined=first) for method in (ALONE, *self.plan.methods)]
 
     def _alone(self, seeds: Sequence[int]) -> list[Task]:
-        steps = None if self.equal is None else self.equal.steps
-        return [Task(EQUAL_COMPUTE, seed, steps) for seed in seeds]
+        if self.equal is None:
+            return [Task(EQUAL_COMPUTE, seed) for seed in seeds]
+        return [Task(EQUAL_COMPUTE, seed, self.equal.steps, ratio=self.equal.ratio) for seed in seeds]
 
     def _measured(self) -> bool:
         """Whether the cost of a step is known, from the first seed with which the student alone and a method ended."""
@@ -209,6 +225,23 @@ class _Runs:
                 self.folder.write(self.comparison)
                 return True
         return False
+
+
+def check_fresh(name: str, first: Iterable[Any], second: Iterable[Any]) -> None:
+    """Check that a function makes new weights whenever it is called, so that no run goes on where another ended.
+
+    Args:
+        name: The argument that is the function.
+        first: The weights of one call that are trained.
+        second: Those of another call.
+
+    Raises:
+        ValueError: If a weight is the same object in both.
+    """
+    if {id(weight) for weight in first} & {id(weight) for weight in [*second]}:
+        remedy = "Build the network inside the function, or copy it there."
+        expected = f"`{name}` to make new weights for each run"
+        raise ValueError(message(expected, "the same again, which every run would train further", remedy))
 
 
 def checked_seeds(seeds: int | Sequence[int]) -> list[int]:

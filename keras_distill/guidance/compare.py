@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from distill_core.guidance.comparison import Comparison, check_mode
-from distill_core.guidance.driver import Plan, Task, carry_out, checked_seeds
+from distill_core.guidance.driver import Plan, Task, carry_out, check_fresh, checked_seeds
 from distill_core.guidance.machine import machine, shown_on_console, version
 from distill_core.guidance.processes import check_picklable
 from distill_core.guidance.records import ALONE, check_names, described, digest
@@ -152,6 +152,7 @@ def compare(
     with kept_random_state():
         keras.utils.set_random_seed(0)
         start = trainings.made_student()
+        check_fresh("student", start.trainable_variables, trainings.made_student().trainable_variables)
     for name, method in by_method.items():
         _check_method(name, start, method)
     readable = {

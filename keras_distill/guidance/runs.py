@@ -194,7 +194,8 @@ class Trainings:
         own = settings.pop("callbacks", None)
         callbacks = copy.deepcopy([] if own is None else [*own] if isinstance(own, (list, tuple)) else [own])
         if task.steps is not None:
-            settings["epochs"] = task.steps  # more than enough: the observer ends it
+            first = int(settings.get("initial_epoch", 0))
+            settings["epochs"] = first + task.stretched(int(settings["epochs"]) - first)
         if is_arrays(data.val):
             settings.setdefault("validation_batch_size", self.batch_size)
         model.fit(train, validation_data=data.val, callbacks=[*callbacks, observer], **settings)

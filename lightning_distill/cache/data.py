@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -269,17 +270,20 @@ def _probes(dataset: Any, transform_seed: int | None) -> list[Any]:
 
 
 def leaves(value: Any) -> Iterable[Any]:
-    """The arrays and strings in a sample."""
+    """The arrays and strings in a sample or a batch, the same for the same content in every process."""
     if isinstance(value, torch.Tensor):
         yield tensor_bits(value)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield str(key)
             yield from leaves(value[key])
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from leaves(entry)
-    elif hasattr(value, "__array__") or isinstance(value, (int, float)):  # images of PIL too
-        yield np.asarray(value)
+    elif hasattr(value, "__array__") or hasattr(value, "__array_interface__") or isinstance(value, (int, float)):
+        yield np.asarray(value)  # images of PIL too, which have an interface alone
+    elif is_dataclass(value) or " at 0x" in repr(value):  # its text has the place in the memory, or cuts tensors
+        yield type(value).__qualname__
+        yield from leaves(getattr(value, "__dict__", {}))
     else:
         yield repr(value)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from distill_core.guidance.comparison import Comparison, check_mode
-from distill_core.guidance.driver import Plan, Task, carry_out, checked_seeds
+from distill_core.guidance.driver import Plan, Task, carry_out, check_fresh, checked_seeds
 from distill_core.guidance.machine import machine, shown_on_console
 from distill_core.guidance.processes import check_picklable
 from distill_core.guidance.records import ALONE, check_names, described
@@ -63,8 +63,8 @@ def compare(
     n is the number of steps, and t the duration of a step with the loading of its batch, measured in the runs of the
     first seed: the lower quartile of the means of 20 steps in a row, so that pauses of a busy machine do not count. The
     ratio is that of the most expensive method, so the student alone has at least the compute of each. A cached teacher
-    makes it nearer to 1. Learning rate schedules that ask the Trainer for ``estimated_stepping_batches`` stretch with
-    the steps; others do not.
+    makes it nearer to 1. Learning rate schedules that ask the Trainer for ``estimated_stepping_batches`` or
+    ``max_epochs`` stretch with the steps; others do not.
 
     For every method the metric of the student alone with the same seed is subtracted, and the mean of the differences
     gets a confidence interval of the t distribution. The intervals of all methods hold together with a probability of
@@ -78,7 +78,8 @@ def compare(
     left out.
 
     Args:
-        module: A class or function without arguments that makes a LightningModule. It may log any metrics.
+        module: A class or function without arguments that makes a LightningModule, with weights of its own if they are
+            trained. It may log any metrics.
         data: ``(train, val)`` or ``(train, val, test)`` loaders, a LightningDataModule, or a function or class that
             makes them for each run, called with the seed if it has a parameter ``seed``.
         teacher: The teacher of all methods, as in :class:`DistillCallback`.
@@ -158,6 +159,7 @@ def compare(
     with kept_random_state(), quiet():
         seed_everything(0)
         start = trainings.made_module()
+        check_fresh("module", _trained(start), _trained(trainings.made_module()))
         device = str(Trainer(**{"devices": 1, **dict(_plain(trainer)), "logger": False}).strategy.root_device)
     readable = {
         "module": described(module),
@@ -262,7 +264,7 @@ def check_trainer(trainer: Any) -> None:
                 f"Expected `trainer` to hold arguments of the Trainer, but {name!r} is not one."
                 f" {checks.closest(str(name), known)}"
             )
-    if trainer.get("max_epochs") is None and trainer.get("max_steps", -1) in (None, -1):
+    if trainer.get("max_epochs") in (None, -1) and trainer.get("max_steps", -1) in (None, -1):
         remedy = 'Pass trainer={"max_epochs": 10}.'
         raise ValueError(checks.message("`trainer` to say how long a run is", f"trainer={dict(trainer)!r}", remedy))
     if (limit := next((name for name in ("max_time", "fast_dev_run") if trainer.get(name)), None)) is not None:
@@ -307,6 +309,10 @@ def method_settings(name: str, method: Method, teacher: Any, settings: Mapping[s
     except (ValueError, TypeError) as error:
         raise type(error)(f"methods[{name!r}]: {error}") from error
     return merged
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _described_method(settings: Mapping[str, Any]) -> str:

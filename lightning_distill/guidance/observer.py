@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from distill_core.guidance.records import digest
 from distill_core.guidance.timing import typical_seconds
@@ -47,8 +48,12 @@ def seed_everything(seed: int, epoch: int | None = None) -> None:
 
 
 def digest_of(module: nn.Module) -> str:
-    """A digest of a module's parameters and buffers."""
-    return digest(part for name, value in module.state_dict().items() for part in (name, *leaves(value)))
+    """A digest of a module's parameters and buffers; those that a lazy layer has not made yet count by name."""
+    return digest(
+        part
+        for name, value in module.state_dict().items()
+        for part in (name, *([] if is_lazy(value) else leaves(value)))
+    )
 
 
 class RunObserver(Callback):

@@ -105,8 +105,12 @@ class Trainings:
     def _train(self, task: Task) -> RunRecord:
         seed_everything(task.seed)
         module = self.made_module()
-        start = digest_of(module)
         loaders = loaders_of(self.data, task.seed)
+        with seeded_setup(loaders.module, task.seed):
+            return self._record(task, module, loaders)
+
+    def _record(self, task: Task, module: LightningModule, loaders: Loaders) -> RunRecord:
+        start = digest_of(module)
         observer = RunObserver(task.seed)
         trainer = self._trainer(task, observer)
         error, metrics, random = None, dict[str, float](), None
@@ -170,7 +174,8 @@ class Trainings:
         if task.method not in (ALONE, EQUAL_COMPUTE):
             callbacks.append(distill_callback(self.methods[task.method]))
         if task.steps is not None:
-            settings |= {"max_steps": task.steps, "max_epochs": -1}
+            epochs = settings.get("max_epochs") or -1
+            settings |= {"max_steps": task.steps, "max_epochs": task.stretched(epochs) if epochs > 0 else -1}
         return Trainer(**settings, callbacks=[*callbacks, observer])
 
     def _evaluated(
@@ -203,15 +208,18 @@ class Trainings:
             callbacks: Callbacks beside those of the settings.
             **limits: Further arguments of the Trainer.
         """
-        settings = {**QUIET, "devices": 1, **self.trainer, "logger": False, **limits}
-        own = copy.deepcopy(_as_list(settings.pop("callbacks", None)))
-        trainer = Trainer(**settings, callbacks=[*own, *callbacks])
+        trainer = self._evaluator(callbacks, **limits)
         results: list[Mapping[str, float]] = []
         if loaders.validates and compat.overrides(module, "validation_step"):
             results += trainer.validate(module, loaders.val, verbose=False, datamodule=loaders.module)
         if loaders.tests and compat.overrides(module, "test_step"):
             results += trainer.test(module, loaders.test, verbose=False, datamodule=loaders.module)
         return {name: float(value) for result in results for name, value in result.items()}
+
+    def _evaluator(self, callbacks: Sequence[Callback] = (), **limits: Any) -> Trainer:
+        settings = {**QUIET, "devices": 1, **self.trainer, "logger": False, **limits}
+        own = copy.deepcopy(_as_list(settings.pop("callbacks", None)))
+        return Trainer(**settings, callbacks=[*own, *callbacks])
 
     def facts(self, teacher: Any, teacher_inputs: Any = None) -> dict[str, Any]:
         """The costs of the student and the teacher, and the teacher's metrics and predictions, before any training.
@@ -222,20 +230,29 @@ class Trainings:
         """
         with kept_random_state(), quiet():
             seed_everything(0)
-            module, loaders = self.made_module(), loaders_of(self.data, 0)
-            first = Predictions(module, self.student, self.labels)
-            self.evaluate(module, loaders, [first], limit_val_batches=1, limit_test_batches=0)
-            root = module if first.root is None else first.root
-            facts: dict[str, Any] = {"student": {"cost": cost_of(root, first.call)}, "teacher": _no_teacher()}
-            if isinstance(teacher, nn.Module):
-                facts["teacher"] = {**_no_teacher(), "cost": cost_of(teacher, first.call)}
-                if first.root is not None and teacher_inputs is None:
-                    facts["teacher"] |= self._teacher_facts(module, loaders, first.root, teacher)
-            if self.folder is not None and first.root is not None:
-                recorder = Predictions(module, self.student, self.labels)
-                self.evaluate(module, loaders, [recorder], limit_val_batches=200, limit_test_batches=0)
-                write_samples(self.folder, () if recorder.images is None else recorder.images)
-            return facts
+            loaders = loaders_of(self.data, 0)
+            with seeded_setup(loaders.module, 0):
+                return self._facts(loaders, teacher, teacher_inputs)
+
+    def _facts(self, loaders: Loaders, teacher: Any, teacher_inputs: Any) -> dict[str, Any]:
+        module = self.made_module()
+        if loaders.module is not None:  # many set up their validation data for a fit alone
+            loaders.module.trainer = self._evaluator()
+            loaders.module.prepare_data()
+            loaders.module.setup("fit")
+        first = Predictions(module, self.student, self.labels)
+        self.evaluate(module, loaders, [first], limit_val_batches=1, limit_test_batches=0)
+        root = module if first.root is None else first.root
+        facts: dict[str, Any] = {"student": {"cost": cost_of(root, first.call)}, "teacher": _no_teacher()}
+        if isinstance(teacher, nn.Module):
+            facts["teacher"] = {**_no_teacher(), "cost": cost_of(teacher, first.call)}
+            if first.root is not None and teacher_inputs is None:
+                facts["teacher"] |= self._teacher_facts(module, loaders, first.root, teacher)
+        if self.folder is not None and first.root is not None:
+            recorder = Predictions(module, self.student, self.labels)
+            self.evaluate(module, loaders, [recorder], limit_val_batches=200, limit_test_batches=0)
+            write_samples(self.folder, () if recorder.images is None else recorder.images)
+        return facts
 
     def _teacher_facts(
         self, module: LightningModule, loaders: Loaders, root: nn.Module, teacher: nn.Module
@@ -289,6 +306,36 @@ def loaders_of(data: Any, seed: int) -> Loaders:
                     generator.manual_seed(seed)
     train, val, test = (*data, None)[:3]
     return Loaders(train=train, val=val, test=test)
+
+
+@contextmanager
+def seeded_setup(module: LightningDataModule | None, seed: int) -> Iterator[None]:
+    """A context in which each ``setup`` of a LightningDataModule draws the same random numbers.
+
+    Lightning calls it before the fit, the validation and the test. If it splits the data at random each time, all three
+    get the same split.
+
+    Args:
+        module: The LightningDataModule, if the data are one.
+        seed: The seed of the run.
+    """
+    if module is None:
+        yield
+        return
+    setup, own = module.setup, "setup" in vars(module)
+
+    def seeded(*args: Any, **kwargs: Any) -> None:
+        with kept_random_state():
+            seed_everything(seed)
+            setup(*args, **kwargs)
+
+    module.setup = seeded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.setup
+        if own:
+            module.setup = setup  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import UserDict
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,10 @@ from cached_loading import Doubled, Numbers, answers_for
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
+from distill_core.store import fingerprint
 from lightning_distill import CacheError, Distiller, LogitMSELoss, LogitsDistillation, TeacherCache
 from lightning_distill.cache import IndexedBatch
-from lightning_distill.cache.data import changes_between_reads, find_rows
+from lightning_distill.cache.data import changes_between_reads, find_rows, leaves
 from lightning_distill.patch import MethodPatch
 
 
@@ -42,6 +45,44 @@ def own_generator() -> Any:
 def test_augmentation_that_acts_rarely_is_noticed(samples: int, draw: Any) -> None:
     assert changes_between_reads(Rarely(samples, 0.02, draw), None)
     assert not changes_between_reads(Rarely(samples, 0.0, draw), None)
+
+
+class Picture:
+    """As the images of PIL: an array by its interface alone, and a text with its place in the memory."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    @property
+    def __array_interface__(self) -> Any:
+        return self.values.__array_interface__
+
+
+@dataclass(repr=False)
+class Sample:
+    values: np.ndarray
+
+
+def plain(values: np.ndarray) -> Any:
+    sample = type("Graph", (), {})()
+    sample.values = values
+    return sample
+
+
+def of_objects(values: np.ndarray) -> Any:
+    array = np.empty(1, dtype=object)
+    array[0] = values.tolist()
+    return array
+
+
+@pytest.mark.parametrize("make", [Picture, Sample, plain, of_objects, lambda values: UserDict(x=torch.tensor(values))])
+def test_samples_of_equal_content_are_equal_whatever_holds_them(make: Any) -> None:
+    values = np.arange(5000)
+    other = values.copy()
+    other[2500] = -1
+    kept = [make(array) for array in (values, values.copy(), other)]
+    keys = [fingerprint(leaves([sample])) for sample in kept]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_slow_data_are_read_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,18 @@ def test_a_test_set_gives_a_metric_too_and_data_sets_and_a_function_of_the_steps
     assert {"val_accuracy", "test_accuracy"} <= comparison.runs[0].metrics.keys()
 
 
+def test_a_schedule_by_epochs_stretches_with_the_steps(tmp_path: Path) -> None:
+    trained = []
+
+    class Epochs(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            trained.append(self.params["epochs"])
+
+    equal = compared(tmp_path, fit={**FIT, "callbacks": [Epochs()]}).equal_compute
+    assert equal is not None
+    assert trained == [2, 2, math.ceil(2 * equal.ratio)]
+
+
 def test_a_run_that_breaks_in_the_middle_is_named(tmp_path: Path) -> None:
     class Breaks(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -199,6 +213,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"methods\['a'\]: Expected",
     ),
     "a layer": ({"student": lambda: keras.layers.Dense(3)}, TypeError, "Expected `student` to make a Keras model"),
+    "a network of all runs": (
+        {"student": functools.cache(make_student)},
+        ValueError,
+        "Expected `student` to make new weights for each run",
+    ),
     "no input": (
         {"student": lambda: keras.Sequential([keras.layers.Dense(3)])},
         ValueError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from compared import SOFT, TRAINER, DataModule, LitClassifier, compared, loaders, teacher
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, random_split
 
 from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
@@ -237,6 +238,32 @@ def test_an_expensive_teacher_gives_the_student_alone_more_steps(tmp_path: Path)
     assert longer.steps == equal.steps == round(10 * equal.ratio)
 
 
+def test_a_schedule_by_epochs_stretches_with_the_steps(tmp_path: Path) -> None:
+    class Scheduled(LitClassifier):
+        def configure_optimizers(self) -> Any:
+            self.epochs = self.trainer.max_epochs
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)]
+
+    kept = Kept(Scheduled)
+    comparison = compared(tmp_path, module=kept, seeds=1)
+    equal = comparison.equal_compute
+    assert equal is not None
+    trained = [module.epochs for module in kept.modules if module.seen]
+    assert trained == [2, 2, math.ceil(2 * equal.ratio)]
+    assert [run.steps for run in comparison.runs if run.method == EQUAL_COMPUTE] == [equal.steps]
+
+
+def test_lazy_layers_are_compared_like_others(tmp_path: Path) -> None:
+    def lazy() -> LitClassifier:
+        module = LitClassifier()
+        module.net = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
+        return module
+
+    comparison = compared(tmp_path, module=lazy, seeds=1)
+    assert all(run.error is None for run in comparison.runs)
+
+
 def test_a_cached_teacher_trains_like_the_live_one(tmp_path: Path) -> None:
     plain, val = loaders()
     cache = TeacherCache.build(teacher(), plain.dataset, tmp_path / "cache", progress=False)
@@ -263,6 +290,33 @@ def test_a_data_module_may_be_an_object_or_a_class_and_its_test_is_a_metric_too(
     as_object = compared(tmp_path / "object", data=DataModule(), metric="test_acc", seeds=1)
     assert as_class.values(ALONE) == as_object.values(ALONE)
     assert {"val_acc", "test_acc"} <= as_class.runs[0].metrics.keys()
+
+
+@pytest.mark.parametrize("stages", [("fit",), ("fit", "validate")])
+@pytest.mark.parametrize("make", [lambda kind: kind, lambda kind: kind()])
+def test_a_data_module_that_splits_its_data_has_one_split_for_each_seed(
+    tmp_path: Path, stages: tuple[str, ...], make: Callable[[Any], Any]
+) -> None:
+    splits = []
+
+    class Splits(DataModule):
+        def setup(self, stage: str) -> None:
+            if stage in stages:
+                self.parts = random_split(loaders()[0].dataset, [24, 16])
+                splits.append(self.parts[1].indices)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.parts[0], 8, shuffle=True)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(self.parts[1], 8)
+
+    data = make(Splits)
+    comparison = compared(tmp_path, data=data)
+    assert all(run.error is None for run in comparison.runs)
+    assert "Not paired" not in comparison.verdict
+    assert len({tuple(split) for split in splits}) == 2
+    assert "setup" not in vars(data) or isinstance(data, type)
 
 
 def test_a_function_of_the_seed_gets_the_seed_of_the_run(tmp_path: Path) -> None:

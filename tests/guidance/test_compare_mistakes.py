@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no length": ({"trainer": {"accelerator": "cpu"}}, ValueError, "Expected `trainer` to say how long a run is"),
+    "no end": ({"trainer": {"max_epochs": -1}}, ValueError, "Expected `trainer` to say how long a run is"),
     "a Trainer": ({"trainer": 3}, TypeError, "Expected `trainer` to be a dict"),
     "an unknown argument": ({"trainer": {"max_epoch": 1}}, ValueError, "'max_epoch' is not one. Closest: 'max_epochs'"),
     "a time": (
@@ -48,6 +50,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"module": lambda: DistillModule(nn.Linear(2, 2), nn.Linear(2, 2))},
         ValueError,
         "a module that does not distil by itself",
+    ),
+    "a network of all runs": (
+        {"module": functools.cache(LitClassifier)},
+        ValueError,
+        "Expected `module` to make new weights for each run",
     ),
     "no validation data": (
         {"data": lambda: loaders()[0]},

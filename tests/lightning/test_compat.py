@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import pytorch_lightning
+from lightning.fabric import wrappers
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import Classifier, Mlp, dataset, loader
@@ -22,6 +23,13 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillCallback, compat
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_backward_of_fabric_is_one_until_the_context_ends() -> None:
+    assert not wrappers._in_fabric_backward
+    with compat.backward_of_fabric():
+        assert wrappers._in_fabric_backward
+    assert not wrappers._in_fabric_backward
 
 
 def test_log_steps_are_those_of_the_loggers(trainer) -> None:

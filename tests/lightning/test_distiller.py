@@ -204,6 +204,20 @@ def test_fabric_runs_the_distiller_without_a_trainer() -> None:
         torch.testing.assert_close(net.state_dict()[name], value)
 
 
+def test_fabric_in_mixed_precision_takes_the_gradients_of_balanced_weights() -> None:
+    net, data = student(), batches()
+    fabric = Fabric(accelerator=ACCELERATOR, devices=1, precision="bf16-mixed")
+    model = fabric.setup(net)
+    with Distiller(model, teacher(), LogitsDistillation(weight="balanced")) as distiller:
+        for x, y in data:
+            with distiller.record():
+                loss = F.cross_entropy(model(x), y)
+            total = distiller.total(loss, (x, y))
+        assert 0.0 < distiller.terms[0].weight != 1.0
+        with pytest.raises(RuntimeError, match=r"call `fabric\.backward\(loss\)`"):
+            total.backward()
+
+
 def test_accelerate_accumulates_the_gradients_of_the_adapters_too() -> None:
     """Its optimizer keeps the gradients in `zero_grad` between the micro-batches of a step."""
     net, plain, data = student(), student(), batches()
