@@ -116,7 +116,8 @@ def set_direction(metric: keras.metrics.Metric, direction: str) -> None:
 def raw_iterations(optimizer: Any) -> tuple[int, int]:
     """Number of batches that an optimizer has processed, and how many it accumulates for one step."""
     counter, accumulated = iterations_counter(optimizer)
-    return int(keras.ops.convert_to_numpy(counter)), accumulated
+    # NumPy would warn of tensors of TensorFlow, and the variables of replicas are not numbers
+    return int(keras.ops.convert_to_tensor(counter)), accumulated
 
 
 def iterations_counter(optimizer: Any) -> tuple[keras.Variable, int]:

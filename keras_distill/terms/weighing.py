@@ -159,8 +159,10 @@ def weights_of_examples(sample_weight: Any) -> Any:
 
     Example:
         >>> first, second = ops.array([2.0, 0.0]), ops.array([1.0, 0.0])
-        >>> weights_of_examples({"a": first, "b": first}).numpy(), weights_of_examples([first, second]).numpy()
-        ([2.0, 0.0], [1.0, 1.0])
+        >>> for weights in ({"a": first, "b": first}, [first, second]):
+        ...     print(ops.convert_to_numpy(weights_of_examples(weights)))
+        [2. 0.]
+        [1. 1.]
     """
     if not keras.tree.is_nested(sample_weight):
         return sample_weight
