@@ -116,8 +116,8 @@ def set_direction(metric: keras.metrics.Metric, direction: str) -> None:
 def raw_iterations(optimizer: Any) -> tuple[int, int]:
     """Number of batches that an optimizer has processed, and how many it accumulates for one step."""
     counter, accumulated = iterations_counter(optimizer)
-    # NumPy would warn of tensors of TensorFlow, and the variables of replicas are not numbers
-    return int(keras.ops.convert_to_tensor(counter)), accumulated
+    # a sum is one number, also of the variables of several replicas, and NumPy does not warn of it
+    return int(keras.ops.add(counter, 0)), accumulated
 
 
 def iterations_counter(optimizer: Any) -> tuple[keras.Variable, int]:
