@@ -37,7 +37,7 @@ class CurriculumTemperature(nn.Module):
 
     Example:
         >>> temperature = CurriculumTemperature()
-        >>> round(float(temperature.value), 4), temperature.reversal_weight
+        >>> round(float(temperature.value.detach()), 4), temperature.reversal_weight
         (15.6212, 0.0)
 
     References:
