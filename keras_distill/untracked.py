@@ -87,13 +87,9 @@ class ModelWithTeacher(ModelOfWholeSteps):
         return [name for name in super().__dir__() if name != "teacher" or self.save_teacher]
 
     def begin_average(self) -> None:
-        """Let each :class:`EMATeacher` begin with the student's present weights, before the optimizer's first batch.
-
-        An evaluation later, among batches that are accumulated for the first step, changes nothing.
-        """
-        begun = self.optimizer is not None and compat.raw_iterations(self.optimizer)[0] > 0
-        for average in [] if begun else self.step.averages:
-            average.begin()
+        """Let each :class:`EMATeacher` begin with the student's present weights, if no batch was trained on since."""
+        for average in self.step.averages:
+            average.begin(0 if self.optimizer is None else compat.raw_iterations(self.optimizer)[0])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """On torch, where Keras calls it in each step: clear the gradients of all weights.

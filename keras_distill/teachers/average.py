@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_distill import backends, checks
-from keras_distill.recording import Tap, sublayers
+from keras_distill.recording import sublayers
 from keras_distill.schedules import Schedule, deserialized, first_value, serialized
 from keras_distill.states import NumbersState
 from keras_distill.teachers.live import StudentAsTeacher
@@ -39,6 +39,7 @@ class AverageState(NumbersState):
     def take(self, numbers: Mapping[str, float]) -> None:
         """Accept the decay of a file."""
         self.teacher.follow("decay", numbers["decay"])
+        self.teacher.expect_loaded()
 
     def made(self, student: keras.Model) -> list[tuple[keras.Variable, keras.Variable]]:
         """Make the averages, with the student's values.
@@ -118,6 +119,7 @@ class EMATeacher:
     state: AverageState | None = None
     followed = False
     _begun = False
+    _first_batch: int | None = None  # the optimizer's counter when the average began
 
     def __init__(self, decay: float | Schedule = 0.999) -> None:
         # not in an attribute of the state, where Keras would count the student's variables as the state's own
@@ -179,18 +181,27 @@ class EMATeacher:
         if self.state is not None and self.student is not None and self.student.built and not self._pairs:
             self._pairs = self.state.made(self.student)
 
-    def begin(self) -> None:
-        """Copy the student's weights before the first update: they may have been loaded after the teacher was made.
+    def begin(self, batches: int = 0) -> None:
+        """Copy the student's weights before the first batch: they may have been loaded after the teacher was made.
 
         It waits for the device.
+
+        Args:
+            batches: Number of batches that the optimizer has processed. If they have become more since the average
+                began, an evaluation among batches that are accumulated for the first step changes nothing.
         """
         if self._begun or self.state is None:
             return
-        if int(ops.convert_to_numpy(self.state.updates)) == 0:
+        if int(ops.convert_to_numpy(self.state.updates)) > 0:
+            self._begun = True
+        elif self._first_batch is None or batches <= self._first_batch:
+            self._first_batch = batches
             for variable, average in self.pairs():
                 average.assign(ops.cast(backends.value_of(variable), average.dtype))
-        else:
-            self._begun = True
+
+    def expect_loaded(self) -> None:
+        """Take the average of a file for one that begins with the first batch of its optimizer."""
+        self._first_batch = 0
 
     def pairs(self) -> list[tuple[keras.Variable, keras.Variable]]:
         """The student's variables with their averages.
@@ -258,33 +269,17 @@ class EMATeacher:
 
 
 class AveragedTeacher(StudentAsTeacher):
-    """Runs the student's layers with the averages in the place of the student's weights.
-
-    Args:
-        average: The moving average.
-        taps: The places to read.
-        dtype: Precision that it computes in; None keeps the student's.
-    """
-
-    def __init__(self, average: EMATeacher, taps: Iterable[Tap], dtype: str | None = None) -> None:
-        model: Any = average.student
-        super().__init__(model, taps, dtype)
-        self.average = average
-
-    @property
-    def teacher(self) -> Any:
-        """The moving average."""
-        return self.average
+    """Runs the student's layers with the averages in the place of the student's weights."""
 
     def values_instead(self) -> list[tuple[keras.Variable, Any]]:
         """The averages."""
-        self.average.build()
-        return [(variable, ops.convert_to_tensor(average)) for variable, average in self.average.pairs()]
+        self.teacher.build()
+        return [(variable, ops.convert_to_tensor(average)) for variable, average in self.teacher.pairs()]
 
     def _values(self, part: keras.layers.Layer) -> list[tuple[keras.Variable, Any]]:
         """The weights of a part with their averages."""
         own = {id(variable) for variable in part.variables}
-        pairs = [(variable, average) for variable, average in self.average.pairs() if id(variable) in own]
+        pairs = [(variable, average) for variable, average in self.teacher.pairs() if id(variable) in own]
         return [(variable, ops.convert_to_tensor(average)) for variable, average in pairs]
 
 

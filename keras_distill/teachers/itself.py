@@ -100,27 +100,11 @@ class SelfTeacher:
 
 
 class OwnLayers(StudentAsTeacher):
-    """Runs the student's layers, without the LoRA weights if the teacher says so.
-
-    Args:
-        teacher: The teacher.
-        taps: The places to read.
-        dtype: Precision that it computes in; None keeps the student's.
-    """
-
-    def __init__(self, teacher: SelfTeacher, taps: Any, dtype: str | None = None) -> None:
-        model: Any = teacher.student
-        super().__init__(model, taps, dtype)
-        self._self_teacher = teacher
-
-    @property
-    def teacher(self) -> Any:
-        """The teacher as the user passed it."""
-        return self._self_teacher
+    """Runs the student's layers, without the LoRA weights if the teacher says so."""
 
     def values_instead(self) -> list[tuple[keras.Variable, Any]]:
         """Zeros for one factor of each product of LoRA."""
-        if self._self_teacher.adapters:
+        if self.teacher.adapters:
             return []
         return [(variable, ops.zeros(variable.shape, variable.dtype)) for variable in _lora_variables(self.model)]
 

@@ -87,7 +87,21 @@ class StudentAsTeacher(LiveTeacher):
     """Runs the student's own layers in inference mode, with other values in the place of some of its weights.
 
     A subclass implements :meth:`values_instead`.
+
+    Args:
+        teacher: The teacher that the user passed, with the student in its attribute ``student``.
+        taps: The places to read.
+        dtype: Precision that it computes in; None keeps the student's.
     """
+
+    def __init__(self, teacher: Any, taps: Iterable[Tap], dtype: str | None = None) -> None:
+        super().__init__(teacher.student, taps, dtype)
+        self._teacher = teacher
+
+    @property
+    def teacher(self) -> Any:
+        """The teacher as the user passed it."""
+        return self._teacher
 
     def values_instead(self) -> list[tuple[keras.Variable, Any]]:
         """Pairs of a variable of the student and the tensor that its layers read in its place."""

@@ -387,3 +387,13 @@ def test_an_evaluation_among_the_first_accumulated_batches_leaves_the_average_al
 
     for own, expected in zip(trained([Evaluation()]), trained([]), strict=True):
         np.testing.assert_allclose(own, expected, rtol=1e-6)
+
+
+def test_an_average_begins_with_weights_that_were_set_beside_an_optimizer_that_has_stepped_before() -> None:
+    model = DistillModel(student(), EMATeacher(1.0))
+    model.compile(keras.optimizers.SGD(0.1), cross_entropy())
+    model.optimizer.iterations.assign(7)
+    model.student.set_weights([weight + 1.0 for weight in model.student.get_weights()])
+    expected = model.student.get_weights()[0]
+    model.fit(X, Y, **FIT)
+    np.testing.assert_allclose(model.teacher.averaged().get_weights()[0], expected, rtol=1e-6)
