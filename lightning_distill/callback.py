@@ -44,10 +44,10 @@ class DistillCallback(Callback):
     ``<name>/val_loss`` and ``<name>/val_task_loss``; if a term compares class scores, also
     ``<name>/val_teacher_agreement``, the share of examples for which both networks choose the same class.
     ``ModelCheckpoint`` and ``EarlyStopping`` can monitor all of them, and a value that is monitored is logged in every
-    step. A ``ModelCheckpoint`` with such a key in its
-    ``filename`` needs ``auto_insert_metric_name=False``, since the slash would make a folder. At the start of a fit the
-    loggers get the settings as hyper-parameters: ``<name>/teacher``, ``<name>/task_weight``, ``<name>/<term>/weight``,
-    ``<name>/<term>/loss``, ``<name>/<term>/temperature`` and so on.
+    step. A ``ModelCheckpoint`` with such a key in its ``filename`` needs ``auto_insert_metric_name=False``, since the
+    slash would make a folder. At the start of a fit the loggers get the settings as hyper-parameters:
+    ``<name>/teacher``, ``<name>/task_weight``, ``<name>/<term>/weight``, ``<name>/<term>/loss``,
+    ``<name>/<term>/temperature`` and so on.
 
     Args:
         teacher: The network to match, called with the student's inputs; an :class:`EMATeacher`,
@@ -59,10 +59,10 @@ class DistillCallback(Callback):
         student: Dotted path of the submodule that is the student. ``None`` is the module itself if the step calls it,
             else the one child that the step calls and that has the tapped layers. A list of paths names networks that
             are called one after the other, as in ``self.head(self.backbone(x))``, and together are the student.
-        task_weight: Factor of the module's own loss, 0 or greater, or a schedule; with several callbacks, the product
-            of their factors. At 0 the loss is left out, and
-            ``training_step`` may return ``None`` after it has called the student, as without labels. Under DDP,
-            parameters that only this loss uses then need ``find_unused_parameters``.
+        task_weight: Factor of the module's own loss, 0 or greater, or a schedule. If a Trainer has several of these
+            callbacks, their factors are multiplied. At 0 the loss is left out, and ``training_step`` may return
+            ``None`` after it has called the student, as without labels. Under DDP, parameters that only this loss uses
+            then need ``find_unused_parameters``.
         labels: The place of the labels in a batch: a key, an index, or a function of the batch. ``None`` is the second
             entry of a pair, or the entry ``"labels"``, ``"label"``, ``"target"`` or ``"y"``. Read only for losses that
             need labels.

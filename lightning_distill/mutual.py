@@ -149,6 +149,10 @@ class MutualLearning(LightningModule):
         for optimizer in optimizers:
             optimizer.step()
 
+    def on_train_epoch_start(self) -> None:
+        """Begins an epoch, in which there was no validation yet."""
+        self._validated = False
+
     def on_train_epoch_end(self) -> None:
         """Steps the learning rate schedulers; a ``ReduceLROnPlateau`` after a validation alone.
 
@@ -166,7 +170,6 @@ class MutualLearning(LightningModule):
                     "Expected data to validate on with a ReduceLROnPlateau, which reads `val_loss`, but got none. Pass"
                     " them to fit, or another lr_scheduler."
                 )
-        self._validated = False
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs the loss of each student on the labels, and their mean."""
@@ -179,7 +182,7 @@ class MutualLearning(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Notes that the losses are new."""
-        self._validated = not self.trainer.sanity_checking
+        self._validated = True
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[Any]:
         """The output of each student."""

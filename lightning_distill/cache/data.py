@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -269,21 +269,47 @@ def _probes(dataset: Any, transform_seed: int | None) -> list[Any]:
     return samples
 
 
-def leaves(value: Any) -> Iterable[Any]:
-    """The arrays and strings in a sample or a batch, the same for the same content in every process."""
+def leaves(value: Any, above: tuple[int, ...] = ()) -> Iterable[Any]:
+    """The arrays and strings in a sample or a batch, the same for the same content in every process.
+
+    Args:
+        value: The sample: tensors, arrays, numbers and strings in dicts, lists, tuples and objects of any class.
+        above: Ids of the objects that hold it.
+    """
     if isinstance(value, torch.Tensor):
         yield tensor_bits(value)
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield str(key)
-            yield from leaves(value[key])
+            yield from leaves(value[key], above)
     elif isinstance(value, (list, tuple)):
         for entry in value:
-            yield from leaves(entry)
+            yield from leaves(entry, above)
+    elif isinstance(value, (set, frozenset)):  # in no order of their own
+        yield from sorted(map(repr, value))
     elif hasattr(value, "__array__") or hasattr(value, "__array_interface__") or isinstance(value, (int, float)):
         yield np.asarray(value)  # images of PIL too, which have an interface alone
-    elif is_dataclass(value) or " at 0x" in repr(value):  # its text has the place in the memory, or cuts tensors
+    elif attributes := _attributes(value):  # its text may cut tensors, or have the place in the memory
         yield type(value).__qualname__
-        yield from leaves(getattr(value, "__dict__", {}))
+        if id(value) not in above:
+            yield from leaves(attributes, (*above, id(value)))
     else:
         yield repr(value)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes that are an object's content; none where its text is."""
+    if isinstance(value, type):
+        return {}
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+    attributes: dict[str, Any] = getattr(value, "__dict__", {})
+    kind: Any = type(value)
+    if attributes or kind.__repr__ is not object.__repr__:
+        return attributes
+    names = [name for base in kind.__mro__ for name in _names(vars(base).get("__slots__", ()))]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)

@@ -352,9 +352,9 @@ def _alpha_beta_terms(powers: _Powers, alpha: float, beta: float) -> Tensor:
         return (q - p - alpha * p * (log_q - log_p)) / alpha**2
     if no_total:  # [log(q^a / p^a) + (p / q)^a - 1] / a^2
         return (alpha * (log_q - log_p) + mixed - 1) / alpha**2
-    # In one sum of three addends and without a quotient, which would take a pass over all classes each.
-    weighted = torch.add(p / beta, q, alpha=1 / alpha).div_(alpha + beta)
-    return torch.sub(weighted, mixed, alpha=1 / (alpha * beta))
+    # With the divisor in the factors, these are three passes over the classes; the formula as it stands takes six.
+    powers_of_one = torch.add(p / (beta * (alpha + beta)), q, alpha=1 / (alpha * (alpha + beta)))
+    return torch.sub(powers_of_one, mixed, alpha=1 / (alpha * beta))
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def find_layer(root: nn.Module, layer: str) -> nn.Module | None:
         return None if inner is None else find_layer(inner, layer)
 
 
-class Path:
+class LayerPath:
     """The way from a network to a module below it, to see cheaply whether it still leads there.
 
     Args:
@@ -201,7 +201,7 @@ class Recorder:
         self._parameters: tuple[str, ...] = ()
         self._was_capturing: bool | None = None  # None until arguments are added to a call
         self._hooks: list[_Hook] | None = None
-        self._paths: list[Path] = []  # to the layers of the hooks
+        self._paths: list[LayerPath] = []  # to the layers of the hooks
         self._ends: list[_Hook] = []
 
     def find(self, layer: str) -> nn.Module | None:
@@ -288,7 +288,7 @@ class Recorder:
             if module is not None:  # else `check` has reported it, or reading it will
                 hooks.append((_OutputHook if where == "output" else _InputHook)(module, self, layer))
                 inside = find_layer(self.root, layer) is not None
-                self._paths.append(Path(self.root, layer if inside else layer[len(self.prefix) :]))
+                self._paths.append(LayerPath(self.root, layer if inside else layer[len(self.prefix) :]))
         return hooks
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

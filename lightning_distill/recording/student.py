@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_distill.checks import closest
 from lightning_distill.recording.calls import Call, Tap
-from lightning_distill.recording.recorder import Path, Recorder, Recording, find_layer
+from lightning_distill.recording.recorder import LayerPath, Recorder, Recording, find_layer
 
 
 class StudentFinder:
@@ -31,7 +31,7 @@ class StudentFinder:
         self._recorders: dict[str, Recorder] | None = None
         self._student_recorder: Recorder | None = None
         self._place: str | None = None  # path of the student that was found or named; None for several
-        self._path: Path | None = None
+        self._path: LayerPath | None = None
 
     @property
     def named(self) -> bool:
@@ -100,11 +100,11 @@ class StudentFinder:
         """
         if self._path is not None and not self._path.holds:  # the user has put another network into its place
             self.close()
-            self._meet(Recorder(self._child(), self._taps, prefix=f"{self._place}."), self._place)
+            self._follow(Recorder(self._child(), self._taps, prefix=f"{self._place}."), self._place)
         if self._student_recorder is None and self._student is not None:
             paths = [self._student] if isinstance(self._student, str) else list(self._student)
             # not earlier: a hook of the module may build the student
-            self._meet(self._named(), paths[0] if len(paths) == 1 else None)
+            self._follow(self._named(), paths[0] if len(paths) == 1 else None)
         if self._student_recorder is not None:
             return Recording([self._student_recorder], needs_grad, features, arguments)
         if self._recorders is None:
@@ -134,14 +134,14 @@ class StudentFinder:
                     if other is not recorder:
                         other.close()
                         other.clear()  # it has recorded the student's calls, or calls inside them
-                self._meet(recorder, place)
+                self._follow(recorder, place)
                 self._recorders = None
         return [] if self._student_recorder is None else self._student_recorder.calls
 
-    def _meet(self, recorder: Recorder, place: str | None) -> None:
+    def _follow(self, recorder: Recorder, place: str | None) -> None:
         """Record this student from now on."""
         self._student_recorder, self._place = recorder, place
-        self._path = Path(self._module, place) if place else None
+        self._path = LayerPath(self._module, place) if place else None
 
     def _child(self) -> nn.Module:
         """The network that is at the student's place now."""

@@ -63,10 +63,28 @@ class Sample:
     values: np.ndarray
 
 
-def plain(values: np.ndarray) -> Any:
-    sample = type("Graph", (), {})()
-    sample.values = values
-    return sample
+@dataclass(slots=True)
+class Slots:
+    values: np.ndarray
+
+
+class Slot:
+    __slots__ = "values"
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+
+class Graph:
+    """It holds itself, as trees with links to their roots do."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.root = values, self
+
+
+class Summary(Graph):
+    def __repr__(self) -> str:
+        return f"Summary(shape={self.values.shape})"
 
 
 def of_objects(values: np.ndarray) -> Any:
@@ -75,7 +93,10 @@ def of_objects(values: np.ndarray) -> Any:
     return array
 
 
-@pytest.mark.parametrize("make", [Picture, Sample, plain, of_objects, lambda values: UserDict(x=torch.tensor(values))])
+MAKERS: list[Any] = [Picture, Sample, Slots, Slot, Graph, Summary, of_objects]
+
+
+@pytest.mark.parametrize("make", [*MAKERS, lambda values: UserDict(x=torch.tensor(values))])
 def test_samples_of_equal_content_are_equal_whatever_holds_them(make: Any) -> None:
     values = np.arange(5000)
     other = values.copy()
