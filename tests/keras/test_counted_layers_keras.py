@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from counted_maps import FINE, INPUTS, MASK, STUDENT, TEACHER, marked, no_task
 from keras import ops
 from keras_nets import assert_same_weights
 
@@ -23,12 +24,8 @@ from keras_distill import (
 )
 from keras_distill.recording import Call
 
-RANDOM = np.random.default_rng(0)
-STUDENT, TEACHER = (RANDOM.normal(size=(2, 4, 6, 5)).astype("float32") for _ in range(2))
+RANDOM = np.random.default_rng(1)
 TOKENS = [RANDOM.normal(size=(2, 7, 5)).astype("float32") for _ in range(2)]
-FINE = RANDOM.integers(0, 5, (2, 8, 12))
-FINE[:, 2:7, 3:8] = 255  # void
-MASK = RANDOM.integers(0, 2, (2, 4, 6)).astype("bool")
 TOKEN_MASK = RANDOM.integers(0, 2, (2, 7)).astype("bool")
 ONE = np.array([True, False])
 SHAPES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
@@ -77,19 +74,7 @@ def network(seed: int, width: int) -> keras.Model:
     return keras.Model({"images": images}, keras.layers.Conv2D(5, 1, name="scores")(deep))
 
 
-@keras.saving.register_keras_serializable(package="test_counted_layers")
-def marked(inputs: Any) -> Any:
-    return inputs["mask"]
-
-
-@keras.saving.register_keras_serializable(package="test_counted_layers")
-def no_task(y_true: Any, y_pred: Any) -> Any:
-    return 0.0 * ops.mean(y_pred, axis=(1, 2, 3))
-
-
-IMAGES = RANDOM.normal(size=(2, 4, 6, 3)).astype("float32")
-LABELS = FINE[:, ::2, ::2]
-INPUTS = {"images": IMAGES, "mask": MASK}
+IMAGES, LABELS = INPUTS["images"], FINE[:, ::2, ::2]
 TERMS: dict[str, Any] = {
     "features": lambda **counted: FeatureDistillation("maps", "maps", **counted),
     "head": lambda **counted: CrossHeadDistillation("maps", "scores", "mse", **counted),

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from counted_maps import FINE, INPUTS, MASK, STUDENT, TEACHER, marked, no_task
 from keras import ops
 
 from keras_distill import (
@@ -22,12 +23,6 @@ from keras_distill import (
 )
 from keras_distill.recording import Call
 from keras_distill.terms.counting import resized_mask
-
-RANDOM = np.random.default_rng(0)
-STUDENT, TEACHER = (RANDOM.normal(size=(2, 4, 6, 5)).astype("float32") for _ in range(2))
-FINE = RANDOM.integers(0, 5, (2, 8, 12))
-FINE[:, 2:7, 3:8] = 255  # void
-MASK = RANDOM.integers(0, 2, (2, 4, 6)).astype("bool")
 
 
 @pytest.mark.parametrize("size", [(8, 12), (4, 6), (7, 5), (3, 2), (9, 4), (2, 12)])
@@ -65,19 +60,6 @@ def network(seed: int) -> keras.Model:
     keras.utils.set_random_seed(seed)
     images = keras.Input((4, 6, 3), name="images")
     return keras.Model({"images": images}, keras.layers.Conv2D(5, 1, name="scores")(images))
-
-
-@keras.saving.register_keras_serializable(package="test_counted_outputs")
-def marked(inputs: Any) -> Any:
-    return inputs["mask"]
-
-
-@keras.saving.register_keras_serializable(package="test_counted_outputs")
-def no_task(y_true: Any, y_pred: Any) -> Any:
-    return 0.0 * ops.mean(y_pred, axis=(1, 2, 3))
-
-
-INPUTS = {"images": RANDOM.normal(size=(2, 4, 6, 3)).astype("float32"), "mask": MASK}
 
 
 def distilled(**settings: Any) -> DistillModel:

@@ -186,6 +186,14 @@ def test_a_plateau_is_looked_for_after_each_validation_alone() -> None:
     assert [scheduler.last_epoch for scheduler in module.lr_schedulers()] == [1, 1]
 
 
+def test_a_validation_before_the_training_is_not_looked_at_by_a_plateau() -> None:
+    module = plateau_module("mutual")
+    trainer = Trainer(max_epochs=4, check_val_every_n_epoch=3, **QUIET)
+    trainer.validate(module, loader(), verbose=False)
+    trainer.fit(module, loader(), loader())
+    assert [scheduler.last_epoch for scheduler in module.lr_schedulers()] == [1, 1]
+
+
 def test_a_plateau_without_data_to_validate_on_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"data to validate on with a ReduceLROnPlateau.*got none"):
         Trainer(max_epochs=2, **QUIET).fit(plateau_module("mutual"), loader())
