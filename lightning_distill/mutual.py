@@ -150,7 +150,7 @@ class MutualLearning(LightningModule):
             optimizer.step()
 
     def on_train_epoch_start(self) -> None:
-        """Begins an epoch, in which there was no validation yet."""
+        """Begins an epoch without a validation so far."""
         self._validated = False
 
     def on_train_epoch_end(self) -> None:
