@@ -45,7 +45,7 @@ def after(tensors: Any) -> contextlib.AbstractContextManager[Any]:
     import tensorflow as tf
 
     leaves = tf.nest.flatten(tensors, expand_composites=True)
-    # the identities are operations of the function that is traced, where its arguments do not count as any
+    # control dependencies are operations of the traced function; its arguments are not, so identities stand for them
     read = [tf.identity(leaf) for leaf in leaves if tf.is_symbolic_tensor(leaf)]
     return tf.control_dependencies(read)  # type: ignore[no-any-return]
 

@@ -38,7 +38,7 @@ class _Following(keras.callbacks.Callback):
         self._epoch, self._seen = epoch, seen
 
     def _progress(self, batch: int) -> Progress:
-        # Keras never knows the length of some data, which are as long as in the epoch before
+        # Keras does not know the length of some data: they are taken to be as long as in the epoch before
         batches = self.params.get("steps") or self._length or math.inf
         fraction = (self._epoch + min(batch / batches, 1.0)) / self.params["epochs"]
         return Progress(((self._seen or 0) + batch) // self._accumulated, self._epoch, fraction)

@@ -116,7 +116,7 @@ def set_direction(metric: keras.metrics.Metric, direction: str) -> None:
 def raw_iterations(optimizer: Any) -> tuple[int, int]:
     """Number of batches that an optimizer has processed, and how many it accumulates for one step."""
     counter, accumulated = iterations_counter(optimizer)
-    # a sum is one number, also of the variables of several replicas, and NumPy does not warn of it
+    # a sum is a plain number, also of a variable that has a copy on each replica; NumPy warns of variables
     return int(keras.ops.add(counter, 0)), accumulated
 
 

@@ -189,7 +189,7 @@ class Ensemble:
             return calls
         if not isinstance(stored.output, TopK):
             stored.output = keras.tree.map_structure(ops.convert_to_tensor, stored.output)
-        if ROWS in stored.features:  # the rows of the examples, whichever teacher knows them
+        if ROWS in stored.features:  # the numbers of the examples in the data, which the cache knows, for all teachers
             for call in calls:
                 call.features[ROWS] = stored.features[ROWS]
         return [*calls[: self.cache], stored, *calls[self.cache :]]
@@ -261,7 +261,7 @@ class Ensemble:
                 calls = [mixed(term, student, calls, mix)]
             pairs = list(zip(*(term.scores(student, call, weights, labels) for call in calls), strict=True))
             if len(calls) > 1 and any(isinstance(score.teacher, TopK) for pair in pairs for score in pair):
-                return []  # a part of the classes has no mean with all of them
+                return []  # scores of a part of the classes cannot be averaged with scores of all
             if pairs:
                 shares = mix.shares(len(calls)) if len(calls) > 1 and not mix.by_entropy else None
                 return [pair[0]._replace(teacher=mean_scores(pair, shares)) for pair in pairs]

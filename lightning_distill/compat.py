@@ -109,7 +109,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_compiled_method(function: Any, method: Callable[..., Any]) -> bool:
-    """Whether a function is what torch.compile has made of a method of an object."""
+    """Whether a function is the form of a method that torch.compile has made."""
     inner = getattr(function, "_torchdynamo_orig_callable", None)
     if getattr(inner, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":  # around methods of torch
         inner = getattr(inner, "__wrapped__", None)
@@ -202,7 +202,7 @@ def plain_step(optimizer: Optimizer) -> Callable[..., Any]:
 
 @contextmanager
 def backward_of_fabric() -> Iterator[None]:
-    """A context in which Fabric takes a backward pass for its own; in mixed precision it refuses any other one."""
+    """A context in which Fabric allows any backward pass; in mixed precision it refuses those that it did not start."""
     wrappers: Any = [
         module
         for package in ("lightning.fabric", "lightning_fabric")

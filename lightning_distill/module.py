@@ -201,7 +201,7 @@ class DistillModule(LightningModule):
         # your own task loss may need the whole output of a network without obvious logits
         logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else obvious(output)
         loss = self.task_loss(logits, labels)
-        # in validation over all processes, which stop and lower their learning rates by it
+        # the mean over all processes in validation, so that each stops and lowers its learning rates at the same time
         self.log(name, loss, prog_bar=True, batch_size=len(labels), sync_dist=name != "train_loss")
         return loss
 

@@ -177,7 +177,7 @@ class MutualLearning(LightningModule):
         losses = [self._task_loss(call_with(student, inputs), labels) for student in self.students]
         values = {f"student_{index}/val_loss": loss for index, loss in enumerate(losses)}
         values["val_loss"] = torch.stack(losses).mean()
-        # over all processes, which lower their learning rates by it
+        # the mean over all processes, so that each lowers its learning rates at the same time
         self.log_dict(values, batch_size=len(labels), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:

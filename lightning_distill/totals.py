@@ -37,7 +37,7 @@ class Total(NamedTuple):
         return cls(loss) if parts is None else parts
 
     def plus(self, distillation: Tensor, task_weight: float, unlogged: Tensor | None) -> Tensor:
-        """The total with another callback's distillation loss and task weight, noted as such.
+        """The total with another callback's distillation loss and task weight, which knows its parts.
 
         Args:
             distillation: The weighted distillation loss.

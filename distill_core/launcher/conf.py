@@ -155,7 +155,7 @@ class BuiltInMetric(Section):
 
     @property
     def is_error(self) -> bool:
-        """Whether it is an error of numbers, of which a smaller one is better."""
+        """Whether it measures an error, so that a smaller value is better."""
         return any(settings is not None for settings in (self.MSE, self.RMSE, self.MAE))
 
 

@@ -108,7 +108,7 @@ def probed_items(length: int) -> list[int]:
 
 
 class PassingItems:
-    """Compares items that pass one by one with the fingerprint of the data, at the end of each pass.
+    """Compares the items of a ``tf.data.Dataset``, while they are read, with the fingerprint of the data.
 
     Args:
         length: Number of items.

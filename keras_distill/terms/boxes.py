@@ -54,7 +54,7 @@ def check_batch(boxes: BoxPlace, inputs: Any, labels: Any, size: tuple[int, int]
     Raises:
         ValueError: If they can be seen to have another form than corners in pixels.
     """
-    if isinstance(boxes, Tap):  # known in the student's call alone
+    if isinstance(boxes, Tap):  # its boxes are known only when the student is called
         return False
     values = backends.values_of(find_boxes(boxes, inputs, labels))
     return values is not None and size is not None and check_pixels(values, size)

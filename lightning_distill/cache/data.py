@@ -285,11 +285,11 @@ def leaves(value: Any, above: tuple[int, ...] = ()) -> Iterable[Any]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from leaves(entry, above)
-    elif isinstance(value, (set, frozenset)):  # in no order of their own
+    elif isinstance(value, (set, frozenset)):  # their order differs between processes
         yield from sorted(map(repr, value))
     elif hasattr(value, "__array__") or hasattr(value, "__array_interface__") or isinstance(value, (int, float)):
         yield np.asarray(value)  # images of PIL too, which have an interface alone
-    elif attributes := _attributes(value):  # its text may cut tensors, or have the place in the memory
+    elif attributes := _attributes(value):  # its repr may shorten tensors or contain an address
         yield type(value).__qualname__
         if id(value) not in above:
             yield from leaves(attributes, (*above, id(value)))
@@ -298,7 +298,7 @@ def leaves(value: Any, above: tuple[int, ...] = ()) -> Iterable[Any]:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """The attributes that are an object's content; none where its text is."""
+    """The attributes that hold an object's content; none if its repr is the content."""
     if isinstance(value, type):
         return {}
     if is_dataclass(value):

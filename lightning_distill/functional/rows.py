@@ -353,8 +353,8 @@ def _alpha_beta_terms(powers: _Powers, alpha: float, beta: float) -> Tensor:
     if no_total:  # [log(q^a / p^a) + (p / q)^a - 1] / a^2
         return (alpha * (log_q - log_p) + mixed - 1) / alpha**2
     # With the divisor in the factors, these are three passes over the classes; the formula as it stands takes six.
-    powers_of_one = torch.add(p / (beta * (alpha + beta)), q, alpha=1 / (alpha * (alpha + beta)))
-    return torch.sub(powers_of_one, mixed, alpha=1 / (alpha * beta))
+    unmixed = torch.add(p / (beta * (alpha + beta)), q, alpha=1 / (alpha * (alpha + beta)))
+    return torch.sub(unmixed, mixed, alpha=1 / (alpha * beta))
 
 
 def _softmax(scores: Tensor) -> Tensor:

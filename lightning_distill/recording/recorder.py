@@ -36,7 +36,7 @@ def find_layer(root: nn.Module, layer: str) -> nn.Module | None:
 
 
 class LayerPath:
-    """The way from a network to a module below it, to see cheaply whether it still leads there.
+    """The modules on the path from a network to a layer, to see cheaply whether one was replaced.
 
     Args:
         root: The network.

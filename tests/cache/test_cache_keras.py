@@ -129,7 +129,7 @@ def of_tensors(change: str) -> Any:
 def test_c5_a_tf_data_set_with_other_inputs_is_refused_at_the_end_of_its_first_pass(
     cache: keras_distill.TeacherCache, change: str
 ) -> None:
-    """C5: the outputs would belong to other items; behind `attach` everything is allowed."""
+    """C5: the outputs would belong to other items; after `attach` they may be shuffled."""
     data = cache.attach(of_tensors(change))
     if change == "none":
         for _ in range(2):
