@@ -28,7 +28,7 @@ def run(name: str, experiment: Experiment, folder: Path, seeds: int, epochs: int
     results = ResultsFolder(folder)
     content = results.read() or {}
     if experiment.references is not None and "references" not in content:
-        results.write({**content, "references": dict(experiment.references())})
+        results.write({**content, "references": dict(experiment.references(folder))})
 
 
 def main() -> None:

@@ -10,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 TRAINER = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False}
 UNLABELLED = -100  # cross entropy ignores this label
+
+
+def loaders(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], batch_size: int = 100) -> tuple[Any, Any]:
+    """The loaders of a run: shuffled batches for training, and the test examples in their order."""
+    return (
+        DataLoader(TensorDataset(*train), batch_size, shuffle=True, drop_last=True),
+        DataLoader(TensorDataset(*test), 1000),
+    )
 
 
 class Classifier(LightningModule):
