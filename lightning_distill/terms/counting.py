@@ -91,6 +91,9 @@ class TokenShare(NamedTuple):
     counted: Mapping[str, Tensor] = MappingProxyType({})
 
 
+ALONE = TokenShare()  # nothing is counted ahead
+
+
 class LoopWindow:
     """The tokens of an optimizer step in a hand-written loop."""
 
@@ -130,7 +133,7 @@ class LoopWindow:
 
 
 def over_calls(
-    name: str, calls: Sequence[Call], values: Sequence[Tensor], share: TokenShare
+    name: str, calls: Sequence[Call], values: Sequence[Tensor], share: TokenShare = ALONE
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The mean over the tokens of all calls of a step, from the means over those of each call.
 
