@@ -152,8 +152,11 @@ def over_calls(
     if len(values) > 1:
         weights = torch.stack([number for number in own for _ in range(len(values) // len(calls))]).to(mean.dtype)
         mean = (torch.stack(list(values)) * weights).sum() / weights.sum().clamp(min=1)
-    if len(calls) > 1:
-        number = share.counted.get(name, torch.stack(own).sum() / len(calls))
+    if len(calls) > 1:  # views of the batch, or parts that make up the batch
+        total = torch.stack(own).sum()
+        number = total / len(calls)
+        if name in share.counted:
+            number = torch.where(total == share.counted[name], total, number)
     divisor = share.divisors.get(name)
     if divisor is None:
         return mean, number, None

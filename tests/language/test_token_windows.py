@@ -216,6 +216,19 @@ def test_labels_that_the_step_changes_are_noticed() -> None:
         fitted(loader(2), module=ChangesLabels(), accumulate_grad_batches=4)
 
 
+class CallsTwice(LanguageModule):
+    """Calls the student for the first sequence of a batch and for both, so that one counts twice."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        parts = [{name: rows[:size] for name, rows in batch.items()} for size in (1, 2)]
+        return torch.stack([own(self.model(**part)["logits"]) for part in parts]).mean()
+
+
+def test_calls_that_are_neither_views_nor_parts_of_the_batch_are_noticed() -> None:
+    with pytest.warns(UserWarning, match=r"counts 5.5 tokens in the training step, but 8 in the batch"):
+        fitted(loader(2), module=CallsTwice(), accumulate_grad_batches=4)
+
+
 def test_a_number_that_arrives_late_from_a_device_is_compared_in_a_later_step(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = []
 
