@@ -106,8 +106,7 @@ class TokenPositions:
     ) -> Positions:
         labels = self._labels(batch, arguments, label_place)
         mask = None if self.mask is None else _two_dimensions("mask", find_mask(mask_batch, self.mask))
-        name = "decoder_attention_mask" if seq2seq else "attention_mask"
-        attention, squares = (find_entry(name, batch, arguments, ndim) for ndim in (2, 4))
+        attention, *documents = _documents(batch, arguments, seq2seq)
         reference = next((rows for rows in (labels, mask, attention) if rows is not None), None)
         if reference is None:
             raise ValueError(
@@ -122,8 +121,7 @@ class TokenPositions:
                 f"Expected `mask` to have the shape of the labels, {tuple(reference.shape)}, but got shape"
                 f" {tuple(mask.shape)}."
             )
-        documents = [find_entry(name, batch, arguments) for name in ("position_ids", "seq_idx")]
-        return self._combined(labels, mask, attention, squares, *documents)
+        return self._combined(labels, mask, attention, *documents)
 
     def _labels(self, batch: Any, arguments: Mapping[str, Any], label_place: Any) -> Tensor | None:
         place = label_place if self.labels is None else self.labels
@@ -198,6 +196,30 @@ def check_alignment(call: Call, shift: bool, positions: Positions) -> None:
             "Expected labels that are shifted already with shift=False, but got the student's own tokens: a causal"
             " model predicts the token that follows. Pass shift=True."
         )
+
+
+def check_ends(call: Call, positions: Positions) -> None:
+    """Raise if labels that are shifted already let a document predict the next one of its row. It waits.
+
+    Args:
+        call: The student's call.
+        positions: The positions that count, where position t was taken to predict the label at position t.
+
+    Raises:
+        ValueError: If the label of the last token of a document can be seen to be the first token of the next.
+    """
+    tokens, labels, counts = called_tokens(call), positions.labels, positions.counts
+    if labels is None or tokens is None or tokens.shape != labels.shape:
+        return
+    if not _equal(labels, _moved(tokens, -1), counts) or _equal(labels, tokens, counts):
+        return
+    for border in _borders(counts.shape, *_documents(call.batch, call.arguments, False)):
+        if bool((counts & _padded_last(border)).any()):
+            raise ValueError(
+                "Expected labels that are shifted already to leave out the last token of each packed document, but got"
+                " the first token of the next document there. Set these labels to `ignore_index`, or pass the tokens as"
+                " labels, with shift=True."
+            )
 
 
 def check_not_mask(call: Call, positions: Positions) -> None:
@@ -291,6 +313,13 @@ def _moved(rows: Tensor, last: Any) -> Tensor:
 
 def _padded_last(border: Tensor) -> Tensor:
     return torch.cat([border, border.new_zeros(len(border), 1)], 1)
+
+
+def _documents(batch: Any, arguments: Mapping[str, Any], seq2seq: bool) -> list[Any]:
+    """The attention mask of tokens, that of pairs of tokens, the position ids and the numbers of documents."""
+    name = "decoder_attention_mask" if seq2seq else "attention_mask"
+    masks = [find_entry(name, batch, arguments, ndim) for ndim in (2, 4)]
+    return masks + [find_entry(name, batch, arguments) for name in ("position_ids", "seq_idx")]
 
 
 def _borders(

@@ -17,6 +17,7 @@ from lightning_distill.recording.tokens import (
     Positions,
     TokenPositions,
     check_alignment,
+    check_ends,
     check_not_mask,
     check_same_tokens,
 )
@@ -176,7 +177,9 @@ class SequenceDistillation(LogitsDistillation):
             ValueError: If so.
         """
         check_alignment(student, self.shift, positions)
-        if self.shift and self.tokens.labels is None and student.label_place is None:
+        if not self.shift:
+            check_ends(student, positions)
+        elif self.tokens.labels is None and student.label_place is None:
             check_not_mask(student, positions)
         if not self._has_own_prompt(student, teacher):
             check_same_tokens(student, teacher, positions)
