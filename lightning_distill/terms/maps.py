@@ -47,7 +47,7 @@ def check_normalisable(feature: Tensor, term: str) -> None:
     """Raise if each channel of a batch has one number alone, of which batch normalisation takes no statistics.
 
     Args:
-        feature: What is normalised, shape ``(N, C)`` or ``(N, C, H, W)``.
+        feature: The feature that is normalised, shape ``(N, C)`` or ``(N, C, H, W)``.
         term: Name of the term.
 
     Raises:

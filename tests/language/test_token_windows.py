@@ -169,6 +169,17 @@ def test_own_loop_with_a_window_gives_the_weights_of_the_loop_by_hand() -> None:
         pass
 
 
+def test_own_loop_with_several_calls_for_a_copy_of_a_batch_is_refused() -> None:
+    student, batches = CausalModel(), list(loader(4))
+    with Distiller(student, CausalModel(7, seed=1), SequenceDistillation()) as distiller, distiller.window(batches):
+        moved = {name: rows.clone() for name, rows in batches[0].items()}
+        with distiller.record():
+            for part in (slice(1), slice(1, None)):
+                logits = student(**{name: rows[part] for name, rows in moved.items()})["logits"]
+        with pytest.raises(ValueError, match="Expected `total` to get one of the batches that `window` got"):
+            distiller.total(logits.mean(), moved)
+
+
 # Where the tokens cannot be counted ahead ------------------------------------------------------------------------
 
 
