@@ -119,7 +119,7 @@ class Distiller:
             batches = OnPolicyBatches(on_policy, self._step.student, self.terms, labels, processes.process_number())
             batches.check(self._step.source.stored, teacher_inputs)
             self._texts = LoopTexts(batches)
-        check_shares_nothing(student, self._step.source)
+        check_shares_nothing(student, self._step.source.modules())
 
     def _new_step(self) -> DistillStep:
         taps = [tap for term in self.terms for tap in term.teacher_taps]

@@ -124,7 +124,7 @@ class Run:
         if self._texts is not None:
             self._texts.check(self.step.source.stored, self.callback.teacher_inputs)
         remedy = " If the module also holds the teacher, pass student=<path of the student>."
-        check_shares_nothing(self.step.student.root, self.step.source, remedy)
+        check_shares_nothing(self.step.student.root, self.step.source.modules(), remedy)
 
     def _begin(self, stage: str) -> None:
         trainer, callback = self.trainer, self.callback

@@ -260,8 +260,11 @@ class DistillStep:
         self.balance.measure(calls, task_loss, parts, self._device)
         weighted = [term.weighted(parts[term.name][0]) for term in active]
         shared = [as_share(value, parts[term.name][1]) for value, term in zip(weighted, active, strict=True)]
+        counting = {name: term.name for term in active if term.counts_tokens for name in term.logged_names}
         for name in calls[0].logged:
-            self.parts[name] = torch.stack([call.logged[name] for call in calls]).mean()
+            each = [call.logged[name] for call in calls]
+            over_tokens = name in counting
+            self.parts[name] = over_calls(counting[name], calls, each)[0] if over_tokens else torch.stack(each).mean()
         loss = sum(shared[1:], shared[0])
         self.parts["distillation_loss"] = loss.detach()
         if self.share.divisors:
@@ -376,8 +379,10 @@ class DistillStep:
                 if isinstance(scored, LogitsDistillation):
                     student_logits, teacher_logits = self.mix.scores(scored, call, answers)
                     pairs.append((student_logits.detach(), teacher_logits, scored.positions(call, labels)))
-                self.counted = call.counted
-            return {name: torch.stack(each).mean() for name, each in values.items()}, pairs
+            means = {name: torch.stack(each).mean() for name, each in values.items()}
+            for name in [name for name in means if name in calls[0].counted]:
+                means[name], self.counted[name], _ = over_calls(name, calls, values[name])
+            return means, pairs
         finally:
             self.release()
 

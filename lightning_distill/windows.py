@@ -174,12 +174,12 @@ class TokenWindow:
             if numbers is None:
                 return
             self._compared.popleft()
-            seen, expected_number = (int(value) for value in numbers.tolist())
+            seen, expected_number = numbers.tolist()
             if seen != expected_number:
                 self._compared.clear()
                 self.fail(
-                    f"term {name!r} counts {seen} tokens in the training step, but {expected_number} in the batch"
-                    " that the step gets"
+                    f"term {name!r} counts {seen:.10g} tokens in the training step, but {expected_number:.10g} in the"
+                    " batch that the step gets"
                 )
 
     def fail(self, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,18 +227,18 @@ class _Runs:
         return False
 
 
-def check_fresh(name: str, first: Iterable[Any], second: Iterable[Any]) -> None:
+def check_fresh(name: str, first: Iterable[Hashable], second: Iterable[Hashable]) -> None:
     """Check that a function makes new weights whenever it is called, so that no run goes on where another ended.
 
     Args:
         name: The argument that is the function.
-        first: The weights of one call that are trained.
-        second: Those of another call.
+        first: Keys of the weights of one call that are trained, equal for weights that change together.
+        second: Those of another call, while the former weights exist.
 
     Raises:
-        ValueError: If a weight is the same object in both.
+        ValueError: If both have a weight.
     """
-    if {id(weight) for weight in first} & {id(weight) for weight in [*second]}:
+    if {*first} & {*second}:
         remedy = "Build the network inside the function, or copy it there."
         expected = f"`{name}` to make new weights for each run"
         raise ValueError(message(expected, "the same again, which every run would train further", remedy))

@@ -149,10 +149,7 @@ def compare(
     if workers > 1:
         parts = {"student": student, "data": data, "teacher": teacher, "methods": by_method, "compile": compile}
         check_picklable({**parts, "fit": dict(fit)}, workers)
-    with kept_random_state():
-        keras.utils.set_random_seed(0)
-        start = trainings.made_student()
-        check_fresh("student", start.trainable_variables, trainings.made_student().trainable_variables)
+    start = _start(trainings)
     for name, method in by_method.items():
         _check_method(name, start, method)
     readable = {
@@ -236,7 +233,18 @@ def run_once(
     check_fit(fit)
     name = ALONE if method is None else "method"
     methods = {} if method is None else {name: method_settings(name, method, teacher, settings)}
-    return Trainings(student, data, methods, compile, fit, metric)(Task(name, seed))
+    trainings = Trainings(student, data, methods, compile, fit, metric)
+    _start(trainings)
+    return trainings(Task(name, seed))
+
+
+def _start(trainings: Trainings) -> keras.Model:
+    """A student that a run starts from, after a check that no run trains the weights of another one."""
+    with kept_random_state():
+        keras.utils.set_random_seed(0)
+        start, again = trainings.made_student(), trainings.made_student()
+    check_fresh("student", *(map(id, model.trainable_variables) for model in (start, again)))
+    return start
 
 
 def check_fit(fit: Any) -> None:

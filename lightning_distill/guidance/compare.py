@@ -27,7 +27,10 @@ from lightning_distill.callback import DistillCallback
 from lightning_distill.guidance.observer import digest_of, kept_random_state, seed_everything
 from lightning_distill.guidance.runs import Trainings, distill_callback, quiet
 from lightning_distill.hparams import Teacher, Terms, settings_of
-from lightning_distill.teachers import TeacherGroup
+from lightning_distill.recording import find_layer
+from lightning_distill.teachers import TeacherGroup, as_teacher, members
+from lightning_distill.teachers.hold import memory_of
+from lightning_distill.teachers.make import check_shares_nothing
 
 Method = Terms | Mapping[str, Any]
 _SETTINGS = frozenset(inspect.signature(DistillCallback).parameters)
@@ -156,10 +159,8 @@ def compare(
     if workers > 1:
         parts = {"module": module, "data": data, "teacher": teacher, "methods": by_method, "trainer": dict(trainer)}
         check_picklable(parts, workers)
+    start = _start(trainings, teacher)
     with kept_random_state(), quiet():
-        seed_everything(0)
-        start = trainings.made_module()
-        check_fresh("module", _trained(start), _trained(trainings.made_module()))
         device = str(Trainer(**{"devices": 1, **dict(_plain(trainer)), "logger": False}).strategy.root_device)
     readable = {
         "module": described(module),
@@ -240,6 +241,7 @@ def run_once(
     trainings = Trainings(
         module, data, methods, trainer, metric, student=settings.get("student"), labels=settings.get("labels")
     )
+    _start(trainings, teacher)
     return trainings(Task(name, seed))
 
 
@@ -311,8 +313,23 @@ def method_settings(name: str, method: Method, teacher: Any, settings: Mapping[s
     return merged
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _start(trainings: Trainings, teacher: Any) -> LightningModule:
+    """A module that a run starts from, after a check that no run trains the weights of another one or of a teacher."""
+    with kept_random_state(), quiet():
+        seed_everything(0)
+        start, again = trainings.made_module(), trainings.made_module()
+    path = trainings.student
+    student = find_layer(start, path) if isinstance(path, str) else None
+    for each in (teacher, *(method["teacher"] for method in trainings.methods.values())):
+        networks = [network for network in members(as_teacher(each)) if isinstance(network, nn.Module)]
+        check_shares_nothing(start if student is None else student, networks)
+    check_fresh("module", *map(_trained, (start, again)))
+    return start
+
+
+def _trained(module: nn.Module) -> list[Any]:
+    """Keys of the memory of the weights that are trained."""
+    return [memory_of(parameter) for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _described_method(settings: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from lightning_distill.recording.outputs import entries_of
 
 _SEQ2SEQ = "encoder_last_hidden_state"  # a field of the outputs of models with an encoder and a decoder
 _DECODER_INPUTS = "decoder_input_ids"
+_BLOCKED = -1e4  # what is added to an attention score that does not count is below, in every precision
 
 
 class Positions(NamedTuple):
@@ -37,7 +38,8 @@ class TokenPositions:
     attention mask is not 0; and if ``mask`` marks it. With ``shift`` the token that position t predicts is number
     t + 1. A position that is padding itself never counts, and neither does the last token of one packed document, which
     cannot predict the first of the next: the documents are told apart by ``position_ids`` that begin again at 0, by
-    ``seq_idx``, or by an attention mask with a number for each document.
+    ``seq_idx``, or by an attention mask: one with a number for each document, or one of pairs of tokens ``(B, 1, T,
+    T)``, in which a token does not see the one before it.
 
     Args:
         shift: Whether position t predicts token t + 1.
@@ -104,8 +106,7 @@ class TokenPositions:
     ) -> Positions:
         labels = self._labels(batch, arguments, label_place)
         mask = None if self.mask is None else _two_dimensions("mask", find_mask(mask_batch, self.mask))
-        attention = find_entry("decoder_attention_mask" if seq2seq else "attention_mask", batch, arguments)
-        attention = attention if _is_rows(attention) else None
+        attention, *documents = _documents(batch, arguments, seq2seq)
         reference = next((rows for rows in (labels, mask, attention) if rows is not None), None)
         if reference is None:
             raise ValueError(
@@ -120,7 +121,6 @@ class TokenPositions:
                 f"Expected `mask` to have the shape of the labels, {tuple(reference.shape)}, but got shape"
                 f" {tuple(mask.shape)}."
             )
-        documents = [find_entry(name, batch, arguments) for name in ("position_ids", "seq_idx")]
         return self._combined(labels, mask, attention, *documents)
 
     def _labels(self, batch: Any, arguments: Mapping[str, Any], label_place: Any) -> Tensor | None:
@@ -141,8 +141,7 @@ class TokenPositions:
         labels: Tensor | None,
         mask: Tensor | None,
         attention: Tensor | None,
-        position_ids: Tensor | None,
-        documents: Tensor | None,
+        *documents: Tensor | None,
     ) -> Positions:
         labels = None if labels is None else labels.long()  # torch's cross entropy takes no int32
         predicted = [] if labels is None else [labels != self.ignore_index]
@@ -153,7 +152,7 @@ class TokenPositions:
         if self.shift:
             counts = _moved(counts, False)
             labels = None if labels is None else _moved(labels, self.ignore_index)
-            for border in _borders(counts.shape, attention, position_ids, documents):
+            for border in _borders(counts.shape, attention, *documents):
                 counts = counts & ~_padded_last(border)
         if attention is not None and attention.shape == counts.shape:
             counts = counts & attention.bool()  # padding predicts nothing
@@ -197,6 +196,30 @@ def check_alignment(call: Call, shift: bool, positions: Positions) -> None:
             "Expected labels that are shifted already with shift=False, but got the student's own tokens: a causal"
             " model predicts the token that follows. Pass shift=True."
         )
+
+
+def check_ends(call: Call, positions: Positions) -> None:
+    """Raise if labels that are shifted already let a document predict the next one of its row. It waits.
+
+    Args:
+        call: The student's call.
+        positions: The positions that count, where position t was taken to predict the label at position t.
+
+    Raises:
+        ValueError: If the label of the last token of a document can be seen to be the first token of the next.
+    """
+    tokens, labels, counts = called_tokens(call), positions.labels, positions.counts
+    if labels is None or tokens is None or tokens.shape != labels.shape:
+        return
+    if not _equal(labels, _moved(tokens, -1), counts) or _equal(labels, tokens, counts):
+        return
+    for border in _borders(counts.shape, *_documents(call.batch, call.arguments, False)):
+        if bool((counts & _padded_last(border)).any()):
+            raise ValueError(
+                "Expected labels that are shifted already to leave out the last token of each packed document, but got"
+                " the first token of the next document there. Set these labels to `ignore_index`, or pass the tokens as"
+                " labels, with shift=True."
+            )
 
 
 def check_not_mask(call: Call, positions: Positions) -> None:
@@ -292,10 +315,27 @@ def _padded_last(border: Tensor) -> Tensor:
     return torch.cat([border, border.new_zeros(len(border), 1)], 1)
 
 
+def _documents(batch: Any, arguments: Mapping[str, Any], seq2seq: bool) -> list[Any]:
+    """The attention mask of tokens, that of pairs of tokens, the position ids and the numbers of documents."""
+    name = "decoder_attention_mask" if seq2seq else "attention_mask"
+    masks = [find_entry(name, batch, arguments, ndim) for ndim in (2, 4)]
+    return masks + [find_entry(name, batch, arguments) for name in ("position_ids", "seq_idx")]
+
+
 def _borders(
-    shape: torch.Size, attention: Tensor | None, position_ids: Tensor | None, documents: Tensor | None
+    shape: torch.Size,
+    attention: Tensor | None,
+    squares: Tensor | None,
+    position_ids: Tensor | None,
+    documents: Tensor | None,
 ) -> Iterator[Tensor]:
     """True where the next token begins another document, shape ``(B or 1, T - 1)``."""
+    if squares is not None and squares.shape[2:] == (shape[1], shape[1]) and squares.shape[0] in (1, shape[0]):
+        seen = squares[:, 0] > _BLOCKED if squares.is_floating_point() else squares[:, 0] != 0
+        itself, before = seen.diagonal(0, 1, 2)[:, 1:], seen.diagonal(-1, 1, 2)
+        yield itself & ~before
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # of time, height and width, for each token
+        position_ids = position_ids.amax(0)
     if _is_rows(position_ids) and position_ids.shape[1] == shape[1]:  # type: ignore[union-attr]
         yield position_ids[:, 1:] == 0  # type: ignore[index]
     if _is_rows(documents) and documents.shape == shape:  # type: ignore[union-attr]
@@ -334,10 +374,16 @@ def _two_dimensions(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def find_entry(name: str, batch: Any, arguments: Mapping[str, Any]) -> Any:
-    """An entry of the call's arguments, of the batch, or of a dict inside the batch."""
+def find_entry(name: str, batch: Any, arguments: Mapping[str, Any], ndim: int | None = None) -> Any:
+    """An entry of the call's arguments, of the batch, or of a dict inside the batch.
+
+    Args:
+        name: Its name.
+        batch: The batch.
+        arguments: The call's arguments.
+        ndim: Number of dimensions of a tensor, which leaves out other entries of that name: a call may get the mask of
+            pairs of tokens that was made of the batch's mask of tokens.
+    """
     places = [arguments, batch, *(batch if isinstance(batch, (tuple, list)) else [])]
-    for place in places:
-        if isinstance(place, Mapping) and place.get(name) is not None:
-            return place[name]
-    return None
+    entries = (place[name] for place in places if isinstance(place, Mapping) and place.get(name) is not None)
+    return next((entry for entry in entries if ndim is None or getattr(entry, "ndim", None) == ndim), None)

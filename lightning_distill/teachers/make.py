@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -140,7 +140,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return named
 
 
-def check_shares_nothing(student: nn.Module, source: TeacherSource, further_remedy: str = "") -> None:
+def check_shares_nothing(student: nn.Module, teachers: Iterable[nn.Module], further_remedy: str = "") -> None:
     """Raise if the teacher has a parameter that the student trains, or one with the same memory.
 
     ``nn.Parameter(other)`` and ``parameter.data = other.data`` copy no values. A teacher that is a part of the
@@ -148,17 +148,18 @@ def check_shares_nothing(student: nn.Module, source: TeacherSource, further_reme
 
     Args:
         student: The student, or the module that contains it.
-        source: The teacher.
+        teachers: The teacher's networks.
         further_remedy: A sentence for the message.
 
     Raises:
         ValueError: If so.
     """
-    own = modules_of_student(student, source.modules())
+    networks = [*teachers]
+    own = modules_of_student(student, networks)
     trained = {memory_of(p) for module in own for p in module.parameters(recurse=False) if p.requires_grad}
     if not trained:  # everything that the student trains is inside the teacher
         trained = {memory_of(parameter) for parameter in student.parameters() if parameter.requires_grad}
-    for network in source.modules():
+    for network in networks:
         for name, parameter in network.named_parameters():
             if memory_of(parameter) in trained:
                 raise ValueError(

@@ -85,10 +85,15 @@ class TokenShare(NamedTuple):
     Attributes:
         divisors: As :func:`divisors` returns them, NaN if a process could not count; empty if nothing is counted ahead.
         counted: Number of tokens of the micro-batch, if it was counted ahead.
+        in_loop: Whether a loop of the user's own names the micro-batches.
     """
 
     divisors: Mapping[str, Tensor] = MappingProxyType({})
     counted: Mapping[str, Tensor] = MappingProxyType({})
+    in_loop: bool = False
+
+
+ALONE = TokenShare()  # nothing is counted ahead
 
 
 class LoopWindow:
@@ -100,7 +105,7 @@ class LoopWindow:
 
     def share(self, batch: Any) -> TokenShare:
         """The tokens, as a batch sees them."""
-        return TokenShare(self._divisors, self._counted.get(id(batch), {}))
+        return TokenShare(self._divisors, self._counted.get(id(batch), {}), in_loop=True)
 
     @contextmanager
     def opened(
@@ -130,7 +135,7 @@ class LoopWindow:
 
 
 def over_calls(
-    name: str, calls: Sequence[Call], values: Sequence[Tensor], share: TokenShare
+    name: str, calls: Sequence[Call], values: Sequence[Tensor], share: TokenShare = ALONE
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The mean over the tokens of all calls of a step, from the means over those of each call.
 
@@ -143,14 +148,26 @@ def over_calls(
     Returns:
         The mean; the number of tokens; and the factor that makes it the micro-batch's part of the optimizer step's
         mean, ``None`` if nothing is counted ahead.
+
+    Raises:
+        ValueError: If the calls may be views or parts of a batch that was not counted ahead.
     """
     own = [call.counted[name] for call in calls]
     number, mean = own[0], values[0]
     if len(values) > 1:
         weights = torch.stack([number for number in own for _ in range(len(values) // len(calls))]).to(mean.dtype)
         mean = (torch.stack(list(values)) * weights).sum() / weights.sum().clamp(min=1)
-    if len(calls) > 1:
-        number = share.counted.get(name, torch.stack(own).sum() / len(calls))
+    if len(calls) > 1:  # views of the batch, or parts that make up the batch
+        total = torch.stack(own).sum()
+        number = total / len(calls)
+        if name in share.counted:
+            number = torch.where(total == share.counted[name], total, number)
+        elif share.in_loop and share.divisors:
+            raise ValueError(
+                "Expected `total` to get one of the batches that `window` got, since the student was called several"
+                " times, but got another object. Move the batches to the device before `window`, and pass the same to"
+                " both."
+            )
     divisor = share.divisors.get(name)
     if divisor is None:
         return mean, number, None

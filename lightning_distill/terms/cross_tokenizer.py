@@ -233,7 +233,7 @@ class CrossTokenizerDistillation(SequenceDistillation):
         """The aligned tokens in a batch, or those of the student's tokens."""
         stored = find_entry(TEACHER_TOKENS, batch, {})
         if stored is None:
-            attention = find_entry("attention_mask", batch, arguments)
+            attention = find_entry("attention_mask", batch, arguments, ndim=2)
             fits = isinstance(attention, Tensor) and attention.shape == tokens.shape
             return _aligned(self._aligner, tokens, attention if fits else None).to(tokens.device)
         try:

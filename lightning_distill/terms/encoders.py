@@ -316,7 +316,8 @@ class AttentionRelationDistillation(_WithoutPadding):
     """A divergence of the relations between tokens, by the queries, the keys and the values of one layer of each model.
 
     The widths and numbers of heads may differ, and only one layer is compared, usually the last. Padding does not
-    count: the attention mask is read from the student's call, else from the batch.
+    count: the attention mask is read from the student's call, else from the batch. The relations are between all other
+    tokens of a row, also between those of packed documents.
 
     Args:
         student_layer: Name of a self-attention layer of the student, whose parts ``query``, ``key`` and ``value`` are

@@ -14,6 +14,7 @@ from distill_core.requires import Requires
 from lightning_distill import checks
 from lightning_distill.adapters import AdapterFactory, aligned, make_adapter, pooled
 from lightning_distill.functional.detection import foreground_weights
+from lightning_distill.functional.inputs import rows_mask
 from lightning_distill.losses import DistillationLoss, FeatureDistance
 from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.boxes import BoxPlace, check_pixels, find_boxes
@@ -301,7 +302,7 @@ class FeatureDistillation(DistillationTerm):
         if self.requires.needs_boxes:
             return mask, weights
         inside = weights > 0
-        return (inside if mask is None else inside & _by_position(mask, inside),)
+        return (inside if mask is None else inside & rows_mask(mask, tuple(inside.shape)),)
 
     def _mask(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count; ``None`` if all do."""
@@ -383,11 +384,6 @@ class SelfDistillation(FeatureDistillation):
 
     def _target(self, student: Call, teacher: Call, tap: Tap) -> Tensor:
         return student.feature(tap).detach()
-
-
-def _by_position(mask: Tensor, positions: Tensor) -> Tensor:
-    """A mask of examples or of positions as one of positions."""
-    return mask.view(-1, 1, 1) if mask.ndim == 1 else mask.view(positions.shape)
 
 
 def _size_of(loss: Any) -> int:

@@ -173,7 +173,8 @@ def attention_mask(call: Call, name: str = "attention_mask") -> Tensor | None:
     Raises:
         ValueError: If the mask has another number of dimensions.
     """
-    mask = find_entry(name, call.batch, call.arguments)
+    masks = (find_entry(name, call.batch, call.arguments, ndim) for ndim in (2, None))
+    mask = next((mask for mask in masks if mask is not None), None)
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:

@@ -43,6 +43,24 @@ def resized_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
     return counted.squeeze(1)
 
 
+def check_normalisable(feature: Tensor, term: str) -> None:
+    """Raise if each channel of a batch has one number alone, of which batch normalisation takes no statistics.
+
+    Args:
+        feature: The feature that is normalised, shape ``(N, C)`` or ``(N, C, H, W)``.
+        term: Name of the term.
+
+    Raises:
+        ValueError: If so.
+    """
+    if feature.numel() == feature.shape[1]:
+        raise ValueError(
+            f"Expected more than one number of each channel in a batch for term {term!r}, which normalises by the"
+            f" statistics of the batch, but got shape {tuple(feature.shape)}. Leave out a last batch of one example:"
+            " DataLoader(..., drop_last=True)."
+        )
+
+
 def _positions(feature: Tensor) -> tuple[int, ...]:
     return (feature.shape[0], *feature.shape[2:])
 

@@ -18,7 +18,7 @@ from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import TeacherLayers
 from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.losses import value_of, widened
-from lightning_distill.terms.maps import resized
+from lightning_distill.terms.maps import check_normalisable, resized
 
 
 class ReusedClassifierDistillation(FeatureDistillation):
@@ -114,7 +114,10 @@ class ReusedClassifierDistillation(FeatureDistillation):
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, a scalar."""
         ((student_tap, teacher_tap),) = self._pairs
-        feature, target = self._fitted[0](student.feature(student_tap)), teacher.feature(teacher_tap)
+        feature, target = student.feature(student_tap), teacher.feature(teacher_tap)
+        if self._fitted[0].training:
+            check_normalisable(feature, self.name)
+        feature = self._fitted[0](feature)
         if feature.ndim == 4:
             target = resized(widened(target), feature)
         return value_of(self.loss, self.requires, feature, target, labels)

@@ -15,7 +15,7 @@ from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.losses import value_of, widened
-from lightning_distill.terms.maps import resized
+from lightning_distill.terms.maps import check_normalisable, resized
 
 
 class ReviewDistillation(FeatureDistillation):
@@ -90,7 +90,10 @@ class ReviewDistillation(FeatureDistillation):
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The loss without its weight, added over the layers, a scalar."""
         pairs = self._levels(student, teacher)
-        fused = self._fitted[teacher.teacher]([student.feature(tap) for tap, _ in pairs])
+        features = [student.feature(tap) for tap, _ in pairs]
+        for feature in features:
+            check_normalisable(feature, self.name)
+        fused = self._fitted[teacher.teacher](features)
         values = []
         for feature, (_, tap) in zip(fused, pairs, strict=True):
             target = resized(widened(teacher.feature(tap)), feature)

@@ -17,6 +17,7 @@ from lightning_distill.recording.tokens import (
     Positions,
     TokenPositions,
     check_alignment,
+    check_ends,
     check_not_mask,
     check_same_tokens,
 )
@@ -35,8 +36,8 @@ class SequenceDistillation(LogitsDistillation):
     The logits of both models have the shape ``(B, T, V)``. A position counts if the token that it predicts does: its
     label is not ``ignore_index``, or, without labels, its ``attention_mask`` is not 0. Padding itself predicts nothing,
     and the last token of a packed document does not predict the first of the next: ``position_ids`` that begin again at
-    0, ``seq_idx``, or an attention mask with a number for each document tell them apart. Labels and masks are found in
-    the student's call and in the batch.
+    0, ``seq_idx``, or an attention mask (with a number for each document, or of pairs of tokens) tell them apart.
+    Labels and masks are found in the student's call and in the batch.
 
     The loss is the mean over the tokens that count in the whole optimizer step: over all accumulated micro-batches and
     all processes. Under a Trainer the tokens of the coming micro-batches are counted ahead; in a loop of your own see
@@ -176,7 +177,9 @@ class SequenceDistillation(LogitsDistillation):
             ValueError: If so.
         """
         check_alignment(student, self.shift, positions)
-        if self.shift and self.tokens.labels is None and student.label_place is None:
+        if not self.shift:
+            check_ends(student, positions)
+        elif self.tokens.labels is None and student.label_place is None:
             check_not_mask(student, positions)
         if not self._has_own_prompt(student, teacher):
             check_same_tokens(student, teacher, positions)

@@ -169,6 +169,17 @@ def test_boxes_and_a_mask_of_images_count_together() -> None:
     close(total, apart[0][inside].mean())
 
 
+def test_a_mask_of_channels_beside_boxes_is_refused() -> None:
+    student, images = Net(8, 0), BATCH["images"][:, :, :8]  # maps of 8 channels and 4 x 8 positions
+    batch = {"boxes": [torch.tensor([[1.0, 1.0, 7.0, 7.0]])] * 2, "used": torch.rand(2, 8, 4) < 0.5}
+    term = FeatureDistillation("neck.fine", "neck.fine", boxes="boxes", mask="used")
+    with Distiller(student, Net(8, 1), term) as distiller:
+        with distiller.record():
+            output = student(images)
+        with pytest.raises(ValueError, match=r"Expected `mask` to have the shape \(2, 4, 8\)"):
+            distiller.total(output.mean(), batch)
+
+
 class Resizing(nn.Module):
     """A network that gets a list of images and resizes them itself, as the detectors of torchvision."""
 

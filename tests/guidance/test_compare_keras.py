@@ -270,6 +270,12 @@ class CountingStudent(keras.Model):
         return super().train_step(*args)
 
 
+def test_one_run_does_not_train_the_weights_of_another_run() -> None:
+    settings = {"compile": COMPILE, "fit": {"epochs": 1, "batch_size": 64}}
+    with pytest.raises(ValueError, match="Expected `student` to make new weights for each run"):
+        run_once(student=functools.cache(make_student), data=arrays(), metric="val_accuracy", **settings)
+
+
 def test_the_step_of_the_student_alone_is_traced_once() -> None:
     CountingStudent.calls = 0
     settings = {"compile": COMPILE, "fit": {"epochs": 1, "batch_size": 64}}

@@ -11,15 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from compared import TRAINER, LitClassifier, compared, loaders
+from compared import TRAINER, LitClassifier, compared, loaders, teacher
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import distill_core.cli.lightning
 from lightning_distill import DistillModule, FeatureDistillation, LogitsDistillation
+from lightning_distill.guidance import run_once
 
 ROOT = Path(__file__).parents[2]
+STATE = LitClassifier().state_dict()
+TEACHER = teacher()
+
+
+def with_the_memory_of_a_state() -> LitClassifier:
+    module = LitClassifier()
+    module.load_state_dict(STATE, assign=True)
+    return module
+
+
+def with_a_part_of_the_teacher() -> LitClassifier:
+    module = LitClassifier()
+    module.net.head.bias = nn.Parameter(TEACHER.head.bias)  # of the same memory
+    return module
+
+
+AGAIN = "Expected `module` to make new weights for each run"
+SHARED = "Expected `teacher` to share no parameter with the student, but both train 'head.bias'"
 
 # Refusals ------------------------------------------------------------------------------------------------------------
 
@@ -54,8 +74,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a network of all runs": (
         {"module": functools.cache(LitClassifier)},
         ValueError,
-        "Expected `module` to make new weights for each run",
+        AGAIN,
     ),
+    "one memory for all runs": ({"module": with_the_memory_of_a_state}, ValueError, AGAIN),
+    "a part of the teacher": ({"module": with_a_part_of_the_teacher, "teacher": TEACHER}, ValueError, SHARED),
     "no validation data": (
         {"data": lambda: loaders()[0]},
         TypeError,
@@ -87,6 +109,23 @@ def test_other_settings_in_the_same_folder_are_refused_and_the_same_go_on(tmp_pa
     ):
         with pytest.raises(ValueError, match="to hold runs of the same settings, but got"):
             compared(tmp_path, **changed)
+
+
+@pytest.mark.parametrize("method", [None, LogitsDistillation()])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (functools.cache(LitClassifier), AGAIN),
+        (with_the_memory_of_a_state, AGAIN),
+        (with_a_part_of_the_teacher, SHARED),
+    ],
+)
+def test_one_run_trains_no_weights_of_another_run_or_of_the_teacher(module: Any, words: str, method: Any) -> None:
+    before = [value.clone() for value in (*STATE.values(), *TEACHER.state_dict().values())]
+    with pytest.raises(ValueError, match=words):
+        run_once(module=module, data=loaders, teacher=TEACHER, method=method, metric="val_acc", trainer=TRAINER)
+    after = (*STATE.values(), *TEACHER.state_dict().values())
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 # One run, other processes, the command -------------------------------------------------------------------------------

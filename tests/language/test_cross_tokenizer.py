@@ -218,6 +218,17 @@ def test_collate_adds_the_same_tokens_and_spans_that_a_step_finds() -> None:
     assert made.counted(collated) == made.counted(inputs) > 5
 
 
+def test_padding_of_the_batch_counts_where_the_call_gets_a_mask_of_pairs() -> None:
+    made, inputs = cross_term("uld"), padded_batch()
+    rows, length = inputs["input_ids"].shape
+    expected = made.teacher_call(Call((), inputs, batch=inputs))
+    pairs = {**inputs, "attention_mask": torch.zeros(rows, 1, length, length)}
+    shown = made.teacher_call(Call((), pairs, batch=inputs))
+    assert shown is not None
+    assert expected is not None
+    assert torch.equal(shown.args[0], expected.args[0])
+
+
 def test_repr_shows_the_method_and_no_loss_that_is_not_used() -> None:
     assert "method='chunks', temperature=100.0" in repr(cross_term("chunks"))
     assert "SoftTargetLoss" not in repr(cross_term())

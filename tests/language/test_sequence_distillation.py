@@ -79,6 +79,44 @@ def test_no_token_of_a_packed_document_predicts_the_first_of_the_next(mark: str)
     assert SequenceDistillation().counted(packed()) == 10  # without a mark they are one document
 
 
+def pairs_of_tokens() -> Tensor:
+    """True where a token sees another: itself and those before it in its document."""
+    documents = packed("seq_idx")["seq_idx"]
+    return ((documents[:, :, None] == documents[:, None]) & torch.ones(11, 11).tril().bool())[:, None]
+
+
+FORMS: dict[str, Any] = {
+    "bool": lambda pairs: pairs,
+    "numbers": lambda pairs: pairs.long(),
+    "added": lambda pairs: torch.zeros(pairs.shape).masked_fill(~pairs, float("-inf")),
+    "added in half precision": lambda pairs: torch.zeros(pairs.shape).masked_fill(~pairs, -65504.0).half(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_attention_mask_of_pairs_of_tokens_tells_documents_apart(form: str) -> None:
+    batch = {**packed(), "attention_mask": FORMS[form](pairs_of_tokens())}
+    expected = SequenceDistillation().tokens.of_batch(packed("seq_idx")).counts
+    assert torch.equal(SequenceDistillation().tokens.of_batch(batch).counts, expected)
+    causal = {**packed(), "attention_mask": FORMS[form](torch.ones(1, 1, 11, 11).tril().bool())}
+    assert SequenceDistillation().counted(causal) == 10
+
+
+def test_the_documents_of_the_batch_count_where_the_call_gets_a_mask_of_pairs() -> None:
+    batch = packed("attention_mask")
+    batch["attention_mask"][:, -1] = 0  # padding
+    call = Call((), {"input_ids": batch["input_ids"], "attention_mask": torch.zeros(1, 1, 11, 11)}, batch=batch)
+    positions = SequenceDistillation().tokens
+    assert torch.equal(positions.of_call(call, 11).counts, positions.of_batch(batch).counts)
+    assert [*torch.where(~positions.of_call(call, 11).counts[0])[0].tolist()] == [4, 6, 10]
+
+
+def test_positions_in_time_height_and_width_tell_documents_apart() -> None:
+    batch = packed("position_ids")
+    expected = SequenceDistillation().counted(batch)
+    assert SequenceDistillation().counted({**batch, "position_ids": batch["position_ids"].expand(3, 1, 11)}) == expected
+
+
 def test_packed_documents_equal_the_documents_alone() -> None:
     student, teacher = llama().train(), llama(24, 1)
     tokens = [token for sequence in SEQUENCES for token in sequence]

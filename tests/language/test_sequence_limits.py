@@ -91,6 +91,10 @@ def call_of(logits: Tensor, **kwargs: Any) -> Call:
     return Call((), kwargs, output=logits)
 
 
+PACKED = torch.tensor([[5, 3, 8, 2, 7, 4, 9, 6]])
+DOCUMENTS = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2]])
+FOLLOWING = torch.tensor([[3, 8, 2, 7, 4, 9, 6, IGNORED]])  # position 4 ends a document
+
 WRONG = {
     "no labels and no mask": (
         lambda: distilled(CausalModel(), CausalModel(), {"input_ids": padded()["input_ids"]}),
@@ -142,6 +146,15 @@ WRONG = {
         lambda: distilled(llama(), llama(), padded(), SequenceDistillation(shift=False)),
         "labels that are shifted already with shift=False",
     ),
+    "shifted labels across documents": (
+        lambda: distilled(
+            CausalModel(),
+            CausalModel(),
+            {"input_ids": PACKED, "attention_mask": DOCUMENTS, "labels": FOLLOWING},
+            SequenceDistillation(shift=False),
+        ),
+        "shifted already to leave out the last token of each packed document",
+    ),
     "a loss without a mask": (lambda: SequenceDistillation(lambda s, t: (s - t).mean()), "`loss` to take a mask"),
     "classes elsewhere": (lambda: SequenceDistillation(SoftTargetLoss(class_dim=1)), "`loss` to have the classes last"),
     "an unknown normalisation": (lambda: SequenceDistillation(normalize="batch"), "`normalize` to be one of"),
@@ -155,6 +168,13 @@ WRONG = {
         "`teacher_inputs` to say where a batch keeps the teacher's inputs, but got teacher_inputs='prompt'",
     ),
 }
+
+
+def test_shifted_labels_that_leave_out_the_ends_of_documents_count_the_tokens_of_unshifted_ones() -> None:
+    student, teacher = CausalModel(), CausalModel(7, seed=1)
+    batch = {"input_ids": PACKED, "attention_mask": DOCUMENTS, "labels": FOLLOWING.index_fill(1, torch.tensor(4), -100)}
+    shifted, _ = distilled(student, teacher, batch, SequenceDistillation(shift=False))
+    assert shifted == pytest.approx(distilled(student, teacher, {**batch, "labels": PACKED})[0], abs=1e-12)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -83,6 +83,18 @@ def test_validation_is_the_mean_over_all_tokens(term: Any) -> None:
     assert logged["distill/val_loss"] == pytest.approx(2 * expected + logged["distill/val_task_loss"], rel=1e-6)
 
 
+def test_validation_in_several_calls_is_the_mean_over_the_tokens_of_all_of_them() -> None:
+    class InTwoCalls(Validated):
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            parts = [{name: rows[place] for name, rows in batch.items()} for place in (slice(2), slice(2, None))]
+            return torch.stack([own_loss(self.model(**part)["logits"]) for part in parts]).mean()
+
+    module = InTwoCalls()
+    trainer = fitted(module, SequenceDistillation(), loader(8), loader(8))
+    expected = float(token_values(module.model, CausalModel(7, seed=1)).mean())
+    assert float(trainer.callback_metrics["distill/val_tokens_loss"]) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_agreement_is_over_the_tokens_that_count() -> None:
     module = Validated()
     trainer = fitted(module, SequenceDistillation(), loader(8), loader(2))
@@ -223,6 +235,22 @@ def test_several_calls_of_a_step_give_the_mean_over_their_tokens(kind: Any, accu
     else:
         fitted(module, SequenceDistillation(weight=2.0), data, accumulate_grad_batches=2)
         close(module.model.state_dict(), by_hand(3, micro_batches=2))
+
+
+class SilentHalves(Silent):
+    """Calls the student for each half of the batch, and makes no loss of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for part in (slice(None, 2), slice(2, None)):
+            self.model(**{name: rows[part] for name, rows in batch.items()})
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_logged_mean_of_several_calls_without_logits_is_over_their_tokens(accumulate: int) -> None:
+    module = SilentHalves(learning_rate=0.0)
+    trainer = fitted(module, FusedLinearDistillation(weight=2.0), loader(4), accumulate_grad_batches=accumulate)
+    expected = float(token_values(module.model, CausalModel(7, seed=1)).mean())
+    assert float(trainer.callback_metrics["distill/tokens_loss"]) == pytest.approx(expected, rel=1e-6)
 
 
 class Skips(Silent):

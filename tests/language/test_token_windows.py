@@ -169,6 +169,17 @@ def test_own_loop_with_a_window_gives_the_weights_of_the_loop_by_hand() -> None:
         pass
 
 
+def test_own_loop_with_several_calls_for_a_copy_of_a_batch_is_refused() -> None:
+    student, batches = CausalModel(), list(loader(4))
+    with Distiller(student, CausalModel(7, seed=1), SequenceDistillation()) as distiller, distiller.window(batches):
+        moved = {name: rows.clone() for name, rows in batches[0].items()}
+        with distiller.record():
+            for part in (slice(1), slice(1, None)):
+                logits = student(**{name: rows[part] for name, rows in moved.items()})["logits"]
+        with pytest.raises(ValueError, match="Expected `total` to get one of the batches that `window` got"):
+            distiller.total(logits.mean(), moved)
+
+
 # Where the tokens cannot be counted ahead ------------------------------------------------------------------------
 
 
@@ -214,6 +225,19 @@ def own(logits: torch.Tensor) -> torch.Tensor:
 def test_labels_that_the_step_changes_are_noticed() -> None:
     with pytest.warns(UserWarning, match="counts 5 tokens in the training step, but 6"):
         fitted(loader(2), module=ChangesLabels(), accumulate_grad_batches=4)
+
+
+class CallsTwice(LanguageModule):
+    """Calls the student for the first sequence of a batch and for both, so that one counts twice."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        parts = [{name: rows[:size] for name, rows in batch.items()} for size in (1, 2)]
+        return torch.stack([own(self.model(**part)["logits"]) for part in parts]).mean()
+
+
+def test_calls_that_are_neither_views_nor_parts_of_the_batch_are_noticed() -> None:
+    with pytest.warns(UserWarning, match=r"counts 5.5 tokens in the training step, but 8 in the batch"):
+        fitted(loader(2), module=CallsTwice(), accumulate_grad_batches=4)
 
 
 def test_a_number_that_arrives_late_from_a_device_is_compared_in_a_later_step(monkeypatch: pytest.MonkeyPatch) -> None:

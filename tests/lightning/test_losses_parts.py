@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from lightning_distill import (
     Call,
+    Distiller,
     FactorTransferLoss,
     FeatureDistance,
     HierarchicalContextLoss,
+    ReusedClassifierDistillation,
     ReviewDistillation,
+    Tap,
     functional,
 )
 
@@ -258,3 +261,18 @@ def test_features_that_are_not_maps_raise_before_the_first_backward() -> None:
         ValueError, match=r"`student` to have positions, and 3 to 5 dimensions, but got shape \(2, 3\)\."
     ):
         HierarchicalContextLoss()(torch.ones(2, 3), torch.ones(2, 3))
+
+
+HEAD = Tap("head", where="input")
+
+
+@pytest.mark.parametrize(
+    "term", [ReviewDistillation(["conv", "body"], ["conv", "body"]), ReusedClassifierDistillation(HEAD, HEAD)]
+)
+def test_a_batch_of_one_number_for_each_channel_raises_with_a_remedy(term: Any) -> None:
+    student = Network(4, seed=1).eval()
+    with Distiller(student, Network(4), term, task_weight=0) as distiller:
+        with distiller.record():
+            output = student(torch.randn(1, 2, 1, 1))
+        with pytest.raises(ValueError, match=rf"for term '{term.name}'.*one example: DataLoader\(..., drop_last=True"):
+            distiller.total(output.mean())
