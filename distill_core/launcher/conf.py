@@ -30,7 +30,8 @@ WITHOUT_EFFECT = (
     "evaluation.accuracy.configs",
     "evaluation.accuracy.multi_metrics",
     "evaluation.accuracy.postprocess",
-    "tuning.accuracy_criterion",
+    "tuning.accuracy_criterion.relative",
+    "tuning.accuracy_criterion.absolute",
     "tuning.multi_objectives",
     "tuning.exit_policy",
     "tuning.objective",
@@ -159,9 +160,16 @@ class BuiltInMetric(Section):
         return any(settings is not None for settings in (self.MSE, self.RMSE, self.MAE))
 
 
+class AccuracyCriterion(Section):
+    """The direction of the score; None takes the metric's own."""
+
+    higher_is_better: bool | None = None
+
+
 class Tuning(Section):
     """The part of the older tuning section that has an effect."""
 
+    accuracy_criterion: AccuracyCriterion = Field(default_factory=AccuracyCriterion)
     random_seed: int | None = Field(default=None, ge=0, lt=2**32)
 
 

@@ -14,6 +14,7 @@ import pytest
 from keras_launch import Logs, launched
 from keras_nets import assert_same_weights, log_softmax64, mlp, numpy_of, table
 
+from keras_distill import IntermediateLayersKnowledgeDistillationLoss
 from keras_distill import KnowledgeDistillationLoss as Knowledge
 
 FIT: dict[str, Any] = {"batch_size": 4, "shuffle": False, "verbose": 0}
@@ -235,6 +236,32 @@ def test_the_best_student_is_the_one_with_the_smallest_error_n2(metric: Any, hig
             distiller.on_train_begin()
     distiller.on_train_end()
     assert numpy_of(student.layers[-1].bias).tolist() == [best]
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # the criterion leaves the classifier out
+def test_an_optimizer_of_an_earlier_fit_that_lacks_adapters_is_refused_in_words() -> None:
+    criterion = IntermediateLayersKnowledgeDistillationLoss([["hidden", "hidden"]])
+    distiller = launched(criterion=criterion, optimizer=keras.optimizers.SGD(0.1))
+    distiller.fit()
+    words = r"the weights of term 'hidden'. Compile .*; in the launcher, set a new `optimizer` before each `fit`"
+    with pytest.raises(ValueError, match=words):
+        distiller.fit()
+    distiller.optimizer = keras.optimizers.SGD(0.1)
+    distiller.fit()
+
+
+@pytest.mark.parametrize(("configured", "set_later", "best"), [(False, None, 2), (True, None, 1), (False, True, 1)])
+def test_the_file_says_whether_a_larger_score_is_better_n2(configured: bool, set_later: bool | None, best: int) -> None:
+    """N2: `higher_is_better` in Python counts more."""
+    scores = iter([0.9, 0.5, 0.8, 0.1, 0.7])  # teacher, start, three epochs
+    conf = {"tuning": {"accuracy_criterion": {"higher_is_better": configured}}}
+    distiller = launched(conf, eval_func=lambda model: next(scores), higher_is_better=set_later)
+    distiller.on_train_begin()
+    for number in range(1, 4):
+        distiller.student_model.layers[-1].bias.assign([float(number)] * 3)
+        distiller.on_epoch_end()
+    distiller.on_train_end()
+    assert numpy_of(distiller.student_model.layers[-1].bias).tolist() == [best] * 3
 
 
 def test_a_score_that_is_not_a_number_is_refused_n2() -> None:
