@@ -155,6 +155,11 @@ class BuiltInMetric(Section):
         return exactly_one(self)
 
     @property
+    def compares_classes(self) -> bool:
+        """Whether it compares the likeliest class with the label."""
+        return self.topk is not None or self.Accuracy is not None or self.F1 is not None
+
+    @property
     def is_error(self) -> bool:
         """Whether it measures an error, so that a smaller value is better."""
         return any(settings is not None for settings in (self.MSE, self.RMSE, self.MAE))

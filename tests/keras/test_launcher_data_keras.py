@@ -47,6 +47,13 @@ class Numbered(keras.utils.PyDataset):
         return batches()[index]
 
 
+class NumberedDicts(Numbered):
+    """As dicts, with an entry that no model takes."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {"an_id": np.arange(4), **as_dict(*super().__getitem__(index))}
+
+
 def tf_data(examples: Any) -> Any:
     import tensorflow as tf
 
@@ -60,6 +67,7 @@ DATA = {
     "list_of_dicts": lambda: [as_dict(*batch) for batch in batches()],
     "loader": Loader,
     "pydataset": Numbered,
+    "pydataset_of_dicts": NumberedDicts,
     "tf": lambda: tf_data(table()),
     "tf_dicts": lambda: tf_data(as_dict(*table())),
 }
@@ -103,7 +111,7 @@ def test_an_iteration_limit_above_the_number_of_batches_changes_nothing_n17() ->
     assert trained(batches(), iteration=9)[1].batches == 8
 
 
-@pytest.mark.parametrize("form", ["dict", "list_of_dicts", "pydataset", "loader", "arrays"])
+@pytest.mark.parametrize("form", ["dict", "list_of_dicts", "pydataset", "pydataset_of_dicts", "loader", "arrays"])
 def test_every_form_of_data_is_scored_alike_n2(form: str) -> None:
     """N2: the configured metric before the training."""
     distiller = launched({"evaluation": {"accuracy": {"metric": {"Accuracy": {}}}}}, eval_dataloader=DATA[form]())
