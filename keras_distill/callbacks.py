@@ -249,6 +249,9 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
 class SetEpoch(keras.callbacks.Callback):
     """Sets ``data.epoch`` during training, and to 0 after it, so that an evaluation always gets the same data.
 
+    With ``steps_per_epoch`` below the length of the data Keras reads them once in several epochs. They count as one, so
+    that no example comes twice in a pass: Keras may have read batches of the next epoch ahead.
+
     Args:
         data: The data.
     """
@@ -256,14 +259,21 @@ class SetEpoch(keras.callbacks.Callback):
     def __init__(self, data: EpochData) -> None:
         super().__init__()
         self._data = data
+        self._first: int | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Forget an earlier training."""
+        self._first, self._data.in_fit = None, True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Set the epoch before its first batch, also in a resumed training."""
-        self._data.epoch = epoch
+        self._first = epoch if self._first is None else self._first
+        epochs_of_pass = -(-len(self._data) // (self.params.get("steps") or len(self._data)))
+        self._data.epoch = self._first + (epoch - self._first) // epochs_of_pass
 
     def on_train_end(self, logs: Any = None) -> None:
         """Set the epoch back to 0."""
-        self._data.epoch = 0
+        self._data.end_fit()
 
 
 def scheduled_settings(model: Any) -> list[tuple[str, Schedule, Callable[[float], None]]]:

@@ -91,5 +91,6 @@ class ModelWithLearnedParts(ModelWithTeacher):
         if unknown:
             owners = [term.name for term in self.step.terms if any(v is unknown[0] for v in term.trainable_variables)]
             expected = f"the optimizer to train the weights of term {owners[0]!r}"
-            received = "an optimizer of an earlier training, in which the term had a weight of 0 and no teacher"
-            raise ValueError(checks.message(expected, received, "Make a new DistillModel of the student."))
+            received = "an optimizer of an earlier training, which was built before the term made these weights"
+            remedy = "Compile with a new optimizer; in the launcher, set a new `optimizer` before each `fit`."
+            raise ValueError(checks.message(expected, received, remedy))

@@ -267,7 +267,7 @@ class DistillModel(ModelInFiles):
         finally:
             self.fitting = before
             if isinstance(data, EpochData):
-                data.epoch = 0  # after an exception Keras does not call `on_train_end`
+                data.end_fit()  # after an exception Keras does not call `on_train_end`
 
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Any = None, **kwargs: Any

@@ -116,6 +116,7 @@ class DistillStep(BuildsTerms):
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         self._assign(as_teachers(teacher, self.student, self.averages))
+        self.build_from_models()  # a graph that makes weights and then fails would leave them without values
 
     def update_teacher(self, stepped: Any = True) -> None:
         """Move an :class:`EMATeacher` towards the student: call it after each step of the optimizer in your own loop.

@@ -128,9 +128,15 @@ class EpochData(keras.utils.PyDataset):
 
     Attributes:
         epoch: The epoch, counted from 0.
+        in_fit: Whether ``fit`` sets the epoch now.
     """
 
     epoch: int = 0
+    in_fit: bool = False
+
+    def end_fit(self) -> None:
+        """Set the epoch back to 0 after a training."""
+        self.in_fit, self.epoch = False, 0
 
 
 def check_class_weight(class_weight: Any, targets: Any, data: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import keras
@@ -23,6 +24,7 @@ class ModelWithTeacher(ModelOfWholeSteps):
 
     step: DistillStep
     save_teacher: bool
+    built: bool
     optimizer: Any
     train_function: Any
     test_function: Any
@@ -34,7 +36,10 @@ class ModelWithTeacher(ModelOfWholeSteps):
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
-        self.step.teacher = teacher
+        strategy = getattr(self, "distribute_strategy", None)
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            self.step.teacher = teacher
+        self.built = self.built or self.step.built
 
     @property
     def teacher_weights(self) -> Any:

@@ -30,7 +30,8 @@ WITHOUT_EFFECT = (
     "evaluation.accuracy.configs",
     "evaluation.accuracy.multi_metrics",
     "evaluation.accuracy.postprocess",
-    "tuning.accuracy_criterion",
+    "tuning.accuracy_criterion.relative",
+    "tuning.accuracy_criterion.absolute",
     "tuning.multi_objectives",
     "tuning.exit_policy",
     "tuning.objective",
@@ -154,14 +155,26 @@ class BuiltInMetric(Section):
         return exactly_one(self)
 
     @property
+    def compares_classes(self) -> bool:
+        """Whether it compares the likeliest class with the label."""
+        return self.topk is not None or self.Accuracy is not None or self.F1 is not None
+
+    @property
     def is_error(self) -> bool:
         """Whether it measures an error, so that a smaller value is better."""
         return any(settings is not None for settings in (self.MSE, self.RMSE, self.MAE))
 
 
+class AccuracyCriterion(Section):
+    """The direction of the score; None takes the metric's own."""
+
+    higher_is_better: bool | None = None
+
+
 class Tuning(Section):
     """The part of the older tuning section that has an effect."""
 
+    accuracy_criterion: AccuracyCriterion = Field(default_factory=AccuracyCriterion)
     random_seed: int | None = Field(default=None, ge=0, lt=2**32)
 
 

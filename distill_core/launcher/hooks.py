@@ -226,7 +226,8 @@ class Hooks:
             if data is not None:
                 score = evaluation = self._metric(data, metric)
                 higher = evaluation.higher_is_better
-        higher = higher if self.higher_is_better is None else self.higher_is_better
+        for direction in (self.conf.tuning.accuracy_criterion.higher_is_better, self.higher_is_better):
+            higher = higher if direction is None else direction
         frequency = self.conf.distillation.train.frequency if self.eval_frequency is None else self.eval_frequency
         return self.best_student(score, higher, frequency)
 

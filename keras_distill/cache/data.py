@@ -49,7 +49,7 @@ class CachedData(EpochData):
 
     @property
     def epoch(self) -> int:
-        """The epoch, counted from 0, which sets the view and the first order; ``DistillModel.fit`` assigns it."""
+        """The epoch, counted from 0, which sets the view and the order; ``DistillModel.fit`` assigns it."""
         return self._epoch
 
     @epoch.setter
@@ -59,7 +59,8 @@ class CachedData(EpochData):
 
     def on_epoch_end(self) -> None:
         """Change the order for the next pass, also in loops that do not set the epoch; the view does not change."""
-        self._shuffle(self._passes + 1)
+        if not self.in_fit:  # `fit` sets the epoch before the next pass
+            self._shuffle(self._passes + 1)
 
     def _shuffle(self, passes: int) -> None:
         self._passes, self._order = passes, order_of(self._length, self._seed, passes)

@@ -193,7 +193,7 @@ def focal_global(
     values = ops.sum(flattened(squares, 1) * at_places, axis=-1)
     apart = ops.sum(ops.abs(student_places - teacher_places), axis=-1)
     values = values + attention * (apart + ops.sum(ops.abs(student_channels - teacher_channels), axis=-1))
-    contexts = student_context(student) - teacher_context(teacher)
+    contexts = ops.cast(student_context(student) - teacher_context(teacher), values.dtype)
     return values + context * ops.sum(ops.square(contexts), axis=(1, 2, 3))
 
 

@@ -52,7 +52,7 @@ def variational_information(
         positions, as in published code.
     """
     student, teacher = prepare(student, teacher)
-    predicted = mean(student)
+    predicted = ops.cast(mean(student), teacher.dtype)
     checks.same_shape(predicted, teacher, names=("mean(student)", "teacher"), remedy=_REMEDY)
     variance = ops.cast(variance, teacher.dtype)
     if tuple(variance.shape) != (teacher.shape[-1],):
@@ -96,6 +96,7 @@ def masked_generative(student: Any, teacher: Any, *, generator: Callable[[Any], 
     """
     student, teacher = prepare(student, teacher)
     generated = generator(student if mask is None else student * ops.cast(mask, student.dtype))
+    generated = ops.cast(generated, teacher.dtype)
     checks.same_shape(generated, teacher, names=("generator(student)", "teacher"), remedy=_REMEDY)
     return ops.sum(flattened(ops.square(generated - teacher), 1), axis=-1)
 

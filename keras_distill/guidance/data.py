@@ -44,8 +44,9 @@ class ShuffledArrays(EpochData):
         self._epoch, self._order = value, order_of(self._length, self._seed, value)
 
     def on_epoch_end(self) -> None:
-        """Take the next order."""
-        self.epoch += 1
+        """Take the next order, in loops that do not set the epoch."""
+        if not self.in_fit:
+            self.epoch += 1
 
     def __len__(self) -> int:
         """Number of batches."""

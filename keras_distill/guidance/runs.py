@@ -21,11 +21,13 @@ from distill_core.guidance.run_records import RunRecord
 from distill_core.terminal import one_line
 from keras_distill import checks, compat
 from keras_distill.cache import TeacherCache
+from keras_distill.callbacks import SetEpoch
 from keras_distill.guidance.data import RunData, batches_of, data_of, digest_of_batch, is_arrays
 from keras_distill.guidance.evaluation import Answers, cost_of, first_images, predictions_of
 from keras_distill.guidance.observer import RunObserver
 from keras_distill.guidance.reuse import CompiledModels
 from keras_distill.model import DistillModel
+from keras_distill.targets import EpochData
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,9 @@ class Trainings:
 
     def _fit(self, model: keras.Model, train: Any, data: RunData, observer: RunObserver, task: Task) -> None:
         settings = {"verbose": 0, **self.fit}
-        for name in ("batch_size", "shuffle"):  # of arrays, which are batches now
-            settings.pop(name, None)
+        settings.pop("batch_size", None)  # of arrays, which are batches now
+        if is_arrays(data.train):
+            settings["shuffle"] = False  # Keras would shuffle the batches once more
         own = settings.pop("callbacks", None)
         callbacks = copy.deepcopy([] if own is None else [*own] if isinstance(own, (list, tuple)) else [own])
         if task.steps is not None:
@@ -198,6 +201,8 @@ class Trainings:
             settings["epochs"] = first + task.stretched(int(settings["epochs"]) - first)
         if is_arrays(data.val):
             settings.setdefault("validation_batch_size", self.batch_size)
+        if isinstance(train, EpochData) and not isinstance(model, DistillModel):  # whose `fit` sets the epoch itself
+            callbacks = [SetEpoch(train), *callbacks]
         model.fit(train, validation_data=data.val, callbacks=[*callbacks, observer], **settings)
 
     def _evaluated(

@@ -116,7 +116,7 @@ def fit_arguments(data: Any, *, batch_size: int, shuffle: bool, limit: int | Non
         data = data.map(split_batch) if isinstance(data.element_spec, Mapping) else data
         return {"x": data if limit is None else data.take(limit), "shuffle": False}
     if limit is None and isinstance(data, keras.utils.PyDataset):
-        return {"x": data, "shuffle": shuffle}
+        return {"x": _SplitDataset(data) if isinstance(data[0], Mapping) else data, "shuffle": shuffle}
     batches = batches_of(data, batch_size, shuffle)
     steps = len(batches) if limit is None else min(limit, len(batches))
     return {"x": _epochs(batches, steps), "steps_per_epoch": steps, "shuffle": False}
@@ -136,6 +136,28 @@ class _Split:
     def __iter__(self) -> Iterator[Any]:
         indexed = isinstance(self.data, keras.utils.PyDataset)  # its iterator has no end
         return map(split_batch, map(self.data.__getitem__, range(len(self))) if indexed else self.data)
+
+
+class _SplitDataset(keras.utils.PyDataset):
+    """The batches of another data set, from :func:`split_batch`: Keras would take a dict for inputs without labels."""
+
+    def __init__(self, data: keras.utils.PyDataset) -> None:
+        settings = {"use_multiprocessing": data.use_multiprocessing, "max_queue_size": data.max_queue_size}
+        super().__init__(workers=data.workers, **settings)
+        self.data = data
+
+    @property
+    def num_batches(self) -> int | None:
+        return self.data.num_batches  # type: ignore[no-any-return]
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return split_batch(self.data[index])
+
+    def on_epoch_begin(self) -> None:
+        self.data.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self.data.on_epoch_end()
 
 
 def _epochs(batches: Iterable[Any], steps: int) -> Iterator[Any]:

@@ -220,6 +220,7 @@ class LabelCrossEntropy(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value for each label."""
+        check_classes(y_pred, "Set `task_loss`, such as keras.losses.BinaryCrossentropy(from_logits=True).")
         if one_hot(y_true, y_pred):
             return keras.losses.categorical_crossentropy(y_true, y_pred, from_logits=self.from_logits)
         if len(y_true.shape) == len(y_pred.shape):
@@ -234,6 +235,21 @@ class LabelCrossEntropy(keras.losses.Loss):
 def one_hot(labels: Any, output: Any) -> bool:
     """Whether labels have an entry for each class of an output, and are not class numbers."""
     return len(labels.shape) == len(output.shape) and labels.shape[-1] == output.shape[-1]
+
+
+def check_classes(output: Any, remedy: str) -> None:
+    """Raise if an output has a single score, of which cross entropy is always 0, and the likeliest class always right.
+
+    Args:
+        output: The model's output.
+        remedy: The last sentence of the message.
+
+    Raises:
+        ValueError: If so.
+    """
+    if output.shape[-1] == 1:
+        expected = "the model to score at least 2 classes"
+        raise ValueError(checks.message(expected, f"an output of shape {tuple(output.shape)}", remedy))
 
 
 def criterion_of(section: Any) -> Any:

@@ -10,8 +10,9 @@ from distill_core.launcher import scores
 from keras_distill import checks, compat
 from keras_distill.launcher.batches import batches_of
 from keras_distill.launcher.conf import Metric
-from keras_distill.launcher.criteria import one_hot
+from keras_distill.launcher.criteria import check_classes, one_hot
 from keras_distill.recording import select
+from keras_distill.teachers import chosen_inputs
 
 
 class BestStudent(scores.BestStudent):
@@ -80,7 +81,7 @@ class MetricEvaluation:
         """
         metric = None
         for inputs, labels, *weights in batches_of(self._data, self._batch_size):
-            output = select(model(inputs, training=False), None, "the model's output")
+            output = select(model(chosen_inputs(model, inputs), training=False), None, "the model's output")
             labels = keras.ops.convert_to_tensor(labels)
             if metric is None:
                 metric = _made(self._metric, labels, output)
@@ -96,6 +97,8 @@ def _made(metric: Metric, labels: Any, output: Any) -> Any:
     """The configured metric, for labels and outputs of these shapes."""
     if metric.keras is not None:
         return metric.keras.make()
+    if metric.compares_classes:
+        check_classes(output, "Name a metric of Keras: {keras: {class_path: keras.metrics.BinaryAccuracy}}.")
     sparse = not one_hot(labels, output)
     if metric.topk is not None:
         kinds = (keras.metrics.TopKCategoricalAccuracy, keras.metrics.SparseTopKCategoricalAccuracy)

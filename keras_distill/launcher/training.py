@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from distill_core.launcher import conf
+from keras_distill.teachers import chosen_inputs
 from keras_distill.whole_steps import ModelOfWholeSteps
 
 
@@ -33,7 +34,7 @@ class StudentAlone(ModelOfWholeSteps):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """The student's output."""
-        return self.student(inputs, training=training)
+        return self.student(chosen_inputs(self.student, inputs), training=training)
 
     def get_config(self) -> dict[str, Any]:
         """Settings of the constructor, ready for JSON."""

@@ -159,8 +159,11 @@ class DistillationLoss(keras.losses.Loss):
     def _number(self, name: str) -> Any:
         """The number of a setting; a scalar tensor for a temperature that is learned."""
         value = getattr(self, name)
-        # a term stores the weight of the reversal, which a schedule sets, in its copy of the loss
-        return value(getattr(self, "reversal_weight", None)) if isinstance(value, CurriculumTemperature) else value
+        if not isinstance(value, CurriculumTemperature):
+            return value
+        # a term stores the weight of the reversal, which a schedule sets, in its copy of the loss; by its name, since
+        # Keras takes only tensors by position, and the number may be 0.0
+        return value(reversal_weight=getattr(self, "reversal_weight", None))
 
     def _serialized(self, name: str) -> Any:
         value = getattr(self, name)

@@ -111,7 +111,7 @@ class FactorTransferLoss(DistillationLoss):
             prepare_number(name, getattr(self, name), error, checks.non_negative)
             for name in ("factor_weight", "reconstruction_weight")
         ]
-        return weights[0] * distance + weights[1] * error
+        return weights[0] * ops.cast(distance, error.dtype) + weights[1] * error
 
     def _network(self, name: str, shape: Sequence[int | None], *channels: int | None) -> Network:
         layers = [wide_layer(len(shape), wide, _leaky, self.dtype) for wide in channels]

@@ -52,8 +52,8 @@ class Distillation(Hooks):
         train_dataloader: Batches for built-in training, ``(inputs, labels)`` or dicts; None takes the configured ones.
         eval_dataloader: Batches for the configured metric, if ``eval_func`` is not set.
         trainer: A Trainer for built-in training; None makes one with the configured settings.
-        higher_is_better: Whether a larger score is better; None takes the metric's own direction, and True for an
-            ``eval_func``.
+        higher_is_better: Whether a larger score is better; None takes ``tuning.accuracy_criterion.higher_is_better`` of
+            the file, then the metric's own direction, and True for an ``eval_func``.
         eval_frequency: Number of epochs between two scores; None takes the configured number.
         scores: The scores of the last training, and the weights that were the best.
 

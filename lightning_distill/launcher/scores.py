@@ -68,6 +68,8 @@ class MetricEvaluation:
             output = select(call_with(model, inputs), None, "the model's output")
             if metric is None:
                 metric = _made(self._metric, output).to(device)
+            if self._metric.compares_classes and labels.shape == output.shape:  # torchmetrics would take them wrongly
+                labels = labels.argmax(-1)
             metric.update(output, labels)
         if metric is None:
             raise ValueError("Expected `eval_dataloader` to hold at least one batch, but got none.")
@@ -79,6 +81,10 @@ def _made(metric: Metric, output: Tensor) -> torchmetrics.Metric:
     if metric.torchmetrics is not None:
         made: torchmetrics.Metric = metric.torchmetrics.make()
         return made
+    if metric.compares_classes and output.shape[-1] == 1:
+        received = f"an output of shape {tuple(output.shape)}"
+        remedy = "Name a metric: {torchmetrics: {class_path: torchmetrics.classification.BinaryAccuracy}}."
+        raise ValueError(checks.message("the model to score at least 2 classes", received, remedy))
     classes: dict[str, Any] = {"task": "multiclass", "num_classes": output.shape[-1], "average": "micro"}
     if metric.topk is not None:
         return torchmetrics.Accuracy(**classes, top_k=metric.topk)

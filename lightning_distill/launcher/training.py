@@ -14,7 +14,7 @@ from distill_core.launcher import conf
 from distill_core.launcher.scores import BestStudent
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.launcher.conf import Training
-from lightning_distill.module import DistillModule
+from lightning_distill.module import DistillModule, task_loss_of
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.batches import call_with, split_batch
 from lightning_distill.terms import DistillationTerm
@@ -25,11 +25,13 @@ class LauncherModule(DistillModule):
 
     validation_step = LightningModule.validation_step  # type: ignore[assignment] # not validated: epochs are scored instead
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The student's own loss on a batch."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The student's own loss on a batch, None if it has no weight: the labels may be of another task."""
         inputs, labels = split_batch(batch)
         output = call_with(self.student, inputs)
-        loss: Tensor = self.task_loss(select(output, None, "the student's output"), labels)
+        if self.distill.distils_alone:
+            return None
+        loss = task_loss_of(self.task_loss, select(output, None, "the student's output"), labels)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
@@ -61,7 +63,7 @@ class CriterionTerm(DistillationTerm):
         """The total, a scalar."""
         loss = self.student_loss
         if self._task_loss is not None and labels is not None:
-            loss = self._task_loss(student.logits, labels)
+            loss = task_loss_of(self._task_loss, student.logits, labels)
         return self.criterion(student.output, teacher.output, loss)
 
 

@@ -18,6 +18,8 @@ import distill_core.cli.keras
 from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
 from keras_distill import DistillModel, DISTLoss, FeatureDistillation, LogitsDistillation, TeacherCache, compare
+from keras_distill.backends import values_of
+from keras_distill.cache.data import order_of
 from keras_distill.guidance import run_once
 from keras_distill.guidance.data import ShuffledArrays
 from keras_distill.guidance.evaluation import predictions_of
@@ -292,6 +294,27 @@ def test_arrays_have_an_order_of_the_seed_and_the_epoch_that_contains_each_row_o
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1]
     assert data.first_batch(1)[0].tolist() == epochs[1][:4]
+
+
+@pytest.mark.parametrize("method", [None, [LogitsDistillation()]])
+@pytest.mark.parametrize("fit", [{}, {"shuffle": False}, {"steps_per_epoch": 2}])
+def test_each_run_reads_the_arrays_in_the_order_of_its_seed(method: Any, fit: dict[str, Any]) -> None:
+    """The student alone too; with fewer steps in an epoch a pass over the data takes several."""
+    (x, _), (val, _) = arrays()
+    read: list[int] = []
+
+    def loss(rows: Any, output: Any) -> Any:
+        if (known := values_of(rows)) is not None and known.min() >= 0:
+            read.extend(known.astype(int).ravel().tolist())
+        return keras.ops.mean(output**2, axis=-1)
+
+    data = (x, np.arange(64)), (val, np.full(32, -1))
+    settings = {"optimizer": "sgd", "loss": loss, "run_eagerly": True}
+    fit = {"epochs": 2, "batch_size": 16, **fit}
+    parts = {"student": make_student, "teacher": make_teacher(), "data": data, "metric": "val_loss"}
+    run_once(**parts, method=method, compile=settings, fit=fit, seed=3)
+    seed, passes = (None if fit.get("shuffle") is False else 3), (1 if "steps_per_epoch" in fit else 2)
+    assert read == [row for number in range(passes) for row in order_of(64, seed, number)]
 
 
 def test_predictions_are_logits_also_of_probabilities_and_one_hot_labels() -> None:

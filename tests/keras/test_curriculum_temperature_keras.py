@@ -93,8 +93,8 @@ def network(seed: int, name: str) -> keras.Model:
     return keras.Model(inputs, layers.Dense(3, name="scores")(inputs), name=name)
 
 
-def distilled(**settings: Any) -> DistillModel:
-    weight = Linear(0.2, 1.0, duration=3, over="epochs")
+def distilled(least: float = 0.2, **settings: Any) -> DistillModel:
+    weight = Linear(least, 1.0, duration=3, over="epochs")
     term = LogitsDistillation(SoftTargetLoss(CurriculumTemperature(reversal_weight=weight)), weight=0.5)
     model = DistillModel(network(1, "student"), network(2, "teacher"), term, **settings)
     model.compile(keras.optimizers.SGD(0.5), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -105,8 +105,9 @@ DATA = drawn(3, 16, 4).astype("float32"), np.arange(16) % 3
 
 
 @pytest.mark.not_jax
-def test_a_training_is_the_loop_by_hand() -> None:
-    model, held = distilled(), network(2, "teacher")
+@pytest.mark.parametrize("least", [0.2, 0.0])  # 0 as in the default
+def test_a_training_is_the_loop_by_hand(least: float) -> None:
+    model, held = distilled(least), network(2, "teacher")
     weights, theta = [np.array(w, "float64") for w in network(1, "student").get_weights()], 1.0
     logs = model.fit(*DATA, batch_size=8, epochs=2, shuffle=False, verbose=0).history
     seen = []
@@ -132,7 +133,7 @@ def test_a_training_is_the_loop_by_hand() -> None:
             by_logits += 0.5 * temperature * (softmax(z_s / temperature) - softmax(z_t / temperature))
             weights[0] -= 0.5 * x.T @ by_logits / 8
             weights[1] -= 0.5 * by_logits.sum(0) / 8
-            reversal = 0.2 + 0.8 * epoch / 3
+            reversal = least + (1 - least) * epoch / 3
             theta += 0.5 * reversal * 0.5 * slope * 20 * sigmoid * (1 - sigmoid)
     for expected, value in zip(weights, model.student.get_weights(), strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ import pytest
 from keras_launch import Logs, launched
 from keras_nets import assert_same_weights, log_softmax64, mlp, numpy_of, table
 
+from keras_distill import IntermediateLayersKnowledgeDistillationLoss
 from keras_distill import KnowledgeDistillationLoss as Knowledge
 
 FIT: dict[str, Any] = {"batch_size": 4, "shuffle": False, "verbose": 0}
@@ -46,6 +47,13 @@ class Numbered(keras.utils.PyDataset):
         return batches()[index]
 
 
+class NumberedDicts(Numbered):
+    """As dicts, with an entry that no model takes."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {"an_id": np.arange(4), **as_dict(*super().__getitem__(index))}
+
+
 def tf_data(examples: Any) -> Any:
     import tensorflow as tf
 
@@ -59,6 +67,7 @@ DATA = {
     "list_of_dicts": lambda: [as_dict(*batch) for batch in batches()],
     "loader": Loader,
     "pydataset": Numbered,
+    "pydataset_of_dicts": NumberedDicts,
     "tf": lambda: tf_data(table()),
     "tf_dicts": lambda: tf_data(as_dict(*table())),
 }
@@ -102,7 +111,7 @@ def test_an_iteration_limit_above_the_number_of_batches_changes_nothing_n17() ->
     assert trained(batches(), iteration=9)[1].batches == 8
 
 
-@pytest.mark.parametrize("form", ["dict", "list_of_dicts", "pydataset", "loader", "arrays"])
+@pytest.mark.parametrize("form", ["dict", "list_of_dicts", "pydataset", "pydataset_of_dicts", "loader", "arrays"])
 def test_every_form_of_data_is_scored_alike_n2(form: str) -> None:
     """N2: the configured metric before the training."""
     distiller = launched({"evaluation": {"accuracy": {"metric": {"Accuracy": {}}}}}, eval_dataloader=DATA[form]())
@@ -235,6 +244,32 @@ def test_the_best_student_is_the_one_with_the_smallest_error_n2(metric: Any, hig
             distiller.on_train_begin()
     distiller.on_train_end()
     assert numpy_of(student.layers[-1].bias).tolist() == [best]
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # the criterion leaves the classifier out
+def test_an_optimizer_of_an_earlier_fit_that_lacks_adapters_is_refused_in_words() -> None:
+    criterion = IntermediateLayersKnowledgeDistillationLoss([["hidden", "hidden"]])
+    distiller = launched(criterion=criterion, optimizer=keras.optimizers.SGD(0.1))
+    distiller.fit()
+    words = r"the weights of term 'hidden'. Compile .*; in the launcher, set a new `optimizer` before each `fit`"
+    with pytest.raises(ValueError, match=words):
+        distiller.fit()
+    distiller.optimizer = keras.optimizers.SGD(0.1)
+    distiller.fit()
+
+
+@pytest.mark.parametrize(("configured", "set_later", "best"), [(False, None, 2), (True, None, 1), (False, True, 1)])
+def test_the_file_says_whether_a_larger_score_is_better_n2(configured: bool, set_later: bool | None, best: int) -> None:
+    """N2: `higher_is_better` in Python counts more."""
+    scores = iter([0.9, 0.5, 0.8, 0.1, 0.7])  # teacher, start, three epochs
+    conf = {"tuning": {"accuracy_criterion": {"higher_is_better": configured}}}
+    distiller = launched(conf, eval_func=lambda model: next(scores), higher_is_better=set_later)
+    distiller.on_train_begin()
+    for number in range(1, 4):
+        distiller.student_model.layers[-1].bias.assign([float(number)] * 3)
+        distiller.on_epoch_end()
+    distiller.on_train_end()
+    assert numpy_of(distiller.student_model.layers[-1].bias).tolist() == [best] * 3
 
 
 def test_a_score_that_is_not_a_number_is_refused_n2() -> None:

@@ -107,3 +107,16 @@ def test_a_criterion_with_from_logits_set_is_left_unchanged() -> None:
     distiller = launched(criterion=Knowledge(from_logits=True), student_model=student)
     with pytest.raises(ValueError, match="student's output to be logits, since the loss has from_logits=True"):
         distiller.fit()
+
+
+@pytest.mark.parametrize("labels", [np.arange(16) % 2, np.ones((16, 1), "float32")])
+@pytest.mark.parametrize("metric", [None, {"topk": 1}, {"Accuracy": {}}, {"F1": {}}])
+def test_a_single_score_is_refused_where_classes_are_compared(labels: Any, metric: Any) -> None:
+    """The cross entropy would be 0, and every accuracy 1."""
+    distiller = launched({"evaluation": {"accuracy": {"metric": metric}}} if metric else None)
+    distiller.student_model, distiller.teacher_model = (sequential(layers.Dense(1)) for _ in range(2))
+    distiller.student_model.layers[0].name = distiller.teacher_model.layers[0].name = "hidden"
+    distiller.criterion = Intermediate(["hidden"], add_origin_loss=metric is None)
+    distiller.train_dataloader = distiller.eval_dataloader = (table()[0], labels)
+    with pytest.raises(ValueError, match=r"at least 2 classes. (Set `task_loss`|Name a metric).*shape \(16|shape \(8"):
+        distiller.fit()

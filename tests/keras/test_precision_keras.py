@@ -10,7 +10,15 @@ import pytest
 from keras import ops
 from keras_nets import cross_entropy, mlp, table
 
-from keras_distill import DistillModel, FeatureDistillation, LogitsDistillation
+from keras_distill import (
+    DistillModel,
+    FactorTransferLoss,
+    FeatureDistillation,
+    LogitsDistillation,
+    MaskedGenerativeLoss,
+    VariationalInformationLoss,
+)
+from keras_distill.functional import focal_global
 
 INPUTS, LABELS = table(16)
 
@@ -42,6 +50,41 @@ def test_k19_the_inputs_reach_the_student_as_they_are() -> None:
     large = np.full((4, 6), 1e5, "float32")
     assert np.isfinite(model.predict(large, verbose=0)).all()
     assert np.isfinite(model.fit(large, verbose=0).history["loss"]).all()
+
+
+@pytest.mark.parametrize("loss", [VariationalInformationLoss, MaskedGenerativeLoss, FactorTransferLoss])
+def test_k19_a_teacher_in_float64_is_compared_by_learned_parts_in_float32(loss: Any) -> None:
+    """K19: with the value for the same teacher in float32."""
+    values, settings = [], {"mask": "channel", "mask_ratio": 0.0} if loss is MaskedGenerativeLoss else {}
+    narrow = mlp(8, name="teacher")
+    for policy in ("float32", "float64"):
+        keras.config.set_dtype_policy(policy)
+        teacher = mlp(8, name="teacher")
+        keras.config.set_dtype_policy("float32")
+        teacher.set_weights(narrow.get_weights())
+        keras.utils.set_random_seed(5)
+        model = compiled(DistillModel(mlp(8), teacher, FeatureDistillation("hidden", "hidden", loss(**settings))))
+        values.append(model.evaluate(INPUTS, LABELS, verbose=0, return_dict=True)["hidden_loss"])
+        assert np.isfinite(model.fit(INPUTS, LABELS, verbose=0).history["loss"]).all()
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_k19_contexts_in_float32_are_added_to_differences_in_float64() -> None:
+    """K19: as the networks of FocalGlobalLoss are."""
+    generator = np.random.default_rng(0)
+    student, teacher, foreground = (generator.normal(size=(2, 4, 4, 3)[:rank]) for rank in (4, 4, 3))
+
+    def context(feature: Any) -> Any:
+        return ops.tanh(ops.cast(feature, "float32"))
+
+    wide, narrow = (
+        focal_global(
+            *(ops.convert_to_tensor(array, dtype) for array in (student, teacher, abs(foreground))),
+            student_context=context, teacher_context=context, context_weight=1.0,
+        )
+        for dtype in ("float64", "float32")
+    )  # fmt: skip
+    np.testing.assert_allclose(ops.convert_to_numpy(wide), ops.convert_to_numpy(narrow), rtol=1e-5)
 
 
 @pytest.mark.parametrize("who", ["student", "teacher", "everything"])

@@ -178,7 +178,7 @@ def test_n1_keys_without_effect_are_accepted_with_one_warning():
     text = str(warning.message)
     for key in ("version", "device", "use_bf16", "quantization", "model.inputs", "model.outputs"):
         assert key in text
-    for key in ("evaluation.performance", "evaluation.accuracy.configs", "tuning.accuracy_criterion"):
+    for key in ("evaluation.performance", "evaluation.accuracy.configs", "tuning.accuracy_criterion.relative"):
         assert key in text
     assert "random_seed" not in text
     assert read.tuning.random_seed == 3

@@ -94,6 +94,21 @@ def test_n2_best_student_by_the_first_metric_is_returned(distiller, form, higher
     assert ready.scores.first_score == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("configured", "set_later", "best"), [(False, None, 3), (True, None, 2), (False, True, 2)])
+def test_n2_the_file_says_whether_a_larger_score_is_better(configured, set_later, best):
+    """N2: `higher_is_better` in Python counts more."""
+    values = iter([0.9, 0.5, 0.4, 0.8, 0.1, 0.7])
+    ready = Distillation({"tuning": {"accuracy_criterion": {"higher_is_better": configured}}})
+    ready.student_model, ready.teacher_model = Mlp(5), Mlp(7, seed=1)
+    ready.eval_func, ready.higher_is_better = lambda model: next(values), set_later
+    ready.on_train_begin()
+    for number in range(1, 5):
+        mark(ready.student_model, float(number))
+        ready.on_epoch_end()
+    ready.on_train_end()
+    assert ready.student_model.head.bias.tolist() == [best] * 3
+
+
 def test_n2_student_that_never_improves_gets_its_first_weights_back(distiller):
     ready, _ = scored(distiller, [0.9, 0.5, 0.4, 0.5])
     before = weights(ready.student_model)
