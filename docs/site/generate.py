@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import lightning.pytorch  # noqa: F401 - before TensorFlow: Triton, which it imports, crashes after it
-from loss_pages import chooser, loss_pages, papers
+from loss_pages import chooser, loss_pages, paper_index
 from programs import notebook_page, recipe_page
 
 # Pages that are files of the repository, by their place in the site.
@@ -151,7 +151,7 @@ def generate(folder: Path) -> None:
     for name, text in losses.items():
         written(folder, f"losses/{name}.md", text)
     written(folder, "losses/chooser.md", chooser())
-    written(folder, "losses/papers.md", papers(ROOT / "docs" / "losses.md"))
+    written(folder, "losses/papers.md", paper_index())
     link_losses(folder / "losses" / "index.md", set(losses))
     with_tree(folder, "losses/index.md", ["chooser", "papers", *sorted(losses)])
     with_tree(
