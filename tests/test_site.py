@@ -152,7 +152,10 @@ def test_recipes_notebooks_and_guides_are_pages(source: Path) -> None:
         "api/keras_distill",
     ):
         assert (source / f"{place}.md").is_file(), place
-    assert "losses/SoftTargetLoss.html" in (source / "llms.txt").read_text(encoding="utf-8")
+    lines = (source / "llms.txt").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if "(losses/SoftTargetLoss.html)" in line)
+    assert re.search(r": Divergence of the student's softened probabilities [^.]+\.$", line)
+    assert sum(": " in line for line in lines) > 100  # a sentence on each page, but the references
     architecture = (source / "guide" / "architecture.md").read_text(encoding="utf-8")
     assert architecture.count("<svg ") == 2
     assert "<style>" not in architecture  # the page's own colours, light and dark

@@ -78,5 +78,8 @@ def accessible(app: Any, exception: Exception | None) -> None:
         text = page.read_text(encoding="utf-8")
         for written, labelled in LABELS.items():
             text = text.replace(written, labelled)
-        text = re.sub(r"<h[12]>[^<]+", lambda heading: re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", heading[0]), text)
+        text = re.sub(r"<h[12]>[^<\s]+<", lambda heading: re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", heading[0]), text)
+        if page.name == "search.html":
+            results = '<div id="search-results">'
+            text = text.replace(results, f'<h1 class="visually-hidden">Search</h1>{results}')
         page.write_text(text, encoding="utf-8")

@@ -228,10 +228,22 @@ def llms(folder: Path) -> str:
         "",
     ]
     for path in sorted(folder.rglob("*.md")):
-        heading = re.search(r"(?m)^# (.+)$", path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        heading = re.search(r"(?m)^# (.+)$", text)
         place = path.relative_to(folder).with_suffix(".html").as_posix()
-        lines.append(f"- [{heading[1] if heading else path.stem}]({place})")
+        lines.append(f"- [{heading[1] if heading else path.stem}]({place}){about(text)}")
     return "\n".join(lines) + "\n"
+
+
+def about(text: str) -> str:
+    """A colon and the first sentence of a page; empty if the page begins with something else."""
+    _, _, rest = text.partition("\n# ") if not text.startswith("# ") else ("", "", text)
+    paragraphs = [paragraph.strip() for paragraph in rest.partition("\n")[2].split("\n\n")]
+    first = next((paragraph for paragraph in paragraphs if paragraph and not paragraph.startswith("<!--")), "")
+    if not re.match(r"[\w`\[*]", first):
+        return ""
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(first.split()))
+    return f": {re.split(r'(?<=[.:!?])(?= )', words)[0]}"
 
 
 if __name__ == "__main__":
