@@ -224,6 +224,8 @@ def llms(folder: Path) -> str:
         "",
         "> Knowledge distillation: a plugin for PyTorch Lightning, and a keras.Model for Keras.",
         "",
+        "The Markdown of a page lies under `_sources/`, with `.md.txt` in place of `.html`.",
+        "",
         "## Pages",
         "",
     ]
@@ -240,10 +242,10 @@ def about(text: str) -> str:
     _, _, rest = text.partition("\n# ") if not text.startswith("# ") else ("", "", text)
     paragraphs = [paragraph.strip() for paragraph in rest.partition("\n")[2].split("\n\n")]
     first = next((paragraph for paragraph in paragraphs if paragraph and not paragraph.startswith("<!--")), "")
-    if not re.match(r"[\w`\[*]", first):
+    if not re.match(r"[\w`\[*]", first) or first.startswith("```"):
         return ""
     words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(first.split()))
-    return f": {re.split(r'(?<=[.:!?])(?= )', words)[0]}"
+    return f": {re.split(r'(?<=[.!?])(?= )', words)[0]}"
 
 
 if __name__ == "__main__":
