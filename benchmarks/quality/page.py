@@ -291,6 +291,21 @@ def _machines(results: Path, done: Mapping[str, Comparison]) -> Iterator[str]:
         processor = f"{machine['processor']}, {machine['cores']} cores"
         cells = [EXPERIMENTS[name].title, len(comparison.seeds), processor, versions, (facts["commit"] or "")[:12]]
         yield f"| {' | '.join(map(str, cells))} | `python -m benchmarks.quality {name}` |"
+    file = results / "peers" / "runs.jsonl"
+    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for title, metric in (("classifiers", "accuracy"), ("language models", "bits_per_byte")):
+        if own := [run for run in runs if metric in run]:
+            seeds = len({run["seed"] for run in own})
+            machines = sorted({f"{run['machine']['processor']}, {run['machine']['cores']} cores" for run in own})
+            commits = sorted({(run["commit"] or "")[:12] for run in own})
+            python = own[-1]["versions"]["python"]
+            cells = [
+                f"Other libraries: {title}",
+                seeds,
+                "; ".join(machines),
+                f"python {python}, and those of the table",
+            ]
+            yield f"| {' | '.join(map(str, cells))} | {', '.join(commits)} | `python -m benchmarks.quality.peers` |"
 
 
 if __name__ == "__main__":
