@@ -28,7 +28,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -ec
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-newest build docs lint format bench results notebooks notebooks-write clean
+.PHONY: help install demo test test-oldest test-newest build docs docs-short lint format bench results notebooks notebooks-write clean
 
 # One thread: two cores are shared by the processes of the distributed tests. No downloads: every model and data set is
 # made on the spot. Figures need no display.
@@ -151,6 +151,11 @@ docs: $(DOCS_STAMP) ## the site, in build/site/html: open its index.html
 	$(RUN_ENV) $(BIN)/python docs/site/generate.py build/site/source
 	$(RUN_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html build/site/source build/site/html
 	@echo "The site is in build/site/html/index.html."
+
+# Sphinx reads all pages and follows their links, and writes none of them.
+docs-short: $(DOCS_STAMP) ## the warnings of the site, without its programs: less than a minute
+	$(RUN_ENV) $(BIN)/python docs/site/generate.py build/site/source
+	$(RUN_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b dummy build/site/source build/site/checked
 
 notebooks: $(STAMP) ## execute the notebooks and compare with their stored outputs
 	$(RUN_ENV) $(BIN)/python -m pytest tests/test_notebooks.py

@@ -1,8 +1,9 @@
 """Detection and segmentation on drawn scenes: a teacher, a student alone, and distilled students, over three seeds.
 
-`python -m benchmarks.dense` takes about ten minutes on one core. It prints the average precision at an overlap of 0.5
-and the mean overlap of pixels (mIoU), on scenes that no network was trained with; `--quick` shows that it runs. Average
-precision over several overlaps, as torchmetrics computes it, would need pycocotools.
+`python -m benchmarks.dense --json benchmarks/records/dense.json` takes about ten minutes on one core. It prints the
+average precision at an overlap of 0.5 and the mean overlap of pixels (mIoU), on scenes that no network was trained
+with, and writes them to a file, from which `python -m benchmarks.quality.page` makes a table; `--quick` shows that it
+runs. Average precision over several overlaps, as torchmetrics computes it, would need pycocotools.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.record import write_record
 from lightning_distill import (
     ChannelWiseLoss,
     CrossHeadDistillation,
@@ -31,6 +34,24 @@ from lightning_distill import (
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import drawn_scenes as scenes
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The results of a method.
+
+    Args:
+        task: ``"detection"`` or ``"segmentation"``.
+        metric: The measure.
+        method: The terms, ``"teacher"`` or ``"student alone"``.
+        values: The measure for each seed, between 0 and 1.
+    """
+
+    task: str
+    metric: str
+    method: str
+    values: list[float]
+
 
 PYRAMID, INTO_HEAD = Tap("neck", output="*"), Tap("head", output="*", where="input")
 
@@ -112,16 +133,21 @@ def measure(task: str, quick: bool) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one epoch on a few scenes")
-    quick = parser.parse_args().quick
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for task, unit in (("detection", "average precision"), ("segmentation", "mIoU")):
+    rows = []
+    for task, metric in (("detection", "average precision"), ("segmentation", "mIoU")):
         start = time.perf_counter()
-        print(f"{task}: {unit}, in percent")
-        for name, values in measure(task, quick).items():
+        print(f"{task}: {metric}, in percent")
+        for method, values in measure(task, options.quick).items():
+            rows.append(Scores(task, metric, method, values))
             spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
             each = ", ".join(f"{100 * value:.1f}" for value in values)
-            print(f"  {name:34} {100 * statistics.mean(values):5.1f}{spread}  ({each})", flush=True)
+            print(f"  {method:34} {100 * statistics.mean(values):5.1f}{spread}  ({each})", flush=True)
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+    if options.json is not None:
+        write_record(options.json, "detection and segmentation on drawn scenes", rows, {"quick": options.quick})
 
 
 if __name__ == "__main__":

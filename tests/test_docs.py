@@ -142,6 +142,14 @@ def test_cells_of_tables_are_short_enough_to_read(page: Path) -> None:
     assert [cell for cell in cells if len(cell.strip()) > 155] == []
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md"], ids=names)
+def test_tables_begin_with_a_head(page: Path) -> None:
+    lines = ["", *FENCE.sub("", page.read_text(encoding="utf-8")).splitlines(), ""]
+    for above, line, below in zip(lines, lines[1:], lines[2:], strict=False):
+        begins = line.startswith("|") and not above.startswith("|")
+        assert not begins or re.fullmatch(r"\|(-+\|)+", below), f"the table that begins with {line}"
+
+
 def test_the_index_lists_every_page() -> None:
     listed = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
     assert listed == {page.name for page in PAGES[1:]} - {"index.md"}

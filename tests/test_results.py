@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks import performance_page
 from benchmarks.performance.records import RECORDS
-from benchmarks.quality import classifier, data, efficientnet, experiments, page, without_labels
+from benchmarks.quality import classifier, data, drawing, efficientnet, experiments, page, without_labels
 from benchmarks.quality.methods import LEFT_OUT, ON_LOGITS, ON_MAPS, ON_VECTORS
 from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.statistics import Estimate
@@ -27,9 +28,12 @@ def test_the_page_is_made_from_the_records(
     generator: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     written = generator.PAGE.read_text()
+    written_drawing = (generator.PAGE.parent / "images" / page.IMAGE).read_text() if generator is page else None
     monkeypatch.setattr(generator, "PAGE", tmp_path / "page.md")
     generator.write()
     assert generator.PAGE.read_text() == written
+    if written_drawing is not None:
+        assert (tmp_path / "images" / page.IMAGE).read_text() == written_drawing
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,16 @@ def test_every_loss_is_in_the_table_or_left_out_for_a_reason() -> None:
     public = {name for name in losses.__all__ if name.endswith("Loss")} - {"DistillationLoss"}
     rows = {name.split(",")[0] for name in (*ON_LOGITS, *ON_MAPS, *ON_VECTORS, "MarginReLULoss")}
     assert public - rows == set(LEFT_OUT)
+
+
+def test_the_drawing_marks_clear_differences_and_writes_values_beyond_its_scale() -> None:
+    gains = {"images": Estimate(0.05, 0.01, 5), "few labels": Estimate(-0.7, 0.1, 5)}
+    rows = [page.LossRow("ALoss", gains, -0.3, 1.0), page.LossRow("BLoss", dict.fromkeys(gains, None), None, 1.0)]
+    element = ET.fromstring(drawing.drawing(rows, page.DRAWN))
+    assert element.attrib["role"] == "img"
+    discs = [disc.attrib["fill"] for disc in element.iter() if disc.tag.endswith("circle")]
+    assert discs == ["var(--teacher)"]
+    assert "\u25c2 -70.0" in [text.text for text in element.iter()]
 
 
 def test_the_sign_says_better_and_not_larger() -> None:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(SITE))
 import drawings  # noqa: E402
 import figures  # noqa: E402
 import loss_pages  # noqa: E402
+import papers  # noqa: E402
 import printed  # noqa: E402
 import programs as pages_of_programs  # noqa: E402
 
@@ -106,18 +107,40 @@ def test_programs_of_a_loss_run(tmp_path: Path) -> None:
 
 def test_every_task_of_the_chooser_has_losses(source: Path) -> None:
     text = (source / "losses" / "chooser.md").read_text(encoding="utf-8")
-    for part in text.split("\n## ")[1:]:
+    tasks = text.split("\n## ")[1:-1]  # then the outputs of the teacher
+    assert len(tasks) == len(loss_pages.TASKS)
+    for part in tasks:
         assert "\n- **[" in part, part.splitlines()[0]
+    assert set(re.findall(r"\[(\w+)\]\(\1\.md\)", text)) == set(NAMES)
+
+
+def test_the_chooser_lists_every_loss_by_the_outputs_of_the_teacher() -> None:
+    text = loss_pages.chooser().split("## By the outputs of your teacher")[1]
     assert set(re.findall(r"\[(\w+)\]\(\1\.md\)", text)) == set(NAMES)
 
 
 def test_the_index_of_papers_leads_to_most_losses(source: Path) -> None:
     text = (source / "losses" / "papers.md").read_text(encoding="utf-8")
-    years = [int(year) for year in re.findall(r"(?m)^\|[^|]*?((?:19|20)\d\d)", text)]
-    assert years == sorted(years)
-    assert len(years) > 45
+    years = [int(year) for year in re.findall(r"(?m)^## (\d+)$", text)]
+    assert years == sorted(set(years))
+    entries = re.findall(r"(?m)^- \*\*(.+?)\*\*, .*?((?:19|20)\d\d)", text)
+    assert len(entries) > 60
+    assert "Decoupled Knowledge Distillation (DKD)" in dict(entries)
     linked = set(re.findall(r"\]\((\w+)\.md\)", text))
     assert set(NAMES) - linked <= {"FeatureDistance"}  # by its strings
+
+
+def test_every_paper_of_the_table_of_losses_has_a_title() -> None:
+    assert {row.paper for row in papers.rows()} == set(papers.listed()["titles"])
+
+
+def test_the_page_of_a_loss_names_its_paper_and_says_where_it_is_better_or_worse() -> None:
+    for name in NAMES:
+        assert re.search(r"(?m)^- \*\*Paper\*\*: \*\w", loss_pages.page(name)), name
+    assert "*Decoupled Knowledge Distillation (DKD)*, Zhao 2022" in loss_pages.page("DecoupledKDLoss")
+    assert re.search(r"place \d+ of \d+, clearly better on few labels \(", loss_pages.measured("SoftTargetLoss"))
+    assert re.search(r"clearly worse on images", loss_pages.measured("ChannelWiseLoss"))
+    assert "no clear difference on any task" in loss_pages.measured("DecoupledKDLoss")
 
 
 def test_recipes_notebooks_and_guides_are_pages(source: Path) -> None:
@@ -129,7 +152,10 @@ def test_recipes_notebooks_and_guides_are_pages(source: Path) -> None:
         "api/keras_distill",
     ):
         assert (source / f"{place}.md").is_file(), place
-    assert "losses/SoftTargetLoss.html" in (source / "llms.txt").read_text(encoding="utf-8")
+    lines = (source / "llms.txt").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if "(losses/SoftTargetLoss.html)" in line)
+    assert re.search(r": Divergence of the student's softened probabilities [^.]+\.$", line)
+    assert sum(": " in line for line in lines) > 100  # a sentence on each page, but the references
     architecture = (source / "guide" / "architecture.md").read_text(encoding="utf-8")
     assert architecture.count("<svg ") == 2
     assert "<style>" not in architecture  # the page's own colours, light and dark

@@ -1,6 +1,7 @@
 """Sphinx's settings for the site."""
 
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,9 +26,11 @@ html_theme = "furo"
 html_title = "lightning_distill and keras_distill"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_extra_path = ["llms.txt"]
 html_theme_options = {"navigation_with_keys": False}
 html_show_sphinx = False
+html_show_copyright = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what an argument is
 napoleon_google_docstring = True
@@ -48,16 +51,35 @@ def setup(app: Any) -> None:
         raise nodes.SkipNode
 
     def block(translator: Any, node: nodes.Node) -> NoReturn:
-        translator.body.append(f'<div class="formula" tabindex="0">{convert(node.astext(), display="block")}</div>')
+        # the formula, then its symbols: each on a line of its own
+        lines = re.split(r",?\s*\\qquad\s*|,\s*\\quad\s*", node.astext())
+        formulas = "".join(convert(line, display="block") for line in lines)
+        translator.body.append(f'<div class="formula" tabindex="0">{formulas}</div>')
         raise nodes.SkipNode
 
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
     app.connect("build-finished", accessible)
 
 
+LABELS = {
+    '<aside class="sidebar-drawer"': '<aside aria-label="Pages" class="sidebar-drawer"',
+    '<aside class="toc-drawer': '<aside aria-label="Sections of this page" class="toc-drawer',
+    '<div class="content-icon-container"': '<div role="region" aria-label="Tools" class="content-icon-container"',
+    'role="heading"': 'role="heading" aria-level="2"',
+    # the keyboard scrolls code and tables that are wider than the page
+    "<pre>": '<pre tabindex="0">',
+    '<div class="table-wrapper': '<div tabindex="0" class="table-wrapper',
+}
+
+
 def accessible(app: Any, exception: Exception | None) -> None:
-    """Let the keyboard scroll code that is wider than the page, and say the level of the menu's headings."""
+    """Name the parts of each page, let the keyboard scroll wide ones, and break long names in headings."""
     for page in Path(app.outdir).rglob("*.html"):
-        text = page.read_text(encoding="utf-8").replace("<pre>", '<pre tabindex="0">')
-        text = text.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
-        page.write_text(text.replace('role="heading"', 'role="heading" aria-level="2"'), encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        for written, labelled in LABELS.items():
+            text = text.replace(written, labelled)
+        text = re.sub(r"<h[12]>[^<\s]+<", lambda heading: re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", heading[0]), text)
+        if page.name == "search.html":
+            results = '<div id="search-results">'
+            text = text.replace(results, f'<h1 class="visually-hidden">Search</h1>{results}')
+        page.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import lightning.pytorch  # noqa: F401 - before TensorFlow: Triton, which it imports, crashes after it
-from loss_pages import chooser, loss_pages, papers
+from loss_pages import chooser, loss_pages, paper_index
 from programs import notebook_page, recipe_page
 
 # Pages that are files of the repository, by their place in the site.
@@ -151,7 +151,7 @@ def generate(folder: Path) -> None:
     for name, text in losses.items():
         written(folder, f"losses/{name}.md", text)
     written(folder, "losses/chooser.md", chooser())
-    written(folder, "losses/papers.md", papers(ROOT / "docs" / "losses.md"))
+    written(folder, "losses/papers.md", paper_index())
     link_losses(folder / "losses" / "index.md", set(losses))
     with_tree(folder, "losses/index.md", ["chooser", "papers", *sorted(losses)])
     with_tree(
@@ -224,14 +224,28 @@ def llms(folder: Path) -> str:
         "",
         "> Knowledge distillation: a plugin for PyTorch Lightning, and a keras.Model for Keras.",
         "",
+        "The Markdown of a page lies under `_sources/`, with `.md.txt` in place of `.html`.",
+        "",
         "## Pages",
         "",
     ]
     for path in sorted(folder.rglob("*.md")):
-        heading = re.search(r"(?m)^# (.+)$", path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        heading = re.search(r"(?m)^# (.+)$", text)
         place = path.relative_to(folder).with_suffix(".html").as_posix()
-        lines.append(f"- [{heading[1] if heading else path.stem}]({place})")
+        lines.append(f"- [{heading[1] if heading else path.stem}]({place}){about(text)}")
     return "\n".join(lines) + "\n"
+
+
+def about(text: str) -> str:
+    """A colon and the first sentence of a page; empty if the page begins with something else."""
+    _, _, rest = text.partition("\n# ") if not text.startswith("# ") else ("", "", text)
+    paragraphs = [paragraph.strip() for paragraph in rest.partition("\n")[2].split("\n\n")]
+    first = next((paragraph for paragraph in paragraphs if paragraph and not paragraph.startswith("<!--")), "")
+    if not re.match(r"[\w`\[*]", first) or first.startswith("```"):
+        return ""
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(first.split()))
+    return f": {re.split(r'(?<=[.!?])(?= )', words)[0]}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A page for each loss, the chooser and the index of papers: from docstrings, notes and the table of all losses."""
+"""A page for each loss, and the chooser: from docstrings, notes and the tables of losses and of results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from docstring_parser import DocstringStyle, parse
 from figures import figure
+from papers import Row, papers, papers_of, reference
 from special_programs import PROGRAMS
 
 import lightning_distill
@@ -18,7 +19,7 @@ from benchmarks.quality.methods import LEFT_OUT
 from benchmarks.quality.page import LossRow, finished, gain_in_points, loss_rows
 
 TABLE = "../guide/results.md#all-losses-with-one-recipe"
-KINDS = {"FeatureDistance": ["mse", "cosine"]}  # the table names these losses by their kind
+KINDS = {"FeatureDistance": ("mse", "cosine")}  # the tables name these losses by their kind
 HERE = Path(__file__).resolve().parent
 TASKS = {
     "classification": "Classification",
@@ -115,6 +116,11 @@ def page(name: str) -> str:
         raise KeyError(f"the docstring of {name} has no References")
     blocks = "\n".join(f"```{{math}}\n{formula}\n```\n" for formula in formulas)
     lightning, keras = examples(name)
+
+    def cited_paper(row: Row) -> str:
+        settings_of_paper = "" if row.recommended == "-" else f" (recommended: {row.recommended})"
+        return f"*{row.title}*, {reference(row.paper)}{settings_of_paper}"
+
     return f"""# {name}
 
 {summary}
@@ -123,6 +129,7 @@ def page(name: str) -> str:
 {figure(note["compares"])}
 ```
 
+- **Paper**: {"; ".join(cited_paper(row) for row in papers_of(name, KINDS.get(name, ())))}
 - **Use it**: {note["use"]}
 - **Do not use it**: {note["avoid"]}
 - **Reads**: {note["reads"]}
@@ -178,13 +185,23 @@ def measured(name: str) -> str:
     rows = all_rows()
     texts = []
     for place, row in enumerate(rows, start=1):
-        if row.method in KINDS.get(name, [name]):
-            kind = f'`"{row.method}"` ' if name in KINDS else ""
+        if row.method in KINDS.get(name, (name,)):
+            kind = f'`"{row.method}"`: ' if name in KINDS else ""
             gains = (f"{task} {'failed' if gain is None else gain_in_points(gain)}" for task, gain in row.gains.items())
-            texts.append(f"{kind}{', '.join(gains)}, place {place} of {len(rows)}")
+            texts.append(f"{kind}place {place} of {len(rows)}, {clear(row)} ({'; '.join(gains)})")
     if not texts:
         raise KeyError(f"{name} is neither in the results nor in LEFT_OUT")
     return f"{'; '.join(texts)}. Points against the student alone, in the [table of all losses]({TABLE})."
+
+
+def clear(row: LossRow) -> str:
+    """The tasks on which a loss is clearly better or worse than the student alone, in words."""
+    tasks = {
+        word: [task for task, gain in row.gains.items() if gain is not None and gain.sign == sign]
+        for word, sign in (("better", 1), ("worse", -1))
+    }
+    texts = [f"clearly {word} on {' and '.join(names)}" for word, names in tasks.items() if names]
+    return " and ".join(texts) or "no clear difference on any task"
 
 
 LIGHTNING = """import torch
@@ -250,42 +267,61 @@ def examples(name: str) -> tuple[str, str]:
     )
 
 
+GIVES = {
+    "Class scores": ("logits",),
+    "Class scores, and the data have labels": ("logits and labels",),
+    "Scores of candidates": ("scores of candidates",),
+    "Distributions of the edges of boxes": ("distributions of edges",),
+    "A vector for each example": ("a vector", "a vector and the row of each example", "a feature"),
+    "Maps": ("a map", "a map and boxes", "two maps of one size", "a feature"),
+    "Maps before the ReLU": ("a feature before its ReLU",),
+    "Its classifier, beside its last feature": ("a feature and the teacher's classifier",),
+    "The attention of a transformer": ("attention of a layer", "queries, keys or values"),
+}
+OTHERWISE = """
+- **Its decisions alone**, without scores: they are labels, so train on them as such. A second head for them learns with
+  [HardTargetLoss](HardTargetLoss.md) if the teacher has scores.
+- **Text, or the likeliest tokens, from a server**: [a cache of a served model](../guide/cache.md#served-teachers).
+- **Predictions of an estimator, a function or an ONNX session**: [teachers that are not
+  modules](../guide/teachers.md#teachers-that-are-not-modules).
+- **A file with its outputs**: [a cache from arrays](../guide/cache.md#outputs-that-exist-already).
+- **Tokens of another tokenizer**: [two tokenizers](../guide/language_models.md#two-tokenizers).
+"""
+
+
 def chooser() -> str:
-    """Which losses fit, by task."""
+    """Which losses fit, by task, and by the outputs of the teacher."""
     parts = [
         "# Which loss\n",
-        "Find your task, then the outputs that your teacher has. Begin with the first loss of a list; add others only "
-        "if they gain something on your data: [`compare`](../guide/guidance.md) says whether they do.\n",
+        "Find your task or your data, then the outputs that your teacher has. Begin with the first loss of a list; add "
+        "others only if they gain something on your data: [`compare`](../guide/guidance.md) says whether they do. "
+        "[Measurements](index.md#what-was-measured) on small networks are a first hint.\n",
     ]
     for task, title in TASKS.items():
         fitting = {name: note for name, note in notes().items() if task in note["for"]}
         parts.append(f"## {title}\n")  # a list, since a table does not fit on a phone
         parts += [f"- **[{name}]({name}.md)** reads {note['reads']}. {note['use']}" for name, note in fitting.items()]
         parts.append("")
-    return "\n".join(parts)
+    parts.append("## By the outputs of your teacher\n")
+    for title, outputs in GIVES.items():
+        names = [name for name, note in notes().items() if note["reads"] in outputs]
+        parts.append(f"- **{title}**: {', '.join(f'[{name}]({name}.md)' for name in names)}.")
+    return "\n".join(parts) + OTHERWISE
 
 
-def papers(table: Path) -> str:
-    """The index from papers to classes: the columns of the table of all losses, by year."""
-    rows = [
-        line.strip("|").split(" | ") for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
-    ]
-    entries = []
-    for paper, loss, *_, recommended in rows:
-        year = re.search(r"\b(19|20)\d\d\b", paper)
-        if year is None:  # the head of the table
-            continue
-        entries.append((int(year[0]), paper.strip(), loss.strip(), recommended.strip()))
-    lines = ["# Papers\n", "A paper, the class that computes its loss, and the settings that it recommends.\n"]
-    lines += ["| paper | class | recommended |", "|---|---|---|"]
-    known = set(notes())
-    for _, paper, loss, recommended in sorted(entries):
-        linked = re.sub(
-            r"`(\w+)(\([^`]*\))?`", lambda m: f"[{m[0]}]({m[1]}.md)" if m[1] in known else m[0], loss, count=1
-        )
-        linked_paper = re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
-        lines.append(f"| {linked_paper} | {linked} | {recommended} |")
-    return "\n".join(lines) + "\n"
+def linked(text: str) -> str:
+    """A text with a link from the first name of a loss to its page."""
+    return re.sub(
+        r"`(\w+)(\([^`]*\))?`",
+        lambda match: f"[{match[0]}]({match[1]}.md)" if match[1] in notes() else match[0],
+        text,
+        count=1,
+    )
+
+
+def paper_index() -> str:
+    """The index of papers."""
+    return papers(linked)
 
 
 def programs() -> dict[str, str]:
