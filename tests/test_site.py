@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import pkgutil
 import re
@@ -12,6 +13,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_distill import losses
 
@@ -179,6 +183,23 @@ def test_the_output_of_a_program_is_put_into_its_page() -> None:
     assert printed.with_output(page) == page.replace("blue", "red")
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         printed.with_output(page.replace("<!-- no-run: old -->", ""))
+
+
+def test_the_lines_of_the_landing_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    import keras  # after Lightning: Triton, which it imports, crashes after TensorFlow
+    import numpy as np
+
+    text = (SITE / "landing.md").read_text(encoding="utf-8")
+    with_lightning, with_keras = re.findall(r"(?ms)^```python\n(.*?)^```", text)
+    trainer = functools.partial(Trainer, max_epochs=1, logger=False, enable_checkpointing=False)
+    exec(with_lightning, {"Trainer": trainer, "teacher": torch.nn.Linear(32, 2), "your_module": BoringModel()})
+    student, teacher = (keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]) for _ in range(2))
+    data = {"images": np.ones((4, 8), "float32"), "labels": np.arange(4) % 3}
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    weights = student.get_weights()[0]
+    exec(with_keras, {"student": student, "teacher": teacher, "your_loss": loss, **data})
+    assert not np.array_equal(student.get_weights()[0], weights)
 
 
 def test_a_dead_link_is_an_error(source: Path) -> None:
