@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ from keras_distill import (
     FeatureDistillation,
     LogitsDistillation,
     SoftTargetLoss,
+    compare,
 )
 from keras_distill.cache.data import order_of
 from keras_distill.guidance import run_once
@@ -52,3 +54,22 @@ def test_a_method_may_hold_objects_that_keras_cannot_save(method: str) -> None:
     (x, y), _ = arrays()
     by_hand = model.fit(x[order_of(64, 0, 0)], y[order_of(64, 0, 0)], batch_size=64, shuffle=False, verbose=0).history
     assert first.curve[0]["loss"] == pytest.approx(by_hand["loss"][0], rel=1e-5)
+
+
+def test_the_same_call_goes_on_although_keras_numbers_its_objects(tmp_path: Path) -> None:
+    """In one process the second optimizer is "adam_1", and the second adapter "dense_1"."""
+    parts = {"student": make_student, "teacher": make_teacher(), "data": arrays(), "metric": "val_accuracy"}
+    made: list[str] = []
+    for rate in (0.1, 0.1, 0.2):
+        adapter = FeatureDistillation("hidden", "hidden", adapter=keras.layers.Dense(8))
+        settings = {
+            "methods": {"features": [adapter]},
+            "compile": {**COMPILE, "optimizer": keras.optimizers.Adam(rate)},
+        }
+        call = {**parts, **settings, "fit": {"epochs": 1, "batch_size": 64}, "seeds": 1, "folder": tmp_path}
+        if rate == 0.2:
+            with pytest.raises(ValueError, match="to hold runs of the same settings"):
+                compare(**call, progress=made.append)
+        else:
+            compare(**call, progress=made.append)
+    assert sum("seed" in line for line in made) == 3
