@@ -67,7 +67,9 @@ class MutualLearning(ModelOfWholeSteps):
         **kwargs: Any,
     ) -> None:
         models = _checked_students(students)
-        kwargs.setdefault("dtype", models[0].dtype_policy)
+        policies = [student.dtype_policy for student in models]  # compile() scales the loss for mixed_float16
+        half = (policy for policy in policies if policy.name == "mixed_float16")
+        kwargs.setdefault("dtype", next(half, policies[0]))
         kwargs.setdefault("autocast", False)
         super().__init__(name=name, **kwargs)
         self.students = models
@@ -100,10 +102,11 @@ class MutualLearning(ModelOfWholeSteps):
             ValueError: If the optimizer clips the gradient of all weights together.
         """
         optimizer = keras.optimizers.get(optimizer)
-        if getattr(optimizer, "global_clipnorm", None) is not None:
+        clipnorm = getattr(getattr(optimizer, "inner_optimizer", optimizer), "global_clipnorm", None)
+        if clipnorm is not None:
             expected = "an optimizer that treats each weight by itself, for several students"
             remedy = "Pass clipnorm=... instead."
-            raise ValueError(checks.message(expected, f"global_clipnorm={optimizer.global_clipnorm}", remedy))
+            raise ValueError(checks.message(expected, f"global_clipnorm={clipnorm}", remedy))
         if loss is not None and not isinstance(loss, dict):
             loss = {student.name: loss for student in self.students}
         if metrics is not None and not isinstance(metrics, dict):
@@ -147,7 +150,7 @@ class MutualLearning(ModelOfWholeSteps):
         """
         total = sum((compat.additional_loss(self, loss) for loss in self.losses), ops.zeros(()))
         if y is not None and self.loss is not None:
-            weights = None if sample_weight is None else self._for_each(ops.copy(sample_weight))
+            weights = None if sample_weight is None else self._for_each(sample_weight, copies=True)
             total = total + compat.compiled_loss(self, self._for_each(y), y_pred, weights)
         mutual = 0.0
         for student, step in zip(self.students, self._steps, strict=True):
@@ -165,7 +168,7 @@ class MutualLearning(ModelOfWholeSteps):
         """The logs: the metrics of each student, if the batch has labels."""
         if y is None:
             return dict(self.get_metrics_result())
-        weights = None if sample_weight is None else self._for_each(sample_weight)
+        weights = None if sample_weight is None else self._for_each(sample_weight, copies=True)
         return dict(super().compute_metrics(x, self._for_each(y), y_pred, weights))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -190,8 +193,9 @@ class MutualLearning(ModelOfWholeSteps):
         }
         return cls(**{**config, **objects})
 
-    def _for_each(self, value: Any) -> dict[str, Any]:
-        return {student.name: value for student in self.students}
+    def _for_each(self, value: Any, copies: bool = False) -> dict[str, Any]:
+        """The same value for each student, or copies of it: on torch Keras multiplies weights by a mask in place."""
+        return {student.name: ops.copy(value) if copies else value for student in self.students}
 
     def _build_terms(self, inputs: Any) -> None:
         if all(step.built for step in self._steps):

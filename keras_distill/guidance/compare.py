@@ -337,11 +337,24 @@ def _described_method(settings: Mapping[str, Any]) -> str:
 
 
 def _readable(value: Any) -> Any:
-    """A setting with the configurations of Keras objects in their place."""
+    """A setting with the configurations of Keras objects in their place.
+
+    Without the names of optimizers, layers and losses, which Keras numbers in each process.
+    """
     if isinstance(value, Mapping):
-        return {name: _readable(entry) for name, entry in value.items()}
+        serialized = "config" in value and "Policy" not in str(value.get("class_name", "Policy"))
+        return {
+            name: _readable(_unnamed(entry) if serialized and name == "config" else entry)
+            for name, entry in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_readable(entry) for entry in value]
     if isinstance(value, keras.callbacks.Callback) or not hasattr(value, "get_config"):
         return value
-    return f"{type(value).__qualname__}({described(_readable(value.get_config()))})"
+    config = value.get_config()
+    config = _unnamed(config) if isinstance(value, (keras.optimizers.Optimizer, keras.layers.Layer)) else config
+    return f"{type(value).__qualname__}({described(_readable(config))})"
+
+
+def _unnamed(config: Any) -> Any:
+    return {name: entry for name, entry in config.items() if name != "name"} if isinstance(config, Mapping) else config

@@ -22,6 +22,7 @@ from distill_core.terminal import one_line
 from keras_distill import checks, compat
 from keras_distill.cache import TeacherCache
 from keras_distill.callbacks import SetEpoch
+from keras_distill.guidance.copies import copied_settings
 from keras_distill.guidance.data import RunData, batches_of, data_of, digest_of_batch, is_arrays
 from keras_distill.guidance.evaluation import Answers, cost_of, first_images, predictions_of
 from keras_distill.guidance.observer import RunObserver
@@ -271,7 +272,7 @@ class Trainings:
 
 def distill_model(student: keras.Model, teacher: Any, settings: Mapping[str, Any]) -> DistillModel:
     """The model of a method, with terms of its own, so that nothing is carried from one run to the next."""
-    return DistillModel(student, teacher, **{"evaluate_distillation": False, **copy.deepcopy(dict(settings))})
+    return DistillModel(student, teacher, **{"evaluate_distillation": False, **copied_settings(settings)})
 
 
 @contextmanager

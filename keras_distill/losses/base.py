@@ -154,16 +154,17 @@ class DistillationLoss(keras.losses.Loss):
             remedy = "Use a loss such as SoftTargetLoss or DecoupledKDLoss."
             raise TypeError(checks.message(expected, "a CurriculumTemperature", remedy))
         # two losses must not learn one number
-        return cast(float, CurriculumTemperature.from_config(value.get_config()))
+        learned = CurriculumTemperature.from_config(value.get_config())
+        self.reversal_weight = learned.reversal_weight  # a term's copy of the loss has the present number
+        return cast(float, learned)
 
     def _number(self, name: str) -> Any:
         """The number of a setting; a scalar tensor for a temperature that is learned."""
         value = getattr(self, name)
         if not isinstance(value, CurriculumTemperature):
             return value
-        # a term stores the weight of the reversal, which a schedule sets, in its copy of the loss; by its name, since
-        # Keras takes only tensors by position, and the number may be 0.0
-        return value(reversal_weight=getattr(self, "reversal_weight", None))
+        # by its name, since Keras takes only tensors by position, and the number may be 0.0
+        return value(reversal_weight=self.reversal_weight)
 
     def _serialized(self, name: str) -> Any:
         value = getattr(self, name)

@@ -17,7 +17,14 @@ from compared_keras import COMPILE, FIT, arrays, make_student, make_teacher
 import distill_core.cli.keras
 from distill_core.guidance.comparison import Comparison
 from distill_core.guidance.records import ALONE, EQUAL_COMPUTE
-from keras_distill import DistillModel, DISTLoss, FeatureDistillation, LogitsDistillation, TeacherCache, compare
+from keras_distill import (
+    DistillModel,
+    DISTLoss,
+    FeatureDistillation,
+    LogitsDistillation,
+    TeacherCache,
+    compare,
+)
 from keras_distill.backends import values_of
 from keras_distill.cache.data import order_of
 from keras_distill.guidance import run_once

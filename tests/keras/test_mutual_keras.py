@@ -188,7 +188,43 @@ REFUSED: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: mutual(optimizer=keras.optimizers.SGD(0.1, global_clipnorm=1.0)),
         "Expected an optimizer that treats each weight by itself, for several students. Pass clipnorm=... instead.",
     ),
+    "clipping inside of a loss scale": (
+        ValueError,
+        lambda: mutual(optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1, global_clipnorm=1.0))),
+        "Expected an optimizer that treats each weight by itself, for several students. Pass clipnorm=... instead.",
+    ),
 }
+
+
+def test_weights_of_masked_tokens_count_alike_for_every_student() -> None:
+    """On torch Keras multiplies the weights by the mask in place."""
+
+    def tagger(name: str) -> keras.Model:
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,), dtype="int32")
+        hidden = keras.layers.Embedding(9, 5, mask_zero=True)(inputs)
+        return keras.Model(inputs, keras.layers.Dense(3)(hidden), name=name)
+
+    ids, labels = np.array([[1, 2, 0, 0], [3, 4, 5, 6]], "int32"), np.array([[0, 1, 2, 0], [1, 1, 2, 0]])
+    weights = np.array([[1.0, 2.0, 1.0, 1.0], [0.5, 1.0, 1.0, 3.0]], "float32")
+    alone, model = tagger("alone"), MutualLearning([tagger(name) for name in "abc"])
+    for each in (alone, model):
+        each.compile("sgd", cross_entropy(), run_eagerly=True)
+    expected = alone.evaluate(ids, labels, sample_weight=weights, verbose=0)
+    logs = model.evaluate(ids, labels, sample_weight=weights, verbose=0, return_dict=True)
+    assert [logs[f"{name}_loss"] for name in "abc"] == pytest.approx([expected] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_loss_is_scaled_if_any_student_is_mixed_float16(half: int) -> None:
+    models = []
+    for number in range(2):
+        keras.config.set_dtype_policy("mixed_float16" if number == half else "float32")
+        models.append(mlp(5, name=f"student{number}"))
+        keras.config.set_dtype_policy("float32")
+    model = MutualLearning(models)
+    model.compile("sgd", cross_entropy())
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
 
 
 @pytest.mark.parametrize("name", REFUSED)
