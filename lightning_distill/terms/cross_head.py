@@ -19,7 +19,7 @@ from lightning_distill.schedules import Weight
 from lightning_distill.terms.base import LossCallable
 from lightning_distill.terms.features import FeatureDistillation
 from lightning_distill.terms.losses import Mask, value_of, widened
-from lightning_distill.terms.maps import resized
+from lightning_distill.terms.maps import reads_maps, resized
 
 
 class CrossHeadDistillation(FeatureDistillation):
@@ -131,7 +131,7 @@ class CrossHeadDistillation(FeatureDistillation):
             place = replace(head_tap, call=None)
             for level, target_level in zip(crossed.levels(place), teacher.levels(head_tap), strict=True):
                 prediction, target = crossed.feature(level), teacher.feature(target_level)
-                if prediction.ndim == target.ndim == 4:
+                if prediction.ndim == target.ndim == 4 and reads_maps(self.loss):
                     target = resized(widened(target), prediction)
                 if prediction.shape != target.shape:
                     raise ValueError(

@@ -31,7 +31,7 @@ from lightning_distill.terms.losses import (
     value_of,
     widened,
 )
-from lightning_distill.terms.maps import paired_levels, resized, resized_mask
+from lightning_distill.terms.maps import paired_levels, reads_maps, resized, resized_mask, warn_of_channels_last
 
 Pairs = list[tuple[Tap, Tap]]
 Boxes = tuple[list[Tensor], tuple[int, int]]
@@ -153,6 +153,8 @@ class FeatureDistillation(DistillationTerm):
             for index, taps in enumerate(self._levels(student, teacher)):
                 student_tap, teacher_tap = taps
                 feature, target = self._features(taps, student, teacher)
+                if self._resizes(feature, target):
+                    warn_of_channels_last(feature, target, student_tap.layer)
                 if index == 0 or not self.shares_adapter:
                     adapter = make_adapter(kind, feature.shape, target.shape, student_tap.layer)
                     # under autocast parameters stay in float32; without it they must have the feature's own precision
@@ -231,27 +233,28 @@ class FeatureDistillation(DistillationTerm):
         """The pairs of taps, with one for each level of a pyramid."""
         if not self._spreads:
             return self._pairs
-        pairs: Pairs = []
-        for student_tap, teacher_tap in self._pairs:
-            pairs += paired_levels(student, student_tap, teacher, teacher_tap)
-        return pairs
+        each = (paired_levels(student, student_tap, teacher, teacher_tap) for student_tap, teacher_tap in self._pairs)
+        return [pair for pairs in each for pair in pairs]
 
     def _pair(self, index: int, taps: tuple[Tap, Tap], student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         """The adapted feature of the student and the feature of the teacher, through the adapter of that index."""
         student_tap, teacher_tap = taps
         feature, target = self._features(taps, student, teacher)
         adapted = self._fitted[index](feature)
-        match = self.requires
-        maps = self.reads_maps and self._adapter[0] != "linear" and adapted.ndim == target.ndim == 4
-        if match.positions_must_match and maps:
+        if self._resizes(adapted, target):
             target = resized(widened(target), adapted)
-        if match.channels_must_match and match.positions_must_match and adapted.shape != target.shape:
+        if self.requires.channels_must_match and self.requires.positions_must_match and adapted.shape != target.shape:
             raise ValueError(
                 f"Expected student feature {student_tap.layer!r} and teacher feature {teacher_tap.layer!r} to have"
                 f" equal shapes, but got {tuple(adapted.shape)} and {tuple(target.shape)}."
                 + (' Pass adapter="auto".' if self._adapter[0] is None else " Pass an adapter that makes them equal.")
             )
         return adapted, target
+
+    def _resizes(self, student: Tensor, teacher: Tensor) -> bool:
+        """Whether the teacher's feature is resized to the student's."""
+        maps = self.reads_maps and self._adapter[0] != "linear" and student.ndim == teacher.ndim == 4
+        return maps and self.requires.positions_must_match and reads_maps(self.loss)
 
     def _features(self, taps: tuple[Tap, Tap], student: Call, teacher: Call) -> tuple[Tensor, Tensor]:
         """The student's feature before its adapter, and the feature that it is compared with, in one form."""
@@ -288,10 +291,11 @@ class FeatureDistillation(DistillationTerm):
         self, mask: Tensor | None, boxes: Boxes | None, feature: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         """The mask at the positions of a feature, and what a loss needs as its third argument."""
-        mask = resized_mask(mask, feature) if self.reads_maps else mask
+        maps = self.reads_maps and reads_maps(self.loss)
+        mask = resized_mask(mask, feature) if maps else mask
         if boxes is None:
             return mask, rows
-        if feature.ndim != 4:
+        if feature.ndim != 4 or not maps:
             raise ValueError(
                 f"Expected term {self.name!r} to compare maps (N, C, H, W), since it has boxes, but got a feature of"
                 f" shape {tuple(feature.shape)}. Tap another layer, or leave out `boxes`."

@@ -25,7 +25,7 @@ from lightning_distill.terms.losses import (
     counted_positions,
     value_of,
 )
-from lightning_distill.terms.maps import resized, resized_mask
+from lightning_distill.terms.maps import reads_maps, resized, resized_mask
 
 
 class LogitsDistillation(DistillationTerm):
@@ -127,14 +127,14 @@ class LogitsDistillation(DistillationTerm):
             ValueError: If an output has no logits at the place that ``output`` names.
         """
         student_logits, teacher_logits = student.output_at(self._output(0)), teacher.output_at(self._output(1))
-        if self.class_dim in (None, 1) and student_logits.ndim == teacher_logits.ndim == 4:
+        if student_logits.ndim == teacher_logits.ndim == 4 and reads_maps(self.loss):
             teacher_logits = resized(teacher_logits, student_logits)
         return student_logits, teacher_logits
 
     def positions(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count, a bool tensor, or ``None`` for all."""
         mask = counted_positions(student, self.mask, self.ignore_index, labels)
-        if mask is None or mask.ndim != 3 or self.class_dim not in (None, 1):
+        if mask is None or mask.ndim != 3 or not reads_maps(self.loss):
             return mask
         return resized_mask(mask, student.output_at(self._output(0)))
 

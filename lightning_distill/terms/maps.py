@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill.recording import Call, Tap
+
+
+def reads_maps(loss: Any) -> bool:
+    """Whether a loss takes features of four dimensions for maps ``(N, C, H, W)``, and not for rows of channels.
+
+    Args:
+        loss: The loss.
+
+    Example:
+        >>> from lightning_distill.losses import SoftTargetLoss
+        >>> reads_maps(SoftTargetLoss()), reads_maps(SoftTargetLoss(class_dim=-1))
+        (True, False)
+    """
+    return all(getattr(loss, name, None) in (None, 1, -3) for name in ("class_dim", "channel_dim"))
+
+
+def warn_of_channels_last(student: Tensor, teacher: Tensor, layer: str) -> None:
+    """Warn of two features that look like maps with the channels last, whose channels would be resized like a width.
+
+    Args:
+        student: The student's feature, shape ``(N, C, H, W)``.
+        teacher: The teacher's.
+        layer: Name of the student's layer.
+    """
+    (_, first, second, last), other = student.shape, tuple(teacher.shape)
+    if other[1:3] == (first, second) and other[3] != last and first == second:
+        warnings.warn(
+            f"Expected maps (N, C, H, W) at student layer {layer!r} and its teacher layer, but the shapes"
+            f" {tuple(student.shape)} and {other} look like maps with their channels last. Pass"
+            f" Tap({layer!r}, layout='channels_last') for both.",
+            stacklevel=2,
+        )
 
 
 def resized(teacher: Tensor, student: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lightning_distill import (
     AttentionTransferLoss,
+    Call,
     ChannelWiseLoss,
     DistillCallback,
     Distiller,
+    FeatureDistance,
     FeatureDistillation,
     LogitsDistillation,
     NormalizedKDLoss,
@@ -194,6 +196,38 @@ def test_a_mask_of_a_larger_map_repeats_its_positions() -> None:
     larger = resized_mask(mask, torch.ones(1, 3, 4, 4))
 
     assert torch.equal(larger, mask.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+def last(shape: tuple[int, ...], mask: Tensor | None = None) -> tuple[Call, Call]:
+    """Calls whose outputs have their channels last, 6 of the student and as many as in the shape of the teacher."""
+    outputs = torch.randn(2, 7, 7, 6), torch.randn(2, *shape)
+    student, teacher = (Call.from_outputs(output, {("a", "output"): output}) for output in outputs)
+    student.batch = {"used": mask}
+    return student, teacher
+
+
+@pytest.mark.parametrize("loss", [SoftTargetLoss(class_dim=-1), FeatureDistance("cosine", channel_dim=-1)])
+def test_channels_that_are_last_are_not_resized_as_a_width(loss: Any) -> None:
+    term = FeatureDistillation("a", "a", loss, adapter=None)
+    student, teacher = last((7, 7, 12))
+    term.build(student, [teacher])
+    with pytest.raises(ValueError, match=r"equal shapes, but got \(2, 7, 7, 6\) and \(2, 7, 7, 12\)"):
+        term(student, teacher)
+
+
+def test_a_mask_of_more_pixels_is_not_resized_to_the_channels() -> None:
+    term = FeatureDistillation("a", "a", SoftTargetLoss(class_dim=-1), adapter=None, mask="used")
+    student, teacher = last((7, 7, 6), torch.ones(2, 14, 14).bool())
+    term.build(student, [teacher])
+    with pytest.raises(ValueError, match=r"`mask` to have the shape \(2, 7, 7\), .* but got shape \(2, 14, 14\)"):
+        term(student, teacher)
+
+
+def test_maps_that_look_as_if_their_channels_were_last_are_named() -> None:
+    term = FeatureDistillation("a", "a", "mse")
+    student, teacher = last((7, 7, 12))
+    with pytest.warns(UserWarning, match=r"look like maps with their channels last. Pass Tap\('a', layout='channels_l"):
+        term.build(student, [teacher])
 
 
 class Validated(Segmenter):
