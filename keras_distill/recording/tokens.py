@@ -38,7 +38,8 @@ class TokenPositions:
     it is not padding, and ``mask`` marks it. With ``shift`` the token that position t predicts is number t + 1. A
     position that is padding itself never counts, and neither does the last token of a packed document, which cannot
     predict the first of the next: the documents are told apart by ``position_ids`` that begin again at 0, by
-    ``seq_idx``, or by a padding mask with a number for each document.
+    ``seq_idx``, by a padding mask with a number for each document, or by an attention mask of pairs of tokens, ``(B, T,
+    T)`` or ``(B, 1, T, T)``, in which a token does not see the one before it.
 
     Args:
         shift: Whether position t predicts token t + 1.
@@ -124,7 +125,19 @@ class TokenPositions:
             expected = "labels that are shifted already with shift=False"
             received = "the student's own tokens, but a causal model predicts the token that follows"
             raise ValueError(checks.message(expected, received, "Pass shift=True."))
+        if not self.shift and following and not in_place:
+            self._check_ends(inputs, counts)
         return True
+
+    def _check_ends(self, inputs: Any, counts: Any) -> None:
+        """Raise if labels that are shifted already let a document predict the next one of its row."""
+        padding = [_as_numbers(rows) for rows in _padding_of(inputs) if _fits(rows, counts.shape)]
+        for border in _borders(inputs, padding, counts.shape):
+            if (counts & backends.values_of(border)).any():
+                expected = "labels that are shifted already to leave out the last token of each packed document"
+                remedy = f"Set these labels to {self.ignore_index}, or pass the tokens as labels, with shift=True."
+                received = "the first token of the next document there"
+                raise ValueError(checks.message(expected, received, remedy))
 
     def _labels(self, labels: Any, rank: int, shape: tuple[int | None, ...]) -> Any:
         """The labels of the tokens as int32, or None if the labels belong to something else."""
@@ -177,6 +190,17 @@ def _borders(inputs: Any, padding: Sequence[Any], shape: tuple[int | None, ...])
     """True where the next token begins another document, shape ``(B, T)``."""
     entries = inputs if isinstance(inputs, Mapping) else {}
     places, documents = entries.get("position_ids"), entries.get("seq_idx")
+    for pairs in map(_pairs_of, _padding_of(inputs)):
+        if pairs is not None and not checks.shapes_differ(tuple(pairs.shape[1:]), (shape[1], shape[1])):
+            # a token that does not see the one before it; `following` of the last position is padding
+            seen = ops.cast(pairs, "bool")
+            itself, before = (
+                ops.einsum("btt->bt", _as_numbers(seen)),
+                ops.einsum("btt->bt", _as_numbers(seen[:, 1:, :-1])),
+            )
+            yield ops.greater(_moved(itself, 0), ops.pad(before, [[0, 0], [0, 1]]))
+    if places is not None and len(places.shape) == 3:  # of time, height and width, for each token
+        places = ops.max(places, axis=0)
     if _fits(places, shape):
         yield ops.equal(_moved(_as_numbers(places), 1), 0)
     if _fits(documents, shape):
@@ -185,6 +209,12 @@ def _borders(inputs: Any, padding: Sequence[Any], shape: tuple[int | None, ...])
     for rows in padding:
         following = _moved(rows, 0)
         yield _all([ops.not_equal(rows, following), ops.not_equal(rows, 0), ops.not_equal(following, 0)])
+
+
+def _pairs_of(mask: Any) -> Any:
+    """A mask of pairs of tokens, shape ``(B, T, T)``, or None if the mask is one of tokens."""
+    rank = len(mask.shape)
+    return mask if rank == 3 else ops.convert_to_tensor(mask)[:, 0] if rank == 4 else None
 
 
 def _weights(sample_weight: Any, shape: tuple[int | None, ...]) -> tuple[Any, bool]:

@@ -32,8 +32,8 @@ class SequenceDistillation(LogitsDistillation):
     label is not ``ignore_index``, ``mask`` marks it, its own sample weight is not 0, and it is not padding. Padding is
     known from Keras' masks (``Embedding(mask_zero=True)``) and from ``padding_mask`` or ``attention_mask`` in a dict of
     inputs. Padding itself predicts nothing, and the last token of a packed document does not predict the first of the
-    next: ``position_ids`` that begin again at 0, ``seq_idx``, or a padding mask with a number for each document, in a
-    dict of inputs, tell them apart.
+    next: ``position_ids`` that begin again at 0, ``seq_idx``, a padding mask with a number for each document, or an
+    attention mask of pairs of tokens, in a dict of inputs, tell them apart.
 
     The loss is the mean over the tokens of the batch that count, on all replicas of ``tf.distribute`` together, and 0
     if no token counts. Sample weights multiply the values and, as in Keras' own losses, do not change the divisor,

@@ -38,8 +38,8 @@ class TokenPositions:
     attention mask is not 0; and if ``mask`` marks it. With ``shift`` the token that position t predicts is number
     t + 1. A position that is padding itself never counts, and neither does the last token of one packed document, which
     cannot predict the first of the next: the documents are told apart by ``position_ids`` that begin again at 0, by
-    ``seq_idx``, or by an attention mask: one with a number for each document, or one of pairs of tokens ``(B, 1, T,
-    T)``, in which a token does not see the one before it.
+    ``seq_idx``, or by an attention mask: one with a number for each document, or one of pairs of tokens, ``(B, 1, T,
+    T)`` or ``(B, T, T)``, in which a token does not see the one before it.
 
     Args:
         shift: Whether position t predicts token t + 1.
@@ -318,8 +318,9 @@ def _padded_last(border: Tensor) -> Tensor:
 def _documents(batch: Any, arguments: Mapping[str, Any], seq2seq: bool) -> list[Any]:
     """The attention mask of tokens, that of pairs of tokens, the position ids and the numbers of documents."""
     name = "decoder_attention_mask" if seq2seq else "attention_mask"
-    masks = [find_entry(name, batch, arguments, ndim) for ndim in (2, 4)]
-    return masks + [find_entry(name, batch, arguments) for name in ("position_ids", "seq_idx")]
+    attention, squares, of_heads = (find_entry(name, batch, arguments, ndim) for ndim in (2, 3, 4))
+    squares = of_heads[:, 0] if squares is None and of_heads is not None else squares
+    return [attention, squares, *(find_entry(name, batch, arguments) for name in ("position_ids", "seq_idx"))]
 
 
 def _borders(
@@ -330,8 +331,8 @@ def _borders(
     documents: Tensor | None,
 ) -> Iterator[Tensor]:
     """True where the next token begins another document, shape ``(B or 1, T - 1)``."""
-    if squares is not None and squares.shape[2:] == (shape[1], shape[1]) and squares.shape[0] in (1, shape[0]):
-        seen = squares[:, 0] > _BLOCKED if squares.is_floating_point() else squares[:, 0] != 0
+    if squares is not None and squares.shape[1:] == (shape[1], shape[1]) and squares.shape[0] in (1, shape[0]):
+        seen = squares > _BLOCKED if squares.is_floating_point() else squares != 0
         itself, before = seen.diagonal(0, 1, 2)[:, 1:], seen.diagonal(-1, 1, 2)
         yield itself & ~before
     if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # of time, height and width, for each token

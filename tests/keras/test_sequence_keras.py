@@ -129,10 +129,16 @@ def test_both_halves_have_the_same_settings() -> None:
     assert kept[0] == kept[1]
 
 
+NUMBERS = np.array([[number for number, sequence in enumerate(SEQUENCES) for _ in sequence]], "int32")
+PLACES = np.array([[place for sequence in SEQUENCES for place in range(len(sequence))]], "int32")
+PAIRS = (NUMBERS[:, :, None] == NUMBERS[:, None]) & np.tril(np.ones((11, 11), bool))  # a token sees another
 PACKED_MARKS = {
-    "position_ids": [place for sequence in SEQUENCES for place in range(len(sequence))],
-    "seq_idx": [number for number, sequence in enumerate(SEQUENCES) for _ in sequence],
-    "padding_mask": [number + 1 for number, sequence in enumerate(SEQUENCES) for _ in sequence],
+    "positions": {"position_ids": PLACES},
+    "positions in three parts": {"position_ids": np.stack([PLACES] * 3)},
+    "numbers of documents": {"seq_idx": NUMBERS},
+    "padding mask": {"padding_mask": NUMBERS + 1},
+    "mask of pairs": {"attention_mask": PAIRS},
+    "mask of pairs for heads": {"attention_mask": PAIRS[:, None].astype("int32")},
 }
 
 
@@ -140,7 +146,7 @@ PACKED_MARKS = {
 def test_no_token_of_a_packed_document_predicts_the_first_of_the_next(mark: str) -> None:
     tokens = np.array([[token for sequence in SEQUENCES for token in sequence]], "int32")
     networks = models("plain")
-    inputs = {"token_ids": tokens, mark: np.array([PACKED_MARKS[mark]], "int32")}
+    inputs = {"token_ids": tokens, **PACKED_MARKS[mark]}
     values = every(*networks, tokens)[0]
     counted = [value for place, value in enumerate(values) if place not in (4, 6, 10)]  # the last of each document
     assert value_of([named(network) for network in networks], inputs, tokens) == pytest.approx(
@@ -149,6 +155,13 @@ def test_no_token_of_a_packed_document_predicts_the_first_of_the_next(mark: str)
     assert value_of(networks, tokens, tokens) == pytest.approx(
         values[:-1].mean(), **CLOSE
     )  # without marks one document
+    shifted = np.roll(tokens, -1, axis=1)
+    shifted[0, -1] = IGNORED
+    with pytest.raises(ValueError, match="to leave out the last token of each packed document"):
+        value_of([named(network) for network in networks], inputs, shifted, SequenceDistillation(shift=False))
+    shifted[0, [4, 6]] = IGNORED
+    value = value_of([named(network) for network in networks], inputs, shifted, SequenceDistillation(shift=False))
+    assert value == pytest.approx(sum(counted) / len(counted), **CLOSE)
 
 
 def named(network: keras.Model) -> keras.Model:
