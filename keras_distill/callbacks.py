@@ -333,7 +333,8 @@ def with_callbacks(
         return fit(**{**arguments, "callbacks": [*own, *keras.tree.flatten([] if callbacks is None else callbacks)]})
     for callback in own:  # Keras sets the model and the parameters only for the callbacks of a plain list
         callback.set_model(callbacks.model)
-        callback.set_params({"epochs": arguments.get("epochs", 1), **(callbacks.params or {})})
+        known = {"epochs": arguments.get("epochs", 1), "steps": arguments.get("steps_per_epoch")}
+        callback.set_params({**known, **(callbacks.params or {})})
     before = callbacks.callbacks
     callbacks.callbacks = [*own, *before]
     try:

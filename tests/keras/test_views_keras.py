@@ -102,12 +102,15 @@ def test_c9_a_resumed_training_gets_the_views_of_its_epochs(tmp_path: Path) -> N
 def test_c9_a_pass_over_the_data_in_several_epochs_is_that_of_one_epoch(tmp_path: Path) -> None:
     """C9: with `steps_per_epoch`, in the order and the view of one pass, although Keras reads ahead."""
     cache = built(tmp_path)
-    whole, halves = distilled(None), distilled(None)
-    for model, settings in ((whole, {"epochs": 3}), (halves, {"epochs": 6, "steps_per_epoch": 2})):
+    whole, halves, listed = (distilled(None) for _ in range(3))
+    half: dict[str, Any] = {"epochs": 6, "steps_per_epoch": 2}
+    own = keras.callbacks.CallbackList([], add_history=True, model=listed)
+    for model, settings in ((whole, {"epochs": 3}), (halves, half), (listed, {**half, "callbacks": own})):
         data = cache.attach((X, Y), transform=crop_and_flip, batch_size=5, shuffle=True)
         model.fit(data, shuffle=False, verbose=0, **settings)
         assert data.epoch == 0
     assert_same_weights(halves, whole, 1e-6)
+    assert_same_weights(listed, whole, 1e-6)
 
 
 def test_c9_a_single_view_can_be_chosen(tmp_path: Path) -> None:
