@@ -333,6 +333,6 @@ EXPERIMENTS = {
         4,
         seeds=3,
         metric="rank",
-        references=sentences.of_teacher,
+        references=sentences.of_first_layer,
     ),
 }

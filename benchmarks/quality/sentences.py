@@ -150,13 +150,11 @@ def layer_reduction(epochs: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def of_teacher(folder: Path) -> dict[str, float]:
-    """The teacher's own rank, and that of its first layer without any training."""
-    teacher = trained_once(partial(Retriever, LAYERS), (), 0, folder / "teacher.pt").eval()
+def of_first_layer(folder: Path) -> dict[str, float]:
+    """The rank of the teacher's first layer, which every student begins as."""
+    teacher = trained_once(partial(Retriever, LAYERS), (), 0, folder / "teacher.pt")
     assert isinstance(teacher, Encoder)
-    ranks = {}
-    for name, net in (("the teacher", teacher), ("its first layer, not trained further", Retriever(1, teacher).net)):
-        with torch.no_grad():
-            scores = net.eval()(pairs()[1])
-        ranks[name] = float((1 / (1 + (scores > scores[:, :1]).sum(1))).mean())
-    return ranks
+    with torch.no_grad():
+        scores = Retriever(1, teacher).net.eval()(pairs()[1])
+    rank = (1 / (1 + (scores > scores[:, :1]).sum(1))).mean()
+    return {"the teacher's first layer, not trained further": float(rank)}
