@@ -269,7 +269,8 @@ class SetEpoch(keras.callbacks.Callback):
         """Set the epoch before its first batch, also in a resumed training."""
         self._first = epoch if self._first is None else self._first
         epochs_of_pass = -(-len(self._data) // (self.params.get("steps") or len(self._data)))
-        self._data.epoch = self._first + (epoch - self._first) // epochs_of_pass
+        # Keras reads the data from their start in the first epoch, also if it is in the middle of a pass
+        self._data.epoch = self._first // epochs_of_pass + (epoch - self._first) // epochs_of_pass
 
     def on_train_end(self, logs: Any = None) -> None:
         """Set the epoch back to 0."""

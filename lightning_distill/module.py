@@ -200,7 +200,8 @@ class DistillModule(LightningModule):
         output = call_with(self, self._of_student(inputs))
         # your own task loss may need the whole output of a network without obvious logits
         logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else obvious(output)
-        loss = task_loss_of(self.task_loss, logits, labels)
+        has_weight = not self.distill.distils_alone
+        loss = task_loss_of(self.task_loss, logits, labels) if has_weight else self.task_loss(logits, labels)
         # the mean over all processes in validation, so that each stops and lowers its learning rates at the same time
         self.log(name, loss, prog_bar=True, batch_size=len(labels), sync_dist=name != "train_loss")
         return loss

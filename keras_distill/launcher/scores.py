@@ -97,7 +97,7 @@ def _made(metric: Metric, labels: Any, output: Any) -> Any:
     """The configured metric, for labels and outputs of these shapes."""
     if metric.keras is not None:
         return metric.keras.make()
-    if metric.compares_classes:
+    if metric.compares_classes and (metric.F1 or {}).get("threshold") is None:  # with one, a single score is a class
         check_classes(output, "Name a metric of Keras: {keras: {class_path: keras.metrics.BinaryAccuracy}}.")
     sparse = not one_hot(labels, output)
     if metric.topk is not None:

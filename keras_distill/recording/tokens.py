@@ -132,8 +132,10 @@ class TokenPositions:
     def _check_ends(self, inputs: Any, counts: Any) -> None:
         """Raise if labels that are shifted already let a document predict the next one of its row."""
         padding = [_as_numbers(rows) for rows in _padding_of(inputs) if _fits(rows, counts.shape)]
+        text = [ops.not_equal(_moved(rows, 0), 0) for rows in padding]  # padding may be equal to the label before it
         for border in _borders(inputs, padding, counts.shape):
-            if (counts & backends.values_of(border)).any():
+            ends = backends.values_of(_all([border, *text]))
+            if (counts & ends)[:, :-1].any():  # the token after the last one is not in the row
                 expected = "labels that are shifted already to leave out the last token of each packed document"
                 remedy = f"Set these labels to {self.ignore_index}, or pass the tokens as labels, with shift=True."
                 received = "the first token of the next document there"

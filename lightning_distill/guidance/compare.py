@@ -29,7 +29,7 @@ from lightning_distill.guidance.runs import Trainings, distill_callback, quiet
 from lightning_distill.hparams import Teacher, Terms, settings_of
 from lightning_distill.recording import find_layer
 from lightning_distill.teachers import TeacherGroup, as_teacher, members
-from lightning_distill.teachers.hold import memory_of
+from lightning_distill.teachers.hold import memory_of, modules_of_student
 from lightning_distill.teachers.make import check_shares_nothing
 
 Method = Terms | Mapping[str, Any]
@@ -320,16 +320,19 @@ def _start(trainings: Trainings, teacher: Any) -> LightningModule:
         start, again = trainings.made_module(), trainings.made_module()
     path = trainings.student
     student = find_layer(start, path) if isinstance(path, str) else None
+    teachers: list[nn.Module] = []
     for each in (teacher, *(method["teacher"] for method in trainings.methods.values())):
         networks = [network for network in members(as_teacher(each)) if isinstance(network, nn.Module)]
         check_shares_nothing(start if student is None else student, networks)
-    check_fresh("module", *map(_trained, (start, again)))
+        teachers += networks
+    check_fresh("module", *(_trained(module, teachers) for module in (start, again)))
     return start
 
 
-def _trained(module: nn.Module) -> list[Any]:
-    """Keys of the memory of the weights that are trained."""
-    return [memory_of(parameter) for parameter in module.parameters() if parameter.requires_grad]
+def _trained(module: nn.Module, teachers: Sequence[nn.Module]) -> list[Any]:
+    """Keys of the memory of the weights that are trained: the module may keep a teacher in an attribute."""
+    own = modules_of_student(module, teachers)
+    return [memory_of(weight) for part in own for weight in part.parameters(recurse=False) if weight.requires_grad]
 
 
 def _described_method(settings: Mapping[str, Any]) -> str:

@@ -68,7 +68,8 @@ class MetricEvaluation:
             output = select(call_with(model, inputs), None, "the model's output")
             if metric is None:
                 metric = _made(self._metric, output).to(device)
-            if self._metric.compares_classes and labels.shape == output.shape:  # torchmetrics would take them wrongly
+            one_hot = labels.ndim > 1 and labels.shape == output.shape
+            if one_hot and _compares_likeliest(self._metric):  # torchmetrics would take them wrongly
                 labels = labels.argmax(-1)
             metric.update(output, labels)
         if metric is None:
@@ -76,12 +77,18 @@ class MetricEvaluation:
         return scores.judge(metric.compute(), checks)
 
 
+def _compares_likeliest(metric: Metric) -> bool:
+    """Whether a metric compares the likeliest class with the label: a task of its own may be binary or multilabel."""
+    settings = {**(metric.Accuracy or {}), **(metric.F1 or {})}
+    return metric.compares_classes and settings.get("task", "multiclass") == "multiclass"
+
+
 def _made(metric: Metric, output: Tensor) -> torchmetrics.Metric:
     """The configured metric, for outputs of this shape."""
     if metric.torchmetrics is not None:
         made: torchmetrics.Metric = metric.torchmetrics.make()
         return made
-    if metric.compares_classes and output.shape[-1] == 1:
+    if _compares_likeliest(metric) and output.ndim > 1 and output.shape[-1] == 1:
         received = f"an output of shape {tuple(output.shape)}"
         remedy = "Name a metric: {torchmetrics: {class_path: torchmetrics.classification.BinaryAccuracy}}."
         raise ValueError(checks.message("the model to score at least 2 classes", received, remedy))

@@ -15,7 +15,7 @@ from lightning_distill.recording.outputs import entries_of
 
 _SEQ2SEQ = "encoder_last_hidden_state"  # a field of the outputs of models with an encoder and a decoder
 _DECODER_INPUTS = "decoder_input_ids"
-_BLOCKED = -1e4  # what is added to an attention score that does not count is below, in every precision
+_BLOCKED = -9e3  # less is added to an attention score that does not count: at most -1e4, which bfloat16 rounds to -9984
 
 
 class Positions(NamedTuple):
@@ -213,7 +213,10 @@ def check_ends(call: Call, positions: Positions) -> None:
         return
     if not _equal(labels, _moved(tokens, -1), counts) or _equal(labels, tokens, counts):
         return
-    for border in _borders(counts.shape, *_documents(call.batch, call.arguments, False)):
+    attention, *documents = _documents(call.batch, call.arguments, False)
+    if attention is not None and attention.shape == counts.shape:
+        counts = counts & (_moved(attention, 0) != 0)  # padding after the last token may be equal to its label
+    for border in _borders(counts.shape, attention, *documents):
         if bool((counts & _padded_last(border)).any()):
             raise ValueError(
                 "Expected labels that are shifted already to leave out the last token of each packed document, but got"
@@ -332,7 +335,8 @@ def _borders(
 ) -> Iterator[Tensor]:
     """True where the next token begins another document, shape ``(B or 1, T - 1)``."""
     if squares is not None and squares.shape[1:] == (shape[1], shape[1]) and squares.shape[0] in (1, shape[0]):
-        seen = squares > _BLOCKED if squares.is_floating_point() else squares != 0
+        numbers = ((squares == 0) | (squares == 1)).all()  # and not what is added to the attention scores
+        seen = torch.where(numbers, squares != 0, squares > _BLOCKED) if squares.is_floating_point() else squares != 0
         itself, before = seen.diagonal(0, 1, 2)[:, 1:], seen.diagonal(-1, 1, 2)
         yield itself & ~before
     if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # of time, height and width, for each token

@@ -38,6 +38,14 @@ def with_a_part_of_the_teacher() -> LitClassifier:
     return module
 
 
+class WithTeacher(LitClassifier):
+    """A module that keeps the teacher of all runs in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = TEACHER
+
+
 AGAIN = "Expected `module` to make new weights for each run"
 SHARED = "Expected `teacher` to share no parameter with the student, but both train 'head.bias'"
 
@@ -126,6 +134,14 @@ def test_one_run_trains_no_weights_of_another_run_or_of_the_teacher(module: Any,
         run_once(module=module, data=loaders, teacher=TEACHER, method=method, metric="val_acc", trainer=TRAINER)
     after = (*STATE.values(), *TEACHER.state_dict().values())
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+@pytest.mark.parametrize("settings", [{}, {"student": "net"}])
+def test_the_module_of_a_run_may_keep_the_teacher_of_all_runs(settings: Any) -> None:
+    same = {"data": loaders, "teacher": TEACHER, "method": {"terms": LogitsDistillation(), **settings}}
+    runs = [run_once(module=kind, metric="val_acc", trainer=TRAINER, **same) for kind in (WithTeacher, LitClassifier)]
+    assert runs[0].metrics == runs[1].metrics
 
 
 # One run, other processes, the command -------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from keras_nets import ce64, log_softmax64, numpy_of, table
 
 from keras_distill import IntermediateLayersKnowledgeDistillationLoss as Intermediate
 from keras_distill import KnowledgeDistillationLoss as Knowledge
+from keras_distill.launcher.conf import Metric
 from keras_distill.launcher.outputs import ends_in_softmax
+from keras_distill.launcher.scores import MetricEvaluation
 
 
 class Written(keras.Model):
@@ -120,3 +122,10 @@ def test_a_single_score_is_refused_where_classes_are_compared(labels: Any, metri
     distiller.train_dataloader = distiller.eval_dataloader = (table()[0], labels)
     with pytest.raises(ValueError, match=r"at least 2 classes. (Set `task_loss`|Name a metric).*shape \(16|shape \(8"):
         distiller.fit()
+
+
+def test_a_threshold_tells_the_classes_of_a_single_score_apart() -> None:
+    scores = np.array([[0.9], [0.2], [0.7], [0.4]], "float32")
+    labels = np.array([[1], [0], [0], [1]], "float32")
+    model = keras.Sequential([keras.Input((1,)), layers.Activation("linear")])
+    assert MetricEvaluation((scores, labels), Metric(F1={"threshold": 0.5}))(model) == pytest.approx(0.5)

@@ -40,6 +40,7 @@ from keras_distill import (
     SkewKLLoss,
     SoftTargetLoss,
 )
+from keras_distill.recording.tokens import TokenPositions
 
 
 def inputs_of(kind: str, rows: Any) -> Any:
@@ -160,8 +161,22 @@ def test_no_token_of_a_packed_document_predicts_the_first_of_the_next(mark: str)
     with pytest.raises(ValueError, match="to leave out the last token of each packed document"):
         value_of([named(network) for network in networks], inputs, shifted, SequenceDistillation(shift=False))
     shifted[0, [4, 6]] = IGNORED
+    cut = shifted.copy()  # from a longer text, whose next token the last label is
+    cut[0, -1] = 1
+    value_of([named(network) for network in networks], inputs, cut, SequenceDistillation(shift=False))
     value = value_of([named(network) for network in networks], inputs, shifted, SequenceDistillation(shift=False))
     assert value == pytest.approx(sum(counted) / len(counted), **CLOSE)
+
+
+def test_shifted_labels_may_be_equal_to_the_padding_after_a_text() -> None:
+    """Its end is often the token that pads, and `position_ids` are 0 there."""
+    places, shown = np.array([[0, 1, 2, 3, 4, 0, 0, 0]]), np.array([[1, 1, 1, 1, 1, 0, 0, 0]])
+    inputs = {"token_ids": np.array([[5, 3, 8, 2, 7, 0, 0, 0]]), "position_ids": places, "padding_mask": shown}
+    labels = np.array([[3, 8, 2, 7, 0, IGNORED, IGNORED, IGNORED]])
+    positions = TokenPositions(shift=False, ignore_index=IGNORED, mask=None)
+    assert positions.check_alignment(inputs, labels)
+    with pytest.raises(ValueError, match="to leave out the last token of each packed document"):
+        positions.check_alignment({**inputs, "padding_mask": np.ones_like(shown)}, labels)
 
 
 def named(network: keras.Model) -> keras.Model:

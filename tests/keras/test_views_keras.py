@@ -111,6 +111,11 @@ def test_c9_a_pass_over_the_data_in_several_epochs_is_that_of_one_epoch(tmp_path
         assert data.epoch == 0
     assert_same_weights(halves, whole, 1e-6)
     assert_same_weights(listed, whole, 1e-6)
+    resumed = distilled(None)
+    for first, end in ((0, 2), (2, 6)):
+        data = cache.attach((X, Y), transform=crop_and_flip, batch_size=5, shuffle=True)
+        resumed.fit(data, shuffle=False, verbose=0, initial_epoch=first, epochs=end, steps_per_epoch=2)
+    assert_same_weights(resumed, whole, 1e-6)
 
 
 def test_c9_a_single_view_can_be_chosen(tmp_path: Path) -> None:

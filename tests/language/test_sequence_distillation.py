@@ -88,7 +88,9 @@ def pairs_of_tokens() -> Tensor:
 FORMS: dict[str, Any] = {
     "bool": lambda pairs: pairs,
     "numbers": lambda pairs: pairs.long(),
+    "numbers that are not whole": lambda pairs: pairs.float(),
     "added": lambda pairs: torch.zeros(pairs.shape).masked_fill(~pairs, float("-inf")),
+    "added by older models": lambda pairs: torch.where(pairs, 0.0, -1e4).bfloat16(),
     "added in half precision": lambda pairs: torch.zeros(pairs.shape).masked_fill(~pairs, -65504.0).half(),
 }
 

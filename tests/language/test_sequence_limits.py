@@ -20,6 +20,7 @@ from lightning_distill import (
     SequenceDistillation,
     SoftTargetLoss,
 )
+from lightning_distill.recording.tokens import TokenPositions, check_ends
 
 pytestmark = pytest.mark.tensors
 
@@ -175,6 +176,19 @@ def test_shifted_labels_that_leave_out_the_ends_of_documents_count_the_tokens_of
     batch = {"input_ids": PACKED, "attention_mask": DOCUMENTS, "labels": FOLLOWING.index_fill(1, torch.tensor(4), -100)}
     shifted, _ = distilled(student, teacher, batch, SequenceDistillation(shift=False))
     assert shifted == pytest.approx(distilled(student, teacher, {**batch, "labels": PACKED})[0], abs=1e-12)
+
+
+def test_shifted_labels_may_be_equal_to_the_padding_after_a_text() -> None:
+    """Its end is often the token that pads, and `position_ids` are 0 there."""
+    places, shown = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
+    batch = {"input_ids": PACKED * shown, "attention_mask": shown, "position_ids": places}
+    batch["labels"] = torch.tensor([[3, 8, 2, 7, 0, IGNORED, IGNORED, IGNORED]])
+    call = Call((), {name: batch[name] for name in ("input_ids", "position_ids")}, batch=batch)
+    positions = TokenPositions(shift=False, ignore_index=IGNORED).of_batch(batch)
+    check_ends(call, positions)
+    batch["attention_mask"] = torch.ones_like(shown)
+    with pytest.raises(ValueError, match="the first token of the next document"):
+        check_ends(call, positions)
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -57,3 +57,15 @@ def test_labels_are_not_looked_at_where_they_do_not_count(distiller) -> None:
     ready.teacher_model.body.weight.data += 1
     ready.fit()
     assert not torch.equal(before, ready.student_model.body.weight)
+
+
+BINARY = {"task": "binary"}, X[:, :1], (X[:, :1] > 0).long()
+SEVERAL = {"task": "multilabel", "num_labels": 4}, X, (X > 0).long()
+NUMBERS = {"num_classes": 3}, Y, Y
+
+
+@pytest.mark.parametrize("name", ["Accuracy", "F1"])
+@pytest.mark.parametrize("form", [BINARY, SEVERAL, NUMBERS])
+def test_scores_of_another_task_and_numbers_of_classes_are_scored_as_they_are(name: str, form: Any) -> None:
+    settings, outputs, labels = form
+    assert MetricEvaluation([(outputs, labels)], Metric(**{name: settings}))(nn.Identity()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import nets
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation, Tap
+from lightning_distill import DistillCallback, DistillModule, FeatureDistillation, LogitsDistillation, Tap
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -133,6 +134,21 @@ def test_a_task_weight_of_zero_leaves_the_distillation_alone(trainer: MakeTraine
     module = nets.StepModule(nets.student(), step)
     trainer(callbacks=[DistillCallback(nets.teacher(), task_weight=0.0)]).fit(module, nets.loader())
     assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("task_weight", [0.0, 1.0])
+def test_the_cross_entropy_of_a_single_score_is_refused_where_it_has_a_weight(
+    trainer: MakeTrainer, task_weight: float
+) -> None:
+    """It is 0 whatever the student does; without a weight the labels may be those of a regression."""
+    student, teacher = (torch.nn.Linear(4, 1) for _ in range(2))
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    module = DistillModule(student, teacher, LogitsDistillation(gap), task_weight=task_weight)
+    data = torch.utils.data.DataLoader([(torch.randn(4), torch.randn(1)) for _ in range(8)], batch_size=8)
+    words = r"to score at least 2 classes, .* shape \(8, 1\)\. Set `task_loss`"
+    with pytest.raises(ValueError, match=words) if task_weight else nullcontext():
+        trainer(max_epochs=1).fit(module, data, data)
+    assert all(torch.equal(*pair) == bool(task_weight) for pair in zip(before, student.parameters(), strict=True))
 
 
 # L28 -----------------------------------------------------------------------------------------------------------------
