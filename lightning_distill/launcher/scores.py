@@ -70,7 +70,7 @@ class MetricEvaluation:
                 metric = _made(self._metric, output).to(device)
             one_hot = labels.ndim > 1 and labels.shape == output.shape
             if one_hot and _compares_likeliest(self._metric):  # torchmetrics would take them wrongly
-                labels = labels.argmax(-1)
+                labels = labels.argmax(1)
             metric.update(output, labels)
         if metric is None:
             raise ValueError("Expected `eval_dataloader` to hold at least one batch, but got none.")
@@ -88,11 +88,12 @@ def _made(metric: Metric, output: Tensor) -> torchmetrics.Metric:
     if metric.torchmetrics is not None:
         made: torchmetrics.Metric = metric.torchmetrics.make()
         return made
-    if _compares_likeliest(metric) and output.ndim > 1 and output.shape[-1] == 1:
+    class_dim = min(1, output.ndim - 1)  # as in torch's cross entropy and in torchmetrics: of maps too
+    if _compares_likeliest(metric) and output.ndim > 1 and output.shape[class_dim] == 1:
         received = f"an output of shape {tuple(output.shape)}"
         remedy = "Name a metric: {torchmetrics: {class_path: torchmetrics.classification.BinaryAccuracy}}."
         raise ValueError(checks.message("the model to score at least 2 classes", received, remedy))
-    classes: dict[str, Any] = {"task": "multiclass", "num_classes": output.shape[-1], "average": "micro"}
+    classes: dict[str, Any] = {"task": "multiclass", "num_classes": output.shape[class_dim], "average": "micro"}
     if metric.topk is not None:
         return torchmetrics.Accuracy(**classes, top_k=metric.topk)
     if metric.Accuracy is not None:

@@ -33,6 +33,19 @@ def test_one_hot_labels_are_scored_like_class_numbers(metric: Any) -> None:
     assert scores == [scores[0]] * 3
 
 
+@pytest.mark.parametrize("metric", [{"topk": 1}, {"Accuracy": {}}, {"F1": {}}])
+def test_maps_are_scored_by_position(metric: Any) -> None:
+    """The classes are the second dimension, as in cross entropy."""
+    images = torch.randn(4, 2, 5, 6, generator=torch.Generator().manual_seed(1))
+    classes = torch.arange(120).view(4, 5, 6) % 3
+    one_hot = F.one_hot(classes, 3).movedim(-1, 1)
+    network = nn.Conv2d(2, 3, 1)
+    rows = [network(images).movedim(1, -1).flatten(0, 2).detach(), classes.flatten()]
+    expected = MetricEvaluation([rows], Metric(**metric))(nn.Identity())
+    for labels in (classes, one_hot):
+        assert MetricEvaluation([(images, labels)], Metric(**metric))(network) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("labels", [torch.zeros(16, dtype=torch.long), torch.ones(16, 1)])
 @pytest.mark.parametrize(
     "criterion", [Knowledge(), Intermediate(["body"], add_origin_loss=True), lambda s, t, loss: loss]
