@@ -109,6 +109,21 @@ def floating(name: str, value: Any) -> None:
         raise TypeError(message(f"`{name}` to be a floating point tensor", f"a tensor of {value.dtype}"))
 
 
+def several_classes(output: Tensor, remedy: str) -> None:
+    """Raise if an output scores a single class: cross entropy is then always 0, and the likeliest class always right.
+
+    Args:
+        output: The scores, shape ``(N, C)`` or ``(N, C, ...)``, or another output of one dimension.
+        remedy: The last sentence of the message.
+
+    Raises:
+        ValueError: If so.
+    """
+    if output.ndim > 1 and output.shape[1] == 1:
+        expected = "the model to score at least 2 classes"
+        raise ValueError(message(expected, f"an output of shape {tuple(output.shape)}", remedy))
+
+
 def same_shape(
     student: Tensor, teacher: Tensor, *, names: tuple[str, str] = ("student", "teacher"), remedy: str = ""
 ) -> None:

@@ -200,32 +200,27 @@ class DistillModule(LightningModule):
         output = call_with(self, self._of_student(inputs))
         # your own task loss may need the whole output of a network without obvious logits
         logits = self.distill.logits(output) if self.task_loss is F.cross_entropy else obvious(output)
-        has_weight = not self.distill.distils_alone
-        loss = task_loss_of(self.task_loss, logits, labels) if has_weight else self.task_loss(logits, labels)
+        if not self.distill.distils_alone:
+            check_task_loss(self.task_loss, logits)
+        loss = self.task_loss(logits, labels)
         # the mean over all processes in validation, so that each stops and lowers its learning rates at the same time
         self.log(name, loss, prog_bar=True, batch_size=len(labels), sync_dist=name != "train_loss")
         return loss
 
 
-def task_loss_of(task_loss: Callable[[Any, Tensor], Tensor], output: Any, labels: Tensor) -> Tensor:
-    """The student's own loss, unless it is the cross entropy of a single class, which is always 0.
+def check_task_loss(task_loss: Callable[..., Tensor], output: Any) -> None:
+    """Raise if the student's own loss is the cross entropy of a single class.
 
     Args:
         task_loss: The loss.
         output: The student's output.
-        labels: The labels.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: If so.
     """
-    if task_loss is F.cross_entropy and output.ndim == 2 and output.shape[1] == 1:
-        expected = "the student to score at least 2 classes, for cross entropy as the task loss"
+    if task_loss is F.cross_entropy:
         remedy = "Set `task_loss`, for instance to torch.nn.functional.binary_cross_entropy_with_logits."
-        raise ValueError(checks.message(expected, f"an output of shape {tuple(output.shape)}", remedy))
-    return task_loss(output, labels)
+        checks.several_classes(output, remedy)
 
 
 def _with_distillation(configure: Callable[[Any], Any]) -> Callable[[Any], list[Callback]]:

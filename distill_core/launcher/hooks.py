@@ -226,8 +226,8 @@ class Hooks:
             if data is not None:
                 score = evaluation = self._metric(data, metric)
                 higher = evaluation.higher_is_better
-        for direction in (self.conf.tuning.accuracy_criterion.higher_is_better, self.higher_is_better):
-            higher = higher if direction is None else direction
+        directions = (self.higher_is_better, self.conf.tuning.accuracy_criterion.higher_is_better, higher)
+        higher = next(direction for direction in directions if direction is not None)
         frequency = self.conf.distillation.train.frequency if self.eval_frequency is None else self.eval_frequency
         return self.best_student(score, higher, frequency)
 

@@ -342,11 +342,8 @@ def _readable(value: Any) -> Any:
     Without the names of optimizers, layers and losses, which Keras numbers in each process.
     """
     if isinstance(value, Mapping):
-        serialized = "config" in value and "Policy" not in str(value.get("class_name", "Policy"))
-        return {
-            name: _readable(_unnamed(entry) if serialized and name == "config" else entry)
-            for name, entry in value.items()
-        }
+        value = {**value, "config": _unnamed(value["config"])} if _is_numbered(value) else value
+        return {name: _readable(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_readable(entry) for entry in value]
     if isinstance(value, keras.callbacks.Callback) or not hasattr(value, "get_config"):
@@ -354,6 +351,11 @@ def _readable(value: Any) -> Any:
     config = value.get_config()
     config = _unnamed(config) if isinstance(value, (keras.optimizers.Optimizer, keras.layers.Layer)) else config
     return f"{type(value).__qualname__}({described(_readable(config))})"
+
+
+def _is_numbered(entry: Mapping[str, Any]) -> bool:
+    """Whether a dict is a serialized object that may have a number in its name; a policy is known by its name alone."""
+    return "config" in entry and "class_name" in entry and "Policy" not in str(entry["class_name"])
 
 
 def _unnamed(config: Any) -> Any:

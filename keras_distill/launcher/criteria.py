@@ -220,7 +220,7 @@ class LabelCrossEntropy(keras.losses.Loss):
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """One value for each label."""
-        check_classes(y_pred, "Set `task_loss`, such as keras.losses.BinaryCrossentropy(from_logits=True).")
+        check_several_classes(y_pred, "Set `task_loss`, such as keras.losses.BinaryCrossentropy(from_logits=True).")
         if one_hot(y_true, y_pred):
             return keras.losses.categorical_crossentropy(y_true, y_pred, from_logits=self.from_logits)
         if len(y_true.shape) == len(y_pred.shape):
@@ -237,7 +237,7 @@ def one_hot(labels: Any, output: Any) -> bool:
     return len(labels.shape) == len(output.shape) and labels.shape[-1] == output.shape[-1]
 
 
-def check_classes(output: Any, remedy: str) -> None:
+def check_several_classes(output: Any, remedy: str) -> None:
     """Raise if an output has a single score, of which cross entropy is always 0, and the likeliest class always right.
 
     Args:

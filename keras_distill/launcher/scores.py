@@ -10,7 +10,7 @@ from distill_core.launcher import scores
 from keras_distill import checks, compat
 from keras_distill.launcher.batches import batches_of
 from keras_distill.launcher.conf import Metric
-from keras_distill.launcher.criteria import check_classes, one_hot
+from keras_distill.launcher.criteria import check_several_classes, one_hot
 from keras_distill.recording import select
 from keras_distill.teachers import chosen_inputs
 
@@ -98,7 +98,7 @@ def _made(metric: Metric, labels: Any, output: Any) -> Any:
     if metric.keras is not None:
         return metric.keras.make()
     if metric.compares_classes and (metric.F1 or {}).get("threshold") is None:  # with one, a single score is a class
-        check_classes(output, "Name a metric of Keras: {keras: {class_path: keras.metrics.BinaryAccuracy}}.")
+        check_several_classes(output, "Name a metric of Keras: {keras: {class_path: keras.metrics.BinaryAccuracy}}.")
     sparse = not one_hot(labels, output)
     if metric.topk is not None:
         kinds = (keras.metrics.TopKCategoricalAccuracy, keras.metrics.SparseTopKCategoricalAccuracy)

@@ -194,13 +194,9 @@ def _borders(inputs: Any, padding: Sequence[Any], shape: tuple[int | None, ...])
     places, documents = entries.get("position_ids"), entries.get("seq_idx")
     for pairs in map(_pairs_of, _padding_of(inputs)):
         if pairs is not None and not checks.shapes_differ(tuple(pairs.shape[1:]), (shape[1], shape[1])):
-            # a token that does not see the one before it; `following` of the last position is padding
-            seen = ops.cast(pairs, "bool")
-            itself, before = (
-                ops.einsum("btt->bt", _as_numbers(seen)),
-                ops.einsum("btt->bt", _as_numbers(seen[:, 1:, :-1])),
-            )
-            yield ops.greater(_moved(itself, 0), ops.pad(before, [[0, 0], [0, 1]]))
+            seen = _as_numbers(ops.cast(pairs, "bool"))
+            itself, before = ops.einsum("btt->bt", seen), ops.einsum("btt->bt", seen[:, 1:, :-1])
+            yield ops.greater(_moved(itself, 0), ops.pad(before, [[0, 0], [0, 1]]))  # a token does not see that before
     if places is not None and len(places.shape) == 3:  # of time, height and width, for each token
         places = ops.max(places, axis=0)
     if _fits(places, shape):
@@ -215,8 +211,9 @@ def _borders(inputs: Any, padding: Sequence[Any], shape: tuple[int | None, ...])
 
 def _pairs_of(mask: Any) -> Any:
     """A mask of pairs of tokens, shape ``(B, T, T)``, or None if the mask is one of tokens."""
-    rank = len(mask.shape)
-    return mask if rank == 3 else ops.convert_to_tensor(mask)[:, 0] if rank == 4 else None
+    if len(mask.shape) == 4:
+        return ops.convert_to_tensor(mask)[:, 0]
+    return mask if len(mask.shape) == 3 else None
 
 
 def _weights(sample_weight: Any, shape: tuple[int | None, ...]) -> tuple[Any, bool]:

@@ -88,11 +88,10 @@ def _made(metric: Metric, output: Tensor) -> torchmetrics.Metric:
     if metric.torchmetrics is not None:
         made: torchmetrics.Metric = metric.torchmetrics.make()
         return made
-    class_dim = min(1, output.ndim - 1)  # as in torch's cross entropy and in torchmetrics: of maps too
-    if _compares_likeliest(metric) and output.ndim > 1 and output.shape[class_dim] == 1:
-        received = f"an output of shape {tuple(output.shape)}"
+    if _compares_likeliest(metric):
         remedy = "Name a metric: {torchmetrics: {class_path: torchmetrics.classification.BinaryAccuracy}}."
-        raise ValueError(checks.message("the model to score at least 2 classes", received, remedy))
+        checks.several_classes(output, remedy)
+    class_dim = min(1, output.ndim - 1)  # as in torch's cross entropy and in torchmetrics: of maps too
     classes: dict[str, Any] = {"task": "multiclass", "num_classes": output.shape[class_dim], "average": "micro"}
     if metric.topk is not None:
         return torchmetrics.Accuracy(**classes, top_k=metric.topk)

@@ -14,7 +14,7 @@ from distill_core.launcher import conf
 from distill_core.launcher.scores import BestStudent
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.launcher.conf import Training
-from lightning_distill.module import DistillModule, task_loss_of
+from lightning_distill.module import DistillModule, check_task_loss
 from lightning_distill.recording import Call, select
 from lightning_distill.recording.batches import call_with, split_batch
 from lightning_distill.terms import DistillationTerm
@@ -31,7 +31,9 @@ class LauncherModule(DistillModule):
         output = call_with(self.student, inputs)
         if self.distill.distils_alone:
             return None
-        loss = task_loss_of(self.task_loss, select(output, None, "the student's output"), labels)
+        logits = select(output, None, "the student's output")
+        check_task_loss(self.task_loss, logits)
+        loss: Tensor = self.task_loss(logits, labels)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
@@ -63,7 +65,8 @@ class CriterionTerm(DistillationTerm):
         """The total, a scalar."""
         loss = self.student_loss
         if self._task_loss is not None and labels is not None:
-            loss = task_loss_of(self._task_loss, student.logits, labels)
+            check_task_loss(self._task_loss, student.logits)
+            loss = self._task_loss(student.logits, labels)
         return self.criterion(student.output, teacher.output, loss)
 
 

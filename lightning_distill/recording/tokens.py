@@ -15,7 +15,7 @@ from lightning_distill.recording.outputs import entries_of
 
 _SEQ2SEQ = "encoder_last_hidden_state"  # a field of the outputs of models with an encoder and a decoder
 _DECODER_INPUTS = "decoder_input_ids"
-_BLOCKED = -9e3  # less is added to an attention score that does not count: at most -1e4, which bfloat16 rounds to -9984
+_BLOCKED = -9e3  # masks add a smaller number to scores that do not count: -10000 or less, which is -9984 in bfloat16
 
 
 class Positions(NamedTuple):
@@ -335,8 +335,7 @@ def _borders(
 ) -> Iterator[Tensor]:
     """True where the next token begins another document, shape ``(B or 1, T - 1)``."""
     if squares is not None and squares.shape[1:] == (shape[1], shape[1]) and squares.shape[0] in (1, shape[0]):
-        numbers = ((squares == 0) | (squares == 1)).all()  # and not what is added to the attention scores
-        seen = torch.where(numbers, squares != 0, squares > _BLOCKED) if squares.is_floating_point() else squares != 0
+        seen = _seen(squares)
         itself, before = seen.diagonal(0, 1, 2)[:, 1:], seen.diagonal(-1, 1, 2)
         yield itself & ~before
     if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # of time, height and width, for each token
@@ -348,6 +347,14 @@ def _borders(
     if attention is not None and attention.shape == shape:
         current, following = attention[:, :-1], attention[:, 1:]
         yield (current != following) & (current != 0) & (following != 0)
+
+
+def _seen(squares: Tensor) -> Tensor:
+    """Where a token sees another, from a mask of pairs: bools, 1 and 0, or numbers that are added to the scores."""
+    if not squares.is_floating_point():
+        return squares != 0
+    ones_and_zeros = ((squares == 0) | (squares == 1)).all()  # stays on the device: nothing waits for it
+    return torch.where(ones_and_zeros, squares != 0, squares > _BLOCKED)
 
 
 def _check_unused(batch: Any, attention: Tensor, arguments: Mapping[str, Any]) -> None:

@@ -93,7 +93,7 @@ class TokenShare(NamedTuple):
     in_loop: bool = False
 
 
-ALONE = TokenShare()  # nothing is counted ahead
+NOT_AHEAD = TokenShare()  # no tokens are counted ahead
 
 
 class LoopWindow:
@@ -135,7 +135,7 @@ class LoopWindow:
 
 
 def over_calls(
-    name: str, calls: Sequence[Call], values: Sequence[Tensor], share: TokenShare = ALONE
+    name: str, calls: Sequence[Call], values: Sequence[Tensor], share: TokenShare = NOT_AHEAD
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The mean over the tokens of all calls of a step, from the means over those of each call.
 

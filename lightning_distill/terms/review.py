@@ -91,7 +91,7 @@ class ReviewDistillation(FeatureDistillation):
         """The loss without its weight, added over the layers, a scalar."""
         pairs = self._levels(student, teacher)
         features = [student.feature(tap) for tap, _ in pairs]
-        for feature in features:
+        for feature in features:  # in validation too: the parts keep no statistics
             check_normalisable(feature, self.name)
         fused = self._fitted[teacher.teacher](features)
         values = []

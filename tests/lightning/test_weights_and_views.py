@@ -151,6 +151,13 @@ def test_the_cross_entropy_of_a_single_score_is_refused_where_it_has_a_weight(
     assert all(torch.equal(*pair) == bool(task_weight) for pair in zip(before, student.parameters(), strict=True))
 
 
+def test_the_cross_entropy_of_maps_of_a_single_class_is_refused(trainer: MakeTrainer) -> None:
+    student, teacher = (torch.nn.Conv2d(2, 1, 1) for _ in range(2))
+    data = torch.utils.data.DataLoader([(torch.randn(2, 4, 4), torch.zeros(4, 4).long())] * 2, batch_size=2)
+    with pytest.raises(ValueError, match=r"to score at least 2 classes, .* shape \(2, 1, 4, 4\)\. Set `task_loss`"):
+        trainer(max_epochs=1).fit(DistillModule(student, teacher, LogitsDistillation(gap)), data, data)
+
+
 # L28 -----------------------------------------------------------------------------------------------------------------
 
 
