@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distill_core.store import CacheError
+from lightning_distill.recording.batches import find_entry
 from lightning_distill.recording.labels import find_mask
-from lightning_distill.recording.tokens import find_entry
 
 Mask = str | int | Callable[[Any], Tensor]
 ATTENTION, DECODER_ATTENTION, LABELS = "attention_mask", "decoder_attention_mask", "labels"

@@ -79,3 +79,18 @@ def kept(batch: Any) -> Any:
     if type(batch) in (tuple, list):
         return type(batch)(map(kept, batch))
     return copy.copy(batch) if isinstance(batch, MutableMapping) else batch
+
+
+def find_entry(name: str, batch: Any, arguments: Mapping[str, Any], ndim: int | None = None) -> Any:
+    """An entry of the call's arguments, of the batch, or of a dict inside the batch.
+
+    Args:
+        name: Its name.
+        batch: The batch.
+        arguments: The call's arguments.
+        ndim: Number of dimensions of a tensor, which leaves out other entries of that name: a call may get the mask of
+            pairs of tokens that was made of the batch's mask of tokens.
+    """
+    places = [arguments, batch, *(batch if isinstance(batch, (tuple, list)) else [])]
+    entries = (place[name] for place in places if isinstance(place, Mapping) and place.get(name) is not None)
+    return next((entry for entry in entries if ndim is None or getattr(entry, "ndim", None) == ndim), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.recording.calls import Call
+from lightning_distill.recording.documents import Documents
 from lightning_distill.recording.labels import find_labels, find_mask
 from lightning_distill.recording.outputs import entries_of
 
 _SEQ2SEQ = "encoder_last_hidden_state"  # a field of the outputs of models with an encoder and a decoder
 _DECODER_INPUTS = "decoder_input_ids"
-_BLOCKED = -9e3  # masks add a smaller number to scores that do not count: -10000 or less, which is -9984 in bfloat16
 
 
 class Positions(NamedTuple):
@@ -106,7 +106,8 @@ class TokenPositions:
     ) -> Positions:
         labels = self._labels(batch, arguments, label_place)
         mask = None if self.mask is None else _two_dimensions("mask", find_mask(mask_batch, self.mask))
-        attention, *documents = _documents(batch, arguments, seq2seq)
+        documents = Documents.of(batch, arguments, seq2seq)
+        attention = documents.attention
         reference = next((rows for rows in (labels, mask, attention) if rows is not None), None)
         if reference is None:
             raise ValueError(
@@ -121,7 +122,7 @@ class TokenPositions:
                 f"Expected `mask` to have the shape of the labels, {tuple(reference.shape)}, but got shape"
                 f" {tuple(mask.shape)}."
             )
-        return self._combined(labels, mask, attention, *documents)
+        return self._combined(labels, mask, documents)
 
     def _labels(self, batch: Any, arguments: Mapping[str, Any], label_place: Any) -> Tensor | None:
         place = label_place if self.labels is None else self.labels
@@ -140,9 +141,9 @@ class TokenPositions:
         self,
         labels: Tensor | None,
         mask: Tensor | None,
-        attention: Tensor | None,
-        *documents: Tensor | None,
+        documents: Documents,
     ) -> Positions:
+        attention = documents.attention
         labels = None if labels is None else labels.long()  # torch's cross entropy takes no int32
         predicted = [] if labels is None else [labels != self.ignore_index]
         predicted += [] if mask is None else [mask.bool()]
@@ -152,8 +153,8 @@ class TokenPositions:
         if self.shift:
             counts = _moved(counts, False)
             labels = None if labels is None else _moved(labels, self.ignore_index)
-            for border in _borders(counts.shape, attention, *documents):
-                counts = counts & ~_padded_last(border)
+            for ends in documents.ends(counts.shape):
+                counts = counts & ~ends
         if attention is not None and attention.shape == counts.shape:
             counts = counts & attention.bool()  # padding predicts nothing
         return Positions(counts, None if labels is None else torch.where(counts, labels, self.ignore_index))
@@ -213,11 +214,12 @@ def check_ends(call: Call, positions: Positions) -> None:
         return
     if not _equal(labels, _moved(tokens, -1), counts) or _equal(labels, tokens, counts):
         return
-    attention, *documents = _documents(call.batch, call.arguments, False)
+    documents = Documents.of(call.batch, call.arguments)
+    attention = documents.attention
     if attention is not None and attention.shape == counts.shape:
         counts = counts & (_moved(attention, 0) != 0)  # padding after the last token may be equal to its label
-    for border in _borders(counts.shape, attention, *documents):
-        if bool((counts & _padded_last(border)).any()):
+    for ends in documents.ends(counts.shape):
+        if bool((counts & ends).any()):
             raise ValueError(
                 "Expected labels that are shifted already to leave out the last token of each packed document, but got"
                 " the first token of the next document there. Set these labels to `ignore_index`, or pass the tokens as"
@@ -314,49 +316,6 @@ def _moved(rows: Tensor, last: Any) -> Tensor:
     return torch.cat([rows[:, 1:], rows.new_full((len(rows), 1), last)], 1)
 
 
-def _padded_last(border: Tensor) -> Tensor:
-    return torch.cat([border, border.new_zeros(len(border), 1)], 1)
-
-
-def _documents(batch: Any, arguments: Mapping[str, Any], seq2seq: bool) -> list[Any]:
-    """The attention mask of tokens, that of pairs of tokens, the position ids and the numbers of documents."""
-    name = "decoder_attention_mask" if seq2seq else "attention_mask"
-    attention, squares, of_heads = (find_entry(name, batch, arguments, ndim) for ndim in (2, 3, 4))
-    squares = of_heads[:, 0] if squares is None and of_heads is not None else squares
-    return [attention, squares, *(find_entry(name, batch, arguments) for name in ("position_ids", "seq_idx"))]
-
-
-def _borders(
-    shape: torch.Size,
-    attention: Tensor | None,
-    squares: Tensor | None,
-    position_ids: Tensor | None,
-    documents: Tensor | None,
-) -> Iterator[Tensor]:
-    """True where the next token begins another document, shape ``(B or 1, T - 1)``."""
-    if squares is not None and squares.shape[1:] == (shape[1], shape[1]) and squares.shape[0] in (1, shape[0]):
-        seen = _seen(squares)
-        itself, before = seen.diagonal(0, 1, 2)[:, 1:], seen.diagonal(-1, 1, 2)
-        yield itself & ~before
-    if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # of time, height and width, for each token
-        position_ids = position_ids.amax(0)
-    if _is_rows(position_ids) and position_ids.shape[1] == shape[1]:  # type: ignore[union-attr]
-        yield position_ids[:, 1:] == 0  # type: ignore[index]
-    if _is_rows(documents) and documents.shape == shape:  # type: ignore[union-attr]
-        yield documents[:, 1:] != documents[:, :-1]  # type: ignore[index]
-    if attention is not None and attention.shape == shape:
-        current, following = attention[:, :-1], attention[:, 1:]
-        yield (current != following) & (current != 0) & (following != 0)
-
-
-def _seen(squares: Tensor) -> Tensor:
-    """Where a token sees another, from a mask of pairs: bools, 1 and 0, or numbers that are added to the scores."""
-    if not squares.is_floating_point():
-        return squares != 0
-    ones_and_zeros = ((squares == 0) | (squares == 1)).all()  # stays on the device: nothing waits for it
-    return torch.where(ones_and_zeros, squares != 0, squares > _BLOCKED)
-
-
 def _check_unused(batch: Any, attention: Tensor, arguments: Mapping[str, Any]) -> None:
     """Raise if a tuple holds whole numbers for each token that the student does not get: they may be labels."""
     entries = batch if isinstance(batch, (tuple, list)) else []
@@ -368,13 +327,10 @@ def _check_unused(batch: Any, attention: Tensor, arguments: Mapping[str, Any]) -
         )
 
 
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2
-
-
 def _are_token_labels(value: Any) -> bool:
     # else one label for each sequence, or a mask
-    return _is_rows(value) and not value.is_floating_point() and value.dtype != torch.bool
+    rows = isinstance(value, Tensor) and value.ndim == 2
+    return rows and not value.is_floating_point() and value.dtype != torch.bool
 
 
 def _two_dimensions(name: str, value: Tensor) -> Tensor:
@@ -384,18 +340,3 @@ def _two_dimensions(name: str, value: Tensor) -> Tensor:
             f" {name}=<key, index, or a function of the batch> that holds one value for each token."
         )
     return value
-
-
-def find_entry(name: str, batch: Any, arguments: Mapping[str, Any], ndim: int | None = None) -> Any:
-    """An entry of the call's arguments, of the batch, or of a dict inside the batch.
-
-    Args:
-        name: Its name.
-        batch: The batch.
-        arguments: The call's arguments.
-        ndim: Number of dimensions of a tensor, which leaves out other entries of that name: a call may get the mask of
-            pairs of tokens that was made of the batch's mask of tokens.
-    """
-    places = [arguments, batch, *(batch if isinstance(batch, (tuple, list)) else [])]
-    entries = (place[name] for place in places if isinstance(place, Mapping) and place.get(name) is not None)
-    return next((entry for entry in entries if ndim is None or getattr(entry, "ndim", None) == ndim), None)

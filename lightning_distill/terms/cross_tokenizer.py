@@ -15,8 +15,9 @@ from distill_core.token_bytes import TokenBytes
 from lightning_distill import checks
 from lightning_distill.functional.spans import SpanRows, chunk_likelihood, universal_logit_of_spans
 from lightning_distill.recording import Call
+from lightning_distill.recording.batches import find_entry
 from lightning_distill.recording.outputs import Output
-from lightning_distill.recording.tokens import called_tokens, check_reads, find_entry, is_seq2seq
+from lightning_distill.recording.tokens import called_tokens, check_reads, is_seq2seq
 from lightning_distill.schedules import Weight
 from lightning_distill.terms.logits import check_not_probabilities
 from lightning_distill.terms.losses import Mask

@@ -13,8 +13,8 @@ from distill_core.requires import Requires
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.recording import Call
+from lightning_distill.recording.batches import find_entry
 from lightning_distill.recording.labels import find_mask
-from lightning_distill.recording.tokens import find_entry
 
 Mask = str | int | Callable[[Any], Tensor]
 
