@@ -102,11 +102,11 @@ def loss_table(
     }
 
 
-def keras_loss_table(*arguments: Any) -> dict[str, Any]:
+def keras_loss_table(*arguments: Any, **settings: Any) -> dict[str, Any]:
     """The same in Keras, which is imported only for it."""
     from benchmarks.quality import keras_experiments
 
-    return keras_experiments.loss_table(*arguments)
+    return keras_experiments.loss_table(*arguments, **settings)
 
 
 def cnn_to_mlp(epochs: int, folder: Path) -> dict[str, Any]:
@@ -263,12 +263,21 @@ EXPERIMENTS = {
         " dimension and the same recipe.",
         partial(loss_table, signals, SIGNALS, 20, 1e-2),
         10,
+        seeds=10,
     ),
     "losses_images_keras": Experiment(
         "All losses: images, Keras",
         "The same images, networks and recipe with `keras_distill` on TensorFlow.",
         partial(keras_loss_table, data.digits, IMAGES, 12, 3e-3),
         15,
+        metric="val_accuracy",
+        package="keras_distill",
+    ),
+    "losses_few_labels_keras": Experiment(
+        "All losses: few labels, Keras",
+        "The same images and 10 labels a class, with `keras_distill` on TensorFlow.",
+        partial(keras_loss_table, data.digits, IMAGES, 12, 3e-3, labels=10),
+        20,
         metric="val_accuracy",
         package="keras_distill",
     ),

@@ -11,10 +11,12 @@ import keras
 import numpy as np
 
 import keras_distill
-from benchmarks.quality.data import Examples
+from benchmarks.quality import data
+from benchmarks.quality.classifier import UNLABELLED
 from benchmarks.quality.methods import table
 
 BATCH = 100
+Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, 1) and classes (N,)
 
 
 def convolutional(
@@ -45,22 +47,30 @@ def settings(lr: float, steps: int) -> dict[str, Any]:
     )
     return {
         "optimizer": keras.optimizers.Adam(cosine),
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=UNLABELLED),
         "metrics": ["accuracy"],
         "jit_compile": False,  # compiling takes longer than these trainings
     }
 
 
-def channels_last(examples: Examples) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images (N, H, W, 1) and classes (N,), to train and to test."""
-    return [
+def channels_last(examples: data.Examples) -> tuple[Arrays, Arrays]:
+    """The arrays to train on and to test on."""
+    train, test = (
         (images.numpy().transpose(0, 2, 3, 1), classes.numpy()) for images, classes in (examples.train, examples.test)
-    ]
+    )
+    return train, test
 
 
-def trained(
-    train: tuple[np.ndarray, np.ndarray], kernel: tuple[int, int], epochs: int, lr: float, file: Path
-) -> keras.Model:
+def few_labels(examples: data.Examples, a_class: int, seed: int) -> tuple[Arrays, Arrays]:
+    """The arrays of a run where only some labels of each class are known."""
+    (images, classes), test = channels_last(examples)
+    places = data.few_labels(examples, a_class, seed).numpy()
+    labels = np.full_like(classes, UNLABELLED)
+    labels[places] = classes[places]
+    return (images, labels), test
+
+
+def trained(train: Arrays, kernel: tuple[int, int], epochs: int, lr: float, file: Path) -> keras.Model:
     """The teacher: trained once with seed 0, then read from its file."""
     keras.utils.set_random_seed(0)
     teacher = convolutional(train[0].shape[1:3], [32, 32], [64, 64], kernel, 0.3)
@@ -75,20 +85,25 @@ def trained(
 
 
 def loss_table(
-    examples: Callable[[], Examples],
+    examples: Callable[[], data.Examples],
     kernel: tuple[int, int],
     teacher_epochs: int,
     lr: float,
     epochs: int,
     folder: Path,
+    labels: int | None = None,
 ) -> dict[str, Any]:
-    """All losses with one recipe: the task's loss plus one term, whose weight is balanced."""
+    """All losses with one recipe: the task's loss plus one term, whose weight is balanced.
+
+    Args:
+        labels: How many labels of each class the student knows; None for all.
+    """
     train, test = channels_last(examples())
     teacher = trained(train, kernel, teacher_epochs, lr, folder / "teacher.weights.h5")
     losses = table(keras_distill, "balanced", ("deep_before_relu", "deep_before_relu"))
     return {
         "student": partial(convolutional, train[0].shape[1:3], [8], [12], kernel),
-        "data": (train, test),
+        "data": (train, test) if labels is None else partial(few_labels, examples(), labels),
         "teacher": teacher,
         "methods": {name: {"terms": make()} for name, make in losses.items()},
         "compile": partial(settings, 1e-2),

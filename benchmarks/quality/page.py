@@ -23,7 +23,7 @@ IMAGE = "losses_measured.svg"  # in a folder beside the page
 RECORD = Path(__file__).parents[1] / "records" / "dense.json"
 DRAWN = ("images", "few labels")  # the tasks with the most seeds
 RESULTS = Path(__file__).parent / "results"
-TABLES = ("losses_images", "losses_few_labels", "losses_signals", "losses_images_keras")
+TABLES = ("losses_images", "losses_few_labels", "losses_signals", "losses_images_keras", "losses_few_labels_keras")
 INTRODUCTION = """# Results
 
 <!-- Written by `python -m benchmarks.quality.page` from benchmarks/quality/results: change it there. -->
