@@ -11,7 +11,7 @@ import oracle_divergences as oracle
 import torch
 from torch import Tensor
 
-from lightning_distill.functional.kernels import Divergence, dispatch, plain
+from lightning_distill.functional.kernels import Divergence, dispatch, plain, saved
 
 SHARES = {"jensen_shannon": 0.3, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 KINDS = (*("forward_kl", "cross_entropy", "reverse_kl", "total_variation"), *SHARES)
@@ -130,9 +130,11 @@ def check_in_place(case: KernelCase, rows_in_place: Callable[..., tuple[Tensor, 
 def computed(
     way: ModuleType, student: Tensor, teacher: Tensor, settings: Divergence, mask: Tensor | None, labels: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    if way is plain:
-        values = plain.divergence(student, teacher, settings, -1, mask)
-        return values, None if labels is None else plain.cross_entropy(student, labels, -1)
+    if way in (plain, saved):
+        task = None if labels is None else plain.cross_entropy(student, labels, -1)
+        if way is plain:
+            return plain.divergence(student, teacher, settings, -1, mask), task
+        return dispatch._Divergence.apply(student, teacher, mask, None, settings, saved)[0], task
     return dispatch._Divergence.apply(student, teacher, mask, labels, settings, way)
 
 

@@ -15,7 +15,9 @@ from kernel_cases import KINDS, KernelCase, check, check_in_place, small_cases
 
 from lightning_distill import functional
 from lightning_distill.functional import rows
-from lightning_distill.functional.kernels import dispatch, rows_in_place_for, triton_rows
+from lightning_distill.functional.kernels import Divergence, dispatch, rows_in_place_for, triton_rows
+
+SETTINGS = Divergence("forward_kl")
 
 
 def in_place_cases() -> list[KernelCase]:
@@ -26,9 +28,9 @@ def in_place_cases() -> list[KernelCase]:
 def check_public_function() -> None:
     """The kernels are chosen, also for a small tensor, and not where they cannot be used."""
     student, teacher = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)
-    assert dispatch._way(student, teacher, -1) is triton_rows
-    assert dispatch._way(student.double(), teacher, -1) is not triton_rows
-    assert dispatch._way(student, teacher, 1) is not triton_rows
+    assert dispatch._way(student, teacher, SETTINGS, -1) is triton_rows
+    assert dispatch._way(student.double(), teacher, SETTINGS, -1) is not triton_rows
+    assert dispatch._way(student, teacher, SETTINGS, 1) is not triton_rows
     assert rows_in_place_for(student, teacher) is triton_rows.rows_in_place
     assert rows_in_place_for(student.double(), teacher) is None
     functional.skew_kl(student, teacher, mask=torch.tensor([True, False]), reduction="mean").backward()

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.chunks import by_examples
 from lightning_distill.functional.inputs import Reduction, prepare, rows_mask
-from lightning_distill.functional.primitives import LEAST_SCORE, gram, softmax_divergence
+from lightning_distill.functional.kernels import softmax_divergence
+from lightning_distill.functional.primitives import LEAST_SCORE, gram
 from lightning_distill.functional.vectors import (
     mean_of_counted,
     over_examples,

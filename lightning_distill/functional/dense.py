@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.chunks import summed
 from lightning_distill.functional.inputs import Reduction, prepare
+from lightning_distill.functional.kernels import softmax_divergence
 from lightning_distill.functional.logits import soft_target_kl
-from lightning_distill.functional.primitives import LEAST_SCORE, product, softmax_divergence, unit
+from lightning_distill.functional.primitives import LEAST_SCORE, product, unit
 from lightning_distill.functional.vectors import channel_maps, check_positions, positions_mask, without
 
 __all__ = ["localization", "pixel_relation"]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, check_logits, prepare_logits, reduced
-from lightning_distill.functional.kernels import Divergence, Kind, divergence
-from lightning_distill.functional.primitives import softened, softmax_divergence
+from lightning_distill.functional.kernels import Divergence, divergence, softmax_divergence
+from lightning_distill.functional.primitives import softened
 from lightning_distill.functional.rows import alpha_beta_terms
 
 __all__ = [
@@ -117,8 +117,7 @@ def generalized_jsd(
         :math:`\beta` or :math:`1 - \beta`. It has no factor :math:`T^2`.
     """
     checks.between("beta", beta, 0, 1)
-    limits: dict[float, Kind] = {0: "forward_kl", 1: "reverse_kl"}
-    settings = Divergence(limits.get(beta, "jensen_shannon"), beta, temperature)
+    settings = Divergence.of("jensen_shannon", beta, temperature)
     return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
 
 
@@ -165,7 +164,7 @@ def skew_kl(
     """
     # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
-    settings = Divergence("skew_kl" if skew > 0 else "forward_kl", skew)
+    settings = Divergence.of("skew_kl", skew)
     return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
 
 
@@ -211,7 +210,7 @@ def skew_reverse_kl(
     """
     # At 1 the mixture would be the first distribution itself: the loss would be zero for any student.
     checks.fraction("skew", skew)
-    settings = Divergence("skew_reverse_kl" if skew > 0 else "reverse_kl", skew)
+    settings = Divergence.of("skew_reverse_kl", skew)
     return _divergence(student_logits, teacher_logits, settings, class_dim, mask, reduction)
 
 

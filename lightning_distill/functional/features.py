@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, check_reduction, prepare
-from lightning_distill.functional.primitives import LEAST_SCORE, or_one, softmax_divergence, sum_of_squares, unit
+from lightning_distill.functional.kernels import softmax_divergence
+from lightning_distill.functional.primitives import LEAST_SCORE, or_one, sum_of_squares, unit
 from lightning_distill.functional.vectors import (
     channel_maps,
     channels_at,

@@ -1,6 +1,6 @@
-"""Building blocks of the formulas: products in full precision, and four functions with hand-written gradients.
+"""Building blocks of the formulas: products in full precision, and three functions with hand-written gradients.
 
-Autograd's own gradients of those four make needless copies. They may be differentiated again, forward too, and take
+Autograd's own gradients of those three make needless copies. They may be differentiated again, forward too, and take
 part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes it fuses on its own.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_distill import compat
@@ -119,23 +118,6 @@ def or_one(values: Tensor) -> Tensor:
         Same shape.
     """
     return values + (values == 0)
-
-
-def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
-    """Kullback-Leibler divergence of the student's softmax from the teacher's, without a gradient for the teacher.
-
-    Args:
-        student: Scores of any shape; minus infinity is a probability of 0.
-        teacher: Scores of the same shape.
-        dim: Dimension of the softmax.
-
-    Returns:
-        Divergence in nats, the shape without ``dim``; 0 where all scores are minus infinity.
-    """
-    if torch.compiler.is_compiling() or student.device.type != "cpu":  # where a softmax is one kernel
-        logs = [F.log_softmax(softened(scores, 1.0), dim=dim) for scores in (student, teacher.detach())]
-        return F.kl_div(logs[0], logs[1], reduction="none", log_target=True).sum(dim=dim)
-    return cast(Tensor, compat.applied(_SoftmaxDivergence, student, teacher.detach(), dim)[0])
 
 
 def bounded(scores: Tensor) -> Tensor:
@@ -288,41 +270,3 @@ class _Gram(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         change = product(tangent, rows.mT)
         return change + change.mT
-
-
-class _SoftmaxDivergence(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(student: Tensor, teacher: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        # The two softmaxes, which the gradient needs, give the logarithms as well: log p = z - max z + log max p.
-        # Each model's own largest score goes first: a difference of the two models' scores would lose digits where one
-        # of them is large.
-        student, teacher = (
-            scores.sub_(scores.amax(dim=dim, keepdim=True)) for scores in map(bounded, (student, teacher))
-        )
-        excess, probabilities = F.softmax(student, dim=dim), F.softmax(teacher, dim=dim)
-        ratio = probabilities.amax(dim=dim).log() - excess.amax(dim=dim).log()
-        # In place only where vmap allows it: the result of both models is batched if one of them is.
-        apart = (teacher - student).mul_(probabilities).sum(dim=dim)
-        return apart + ratio, excess - probabilities
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        student, _, ctx.dim = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(student, output[1])
-        ctx.save_for_forward(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        student, excess = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: equal in value, and a function of the student
-            probabilities = F.softmax(bounded(student), dim=ctx.dim)
-            excess = excess + (probabilities - probabilities.detach())
-        return excess * gradient.unsqueeze(ctx.dim), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
-        excess: Tensor = ctx.saved_tensors[0]
-        return (excess * tangent).sum(dim=ctx.dim), None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare, reduced, rows_mask
-from lightning_distill.functional.primitives import softmax_divergence
+from lightning_distill.functional.kernels import softmax_divergence
 
 __all__ = ["listwise_kl", "margin_mse"]
 

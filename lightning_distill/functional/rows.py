@@ -1,28 +1,36 @@
 """Divergences and cross entropies of rows of logits, each row's gradient written over the student's logits.
 
-The reference for any faster kernel: :func:`rows_in_place` is the contract, and all formulas are in this file.
+The reference for any faster kernel: :func:`rows_in_place` is the contract. The formulas are those of
+:mod:`~lightning_distill.functional.kernels.in_place`, and the alpha-beta divergence, which is in this file.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_distill.functional.kernels import Divergence, rows_in_place_for
+from lightning_distill.functional.kernels import Divergence, in_place, rows_in_place_for
+from lightning_distill.functional.kernels.in_place import through_softmax
 from lightning_distill.functional.kernels.settings import Kind
 from lightning_distill.functional.primitives import LEAST_SCORE
 
-DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta")
+# The kernels' names, and the setting that is the share of a mixture.
+_KINDS: dict[str, tuple[Kind, str | None]] = {
+    "kl": ("forward_kl", None),
+    "reverse_kl": ("reverse_kl", None),
+    "jsd": ("jensen_shannon", "beta"),
+    "skew_kl": ("skew_kl", "skew"),
+    "skew_reverse_kl": ("skew_reverse_kl", "skew"),
+    "total_variation": ("total_variation", None),
+}
+DIVERGENCES = (*_KINDS, "alpha_beta")
 
 # Numbers that are worked on at a time. On a CPU three such blocks stay in the cache of a core; elsewhere larger blocks
 # need fewer launches.
 _BLOCK_ON_CPU, _BLOCK = 2**17, 2**24
-_TINY = 1e-37  # replaces a probability of 0 before a division or a logarithm
 # Logarithms of probabilities and of their powers: a forbidden token's would overflow if the exponent is negative.
 _LEAST_LOG, _LARGEST_LOG = -1e15, math.log(1e15)
 _CLOSE_TO_ZERO = 1e-6  # exponents below it take the formula's limit, which is the more accurate there
@@ -107,9 +115,11 @@ def _in_kernel(
     student: Tensor, teacher: Tensor, labels: Tensor | None, settings: RowSettings
 ) -> tuple[Tensor, Tensor | None] | None:
     """The same in a kernel; None if no kernel has this formula or takes these logits."""
-    divergence = _kernel_settings(settings)
+    divergence = _divergence(settings)
     labels = labels if settings.task_weight else None
-    if divergence is None or (divergence.kind == "reverse_kl" and labels is not None):
+    if divergence is None or settings.scales != (1.0, 1.0) or settings.soft_caps != (None, None):
+        return None
+    if divergence.kind == "reverse_kl" and labels is not None:
         return None  # the sums of that kernel leave out tokens that the cross entropy has
     kernel = rows_in_place_for(student, teacher)
     if kernel is None:
@@ -124,20 +134,12 @@ def _in_kernel(
     return values.mul_(factor), task
 
 
-def _kernel_settings(settings: RowSettings) -> Divergence | None:
-    """The divergence as the kernels know it; None for a formula that they do not have."""
-    if settings.divergence == "alpha_beta" or settings.scales != (1.0, 1.0) or settings.soft_caps != (None, None):
+def _divergence(settings: RowSettings) -> Divergence | None:
+    """The divergence as the kernels know it; None for the alpha-beta divergence, which they do not have."""
+    if settings.divergence == "alpha_beta":
         return None
-    plain: dict[Callable[..., Tensor], Kind] = {_kl: "forward_kl", _reverse_kl: "reverse_kl"}
-    mixed: dict[str, tuple[Kind, float]] = {
-        "jsd": ("jensen_shannon", settings.beta),
-        "skew_kl": ("skew_kl", settings.skew),
-        "skew_reverse_kl": ("skew_reverse_kl", settings.skew),
-        "total_variation": ("total_variation", 0.0),
-    }
-    formula = _formula(settings)
-    kind, share = (plain[formula], 0.0) if formula in plain else mixed[settings.divergence]
-    return Divergence(kind, share, settings.temperature)
+    kind, share = _KINDS[settings.divergence]
+    return Divergence.of(kind, getattr(settings, share) if share else 0.0, settings.temperature)
 
 
 def _block(
@@ -146,11 +148,11 @@ def _block(
     """The same for a few rows in the precision of the arithmetic."""
     slope = _squash(student, settings.scales[0], settings.soft_caps[0])
     _squash(teacher, settings.scales[1], settings.soft_caps[1])
-    temperature = settings.temperature
-    formula, least = _formula(settings), LEAST_SCORE * temperature
+    temperature, known = settings.temperature, _divergence(settings)
+    least = LEAST_SCORE * temperature
     for scores in (student, teacher):
         scores.clamp_min_(least)  # the difference of two infinite scores is NaN
-    forbidden = teacher <= least if formula is _reverse_kl else None
+    forbidden = teacher <= least if known is not None and known.kind == "reverse_kl" else None
     for scores in (student, teacher):
         scores.sub_(scores.amax(-1, keepdim=True))  # before the division: it keeps more digits
     cross_entropy, task_gradient = (None, None) if labels is None else _cross_entropy(student, labels)
@@ -162,7 +164,10 @@ def _block(
     if forbidden is not None:  # such a token is left out on both sides
         student.masked_fill_(forbidden, LEAST_SCORE)
         student.sub_(student.amax(-1, keepdim=True))
-    divergence = formula(student, teacher)
+    if known is None:
+        divergence = _alpha_beta(student, teacher, alpha=settings.alpha, beta=settings.beta)
+    else:
+        divergence = in_place.divergence(student, teacher, known)
     if settings.divergence == "kl":
         divergence.mul_(temperature**2)
         factor *= temperature**2
@@ -200,90 +205,6 @@ def _cross_entropy(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return values.masked_fill_(labels >= classes, math.nan), gradient
 
 
-# The formulas. Each takes the two models' scores x and y, whose row maxima are 0, overwrites x with the derivative of
-# the divergence D by x, and returns D with shape (N, 1). The content of y is lost.
-#
-# With q = softmax(x), p = softmax(y) and any D(p, q), the chain rule through the softmax is
-#     dD/dx_i = q_i (f_i - sum_j q_j f_j) = h_i - q_i sum_j h_j,   f_i = dD/dq_i,   h_i = q_i f_i,
-# and a constant may be added to all f_i, because the q_i sum to 1. Constants are chosen so that f = 0 if q = p.
-
-
-def _formula(settings: RowSettings) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function of one divergence; mixtures without a share of one model are the plain divergences."""
-    beta, skew = settings.beta, settings.skew
-    if settings.divergence == "jsd" and 0 < beta < 1:
-        return functools.partial(_jsd, beta=beta)
-    if settings.divergence == "jsd":
-        return _reverse_kl if beta else _kl
-    if settings.divergence == "skew_kl":
-        return functools.partial(_skew_kl, skew=skew) if skew else _kl
-    if settings.divergence == "skew_reverse_kl":
-        return functools.partial(_skew_reverse_kl, skew=skew) if skew else _reverse_kl
-    if settings.divergence == "alpha_beta":
-        return functools.partial(_alpha_beta, alpha=settings.alpha, beta=beta)
-    return {"kl": _kl, "reverse_kl": _reverse_kl, "total_variation": _total_variation}[settings.divergence]
-
-
-def _kl(x: Tensor, y: Tensor) -> Tensor:
-    # D = sum p log(p / q). f = -p / q, h = -p: dD/dx = q - p.
-    p = y.exp()
-    apart = y.sub_(x).mul_(p)
-    q = x.exp_()
-    q_total, p_total = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
-    divergence = apart.sum(-1, keepdim=True) / p_total + (q_total / p_total).log_()
-    q.div_(q_total).sub_(p.div_(p_total))
-    return divergence
-
-
-def _reverse_kl(x: Tensor, y: Tensor) -> Tensor:
-    # D = sum q log(q / p). f = log(q / p) = x - y + constant: dD/dx = q (x - y - sum q (x - y)).
-    q = x.exp()
-    apart = x.sub_(y)
-    q_total, p_total = q.sum(-1, keepdim=True), y.exp_().sum(-1, keepdim=True)
-    q.div_(q_total)
-    mean = torch.mul(q, apart, out=y).sum(-1, keepdim=True)
-    apart.sub_(mean).mul_(q)
-    return mean + (p_total / q_total).log_()
-
-
-def _jsd(x: Tensor, y: Tensor, *, beta: float) -> Tensor:
-    # D = b sum p log(p / m) + (1 - b) sum q log(q / m), m = b p + (1 - b) q. f = (1 - b) log(q / m).
-    q, p = _softmax(x), _softmax(y)
-    mixture = torch.lerp(q, p, beta).clamp_min_(_TINY)
-    h = _times_log_ratio(q, mixture)
-    from_teacher = _times_log_ratio(p, mixture).sum(-1, keepdim=True)
-    from_student = _through_softmax(q, h.mul_(1 - beta))
-    return from_teacher.mul_(beta).add_(from_student)
-
-
-def _skew_kl(x: Tensor, y: Tensor, *, skew: float) -> Tensor:
-    # D = sum p log(p / m), m = a p + (1 - a) q. f = -(1 - a) p / m, to which 1 - a is added.
-    q, p = _softmax(x), _softmax(y)
-    mixture = torch.lerp(q, p, skew).clamp_min_(_TINY)
-    divergence = _times_log_ratio(p, mixture).sum(-1, keepdim=True)
-    _through_softmax(q, p.div_(mixture).sub_(1).mul_(skew - 1).mul_(q))
-    return divergence
-
-
-def _skew_reverse_kl(x: Tensor, y: Tensor, *, skew: float) -> Tensor:
-    # D = sum q log(q / m), m = a q + (1 - a) p. f = log(q / m) + 1 - a q / m, from which 1 - a is subtracted.
-    q, p = _softmax(x), _softmax(y)
-    mixture = p.lerp_(q, skew).clamp_min_(_TINY)
-    h = _times_log_ratio(q, mixture)
-    divergence = h.sum(-1, keepdim=True)
-    _through_softmax(q, torch.div(q, mixture, out=mixture).sub_(1).mul_(-skew).mul_(q).add_(h))
-    return divergence
-
-
-def _total_variation(x: Tensor, y: Tensor) -> Tensor:
-    # D = 1/2 sum |q - p|. f = 1/2 sign(q - p).
-    q, p = _softmax(x), _softmax(y)
-    apart = p.sub_(q)
-    divergence = apart.abs().sum(-1, keepdim=True).mul_(0.5)
-    _through_softmax(q, apart.sign_().mul_(-0.5).mul_(q))
-    return divergence
-
-
 def _alpha_beta(x: Tensor, y: Tensor, *, alpha: float, beta: float) -> Tensor:
     # D = sum [a p^(a+b) + b q^(a+b) - (a + b) p^a q^b] / (a b (a + b)). h = (q^(a+b) - p^a q^b) / a.
     # The divisor is 0 if a, b or a + b is: these cases are D's limits (Cichocki, Cruces and Amari 2011). h is the
@@ -295,7 +216,7 @@ def _alpha_beta(x: Tensor, y: Tensor, *, alpha: float, beta: float) -> Tensor:
         h = powers.q.mul_(powers.log_q - powers.log_p)
     else:
         h = powers.q.sub_(powers.mixed).div_(alpha)
-    _through_softmax(log_q.exp_(), h)
+    through_softmax(log_q.exp_(), h)
     return divergence
 
 
@@ -355,21 +276,3 @@ def _alpha_beta_terms(powers: _Powers, alpha: float, beta: float) -> Tensor:
     # With the divisor in the factors, these are three passes over the classes; the formula as it stands takes six.
     unmixed = torch.add(p / (beta * (alpha + beta)), q, alpha=1 / (alpha * (alpha + beta)))
     return torch.sub(unmixed, mixed, alpha=1 / (alpha * beta))
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax, in place, of scores whose row maxima are 0."""
-    exponentials = scores.exp_()
-    return exponentials.div_(exponentials.sum(-1, keepdim=True))
-
-
-def _times_log_ratio(p: Tensor, q: Tensor) -> Tensor:
-    """``p log(p / q)``, 0 where p is 0."""
-    return (p / q).clamp_min_(_TINY).log_().mul_(p)
-
-
-def _through_softmax(q: Tensor, h: Tensor) -> Tensor:
-    """Overwrite ``q`` with ``h - q * sum(h)``; return the sum."""
-    total = h.sum(-1, keepdim=True)
-    q.mul_(-total).add_(h)
-    return total

@@ -29,12 +29,13 @@ from lightning_distill.functional.kernels import (
     divergence,
     divergence_and_cross_entropy,
     plain,
+    saved,
 )
 
 pytestmark = pytest.mark.tensors
 
 TESTS = Path(__file__).parents[1]
-every_way = pytest.mark.parametrize("way", [plain, analytic], ids=["plain", "analytic"])
+every_way = pytest.mark.parametrize("way", [plain, saved, analytic], ids=["plain", "saved", "analytic"])
 every_case = pytest.mark.parametrize("case", [*small_cases(), *large_cases()], ids=str)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 needs_triton = pytest.mark.skipif(
@@ -73,7 +74,8 @@ def test_values_and_gradient_are_those_of_float64(case: KernelCase, way: ModuleT
 def test_a_chunk_may_be_less_than_an_example_or_many(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for numbers in (1, 50, 100, 300):
         monkeypatch.setattr(chunks, "_IN_CACHE", numbers)
-        check(KernelCase(kind, layout="sequence", masked=True, labelled=True, temperature=2.0), analytic)
+        for way in (analytic, saved):
+            check(KernelCase(kind, layout="sequence", masked=True, labelled=True, temperature=2.0), way)
 
 
 @needs_triton
@@ -137,8 +139,8 @@ def large(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     return student.requires_grad_(), teacher
 
 
-def way_of(student: Tensor, teacher: Tensor) -> ModuleType:
-    return dispatch._way(student, teacher, -1)
+def way_of(student: Tensor, teacher: Tensor, kind: str = "forward_kl") -> ModuleType:
+    return dispatch._way(student, teacher, Divergence(kind), -1)
 
 
 class Subclass(Tensor):
@@ -148,6 +150,19 @@ class Subclass(Tensor):
 def test_large_logits_go_the_analytic_way_and_small_ones_the_plain_way(large: tuple[Tensor, Tensor]) -> None:
     assert way_of(*large) is analytic
     assert way_of(large[0][:1], large[1][:1]) is plain
+
+
+def test_the_gradient_of_logits_between_them_is_kept(
+    large: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_LARGE", 1000)
+    monkeypatch.setattr(dispatch, "_SMALL", 100)
+    student, teacher = large
+    assert way_of(student, teacher) is saved
+    assert way_of(student, teacher, "total_variation") is plain
+    assert way_of(student.detach(), teacher) is plain
+    with torch.no_grad():
+        assert way_of(student, teacher) is plain
 
 
 def test_subclasses_and_transforms_go_the_plain_way(large: tuple[Tensor, Tensor]) -> None:
@@ -170,7 +185,13 @@ def test_subclasses_and_transforms_go_the_plain_way(large: tuple[Tensor, Tensor]
 
 
 @every_kind
-def test_gradients_may_be_differentiated_again_and_batched(kind: str, large: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("way", [saved, analytic], ids=["saved", "analytic"])
+def test_gradients_may_be_differentiated_again_and_batched(
+    kind: str, way: ModuleType, large: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way is saved:
+        monkeypatch.setattr(dispatch, "_LARGE", 1000)
+        monkeypatch.setattr(dispatch, "_SMALL", 100)
     settings = Divergence(kind, SHARES.get(kind, 0.0), 2.0)
 
     def rows(logits: Tensor, labels: Tensor) -> Tensor:
@@ -178,7 +199,7 @@ def test_gradients_may_be_differentiated_again_and_batched(kind: str, large: tup
 
     student = large[0].detach()[:, :20].clone().requires_grad_()
     labels = torch.tensor([1, 3, -100, 0, 19, -100])
-    assert way_of(student, large[1][:, :20]) is analytic
+    assert way_of(student, large[1][:, :20]) is way
     assert torch.autograd.gradcheck(rows, (student, labels), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(rows, (student, labels))
 

@@ -11,7 +11,8 @@ from device import DEVICE
 from torch import Tensor
 
 from lightning_distill import functional
-from lightning_distill.functional import primitives
+from lightning_distill.functional import kernels, primitives
+from lightning_distill.functional.kernels import dispatch
 
 pytestmark = pytest.mark.tensors
 
@@ -20,12 +21,18 @@ TEACHER = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().
 BY_HAND: dict[str, Function] = {
     "gram": primitives.gram,
     "sum_of_squares": lambda values: primitives.sum_of_squares(values, (0, 2)),
-    "softmax_divergence": lambda values: primitives.softmax_divergence(values, TEACHER, 1),
+    "softmax_divergence": lambda values: kernels.softmax_divergence(values, TEACHER, 1),
     "unit": lambda values: primitives.unit(values, 1),
     "unit_of_the_last": lambda values: primitives.unit(values, -1),
 }
 
 ON_LOGITS = [n for n in functional.__all__ if "student_logits" in signature(getattr(functional, n)).parameters]
+
+
+@pytest.fixture(params=["plain", "saved"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of computing a divergence of features on a CPU, which their size chooses."""
+    monkeypatch.setattr(dispatch, "_SMALL", 1 if request.param == "saved" else 2**16)
 
 
 def plain(name: str, values: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ def test_hessian_under_torch_func(name: str, values: Tensor) -> None:
 def test_divergence_of_one_teacher_from_many_students_and_the_other_way_round(values: Tensor) -> None:
     many, single = values.detach(), TEACHER[0]
     for student, teacher, dims in ((many, single, (0, None)), (single, many, (None, 0))):
-        actual = torch.func.vmap(lambda s, t: primitives.softmax_divergence(s, t, 0), in_dims=dims)(student, teacher)
+        actual = torch.func.vmap(lambda s, t: kernels.softmax_divergence(s, t, 0), in_dims=dims)(student, teacher)
         pairs = zip(student if dims[0] == 0 else [single] * 3, teacher if dims[1] == 0 else [single] * 3, strict=True)
         expected = [(t.softmax(0) * (t.log_softmax(0) - s.log_softmax(0))).sum(dim=0) for s, t in pairs]
         torch.testing.assert_close(actual, torch.stack(expected))
@@ -74,9 +81,9 @@ def test_divergence_of_one_teacher_from_many_students_and_the_other_way_round(va
 
 def test_scores_of_minus_infinity_have_no_probability_and_rows_of_them_no_divergence() -> None:
     student = torch.tensor([[0.0, 1.0, -torch.inf], [-torch.inf] * 3], requires_grad=True)
-    value = primitives.softmax_divergence(student, torch.tensor([[2.0, 0.0, -torch.inf], [-torch.inf] * 3]), -1)
+    value = kernels.softmax_divergence(student, torch.tensor([[2.0, 0.0, -torch.inf], [-torch.inf] * 3]), -1)
     value.sum().backward()
-    expected = primitives.softmax_divergence(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0]), -1)
+    expected = kernels.softmax_divergence(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0]), -1)
     torch.testing.assert_close(value, torch.stack([expected, torch.tensor(0.0)]))
     assert student.grad is not None
     assert student.grad.isfinite().all()
@@ -98,13 +105,11 @@ def test_a_vector_of_zeros_stays_zero_and_passes_its_gradient_on(dim: int) -> No
 def test_divergence_loses_no_digits_where_one_model_has_large_scores(values: Tensor) -> None:
     student, teacher = values.detach().float(), TEACHER.float() + 1e4
 
-    divergence = primitives.softmax_divergence(student, teacher, 1)
+    divergence = kernels.softmax_divergence(student, teacher, 1)
 
-    torch.testing.assert_close(divergence, primitives.softmax_divergence(student.double(), teacher.double(), 1).float())
+    torch.testing.assert_close(divergence, kernels.softmax_divergence(student.double(), teacher.double(), 1).float())
 
 
-# torch has no batching rule for its own divergence: vmap takes the rows one by one.
-@pytest.mark.filterwarnings("ignore:There is a performance drop .* aten..kl_div:UserWarning")
 @pytest.mark.parametrize("name", ON_LOGITS)
 def test_functions_on_logits_take_part_in_torch_func(name: str) -> None:
     """Autograd, forward mode and vmap must not see that values are masked in place."""

@@ -14,17 +14,15 @@ student's logits is :math:`(h - q \sum h) / T`. Six numbers of each row pass fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_distill.functional.chunks import chunk_numbers
+from lightning_distill.functional.kernels.pieces import pieces, precision
 from lightning_distill.functional.kernels.settings import Divergence
 
 NUMBERS = 6
-_BUFFERS = 4  # float32 tensors of a chunk's size that exist at the same time
 _TINY = 1.2e-38  # about the smallest normal float32, in place of a mixture of two probabilities that are less
 
 
@@ -44,11 +42,11 @@ def statistics(
         The divergence of each row in nats, the cross entropy of each row's label (or None), and the numbers of each
         row, shape ``(..., 6)``. A row that does not count has the value 0; so has the cross entropy without a label.
     """
-    dtype = _precision(student, teacher)
+    dtype = precision(student, teacher)
     numbers = student.new_zeros(*student.shape[:-1], NUMBERS, dtype=dtype)
     values = torch.zeros_like(numbers[..., 0])
     task = None if labels is None else torch.zeros_like(values)
-    for x, y, keep, label, value, cross_entropy, number in _pieces(
+    for x, y, keep, label, value, cross_entropy, number in pieces(
         student, teacher, mask, labels, values, task, numbers
     ):
         at, dx, dy, label = _counted(x, y, keep, label, dtype, settings)
@@ -93,9 +91,9 @@ def gradient(
     Returns:
         Shape and type of ``student``; 0 in rows that do not count.
     """
-    dtype = _precision(student, teacher)
+    dtype = precision(student, teacher)
     result = torch.empty_like(student) if mask is None else torch.zeros_like(student)
-    for x, y, keep, label, number, up, task_up, out in _pieces(
+    for x, y, keep, label, number, up, task_up, out in pieces(
         student, teacher, mask, labels, numbers, upstream, task_upstream, result
     ):
         at, dx, dy, label = _counted(x, y, keep, label, dtype, settings)
@@ -173,10 +171,6 @@ def _mixture(rest: Tensor, first: Tensor, share: float) -> Tensor:
     return torch.lerp(rest, first, share).clamp_min_(_TINY)
 
 
-def _precision(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-
-
 def _softened(scores: Tensor, settings: Divergence) -> Tensor:
     return scores if settings.temperature == 1 else scores.div_(settings.temperature)
 
@@ -207,18 +201,3 @@ def _counted(
     if settings.kind == "reverse_kl":
         student.masked_fill_(teacher <= settings.floor, settings.floor)
     return at, student, teacher, None if labels is None else labels[at]
-
-
-def _pieces(first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Parts of tensors, cut along their first dimensions into chunks of the size for their device."""
-    return _cut(chunk_numbers(first, _BUFFERS), first, *others)
-
-
-def _cut(limit: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    if first.numel() <= limit or first.ndim == 1:
-        yield first, *others
-        return
-    step = limit // (first.numel() // len(first))
-    for start in range(0, len(first), max(step, 1)):
-        at = slice(start, start + step) if step else start
-        yield from _cut(limit, first[at], *(None if other is None else other[at] for other in others))

@@ -1,9 +1,10 @@
-"""Divergences of two softmaxes in the fastest of three ways that the tensors and their device allow.
+"""Divergences of two softmaxes in the fastest of four ways that the tensors and their device allow.
 
 1. ``plain``: the formulas, for small logits and whatever PyTorch can do with a formula: ``torch.compile``, which fuses
    it, ``torch.func``, forward mode, subclasses of tensors. A gradient that is differentiated again comes from it too.
-2. ``analytic``: gradients written out, in chunks of rows; nothing of the logits' size is kept for the backward pass.
-3. ``triton_rows``: the same in a kernel that reads the logits once or twice, for large logits on a GPU. The
+2. ``saved``: on a CPU, gradients computed with the values in chunks of rows, and kept for the backward pass.
+3. ``analytic``: gradients written out for the backward pass, for large logits; nothing of their size is kept.
+4. ``triton_rows``: the same in a kernel that reads the logits once or twice, for large logits on a GPU. The
    environment variable ``DISTILL_KERNELS=0`` turns it off.
 """
 
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from lightning_distill import compat
 from lightning_distill.functional.inputs import Reduction, reduced
-from lightning_distill.functional.kernels import analytic, plain
+from lightning_distill.functional.kernels import analytic, plain, saved
 from lightning_distill.functional.kernels.settings import Divergence
 from lightning_distill.functional.primitives import is_ordinary
 
-# Logits of fewer numbers fit into a processor's cache, and take a GPU no longer than the launches of any way.
+# Logits of fewer numbers take a GPU no longer than the launches of any way; on a CPU their gradient may be kept.
 _LARGE = 2**22
+_SMALL = 2**16  # on a CPU, the plain formulas of fewer numbers take no longer than the call of an autograd function
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it once
 
 
@@ -56,13 +58,10 @@ def divergence(
         ValueError: If ``reduction`` is unknown.
     """
     learned = isinstance(settings.temperature, Tensor)  # the other ways have no gradient for it
-    way = plain if learned else _way(student, teacher, dim)
+    way = plain if learned else _way(student, teacher, settings, dim)
     if way is plain:
         return plain.divergence(student, teacher, settings, dim, mask, reduction)
-    values: Tensor = compat.applied(
-        _Divergence, student.movedim(dim, -1), teacher.movedim(dim, -1), mask, None, settings, way
-    )[0]
-    return reduced(values, mask, reduction)
+    return reduced(_pair(student, teacher, settings, way, dim, mask)[0], mask, reduction)
 
 
 def divergence_and_cross_entropy(
@@ -82,13 +81,28 @@ def divergence_and_cross_entropy(
         Divergence of each row as in :func:`divergence`, and cross entropy at a temperature of 1 in nats, 0 in rows
         without a label.
     """
-    way = _way(student, teacher, dim)
-    if way is plain or settings.kind == "reverse_kl":  # whose sums leave out classes that the cross entropy has
+    way = _way(student, teacher, settings, dim)
+    # The sums of the reverse divergence leave out classes that the cross entropy has.
+    if way in (plain, saved) or settings.kind == "reverse_kl":
         return divergence(student, teacher, settings, dim, mask), plain.cross_entropy(student, labels, dim)
-    pair: tuple[Tensor, Tensor] = compat.applied(
-        _Divergence, student.movedim(dim, -1), teacher.movedim(dim, -1), mask, labels, settings, way
-    )
-    return pair
+    return _pair(student, teacher, settings, way, dim, mask, labels)
+
+
+def softmax_divergence(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    """Kullback-Leibler divergence of the student's softmax from the teacher's, of features of any size.
+
+    Args:
+        student: Scores of any shape; minus infinity is a probability of 0.
+        teacher: Scores of the same shape; they get no gradient.
+        dim: Dimension of the softmax.
+
+    Returns:
+        Divergence in nats, the shape without ``dim``; 0 where all scores are minus infinity.
+    """
+    teacher, settings = teacher.detach(), Divergence("forward_kl")
+    if _is_saved(student) and is_ordinary(student, teacher):
+        return _pair(student, teacher, settings, saved, dim)[0]
+    return plain.divergence(student, teacher, settings, dim, None)
 
 
 def rows_in_place_for(student: Tensor, teacher: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
@@ -106,16 +120,41 @@ def rows_in_place_for(student: Tensor, teacher: Tensor) -> Callable[..., tuple[T
     return kernels.rows_in_place if kernels is not None and usable else None
 
 
-def _way(student: Tensor, teacher: Tensor, dim: int) -> ModuleType:
-    """The module that computes a divergence."""
+def _way(student: Tensor, teacher: Tensor, settings: Divergence, dim: int) -> ModuleType:
+    """The module that computes a divergence of logits."""
     device = student.device.type
-    is_large = student.numel() >= _LARGE
-    if torch.compiler.is_compiling() or not (is_large or _is_interpreted(device)) or device == "meta":
+    is_large = student.numel() >= _LARGE or _is_interpreted(device)
+    is_saved = _is_saved(student) and settings.kind != "total_variation"  # whose formula has hardly any passes to save
+    if torch.compiler.is_compiling() or device == "meta" or not (is_large or is_saved):
         return plain
     if not is_ordinary(student, teacher):
         return plain
+    if not is_large:
+        return saved
     kernels = _triton_rows(device)
     return analytic if kernels is None or not kernels.accepts(student, teacher, dim) else kernels
+
+
+def _is_saved(student: Tensor) -> bool:
+    """Whether a gradient that is kept pays off."""
+    is_on_cpu = student.device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_on_cpu and student.numel() >= _SMALL and student.requires_grad and torch.is_grad_enabled()
+
+
+def _pair(
+    student: Tensor,
+    teacher: Tensor,
+    settings: Divergence,
+    way: ModuleType,
+    dim: int,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The divergences, and the cross entropies if there are labels, from a way with a gradient of its own."""
+    pair: tuple[Tensor, Tensor] = compat.applied(
+        _Divergence, student.movedim(dim, -1), teacher.movedim(dim, -1), mask, labels, settings, way
+    )
+    return pair
 
 
 def _is_interpreted(device: str) -> bool:

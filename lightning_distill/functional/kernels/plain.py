@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_distill import compat
 from lightning_distill.functional.inputs import IGNORE_INDEX, Reduction, prepare, reduced
 from lightning_distill.functional.kernels.settings import Divergence
 from lightning_distill.functional.primitives import is_ordinary, softened
@@ -92,8 +93,10 @@ def _without_forbidden(student: Tensor, teacher: Tensor, floor: float) -> Tensor
 
 def _of_rows(log_student: Tensor, log_teacher: Tensor, settings: Divergence, dim: int) -> Tensor:
     kind, share = settings.kind, settings.share
-    if kind == "forward_kl":
+    if kind == "forward_kl" and not compat.transforms_are_active():  # vmap takes torch's own rows one by one
         return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=dim)
+    if kind == "forward_kl":
+        return kl_from_logs(log_teacher, log_student, dim)
     if kind == "cross_entropy":
         return -(log_teacher.exp() * log_student).sum(dim=dim)
     if kind == "reverse_kl":

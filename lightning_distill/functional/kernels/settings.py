@@ -12,6 +12,13 @@ Kind = Literal[
     "forward_kl", "cross_entropy", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation"
 ]
 
+_LIMITS: dict[tuple[Kind, float], Kind] = {
+    ("jensen_shannon", 0.0): "forward_kl",
+    ("jensen_shannon", 1.0): "reverse_kl",
+    ("skew_kl", 0.0): "forward_kl",
+    ("skew_reverse_kl", 0.0): "reverse_kl",
+}
+
 
 class Divergence(NamedTuple):
     r"""A divergence of the student's softmax :math:`q` and the teacher's softmax :math:`p`, both of logits over T.
@@ -38,6 +45,17 @@ class Divergence(NamedTuple):
     kind: Kind
     share: float = 0.0
     temperature: float = 1.0
+
+    @classmethod
+    def of(cls, kind: Kind, share: float = 0.0, temperature: float = 1.0) -> Divergence:
+        """A divergence whose share may be a limit: a mixture of one model alone makes a plain divergence.
+
+        Args:
+            kind: As above.
+            share: From 0 to 1; less than 1 for the skewed ones.
+            temperature: As above.
+        """
+        return cls(_LIMITS.get((kind, share), kind), share, temperature)
 
     @property
     def floor(self) -> float:
