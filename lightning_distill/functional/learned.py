@@ -9,16 +9,14 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare
-from lightning_distill.functional.primitives import or_one, precise
+from lightning_distill.functional.primitives import or_one, precise, standardized
 from lightning_distill.functional.vectors import (
     averaged,
-    centred,
     channels_at,
     examples_of,
     of_counted,
     over_numbers,
     positions_mask,
-    spread_or_one,
     without,
 )
 
@@ -181,12 +179,7 @@ def log_sum_distance(
     def distance(student: Tensor, teacher: Tensor) -> Tensor:
         projected = precise(projection, student)
         checks.same_shape(projected, teacher, names=("projection(student)", "teacher"), remedy=_REMEDY)
-        apart = _batch_normalized(projected, eps) - _batch_normalized(teacher, eps)
-        return or_one(apart.abs().pow(power).sum()).log()
+        scores = [standardized(rows, 0, count=len(rows), eps=eps) for rows in (projected, teacher)]
+        return or_one((scores[0] - scores[1]).abs().pow(power).sum()).log()
 
     return of_counted(distance, student, teacher)
-
-
-def _batch_normalized(rows: Tensor, eps: float) -> Tensor:
-    difference = centred(rows, 0)
-    return difference / spread_or_one(difference, 0, count=len(rows), eps=eps)

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare
-from lightning_distill.functional.primitives import gram, product, unit
+from lightning_distill.functional.primitives import centred, gram, product, standardized, unit
 from lightning_distill.functional.vectors import (
-    centred,
     channel_maps,
     channels_at,
     check_positions,
@@ -21,7 +20,6 @@ from lightning_distill.functional.vectors import (
     prepare_examples,
     prepare_vectors,
     relative_gram,
-    spread_or_one,
     without,
 )
 
@@ -223,18 +221,16 @@ def feature_map_transfer(
     checks.non_negative("eps", eps)
     student, teacher, positions = prepare_equal(student, teacher, mask)
     dim = channels_at(student)
-    normalized = []
-    for feature in (student, teacher):
-        difference = centred(feature, dim)
-        normalized.append(difference / spread_or_one(difference, dim, count=feature.shape[dim], eps=eps))
-    return over_numbers(F.mse_loss(normalized[0], normalized[1], reduction="none"), dim, positions, reduction)
+    scores = [standardized(feature, dim, count=feature.shape[dim], eps=eps) for feature in (student, teacher)]
+    return over_numbers(F.mse_loss(scores[0], scores[1], reduction="none"), dim, positions, reduction)
 
 
 def _pearson(student: Tensor, teacher: Tensor) -> Tensor:
     dim = channels_at(student) % student.ndim
     others = tuple(i for i in range(student.ndim) if i != dim)
     count = max(student.numel() // student.shape[dim] - 1, 1)
-    return F.mse_loss(_z_scores(student, others, count), _z_scores(teacher, others, count)) / 2
+    scores = [standardized(feature, others, count=count, added=_PEARSON_EPS) for feature in (student, teacher)]
+    return F.mse_loss(scores[0], scores[1]) / 2
 
 
 def _discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
@@ -251,8 +247,3 @@ def _misalignment(student: Tensor, teacher: Tensor) -> Tensor:
     # <X X^T, Y Y^T> is the same number as |Y^T X|^2, from matrices of N^2 instead of D^2 elements.
     kernels = [unit(relative_gram(centred(feature, 0)).flatten(), dim=0) for feature in (student, teacher)]
     return 1 - (kernels[0] * kernels[1]).sum()
-
-
-def _z_scores(feature: Tensor, dims: tuple[int, ...], count: int) -> Tensor:
-    difference = centred(feature, dims)
-    return difference * (1 / (spread_or_one(difference, dims, count=count) + _PEARSON_EPS))

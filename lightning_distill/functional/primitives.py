@@ -1,13 +1,13 @@
-"""Building blocks of the formulas: products in full precision, and three functions with hand-written gradients.
+"""Building blocks of the formulas: products in full precision, and four functions with hand-written gradients.
 
-Autograd's own gradients of those three make needless copies. They may be differentiated again, forward too, and take
+Autograd's own gradients of those four make needless copies. They may be differentiated again, forward too, and take
 part in ``torch.func``; ``torch.compile`` sees the plain formulas, whose passes it fuses on its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -93,6 +93,45 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     if not _pays_off(vectors):
         return vectors * _inverse_length(vectors, dim)
     return cast(Tensor, compat.applied(_Unit, vectors, dim)[0])
+
+
+def centred(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Values minus their mean, and exactly zero without gradient where they are constant up to rounding.
+
+    Without the second half, what rounding leaves of a constant would be blown up by any later division.
+
+    Args:
+        values: Any shape.
+        dim: Dimensions of the mean.
+
+    Returns:
+        Same shape.
+    """
+    mean = values.mean(dim=dim, keepdim=True)
+    difference = values - mean
+    return difference * _varies(difference.detach(), mean.detach(), dim)
+
+
+def standardized(
+    values: Tensor, dim: int | tuple[int, ...], *, count: int, eps: float = 0.0, added: float = 0.0
+) -> Tensor:
+    r"""Centred values over their standard deviation, :math:`(x - \bar x) / (\sqrt{\sigma^2 + \epsilon} + a)`.
+
+    Values that are constant up to rounding become zero and get no gradient.
+
+    Args:
+        values: Any shape.
+        dim: Dimensions of the mean.
+        count: The divisor of the sum of squares in the variance.
+        eps: Added to the variance.
+        added: Added to its root.
+
+    Returns:
+        Same shape.
+    """
+    if not _pays_off(values):
+        return _standardized(values, dim, count, eps, added)[0]
+    return cast(Tensor, compat.applied(_Standardized, values, dim, count, eps, added)[0])
 
 
 def _pays_off(values: Tensor, on_device: int = 2**25) -> bool:
@@ -270,3 +309,65 @@ class _Gram(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         change = product(tangent, rows.mT)
         return change + change.mT
+
+
+class _Standardized(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        values: Tensor, dim: int | tuple[int, ...], count: int, eps: float, added: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _standardized(values, dim, count, eps, added)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        values, *ctx.settings = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(values, *output)
+        ctx.save_for_forward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        values, scores, *factors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again, as a function of the values
+            factors = _standardized(values, *ctx.settings)[1:]
+        return _change(gradient, scores, factors, ctx.settings[0]), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None, None]:
+        scores, *factors = ctx.saved_tensors
+        return _change(tangent, scores, factors, ctx.settings[0]), None, None
+
+
+def _standardized(
+    values: Tensor, dim: int | tuple[int, ...], count: int, eps: float, added: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores, and two factors of their derivative."""
+    mean = values.mean(dim=dim, keepdim=True)
+    difference = values - mean
+    squares = difference.square().sum(dim=dim, keepdim=True)
+    # The root of a zero variance has no gradient, and the root of a tiny eps is a divisor out of reach of float16.
+    root = (squares / count + eps + (squares == 0)).sqrt()
+    varies = _varies(difference.detach(), mean.detach(), dim)
+    inverse = varies / (root + added)
+    scores = difference * inverse if difference.requires_grad else difference.mul_(inverse)
+    return scores, inverse, varies / (root * count)
+
+
+def _change(change: Tensor, scores: Tensor, factors: Sequence[Tensor], dim: int | tuple[int, ...]) -> Tensor:
+    """The derivative of standardized scores, times a change of the values; it is symmetric."""
+    inverse, factor = factors
+    along = (scores * change).sum(dim=dim, keepdim=True)
+    # In place on the product, which vmap has batched if any of the tensors is.
+    return (scores * (-factor * along)).add_((change - change.mean(dim=dim, keepdim=True)) * inverse)
+
+
+def _varies(difference: Tensor, mean: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """True where values differ from their mean by more than rounding."""
+    rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
+    if difference.device.type == "cpu":  # where torch's own norm is slow
+        farthest = torch.maximum(difference.amax(dim=dim, keepdim=True), -difference.amin(dim=dim, keepdim=True))
+    else:
+        farthest = torch.linalg.vector_norm(difference, math.inf, dim=dim, keepdim=True)
+    return farthest > rounding

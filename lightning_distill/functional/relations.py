@@ -13,9 +13,8 @@ from torch import Tensor
 from lightning_distill import checks
 from lightning_distill.functional.chunks import summed
 from lightning_distill.functional.inputs import prepare
-from lightning_distill.functional.primitives import gram, or_one, unit
+from lightning_distill.functional.primitives import centred, gram, or_one, unit
 from lightning_distill.functional.vectors import (
-    centred,
     channel_maps,
     examples_of,
     of_counted,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_distill import checks
 from lightning_distill.functional.inputs import Reduction, prepare, reduced, rows_mask
-from lightning_distill.functional.primitives import gram, or_one, sum_of_squares
+from lightning_distill.functional.primitives import gram, or_one
 
 _REMEDY = "Map the student's feature to the teacher's shape with an adapter."
 
@@ -305,48 +305,3 @@ def relative_gram(rows: Tensor) -> Tensor:
     """
     products = gram(rows)
     return products / or_one(products.detach().diagonal(dim1=-2, dim2=-1).amax(dim=-1))[..., None, None]
-
-
-def centred(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Values minus their mean, and exactly zero without gradient where they are constant up to rounding.
-
-    Without the second half, what rounding leaves of a constant would be blown up by any later division.
-
-    Args:
-        values: Any shape.
-        dim: Dimensions of the mean.
-
-    Returns:
-        Same shape.
-    """
-    mean = values.mean(dim=dim, keepdim=True)
-    difference = values - mean
-    return difference * _varies(difference.detach(), mean.detach(), dim)
-
-
-def spread_or_one(difference: Tensor, dim: int | tuple[int, ...], *, count: int, eps: float = 0.0) -> Tensor:
-    """Standard deviation of centred values, and 1 where they are all zero.
-
-    Args:
-        difference: Centred values, any shape.
-        dim: Dimensions of the mean.
-        count: The divisor of the sum of squares.
-        eps: Added to the variance.
-
-    Returns:
-        The deviations, with ``dim`` kept at size 1.
-    """
-    squares = sum_of_squares(difference, dim)
-    # The root of a zero variance has no gradient, and the root of a tiny eps is a divisor out of reach of float16.
-    variance = squares / count if eps == 0 else squares / count + eps
-    return (variance + (squares == 0)).sqrt()
-
-
-def _varies(difference: Tensor, mean: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """True where values differ from their mean by more than rounding."""
-    rounding = 4 * torch.finfo(mean.dtype).eps * mean.abs()
-    if difference.device.type == "cpu":  # where torch's own norm is slow
-        farthest = torch.maximum(difference.amax(dim=dim, keepdim=True), -difference.amin(dim=dim, keepdim=True))
-    else:
-        farthest = torch.linalg.vector_norm(difference, math.inf, dim=dim, keepdim=True)
-    return farthest > rounding

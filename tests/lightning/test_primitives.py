@@ -22,6 +22,7 @@ BY_HAND: dict[str, Function] = {
     "gram": primitives.gram,
     "sum_of_squares": lambda values: primitives.sum_of_squares(values, (0, 2)),
     "softmax_divergence": lambda values: kernels.softmax_divergence(values, TEACHER, 1),
+    "standardized": lambda values: primitives.standardized(values, (0, 2), count=14, eps=0.1, added=0.2),
     "unit": lambda values: primitives.unit(values, 1),
     "unit_of_the_last": lambda values: primitives.unit(values, -1),
 }
@@ -29,10 +30,12 @@ BY_HAND: dict[str, Function] = {
 ON_LOGITS = [n for n in functional.__all__ if "student_logits" in signature(getattr(functional, n)).parameters]
 
 
-@pytest.fixture(params=["plain", "saved"], autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of computing a divergence of features on a CPU, which their size chooses."""
-    monkeypatch.setattr(dispatch, "_SMALL", 1 if request.param == "saved" else 2**16)
+@pytest.fixture(params=["small", "large"], autouse=True)
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways for small and for large tensors."""
+    if request.param == "large":
+        monkeypatch.setattr(primitives, "_pays_off", lambda values, on_device=0: True)
+        monkeypatch.setattr(dispatch, "_SMALL", 1)
 
 
 def plain(name: str, values: Tensor) -> Tensor:
@@ -40,6 +43,9 @@ def plain(name: str, values: Tensor) -> Tensor:
         return values @ values.mT
     if name == "sum_of_squares":
         return (values * values).sum(dim=(0, 2), keepdim=True)
+    if name == "standardized":
+        apart = values - values.mean((0, 2), keepdim=True)
+        return apart / ((apart.square().sum((0, 2), keepdim=True) / 14 + 0.1).sqrt() + 0.2)
     if name.startswith("unit"):
         return torch.nn.functional.normalize(values, dim=1 if name == "unit" else -1)
     return (TEACHER.softmax(1) * (TEACHER.log_softmax(1) - values.log_softmax(1))).sum(dim=1)
