@@ -263,7 +263,6 @@ EXPERIMENTS = {
         " dimension and the same recipe.",
         partial(loss_table, signals, SIGNALS, 20, 1e-2),
         10,
-        seeds=10,
     ),
     "losses_images_keras": Experiment(
         "All losses: images, Keras",

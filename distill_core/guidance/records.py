@@ -25,6 +25,8 @@ EQUAL_COMPUTE: Final = "student alone, equal compute"
 COMPARISON: Final = "comparison.json"
 RUNS: Final = "runs.jsonl"
 _SHOWN: Final = 200  # the most examples of samples.npz
+_DIFFERENCES: Final = 3  # the most settings whose differences an error shows
+_CONTEXT: Final = 60  # characters that it shows before a difference; twice as many after it
 
 
 class ResultsFolder:
@@ -233,6 +235,18 @@ def settings_fingerprint(settings: Mapping[str, str]) -> str:
     return fingerprint(part for name in sorted(settings) for part in (name, settings[name]))
 
 
+def _around_difference(*texts: str | None) -> tuple[str, ...]:
+    """Two texts, of which long ones are cut to the place where they begin to differ."""
+    before, after = map(str, texts)
+    common = next((place for place, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), 0)
+    start = max(common - _CONTEXT, 0)
+    end = start + 3 * _CONTEXT
+    return tuple(
+        text if len(text) <= 3 * _CONTEXT else "..." * (start > 0) + text[start:end] + "..." * (len(text) > end)
+        for text in (before, after)
+    )
+
+
 def check_settings(folder: Path, before: Mapping[str, str], settings: Mapping[str, str]) -> None:
     """Refuse to mix the runs of different settings in one folder.
 
@@ -242,13 +256,16 @@ def check_settings(folder: Path, before: Mapping[str, str], settings: Mapping[st
         settings: The settings of this call.
 
     Raises:
-        ValueError: If they differ; the message names each setting that does.
+        ValueError: If they differ; the message names each setting that does, and shows how the first ones do.
     """
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if names:
-        differences = "; ".join(
-            f"{name}: {before.get(name)} there, {settings.get(name)} in this call" for name in names
-        )
+        parts = [
+            "{}: {} there, {} in this call".format(name, *_around_difference(before.get(name), settings.get(name)))
+            for name in names[:_DIFFERENCES]
+        ]
+        more = names[_DIFFERENCES:]
+        differences = "; ".join(parts) + (f"; and also {', '.join(more)}" if more else "")
         expected = f"the folder {str(folder)!r} to hold runs of the same settings"
         remedy = "Pass another folder, the settings of the first call, or resume=False to remove its runs."
         raise ValueError(message(expected, differences, remedy))

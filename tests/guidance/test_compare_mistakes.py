@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import distill_core.cli.lightning
+from distill_core.guidance.records import check_settings
 from lightning_distill import DistillModule, FeatureDistillation, LogitsDistillation
 from lightning_distill.guidance import run_once
 
@@ -117,6 +118,22 @@ def test_other_settings_in_the_same_folder_are_refused_and_the_same_go_on(tmp_pa
     ):
         with pytest.raises(ValueError, match="to hold runs of the same settings, but got"):
             compared(tmp_path, **changed)
+
+
+def test_an_error_about_other_settings_shows_where_they_differ_and_is_short(tmp_path: Path) -> None:
+    common = {f"setting {number}": f"value {number}" for number in range(100)}
+    texts = [str({**common, "lr": lr, "after": list(range(100))}) for lr in (0.25, 0.5)]
+    before, settings = ({f"method {number}": text for number in range(40)} for text in texts)
+
+    with pytest.raises(ValueError, match="hold runs of the same settings") as caught:
+        check_settings(tmp_path, {**before, "seed": "0"}, {**settings, "seed": "0"})
+
+    words = str(caught.value)
+    assert "'lr': 0.25" in words
+    assert "'lr': 0.5" in words
+    assert "and also method 3, method 4" in words
+    assert "seed" not in words
+    assert len(words) < 2500
 
 
 @pytest.mark.parametrize("method", [None, LogitsDistillation()])
