@@ -238,7 +238,8 @@ def settings_fingerprint(settings: Mapping[str, str]) -> str:
 def _around_difference(*texts: str | None) -> tuple[str, ...]:
     """Two texts, of which long ones are cut to the place where they begin to differ."""
     before, after = map(str, texts)
-    common = next((place for place, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), 0)
+    pairs = enumerate(zip(before, after, strict=False))
+    common = next((place for place, pair in pairs if pair[0] != pair[1]), min(len(before), len(after)))
     start = max(common - _CONTEXT, 0)
     end = start + 3 * _CONTEXT
     return tuple(

@@ -69,10 +69,23 @@ def prepare(student: Tensor, teacher: Tensor, names: tuple[str, str] = ("student
     """
     checks.floating(names[0], student)
     checks.floating(names[1], teacher)
+    teacher = savable(teacher)
     if student.dtype == teacher.dtype == torch.float32:  # the most common case: nothing to convert
         return student, teacher.detach() if teacher.requires_grad else teacher
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
+
+
+def savable(tensor: Tensor) -> Tensor:
+    """A tensor that autograd may save: a copy of one that was made in inference mode, else the tensor itself.
+
+    Args:
+        tensor: Any tensor, such as an output of a teacher whose ``forward`` is decorated with
+            ``torch.inference_mode()``.
+    """
+    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone()
 
 
 def resolve_class_dim(logits: Tensor, class_dim: int | None = None, labels: Tensor | None = None) -> int:

@@ -225,6 +225,25 @@ def test_the_environment_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) 
     assert kernels("cuda") is None
 
 
+@pytest.mark.parametrize("smallest", [100, 1000], ids=["analytic", "saved"])
+def test_tensors_from_inference_mode_make_the_same_gradient(
+    smallest: int, large: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_LARGE", smallest)
+    monkeypatch.setattr(dispatch, "_SMALL", 100)
+    student, teacher = large
+    mask = torch.arange(6) % 2 == 0
+    with torch.inference_mode():
+        others = teacher.clone(), mask.clone()
+    gradients = []
+    for targets, counts in ((teacher, mask), others):
+        value = divergence(student, targets, Divergence("forward_kl"), mask=counts, reduction="mean")
+        (first,) = torch.autograd.grad(value, student, create_graph=True)
+        gradients += [first, *torch.autograd.grad(first.square().sum(), student)]
+
+    torch.testing.assert_close(gradients[2:], gradients[:2], rtol=0, atol=0)
+
+
 def test_logits_that_change_in_place_before_the_backward_pass_raise(large: tuple[Tensor, Tensor]) -> None:
     student = large[0] * 1.0
     value = divergence(student, large[1], Divergence("forward_kl")).sum()

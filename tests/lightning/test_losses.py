@@ -308,6 +308,17 @@ def test_no_value_is_read_on_the_host(case: LossCase) -> None:
     assert student.grad.shape == student.shape
 
 
+@every_case
+def test_the_teacher_may_have_run_in_inference_mode(case: LossCase) -> None:
+    student, teacher = (torch.tensor(array, requires_grad=True) for array in case.inputs())
+    with torch.inference_mode():
+        teacher = teacher.clone()
+
+    case.build()(student, teacher).backward()
+
+    assert student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "distance",
     [functional.feature_mse, functional.feature_l1, functional.feature_smooth_l1, functional.soft_target_kl],

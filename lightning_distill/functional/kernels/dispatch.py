@@ -187,13 +187,20 @@ class _Divergence(torch.autograd.Function):
         way: ModuleType,
     ) -> tuple[Tensor, Tensor | None]:
         values, task, numbers = way.statistics(student, teacher, settings, mask, labels)
-        ctx.save_for_backward(student, teacher, numbers, mask, labels)
+        # Autograd does not save tensors from inference mode. They have no history: an attribute is as good.
+        others = [(other, other is not None and other.is_inference()) for other in (teacher, mask, labels)]
+        ctx.from_inference = [other if is_inference else None for other, is_inference in others]
+        ctx.save_for_backward(student, numbers, *(None if is_inference else other for other, is_inference in others))
         ctx.settings, ctx.way = settings, way
         return values, task
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, task_upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        student, teacher, numbers, mask, labels = ctx.saved_tensors
+        student, numbers, *others = ctx.saved_tensors
+        teacher, mask, labels = (
+            other if from_inference is None else from_inference
+            for other, from_inference in zip(others, ctx.from_inference, strict=True)
+        )
         settings, again = ctx.settings, torch.is_grad_enabled()
         if not again and not compat.transforms_are_active(upstream):
             gradient = ctx.way.gradient(student, teacher, numbers, settings, mask, labels, upstream, task_upstream)
