@@ -309,6 +309,7 @@ def rows_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     if not 1 <= mask.ndim <= len(shape) or tuple(mask.shape) != shape[: mask.ndim]:
         expected = f"`mask` to have the shape {shape}, or that of its first dimensions"
         raise ValueError(checks.message(expected, f"shape {tuple(mask.shape)}"))
+    mask = savable(mask)
     rows: Tensor = mask.view(*mask.shape, *[1] * (len(shape) - mask.ndim)).expand(shape)
     return rows
 
@@ -361,7 +362,7 @@ def _checked_labels(labels: Tensor, rows: Tensor) -> Tensor:
     if labels.shape != rows.shape[:-1]:
         expected = f"`labels` to have one class index for each row of logits, shape {tuple(rows.shape[:-1])}"
         raise ValueError(checks.message(expected, f"shape {tuple(labels.shape)}", remedy))
-    return labels.long()
+    return savable(labels).long()
 
 
 def _check_range(labels: Tensor, classes: int) -> None:

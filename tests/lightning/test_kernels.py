@@ -237,7 +237,7 @@ def test_tensors_from_inference_mode_make_the_same_gradient(
         others = teacher.clone(), mask.clone()
     gradients = []
     for targets, counts in ((teacher, mask), others):
-        value = divergence(student, targets, Divergence("forward_kl"), mask=counts, reduction="mean")
+        value = functional.reverse_kl(student, targets, mask=counts, reduction="mean")
         (first,) = torch.autograd.grad(value, student, create_graph=True)
         gradients += [first, *torch.autograd.grad(first.square().sum(), student)]
 
