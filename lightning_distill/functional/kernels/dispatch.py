@@ -28,7 +28,7 @@ from lightning_distill.functional.primitives import is_ordinary
 
 # Logits of fewer numbers take a GPU no longer than the launches of any way; on a CPU their gradient may be kept.
 _LARGE = 2**22
-_SMALL = 2**16  # on a CPU, the plain formulas of fewer numbers take no longer than the call of an autograd function
+_SMALL = 2**17  # on a CPU, the plain formulas of fewer numbers take no longer than the call of an autograd function
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it once
 
 
