@@ -258,7 +258,8 @@ class Builder:
             describe: Whether it is the first batch, which tells which arrays have positions of tokens.
         """
         device = next((parameter.device for parameter in self.teacher.parameters()), torch.device("cpu"))
-        batch = map_tensors(loaded.batch, lambda tensor: tensor.to(device))
+        # a copy, since a teacher may change its inputs in place: those of the data set, and those that are compared
+        batch = map_tensors(loaded.batch, lambda tensor: tensor.to(device, copy=True))
         with torch.no_grad(), Recording([self.recorder]):
             if self.forward is not None:
                 output = self.forward(self.teacher, batch)

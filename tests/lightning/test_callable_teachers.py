@@ -55,8 +55,29 @@ def probabilities(x: np.ndarray) -> np.ndarray:
     return Booster().predict_proba(x)
 
 
+def in_place(x: np.ndarray) -> np.ndarray:
+    """Scores of a function that works in the memory of its input."""
+    result = array_scores(x)
+    x[:] = 0.0
+    return result
+
+
+class Buffered:
+    """A function that returns the same memory from each call."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(len(X), NETWORK(X).shape[1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.memory[: len(x)].copy_(scores(x))
+
+
 TEACHERS = {
     "tensors": lambda: CallableTeacher(scores),
+    "arrays that it changes": lambda: CallableTeacher(in_place, arrays=True),
+    "a reversed array": lambda: CallableTeacher(lambda x: array_scores(x)[::-1].copy()[::-1], arrays=True),
+    "an array of another order of bytes": lambda: CallableTeacher(lambda x: array_scores(x).astype(">f4"), arrays=True),
+    "one memory for all batches": lambda: CallableTeacher(Buffered(), batch_size=3),
     "arrays": lambda: CallableTeacher(array_scores, arrays=True),
     "in batches": lambda: CallableTeacher(scores, batch_size=3),
     "arrays in batches": lambda: CallableTeacher(array_scores, arrays=True, batch_size=2),
