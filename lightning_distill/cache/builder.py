@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from distill_core.arrays import mean_bytes
+from distill_core.arrays import as_numbers, mean_bytes
 from distill_core.columns import Ragged
 from distill_core.manifest import BY_KEY
 from distill_core.storage import Storage
@@ -306,7 +306,7 @@ class Builder:
                     f"Expected {name!r} to have a position for each of the {tuple(mask.shape)} tokens, but got shape"
                     f" {tuple(tensor.shape)}. Pass forward=... to call the teacher in another way."
                 )
-            return Ragged(tensor[mask].float().cpu().numpy(), mask.sum(1).cpu().numpy())
+            return Ragged(_numbers(name, tensor[mask]), mask.sum(1).cpu().numpy())
         manifest: Manifest | None = getattr(self, "manifest", None)
         if manifest is not None and list(tensor.shape[1:]) != manifest.arrays[name]["shape"]:
             raise CacheError(
@@ -314,4 +314,8 @@ class Builder:
                 f" but got {tuple(tensor.shape[1:])}. For sequences of differing length put `attention_mask` into the"
                 " batch, or pass mask=<key, index, or a function of the batch that returns the mask of the tokens>."
             )
-        return tensor.float().cpu().numpy()
+        return _numbers(name, tensor)
+
+
+def _numbers(name: str, tensor: Tensor) -> Any:
+    return as_numbers(name, (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True))
