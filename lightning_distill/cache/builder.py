@@ -17,6 +17,7 @@ from distill_core.columns import Ragged
 from distill_core.manifest import BY_KEY
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer
+from lightning_distill import checks
 from lightning_distill.cache.calling import call_teacher, described_teacher
 from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint
 from lightning_distill.cache.keyed import Key, SampleKeys, content_key, input_digests
@@ -132,7 +133,7 @@ class Builder:
         try:
             with together():  # the data may change between reads in one process and not in another
                 stale = self._check_data(transform_seed, allow_stale_augmentation)
-                self.frozen.take(None if device is None else torch.device(device))
+                self.frozen.take(checks.device("device", device, present=True))
                 self.manifest = self._described(views, transform_seed, storage, stale, shard_bytes)
         except BaseException:
             self.close()

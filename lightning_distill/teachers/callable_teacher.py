@@ -66,7 +66,7 @@ class CallableTeacher(nn.Module):
             )
         self._function, on_arrays = array_function(function, "function"), takes_arrays(function)
         self.arrays, self.batch_size = arrays or on_arrays, batch_size
-        self.device = None if device is None else torch.device(device)
+        self.device = checks.device("device", device)
         if self.device is not None and self.arrays:
             raise ValueError(
                 "Expected `device` to be None for a function of arrays, which are on the CPU, but got"

@@ -205,3 +205,8 @@ def test_a_bare_function_is_refused_with_the_advice_to_wrap_it(teacher) -> None:
 def test_it_has_no_layers_to_read() -> None:
     with pytest.raises(ValueError, match=r"`terms\[0\].teacher_layer` to name a module of the teacher, but got 'body'"):
         Distiller(Mlp(5), CallableTeacher(scores), FeatureDistillation("body", "body"))
+
+
+def test_a_device_that_holds_no_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected `device` to name a device, but got device='meta'"):
+        CallableTeacher(scores, device="meta")
