@@ -177,8 +177,8 @@ def _items(name: str, rows: Any, start: int, stop: int) -> Any:
     """Some rows as float32, a Ragged for a list of sequences."""
     part = rows[start:stop]
     if not isinstance(rows, (list, tuple)):
-        return _numbers(name, part)
-    sequences = [_numbers(name, sequence) for sequence in part]
+        return as_numbers(name, part)
+    sequences = [as_numbers(name, sequence) for sequence in part]
     shapes = {sequence.shape[1:] for sequence in sequences}
     if any(sequence.ndim < 2 for sequence in sequences) or len(shapes) > 1:
         raise CacheError(
@@ -188,9 +188,18 @@ def _items(name: str, rows: Any, start: int, stop: int) -> Any:
     return Ragged(np.concatenate(sequences), np.array([len(sequence) for sequence in sequences]))
 
 
-def _numbers(name: str, values: Any) -> Array:
+def as_numbers(name: str, values: Any) -> Array:
+    """Outputs or features as real numbers in float32.
+
+    Args:
+        name: Their name, for the message.
+        values: An array, or what NumPy can turn into one.
+
+    Raises:
+        CacheError: If they are not numbers: complex ones would lose a part, and bools are decisions.
+    """
     array = np.asarray(values)
-    if array.dtype.kind not in "fiu":
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":  # which NumPy itself has not
         raise CacheError(f"Expected {name!r} to hold numbers, but got dtype {array.dtype}. Pass arrays of floats.")
     return array.astype("float32", copy=False)
 

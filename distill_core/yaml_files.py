@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -117,6 +118,8 @@ class _Check:
             return self._done[id(node)]
         self._open.add(id(node))
         children: list[Any] = []
+        if isinstance(node, self._yaml.ScalarNode):
+            _check_decimal(node)
         if isinstance(node, self._yaml.MappingNode):
             self._unique(node)
             children = [part for pair in node.value for part in pair]
@@ -138,6 +141,16 @@ class _Check:
             if (key.tag, key.value) in keys:
                 raise _RefusedError(f"Expected each key once, but got {key.value!r} twice in a mapping, {_line(key)}.")
             keys.add((key.tag, key.value))
+
+
+def _check_decimal(node: Any) -> None:
+    """Raise if a number is written so that YAML reads another one: 010 as octal 8, and 1:30 as 90."""
+    is_number = node.style is None and node.tag.endswith((":int", ":float"))
+    if is_number and (":" in node.value or re.match(r"[-+]?0[0-9_]", node.value)):
+        raise _RefusedError(
+            f"Expected numbers without a leading 0 or a colon, which YAML reads as octal or as minutes, but got"
+            f" {node.value}, {_line(node)}. Write another form of the number, or put text in quotes."
+        )
 
 
 def _line(node: Any) -> str:

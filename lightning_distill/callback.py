@@ -16,7 +16,7 @@ from lightning_distill import checks, compat
 from lightning_distill.adapters import OptimizerCallable
 from lightning_distill.hparams import Teacher, Terms, log_hyperparameters, settings_of
 from lightning_distill.mailbox import Mailbox
-from lightning_distill.neighbours import check_together
+from lightning_distill.neighbours import check_schedulers, check_together
 from lightning_distill.on_policy import OnPolicyDistillation, reverse_term
 from lightning_distill.recording import Call, select
 from lightning_distill.run import Run
@@ -275,6 +275,10 @@ class DistillCallback(Callback):
         self._last_module = ref(pl_module)
         if stage == "fit" and self.logs:
             log_hyperparameters(trainer, settings_of(self))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the first epoch: check the schedulers, which exist now."""
+        check_schedulers(trainer, self.name)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At the start of an epoch: start its means."""

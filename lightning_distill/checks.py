@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill_core.checks import Checks, message
@@ -13,6 +14,7 @@ __all__ = [
     "between",
     "boolean",
     "closest",
+    "device",
     "floating",
     "fraction",
     "inner_dim",
@@ -63,6 +65,40 @@ def inner_dim(name: str, value: Any, ndim: int | None = None) -> None:
         raise ValueError(message(f"`{name}` to be other than the batch dimension", got))
     if ndim is not None and not -ndim < value < ndim:
         raise ValueError(message(f"`{name}` to be a dimension of a tensor of {ndim} dimensions", f"{name}={value!r}"))
+
+
+def device(name: str, value: torch.device | str | None, *, present: bool = False) -> torch.device | None:
+    """A setting as a device.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: The user's value; ``None`` stays as it is.
+        present: Whether this process must have the device now.
+
+    Raises:
+        ValueError: If it does not name a device that holds values, or this process does not have it.
+
+    Example:
+        >>> device("device", "gpu")
+        Traceback (most recent call last):
+        ValueError: Expected `device` to name a device, but got device='gpu'. Pass 'cpu', 'cuda:0' or 'mps'.
+    """
+    if value is None:
+        return None
+    try:
+        made = torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        made = torch.device("meta")
+    got = f"{name}={str(value)!r}"
+    if made.type == "meta":
+        raise ValueError(message(f"`{name}` to name a device", got, "Pass 'cpu', 'cuda:0' or 'mps'."))
+    if present:
+        try:
+            torch.empty(0, device=made)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(message(f"`{name}` to be a device of this machine", f"{got}: {reason}")) from error
+    return made
 
 
 def temperature(value: Any) -> None:

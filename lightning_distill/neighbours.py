@@ -40,6 +40,27 @@ def check_together(callbacks: Sequence[Any], name: str) -> None:
         )
 
 
+def check_schedulers(trainer: Trainer, name: str) -> None:
+    """Raise if the learning rates of several processes could differ because each reads a value of its own batches.
+
+    Args:
+        trainer: The Trainer, with its optimizers.
+        name: Name of the callback that distils, with which the values after a step are logged.
+
+    Raises:
+        MisconfigurationException: If so.
+    """
+    for config in trainer.lr_scheduler_configs if trainer.world_size > 1 else []:
+        monitor = config.monitor or ""
+        of_step = monitor.startswith(f"{name}/") and monitor.endswith("loss") and not monitor.startswith(f"{name}/val_")
+        if config.reduce_on_plateau and config.interval == "step" and of_step:
+            raise MisconfigurationException(
+                f"Expected interval='epoch' for a scheduler that monitors {monitor!r}, but got 'step': that value is of"
+                " each process's own batch, so that the processes would train with different learning rates. Pass"
+                " 'epoch', where it is the mean over all processes, or monitor a value logged with sync_dist=True."
+            )
+
+
 def monitored_names(trainer: Trainer, prefix: str) -> set[str]:
     """The logged names that a callback or a learning rate scheduler of the Trainer monitors, without their prefix.
 

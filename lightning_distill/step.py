@@ -245,7 +245,7 @@ class DistillStep:
             return rest if isinstance(rest, Tensor) else zero
         if not calls:
             raise ValueError(self._never_called())
-        self.learned.check_trained()
+        self.learned.begin(self.student.root)
         self.source.check_followed()
         values = self._values(active, calls, batch, step_calls)
         parts: dict[str, tuple[Tensor, Tensor | None]] = {}

@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from distill_core.arrays import as_numbers
 from distill_core.columns import Array
 from distill_core.locks import locked
 from distill_core.normalization import identity_of
@@ -171,7 +172,7 @@ class Builder:
             raise CacheError("Expected the teacher to have one output, but got several. Wrap it to return one.")
         if self.outputs:
             kept["output"] = call.output
-        return {name: np.asarray(keras.ops.convert_to_numpy(tensor), "float32") for name, tensor in kept.items()}
+        return {name: as_numbers(name, keras.ops.convert_to_numpy(tensor)) for name, tensor in kept.items()}
 
     def _check_logits(self) -> None:
         """Check that the output does not hold probabilities, which would be stored as if they were logits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -128,6 +129,20 @@ class Follower:
                     leaders_flag.copy_(torch.maximum(leaders_flag, self._overflow.pop(device, leaders_flag)))
                     for gradient in gradients:  # values left by a skipped step must not reach the next one
                         gradient.masked_fill_(leaders_flag.bool(), 0.0)
+
+    def begin(self, student: nn.Module) -> None:
+        """Before a loss is made: drop the gradients of a step that was not taken.
+
+        The student's may have been cleared by ``student.zero_grad()``, which this optimizer does not see.
+
+        Args:
+            student: The student.
+        """
+        if all(parameter.grad is None for parameter in self._parameters):
+            return
+        leaders = (parameter for group in self.leader.param_groups for parameter in group["params"])
+        if all(parameter.grad is None for parameter in itertools.chain(leaders, student.parameters())):
+            self._clear()
 
     def close(self) -> None:
         """Stop following the leader."""

@@ -201,6 +201,16 @@ class LearnedParts:
             )
         self._collect()
 
+    def begin(self, student: nn.Module) -> None:
+        """Before a loss is made: check that an optimizer trains the parts, and drop gradients of a step not taken.
+
+        Args:
+            student: The student.
+        """
+        self.check_trained()
+        if self._follower is not None:
+            self._follower.begin(student)
+
     def hand_over(self) -> list[nn.Parameter]:
         """The parameters, for a user's own optimizer.
 

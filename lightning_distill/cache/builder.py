@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from distill_core.arrays import mean_bytes
+from distill_core.arrays import as_numbers, mean_bytes
 from distill_core.columns import Ragged
 from distill_core.manifest import BY_KEY
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer
+from lightning_distill import checks
 from lightning_distill.cache.calling import call_teacher, described_teacher
 from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint
 from lightning_distill.cache.keyed import Key, SampleKeys, content_key, input_digests
@@ -132,7 +133,7 @@ class Builder:
         try:
             with together():  # the data may change between reads in one process and not in another
                 stale = self._check_data(transform_seed, allow_stale_augmentation)
-                self.frozen.take(None if device is None else torch.device(device))
+                self.frozen.take(checks.device("device", device, present=True))
                 self.manifest = self._described(views, transform_seed, storage, stale, shard_bytes)
         except BaseException:
             self.close()
@@ -258,7 +259,8 @@ class Builder:
             describe: Whether it is the first batch, which tells which arrays have positions of tokens.
         """
         device = next((parameter.device for parameter in self.teacher.parameters()), torch.device("cpu"))
-        batch = map_tensors(loaded.batch, lambda tensor: tensor.to(device))
+        # a copy, since a teacher may change its inputs in place: those of the data set, and those that are compared
+        batch = map_tensors(loaded.batch, lambda tensor: tensor.to(device, copy=True))
         with torch.no_grad(), Recording([self.recorder]):
             if self.forward is not None:
                 output = self.forward(self.teacher, batch)
@@ -305,7 +307,7 @@ class Builder:
                     f"Expected {name!r} to have a position for each of the {tuple(mask.shape)} tokens, but got shape"
                     f" {tuple(tensor.shape)}. Pass forward=... to call the teacher in another way."
                 )
-            return Ragged(tensor[mask].float().cpu().numpy(), mask.sum(1).cpu().numpy())
+            return Ragged(_numbers(name, tensor[mask]), mask.sum(1).cpu().numpy())
         manifest: Manifest | None = getattr(self, "manifest", None)
         if manifest is not None and list(tensor.shape[1:]) != manifest.arrays[name]["shape"]:
             raise CacheError(
@@ -313,4 +315,8 @@ class Builder:
                 f" but got {tuple(tensor.shape[1:])}. For sequences of differing length put `attention_mask` into the"
                 " batch, or pass mask=<key, index, or a function of the batch that returns the mask of the tokens>."
             )
-        return tensor.float().cpu().numpy()
+        return _numbers(name, tensor)
+
+
+def _numbers(name: str, tensor: Tensor) -> Any:
+    return as_numbers(name, (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True))

@@ -84,4 +84,4 @@ class Imported:
 
 
 def _numbers(tensor: Tensor) -> Any:
-    return tensor.detach().float().cpu().numpy()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from distill_core.launcher.hooks import Hooks
 from distill_core.launcher.words import Words
@@ -146,7 +146,7 @@ class Distillation(Hooks):
         criterion = self.create_criterion()
         usual: Any = getattr(criterion, "task_loss", nn.functional.cross_entropy)
         task_loss = usual if self.task_loss is None else self.task_loss
-        terms, task_weight = _settings(criterion, task_loss)
+        terms, task_weight = _settings(criterion)
         optimizer = self.optimizer if self.optimizer is not None else optimizer_of(train.optimizer)
         module = LauncherModule(
             student, self.teacher_model, terms, task_loss=task_loss, task_weight=task_weight, optimizer=optimizer
@@ -169,7 +169,7 @@ class Distillation(Hooks):
             super()._begin(loop, student)
 
     def _new_loop(self, student: nn.Module, criterion: Any) -> LoopDistiller | KeyedLoop:
-        terms, task_weight = _settings(criterion, None)
+        terms, task_weight = _settings(criterion)
         return loop_of(student, self.teacher_model, criterion, terms, task_weight)
 
     def _configured_criterion(self) -> Any:
@@ -188,10 +188,8 @@ class Distillation(Hooks):
         return self.student_model
 
 
-def _settings(
-    criterion: Any, task_loss: Callable[[Tensor, Tensor], Tensor] | None
-) -> tuple[list[DistillationTerm], float]:
+def _settings(criterion: Any) -> tuple[list[DistillationTerm], float]:
     """The criterion's terms, and its weight of the student's own loss."""
     if not hasattr(criterion, "terms"):
-        return [CriterionTerm(criterion, task_loss)], 0.0
+        return [CriterionTerm(criterion)], 0.0
     return as_terms(criterion.terms(), LogitsDistillation), criterion.task_weight

@@ -21,7 +21,10 @@ from lightning_distill.terms import DistillationTerm
 
 
 class LauncherModule(DistillModule):
-    """A student in built-in training, of batches ``(inputs, labels)`` or dicts; inputs may be several tensors."""
+    """A student in built-in training, of batches ``(inputs, labels)`` or dicts; inputs may be several tensors.
+
+    Logs ``train_loss``, the student's own loss, where it counts: in the total, or in a user's criterion.
+    """
 
     validation_step = LightningModule.validation_step  # type: ignore[assignment] # not validated: epochs are scored instead
 
@@ -29,13 +32,22 @@ class LauncherModule(DistillModule):
         """The student's own loss on a batch, None if it has no weight: the labels may be of another task."""
         inputs, labels = split_batch(batch)
         output = call_with(self.student, inputs)
-        if self.distill.distils_alone:
+        criteria = [term for term in self.distill.terms if isinstance(term, CriterionTerm)]
+        if self.distill.distils_alone and not criteria:
             return None
         logits = select(output, None, "the student's output")
         check_task_loss(self.task_loss, logits)
         loss: Tensor = self.task_loss(logits, labels)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
-        return loss
+        for term in criteria:
+            term.student_loss = loss
+        return None if criteria else loss
+
+    def on_after_backward(self) -> None:
+        """After the backward pass: release the loss that a criterion got, which cannot be copied."""
+        for term in self.distill.terms:
+            if isinstance(term, CriterionTerm):
+                term.student_loss = None
 
     def configure_optimizers(self) -> Any:
         """The user's optimizer, or the configured one."""
@@ -50,24 +62,19 @@ class CriterionTerm(DistillationTerm):
 
     Args:
         criterion: Called with ``(student_output, teacher_output, student_loss)``, returns a scalar.
-        task_loss: The student's own loss, called with its output and the labels; None if ``student_loss`` is set.
+
+    Attributes:
+        student_loss: The student's own loss in this step; set it before the term is called.
     """
 
-    def __init__(
-        self, criterion: Callable[..., Tensor], task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, criterion: Callable[..., Tensor]) -> None:
         super().__init__(name="criterion")
-        self.criterion, self._task_loss = criterion, task_loss
-        self.needs_labels = task_loss is not None
+        self.criterion = criterion
         self.student_loss: Tensor | None = None
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The total, a scalar."""
-        loss = self.student_loss
-        if self._task_loss is not None and labels is not None:
-            check_task_loss(self._task_loss, student.logits)
-            loss = self._task_loss(student.logits, labels)
-        return self.criterion(student.output, teacher.output, loss)
+        return self.criterion(student.output, teacher.output, self.student_loss)
 
 
 class Scoring(Callback):

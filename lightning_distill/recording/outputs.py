@@ -43,7 +43,11 @@ def select(value: Any, output: Output, value_name: str, *, first: bool = False) 
     if callable(output):
         picked = output(value)
     elif isinstance(value, Tensor):
-        raise ValueError(f"Expected `output` to be None where {value_name} is a tensor, but got output={output!r}.")
+        raise ValueError(
+            f"Expected `output` to be None where {value_name} is a tensor, but got output={output!r}. Choose for each"
+            f" network by itself, by LogitsDistillation(output=({output!r}, None)) or by the tap of its layer; or pass"
+            " a function, where a network returns now a tensor and now several."
+        )
     elif output is not None:
         picked = entry_at(value, output if isinstance(output, tuple) else (output,))
     else:

@@ -17,7 +17,8 @@ class StudentFinder:
 
     The student is the module itself where its forward is called; else the one child with trainable parameters and all
     the tapped layers that is called. A path names it; several paths name networks that are called one after the other,
-    as in ``self.head(self.backbone(x))``: together they are the student.
+    as in ``self.head(self.backbone(x))``: together they are the student. It may be replaced: a network that is put at
+    its path is the student from then on. One that was found at several paths is then looked for again.
 
     Args:
         module: The LightningModule.
@@ -30,8 +31,8 @@ class StudentFinder:
         self._module, self._taps, self._student = module, taps, student
         self._recorders: dict[str, Recorder] | None = None
         self._student_recorder: Recorder | None = None
-        self._place: str | None = None  # path of the student that was found or named; None for several
-        self._path: LayerPath | None = None
+        self._places: list[str] = []  # paths of the student that was found, or of its parts
+        self._paths: list[LayerPath] = []
 
     @property
     def named(self) -> bool:
@@ -79,7 +80,7 @@ class StudentFinder:
         if self._student is not None:
             return {"": self._named()}
         recorders = {"": Recorder(self._module, self._taps)}
-        for name, child in possible_students(self._module).items():
+        for name, child in _trained(self._module):
             recorders[name] = Recorder(child, self._taps, prefix=f"{name}.")
         return recorders
 
@@ -98,19 +99,17 @@ class StudentFinder:
             features: Whether to keep the features at the tapped layers.
             arguments: Keyword arguments to add to each recorded call.
         """
-        if self._path is not None and not self._path.holds:  # the user has put another network into its place
-            self.close()
-            self._follow(Recorder(self._child(), self._taps, prefix=f"{self._place}."), self._place)
+        if not all(path.holds for path in self._paths):  # the user has put another network into a place of it
+            self._replaced()
         if self._student_recorder is None and self._student is not None:
-            paths = [self._student] if isinstance(self._student, str) else list(self._student)
             # not earlier: a hook of the module may build the student
-            self._follow(self._named(), paths[0] if len(paths) == 1 else None)
+            self._follow(self._named(), [self._student] if isinstance(self._student, str) else [*self._student])
         if self._student_recorder is not None:
             return Recording([self._student_recorder], needs_grad, features, arguments)
         if self._recorders is None:
-            self._recorders = {
-                name: recorder for name, recorder in self._candidates().items() if not recorder.unknown()
-            }
+            known = {name: recorder for name, recorder in self._candidates().items() if not recorder.unknown()}
+            first = {id(recorder.root): name for name, recorder in reversed(known.items())}
+            self._recorders = {name: known[name] for name in known if first[id(known[name].root)] == name}
         return Recording(list(self._recorders.values()), needs_grad, features, arguments)
 
     def find(self) -> list[Call]:
@@ -134,23 +133,28 @@ class StudentFinder:
                     if other is not recorder:
                         other.close()
                         other.clear()  # it has recorded the student's calls, or calls inside them
-                self._follow(recorder, place)
+                networks = _trained(self._module)
+                self._follow(recorder, [place, *(path for path, other in networks if other is recorder.root)])
                 self._recorders = None
         return [] if self._student_recorder is None else self._student_recorder.calls
 
-    def _follow(self, recorder: Recorder, place: str | None) -> None:
+    def _follow(self, recorder: Recorder, places: Sequence[str]) -> None:
         """Record this student from now on."""
-        self._student_recorder, self._place = recorder, place
-        self._path = LayerPath(self._module, place) if place else None
+        self._student_recorder, self._places = recorder, [*dict.fromkeys(places)]
+        self._paths = [LayerPath(self._module, place) for place in self._places if place]
 
-    def _child(self) -> nn.Module:
-        """The network that is at the student's place now."""
-        network = find_layer(self._module, self._place or "")
-        if network is None:
-            raise ValueError(
-                f"Expected the student {self._place!r} to stay in the module, but it was removed. Keep it there."
-            )
-        return network
+    def _replaced(self) -> None:
+        """Record the network that is at the student's place now, or look for it if there were several places."""
+        self.close()
+        self._student_recorder, self._paths = None, []
+        networks = {place: find_layer(self._module, place) for place in self._places}
+        for place, network in networks.items():
+            if network is None:
+                raise ValueError(
+                    f"Expected the student {place!r} to stay in the module, but it was removed. Keep it there."
+                )
+            if not self.named and len(networks) == 1:
+                self._follow(Recorder(network, self._taps, prefix=f"{place}."), [place])
 
     def _recording(self) -> list[Recorder]:
         return [self._student_recorder] if self._student_recorder else list((self._recorders or {}).values())
@@ -215,18 +219,28 @@ def possible_students(module: nn.Module) -> dict[str, nn.Module]:
         module: The LightningModule.
 
     Returns:
-        The children by path.
+        The children by path, each under the first of its paths.
     """
-    return {
-        name: child
-        for name, child in _children(module)
-        if any(parameter.requires_grad for parameter in child.parameters())
-    }
+    paths = {id(child): path for path, child in reversed([*_trained(module)])}
+    return {path: child for path, child in _trained(module) if paths[id(child)] == path}
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children with trainable parameters, under each of their paths."""
+    for name, child in _children(module):
+        if any(parameter.requires_grad for parameter in child.parameters()):
+            yield name, child
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
+    for name, child in _entries(module):
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # containers are never called themselves
-            yield from ((f"{name}.{key}", inner) for key, inner in child.named_children())
+            yield from ((f"{name}.{key}", inner) for key, inner in _entries(child))
         else:
             yield name, child
+
+
+def _entries(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children by name; ``named_children`` leaves out the second name of a child."""
+    entries: dict[str, nn.Module | None] = module._modules
+    return ((name, child) for name, child in entries.items() if child is not None)

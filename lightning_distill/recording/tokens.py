@@ -214,10 +214,9 @@ def check_ends(call: Call, positions: Positions) -> None:
         return
     if not _equal(labels, _moved(tokens, -1), counts) or _equal(labels, tokens, counts):
         return
-    documents = Documents.of(call.batch, call.arguments)
-    attention = documents.attention
-    if attention is not None and attention.shape == counts.shape:
-        counts = counts & (_moved(attention, 0) != 0)  # padding after the last token may be equal to its label
+    documents = Documents.of(call.batch, call.arguments)._replace(tokens=tokens)
+    padding = documents.padding(counts.shape, 1) & ~counts
+    counts = counts & ~_moved(padding, False)  # padding after the last token may be equal to its label
     for ends in documents.ends(counts.shape):
         if bool((counts & ends).any()):
             raise ValueError(

@@ -66,7 +66,7 @@ class CallableTeacher(nn.Module):
             )
         self._function, on_arrays = array_function(function, "function"), takes_arrays(function)
         self.arrays, self.batch_size = arrays or on_arrays, batch_size
-        self.device = None if device is None else torch.device(device)
+        self.device = checks.device("device", device)
         if self.device is not None and self.arrays:
             raise ValueError(
                 "Expected `device` to be None for a function of arrays, which are on the CPU, but got"
@@ -91,7 +91,10 @@ class CallableTeacher(nn.Module):
             rows = torch.arange(start, min(start + size, number), device=first.device)
             whole = len(rows) == number
             part = (args, kwargs) if whole else rows_of((args, kwargs), rows, number)
-            parts.append(self._scores(part[0], part[1], len(rows)))
+            answer = self._scores(part[0], part[1], len(rows))
+            parts.append(
+                answer if whole else answer.clone()
+            )  # the function may write the next ones into the same memory
         scores = parts[0] if len(parts) == 1 else torch.cat(parts)
         # the host need not wait for the device more than once
         if scores.device.type == "cpu" or not self._checked:
@@ -208,8 +211,9 @@ def _log_probabilities(estimator: Any, inputs: Any) -> Any:
 
 
 def _as_array(tensor: Tensor) -> Any:
+    """A copy of a tensor: a function may change its arrays in place, which the tensor's version would not tell."""
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # NumPy has no bfloat16
-    return tensor.numpy(force=True)
+    return np.array(tensor.numpy(force=True))
 
 
 def _as_tensor(output: Any) -> Tensor:
@@ -226,4 +230,5 @@ def _as_tensor(output: Any) -> Tensor:
     array = output.numpy(force=True) if isinstance(output, Tensor) else np.asarray(output)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"Expected the teacher's function to return an array of numbers, but got {array.dtype}.")
-    return torch.tensor(array)
+    # in the machine's order of bytes, and without the negative strides of a reversed array, which torch has not
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class _State:
@@ -111,11 +112,12 @@ class Hold:
             dtype: The precision where it has none of its own; ``None`` leaves it as it is.
 
         Raises:
-            ValueError: If another holder has it in another precision, it cannot be moved, or it shares parameters with
-                the student and has a precision of its own.
+            ValueError: If it has a parameter without values, another holder has it in another precision, it cannot be
+                moved, or it shares parameters with the student and has a precision of its own.
         """
         if self._taken:
             return
+        _check_values(self.module)
         everything = [*self.module.modules()]
         self._shared = self.student & set(everything)
         own = {id(parameter) for module in self.student for parameter in module.parameters(recurse=False)}
@@ -242,6 +244,20 @@ def _keep_changes(before: Tensor, now: Tensor) -> None:
     converted = before.to(device=now.device, dtype=now.dtype)
     if not torch.equal(converted, now):
         before.copy_(now)
+
+
+def _check_values(module: nn.Module) -> None:
+    """Raise if a parameter or a buffer of the teacher has no values."""
+    if _is_dispatched(module):  # accelerate keeps the values of parts elsewhere
+        return
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor):
+            got, remedy = "is initialised by its first call", "Call the teacher once, and load its weights"
+        elif tensor.is_meta:
+            got, remedy = "is on the device 'meta'", "Load its weights: teacher.load_state_dict(weights, assign=True)"
+        else:
+            continue
+        raise ValueError(f"Expected `teacher` to have values, but its {name!r} {got}. {remedy}.")
 
 
 def _is_dispatched(module: nn.Module) -> bool:

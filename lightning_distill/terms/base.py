@@ -254,6 +254,15 @@ def _is_settings(module: nn.Module | None) -> bool:
     return next(module.parameters(), None) is None and next(module.buffers(), None) is None
 
 
+def taps_of(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:
+    """The taps on one layer or several.
+
+    Args:
+        layers: Names of layers, or taps.
+    """
+    return [Tap.of(layer) for layer in ([layers] if isinstance(layers, (str, Tap)) else layers)]
+
+
 def as_terms(terms: Any, default: Callable[[DistillationLoss | None], DistillationTerm]) -> list[DistillationTerm]:
     """The terms as a list with distinct names.
 

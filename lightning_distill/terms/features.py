@@ -20,10 +20,11 @@ from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.boxes import BoxPlace, check_pixels, find_boxes
 from lightning_distill.recording.rows import DataRows, IndexPlace, check_index, find_index
 from lightning_distill.schedules import Weight
-from lightning_distill.terms.base import DistillationTerm, LossCallable, TeacherLayers
+from lightning_distill.terms.base import DistillationTerm, LossCallable, TeacherLayers, taps_of
 from lightning_distill.terms.losses import (
     Mask,
     check_held,
+    check_of_examples,
     check_places,
     check_takes_mask,
     checked_loss,
@@ -108,7 +109,7 @@ class FeatureDistillation(DistillationTerm):
         boxes: BoxPlace | None = None,
         index: IndexPlace | None = None,
     ) -> None:
-        student_taps, teacher_taps = _taps(student_layer), _taps(teacher_layer)
+        student_taps, teacher_taps = taps_of(student_layer), taps_of(teacher_layer)
         super().__init__(weight=weight, name=name or "+".join(tap.layer for tap in student_taps) or "features")
         if len(student_taps) != len(teacher_taps) or not student_taps:
             raise ValueError(
@@ -292,7 +293,7 @@ class FeatureDistillation(DistillationTerm):
     ) -> tuple[Tensor | None, ...]:
         """The mask at the positions of a feature, and what a loss needs as its third argument."""
         maps = self.reads_maps and reads_maps(self.loss)
-        mask = resized_mask(mask, feature) if maps else mask
+        mask = resized_mask(mask, feature, self.loss) if maps else mask
         if boxes is None:
             return mask, rows
         if feature.ndim != 4 or not maps:
@@ -310,7 +311,10 @@ class FeatureDistillation(DistillationTerm):
 
     def _mask(self, student: Call, labels: Tensor | None) -> Tensor | None:
         """The positions that count; ``None`` if all do."""
-        return counted_positions(student, self.mask, self.ignore_index, labels)
+        mask = counted_positions(student, self.mask, self.ignore_index, labels)
+        if self._adapter[0] == "pool":
+            check_of_examples(mask, self.name)
+        return mask
 
     def extra_repr(self) -> str:
         """Layers and settings."""
@@ -393,7 +397,3 @@ class SelfDistillation(FeatureDistillation):
 def _size_of(loss: Any) -> int:
     """Number of rows that a loss knows."""
     return int(loss.size)
-
-
-def _taps(layers: str | Tap | Sequence[str | Tap]) -> list[Tap]:
-    return [Tap.of(layer) for layer in ([layers] if isinstance(layers, (str, Tap)) else layers)]

@@ -136,7 +136,7 @@ class LogitsDistillation(DistillationTerm):
         mask = counted_positions(student, self.mask, self.ignore_index, labels)
         if mask is None or mask.ndim != 3 or not reads_maps(self.loss):
             return mask
-        return resized_mask(mask, student.output_at(self._output(0)))
+        return resized_mask(mask, student.output_at(self._output(0)), self.loss)
 
     def check_scores(self, student: Call, teacher: Call) -> None:
         """Raise if an output holds probabilities, which a loss on logits would soften once more.

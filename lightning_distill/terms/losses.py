@@ -134,6 +134,24 @@ def _fits(mask: torch.Size, labels: torch.Size) -> bool:
     return len(mask) == len(labels) and all(size in (1, other) for size, other in zip(mask, labels, strict=True))
 
 
+def check_of_examples(mask: Tensor | None, term: str) -> None:
+    """Raise if a mask of positions belongs to a term that compares the means over all positions.
+
+    Args:
+        mask: The mask, or ``None``.
+        term: Name of the term.
+
+    Raises:
+        ValueError: If so.
+    """
+    if mask is not None and mask.ndim > 1:
+        raise ValueError(
+            f"Expected the mask of term {term!r} to be one of whole examples, (N,), since adapter='pool' takes the"
+            f" means over all positions, but got shape {tuple(mask.shape)}. Name layers whose means leave the others"
+            " out, or compare the positions: adapter='auto'."
+        )
+
+
 def check_held(held: Tensor | None, mask: Tensor | None, term: str, once: bool = False) -> None:
     """Raise if a term counts positions that a cached teacher of sequences has no answers for.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_distill.losses import DistillationLoss
 from lightning_distill.recording import Call, Tap
 
 
@@ -53,7 +54,7 @@ def resized(teacher: Tensor, student: Tensor) -> Tensor:
     return teacher if smaller == size else F.interpolate(teacher, size, mode="bilinear", align_corners=False)
 
 
-def resized_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
+def resized_mask(mask: Tensor | None, feature: Tensor, loss: Any = None) -> Tensor | None:
     """A mask ``(N, H, W)`` of the labels' pixels as one of a map's positions; any other mask is returned unchanged.
 
     A position of a smaller map counts if at least half of its pixels do.
@@ -61,6 +62,8 @@ def resized_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
     Args:
         mask: A bool tensor, or ``None``.
         feature: The map, shape ``(N, C, H', W')``.
+        loss: The loss. A mask ``(N, C, H')`` is left to a user's function, which may read rows of channels; to another
+            loss it is one of pixels if their height and width are in the proportion of the map's.
 
     Example:
         >>> import torch
@@ -68,9 +71,12 @@ def resized_mask(mask: Tensor | None, feature: Tensor) -> Tensor | None:
         >>> resized_mask(mask, torch.zeros(1, 8, 1, 2))
         tensor([[[ True, False]]])
     """
-    if mask is None or mask.ndim != 3 or feature.ndim != 4 or mask.shape in (feature.shape[:3], _positions(feature)):
+    if mask is None or mask.ndim != 3 or feature.ndim != 4 or mask.shape == _positions(feature):
         return mask
     size = feature.shape[-2:]
+    alike = mask.shape[-2] * size[1] == mask.shape[-1] * size[0]
+    if mask.shape == feature.shape[:3] and not (alike and isinstance(loss, DistillationLoss)):
+        return mask
     smaller = (min(mask.shape[-2], size[0]), min(mask.shape[-1], size[1]))
     counted = F.adaptive_avg_pool2d(mask.float().unsqueeze(1), smaller) >= 0.5
     if smaller != size:

@@ -72,6 +72,10 @@ def test_c16_a_broken_cache_exits_1_and_names_the_file(tmp_path: Path, capsys: C
         (FILE.replace("path: cache\n", ""), 2, "Expected `path` to be given, but it is not."),
         (FILE.replace("cache_nets.table", "cache_nets.tables"), 2, "Expected `dataset` to be a class_path"),
         (FILE.replace("top_k: 3", "top_k: 30"), 2, "Expected `top_k` to be 1 to 9"),
+        (FILE.replace("top_k: 3", "top_k: 03"), 2, "Expected numbers without a leading 0 or a colon"),
+        (FILE.replace("top_k: 3", "top_k: 1:30"), 2, "but got 1:30, line "),
+        (FILE + "device: gpu\n", 2, "Expected `device` to name a device, but got device='gpu'."),
+        (FILE + "device: cuda:9999\n", 2, "Expected `device` to be a device of this machine, but got device='cuda:9"),
         ("{]", 2, "Expected a YAML file"),
     ],
 )

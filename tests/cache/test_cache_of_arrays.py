@@ -93,6 +93,8 @@ def test_c21_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (r"of its own, but samples 0 and 39 have the same", rows, {"key": 0, "keys": [*range(39), 0]}),
         (r"^Expected 'output' to be a list of sequences of the shape \(tokens, \.\.\.\)", list(rows), {}),
         (r"^Expected 'output' to hold numbers, but got dtype <U1", np.array(["a", "b"]), {}),
+        (r"^Expected 'output' to hold numbers, but got dtype complex64", torch.complex(rows, rows), {}),
+        (r"^Expected 'output' to hold numbers, but got dtype bool", rows > 0, {}),
         (r"^Expected the teacher's outputs to be logits, but got probabilities", rows.softmax(-1), {"top_k": 3}),
         (r"^Expected the teacher's outputs to be finite in float16", rows * 1e6, {}),
     ]
@@ -100,3 +102,18 @@ def test_c21_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         arrays = {"output": rows, "body": rows[:2]} if isinstance(arrays, int) else arrays
         with pytest.raises(ValueError, match=words):
             TeacherCache.from_arrays(arrays, tmp_path / str(number), **settings)
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.bool])
+@pytest.mark.parametrize("layers", [(), ("0",)], ids=["output", "layer"])
+def test_a_teacher_that_returns_no_real_numbers_is_refused(tmp_path: Path, kind: torch.dtype, layers: Any) -> None:
+    """The stored number of a complex one would be its real part alone."""
+
+    class Converts(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(kind)
+
+    teacher = torch.nn.Sequential(Converts())
+    name = "feature0" if layers else "output"
+    with pytest.raises(CacheError, match=rf"^Expected '{name}' to hold numbers, but got dtype {str(kind)[6:]}"):
+        TeacherCache.build(teacher, table(), tmp_path, layers=layers, outputs=not layers, progress=False)

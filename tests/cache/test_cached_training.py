@@ -24,6 +24,7 @@ from lightning_distill import (
     LogitsDistillation,
     SoftTargetLoss,
     TeacherCache,
+    content_key,
 )
 from lightning_distill.cache import IndexedBatch
 
@@ -241,3 +242,41 @@ def test_c2_validation_runs_without_the_teacher(cache: TeacherCache) -> None:
     trainer.fit(module)
     assert "distill/val_teacher_agreement" not in trainer.callback_metrics
     assert "val_loss" in trainer.callback_metrics
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """Batches of one row, which are views of the data."""
+
+    def __init__(self) -> None:
+        self.x, self.y = (tensor.clone() for tensor in table().tensors)
+
+    def __len__(self) -> int:
+        return ITEMS
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x[index : index + 1], self.y[index : index + 1]
+
+
+class InPlace(nn.Module):
+    """A teacher that doubles its inputs where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x.mul_(2.0))
+
+
+def test_a_teacher_that_changes_its_inputs_in_place_changes_neither_the_data_nor_the_keys(tmp_path: Path) -> None:
+    data, settings = Rows(), {"dtype": "float32", "progress": False}
+    TeacherCache.build(InPlace(), data, tmp_path / "views", batch_size=1, collate_fn=lambda items: items[0], **settings)
+    assert torch.equal(data.x, table().tensors[0])
+    keyed = TeacherCache.build(InPlace(), table(), tmp_path / "keyed", key=content_key, **settings)
+    live = nn.Sequential(Twofold(), network(32))
+    assert difference(trained(Module(table()), keyed, None), trained(Module(table()), live, None)) < 1e-6
+
+
+class Twofold(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x

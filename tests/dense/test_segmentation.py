@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from scenes import VOID, Net, Scenes, Segmenter, close, loader, stacked
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distill import (
     AttentionTransferLoss,
@@ -196,6 +196,34 @@ def test_a_mask_of_a_larger_map_repeats_its_positions() -> None:
     larger = resized_mask(mask, torch.ones(1, 3, 4, 4))
 
     assert torch.equal(larger, mask.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+@pytest.mark.parametrize("term", [FeatureDistillation("", "", mask="used"), LogitsDistillation(mask="used")])
+def test_a_mask_of_pixels_whose_shape_is_that_of_channels_and_rows_is_one_of_pixels(term: Any) -> None:
+    """The maps of images of 16 x 8 pixels have 16 channels and 8 rows."""
+    images, used = torch.randn(2, 3, 16, 8), torch.zeros(2, 16, 8).bool()
+    used[:, :6] = True
+    networks = [nn.Conv2d(3, 16, 3, stride=2, padding=1) for _ in "st"]
+    totals = []
+    for mask in (used, used[:, ::2, ::2]):
+        with Distiller(*networks, term) as distiller:
+            with distiller.record():
+                networks[0](images)
+            totals.append(distiller.total(torch.zeros(()), {"used": mask}))
+    torch.testing.assert_close(*totals)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 5).bool(), torch.ones(2, 4, 4).bool()])
+def test_a_mask_of_positions_is_refused_where_the_means_over_all_are_compared(mask: Tensor) -> None:
+    term = FeatureDistillation("", "", adapter="pool", mask="used")
+    student, teacher = (Call.from_outputs(maps, {("", "output"): maps}) for maps in torch.randn(2, 2, 3, 4, 4))
+    student.batch = {"used": mask}
+    term.build(student, [teacher])
+    with pytest.raises(ValueError, match=r"one of whole examples, \(N,\), since adapter='pool' .*: adapter='auto'"):
+        term(student, teacher)
+    student.batch = {"used": torch.tensor([True, False])}
+    expected = (student.output.mean((2, 3)) - teacher.output.mean((2, 3))).square().mean(1)[0]
+    torch.testing.assert_close(term(student, teacher), expected)
 
 
 def last(shape: tuple[int, ...], mask: Tensor | None = None) -> tuple[Call, Call]:

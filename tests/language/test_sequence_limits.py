@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -188,6 +189,50 @@ def test_shifted_labels_may_be_equal_to_the_padding_after_a_text() -> None:
     check_ends(call, positions)
     batch["attention_mask"] = torch.ones_like(shown)
     with pytest.raises(ValueError, match="the first token of the next document"):
+        check_ends(call, positions)
+
+
+@pytest.mark.parametrize(
+    ("places", "tokens", "labels", "counted"),
+    [
+        ([0, 1, 2, 3, 4, 0, 0, 0], [3, 8, 2, 7, 5, 0, 0, 0], [3, 8, 2, 7, 5, 0, IGNORED, IGNORED], 5),
+        ([0, 1, 2, 3, 4, 5, 0, 0], [3, 8, 2, 7, 5, 6, 0, 0], [3, 8, 2, 7, 5, 6, 0, IGNORED], 6),
+        ([0, 1, 2, 3, 4, 5, 6, 0], [3, 8, 2, 7, 5, 6, 4, 9], [3, 8, 2, 7, 5, 6, 4, 9], 6),
+        ([0, 1, 2, 3, 4, 0, 0, 0], [3, 8, 2, 7, 5, 6, 0, 0], [3, 8, 2, 7, 5, 6, 0, IGNORED], 5),
+    ],
+    ids=["three", "two", "a document of one token", "a document of one token, then two"],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_end_of_a_text_counts_where_its_token_is_that_of_the_padding_at_place_0(
+    places: list[int], tokens: list[int], labels: list[int], counted: int, masked: bool
+) -> None:
+    """Without a mask as with it, and as without `position_ids`."""
+    batch = {"input_ids": [tokens], "position_ids": [places], "labels": [labels]}
+    if masked:
+        batch["attention_mask"] = [[int(token != 0) for token in tokens]]
+    tensors = {name: torch.tensor(rows) for name, rows in batch.items()}
+    assert int(TokenPositions(shift=True, ignore_index=IGNORED).of_batch(tensors).counts.sum()) == counted
+
+
+@pytest.mark.parametrize(
+    ("places", "tokens", "labels", "refused"),
+    [
+        ([0, 1, 2, 3, 4, 0, 0, 0], [3, 8, 2, 7, 5, 0, 0, 0], [8, 2, 7, 5, 0, IGNORED, IGNORED, IGNORED], False),
+        ([0, 1, 2, 3, 4, 5, 6, 0], [3, 8, 2, 7, 5, 6, 4, 0], [8, 2, 7, 5, 6, 4, 0, IGNORED], False),
+        ([0, 1, 2, 3, 4, 0, 1, 0], [3, 8, 2, 7, 5, 6, 0, 0], [8, 2, 7, 5, 6, 0, IGNORED, IGNORED], True),
+        ([0, 1, 2, 3, 4, 0, 1, 2], [3, 8, 2, 7, 5, 0, 0, 0], [8, 2, 7, 5, 0, IGNORED, IGNORED, IGNORED], True),
+        ([0, 1, 2, 3, 4, 0, 0, 0], [3, 8, 2, 7, 5, 6, 0, 0], [8, 2, 7, 5, 6, IGNORED, IGNORED, IGNORED], True),
+    ],
+    ids=["three", "one", "behind a document", "a document of one token thrice", "a document of one token, then two"],
+)
+def test_padding_at_place_0_is_not_taken_for_a_document_without_a_mask(
+    places: list[int], tokens: list[int], labels: list[int], refused: bool
+) -> None:
+    rows = {"input_ids": [tokens], "position_ids": [places], "labels": [labels]}
+    batch = {name: torch.tensor(values) for name, values in rows.items()}
+    call = Call((), {name: batch[name] for name in ("input_ids", "position_ids")}, batch=batch)
+    positions = TokenPositions(shift=False, ignore_index=IGNORED).of_batch(batch)
+    with pytest.raises(ValueError, match="the first token of the next document") if refused else nullcontext():
         check_ends(call, positions)
 
 

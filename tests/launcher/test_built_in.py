@@ -259,6 +259,26 @@ def test_n10_a_custom_trainer_runs_and_keeps_no_scoring_of_the_launcher(distille
     assert not any(isinstance(callback, Scoring) for callback in own.callbacks), "a second fit would score twice"
 
 
+@pytest.mark.parametrize(
+    ("criterion", "logged"),
+    [
+        (lambda student_output, teacher_output, student_loss: student_loss + 0 * student_output.sum(), True),
+        (Knowledge(2.0, ["CE", "KL"], [0.3, 0.7]), True),
+        (Intermediate(["body"]), False),
+    ],
+    ids=["a function", "with a weight", "without a weight"],
+)
+def test_the_own_loss_is_logged_where_it_counts(distiller, trainer, criterion: Any, logged: bool) -> None:
+    own: Trainer = trainer(max_steps=1)
+    ready_for(distiller, trainer=own, criterion=criterion).fit()
+    assert ("train_loss" in own.callback_metrics) == logged
+    assert "distill/loss" in own.callback_metrics
+    if logged:
+        x, y = next(iter(loader()))
+        expected = F.cross_entropy(Mlp(5)(x), y)
+        torch.testing.assert_close(own.callback_metrics["train_loss"].cpu(), expected.detach())
+
+
 @pytest.mark.parametrize("name", ["labels", "label", "target", "y"])
 def test_n10_batches_may_be_dicts(distiller, name):
     plain, named = ready_for(distiller), ready_for(distiller)

@@ -55,8 +55,29 @@ def probabilities(x: np.ndarray) -> np.ndarray:
     return Booster().predict_proba(x)
 
 
+def in_place(x: np.ndarray) -> np.ndarray:
+    """Scores of a function that works in the memory of its input."""
+    result = array_scores(x)
+    x[:] = 0.0
+    return result
+
+
+class Buffered:
+    """A function that returns the same memory from each call."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(len(X), NETWORK(X).shape[1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.memory[: len(x)].copy_(scores(x))
+
+
 TEACHERS = {
     "tensors": lambda: CallableTeacher(scores),
+    "arrays that it changes": lambda: CallableTeacher(in_place, arrays=True),
+    "a reversed array": lambda: CallableTeacher(lambda x: array_scores(x)[::-1].copy()[::-1], arrays=True),
+    "an array of another order of bytes": lambda: CallableTeacher(lambda x: array_scores(x).astype(">f4"), arrays=True),
+    "one memory for all batches": lambda: CallableTeacher(Buffered(), batch_size=3),
     "arrays": lambda: CallableTeacher(array_scores, arrays=True),
     "in batches": lambda: CallableTeacher(scores, batch_size=3),
     "arrays in batches": lambda: CallableTeacher(array_scores, arrays=True, batch_size=2),
@@ -184,3 +205,8 @@ def test_a_bare_function_is_refused_with_the_advice_to_wrap_it(teacher) -> None:
 def test_it_has_no_layers_to_read() -> None:
     with pytest.raises(ValueError, match=r"`terms\[0\].teacher_layer` to name a module of the teacher, but got 'body'"):
         Distiller(Mlp(5), CallableTeacher(scores), FeatureDistillation("body", "body"))
+
+
+def test_a_device_that_holds_no_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected `device` to name a device, but got device='meta'"):
+        CallableTeacher(scores, device="meta")

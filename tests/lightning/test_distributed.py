@@ -145,6 +145,15 @@ def test_l4_adapters_of_different_shapes_are_refused_on_both_processes(pair):
         assert rank["different_shapes"].startswith("Expected the adapters of term 'body' to have the same shapes")
 
 
+@distributed
+def test_learning_rates_follow_the_mean_over_all_processes_and_not_the_loss_of_one(pair):
+    words = r"Expected interval='epoch' for a scheduler that monitors 'distill/loss', but got 'step'"
+    for rank in pair:
+        assert rank["plateau"]["step"].startswith(words)
+    first, second = (rank["plateau"]["epoch"] for rank in pair)
+    assert 0 < first == second < 0.1
+
+
 # L19 -------------------------------------------------------------------------------------------------------------
 
 

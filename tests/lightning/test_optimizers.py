@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation, Tap
+from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation, Tap
 
 pytestmark = pytest.mark.exact
 
@@ -319,3 +319,44 @@ def test_the_students_optimizer_is_left_alone(trainer: MakeTrainer) -> None:
     assert not optimizer._optimizer_step_pre_hooks
     assert "zero_grad" not in vars(optimizer)
     assert copy.deepcopy(optimizer) is not optimizer
+
+
+CLEARS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
+    "the optimizer": lambda student, optimizer: optimizer.zero_grad(),
+    "the student": lambda student, optimizer: student.zero_grad(),
+    "by hand": lambda student, optimizer: [setattr(p, "grad", None) for p in student.parameters()] and None,
+    "nothing": lambda student, optimizer: None,
+}
+
+
+@pytest.mark.parametrize("by", CLEARS)
+def test_gradients_of_a_step_that_is_not_taken_are_cleared_with_the_students(by: str) -> None:
+    """In a loop that leaves out every second step; where nothing clears them, gradients are accumulated."""
+    networks = nets.student(), nets.teacher()
+    copies = copy.deepcopy(networks[0]), nets.teacher().eval()
+    optimizer = torch.optim.SGD(networks[0].parameters(), lr=0.1, momentum=0.9)
+    adapter: Any = None
+    with Distiller(*networks, FeatureDistillation("layer1", "layer1"), task_weight=0) as distiller:
+        distiller.follow(optimizer)
+        for number, (x, y) in enumerate(nets.batches() * 2):
+            CLEARS[by](networks[0], optimizer)
+            with distiller.record():
+                task = F.cross_entropy(networks[0](x), y)
+            distiller.total(task).backward()
+            if adapter is None:
+                adapter = copy.deepcopy(distiller.terms[0].adapters[0])
+                adapter.zero_grad()
+                together = torch.optim.SGD([*copies[0].parameters(), *adapter.parameters()], lr=0.1, momentum=0.9)
+            if by != "nothing":
+                together.zero_grad()
+            own, target = (network.layer1(x.flatten(1)) for network in copies)
+            F.mse_loss(adapter(own), target.detach()).backward()
+            if number % 2:
+                optimizer.step()
+                together.step()
+                if by == "nothing":
+                    CLEARS["the optimizer"](networks[0], optimizer)
+                    together.zero_grad()
+        trained = distiller.terms[0].adapters[0]
+        for actual, expected in ((networks[0].layer1, copies[0].layer1), (trained, adapter)):
+            nets.close(list(actual.parameters()), list(expected.parameters()), 1e-6)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import INPUTS, Classifier, Mlp, loader
+from lightning.pytorch import LightningModule
+from tiny import CLASSES, INPUTS, Classifier, Mlp, loader
 from token_nets import CausalModel
 from token_nets import loader as token_loader
 from torch import Tensor, nn
@@ -89,6 +90,70 @@ def test_a_network_in_the_place_of_the_student_is_distilled_from_then_on(trainer
     for (logits, _), own in zip(loss.seen, module.seen, strict=True):
         assert torch.equal(logits, own)
     assert not any(torch.equal(a, b.cpu()) for a, b in zip(before, module.model.parameters(), strict=True))
+
+
+class Parts(LightningModule):
+    """A network in two parts, which has a second path too; ``called`` says how a step reaches it."""
+
+    def __init__(self, called: str, replaced: list[str]) -> None:
+        super().__init__()
+        self.called, self.replaced, self.seen = called, replaced, list[Tensor]()
+        self.student, self.body, self.head = Mlp(5), Mlp(5, seed=3), nn.Linear(CLASSES, CLASSES)
+        self.nets = nn.ModuleList([self.student])
+
+    def network(self, x: Tensor) -> Tensor:
+        if self.called == "parts":
+            return self.head(self.body(x))
+        return self.student(x) if self.called == "student" else self.nets[0](x)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            fresh = Mlp(8, seed=5).to(self.device)
+            for path in self.replaced:
+                parent, _, name = path.rpartition(".")
+                setattr(self.get_submodule(parent), name, nn.Linear(CLASSES, CLASSES) if path == "head" else fresh)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self.network(batch[0])
+        self.seen.append(logits.detach().cpu())
+        return F.cross_entropy(logits, batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("replaced", [["student"], ["nets.0"], ["student", "nets.0"]], ids="+".join)
+@pytest.mark.parametrize("called", ["student", "nets"])
+def test_a_student_with_two_paths_is_followed_to_the_network_that_a_step_calls(
+    trainer: Any, called: str, replaced: list[str]
+) -> None:
+    _check_followed(trainer, Parts(called, replaced))
+
+
+@pytest.mark.parametrize("replaced", [["body"], ["head"], ["body", "head"]], ids="+".join)
+def test_a_part_in_the_place_of_another_is_distilled_from_then_on(trainer: Any, replaced: list[str]) -> None:
+    _check_followed(trainer, Parts("parts", replaced), student=["body", "head"])
+
+
+def test_a_student_of_which_a_part_is_removed_is_refused_in_words(trainer: Any) -> None:
+    class Loses(Parts):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                del self.head
+
+    with pytest.raises(ValueError, match="Expected the student 'head' to stay in the module, but it was removed"):
+        _check_followed(trainer, Loses("parts", []), student=["body", "head"])
+
+
+def _check_followed(trainer: Any, module: Parts, **settings: Any) -> None:
+    """Assert that each step of a training compares the logits that the step computed."""
+    loss = Notes()
+    distill = DistillCallback(Mlp(7, seed=1), LogitsDistillation(loss), **settings)
+    trainer(callbacks=distill, max_epochs=2).fit(module, loader())
+    assert len(loss.seen) == len(module.seen) > 0
+    for (logits, _), own in zip(loss.seen, module.seen, strict=True):
+        assert torch.equal(logits, own)
 
 
 def test_a_head_in_the_place_of_another_is_skipped_from_then_on() -> None:

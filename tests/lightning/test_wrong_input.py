@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation, Tap
+from lightning_distill import DistillCallback, FeatureDistillation, LogitsDistillation, Tap, TeacherCache
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -40,6 +40,29 @@ def rejects(trainer: MakeTrainer, module: Any, callback: DistillCallback, match:
 def features(student_layer: Any = "layer2", teacher_layer: Any = "layer2", **settings: Any) -> DistillCallback:
     teacher = settings.pop("teacher", None) or nets.teacher()
     return DistillCallback(teacher, FeatureDistillation(student_layer, teacher_layer, **settings))
+
+
+WITHOUT_VALUES = {
+    "meta": (lambda: nets.teacher().to("meta"), r"`teacher` to have values, but its '\S*layer1.weight' is on .*'meta'"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), r"but its '\S*0.weight' is initialised by its first call"),
+}
+USERS: dict[str, Callable[[MakeTrainer, nn.Module, Any], object]] = {
+    "callback": lambda trainer, teacher, folder: trainer(callbacks=[DistillCallback(teacher)]).fit(
+        nets.InnerModule(nets.student()), nets.loader()
+    ),
+    "one of several": lambda trainer, teacher, folder: trainer(
+        callbacks=[DistillCallback([nets.teacher(), teacher])]
+    ).fit(nets.InnerModule(nets.student()), nets.loader()),
+    "cache": lambda trainer, teacher, folder: TeacherCache.build(teacher, nets.loader().dataset, folder),
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("kind", WITHOUT_VALUES)
+def test_a_teacher_without_values_raises(trainer: MakeTrainer, tmp_path: Any, kind: str, user: str) -> None:
+    make, match = WITHOUT_VALUES[kind]
+    with pytest.raises(ValueError, match=match):
+        USERS[user](trainer, make(), tmp_path)
 
 
 # L9 ------------------------------------------------------------------------------------------------------------------

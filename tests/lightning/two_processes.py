@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from plain_trainer import PLAIN
@@ -164,6 +165,31 @@ def different_shapes(rank: int) -> str:
     return "no error"
 
 
+class Plateau(Classifier):
+    """A module whose learning rate follows the loss of the steps, or of the epochs."""
+
+    interval = "step"
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.02)
+        watched = {"scheduler": scheduler, "monitor": "distill/loss", "interval": self.interval}
+        return {"optimizer": optimizer, "lr_scheduler": watched}
+
+
+def plateau(interval: str) -> Any:
+    """The learning rate at the end on this process, or the error."""
+    module = Plateau()
+    module.interval = interval
+    callback = DistillCallback(Mlp(7, seed=1), student="model")
+    trainer = Trainer(callbacks=callback, strategy=ddp(False), max_epochs=3, **QUIET)
+    try:
+        trainer.fit(module, datamodule=InOrder())
+    except MisconfigurationException as error:
+        return str(error)
+    return trainer.optimizers[0].param_groups[0]["lr"]
+
+
 def ddp(find_unused: bool) -> DDPStrategy:
     return DDPStrategy(
         find_unused_parameters=find_unused, process_group_backend="gloo", timeout=timedelta(seconds=SECONDS // 2)
@@ -183,6 +209,7 @@ def pair(folder: Path) -> None:
         "bytes": bytes_sent(True),
         "agreement": agreement(rank),
         "different_shapes": different_shapes(rank),
+        "plateau": {interval: plateau(interval) for interval in ("step", "epoch")},
     }
     sharding = ModelParallelStrategy(
         data_parallel_size=2,
