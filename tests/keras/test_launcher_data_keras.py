@@ -130,8 +130,10 @@ def test_a_pydataset_is_shuffled_in_each_epoch_and_told_of_it(form: str, cap: in
     epochs: list[list[int]] = [[]]
     ended: list[int] = []
     trained(Watched(), form, iteration=cap, end_epoch=8, fit={"verbose": 0})
-    read = [epoch[: cap or 4] for epoch in epochs[1:9]]
-    assert all(len(set(epoch)) == (cap or 4) for epoch in read)
+    size = cap or 4
+    read = [epoch[:size] for epoch in epochs if len(epoch) >= size]  # Keras may look at a batch more
+    assert len(read) == 8
+    assert all(len(set(epoch)) == size for epoch in read)
     assert {index for epoch in read for index in epoch} == {0, 1, 2, 3}
     assert len({tuple(epoch) for epoch in read}) > 1
     assert set(ended) >= set(range(2, 9))
