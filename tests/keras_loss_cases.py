@@ -165,8 +165,8 @@ def _with_jax(function: Callable[[Any, Any], Any], student: Any, teacher: Any) -
     import jax
 
     value, gradients = jax.value_and_grad(function, argnums=(0, 1))(student, teacher)
-    # JAX returns zeros for a missing gradient.
-    return _result(value, *(gradient if ops.any(gradient != 0) else None for gradient in gradients))
+    # JAX returns zeros for the missing gradient of the teacher.
+    return _result(value, gradients[0], gradients[1] if ops.any(gradients[1] != 0) else None)
 
 
 _DIFFERENTIATED = {"tensorflow": _with_tensorflow, "torch": _with_torch, "jax": _with_jax}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -79,7 +79,7 @@ def batches_of(data: Any, batch_size: int, shuffle: bool = False) -> Any:
         data: Arrays ``(inputs, labels)`` or a dict of them; a ``keras.utils.PyDataset``; or any other iterable
             of batches: a list, a ``tf.data.Dataset``, a data loader.
         batch_size: Size of the batches that arrays are cut into.
-        shuffle: Whether examples of arrays are shuffled.
+        shuffle: Whether examples of arrays, or the batches of a ``PyDataset``, are shuffled.
 
     Returns:
         An iterable of tuples.
@@ -90,7 +90,7 @@ def batches_of(data: Any, batch_size: int, shuffle: bool = False) -> Any:
     if isinstance(data, (tuple, Mapping)):
         return ArrayBatches(split_batch(data), batch_size, shuffle)
     if isinstance(data, keras.utils.PyDataset):
-        return _Split(data)
+        return _IndexedBatches(data, shuffle)
     if not isinstance(data, Iterable) or iter(data) is data:
         expected = "data that can be gone through once an epoch: arrays, a list of batches, a data set or a loader"
         raise TypeError(checks.message(expected, f"a {type(data).__name__}"))
@@ -129,13 +129,29 @@ class _Split:
         self.data = data
 
     def __len__(self) -> int:
-        if isinstance(self.data, keras.utils.PyDataset):
-            return int(self.data.num_batches)
         return len(self.data) if hasattr(self.data, "__len__") else sum(1 for _ in self.data)
 
     def __iter__(self) -> Iterator[Any]:
-        indexed = isinstance(self.data, keras.utils.PyDataset)  # its iterator has no end
-        return map(split_batch, map(self.data.__getitem__, range(len(self))) if indexed else self.data)
+        return map(split_batch, self.data)
+
+
+class _IndexedBatches:
+    """The batches of a ``PyDataset``, whose own iterator has no end; shuffled and told of epochs as in ``fit``."""
+
+    def __init__(self, data: keras.utils.PyDataset, shuffle: bool) -> None:
+        self.data, self.shuffle = data, shuffle
+
+    def __len__(self) -> int:
+        return int(self.data.num_batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = np.random.permutation(len(self)) if self.shuffle else np.arange(len(self))
+        self.data.on_epoch_begin()
+        try:
+            for index in order:
+                yield split_batch(self.data[int(index)])
+        finally:  # also of an epoch that ends before the data
+            self.data.on_epoch_end()
 
 
 class _SplitDataset(keras.utils.PyDataset):
@@ -163,4 +179,7 @@ class _SplitDataset(keras.utils.PyDataset):
 def _epochs(batches: Iterable[Any], steps: int) -> Iterator[Any]:
     """The batches of endless epochs: Keras would stop the whole training at the end of a generator."""
     while True:
-        yield from itertools.islice(batches, steps)
+        epoch = iter(batches)
+        yield from itertools.islice(epoch, steps)
+        if isinstance(epoch, Generator):
+            epoch.close()

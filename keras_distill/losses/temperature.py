@@ -41,7 +41,7 @@ class CurriculumTemperature(keras.layers.Layer):
 
     Example:
         >>> temperature = CurriculumTemperature()
-        >>> round(float(temperature.value), 4), temperature.reversal_weight
+        >>> round(float(ops.convert_to_numpy(temperature.value)), 4), temperature.reversal_weight
         (15.6212, 0.0)
 
     References:

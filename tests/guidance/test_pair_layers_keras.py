@@ -215,7 +215,8 @@ def test_a_model_of_keras_applications_is_paired_with_its_twin() -> None:
     teacher = keras.models.clone_model(student)
     teacher.set_weights(student.get_weights())
     pairs = pair_layers(student, teacher, images(8))
-    assert names(pairs) == [("expanded_conv_2_add",) * 2, ("expanded_conv_4_add",) * 2]
+    # all twins are equally similar up to rounding, which decides between them
+    assert [student == teacher and student.endswith("_add") for student, teacher in names(pairs)] == [True, True]
     assert [pair.similarity for pair in pairs] == pytest.approx([1.0, 1.0], abs=1e-4)
 
 

@@ -111,6 +111,34 @@ def test_an_iteration_limit_above_the_number_of_batches_changes_nothing_n17() ->
     assert trained(batches(), iteration=9)[1].batches == 8
 
 
+@pytest.mark.parametrize("form", ["pydataset", "pydataset_of_dicts"])
+@pytest.mark.parametrize("cap", [None, 3])
+def test_a_pydataset_is_shuffled_in_each_epoch_and_told_of_it(form: str, cap: int | None) -> None:
+    """Also with ``iteration``: otherwise the batches after the first ones would never be read."""
+
+    class Watched(type(DATA[form]())):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> Any:
+            epochs[-1].append(index)
+            return super().__getitem__(index)
+
+        def on_epoch_begin(self) -> None:
+            epochs.append([])
+
+        def on_epoch_end(self) -> None:
+            ended.append(len(epochs))
+
+    epochs: list[list[int]] = [[]]
+    ended: list[int] = []
+    trained(Watched(), form, iteration=cap, end_epoch=8, fit={"verbose": 0})
+    size = cap or 4
+    read = [epoch[:size] for epoch in epochs if len(epoch) >= size]  # Keras may look at a batch more
+    assert len(read) == 8
+    assert all(len(set(epoch)) == size for epoch in read)
+    assert {index for epoch in read for index in epoch} == {0, 1, 2, 3}
+    assert len({tuple(epoch) for epoch in read}) > 1
+    assert set(ended) >= set(range(2, 9))
+
+
 @pytest.mark.parametrize("form", ["dict", "list_of_dicts", "pydataset", "pydataset_of_dicts", "loader", "arrays"])
 def test_every_form_of_data_is_scored_alike_n2(form: str) -> None:
     """N2: the configured metric before the training."""
