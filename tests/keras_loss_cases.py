@@ -142,7 +142,7 @@ def differentiated(loss: Any, student: Any, teacher: Any, dtype: str = "float32"
     first, second = (ops.cast(ops.convert_to_tensor(array), dtype) for array in (student, teacher))
     if loss.needs_labels and labels is None:
         labels = class_indices(teacher)
-    return _DIFFERENTIATED[BACKEND](lambda student, teacher: called(loss, student, teacher, labels), first, second)
+    return DIFFERENTIATED[BACKEND](lambda student, teacher: called(loss, student, teacher, labels), first, second)
 
 
 def _with_tensorflow(function: Callable[[Any, Any], Any], student: Any, teacher: Any) -> Result:
@@ -169,7 +169,7 @@ def _with_jax(function: Callable[[Any, Any], Any], student: Any, teacher: Any) -
     return _result(value, gradients[0], gradients[1] if ops.any(gradients[1] != 0) else None)
 
 
-_DIFFERENTIATED = {"tensorflow": _with_tensorflow, "torch": _with_torch, "jax": _with_jax}
+DIFFERENTIATED = {"tensorflow": _with_tensorflow, "torch": _with_torch, "jax": _with_jax}
 
 
 def _result(value: Any, student: Any, teacher: Any) -> Result:

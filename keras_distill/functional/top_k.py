@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_distill import backends, checks
 from keras_distill.functional.inputs import prepare
+from keras_distill.functional.primitives import LEAST_SCORE, bounded
 
 
 class TopK(NamedTuple):
@@ -69,7 +70,8 @@ def merge_classes(student_logits: Any, teacher: TopK, temperature: Any) -> tuple
     tail = ops.cast(teacher.tail, logits.dtype)
     temperature = ops.cast(temperature, logits.dtype)
     # summed over the other classes: 1 minus the sum of the k would lose all digits if the student is confident
-    hidden = ops.where(_chosen(logits, teacher.indices), -math.inf, logits)
+    logits = bounded(logits)  # a sum over impossible classes alone would have no gradient
+    hidden = ops.where(_chosen(logits, teacher.indices), ops.cast(LEAST_SCORE, logits.dtype), logits)
     others = temperature * ops.logsumexp(hidden / temperature, axis=-1, keepdims=True)
     student = ops.concatenate([ops.take_along_axis(logits, teacher.indices, axis=-1), others], axis=-1)
     number = math.log(teacher.classes.shape[-1] - teacher.indices.shape[-1])

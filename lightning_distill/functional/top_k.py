@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_distill import compat
+from lightning_distill.functional.inputs import savable
+from lightning_distill.functional.kernels.pieces import pieces
+from lightning_distill.functional.primitives import LEAST_SCORE, bounded, is_ordinary
+
+_LARGE = 2**17  # numbers from which a chunk at a time is faster
 
 
 class TopK(NamedTuple):
@@ -66,10 +73,48 @@ def merge_classes(student_logits: Tensor, teacher: TopK, temperature: float) -> 
             f" {tuple(student_logits.shape)}. The cache comes from another teacher or other data. For a larger"
             " vocabulary build it with forward=<a function that returns the classes which both have>."
         )
-    logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
-    # over the others themselves: 1 minus the sum of the k would lose all digits where the student is sure
-    others = temperature * (logits.scatter(-1, teacher.indices, -math.inf) / temperature).logsumexp(-1, keepdim=True)
-    student = torch.cat([logits.gather(-1, teacher.indices), others], -1)
+    indices = savable(teacher.indices)
+    is_small = student_logits.numel() < _LARGE or isinstance(temperature, Tensor)  # which may get a gradient
+    if is_small or torch.compiler.is_compiling() or not is_ordinary(student_logits):
+        student = _merged(student_logits, indices, temperature)
+    else:
+        student = compat.applied(_Merged, student_logits, indices, temperature)
     number = math.log(teacher.classes - teacher.indices.shape[-1])
     teacher_merged = torch.cat([teacher.logs / temperature, (teacher.tail - number) / temperature + number], -1)
     return student, temperature * teacher_merged
+
+
+def _merged(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    logits = bounded(logits if logits.dtype == torch.float64 else logits.float())
+    # over the others themselves: 1 minus the sum of the k would lose all digits where the student is sure
+    others = temperature * (logits.scatter(-1, indices, LEAST_SCORE) / temperature).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, indices), others], -1)
+
+
+class _Merged(torch.autograd.Function):
+    """The same in chunks of rows, of which nothing of the logits' size is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        merged = logits.new_empty(*indices.shape[:-1], indices.shape[-1] + 1, dtype=dtype)
+        for part, chosen, result in pieces(logits, indices, merged):
+            result.copy_(_merged(part, chosen, temperature))
+        ctx.save_for_backward(logits, indices, merged)
+        ctx.temperature = temperature
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        logits, indices, merged = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        if again or compat.transforms_are_active(upstream):  # to be differentiated again, or for many at once
+            with torch.enable_grad():
+                values = _merged(logits, indices, ctx.temperature)
+            return *torch.autograd.grad(values, logits, upstream, create_graph=again), None, None
+        gradient = torch.empty_like(logits)
+        for part, chosen, result, up, slope in pieces(logits, indices, merged, upstream, gradient):
+            shares = part.to(merged.dtype).sub(result[..., -1:]).div_(ctx.temperature).exp_().mul_(up[..., -1:])
+            of_chosen = up[..., :-1].masked_fill(part.gather(-1, chosen) < LEAST_SCORE, 0.0)
+            slope.copy_(shares.scatter_(-1, chosen, 0.0).scatter_add_(-1, chosen, of_chosen))
+        return gradient, None, None

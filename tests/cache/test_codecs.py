@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from distill_core.codecs import FullCodec, TopKCodec
 from lightning_distill import ReverseKLLoss, SoftTargetLoss, TotalVariationLoss
+from lightning_distill.functional import chunks, top_k
+from lightning_distill.functional.primitives import LEAST_SCORE
 from lightning_distill.functional.top_k import TopK, merge_classes
 
 RNG = np.random.default_rng(0)
@@ -110,6 +112,13 @@ def test_c7_a_number_of_classes_that_cannot_be_kept_is_refused(k: int) -> None:
         TopKCodec((10,), k, "float16")
 
 
+@pytest.fixture(params=["small", "large"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways for few and for many numbers."""
+    monkeypatch.setattr(top_k, "_LARGE", 1 if request.param == "large" else 10**9)
+    monkeypatch.setattr(chunks, "_IN_CACHE", 20)
+
+
 def known(teacher: torch.Tensor, k: int) -> TopK:
     logs, indices = teacher.log_softmax(-1).topk(k)
     tail = (1 - logs.exp().sum(-1, keepdim=True)).log()
@@ -132,6 +141,7 @@ def merged_divergence(student: torch.Tensor, teacher: torch.Tensor, k: int, temp
     return total / len(student)
 
 
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_c7_the_divergence_is_that_over_k_plus_one_outcomes(temperature: float) -> None:
     """C7"""
@@ -140,6 +150,7 @@ def test_c7_the_divergence_is_that_over_k_plus_one_outcomes(temperature: float) 
     assert float(value) == pytest.approx(merged_divergence(student, teacher, 3, temperature), rel=1e-6)
 
 
+@pytest.mark.usefixtures("size")
 @pytest.mark.parametrize("loss", [SoftTargetLoss(temperature=1.0), ReverseKLLoss(), TotalVariationLoss()])
 def test_c7_all_classes_but_one_lose_nothing(loss: torch.nn.Module) -> None:
     """C7: then nothing is merged."""
@@ -149,6 +160,7 @@ def test_c7_all_classes_but_one_lose_nothing(loss: torch.nn.Module) -> None:
     )
 
 
+@pytest.mark.usefixtures("size")
 def test_c7_a_student_that_is_sure_has_finite_gradients() -> None:
     """C7: at logits of 1e4."""
     student = torch.zeros(1, 6).index_fill(1, torch.tensor([0]), 1e4).requires_grad_()
@@ -158,3 +170,37 @@ def test_c7_a_student_that_is_sure_has_finite_gradients() -> None:
     assert value.isfinite()
     assert student.grad is not None
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("size")
+@pytest.mark.parametrize("indices", [[[0, 5], [3, 2], [1, 4]], [[4, 4], [0, 1], [2, 2]]], ids=["distinct", "repeated"])
+def test_c7_the_student_s_merged_logits_have_gradients_of_both_orders(indices: list[list[int]]) -> None:
+    """C7"""
+    logits = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    teacher = TopK(torch.tensor(indices), torch.zeros(3, 2), torch.zeros(3, 1), 6)
+
+    def student(scores: torch.Tensor) -> torch.Tensor:
+        return merge_classes(scores, teacher, 2.0)[0]
+
+    assert torch.autograd.gradcheck(student, logits, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(student, logits)
+
+
+@pytest.mark.usefixtures("size")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_c7_impossible_classes_have_no_gradient(dtype: torch.dtype) -> None:
+    """C7: also where all classes but the k likeliest are impossible."""
+    logits = torch.tensor([[2.0, 1.0, -torch.inf, 0.5], [2.0, 1.0, -torch.inf, -torch.inf]], dtype=dtype)
+    logits.requires_grad_()
+    with torch.inference_mode():
+        teacher = TopK(torch.tensor([[0, 1], [1, 0]]), torch.zeros(2, 2), torch.zeros(2, 1), 4)
+
+    student, _ = merge_classes(logits, teacher, 2.0)
+    student.exp().sum().backward()
+
+    torch.testing.assert_close(student, torch.tensor([[2.0, 1.0, 0.5], [1.0, 2.0, LEAST_SCORE]]), rtol=1e-2, atol=0)
+    assert logits.grad is not None
+    assert logits.grad.dtype == dtype
+    assert logits.grad[:, 2].eq(0).all()
+    expected = torch.full((2,), np.exp(2) + np.exp(1))
+    torch.testing.assert_close(logits.grad.float()[:, :2].sum(1), expected, rtol=1e-2, atol=0)

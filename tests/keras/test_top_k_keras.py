@@ -11,7 +11,7 @@ import pytest
 import torch
 from cache_nets import Module, trained
 from keras import ops
-from keras_loss_cases import differentiated
+from keras_loss_cases import DIFFERENTIATED, differentiated
 from keras_nets import Counter, assert_same_logs, assert_same_weights, cross_entropy
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 import keras_distill
 import lightning_distill
 from keras_distill import CacheError, Call, DistillModel, DistillTargets, LogitsDistillation, losses
-from keras_distill.functional.top_k import TopK
+from keras_distill.functional.top_k import TopK, merge_classes
 from lightning_distill.cache.loaders import read_answers
 from lightning_distill.cache.teacher import Stored
 
@@ -284,3 +284,17 @@ def test_c7_a_teacher_of_probabilities_is_refused(tmp_path: Path, last: Any) -> 
     teacher = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), last()])
     with pytest.raises(CacheError, match=r"^Expected the teacher's outputs to be logits with top_k, but got prob"):
         keras_distill.TeacherCache.build(teacher, X, tmp_path, top_k=2)
+
+
+def test_impossible_classes_have_no_gradient() -> None:
+    """Also where all classes but the k likeliest are impossible."""
+    logits = np.array([[2.0, 1.0, -np.inf, 0.5], [2.0, 1.0, -np.inf, -np.inf]], "float32")
+    zeros = ops.zeros((2, 2))
+    teacher = TopK(ops.array([[0, 1], [1, 0]]), zeros, zeros[:, :1], ops.zeros((2, 0, 4)))
+
+    def merged(student: Any, _: Any) -> Any:
+        return ops.sum(ops.exp(merge_classes(student, teacher, 2.0)[0]))
+
+    result = DIFFERENTIATED[keras.backend.backend()](merged, ops.array(logits), ops.array(logits))
+
+    np.testing.assert_allclose(result.student, np.where(np.isinf(logits), 0.0, np.exp(logits)), rtol=1e-6)
