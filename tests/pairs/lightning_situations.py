@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -18,13 +20,33 @@ from pairs import lightning_copies, lightning_steps
 from pairs.by_hand import mean_of, moving_average
 from pairs.lightning_cell import Cell, Module, hooks, same
 from pairs.lightning_table import BATCH, FEATURES, MEASURED
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from lightning_distill import EMATeacher
 
 Situation = Callable[[Cell], None]
 
 
 def plain(cell: Cell) -> None:
+    module, distill = cell.module(), cell.callback()
+    trainer, watch = cell.fit(module, distill)
+    cell.equal(cell.hand(watch).train(cell.steps()), watch, distill, module)
+    cell.clean(trainer, module)
+
+
+def teacher_in_inference_mode(cell: Cell) -> None:
+    """As with a decorated ``forward``: autograd refuses to save its outputs and features."""
+
+    def teacher() -> Any:
+        made = make()
+        for module in made if isinstance(made, list) else [made]:
+            if isinstance(module, nn.Module) and not isinstance(module, EMATeacher):  # the student's own forward
+                module.forward = torch.inference_mode()(module.forward)
+        return made
+
+    make = cell.feature.teacher
+    cell.feature = dataclasses.replace(cell.feature, teacher=teacher)
     module, distill = cell.module(), cell.callback()
     trainer, watch = cell.fit(module, distill)
     cell.equal(cell.hand(watch).train(cell.steps()), watch, distill, module)
@@ -198,6 +220,7 @@ SITUATIONS: dict[str, Situation] = {
     function.__name__: function
     for function in (
         plain,
+        teacher_in_inference_mode,
         tuner_finds_the_learning_rate,
         tuner_finds_the_batch_size,
         callback_finds_the_learning_rate,
