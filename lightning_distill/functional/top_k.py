@@ -99,7 +99,11 @@ class _Merged(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         merged = logits.new_empty(*indices.shape[:-1], indices.shape[-1] + 1, dtype=dtype)
         for part, chosen, result in pieces(logits, indices, merged):
-            result.copy_(_merged(part, chosen, temperature))
+            scores = part.to(dtype).clamp(min=LEAST_SCORE)
+            result[..., :-1] = scores.gather(-1, chosen)
+            largest = scores.scatter_(-1, chosen, LEAST_SCORE).amax(-1, keepdim=True)
+            total = scores.sub_(largest).div_(temperature).exp_().sum(-1, keepdim=True)
+            result[..., -1:] = largest + temperature * total.log()
         ctx.save_for_backward(logits, indices, merged)
         ctx.temperature = temperature
         return merged
@@ -114,7 +118,10 @@ class _Merged(torch.autograd.Function):
             return *torch.autograd.grad(values, logits, upstream, create_graph=again), None, None
         gradient = torch.empty_like(logits)
         for part, chosen, result, up, slope in pieces(logits, indices, merged, upstream, gradient):
-            shares = part.to(merged.dtype).sub(result[..., -1:]).div_(ctx.temperature).exp_().mul_(up[..., -1:])
+            shares = slope if slope.dtype == merged.dtype else None
+            shares = torch.sub(part, result[..., -1:], out=shares).div_(ctx.temperature).exp_().mul_(up[..., -1:])
             of_chosen = up[..., :-1].masked_fill(part.gather(-1, chosen) < LEAST_SCORE, 0.0)
-            slope.copy_(shares.scatter_(-1, chosen, 0.0).scatter_add_(-1, chosen, of_chosen))
+            shares.scatter_(-1, chosen, 0.0).scatter_add_(-1, chosen, of_chosen)
+            if shares is not slope:
+                slope.copy_(shares)
         return gradient, None, None
