@@ -229,5 +229,5 @@ def _as_tensor(output: Any) -> Tensor:
     array = output.numpy(force=True) if isinstance(output, Tensor) else np.asarray(output)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"Expected the teacher's function to return an array of numbers, but got {array.dtype}.")
-    # in the machine's order of bytes, and without the negative strides of a reversed array, which torch has not
+    # in the machine's order of bytes, and without the negative strides of a reversed array, which torch refuses
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
