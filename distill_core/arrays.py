@@ -199,7 +199,7 @@ def as_numbers(name: str, values: Any) -> Array:
         CacheError: If they are not numbers: complex ones would lose a part, and bools are decisions.
     """
     array = np.asarray(values)
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":  # which NumPy itself has not
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":  # which NumPy itself lacks
         raise CacheError(f"Expected {name!r} to hold numbers, but got dtype {array.dtype}. Pass arrays of floats.")
     return array.astype("float32", copy=False)
 

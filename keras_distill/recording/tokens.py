@@ -200,13 +200,24 @@ def _borders(inputs: Any, padding: Sequence[Any], shape: tuple[int | None, ...])
     if places is not None and len(places.shape) == 3:  # of time, height and width, for each token
         places = ops.max(places, axis=0)
     if _fits(places, shape):
-        yield ops.equal(_moved(_as_numbers(places), 1), 0)
+        places, tokens = _as_numbers(places), token_numbers(inputs)
+        border = ops.equal(_moved(places, 1), 0)
+        if not padding and _fits(tokens, shape):
+            border = _all([border, ops.logical_not(_moved(_padding_at_0(places, tokens), False))])
+        yield border
     if _fits(documents, shape):
         numbers = _as_numbers(documents)
         yield ops.not_equal(numbers, _moved(numbers, 0))
     for rows in padding:
         following = _moved(rows, 0)
         yield _all([ops.not_equal(rows, following), ops.not_equal(rows, 0), ops.not_equal(following, 0)])
+
+
+def _padding_at_0(places: Any, tokens: Any) -> Any:
+    """True at the end of a row that repeats a token at place 0: padding, where no mask tells it from documents."""
+    repeated = _as_numbers(_all([ops.equal(places, 0), ops.equal(tokens, tokens[:, -1:])]))
+    ends = ops.flip(ops.cumprod(ops.flip(repeated, axis=1), axis=1), axis=1)
+    return _all([ops.greater(ends, 0), ops.greater(ops.sum(ends, axis=1, keepdims=True), 1)])
 
 
 def _pairs_of(mask: Any) -> Any:

@@ -351,7 +351,9 @@ def _standardized(
     root = (squares / count + eps + (squares == 0)).sqrt()
     varies = _varies(difference.detach(), mean.detach(), dim)
     inverse = varies / (root + added)
-    scores = difference * inverse if difference.requires_grad else difference.mul_(inverse)
+    # Inside vmap a tensor does not tell whether autograd follows it.
+    is_followed = difference.requires_grad or compat.transforms_are_active()
+    scores = difference * inverse if is_followed else difference.mul_(inverse)
     return scores, inverse, varies / (root * count)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from distill_core.launcher import conf
 from distill_core.launcher.scores import BestStudent
 from lightning_distill.adapters import OptimizerCallable
+from lightning_distill.functional.inputs import savable
 from lightning_distill.launcher.conf import Training
 from lightning_distill.module import DistillModule, check_task_loss
-from lightning_distill.recording import Call, select
+from lightning_distill.recording import Call, map_tensors, select
 from lightning_distill.recording.batches import call_with, split_batch
 from lightning_distill.terms import DistillationTerm
 
@@ -74,7 +75,7 @@ class CriterionTerm(DistillationTerm):
 
     def forward(self, student: Call, teacher: Call, labels: Tensor | None = None) -> Tensor:
         """The total, a scalar."""
-        return self.criterion(student.output, teacher.output, self.student_loss)
+        return self.criterion(student.output, map_tensors(teacher.output, savable), self.student_loss)
 
 
 class Scoring(Callback):

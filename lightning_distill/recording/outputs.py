@@ -46,7 +46,7 @@ def select(value: Any, output: Output, value_name: str, *, first: bool = False) 
         raise ValueError(
             f"Expected `output` to be None where {value_name} is a tensor, but got output={output!r}. Choose for each"
             f" network by itself, by LogitsDistillation(output=({output!r}, None)) or by the tap of its layer; or pass"
-            " a function, where a network returns now a tensor and now several."
+            " a function if a network sometimes returns a tensor and sometimes several."
         )
     elif output is not None:
         picked = entry_at(value, output if isinstance(output, tuple) else (output,))

@@ -91,10 +91,7 @@ class CallableTeacher(nn.Module):
             rows = torch.arange(start, min(start + size, number), device=first.device)
             whole = len(rows) == number
             part = (args, kwargs) if whole else rows_of((args, kwargs), rows, number)
-            answer = self._scores(part[0], part[1], len(rows))
-            parts.append(
-                answer if whole else answer.clone()
-            )  # the function may write the next ones into the same memory
+            parts.append(self._scores(part[0], part[1], len(rows)))
         scores = parts[0] if len(parts) == 1 else torch.cat(parts)
         # the host need not wait for the device more than once
         if scores.device.type == "cpu" or not self._checked:
@@ -115,7 +112,9 @@ class CallableTeacher(nn.Module):
         output = self._function(*args, **kwargs)
         if self.arrays:
             output = _as_tensor(output)
-        elif not isinstance(output, Tensor):
+        elif isinstance(output, Tensor):
+            output = output.clone()  # its memory may be the inputs', or that of the next call's scores
+        else:
             arrays = " Pass arrays=True for a function of NumPy arrays." if isinstance(output, np.ndarray) else ""
             raise TypeError(
                 f"Expected the teacher's function to return a tensor, but got {type(output).__name__}.{arrays}"
@@ -230,5 +229,5 @@ def _as_tensor(output: Any) -> Tensor:
     array = output.numpy(force=True) if isinstance(output, Tensor) else np.asarray(output)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"Expected the teacher's function to return an array of numbers, but got {array.dtype}.")
-    # in the machine's order of bytes, and without the negative strides of a reversed array, which torch has not
+    # in the machine's order of bytes, and without the negative strides of a reversed array, which torch refuses
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))

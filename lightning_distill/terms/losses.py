@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from distill_core.requires import Requires
+from lightning_distill.functional.inputs import savable
 from lightning_distill.losses import DistillationLoss
 from lightning_distill.losses.temperature import CurriculumTemperature
-from lightning_distill.recording import Call
+from lightning_distill.recording import Call, map_tensors
 from lightning_distill.recording.batches import find_entry
 from lightning_distill.recording.labels import find_mask
 
@@ -225,7 +226,7 @@ def value_of(
     first = student if isinstance(student, Tensor) else student[0]
     owner = getattr(loss, "__self__", loss)  # of a method
     if not isinstance(owner, DistillationLoss):  # the library's losses widen their inputs themselves
-        student, teacher = _widened(student), _widened(teacher)
+        student, teacher = map_tensors(student, widened), map_tensors(teacher, lambda tensor: widened(savable(tensor)))
     further = [labels] if requires.needs_labels else [third] if requires.needs_boxes or requires.needs_index else []
     arguments = (student, teacher, *further)
     keywords = {} if mask is None else {"mask": mask}
@@ -242,7 +243,3 @@ def value_of(
 def widened(value: Tensor) -> Tensor:
     """The tensor, in float32 if it is in half precision."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def _widened(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    return [widened(tensor) for tensor in value] if isinstance(value, list) else widened(value)

@@ -179,6 +179,21 @@ def test_shifted_labels_may_be_equal_to_the_padding_after_a_text() -> None:
         positions.check_alignment({**inputs, "padding_mask": np.ones_like(shown)}, labels)
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["padding", "a document of one token"])
+def test_the_end_of_a_text_counts_where_its_token_is_that_of_the_padding_at_place_0(alone: bool) -> None:
+    """Without a mask too; a single token at place 0 is another document."""
+    places = np.array([[0, 1, 2, 3, 4, 5, 6, 0] if alone else [0, 1, 2, 3, 4, 0, 0, 0]])
+    tokens = np.array([[5, 3, 8, 2, 7, 6, 4, 9] if alone else [5, 3, 8, 2, 7, 0, 0, 0]])
+    labels = tokens if alone else np.array([[5, 3, 8, 2, 7, 0, IGNORED, IGNORED]])
+    inputs = {"token_ids": tokens, "position_ids": places}
+    positions = TokenPositions(shift=True, ignore_index=IGNORED, mask=None)
+    counts = keras.ops.convert_to_numpy(positions.of(np.zeros((1, 8, 9)), inputs, labels).counts)
+    assert counts.sum() == (6 if alone else 5)
+    if not alone:
+        shifted = np.array([[3, 8, 2, 7, 0, IGNORED, IGNORED, IGNORED]])
+        assert TokenPositions(shift=False, ignore_index=IGNORED).check_alignment(inputs, shifted)
+
+
 def named(network: keras.Model) -> keras.Model:
     """The model, with a dict of inputs of which it reads the tokens alone."""
     tokens = keras.Input((None,), dtype="int32", name="token_ids")

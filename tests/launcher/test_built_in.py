@@ -251,6 +251,15 @@ def test_n10_a_custom_criterion_and_task_loss_are_used(distiller):
     assert all(got == pytest.approx(expected) for got, expected in seen)
 
 
+def test_a_custom_criterion_takes_the_outputs_of_a_teacher_that_runs_in_inference_mode(distiller):
+    ends = []
+    for decorate in (torch.no_grad(), torch.inference_mode()):
+        ready = ready_for(distiller, criterion=lambda student, teacher, loss: F.mse_loss(student, teacher))
+        ready.teacher_model.forward = decorate(ready.teacher_model.forward)
+        ends.append(weights(ready.fit()))
+    assert same(*ends)
+
+
 def test_n10_a_custom_trainer_runs_and_keeps_no_scoring_of_the_launcher(distiller, trainer):
     counter = Steps()
     own: Trainer = trainer(max_steps=3, callbacks=[counter])

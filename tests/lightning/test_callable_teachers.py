@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_distill import CallableTeacher, DistillCallback, Distiller, FeatureDistillation
+from lightning_distill.functional.kernels import dispatch
 
 X = torch.randn(7, INPUTS, generator=torch.Generator().manual_seed(2))
 NETWORK = Mlp(6, seed=3)
@@ -104,6 +105,26 @@ def test_a_callable_teaches_as_the_network_behind_it(kind: str) -> None:
         totals.append((total.detach(), student.body.weight.grad))
     for value, expected in zip(*totals, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_scores_of_each_call_in_a_step_are_kept_until_its_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a runtime outside of torch writes all of them into the same memory."""
+    monkeypatch.setattr(dispatch, "_LARGE", 1)  # such logits are read again in the backward pass
+    memory = torch.empty(len(X), NETWORK(X).shape[1])
+
+    def runtime(x: Tensor) -> Tensor:
+        memory.numpy()[:] = scores(x).numpy()
+        return memory
+
+    gradients = []
+    for teacher in (CallableTeacher(runtime), NETWORK):
+        student = Mlp(5)
+        with Distiller(student, teacher) as distiller:
+            with distiller.record():
+                task = (student(X) - student(-X)).mean()
+            distiller.total(task).backward()
+        gradients.append(student.body.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_inputs_come_in_batches_and_every_argument_with_its_rows() -> None:

@@ -17,7 +17,7 @@ import oracle_outputs
 import pytest
 import torch
 from device import OnDevice
-from kernel_cases import KINDS, SHARES, KernelCase, check, large_cases, small_cases
+from kernel_cases import KINDS, SHARES, KernelCase, check, computed, large_cases, small_cases
 from torch import Tensor
 
 from lightning_distill import functional
@@ -242,6 +242,19 @@ def test_tensors_from_inference_mode_make_the_same_gradient(
         gradients += [first, *torch.autograd.grad(first.square().sum(), student)]
 
     torch.testing.assert_close(gradients[2:], gradients[:2], rtol=0, atol=0)
+
+
+@every_way
+def test_a_row_of_nan_leaves_the_classes_that_another_forbids(way: ModuleType) -> None:
+    student = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], requires_grad=True)
+    teacher = torch.tensor([[torch.nan, 0.0, 0.0], [0.0, 3.0, -torch.inf]])
+    values = computed(way, student, teacher, Divergence("reverse_kl"), None, None)[0]
+    values[1].backward()
+    kept = student.detach()[1, :2].clone().requires_grad_()
+    expected = functional.reverse_kl(kept[None], teacher[1:, :2], reduction="none")[0]
+    expected.backward()
+    torch.testing.assert_close(values[1], expected)
+    torch.testing.assert_close(student.grad[1, :2], kept.grad)
 
 
 def test_logits_that_change_in_place_before_the_backward_pass_raise(large: tuple[Tensor, Tensor]) -> None:

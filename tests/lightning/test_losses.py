@@ -11,13 +11,15 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from loss_case import LossCase
 
-from lightning_distill import functional, losses
+from lightning_distill import Distiller, FeatureDistillation, LogitsDistillation, functional, losses
+from lightning_distill.terms import DistillationTerm
 
 pytestmark = pytest.mark.tensors
 
@@ -317,6 +319,19 @@ def test_the_teacher_may_have_run_in_inference_mode(case: LossCase) -> None:
     case.build()(student, teacher).backward()
 
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("term", [LogitsDistillation(F.mse_loss), FeatureDistillation("", "", F.mse_loss)])
+def test_so_may_the_teacher_of_a_function_that_is_not_of_the_library(term: DistillationTerm) -> None:
+    student, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = F.mse_loss(student(torch.ones(1, 3)), teacher(torch.ones(1, 3)))
+    teacher.forward = torch.inference_mode()(teacher.forward)
+    with Distiller(student, teacher, term) as distiller:
+        with distiller.record():
+            student(torch.ones(1, 3))
+        total = distiller.total(torch.zeros(()))
+    total.backward()
+    torch.testing.assert_close(total, expected)
 
 
 @pytest.mark.parametrize(

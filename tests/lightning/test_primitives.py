@@ -34,7 +34,7 @@ ON_LOGITS = [n for n in functional.__all__ if "student_logits" in signature(geta
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ways for small and for large tensors."""
     if request.param == "large":
-        monkeypatch.setattr(primitives, "_pays_off", lambda values, on_device=0: True)
+        monkeypatch.setattr(primitives, "_pays_off", lambda values, on_device=0: values.requires_grad)
         monkeypatch.setattr(dispatch, "_SMALL", 1)
 
 
@@ -74,6 +74,15 @@ def test_hessian_under_torch_func(name: str, values: Tensor) -> None:
     functions = (BY_HAND[name], lambda x: plain(name, x))
     hessians = [torch.func.hessian(lambda x, f=f: f(x).sum())(inputs) for f in functions]
     torch.testing.assert_close(*hessians)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_gradient_of_many_values_at_once(name: str, values: Tensor) -> None:
+    """Inside vmap a tensor does not tell that it needs a gradient."""
+    many = torch.stack([values.detach(), 2 * values.detach()])
+    functions = (BY_HAND[name], lambda x: plain(name, x))
+    gradients = [torch.func.grad(lambda x, f=f: torch.func.vmap(f)(x).pow(3).sum())(many) for f in functions]
+    torch.testing.assert_close(*gradients)
 
 
 def test_divergence_of_one_teacher_from_many_students_and_the_other_way_round(values: Tensor) -> None:

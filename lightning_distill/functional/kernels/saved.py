@@ -48,7 +48,8 @@ def statistics(
 def _divergence(x: Tensor, y: Tensor, settings: Divergence, slope: Tensor) -> Tensor:
     """Divergence of each row; its gradient times the temperature overwrites ``slope``."""
     floor = settings.floor
-    leaves_out = settings.kind == "reverse_kl" and y.numel() > 0 and y.amin().item() <= floor
+    # A least score of NaN does not tell whether another row has a class that the teacher forbids.
+    leaves_out = settings.kind == "reverse_kl" and y.numel() > 0 and not y.amin().item() > floor
     if not leaves_out:
         values = _of_any(x, y, settings, slope)
         if abs(values.sum().item()) < _PLAUSIBLE:
