@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_distill import backends
+from keras_distill import backends, checks
 from keras_distill.learned_parts import ModelWithLearnedParts
 from keras_distill.metrics import LossParts
 from keras_distill.schedules import Schedule, deserialized, serialized
@@ -89,6 +89,27 @@ class ModelInFiles(ModelWithLearnedParts):
             super().compile_from_config(config)
         finally:
             self.built = built
+
+    def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
+        """Like ``keras.Model.load_weights``; it does not leave out the adapters that are still to be made.
+
+        Args:
+            filepath: The file.
+            skip_mismatch: Whether to skip weights that do not fit, adapters that are still to be made among them.
+            **kwargs: Further arguments of ``keras.Model.load_weights``.
+
+        Raises:
+            ValueError: If the file holds weights of adapters that a term has not made yet, for lack of a teacher.
+        """
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+        for term in self.terms:
+            if not skip_mismatch and term.state is not None and term.state.left_out:
+                expected = f"term {term.name!r} to have made its layers before weights are loaded"
+                remedy = (
+                    "First set `model.teacher`, or call `model.evaluate` on data with the teacher's outputs;"
+                    " or pass skip_mismatch=True to leave these weights out."
+                )
+                raise ValueError(checks.message(expected, f"a file with {term.state.left_out} weights of them", remedy))
 
     def load_own_variables(self, store: Any) -> None:
         """Load this model's own variable, the task weight."""

@@ -265,7 +265,8 @@ class TeacherCache(StoredTeacher):
             data: Arrays ``x``, ``(x, y)`` or ``(x, y, sample_weight)``; or a ``tf.data.Dataset`` of single items in the
                 order in which the cache was built.
             batch_size: Number of examples in a batch; it applies to arrays.
-            shuffle: Whether the order changes in each epoch; it applies to arrays.
+            shuffle: Whether the order of the examples changes in each epoch; it applies to arrays. Without it Keras'
+                ``fit`` still reads the batches in a random order, as of every ``PyDataset``: pass it ``shuffle=False``.
             seed: Seed of the order.
             view: Number of the augmented view to use; None uses view ``epoch % views`` in ``DistillModel.fit``.
             transform: The transform that the cache was built with, so that the student gets the teacher's inputs.

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_distill import checks
 from keras_distill.balancing import BalanceState
 from keras_distill.schedules import Balanced
 from keras_distill.states import NumbersState
+
+_LAYER_WEIGHTS = "layer_weights"
 
 
 class Settings(dict[str, Any]):
@@ -48,7 +51,10 @@ class TermState(NumbersState):
 
     Attributes:
         balance: The measurements of a balanced weight; None for another weight.
+        left_out: Number of weights in the last file that was loaded that belong to layers the term has not made yet.
     """
+
+    left_out = 0
 
     def __init__(self, term: Any) -> None:
         super().__init__(term.numbers(), name=term.name, trainable=term.trainable)
@@ -67,6 +73,21 @@ class TermState(NumbersState):
             if self.balance is None or name != "weight":  # which follows from the share
                 self.term._store("weight" if name == "share" else name, value)
         self.term._settings.changed()
+
+    def save_own_variables(self, store: Any) -> None:
+        """Save the numbers, and how many weights the layers of the term have."""
+        super().save_own_variables(store)
+        store[_LAYER_WEIGHTS] = np.array(self._layer_weights())
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the numbers of a file, and note the weights of layers that the term has not made yet."""
+        numbers = {key: store[key] for key in store.keys()}  # noqa: SIM118 - Keras' stores are not dicts
+        in_file = int(np.array(numbers.pop(_LAYER_WEIGHTS, 0)))  # files of earlier versions do not say
+        self.left_out = 0 if self.term.built else max(in_file - self._layer_weights(), 0)
+        super().load_own_variables(numbers)
+
+    def _layer_weights(self) -> int:
+        return sum(len(layer.weights) for layer in self._layers if layer is not self.balance)
 
     def sync(self) -> None:
         """Write the settings that have changed into the variables."""

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import pytest
 from keras_nets import cross_entropy, numpy_of, table
+from numpy.testing import assert_equal
 
 from keras_distill import (
     CurriculumTemperature,
@@ -143,6 +144,64 @@ def test_a_term_that_rests_at_first_is_trained_later(task: bool, tmp_path: Path)
     first = numpy_of(model.step.trainable_variables[0])
     model.fit(x, targets, batch_size=4, epochs=4, initial_epoch=2, verbose=0)
     assert (first != numpy_of(model.step.trainable_variables[0])).any()
+
+
+def trained_file(folder: Path) -> tuple[DistillModel, Any, Path]:
+    """A model with an adapter that learned from a cache, the data, and a file of its weights."""
+    model, data = model_of("adapter", False, True), cached("adapter", *table(16), folder)
+    model.fit(data, epochs=2, shuffle=False, verbose=0)
+    model.save_weights(folder / "model.weights.h5")
+    return model, data, folder / "model.weights.h5"
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+@pytest.mark.parametrize("beginning", [called, evaluated])
+def test_loaded_weights_without_the_adapters_are_refused(beginning: Any, tmp_path: Path) -> None:
+    """A call makes the student alone; Keras leaves weights out that no layer asks for, without a word."""
+    _, _, file = trained_file(tmp_path)
+    other = beginning(model_of("adapter", False, True), tmp_path)
+    with pytest.raises(ValueError, match=r"^Expected term 'body' to have made its .* a file with 2 weights of them$"):
+        other.load_weights(file)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+def test_weights_are_loaded_once_the_adapters_are_made(tmp_path: Path) -> None:
+    model, data, file = trained_file(tmp_path)
+    expected = model.evaluate(data, verbose=0, return_dict=True)
+    other = model_of("adapter", False, True)
+    other.evaluate(data, verbose=0)
+    other.load_weights(file)
+    assert other.evaluate(data, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
+def test_weights_without_adapters_fit_the_student_alone(tmp_path: Path) -> None:
+    """`skip_mismatch=True` asks for it, and a file without adapters never needs it."""
+    model, _, file = trained_file(tmp_path)
+    other = called(model_of("adapter", False, True), tmp_path)
+    other.load_weights(file, skip_mismatch=True)
+    x, _ = table(4)
+    assert_equal(other.predict(x, verbose=0), model.predict(x, verbose=0))
+    new = called(model_of("adapter", False, True), tmp_path)
+    new.save_weights(tmp_path / "new.weights.h5")
+    other.load_weights(tmp_path / "new.weights.h5")
+    assert_equal(other.predict(x, verbose=0), new.predict(x, verbose=0))
+
+
+@pytest.mark.parametrize("source", ["cache", "targets", "generator"])
+def test_an_evaluation_on_labels_alone_may_come_first(source: str, tmp_path: Path) -> None:
+    """The next evaluation makes the adapters, also on TensorFlow, whose functions make variables in a first call."""
+    data = cached("adapter", *table(16), tmp_path)
+    model = evaluated(model_of("adapter", False, True), tmp_path)
+    if source == "cache":
+        logs = model.evaluate(data, verbose=0, return_dict=True)
+    elif source == "targets":
+        x, y = table(16)
+        logs = model.evaluate(x, targets_of("adapter", x, y), batch_size=8, verbose=0, return_dict=True)
+    else:
+        logs = model.evaluate((data[i % 2] for i in range(9)), steps=2, verbose=0, return_dict=True)
+    assert logs["body_loss"] > 0
+    assert model.evaluate(data, verbose=0, return_dict=True) == pytest.approx(logs, rel=1e-5)
 
 
 def lightly() -> Linear:
