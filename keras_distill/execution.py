@@ -56,12 +56,12 @@ class StepFunction:
             self.made[signature] = getattr(model, self._attribute)
             setattr(model, self._attribute, self)
         step.working_names = tuple(traced[0] for traced in signature[1:])
-        parts.now = set()
+        parts.names_measured.in_step = set()
         try:
             with self._quiet(step):
                 result = self.made[signature](*self._with_numbers(args))
         finally:
-            step.working_names = parts.now = None
+            step.working_names = parts.names_measured.in_step = None
         if self._training and not all(average.followed for average in step.averages):
             expected = "the step to update the EMATeacher"
             remedy = "Call super().train_step(...), or self.step.update_teacher() after the optimizer's step."
@@ -74,8 +74,9 @@ class StepFunction:
         parts = self.model.loss_parts
         if isinstance(logs.get(parts.name), dict):  # a train_step as in Keras' guide lists metrics by their names
             logs.update(logs.pop(parts.name))
-        parts.measured |= parts.names & logs.keys()
-        late = parts.measured - logs.keys()
+        measured = parts.names_measured.since_reset
+        measured |= parts.names & logs.keys()
+        late = measured - logs.keys()
         if late:
             scope: Any = contextlib.nullcontext()
             if keras.backend.backend() == "jax":

@@ -162,6 +162,25 @@ class TeacherDivergence(TeacherMetric):
         return {**super().get_config(), "temperature": self.temperature}
 
 
+class NamesMeasured:
+    """Names of metrics that were measured.
+
+    An object of its own: Keras puts a wrapper around the sets of a metric, in which ``torch.compile`` loses names.
+
+    Attributes:
+        since_reset: Names measured since the last reset.
+        in_step: Names measured in the step that is running or being traced, None outside of a step.
+    """
+
+    def __init__(self) -> None:
+        self.since_reset: set[str] = set()
+        self.in_step: set[str] | None = None
+
+    def current(self) -> set[str]:
+        """The names of the step, or of all steps since the last reset outside of a step."""
+        return self.since_reset if self.in_step is None else self.in_step
+
+
 class LossParts(compat.MetricsList):
     """The parts of the loss and the metrics of the teacher, in a list in which Keras' callbacks find their direction.
 
@@ -174,8 +193,7 @@ class LossParts(compat.MetricsList):
 
     Attributes:
         teacher_metrics: These metrics.
-        measured: Names measured since the last reset.
-        now: Names measured in the step that is running or being traced, None outside of a step.
+        names_measured: The names that were measured.
 
     Example:
         >>> parts = LossParts(["task"])
@@ -193,8 +211,7 @@ class LossParts(compat.MetricsList):
         numbers = [keras.metrics.Mean(name=name) for name in learned]
         super().__init__([*means, *teacher_metrics, *numbers], name="loss_parts")
         self.teacher_metrics = list(teacher_metrics)
-        self.measured: set[str] = set()
-        self.now: set[str] | None = None
+        self.names_measured = NamesMeasured()
 
     @property
     def names(self) -> set[str]:
@@ -209,7 +226,7 @@ class LossParts(compat.MetricsList):
             value: A scalar.
             rows: Number of examples or rows that the value is the mean of.
         """
-        self._note(name)
+        self.names_measured.current().add(name)
         metric = next(metric for metric in self.metrics if metric.name == name)
         metric.update_state(value, ops.cast(rows, "float32"))
 
@@ -222,7 +239,7 @@ class LossParts(compat.MetricsList):
             weights: Weight of each row, or None.
         """
         for metric in self.teacher_metrics:
-            self._note(metric.name)
+            self.names_measured.current().add(metric.name)
             metric.update_state(teacher_logits, student_logits, sample_weight=weights)
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
@@ -230,21 +247,17 @@ class LossParts(compat.MetricsList):
 
     def reset_state(self) -> None:
         """Reset all means."""
-        self.measured = set()
+        self.names_measured.since_reset = set()
         super().reset_state()
 
     def result(self) -> dict[str, Any]:
         """The value of each metric that has been measured."""
-        names = self.measured if self.now is None else self.now
-        return self.result_of(names)
+        return self.result_of(self.names_measured.current())
 
     def result_of(self, names: Iterable[str]) -> dict[str, Any]:
         """The values of some metrics, in the order of the list."""
         chosen = set(names)
         return {metric.name: metric.result() for metric in self.metrics if metric.name in chosen}
-
-    def _note(self, name: str) -> None:
-        (self.measured if self.now is None else self.now).add(name)
 
 
 def _pair(student_logits: Any, teacher_logits: Any) -> tuple[Any, Any]:

@@ -109,9 +109,11 @@ def test_a_compiled_step_with_a_cache_and_a_network_equals_an_eager_step(tmp_pat
     stored = cache(tmp_path, layers=[])
     models = [distilled(lambda _: [stored, teacher(1)]) for _ in range(2)]
     compiled(models[1], jit_compile=True)
-    for model in models:
-        model.fit(stored.attach((X, Y), batch_size=8), **FIT)
+    data = stored.attach((X, Y), batch_size=8)
+    logs = [model.fit(data, validation_data=data, **FIT).history for model in models]
     assert_same_weights(*models, 1e-5)
+    assert_same_logs(*logs, 1e-5)
+    assert {"task_loss", "logits_loss", "val_logits_loss", "val_teacher_agreement"} <= logs[1].keys()
 
 
 def test_a_cache_alone_is_a_teacher_whose_outputs_are_in_the_data(tmp_path: Path) -> None:
