@@ -51,16 +51,17 @@ def _divergence(x: Tensor, y: Tensor, settings: Divergence, slope: Tensor) -> Te
     # A least score of NaN does not tell whether another row has a class that the teacher forbids.
     leaves_out = settings.kind == "reverse_kl" and y.numel() > 0 and not y.amin().item() > floor
     if not leaves_out:
-        values = _of_any(x, y, settings, slope)
+        values = _unchecked(x, y, settings, slope)
         if abs(values.sum().item()) < _PLAUSIBLE:
             return values
     x, y = (logits.clamp(min=floor) for logits in (x, y))  # the difference of two infinite scores is NaN
     if leaves_out:  # a class that the teacher forbids, on both sides
         x.masked_fill_(y <= floor, floor)
-    return _of_any(x, y, settings, slope)
+    return _unchecked(x, y, settings, slope)
 
 
-def _of_any(x: Tensor, y: Tensor, settings: Divergence, slope: Tensor) -> Tensor:
+def _unchecked(x: Tensor, y: Tensor, settings: Divergence, slope: Tensor) -> Tensor:
+    """The same, right wherever the divergences are finite."""
     torch.sub(x, x.amax(-1, keepdim=True), out=slope)  # before the division: it keeps more digits
     targets = y - y.amax(-1, keepdim=True)
     if settings.temperature != 1:
