@@ -42,7 +42,7 @@ class ModelWithLearnedParts(ModelWithTeacher):
         if self.step.built:
             self.build_optimizer()
 
-    def build_from_data(self, data: Any, targets: Any) -> None:
+    def build_from_data(self, data: Any, targets: Any) -> bool:
         """Build the terms for data that hold the teacher's outputs, before callbacks such as ``BackupAndRestore``.
 
         These need a model whose weights are all there. Data that cannot be read twice are left to the first step.
@@ -50,16 +50,21 @@ class ModelWithLearnedParts(ModelWithTeacher):
         Args:
             data: The ``x`` argument of ``fit``.
             targets: The ``y`` argument.
+
+        Returns:
+            Whether a first step may have to make adapters: not if the data are labels alone.
         """
         if self.step.built:
-            return
-        inputs, answers, _ = keras.utils.unpack_x_y_sample_weight(first_rows(data, targets) or (None, None))
+            return False
+        rows = first_rows(data, targets)
+        inputs, answers, _ = keras.utils.unpack_x_y_sample_weight(rows or (None, None))
         stored = split_targets(answers)[1]
         if stored is not None:
             strategy = getattr(self, "distribute_strategy", None)
             with contextlib.nullcontext() if strategy is None else strategy.scope():
                 self.step.build(inputs, stored)
             self.built = self.step.built
+        return rows is None or stored is not None
 
     @contextlib.contextmanager
     def _unoptimized(self) -> Iterator[None]:

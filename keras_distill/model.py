@@ -281,8 +281,8 @@ class DistillModel(ModelInFiles):
         """Like ``keras.Model.evaluate``; it returns floats with every version of Keras."""
         if not self.step.built:
             arguments = inspect.signature(super().evaluate).bind(*args, **kwargs).arguments
-            self.build_from_data(arguments.get("x"), arguments.get("y"))
-            self.test_function = None  # TensorFlow can make adapters only in the first batch of a new function
+            if self.build_from_data(arguments.get("x"), arguments.get("y")):
+                self.test_function = None  # TensorFlow can make adapters only in the first batch of a new function
         results = super().evaluate(*args, **kwargs)
         return keras.tree.map_structure(lambda value: value if value is None else float(value), results)
 

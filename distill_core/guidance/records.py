@@ -235,9 +235,8 @@ def settings_fingerprint(settings: Mapping[str, str]) -> str:
     return fingerprint(part for name in sorted(settings) for part in (name, settings[name]))
 
 
-def _around_difference(*texts: str | None) -> tuple[str, ...]:
+def _around_difference(before: str, after: str) -> tuple[str, ...]:
     """Two texts, of which long ones are cut to the place where they begin to differ."""
-    before, after = map(str, texts)
     pairs = enumerate(zip(before, after, strict=False))
     common = next((place for place, pair in pairs if pair[0] != pair[1]), min(len(before), len(after)))
     start = max(common - _CONTEXT, 0)
@@ -262,7 +261,9 @@ def check_settings(folder: Path, before: Mapping[str, str], settings: Mapping[st
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if names:
         parts = [
-            "{}: {} there, {} in this call".format(name, *_around_difference(before.get(name), settings.get(name)))
+            "{}: {} there, {} in this call".format(
+                name, *_around_difference(str(before.get(name)), str(settings.get(name)))
+            )
             for name in names[:_DIFFERENCES]
         ]
         more = names[_DIFFERENCES:]

@@ -70,7 +70,7 @@ def merge_classes(student_logits: Any, teacher: TopK, temperature: Any) -> tuple
     tail = ops.cast(teacher.tail, logits.dtype)
     temperature = ops.cast(temperature, logits.dtype)
     # summed over the other classes: 1 minus the sum of the k would lose all digits if the student is confident
-    logits = bounded(logits)  # a sum over impossible classes alone would have no gradient
+    logits = bounded(logits)  # the gradient would be NaN if all other classes were impossible
     hidden = ops.where(_chosen(logits, teacher.indices), ops.cast(LEAST_SCORE, logits.dtype), logits)
     others = temperature * ops.logsumexp(hidden / temperature, axis=-1, keepdims=True)
     student = ops.concatenate([ops.take_along_axis(logits, teacher.indices, axis=-1), others], axis=-1)

@@ -196,7 +196,8 @@ def _borders(inputs: Any, padding: Sequence[Any], shape: tuple[int | None, ...])
         if pairs is not None and not checks.shapes_differ(tuple(pairs.shape[1:]), (shape[1], shape[1])):
             seen = _as_numbers(ops.cast(pairs, "bool"))
             itself, before = ops.einsum("btt->bt", seen), ops.einsum("btt->bt", seen[:, 1:, :-1])
-            yield ops.greater(_moved(itself, 0), ops.pad(before, [[0, 0], [0, 1]]))  # a token does not see that before
+            # where a token does not see the one before it
+            yield ops.greater(_moved(itself, 0), ops.pad(before, [[0, 0], [0, 1]]))
     if places is not None and len(places.shape) == 3:  # of time, height and width, for each token
         places = ops.max(places, axis=0)
     if _fits(places, shape):

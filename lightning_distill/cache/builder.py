@@ -18,7 +18,7 @@ from distill_core.manifest import BY_KEY
 from distill_core.storage import Storage
 from distill_core.store import CacheError, Manifest, Writer
 from lightning_distill import checks
-from lightning_distill.cache.calling import call_teacher, described_teacher
+from lightning_distill.cache.calling import as_array, call_teacher, described_teacher
 from lightning_distill.cache.data import AttachedDataset, check_repeatable, data_fingerprint
 from lightning_distill.cache.keyed import Key, SampleKeys, content_key, input_digests
 from lightning_distill.cache.positions import Mask, needed_mask, place_of, tokens_in
@@ -307,7 +307,7 @@ class Builder:
                     f"Expected {name!r} to have a position for each of the {tuple(mask.shape)} tokens, but got shape"
                     f" {tuple(tensor.shape)}. Pass forward=... to call the teacher in another way."
                 )
-            return Ragged(_numbers(name, tensor[mask]), mask.sum(1).cpu().numpy())
+            return Ragged(as_numbers(name, as_array(tensor[mask])), mask.sum(1).cpu().numpy())
         manifest: Manifest | None = getattr(self, "manifest", None)
         if manifest is not None and list(tensor.shape[1:]) != manifest.arrays[name]["shape"]:
             raise CacheError(
@@ -315,8 +315,4 @@ class Builder:
                 f" but got {tuple(tensor.shape[1:])}. For sequences of differing length put `attention_mask` into the"
                 " batch, or pass mask=<key, index, or a function of the batch that returns the mask of the tokens>."
             )
-        return _numbers(name, tensor)
-
-
-def _numbers(name: str, tensor: Tensor) -> Any:
-    return as_numbers(name, (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True))
+        return as_numbers(name, as_array(tensor))

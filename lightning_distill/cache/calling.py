@@ -40,6 +40,11 @@ def call_teacher(teacher: nn.Module, batch: Any, teacher_inputs: Place = None) -
     return teacher(*shown.args, **shown.kwargs)
 
 
+def as_array(tensor: Tensor) -> Any:
+    """An output as an array: in float32 if it holds floats, since NumPy has no bfloat16; other types as they are."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)
+
+
 def described_teacher(teacher: nn.Module, teacher_inputs: Place = None) -> dict[str, Any]:
     """The entry of a teacher in the manifest.
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from distill_core.arrays import checked_keys, manifest_of_outputs, named_arrays, teacher_of_arrays, write_arrays
 from distill_core.storage import Storage
 from distill_core.store import CacheError
-from lightning_distill.cache.calling import described_teacher
+from lightning_distill.cache.calling import as_array, described_teacher
 from lightning_distill.cache.data import data_fingerprint
 from lightning_distill.cache.keyed import Key, SampleKeys
 from lightning_distill.cache.positions import Mask, noted_place
@@ -35,7 +35,7 @@ class Imported:
     def __init__(
         self, arrays: Any, dataset: Any, teacher: nn.Module | None, key: Key | None, keys: Sequence[Any] | None
     ) -> None:
-        self.named, layers = named_arrays(map_tensors(arrays, _numbers))
+        self.named, layers = named_arrays(map_tensors(arrays, as_array))
         length = len(next(iter(self.named.values())))
         self.digests = None
         if key is None and keys is not None:
@@ -81,7 +81,3 @@ class Imported:
             shard_bytes=shard_bytes,
             resume=resume,
         )
-
-
-def _numbers(tensor: Tensor) -> Any:
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy(force=True)

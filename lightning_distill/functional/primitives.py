@@ -17,6 +17,7 @@ from lightning_distill import compat
 
 # Replaces minus infinity: the difference of two infinite scores is NaN. Its softmax is 0 too.
 LEAST_SCORE = -1e30
+_SMALL_COPY = 2**14  # numbers that a CPU copies in less time than it takes to read a value of theirs
 
 
 def precise(function: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
@@ -209,7 +210,9 @@ def softened(logits: Tensor, temperature: float | Tensor, counts: Tensor | None 
 
 def _all_finite(scores: Tensor) -> bool:
     """Whether it can be seen, in less time than a copy takes, that all scores are finite."""
-    if scores.device.type != "cpu" or torch.compiler.is_compiling() or not is_ordinary(scores):
+    if scores.device.type != "cpu" or scores.numel() < _SMALL_COPY or torch.compiler.is_compiling():
+        return False
+    if not is_ordinary(scores):
         return False
     return math.isfinite(scores.detach().sum().item())
 

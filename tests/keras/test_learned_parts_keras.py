@@ -235,3 +235,23 @@ def test_a_compiled_step_makes_the_parts_before(source: str, tmp_path: Path) -> 
     model.compile(keras.optimizers.Adam(0.01), jit_compile=True)
     fit(model, source, "adapter", tmp_path, False)
     assert unknown_variables(model.optimizer, model.trainable_variables) == []
+
+
+@pytest.mark.tensorflow
+def test_evaluations_on_labels_alone_are_traced_once() -> None:
+    traces = []
+
+    class Traced(keras.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            traces.append(inputs)
+            return inputs
+
+    x, y = table(16)
+    student = network(4, "student")
+    student = keras.Model(student.inputs, Traced()(student.outputs[0]))
+    model = DistillModel(student, None, FeatureDistillation("body", "body"))
+    model.compile("sgd", cross_entropy(), jit_compile=False)
+    traces.clear()
+    for _ in range(3):
+        model.evaluate(x, y, verbose=0)
+    assert len(traces) == 1

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_distill import DistillCallback, DistillModule, FeatureDistillation, LogitsDistillation, measures
-from lightning_distill.functional import primitives
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,9 +110,7 @@ class NoSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "cosine", "kl"])
-def test_l24_step_makes_the_host_wait_for_nothing(trainer, loss, monkeypatch):
-    monkeypatch.setattr(primitives, "_all_finite", lambda scores: False)  # looks at values on a CPU alone
-
+def test_l24_step_makes_the_host_wait_for_nothing(trainer, loss):
     class Quiet(Classifier):
         def optimizer_step(self, *args, **settings):
             if self.trainer.global_step == 0:  # the first step builds the adapters
