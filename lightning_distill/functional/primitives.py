@@ -17,7 +17,7 @@ from lightning_distill import compat
 
 # Replaces minus infinity: the difference of two infinite scores is NaN. Its softmax is 0 too.
 LEAST_SCORE = -1e30
-_SMALL_COPY = 2**14  # numbers that a CPU copies in less time than it takes to read a value of theirs
+_SMALL_COPY = 2**14  # a CPU copies fewer numbers in less time than it takes to read one value
 
 
 def precise(function: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
