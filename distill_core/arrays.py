@@ -196,8 +196,11 @@ def as_numbers(name: str, values: Any) -> Array:
         values: An array, or what NumPy can turn into one.
 
     Raises:
-        CacheError: If they are not numbers: complex ones would lose a part, and bools are decisions.
+        CacheError: If they are not numbers: complex ones would lose a part, bools are decisions, and masked entries
+            have no value.
     """
+    if np.ma.is_masked(values):
+        raise CacheError(f"Expected {name!r} to have a value everywhere, but got masked entries. Leave those rows out.")
     array = np.asarray(values)
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":  # which NumPy itself lacks
         raise CacheError(f"Expected {name!r} to hold numbers, but got dtype {array.dtype}. Pass arrays of floats.")

@@ -125,6 +125,9 @@ class CallableTeacher(keras.Model):
         if isinstance(output, (list, tuple, dict)) and not np.isscalar(next(iter(output), 0)):
             remedy = "Pass a function that picks one, such as lambda x: session.run(None, {'x': x})[0]."
             raise ValueError(checks.message(f"{who} to return one array", f"a {type(output).__name__}", remedy))
+        if np.ma.is_masked(output):
+            expected, remedy = f"{who} to return a value everywhere", "Fill them, and pass `mask` to the term."
+            raise ValueError(checks.message(expected, "masked entries", remedy))
         array = np.asarray(output)
         if array.dtype.kind not in "fiub":
             raise ValueError(checks.message(f"{who} to return numbers", f"an array of {array.dtype}"))

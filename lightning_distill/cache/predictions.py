@@ -42,7 +42,10 @@ class Predictor(nn.Module):
         Raises:
             TypeError: If the predictions are not an array of numbers with a row for each input.
         """
-        predictions = np.asarray(self._predict(inputs.numpy(force=True)))
+        answer = self._predict(inputs.numpy(force=True))
+        predictions = np.asarray(answer)
+        if np.ma.is_masked(answer):
+            raise TypeError("Expected a prediction everywhere, but got masked entries. Fill them.")
         if predictions.dtype.kind not in "fiu" or not predictions.ndim or len(predictions) != len(inputs):
             raise TypeError(
                 f"Expected the predictions to be an array of numbers with a row for each of {len(inputs)} inputs, but"

@@ -226,6 +226,11 @@ def _as_tensor(output: Any) -> Tensor:
             f"Expected the teacher's function to return one array, but got a {type(output).__name__} of {len(output)}."
             " Pass a function that picks one."
         )
+    if np.ma.is_masked(output):
+        raise TypeError(
+            "Expected the teacher's function to return a value everywhere, but got masked entries. Fill them, and pass"
+            " `mask` to the term."
+        )
     array = output.numpy(force=True) if isinstance(output, Tensor) else np.asarray(output)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"Expected the teacher's function to return an array of numbers, but got {array.dtype}.")

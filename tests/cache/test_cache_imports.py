@@ -208,6 +208,7 @@ def test_another_predictor_does_not_continue_the_build(tmp_path: Path) -> None:
     [
         (3, "Expected `predict` to be a function, an ONNX session or an estimator, but got a int"),
         (lambda x: x[:2], r"a row for each of 40 inputs, but got float32 of shape \(2, 6\)"),
+        (lambda x: np.ma.masked_greater(x, 0), "Expected a prediction everywhere, but got masked entries"),
         (lambda x: ["a"] * len(x), "an array of numbers with a row for each of 40 inputs, but got <U1"),
     ],
 )

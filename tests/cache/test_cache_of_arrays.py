@@ -95,6 +95,7 @@ def test_c21_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (r"^Expected 'output' to hold numbers, but got dtype <U1", np.array(["a", "b"]), {}),
         (r"^Expected 'output' to hold numbers, but got dtype complex64", torch.complex(rows, rows), {}),
         (r"^Expected 'output' to hold numbers, but got dtype bool", rows > 0, {}),
+        (r"^Expected 'output' to have a value everywhere", np.ma.masked_greater(rows.numpy(), 0), {}),
         (r"^Expected the teacher's outputs to be logits, but got probabilities", rows.softmax(-1), {"top_k": 3}),
         (r"^Expected the teacher's outputs to be finite in float16", rows * 1e6, {}),
     ]

@@ -155,6 +155,10 @@ IN_A_STEP: dict[str, tuple[Callable[[], CallableTeacher], str]] = {
         lambda: CallableTeacher(lambda x: np.full((len(x), 3), "cat"), (3,)),
         "Expected the function of 'callable_teacher' to return numbers",
     ),
+    "masked entries": (
+        lambda: CallableTeacher(lambda x: np.ma.masked_greater(scores(x), 0), (3,)),
+        "Expected the function of 'callable_teacher' to return a value everywhere",
+    ),
     "logits that should be probabilities": (
         lambda: CallableTeacher(scores, (3,), from_probabilities=True),
         "to return probabilities, rows from 0 to 1 that sum to 1. Pass from_probabilities=False for logits.",

@@ -201,6 +201,7 @@ def test_settings_that_do_not_fit_are_refused(function, settings, error, words) 
         (lambda x: (x, x), {}, TypeError, "to return a tensor, but got tuple"),
         (lambda x: [x, x], {"arrays": True}, TypeError, "to return one array, but got a list of 2"),
         (lambda x: ["a"] and np.array(["a"] * 7), {"arrays": True}, TypeError, "an array of numbers, but got <U1"),
+        (lambda x: np.ma.masked_greater(x, 0), {"arrays": True}, TypeError, "everywhere, but got masked entries"),
         (lambda x: x.argmax(1), {}, TypeError, r"scores of classes.*int64.*and not the classes"),
         (lambda x: x.argmax(1), {"arrays": True}, TypeError, "and not the classes"),
         (lambda x: x[:3], {}, ValueError, r"a row for each of 7 examples, but got shape \(3, 4\)"),
