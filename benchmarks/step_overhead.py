@@ -23,6 +23,7 @@ if __name__ == "__main__":
     prepare("benchmarks.step_overhead")  # before torch is imported: it may restart the program
 
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from benchmarks.workloads import (
@@ -128,6 +129,7 @@ def mlp_questions(effort: Effort) -> list[Row]:
             "hand features": fit(work, lambda: HandWritten(work, True)),
             "features": fit(work, lambda: Plain(work), lambda: callback(work, True)),
             "idle": fit(work, lambda: Plain(work), lambda: callback(work, True, weight=0.0)),
+            "empty": fit(work, lambda: Plain(work), Callback),
         },
         effort.mlp,
         "small MLP",
@@ -141,6 +143,7 @@ def mlp_questions(effort: Effort) -> list[Row]:
             "small MLP: logits + 2 features - hand-written", runs, "features", "hand features", unit="ms", gate=0.20
         ),
         compare("small MLP: idle callback - plain", runs, "idle", "plain", unit="ms"),
+        compare("small MLP: empty callback - plain", runs, "empty", "plain", unit="ms", note="a bare Callback()"),
     ]
 
 

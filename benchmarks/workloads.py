@@ -212,7 +212,7 @@ def trainer_for(callbacks: Sequence[Callback], **settings: Any) -> Trainer:
 def fit(
     work: Workload,
     module: Callable[[], LightningModule],
-    distil: Callable[[], DistillCallback] | None = None,
+    distil: Callable[[], Callback] | None = None,
     validate: bool = False,
     **settings: Any,
 ) -> Arm:
