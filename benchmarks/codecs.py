@@ -1,8 +1,10 @@
 """Bytes, errors and speed of the ways to store a language model's outputs: ``python -m benchmarks.codecs``.
 
-The logits are those of the language demonstration's teacher and student, with vocabularies of 32,768 and 128,000
-tokens, trained for one epoch each: minutes of the whole run. The gradient is that of the student's head over all
-tokens, for SoftTargetLoss at temperature 1; its cosine is taken with the gradient from the whole distributions.
+The logits are those of the language demonstration's teacher and student, trained for a few minutes with vocabularies of
+32,768 and 128,000 tokens, whose probabilities are still spread over many tokens; and drawn ones that fall with the
+logarithm of the rank, steeply in some rows, as those of a large model do, with noise for the student. The gradient is
+that of the student's head over all tokens, for SoftTargetLoss at temperature 1; its cosine is taken with the gradient
+from the whole distributions.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cache import fidelity
+from benchmarks.cache import fidelity, language_like
 from benchmarks.demo_logits import Logits, demo_logits
 from benchmarks.step_overhead import quiet_lightning
 from distill_core.codecs import FullCodec, ScaledCodec, TopKCodec
 from distill_core.sampled import NOTHING, SampledCodec
 
 FEATURES = 1024
+DEMONSTRATION, DRAWN = "demonstration", "drawn"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Result:
     """One line of the table.
 
     Attributes:
+        logits: Where the logits come from; ``"features"`` for features.
         classes: Number of classes, or of channels of a feature.
         setting: How numbers are stored.
         bytes: Bytes of a token.
@@ -49,6 +53,7 @@ class Result:
         decoded: Thousand tokens decoded in a second on one core.
     """
 
+    logits: str
     classes: int
     setting: str
     bytes: float
@@ -120,7 +125,14 @@ def speeds(codec: Any, values: np.ndarray, shard: bool = False) -> tuple[dict[st
     return stored, encoded, times * len(values) / best / 1e3
 
 
-def outputs(known: Logits) -> list[Result]:
+def drawn(number: int, classes: int) -> Logits:
+    """Drawn logits, and hidden states as wide as those of the demonstration's student."""
+    random, teacher = np.random.default_rng(1), language_like(number, classes)
+    student = teacher + 0.7 * random.standard_normal(teacher.shape, "float32")
+    return Logits(teacher, student, random.standard_normal((number, 64), "float32"))
+
+
+def outputs(name: str, known: Logits) -> list[Result]:
     """The codecs of outputs, and the paper's draws with replacement."""
     tokens, results, classes = Tokens(known), list[Result](), known.teacher.shape[1]
     full = FullCodec((classes,), "float16")
@@ -129,7 +141,7 @@ def outputs(known: Logits) -> list[Result]:
     error = float((np.exp(logs) * (logs - tokens.student)).sum(-1).mean()) - tokens.value
     cosine = tokens.cosine(tokens.head(np.exp(tokens.student) - np.exp(logs)))
     apart = float((np.exp(tokens.teacher) * (tokens.teacher - logs)).sum(-1).mean())
-    results.append(Result(classes, "all, float16", full.bytes_per_item, apart, error, cosine, encoded, decoded))
+    results.append(Result(name, classes, "all, float16", full.bytes_per_item, apart, error, cosine, encoded, decoded))
     for label, codec in (
         ("top_k=50, float16", TopKCodec((classes,), 50, "float16")),
         ("top_k=50, uint8", TopKCodec((classes,), 50, "uint8")),
@@ -141,12 +153,12 @@ def outputs(known: Logits) -> list[Result]:
         stored, encoded, decoded = speeds(codec, tokens.logits)
         compared = tokens.compared(*codec.decode(stored))
         divergence = fidelity(codec, tokens.logits, stored)[0] if isinstance(codec, TopKCodec) else None
-        results.append(Result(classes, label, codec.bytes_per_item, divergence, *compared, encoded, decoded))
-    results.append(with_replacement(tokens, classes, 50))
+        results.append(Result(name, classes, label, codec.bytes_per_item, divergence, *compared, encoded, decoded))
+    results.append(with_replacement(name, tokens, classes, 50))
     return results
 
 
-def with_replacement(tokens: Tokens, classes: int, draws: int) -> Result:
+def with_replacement(name: str, tokens: Tokens, classes: int, draws: int) -> Result:
     """Draws with replacement, as in arXiv:2503.16870: 3 bytes for each distinct class and its count."""
     random, rows = np.random.default_rng(2), []
     for logs in tokens.teacher:
@@ -160,7 +172,7 @@ def with_replacement(tokens: Tokens, classes: int, draws: int) -> Result:
         logs[row, : len(drawn)] = np.log(counts / draws)
     size = 3 * float(np.mean([len(drawn) for drawn, _ in rows]))
     compared = tokens.compared(indices, logs, np.full((len(rows), 1), NOTHING))
-    return Result(classes, f"paper: {draws} draws with replacement", size, None, *compared, None, None)
+    return Result(name, classes, f"paper: {draws} draws with replacement", size, None, *compared, None, None)
 
 
 def features(number: int) -> list[Result]:
@@ -177,13 +189,13 @@ def features(number: int) -> list[Result]:
         stored = {name: np.broadcast_to(part, (number, *part.shape[1:])) for name, part in stored.items()}
         wrong = (codec.decode(stored).astype("float32") - values) / values.std(0)
         error = float(np.sqrt(np.square(wrong).mean()))
-        results.append(Result(FEATURES, label, codec.bytes_per_item, None, error, None, encoded, decoded))
+        results.append(Result("features", FEATURES, label, codec.bytes_per_item, None, error, None, encoded, decoded))
     return results
 
 
 def table(results: list[Result]) -> Table:
     """The results for the terminal."""
-    heads = ("classes", "setting", "bytes a token", "KL", "error of the loss", "cosine", "encoded", "decoded")
+    heads = ("logits", "classes", "setting", "bytes a token", "KL", "error of the loss", "cosine", "encoded", "decoded")
     shown = Table(*heads)
     for result in results:
         speed = [
@@ -193,7 +205,7 @@ def table(results: list[Result]) -> Table:
         cosine = "" if result.cosine is None else f"{result.cosine:.5f}"
         divergence = "" if result.divergence is None else f"{result.divergence:.1e}"
         row = (f"{result.classes:,}", result.setting, f"{result.bytes:,.0f}", divergence, f"{result.loss_error:.1e}")
-        shown.add_row(*row, cosine, *speed)
+        shown.add_row(result.logits, *row, cosine, *speed)
     return shown
 
 
@@ -208,7 +220,8 @@ def main() -> None:
         known = demo_logits(number, classes, arguments.quick)
         settings[f"nats of teacher and student, {classes}"] = known.losses
         settings[f"steps of teacher and student, {classes}"] = known.steps
-        results += outputs(known)
+        results += outputs(DEMONSTRATION, known)
+        results += outputs(DRAWN, drawn(number, classes))
     results += features(16 * number)
     Console().print(table(results))
     settings["tokens"] = number

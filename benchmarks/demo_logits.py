@@ -29,15 +29,15 @@ class Logits:
         teacher: Logits ``(N, V)``.
         student: Logits ``(N, V)``.
         hidden: What goes into the student's head ``(N, C)``.
-        losses: Cross entropy of the teacher and of the student at these places, in nats.
-        steps: Optimizer steps of the teacher and of the student.
+        losses: Cross entropy of the teacher and of the student at these places, in nats; None for drawn logits.
+        steps: Optimizer steps of the teacher and of the student; None for drawn logits.
     """
 
     teacher: np.ndarray
     student: np.ndarray
     hidden: np.ndarray
-    losses: tuple[float, float]
-    steps: tuple[int, int]
+    losses: tuple[float, float] | None = None
+    steps: tuple[int, int] | None = None
 
 
 def demo_logits(number: int, vocabulary: int, quick: bool = False) -> Logits:
