@@ -23,12 +23,12 @@ SMALL = 33_000  # the demonstration's text alone has enough words for so many to
 
 @dataclass(frozen=True)
 class Logits:
-    """What two networks say about the same places of a text that neither has seen.
+    """The scores of two networks at the same places of a text that neither has seen.
 
     Attributes:
         teacher: Logits ``(N, V)``.
         student: Logits ``(N, V)``.
-        hidden: What goes into the student's head ``(N, C)``.
+        hidden: The input of the student's head ``(N, C)``.
         losses: Cross entropy of the teacher and of the student at these places, in nats; None for drawn logits.
         steps: Optimizer steps of the teacher and of the student; None for drawn logits.
     """

@@ -142,9 +142,9 @@ def codecs(record: Record, logits: str) -> str:
     return markdown(heads, lines)
 
 
-def training_of(record: Record, what: str) -> str:
+def training_of(record: Record, quantity: str) -> str:
     """Steps or nats of the teacher and the student whose logits ``codecs`` reads, over both vocabularies."""
-    values = [value for name, value in record.settings.items() if name.startswith(f"{what} of teacher and student")]
+    values = [value for name, value in record.settings.items() if name.startswith(f"{quantity} of teacher and student")]
     sides = (" to ".join(dict.fromkeys(map(number, sorted(side)))) for side in zip(*values, strict=True))
     return " and ".join(sides)
 
