@@ -125,6 +125,11 @@ def peers(record: Record) -> str:
     return markdown(heads, ([row["question"].removeprefix("peer "), shown(row), row["note"]] for row in rows))
 
 
+def as_they_are(record: Record) -> dict[str, str]:
+    """All questions of a record, by their own words."""
+    return {question: question for question in record.questions}
+
+
 def codecs(record: Record, logits: str) -> str:
     """Rows of ``codecs`` for logits from one place, with every number of classes."""
     lines = []
