@@ -18,6 +18,7 @@ BENCHMARKS = [
     "loss_time",
     "fused_linear",
     "pair_layers",
+    "token_alignment",
 ]
 ON_DEVICE = ["on_device", "device_steps", "device_cache"]
 

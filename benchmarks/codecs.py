@@ -1,8 +1,10 @@
 """Bytes, errors and speed of the ways to store a language model's outputs: ``python -m benchmarks.codecs``.
 
-The logits fall with the logarithm of the rank, steeply in some rows, as a language model's do. The student's are those
-of the teacher with noise. The gradient is that of the student's head over all tokens, for SoftTargetLoss at temperature
-1; its cosine is taken with the gradient from the whole distributions.
+The logits are those of the language demonstration's teacher and student, trained for a few minutes with vocabularies of
+32,768 and 128,000 tokens, whose probabilities are still spread over many tokens; and drawn ones that fall with the
+logarithm of the rank, steeply in some rows, as those of a large model do, with noise for the student. The gradient is
+that of the student's head over all tokens, for SoftTargetLoss at temperature 1; its cosine is taken with the gradient
+from the whole distributions.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cache import language_like
+from benchmarks.cache import fidelity, language_like
+from benchmarks.demo_logits import Logits, demo_logits
+from benchmarks.step_overhead import quiet_lightning
 from distill_core.codecs import FullCodec, ScaledCodec, TopKCodec
 from distill_core.sampled import NOTHING, SampledCodec
 
-WIDTH = 64  # of the student's head, whose gradient is compared
 FEATURES = 1024
+DEMONSTRATION, DRAWN = "demonstration", "drawn"
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,25 @@ class Result:
     """One line of the table.
 
     Attributes:
+        logits: Where the logits come from; ``"features"`` for features.
         classes: Number of classes, or of channels of a feature.
         setting: How numbers are stored.
         bytes: Bytes of a token.
-        kl_error: Mean difference of SoftTargetLoss from its value for the whole distributions, in nats; of features the
-            root of the mean squared error, as a share of their standard deviation.
+        divergence: Mean KL divergence of what is read from the teacher's distribution over the same outcomes, in nats;
+            None where classes are drawn at random, and for features.
+        loss_error: Mean difference of SoftTargetLoss from its value for the whole distributions, in nats; of features
+            the root of the mean squared error, as a share of their standard deviation.
         cosine: Cosine of the gradient of the student's head; None for features.
         encoded: Thousand tokens encoded in a second on one core.
         decoded: Thousand tokens decoded in a second on one core.
     """
 
+    logits: str
     classes: int
     setting: str
     bytes: float
-    kl_error: float
+    divergence: float | None
+    loss_error: float
     cosine: float | None
     encoded: float | None
     decoded: float | None
@@ -64,16 +73,12 @@ class Tokens:
     """The teacher's and the student's distributions for some tokens, and a gradient to compare with.
 
     Args:
-        number: Number of tokens.
-        classes: Number of classes.
+        known: Logits of both networks.
     """
 
-    def __init__(self, number: int, classes: int) -> None:
-        random = np.random.default_rng(1)
-        self.logits = language_like(number, classes)
-        self.teacher = log_softmax(self.logits)
-        self.student = log_softmax(self.logits + 0.7 * random.standard_normal(self.logits.shape, "float32"))
-        self.hidden = random.standard_normal((number, WIDTH), "float32")
+    def __init__(self, known: Logits) -> None:
+        self.logits, self.hidden = known.teacher, known.hidden
+        self.teacher, self.student = log_softmax(known.teacher), log_softmax(known.student)
         self.value = float((np.exp(self.teacher) * (self.teacher - self.student)).sum(-1).mean())
         self.gradient = self.head(np.exp(self.student) - np.exp(self.teacher))
 
@@ -120,15 +125,23 @@ def speeds(codec: Any, values: np.ndarray, shard: bool = False) -> tuple[dict[st
     return stored, encoded, times * len(values) / best / 1e3
 
 
-def outputs(number: int, classes: int) -> list[Result]:
+def drawn(number: int, classes: int) -> Logits:
+    """Drawn logits, and hidden states as wide as those of the demonstration's student."""
+    random, teacher = np.random.default_rng(1), language_like(number, classes)
+    student = teacher + 0.7 * random.standard_normal(teacher.shape, "float32")
+    return Logits(teacher, student, random.standard_normal((number, 64), "float32"))
+
+
+def outputs(name: str, known: Logits) -> list[Result]:
     """The codecs of outputs, and the paper's draws with replacement."""
-    tokens, results = Tokens(number, classes), []
+    tokens, results, classes = Tokens(known), list[Result](), known.teacher.shape[1]
     full = FullCodec((classes,), "float16")
     stored, encoded, decoded = speeds(full, tokens.logits)
     logs = log_softmax(full.decode(stored).astype("float32"))
     error = float((np.exp(logs) * (logs - tokens.student)).sum(-1).mean()) - tokens.value
     cosine = tokens.cosine(tokens.head(np.exp(tokens.student) - np.exp(logs)))
-    results.append(Result(classes, "all, float16", full.bytes_per_item, error, cosine, encoded, decoded))
+    apart = float((np.exp(tokens.teacher) * (tokens.teacher - logs)).sum(-1).mean())
+    results.append(Result(name, classes, "all, float16", full.bytes_per_item, apart, error, cosine, encoded, decoded))
     for label, codec in (
         ("top_k=50, float16", TopKCodec((classes,), 50, "float16")),
         ("top_k=50, uint8", TopKCodec((classes,), 50, "uint8")),
@@ -139,12 +152,13 @@ def outputs(number: int, classes: int) -> list[Result]:
     ):
         stored, encoded, decoded = speeds(codec, tokens.logits)
         compared = tokens.compared(*codec.decode(stored))
-        results.append(Result(classes, label, codec.bytes_per_item, *compared, encoded, decoded))
-    results.append(with_replacement(tokens, classes, 50))
+        divergence = fidelity(codec, tokens.logits, stored)[0] if isinstance(codec, TopKCodec) else None
+        results.append(Result(name, classes, label, codec.bytes_per_item, divergence, *compared, encoded, decoded))
+    results.append(with_replacement(name, tokens, classes, 50))
     return results
 
 
-def with_replacement(tokens: Tokens, classes: int, draws: int) -> Result:
+def with_replacement(name: str, tokens: Tokens, classes: int, draws: int) -> Result:
     """Draws with replacement, as in arXiv:2503.16870: 3 bytes for each distinct class and its count."""
     random, rows = np.random.default_rng(2), []
     for logs in tokens.teacher:
@@ -158,7 +172,7 @@ def with_replacement(tokens: Tokens, classes: int, draws: int) -> Result:
         logs[row, : len(drawn)] = np.log(counts / draws)
     size = 3 * float(np.mean([len(drawn) for drawn, _ in rows]))
     compared = tokens.compared(indices, logs, np.full((len(rows), 1), NOTHING))
-    return Result(classes, f"paper: {draws} draws with replacement", size, *compared, None, None)
+    return Result(name, classes, f"paper: {draws} draws with replacement", size, None, *compared, None, None)
 
 
 def features(number: int) -> list[Result]:
@@ -175,33 +189,43 @@ def features(number: int) -> list[Result]:
         stored = {name: np.broadcast_to(part, (number, *part.shape[1:])) for name, part in stored.items()}
         wrong = (codec.decode(stored).astype("float32") - values) / values.std(0)
         error = float(np.sqrt(np.square(wrong).mean()))
-        results.append(Result(FEATURES, label, codec.bytes_per_item, error, None, encoded, decoded))
+        results.append(Result("features", FEATURES, label, codec.bytes_per_item, None, error, None, encoded, decoded))
     return results
 
 
 def table(results: list[Result]) -> Table:
     """The results for the terminal."""
-    shown = Table("classes", "setting", "bytes a token", "KL error", "gradient cosine", "encoded", "decoded")
+    heads = ("logits", "classes", "setting", "bytes a token", "KL", "error of the loss", "cosine", "encoded", "decoded")
+    shown = Table(*heads)
     for result in results:
         speed = [
             "" if value is None else f"{value:,.0f} k tokens/s" if value >= 10 else f"{value:,.1f} k tokens/s"
             for value in (result.encoded, result.decoded)
         ]
         cosine = "" if result.cosine is None else f"{result.cosine:.5f}"
-        row = (f"{result.classes:,}", result.setting, f"{result.bytes:,.0f}", f"{result.kl_error:.1e}", cosine, *speed)
-        shown.add_row(*row)
+        divergence = "" if result.divergence is None else f"{result.divergence:.1e}"
+        row = (f"{result.classes:,}", result.setting, f"{result.bytes:,.0f}", divergence, f"{result.loss_error:.1e}")
+        shown.add_row(result.logits, *row, cosine, *speed)
     return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer tokens")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens of tiny networks")
     parser.add_argument("--json", type=Path, default=Path("codecs.json"), help="where to write the figures")
     arguments = parser.parse_args()
-    number = 64 if arguments.quick else 256
-    results = [*outputs(number, 32_768), *outputs(number, 128_000), *features(16 * number)]
+    quiet_lightning()
+    number, results, settings = 64 if arguments.quick else 256, list[Result](), dict[str, Any]()
+    for classes in (32_768, 128_000):
+        known = demo_logits(number, classes, arguments.quick)
+        settings[f"nats of teacher and student, {classes}"] = known.losses
+        settings[f"steps of teacher and student, {classes}"] = known.steps
+        results += outputs(DEMONSTRATION, known)
+        results += outputs(DRAWN, drawn(number, classes))
+    results += features(16 * number)
     Console().print(table(results))
-    write_record(arguments.json, "Ways to store a language model's outputs", results, {"tokens": number})
+    settings["tokens"] = number
+    write_record(arguments.json, "Ways to store a language model's outputs", results, settings)
 
 
 if __name__ == "__main__":

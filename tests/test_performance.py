@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import performance_page
 from benchmarks.__main__ import BENCHMARKS, ON_DEVICE
+from benchmarks.codecs import Result
 from benchmarks.device_steps import SIZES
 from benchmarks.device_timing import Measured
 from benchmarks.performance import records
@@ -115,6 +116,23 @@ def test_steps_of_a_device_have_times_memory_and_goals(tmp_path: Path) -> None:
     assert "0 of 2 goals are met" in page
     write(tmp_path, "device_steps", rows[:1], **settings)  # with --only
     assert "in bfloat16" not in section(performance_page.page(tmp_path), "On a GPU")
+
+
+def test_ways_to_store_outputs_are_compared_on_logits_of_each_kind(tmp_path: Path) -> None:
+    half = Result("demonstration", 32_768, "all, float16", 65_536, 2.2e-7, 5.3e-6, 0.99999998, 7.4, None)
+    likeliest = Result("demonstration", 128_000, "top_k=50, uint8", 163, 2.9e-6, -0.602, 0.1169, 1.0, 3209.2)
+    drawn = Result("drawn", 128_000, "sampled=12", 37, None, 1.43, 0.8027, 2.9, 14_700.0)
+    features = Result("features", 1024, "features, uint8", 1024, None, 0.0082, None, 84.8, 455.8)
+    settings = {"steps of teacher and student, 32768": (200, 50), "steps of teacher and student, 128000": (200, 50)}
+    nats = {"nats of teacher and student, 32768": (6.62, 7.17), "nats of teacher and student, 128000": (6.61, 7.43)}
+    write(tmp_path, "codecs", [half, likeliest, drawn, features], tokens=256, **settings, **nats)
+    text = section(performance_page.page(tmp_path), "Size of a cache")
+    assert "after 200 and 50 steps of teacher and student" in " ".join(text.split())
+    assert "They need 6.61 to 6.62 and 7.17 to 7.43 nats a token" in " ".join(text.split())
+    assert "| 32,768 | all, float16 | 65,536 | 2e-07 | 5e-06 | 1.0000 |" in text
+    assert "| 128,000 | top_k=50, uint8 | 163 | 3e-06 | -0.60 | 0.1169 | 3.2 million |" in text
+    assert "| 128,000 | sampled=12 | 37 | 1.43 | 0.8027 | 14.7 million |" in text
+    assert "| 1,024 | uint8 | 1,024 | 8e-03 | 0.5 million |" in text
 
 
 @pytest.mark.parametrize(("clock", "ratio", "milliseconds"), [("cpu", 0.5, 1000.0), ("wall", 3.0, 6000.0)])

@@ -9,7 +9,7 @@ from typing import Any
 
 RECORDS = Path(__file__).parents[1] / "records"
 BENCHMARKS = (
-    *("step_overhead", "fused_linear", "on_device", "device_steps", "pair_layers", "device_cache"),
+    *("step_overhead", "fused_linear", "token_alignment", "on_device", "device_steps", "pair_layers", "device_cache"),
     *("keras_step", "cache", "cache_reading", "loss_time", "loss_memory", "codecs"),
 )
 ON_DEVICE = ("on_device", "device_steps", "device_cache")

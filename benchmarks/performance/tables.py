@@ -105,7 +105,11 @@ def memory_span(record: Record, half: str) -> str:
 
 def stored(record: Record) -> dict[str, str]:
     """Questions of ``cache`` on the codec, by the text of the first column."""
-    names = {"bytes a token": "bytes a token", "mean |delta log p|": "mean error of a log-probability"}
+    names = {
+        "bytes a token": "bytes a token",
+        "mean KL over k + 1 outcomes": "KL divergence from the teacher",
+        "mean |delta log p|": "mean error of a log-probability",
+    }
     return {
         question.replace(end, label): question
         for question in record.questions
@@ -121,19 +125,33 @@ def peers(record: Record) -> str:
     return markdown(heads, ([row["question"].removeprefix("peer "), shown(row), row["note"]] for row in rows))
 
 
-def codec_classes(record: Record) -> int:
-    """The largest number of classes for which the codecs were compared."""
-    return max(row["classes"] for row in record.of_kind("Result") if row["cosine"] is not None)
+def as_they_are(record: Record) -> dict[str, str]:
+    """All questions of a record, by their own words."""
+    return {question: question for question in record.questions}
 
 
-def codecs(record: Record, classes: int) -> str:
-    """Rows of ``codecs`` for a number of classes."""
+def codecs(record: Record, logits: str) -> str:
+    """Rows of ``codecs`` for logits from one place, with every number of classes."""
     lines = []
     for row in record.of_kind("Result"):
-        if row["classes"] == classes:
+        if row["logits"] == logits:
+            apart = "" if row["divergence"] is None else f"{row['divergence']:.0e}"
+            cosine = "" if row["cosine"] is None else f"{row['cosine']:.4f}"
             decoded = "" if row["decoded"] is None else f"{row['decoded'] / 1000:.1f} million"
-            lines.append([row["setting"], f"{row['bytes']:,.0f}", f"{row['cosine']:.4f}", decoded])
-    return markdown(["setting", "bytes a token", "cosine", "tokens decoded in a second"], lines)
+            error = f"{row['loss_error']:.0e}" if abs(row["loss_error"]) < 0.01 else f"{row['loss_error']:.2f}"
+            kept = row["setting"].removeprefix("features, ")
+            lines.append([f"{row['classes']:,}", kept, f"{row['bytes']:,.0f}", apart, error, cosine, decoded])
+    count = "channels" if logits == "features" else "classes"
+    error = "error" if logits == "features" else "error of the loss"
+    heads = [count, "setting", "bytes a token", "KL", error, "cosine", "tokens decoded in a second"]
+    return markdown(heads, lines)
+
+
+def training_of(record: Record, quantity: str) -> str:
+    """Steps or nats of the teacher and the student whose logits ``codecs`` reads, over both vocabularies."""
+    values = [value for name, value in record.settings.items() if name.startswith(f"{quantity} of teacher and student")]
+    sides = (" to ".join(dict.fromkeys(map(number, sorted(side)))) for side in zip(*values, strict=True))
+    return " and ".join(sides)
 
 
 # Devices -------------------------------------------------------------------------------------------------------------

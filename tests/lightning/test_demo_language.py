@@ -236,8 +236,8 @@ def test_the_costs_are_those_that_the_methods_have(outcome: Outcome) -> None:
     assert runs[OFFLINE].flops() - runs[ALONE].flops() == pytest.approx(teacher / QUICK.epochs)  # each row once
     assert all(result.seconds > 0 for result in outcome.runs)
     assert runs[OFFLINE].cache_bytes > 0
-    assert runs[OWN_TEXT].steps == runs[ONLINE].steps
-    assert runs[OWN_TEXT].flops() < runs[ONLINE].flops()  # few tokens after half a row cost less than the other half
+    assert runs[OWN_TEXT].flops() == pytest.approx(runs[ONLINE].flops(), rel=0.03)
+    assert runs[OWN_TEXT].steps > runs[ONLINE].steps  # few tokens after half a row cost less than the other half
 
 
 def test_every_training_has_a_curve_that_ends_with_its_last_step_and_learns(outcome: Outcome) -> None:
@@ -299,6 +299,7 @@ def test_the_closing_sentence_follows_from_the_numbers(distilled: list[float], v
     runs = made_up({**bits, OWN_TEXT: [bit - 0.1 for bit in distilled]})
     sentence, own = closing(runs)[0], closing(runs)[2]
     assert own.startswith("The student that also writes text of its own is better (-0.100 bits per byte) than the")
+    assert "at equal compute" in own
     assert sentence.startswith(f"The student distilled is {verdict} than the student alone at equal steps and worse")
 
 

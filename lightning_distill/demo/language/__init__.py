@@ -2,8 +2,8 @@
 
 Every student of a seed starts from the same weights and gets the same batches in the same order. The student alone is
 trained twice: for as many steps as the distilled ones, and for as much compute as the distillation, in which the
-teacher runs beside the student. One distilled student writes the text of some batches itself. Settings were chosen on
-the validation files. The test files are used once, after the last step.
+teacher runs beside the student. One distilled student writes the text of some batches itself, in as many steps as have
+that compute. Settings were chosen on the validation files. The test files are used once, after the last step.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def closing(runs: Sequence[Run]) -> list[str]:
     cache, online, own = groups[OFFLINE][0], groups[ONLINE][0], groups[OWN_TEXT][0]
     sentences.append(
         f"The student that also writes text of its own is {_verdict(groups[OWN_TEXT], groups[ONLINE])} than the student"
-        f" {ONLINE} at equal steps, for {own.flops() / online.flops():.2f} of its compute."
+        f" {ONLINE} at equal compute, which is {own.steps / online.steps:.2f} of its steps."
     )
     sentences.append(
         f"The cache holds {cache.cache_bytes / 1e6:.0f} MB; filled and used once, it takes"

@@ -180,6 +180,7 @@ class _Trainings:
         self.mixed = round(
             (1 - share) * (self.step + self.forward) + share * own_text_flops(student, self.teacher, settings)
         )
+        self.writes = round(self.short * (self.step + self.forward) / self.mixed)
         self.progress = progress
         self.task = progress.add_task(TEACHER, total=settings.steps(settings.teacher_epochs))
 
@@ -206,7 +207,7 @@ class _Trainings:
                     (run(LONGER, steps=self.longer, step_flops=self.step), []),
                     (run(ONLINE, steps=self.short, step_flops=together), [self.distilling()]),
                     (run(OFFLINE, steps=self.short, step_flops=self.step, **filled), [self.distilling(cache)]),
-                    (run(OWN_TEXT, steps=self.short, step_flops=self.mixed), [self.writing(seed)]),
+                    (run(OWN_TEXT, steps=self.writes, step_flops=self.mixed), [self.writing(seed)]),
                 ]
                 for result, callbacks in planned:
                     student = _seeded(lambda: settings.gpt(settings.student_size), seed)
