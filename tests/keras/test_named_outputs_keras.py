@@ -8,7 +8,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_distill import DecoupledKDLoss, DistillModel, LogitsDistillation, SequenceDistillation, SoftTargetLoss
+from keras_distill import (
+    DecoupledKDLoss,
+    DistillModel,
+    FeatureDistillation,
+    LogitsDistillation,
+    SequenceDistillation,
+    SoftTargetLoss,
+)
 from keras_distill.terms.outputs import by_output
 
 RNG = np.random.default_rng(0)
@@ -114,6 +121,17 @@ def test_tokens_take_the_named_labels_of_their_output() -> None:
     results = model.evaluate(tokens, {"class": np.zeros(4), "words": answers}, verbose=0, return_dict=True)
     expected = divergence(own[:, 2:5], other[:, 2:5]).mean()  # position t predicts token t + 1
     np.testing.assert_allclose(results["tokens_loss"], expected, rtol=1e-5)
+
+
+def test_a_loss_on_a_layer_that_needs_labels_refuses_those_of_several_outputs() -> None:
+    student, teacher = network(4, "student"), network(6, "teacher")
+    model = DistillModel(student, teacher, FeatureDistillation("z", "z", DecoupledKDLoss(temperature=4.0), name="head"))
+    model.compile("sgd", run_eagerly=True)
+    with pytest.raises(ValueError, match=r"labels for DecoupledKDLoss in term 'head'.*Received: 2 tensors"):
+        model.evaluate(X, LABELS, verbose=0)
+    results = model.evaluate(X, {"z": LABELS["z"]}, verbose=0, return_dict=True)
+    expected = decoupled(logits(student)["z"], logits(teacher)["z"], LABELS["z"]).mean()
+    np.testing.assert_allclose(results["head_loss"], expected, rtol=1e-5)
 
 
 def test_a_list_of_labels_belongs_to_the_sorted_keys_as_in_keras() -> None:
