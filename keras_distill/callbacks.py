@@ -217,7 +217,15 @@ class StudentCheckpoint(keras.callbacks.ModelCheckpoint):
             mode = "min"
         elif mode == "auto" and monitor.endswith("_agreement"):
             mode = "max"
+        self._trained: Any = None
         super().__init__(filepath, monitor=monitor, mode=mode, **kwargs)
+
+    @property
+    def model(self) -> Any:
+        """The student, with its present weights: on JAX a running step holds them for the model that trains it."""
+        if hasattr(self._trained, "jax_state_sync"):
+            self._trained.jax_state_sync()
+        return super().model
 
     def set_model(self, model: Any) -> None:
         """Use the student of the model that trains it."""

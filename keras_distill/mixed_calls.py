@@ -15,7 +15,6 @@ from keras_distill.functional.mixtures import confidence_weights, mean_logits, m
 from keras_distill.mixing import TeacherMix
 from keras_distill.recording import Call, Tap, select
 from keras_distill.terms import DistillationTerm, LogitsDistillation
-from keras_distill.terms.outputs import paired_outputs
 from keras_distill.terms.weighing import expanded, zeroed
 
 
@@ -153,7 +152,7 @@ def weights_by_confidence(
         One entry for each teacher: a tensor, or a list of one for each of several outputs.
     """
     from_logits = getattr(term.loss, "from_logits", True)
-    pairs = [paired_outputs(student, call, term.output_key, sample_weight) for call in calls]
+    pairs = [term.paired(student, call, sample_weight) for call in calls]
     by_output = []
     for outputs in zip(*pairs, strict=True):
         logits = [other if from_logits else logarithm(other) for _, other, _ in outputs]

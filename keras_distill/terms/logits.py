@@ -21,7 +21,7 @@ from keras_distill.losses import (
 from keras_distill.recording import Call, select
 from keras_distill.schedules import Weight
 from keras_distill.terms.counting import CountingTerm, MaskPlace
-from keras_distill.terms.outputs import paired_outputs
+from keras_distill.terms.outputs import by_output, output_names, paired_outputs
 from keras_distill.terms.weighing import row_weights, weigh, zeroed
 
 LossLike: TypeAlias = keras.losses.Loss | Callable[..., Any]
@@ -95,6 +95,7 @@ class LogitsDistillation(CountingTerm):
     """
 
     takes_curriculum = True
+    output_names: tuple[str, ...] = ()  # of the owner's student
 
     def __init__(
         self,
@@ -121,22 +122,28 @@ class LogitsDistillation(CountingTerm):
             raise TypeError(checks.message(expected, f"a {type(loss).__name__}", remedy))
         self.output_key = output
 
+    def owned(self, student: keras.Model) -> LogitsDistillation:
+        """A copy for one owner, as in :class:`DistillationTerm`, which knows the names of the student's outputs."""
+        copy: LogitsDistillation = super().owned(student)  # type: ignore[assignment]
+        copy.output_names = output_names(student)
+        return copy
+
     def build_from_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
         self.check_calls(student, teacher)
 
     def check_calls(self, student: Call, teacher: Call) -> None:
         """Check that the two models' outputs fit each other and the loss."""
-        for student_logits, teacher_logits, _ in paired_outputs(student, teacher, self.output_key):
+        for student_logits, teacher_logits, _ in self.paired(student, teacher):
             ends = {"student": student.facts_of(student_logits).end, "teacher": teacher.facts_of(teacher_logits).end}
             self._check_pair(student_logits, teacher_logits, ends)
 
     def compute(self, student: Call, teacher: Call, labels: Any = None, sample_weight: Any = None) -> Any:
         """The loss without its weight, a scalar."""
         total = 0.0
-        loss, pairs = self.loss_of(student), paired_outputs(student, teacher, self.output_key, sample_weight)
+        loss, pairs = self.loss_of(student), self.paired(student, teacher, sample_weight)
         for (student_logits, teacher_logits, weights), known in zip(
-            pairs, self._labels_of(labels, len(pairs)), strict=True
+            pairs, self._labels_of(labels, student, len(pairs)), strict=True
         ):
             counted = self.counted(student, known, student_logits)
             masks = [student.mask_of(student_logits), teacher.mask_of(teacher_logits)]
@@ -181,8 +188,8 @@ class LogitsDistillation(CountingTerm):
         binary, from_logits = isinstance(self.loss, BinarySoftTargetLoss), getattr(self.loss, "from_logits", True)
         weights = sample_weight if self.use_sample_weight else None
         scores = []
-        pairs = paired_outputs(student, teacher, self.output_key, weights)
-        for (own, other, weight), known in zip(pairs, self._labels_of(labels, len(pairs)), strict=True):
+        pairs = self.paired(student, teacher, weights)
+        for (own, other, weight), known in zip(pairs, self._labels_of(labels, student, len(pairs)), strict=True):
             shape = tuple(own.shape)
             single = len(shape) < 2 or shape[-1] == 1
             # several sigmoids do not choose one class; a single score means a class only with the binary loss
@@ -207,8 +214,19 @@ class LogitsDistillation(CountingTerm):
         loss = keras.saving.serialize_keras_object(self.loss)
         return {**super().get_config(), "loss": loss, "output": self.output_key}
 
-    def _labels_of(self, labels: Any, count: int) -> list[Any]:
+    def paired(self, student: Call, teacher: Call, sample_weight: Any = None) -> list[tuple[Any, Any, Any]]:
+        """The outputs that the term compares, with their weights, as :func:`paired_outputs` returns them.
+
+        Args:
+            student: The student's call.
+            teacher: The teacher's call.
+            sample_weight: The batch's sample weights.
+        """
+        return paired_outputs(student, teacher, self.output_key, sample_weight, self.output_names)
+
+    def _labels_of(self, labels: Any, student: Call, count: int) -> list[Any]:
         """The labels of each output: nested labels belong to the outputs one by one, a single tensor to all of them."""
+        labels = by_output(labels, student.output, self.output_names) if self.needs_labels else labels
         if not self.needs_labels or not keras.tree.is_nested(labels):
             return [labels] * count
         if self.output_key is not None:

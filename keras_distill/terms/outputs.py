@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -9,10 +10,49 @@ import keras
 from keras_distill import checks
 from keras_distill.functional.top_k import TopK
 from keras_distill.recording import Call, select
+from keras_distill.recording.taps import entry_at
+
+
+def output_names(student: keras.Model) -> tuple[str, ...]:
+    """The names of a functional student's outputs, in their order; empty for other students."""
+    return tuple(getattr(student, "output_names", None) or ())
+
+
+def by_output(values: Any, output: Any, names: Sequence[str]) -> Any:
+    """Labels or weights in the structure of a model's outputs, paired as Keras pairs them for the compiled loss.
+
+    Args:
+        values: One value for all outputs, or one for each in a dict, list or tuple.
+        output: The model's output.
+        names: Names of the model's outputs in their order, if they are known.
+
+    Returns:
+        A dict belongs to named outputs by their keys, also if the outputs are a list; other keys are left out, and an
+        output without a value gets None. A list belongs to a dict of outputs in the order of the sorted keys.
+
+    Example:
+        >>> by_output({"a": 1, "b": 2}, [0.0, 0.0], names=["b", "a"])
+        [2, 1]
+    """
+    if isinstance(values, (list, tuple)) and isinstance(output, dict) and len(values) == len(output):
+        return dict(zip(sorted(output), values, strict=True))
+    if not isinstance(values, dict):
+        return values
+    if isinstance(output, dict):
+        return {key: values.get(key) for key in output} if output.keys() & values.keys() else values
+    if not names or not set(names) & values.keys():
+        return values
+    if isinstance(output, (list, tuple)):
+        return [values.get(name) for name in names] if len(names) == len(output) else values
+    return values.get(names[0])
 
 
 def paired_outputs(
-    student: Call, teacher: Call, output: int | str | None = None, sample_weight: Any = None
+    student: Call,
+    teacher: Call,
+    output: int | str | None = None,
+    sample_weight: Any = None,
+    names: Sequence[str] = (),
 ) -> list[tuple[Any, Any, Any]]:
     """Pair the outputs of the two models, with their sample weights.
 
@@ -21,9 +61,10 @@ def paired_outputs(
         teacher: The teacher's call.
         output: Which of the outputs, an index or a key; None pairs all of them.
         sample_weight: The batch's weights, one tensor for all outputs or nested like the outputs.
+        names: Names of the student's outputs in their order, for weights in a dict.
 
     Returns:
-        For each pair the student's output, the teacher's and the weights; a :class:`TopK` counts as one output.
+        For each pair the student's output, the teacher's, its weights or None; a :class:`TopK` counts as one output.
 
     Raises:
         ValueError: If the two models' outputs cannot be paired.
@@ -33,9 +74,10 @@ def paired_outputs(
         [(2.0, 4.0, None)]
     """
     student_output, teacher_output = student.output, teacher.output
+    sample_weight = by_output(sample_weight, student_output, names)
     if output is not None:
         if keras.tree.is_nested(sample_weight):
-            sample_weight = sample_weight[output]
+            sample_weight = entry_at(sample_weight, [output])
         student_output = select(student_output, output, "the student's output")
         if not isinstance(teacher_output, TopK):
             teacher_output = select(teacher_output, output, "the teacher's output")
@@ -57,6 +99,9 @@ def paired_outputs(
         raise ValueError(checks.message("both models to have the same number of outputs", received, "Pass output=..."))
     nested = isinstance(sample_weight, (dict, list, tuple))
     weights = keras.tree.flatten(sample_weight) if nested else [sample_weight] * len(students)
+    if len(weights) != len(students):
+        expected = f"sample weights for each of the {len(students)} outputs, or one for all of them"
+        raise ValueError(checks.message(expected, f"{len(weights)}"))
     return list(zip(students, teachers, weights, strict=True))
 
 

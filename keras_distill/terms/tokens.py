@@ -15,7 +15,7 @@ from keras_distill.recording import Call, select
 from keras_distill.recording.tokens import MaskPlace, Positions, TokenPositions
 from keras_distill.schedules import Weight
 from keras_distill.terms.logits import LogitsDistillation, LossLike, Scores, fitted_rows
-from keras_distill.terms.outputs import paired_outputs
+from keras_distill.terms.outputs import by_output
 from keras_distill.terms.weighing import in_precision, token_mean, zeroed
 
 Normalization = Literal["tokens", "sequences"]
@@ -260,7 +260,7 @@ class SequenceDistillation(LogitsDistillation):
         return own, other if isinstance(other, TopK) else fitted_rows(own, other), positions
 
     def _pair(self, student: Call, teacher: Call, sample_weight: Any = None) -> tuple[Any, Any, Any]:
-        pairs = paired_outputs(student, teacher, self.output_key, sample_weight)
+        pairs = self.paired(student, teacher, sample_weight)
         if len(pairs) != 1:
             expected = "models with one output for SequenceDistillation"
             raise ValueError(checks.message(expected, f"{len(pairs)} outputs", "Pass output=<the logits>."))
@@ -307,6 +307,8 @@ class SequenceDistillation(LogitsDistillation):
         """The labels of this term's output."""
         if not keras.tree.is_nested(labels) or labels is None:
             return labels
+        if isinstance(self.output_key, int):  # a list of outputs
+            labels = by_output(labels, self.output_names, self.output_names)
         return select(labels, self.output_key, "the labels")
 
     def _check_loss(self) -> None:

@@ -103,6 +103,22 @@ def test_a_model_checkpoint_keeps_the_best_model(tmp_path: Path) -> None:
     assert again == pytest.approx({key: logs[f"val_{key}"][best] for key in again}, rel=1e-5)
 
 
+def test_a_student_checkpoint_saves_the_weights_of_the_batch(tmp_path: Path) -> None:
+    """Also in the middle of an epoch, where JAX holds the weights outside of the student."""
+    weights: list[list[Any]] = []
+
+    class Weights(callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            weights.append(self.model.student.get_weights())
+
+    keep = StudentCheckpoint(str(tmp_path / "{epoch}_{batch}.keras"), monitor="loss", save_freq=1)
+    fitted(distilled(), keep, Weights(), epochs=2)
+    names = [f"{epoch}_{batch}.keras" for epoch in (1, 2) for batch in (1, 2)]
+    saved = [keras.saving.load_model(tmp_path / name).get_weights() for name in names]
+    assert all(same(*pair) for pair in zip(saved, weights, strict=True))
+    assert not same(saved[0], saved[1])
+
+
 def test_reduce_lr_on_plateau_lowers_the_rate() -> None:
     """Where the validation loss does not fall by 10 the rate is halved after each epoch but the first."""
     rate = 0.001
