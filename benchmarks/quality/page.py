@@ -58,9 +58,9 @@ processor. TRL stood beside the packages of this project without a change to the
 """
 SCENES = """\
 Scenes of 64 x 64 pixels with discs, diamonds and rings, drawn at random. A teacher of width 32 has learned from 600 of
-them; the students of width 12 learn from 200, for 12 epochs. On 100 other scenes and with 3 seeds, torchmetrics measures
-the mean average precision over overlaps of 0.5 to 0.95 (mAP) and at 0.5, and the mean overlap of the classes (mIoU). So
-short a training and so few seeds show that the terms work, and little more.
+them; the students of width 12 learn from 200, for 12 epochs. torchmetrics measures the mean average precision over
+overlaps of 0.5 to 0.95 (mAP) and at 0.5, and the mean overlap of the classes (mIoU), on 100 other scenes with 3 seeds.
+So short a training and so few seeds show that the terms work, and little more.
 """
 NEXT = """
 ## Next
@@ -254,7 +254,7 @@ def _scenes(file: Path) -> Iterator[str]:
             pairs = zip(row["values"], alone["values"], strict=True)
             gain = _gain(estimate([score - value for score, value in pairs], comparisons=len(same) - 2))
         value = _with_margin(estimate(row["values"]), "max")
-        yield f"| {row['task']} | {row['method']} | {row['metric']} {value} | {gain} |"
+        yield f"| {row['task']} | {row['method']} | {row['metric']}: {value} | {gain} |"
     yield (
         f"\nMeasured on {record['date']} with `{record['command']}` on {machine['processor']}, one thread, {versions};"
         f" commit {record['commit'][:12]}.\n"
