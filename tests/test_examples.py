@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,3 +71,13 @@ def test_n16_every_recipe_is_in_the_list() -> None:
     """N16"""
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"({name}.py)" in text for name in RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_n16_a_recipe_says_at_its_top_what_it_prints(name: str) -> None:
+    """N16; and it stays short."""
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    top = text.split('"""')[1]
+    assert f"{name}.{'yaml' if 'compare' in top else 'py'}`" in top
+    assert re.search(r"\bprints\b.* \d+(\.\d)? %", top, re.DOTALL), top
+    assert len(text.splitlines()) < 80

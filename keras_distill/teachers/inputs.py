@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -24,16 +24,30 @@ def chosen_inputs(model: keras.Model, inputs: Any) -> Any:
 
     Returns:
         The entries that the model takes; inputs that are not a dict are returned as they are.
+
+    Raises:
+        ValueError: If the dict lacks an input of the model.
     """
     structure = compat.input_structure(model)
     if not isinstance(inputs, dict) or structure is None:
         return inputs
     if isinstance(structure, dict):
-        return {key: inputs[key] for key in structure if key in inputs}
+        _check_names(model, structure, inputs)
+        return {key: inputs[key] for key in structure}
     names: Sequence[str] = [tensor.name for tensor in keras.tree.flatten(structure)]
-    if all(name in inputs for name in names):
-        return keras.tree.pack_sequence_as(structure, [inputs[name] for name in names])
-    return inputs
+    if len(names) == len(inputs) == 1:  # whatever their names are, Keras passes it
+        return inputs
+    _check_names(model, names, inputs)
+    return keras.tree.pack_sequence_as(structure, [inputs[name] for name in names])
+
+
+def _check_names(model: keras.Model, names: Iterable[str], inputs: dict[str, Any]) -> None:
+    missing = sorted(set(names) - inputs.keys())
+    if not missing:
+        return
+    expected = f"the inputs to hold {', '.join(map(repr, missing))}, which the model {model.name!r} takes"
+    remedy = "Let a batch hold the inputs of both models, or make those of the teacher by `teacher_inputs`."
+    raise ValueError(checks.message(expected, ", ".join(map(repr, inputs)) or "an empty dict", remedy))
 
 
 def joint_inputs(inputs: Any, teachers: Sequence[keras.Model]) -> Any:

@@ -48,21 +48,24 @@ def find_labels(batch: Any, where: str | int | Callable[[Any], Tensor] | None) -
     return labels
 
 
-def find_mask(batch: Any, where: str | int | Callable[[Any], Tensor], argument: str = "mask") -> Tensor:
-    """The mask in a batch.
+def find_mask(
+    batch: Any, where: str | int | Callable[[Any], Tensor], argument: str = "mask", kept: str = "its mask"
+) -> Tensor:
+    """The mask in a batch, or another tensor.
 
     Args:
         batch: The batch.
         where: A key or field name, an index, or a function of the batch.
         argument: Name of the argument that says it, for the message.
+        kept: The name of the tensor, for the message.
 
     Raises:
-        ValueError: If the batch has no mask at that place.
+        ValueError: If the batch has no tensor at that place.
     """
     mask = entry_of_batch(batch, where)
     if not isinstance(mask, Tensor):
         raise ValueError(
-            f"Expected `{argument}` to say where a batch keeps its mask, but got {argument}={where!r} and a batch of"
+            f"Expected `{argument}` to say where a batch keeps {kept}, but got {argument}={where!r} and a batch of"
             f" {type(batch).__name__}. Pass a key, an index, or a function of the batch."
         )
     return mask

@@ -48,7 +48,7 @@ class Route:
             raise ValueError(
                 f"Expected a batch for route={self.place!r}, but got none. Call distiller.total(task_loss, batch)."
             )
-        named = find_mask(call.batch, self.place, "route")
+        named = find_mask(call.batch, self.place, "route", "the teacher of each example")
         number = len(first_tensor(call.args, call.kwargs, call.output))
         if named.shape != (number,) or named.is_floating_point() or named.dtype == torch.bool:
             raise ValueError(

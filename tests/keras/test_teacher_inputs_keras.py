@@ -154,3 +154,28 @@ def test_a_cache_is_built_from_the_teachers_inputs(tmp_path: Path) -> None:
         TeacherCache.build(teacher, batch, tmp_path, teacher_inputs=darken, dtype="float32")
     with pytest.raises(CacheError, match="`teacher_inputs` to have a name that a cache can keep"):
         TeacherCache.build(teacher, batch, tmp_path / "other", teacher_inputs=lambda x: x)
+
+
+def named(*names: str, kind: type = dict) -> keras.Model:
+    inputs = {name: keras.Input((4,), name=name) for name in names}
+    output = keras.layers.Dense(3)(keras.layers.Concatenate()(list(inputs.values())))
+    return keras.Model(inputs if kind is dict else list(inputs.values()), output, name="_".join(names))
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_inputs_that_have_other_names_in_the_teacher_are_refused_by_name(kind: type) -> None:
+    rows = {name: np.ones((2, 4), "float32") for name in ("ids", "mask")}
+    expected = "'words', 'zeros', which the model 'words_zeros' takes. Let a batch .* by `teacher_inputs`."
+
+    def fit(model: DistillModel) -> Any:
+        model.compile("sgd")
+        return model.fit(rows, verbose=0).history
+
+    with pytest.raises(ValueError, match=f"{expected} Received: 'ids', 'mask'"):
+        fit(DistillModel(named("ids", "mask"), named("words", "zeros", kind=kind)))
+    renamed = DistillModel(
+        named("ids", "mask"),
+        named("words", "zeros", kind=kind),
+        teacher_inputs=lambda inputs: {"words": inputs["ids"], "zeros": inputs["mask"]},
+    )
+    assert np.isfinite(fit(renamed)["loss"][0])

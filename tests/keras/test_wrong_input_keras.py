@@ -272,7 +272,8 @@ FITS: dict[str, tuple[Make, Any, dict[str, Any], str]] = {
         DistillTargets(LABELS, np.zeros((16, 3), "float32")),
         {},
         "Expected teacher layer 'hidden' to run in a forward pass. Name a layer that this forward pass runs, or give"
-        " its feature in `DistillTargets`. Received: no call of it",
+        " its feature in `DistillTargets`. If it runs inside a `tf.function` or a wrapper, tap the layer that contains"
+        " it. Received: no call of it",
     ),
     "targets of other classes": (
         lambda: DistillModel(student()),

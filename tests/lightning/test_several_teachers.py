@@ -264,7 +264,7 @@ def test_teachers_with_other_classes_cannot_be_mixed() -> None:
         (torch.tensor([0, 1, -1, 0, 0, 0]), "but got -1"),
         (torch.tensor([0, 1]), r"each of the 6 examples.*\(2,\)"),
         (torch.zeros(6), "an integer tensor"),
-        (["a"] * 6, "`route` to say where a batch keeps"),
+        (["a"] * 6, "`route` to say where a batch keeps the teacher of each example"),
     ],
 )
 def test_a_route_that_names_no_teacher_is_refused(source: object, words: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from pairs.keras_networks import drawn, inner, network, tagger
 
 from keras_distill import (
     DecoupledKDLoss,
@@ -35,33 +36,6 @@ IDS = RNG.integers(1, 9, (16, 5)).astype("int32")
 IDS[::2, 3:] = 0
 TAGS = RNG.integers(0, 3, (16, 5)).astype("int32")
 TAGS[IDS == 0] = 0
-
-
-# Networks -------------------------------------------------------------------------------------------------------------
-
-
-def network(width: int, name: str, dtype: str | None = None) -> keras.Model:
-    """Six inputs, the layers "hidden" and "deep", three logits in float32."""
-    inputs = keras.Input((6,))
-    hidden = keras.layers.Dense(width, "tanh", name="hidden", dtype=dtype)(inputs)
-    deep = keras.layers.Dense(width + 1, "tanh", name="deep", dtype=dtype)(hidden)
-    return keras.Model(inputs, keras.layers.Dense(3, name="logits", dtype=dtype)(deep), name=name)
-
-
-def tagger(width: int, name: str, dtype: str | None = None) -> keras.Model:
-    """Tokens with a mask, "hidden" and three logits for each."""
-    inputs = keras.Input((5,), dtype="int32")
-    hidden = keras.layers.Embedding(9, width, mask_zero=True, dtype=dtype)(inputs)
-    hidden = keras.layers.Dense(width, "tanh", name="hidden", dtype=dtype)(hidden)
-    return keras.Model(inputs, keras.layers.Dense(3, name="logits", dtype=dtype)(hidden), name=name)
-
-
-def inner(model: keras.Model, x: Any, *names: str) -> list[Any]:
-    """Features of some layers and the output, by a functional model that shares the layers."""
-    if "parts" not in model.__dict__:
-        outputs = [model.get_layer(name).output for name in names]
-        object.__setattr__(model, "parts", keras.Model(model.input, [*outputs, model.output]))
-    return [ops.cast(part, "float32") for part in model.parts(x)]
 
 
 # Formulas by hand -----------------------------------------------------------------------------------------------------
@@ -134,17 +108,22 @@ class Feature:
         """A new model with the same weights each time."""
         keras.utils.set_random_seed(3)
         made = self.kind or (tagger if self.tokens else network)
-        held = [made(self.widths[number], f"teacher{number}", "float32") for number in range(max(self.teachers, 1))]
+        widths = [self.widths[number] for number in range(max(self.teachers, 1))]
+        held = [drawn(made(width, f"teacher{number}", "float32")) for number, width in enumerate(widths)]
         teacher: Any = [None, held[0], held][min(self.teachers, 2)] if self.teacher is None else self.teacher(held)
         if self.moving:
             held, teacher = [made(4, "average")], EMATeacher(0.8)
-        student = made(4, "student")
+        student = drawn(made(4, "student"))
         if self.itself:
             teacher = [SelfTeacher(student), *held]
         model = DistillModel(student, None if self.stored else teacher, self.terms(), **self.settings)
         if self.moving:
             held[0].set_weights(model.student.get_weights())
         model.held = _Hidden(held)
+        for term in model.terms:
+            learned = [loss.layer for loss in getattr(term, "learned", ())]
+            for number, layer in enumerate([*filter(None, getattr(term, "adapters", ())), *learned]):
+                drawn(layer, f"{term.name}{number}")
         compile_model(model, **compiled)
         return model
 
@@ -357,7 +336,13 @@ def task(twin: Any, x: Any, y: Any, tokens: bool) -> Any:
 
 @functools.cache
 def by_hand(
-    name: str, *, rounded: int = 1, restarts: bool = False, halves: bool = False, policy: str = "float32"
+    name: str,
+    *,
+    rounded: int = 1,
+    restarts: bool = False,
+    places: tuple[int, ...] | None = None,
+    halves: bool = False,
+    policy: str = "float32",
 ) -> Any:
     """The student's weights after the training, in a loop of plain operations.
 
@@ -365,6 +350,7 @@ def by_hand(
         name: Name of the feature.
         rounded: For how many steps a scheduled number stays the same.
         restarts: Whether the optimizer's steps begin at 0 in each epoch.
+        places: Where schedules stand in each step, if they do not follow the steps.
         halves: Whether each half of a batch is averaged separately.
         policy: Precision policy of the student.
     """
@@ -381,7 +367,7 @@ def by_hand(
     for index, (x, y) in enumerate(feature.batches()):
         if isinstance(feature.hand, type):
             hand.measure(twin, x, y)
-        step = index // rounded * rounded % (2 if restarts else 99)
+        step = index // rounded * rounded % (2 if restarts else 99) if places is None else places[index]
         parts = [(x[:4], y[:4]), (x[4:], y[4:])] if halves else [(x, y)]
         with tf.GradientTape() as tape:
             total = sum(task(twin, *part, feature.tokens) + hand(twin, *part, step) for part in parts)

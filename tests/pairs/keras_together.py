@@ -232,6 +232,7 @@ TOGETHER = {
         ],
         BalancedByHand,
         situations=("jit_compile", *SITUATIONS, "train_on_batch", "pickle", "generator"),
+        words={"jax": "Expected the weight of term 'logits' to be a number or a schedule on JAX"},
     ),
 }  # fmt: skip
 FEATURES.update(TOGETHER)  # the loop by hand finds the rows in one table

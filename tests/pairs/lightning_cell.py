@@ -10,7 +10,8 @@ import torch
 from device import ACCELERATOR
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pairs.by_hand import Batch, Hand, Place, cross_entropy, draw_alike, places
-from pairs.lightning_table import BATCH, FEATURES, MEASURED, ROWS, Feature, student
+from pairs.lightning_table import BATCH, MEASURED, ROWS, Feature, student
+from pairs.lightning_teachers import FEATURES
 from plain_trainer import PLAIN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

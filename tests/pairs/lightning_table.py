@@ -138,6 +138,7 @@ class Feature:
         draws: Whether it draws random numbers in a step.
         decay: The decay of the teacher, if it is the student's average, by hand.
         numbered: Whether the rows have their numbers.
+        situations: The situations that the feature is put into; None is all of them.
     """
 
     terms: Callable[[], Any]
@@ -152,6 +153,7 @@ class Feature:
     draws: bool = False
     decay: Callable[[Place], float] | None = None
     numbered: bool = False
+    situations: tuple[str, ...] | None = None
 
     def rows(self) -> Rows:
         return Rows(self.length, numbered=self.numbered)

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from pairs.lightning_cell import QUIET, Module, Watch, average, learned
 from pairs.lightning_steps import Manual
 from pairs.lightning_table import BATCH, FEATURES, MEASURED, ROWS
+from pairs.lightning_teachers import OTHER_TEACHERS
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillCallback
@@ -225,6 +226,11 @@ CASES: dict[str, tuple[str, ...]] = {
         "queue",
         "memories",
         "memories of two teachers",
+        "weighted teachers",
+        "mixture of probabilities",
+        "route",
+        "function",
+        *OTHER_TEACHERS,
     ),
     "sharded": ("logits", "adapter", "several teachers", "variational information", "self-distillation", "cache"),
     "sharded_and_resting": ("adapter", "self-distillation", "queue", "memories"),

@@ -19,6 +19,7 @@ CELLS = [
     for situation in SITUATIONS
     for feature in FEATURES
     if feature in FEW.get(situation, FEATURES) and feature not in REMEMBERING
+    if situation in (FEATURES[feature].situations or SITUATIONS)
 ]
 
 
