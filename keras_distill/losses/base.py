@@ -128,7 +128,7 @@ class DistillationLoss(keras.losses.Loss):
         return cls(**deserialized(config))
 
     @property
-    def settings(self) -> list[str]:
+    def setting_names(self) -> list[str]:
         """Names of the settings."""
         return [*self._numbers, *self._fixed]
 
@@ -200,7 +200,7 @@ class FormulaLoss(DistillationLoss):
         return self._values(y_pred, y_true)
 
     def _values(self, *tensors: Any, **settings: Any) -> Any:
-        own = {name: self._number(name) for name in self.settings}
+        own = {name: self._number(name) for name in self.setting_names}
         return type(self)._formula(*tensors, **own, **settings)
 
 

@@ -26,7 +26,8 @@ class LossTerm(DistillationTerm):
         **kwargs: Settings of :class:`DistillationTerm`.
 
     Attributes:
-        loss: The loss, or the term's own copy of it if it has settings that can change.
+        loss: The loss, or the term's own copy of it if it has a temperature or schedules. A number that is assigned to
+            one of its settings during training counts from the next step on.
         requires: The requirements of the loss.
         temperature: The loss's temperature, if it has one; a number can be assigned during training.
     """
@@ -146,7 +147,7 @@ class LossTerm(DistillationTerm):
 
     def _constants(self) -> dict[str, Any]:
         """The settings of the loss that a traced graph contains as constants, as they are set now."""
-        names = self.loss.settings if isinstance(self.loss, DistillationLoss) else ()
+        names = self.loss.setting_names if isinstance(self.loss, DistillationLoss) else ()
         others = {*self._variable_settings, "temperature"}
         return {name: getattr(self.loss, name) for name in names if name not in others}
 

@@ -76,7 +76,8 @@ class DistillationLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._set(name, value)
-        if name in self.__dict__ and name != "training" and not name.startswith("_"):
+        known = name in self.__dict__ or name in self.__dict__.get("_settings", ())
+        if known and name != "training" and not name.startswith("_"):
             for copied in list(self.__dict__.get("_copies", ())):
                 setattr(copied, name, value)
 

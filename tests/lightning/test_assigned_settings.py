@@ -25,9 +25,10 @@ from lightning_distill import (
     QueueSimilarityLoss,
     SimpleRecipeLoss,
     SoftmaxRegressionLoss,
+    checks,
 )
 from lightning_distill.losses import DistillationLoss
-from lightning_distill.schedules import Linear
+from lightning_distill.schedules import Linear, Setting
 
 pytestmark = pytest.mark.exact
 
@@ -36,19 +37,20 @@ BATCH = {"labels": torch.arange(6) % 3, "rows": torch.arange(6), "boxes": [torch
 
 
 class Scaled(DistillationLoss):
-    """A user's loss with a parameter, and with a setting that is a plain attribute."""
+    """A user's loss with a parameter, with a setting that is a plain attribute, and with one that is checked."""
 
     learned = True
+    share = Setting(checks.non_negative)
 
-    def __init__(self, factor: float = 1.0) -> None:
+    def __init__(self, factor: float = 1.0, share: float = 1.0) -> None:
         super().__init__()
-        self.factor = factor
+        self.factor, self.share = factor, share
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.factor * self.scale * (student.mean() - teacher.detach().mean()).abs()
+        return self.factor * self.share * self.scale * (student.mean() - teacher.detach().mean()).abs()
 
 
 class Network(nn.Sequential):
@@ -94,6 +96,7 @@ SETTINGS: dict[str, tuple[Callable[..., DistillationLoss], str, Any]] = {
         1.0,
     ),
     "a user's loss": (Scaled, "factor", 3.0),
+    "a user's checked setting": (Scaled, "share", 0.5),
 }
 
 
