@@ -303,7 +303,7 @@ class Run:
         follower, trainer = self.learned.follower, self.trainer
         if follower is not None and bare(optimizer) is follower.leader:
             follower.prepare(getattr(trainer.precision_plugin, "scaler", None))
-            if trainer.gradient_clip_val and follower.optimizer is not None:
+            if trainer.gradient_clip_val and follower.optimizer is not None and follower.has_gradients:
                 # by themselves: the student's gradients are clipped as in a plain run
                 algorithm = GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
                 trainer.precision_plugin.clip_gradients(follower.optimizer, trainer.gradient_clip_val, algorithm)

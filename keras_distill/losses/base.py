@@ -127,6 +127,11 @@ class DistillationLoss(keras.losses.Loss):
         """The loss that :meth:`get_config` describes."""
         return cls(**deserialized(config))
 
+    @property
+    def setting_names(self) -> list[str]:
+        """Names of the settings."""
+        return [*self._numbers, *self._fixed]
+
     def __repr__(self) -> str:
         values = {name: getattr(self, name) for name in self._numbers}
         numbers = [
@@ -195,7 +200,7 @@ class FormulaLoss(DistillationLoss):
         return self._values(y_pred, y_true)
 
     def _values(self, *tensors: Any, **settings: Any) -> Any:
-        own = {name: self._number(name) for name in [*self._numbers, *self._fixed]}
+        own = {name: self._number(name) for name in self.setting_names}
         return type(self)._formula(*tensors, **own, **settings)
 
 

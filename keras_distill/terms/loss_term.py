@@ -26,7 +26,8 @@ class LossTerm(DistillationTerm):
         **kwargs: Settings of :class:`DistillationTerm`.
 
     Attributes:
-        loss: The loss, or the term's own copy of it if it has settings that can change.
+        loss: The loss, or the term's own copy of it if it has a temperature or schedules. A number that is assigned to
+            one of its settings during training counts from the next step on.
         requires: The requirements of the loss.
         temperature: The loss's temperature, if it has one; a number can be assigned during training.
     """
@@ -106,9 +107,11 @@ class LossTerm(DistillationTerm):
         return {**super().numbers(), **{name: float(getattr(self.loss, name)) for name in self._variable_settings}}
 
     def traced_settings(self) -> tuple[Any, ...]:
-        """Also the temperature of a loss that is not this library's, and the parts of the loss whose weight is 0."""
+        """Also the settings of the loss that have no variable, and its parts whose weight is 0."""
         fixed = self._has_temperature and "temperature" not in self._variable_settings
-        return (*super().traced_settings(), self.loss.temperature if fixed else None, self._parts_of_weight_0())
+        constants = tuple(self._constants().values())
+        temperature = self.loss.temperature if fixed else None
+        return (*super().traced_settings(), temperature, self._parts_of_weight_0(), constants)
 
     def loss_of(self, student: Call) -> keras.losses.Loss:
         """The loss with the owner's numbers, without the parts whose weight is 0.
@@ -119,12 +122,12 @@ class LossTerm(DistillationTerm):
         Returns:
             The loss.
         """
-        skipped = self._parts_of_weight_0() if student.decided else ()
-        if not skipped:
-            return self._working_loss
+        parts = self._parts_of_weight_0() if student.decided else ()
+        if not parts and self._working_loss is self.loss:
+            return self.loss
         loss = copied(self._working_loss)
-        for name in skipped:
-            setattr(loss, name, 0.0)
+        for name, value in (self._constants() | dict.fromkeys(parts, 0.0)).items():
+            setattr(loss, name, value)
         return loss
 
     def with_numbers(self, learned: Any, student: Call) -> Any:
@@ -138,9 +141,15 @@ class LossTerm(DistillationTerm):
             Another copy, with the same parameters.
         """
         loss, numbers = copied(learned), self.loss_of(student)
-        for name in self._variable_settings:
+        for name in (*self._variable_settings, *self._constants()):
             setattr(loss, name, getattr(numbers, name))
         return loss
+
+    def _constants(self) -> dict[str, Any]:
+        """The settings of the loss that a traced graph contains as constants, as they are set now."""
+        names = self.loss.setting_names if isinstance(self.loss, DistillationLoss) else ()
+        others = {*self._variable_settings, "temperature"}
+        return {name: getattr(self.loss, name) for name in names if name not in others}
 
     def _parts_of_weight_0(self) -> tuple[str, ...]:
         return tuple(name for name in self._variable_settings if getattr(self.loss, name) == 0)

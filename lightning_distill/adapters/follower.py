@@ -68,6 +68,11 @@ class Follower:
         device: torch.device = next(parameters).device
         return device
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether any learned part has a gradient; none has one while the terms rest."""
+        return any(parameter.grad is not None for parameter in self._parameters)
+
     def adopt(self, parameters: list[nn.Parameter], state: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
         """Train these parameters from now on.
 
@@ -138,7 +143,7 @@ class Follower:
         Args:
             student: The student.
         """
-        if all(parameter.grad is None for parameter in self._parameters):
+        if not self.has_gradients:
             return
         leaders = (parameter for group in self.leader.param_groups for parameter in group["params"])
         if all(parameter.grad is None for parameter in itertools.chain(leaders, student.parameters())):
@@ -168,7 +173,7 @@ class Follower:
 
     def _step(self, *_: Any) -> None:
         self.prepare()
-        if self.optimizer is None or all(parameter.grad is None for parameter in self._parameters):
+        if self.optimizer is None or not self.has_gradients:
             self._prepared = False
             return
         # a fused leader unscales inside its own step and skips there: only then are flags left to read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,13 @@ class DistillationLoss(nn.Module):
         self._shown: list[str] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._set(name, value)
+        known = name in self.__dict__ or name in self.__dict__.get("_settings", ())
+        if known and name != "training" and not name.startswith("_"):
+            for copied in list(self.__dict__.get("_copies", ())):
+                setattr(copied, name, value)
+
+    def _set(self, name: str, value: Any) -> None:
         schedules = self.__dict__.get("schedules")
         if schedules is not None and name in self.__dict__ and name in self.__dict__.get("_shown", ()):
             # a setting that is assigned later: a number takes the place of a schedule, and the other way round
@@ -82,6 +90,9 @@ class DistillationLoss(nn.Module):
                 schedules[name] = value
                 value = value.at(Progress(0, 0, 0.0))
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_copies"}
 
     def build(self, student: torch.Size, teacher: torch.Size) -> None:
         """Make the parameters of a loss with ``learned = True``.
@@ -136,6 +147,19 @@ class DistillationLoss(nn.Module):
         self._shown.extend(settings)
         for name, value in settings.items():
             setattr(self, name, value)
+
+
+def linked_copy(loss: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A copy with parameters of its own, for which settings that are assigned to the loss later count too.
+
+    Args:
+        loss: The loss; any other module is copied without a link.
+        memo: The copies made so far, as for ``copy.deepcopy``.
+    """
+    copied = copy.deepcopy(loss, memo)
+    if isinstance(loss, DistillationLoss):
+        loss.__dict__.setdefault("_copies", WeakSet()).add(copied)
+    return copied
 
 
 class FormulaLoss(DistillationLoss):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_distill import checks
 from lightning_distill.losses import DistillationLoss
+from lightning_distill.losses.base import linked_copy
 from lightning_distill.recording import Call, Tap
 from lightning_distill.schedules import Schedule, TermWeight, Weight
 from lightning_distill.teachers.inputs import Place, TeacherInputs
@@ -184,7 +185,7 @@ class DistillationTerm(nn.Module):
             copied.__dict__[kind] = copy.deepcopy(state[kind], memo)
         copied.__dict__["_modules"] = {
             # a loss without learned parameters is shared like a setting; `build` fills containers
-            name: module if _is_settings(module) else copy.deepcopy(module, memo)
+            name: module if _is_settings(module) else linked_copy(module, memo)
             for name, module in self._modules.items()
         }
         copied.__dict__.update(_is_copy=True, _built=set())

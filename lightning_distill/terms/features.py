@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from lightning_distill.adapters import AdapterFactory, aligned, make_adapter, po
 from lightning_distill.functional.detection import foreground_weights
 from lightning_distill.functional.inputs import rows_mask
 from lightning_distill.losses import DistillationLoss, FeatureDistance
+from lightning_distill.losses.base import linked_copy
 from lightning_distill.recording import Call, Tap
 from lightning_distill.recording.boxes import BoxPlace, check_pixels, find_boxes
 from lightning_distill.recording.rows import DataRows, IndexPlace, check_index, find_index
@@ -219,7 +219,7 @@ class FeatureDistillation(DistillationTerm):
         """The copy of a learned loss for one pair of layers."""
         with torch.no_grad():
             adapted = adapter.eval()(student)
-        loss: Any = copy.deepcopy(self.loss)
+        loss: Any = linked_copy(self.loss)
         if self.requires.reads_teacher:
             loss.read_teacher(layer_of)
         if self.requires.needs_index and self.index is None and loss.size is None and cached is not None:

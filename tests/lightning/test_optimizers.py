@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_distill import DistillCallback, Distiller, FeatureDistillation, LogitsDistillation, Tap
+from lightning_distill.schedules import Step
 
 pytestmark = pytest.mark.exact
 
@@ -148,6 +149,16 @@ def test_clipping_treats_the_student_as_in_a_plain_run(trainer: MakeTrainer) -> 
     optimizer = OPTIMIZERS["SGD Nesterov"][0]
     expected = run_by_hand(lambda student, adapters: [optimizer([*student, *adapters])], clip=0.2)
     assert_same(run_callback(trainer, configuration("SGD Nesterov"), callback(), gradient_clip_val=0.2), expected)
+
+
+def test_clipping_by_value_leaves_adapters_alone_while_their_terms_rest(trainer: MakeTrainer) -> None:
+    """PyTorch cannot clip the values of no gradients at all."""
+    distill = callback()
+    distill.terms[1].weight = Step([2.0, 0.0], boundaries=[1])
+    clip = {"gradient_clip_val": 0.2, "gradient_clip_algorithm": "value"}
+    _, short = run_callback(trainer, configuration("SGD"), callback(), max_epochs=1, **clip)
+    _, long = run_callback(trainer, configuration("SGD"), distill, max_epochs=2, **clip)
+    assert nets.same(nets.snapshot(long), nets.snapshot(short))
 
 
 Groups = Callable[[list[nn.Parameter], list[nn.Parameter]], list[Any]]
