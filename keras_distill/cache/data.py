@@ -106,54 +106,68 @@ def zipped(data: Any, answers: Answers, view: int, length: int, known: PassingIt
     flat = keras.tree.flatten(first)
     # TensorFlow crashes if `unbatch` splits an empty array, such as the one of TopK whose shape holds the classes
     full = [index for index, array in enumerate(flat) if array.size]
-    probes = known.probes if known else []
-    specs = keras.tree.flatten(data.element_spec)
-    rows = _rows_in_a_call(specs)
-    labelled = keras.utils.unpack_x_y_sample_weight(data.element_spec)[1] is not None
-    whole = rows is not None and labelled and len(full) == len(flat)  # nothing is left to do for each item
-    if rows is None and known:  # items of several sizes do not fit into one tensor
-        data = data.enumerate().map(lambda number, item: _seen(known, number, item))
 
-    def stored(numbers: Any, inside: Any, *leaves: Any) -> list[Any]:
-        for place, number in enumerate(inside):
-            known.see(number, *(leaf[place] for leaf in leaves))  # type: ignore[union-attr]
+    def stored(numbers: Any) -> list[Any]:
         arrays = keras.tree.flatten(answers(numbers, view))
         return [arrays[index] for index in full]
 
-    def read(numbers: Any, inside: Any, leaves: Any) -> Any:
-        types = [tf.as_dtype(flat[index].dtype) for index in full]
-        tensors = tf.numpy_function(stored, [numbers, inside, *leaves], types)
+    def read(numbers: Any) -> Any:
+        tensors = tf.numpy_function(stored, [numbers], [tf.as_dtype(flat[index].dtype) for index in full])
         for tensor, index in zip(tensors, full, strict=True):
             tensor.set_shape((None, *flat[index].shape[1:]))
         return tuple(tensors)
 
-    def with_rows(number: Any, items: Any) -> Any:
-        count = tf.shape(keras.tree.flatten(items)[0], tf.int64)[0]
-        start = number * rows
-        inside = tf.constant(probes, tf.int64)
-        inside = tf.boolean_mask(inside, (inside >= start) & (inside < start + count))
-        inputs = keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(items)[0]) if probes else []
-        answered = read(tf.range(start, start + count), inside, [tf.gather(leaf, inside - start) for leaf in inputs])
-        return joined(items, answered) if whole else (items, answered)
-
-    def joined(item: Any, tensors: Any) -> Any:
+    def joined(item: Any, tensors: Any, *empty: Any) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(item)
-        arrays = list(tensors) if whole else [tf.zeros(array.shape[1:], array.dtype) for array in flat]
-        for tensor, index in zip(tensors, full, strict=True):
-            arrays[index] = tensor
+        remaining = {True: iter(tensors), False: iter(empty)}
+        arrays = [next(remaining[index in full]) for index in range(len(flat))]
         targets = DistillTargets(y, keras.tree.pack_sequence_as(first, arrays))
         return (x, targets) if weight is None else (x, targets, weight)
 
-    # many items in one call: a call of Python for each item would take longer than the training
-    if rows is None:
-        none = tf.zeros((0,), tf.int64)
-        answered = tf.data.Dataset.range(length).batch(_ROWS).map(lambda numbers: read(numbers, none, [])).unbatch()
-        answered = answered.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
-        return tf.data.Dataset.zip((data, answered)).map(joined)
-    answered = data.take(length).batch(rows).enumerate().map(with_rows).unbatch()
-    if data.cardinality() >= 0:
-        answered = answered.apply(tf.data.experimental.assert_cardinality(length))
-    return answered if whole else answered.map(joined)
+    # many rows in one call: a call of Python for each row would take longer than the training
+    answered = tf.data.Dataset.range(length).batch(_ROWS).map(read).unbatch()
+    answered = answered.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
+    empty = [
+        tf.data.Dataset.from_tensors(tf.zeros(array.shape[1:], array.dtype)).repeat()
+        for array in flat
+        if not array.size
+    ]
+    # TensorFlow runs no function for each item where one only rearranges its arguments
+    return tf.data.Dataset.zip((data if known is None else _watched(data, known), answered, *empty)).map(joined)
+
+
+def _watched(data: Any, known: PassingItems) -> Any:
+    """The items of a data set, compared with those that are known while they are read."""
+    import tensorflow as tf
+
+    rows = _rows_in_a_call(keras.tree.flatten(data.element_spec))
+
+    def see(place: Any, *leaves: Any) -> bool:
+        start = int(place) * (rows or 1)
+        numbers = [number for number in known.probes if start <= number < start + (rows or 1)]
+        for number in numbers:
+            if rows is None:
+                known.see(number, *leaves)
+            elif number - start < len(leaves[0]):
+                known.see(number, *(leaf[number - start] for leaf in leaves))
+        return True
+
+    def looked_at(place: Any, items: Any) -> Any:
+        leaves = keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(items)[0])
+
+        def called() -> Any:
+            return tf.numpy_function(see, [place, *leaves], tf.bool)
+
+        probed = rows is not None or tf.reduce_any(tf.equal(place, known.probes))
+        looked = called() if probed is True else tf.cond(probed, called, lambda: True)
+        looked.set_shape(())
+        return looked
+
+    # a filter hands the items on as they are, which a map would copy
+    seen = (data if rows is None else data.batch(rows)).enumerate().filter(looked_at).map(lambda place, items: items)
+    seen = seen if rows is None else seen.unbatch()
+    length = data.cardinality()
+    return seen.apply(tf.data.experimental.assert_cardinality(length)) if length >= 0 else seen
 
 
 def _rows_in_a_call(specs: Sequence[Any]) -> int | None:
@@ -165,22 +179,6 @@ def _rows_in_a_call(specs: Sequence[Any]) -> int | None:
         return None
     size = sum(spec.dtype.size * shape.num_elements() for spec, shape in zip(specs, shapes, strict=True))  # type: ignore[union-attr]
     return min(_ROWS, max(1, _BYTES // max(1, size)))
-
-
-def _seen(known: PassingItems, number: Any, item: Any) -> Any:
-    """An item, which is compared if it is one of those that are known."""
-    import tensorflow as tf
-
-    leaves = keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(item)[0])
-
-    def look(number: Any, *arrays: Any) -> Any:
-        known.see(number, *arrays)
-        return number
-
-    probed = tf.reduce_any(tf.equal(number, known.probes))
-    looked = tf.cond(probed, lambda: tf.numpy_function(look, [number, *leaves], tf.int64), lambda: number)
-    with tf.control_dependencies([looked]):
-        return keras.tree.map_structure(tf.identity, item)
 
 
 def as_array(array: Any) -> Any:
