@@ -159,7 +159,7 @@ def test_the_gradient_of_logits_between_them_is_kept(
     monkeypatch.setattr(dispatch, "_SMALL", 100)
     student, teacher = large
     assert way_of(student, teacher) is saved
-    assert way_of(student, teacher, "total_variation") is plain
+    assert way_of(student, teacher, "total_variation") is saved
     assert way_of(student.detach(), teacher) is plain
     with torch.no_grad():
         assert way_of(student, teacher) is plain

@@ -124,8 +124,7 @@ def _way(student: Tensor, teacher: Tensor, settings: Divergence, dim: int) -> Mo
     """The module that computes a divergence of logits."""
     device = student.device.type
     is_large = student.numel() >= _LARGE or _is_interpreted(device)
-    is_saved = _is_saved(student) and settings.kind != "total_variation"  # whose formula has hardly any passes to save
-    if torch.compiler.is_compiling() or device == "meta" or not (is_large or is_saved):
+    if torch.compiler.is_compiling() or device == "meta" or not (is_large or _is_saved(student)):
         return plain
     if not is_ordinary(student, teacher):
         return plain

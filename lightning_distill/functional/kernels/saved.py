@@ -66,7 +66,7 @@ def _unchecked(x: Tensor, y: Tensor, settings: Divergence, slope: Tensor) -> Ten
     targets = y - y.amax(-1, keepdim=True)
     if settings.temperature != 1:
         for scores in (slope, targets):
-            scores.div_(settings.temperature)
+            scores.mul_(1 / settings.temperature)  # a division takes twice as long
     return in_place.divergence(slope, targets, settings).squeeze(-1)
 
 
