@@ -12,8 +12,8 @@ from distill_core.store import CacheError, Manifest
 from keras_distill.cache.views import Augmentation, PassingItems
 from keras_distill.targets import DistillTargets, EpochData
 
-_ROWS = 256  # rows in one call of Python
-_BYTES = 2**24  # of items that are read together, at most
+_ROWS = 1024  # rows in one call of Python, at most
+_BYTES = 2**24  # of the rows in one call, at most
 # Called with the numbers of items and a view, returns the teacher's part of DistillTargets for them.
 Answers: TypeAlias = Callable[[Any, int], Any]
 
@@ -125,7 +125,8 @@ def zipped(data: Any, answers: Answers, view: int, length: int, known: PassingIt
         return (x, targets) if weight is None else (x, targets, weight)
 
     # many rows in one call: a call of Python for each row would take longer than the training
-    answered = tf.data.Dataset.range(length).batch(_ROWS).map(read).unbatch()
+    rows = _rows_in_a_call(sum(array.nbytes for array in flat))
+    answered = tf.data.Dataset.range(length).batch(rows).map(read).unbatch()
     answered = answered.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
     empty = [
         tf.data.Dataset.from_tensors(tf.zeros(array.shape[1:], array.dtype)).repeat()
@@ -140,7 +141,8 @@ def _watched(data: Any, known: PassingItems) -> Any:
     """The items of a data set, compared with those that are known while they are read."""
     import tensorflow as tf
 
-    rows = _rows_in_a_call(keras.tree.flatten(data.element_spec))
+    size = _item_bytes(keras.tree.flatten(data.element_spec))
+    rows = None if size is None else _rows_in_a_call(size)
 
     def see(place: Any, *leaves: Any) -> bool:
         start = int(place) * (rows or 1)
@@ -170,15 +172,18 @@ def _watched(data: Any, known: PassingItems) -> Any:
     return seen.apply(tf.data.experimental.assert_cardinality(length)) if length >= 0 else seen
 
 
-def _rows_in_a_call(specs: Sequence[Any]) -> int | None:
-    """Number of items that are read together; None if they cannot be, since their sizes differ or are not known."""
+def _item_bytes(specs: Sequence[Any]) -> int | None:
+    """The size of an item; None if sizes differ or are not known, so that items cannot be read together."""
     shapes = [getattr(spec, "shape", None) for spec in specs]
     if not all(hasattr(spec, "dtype") and shape is not None for spec, shape in zip(specs, shapes, strict=True)):
         return None
     if not all(shape.is_fully_defined() and shape.num_elements() for shape in shapes):  # type: ignore[union-attr]
         return None
-    size = sum(spec.dtype.size * shape.num_elements() for spec, shape in zip(specs, shapes, strict=True))  # type: ignore[union-attr]
-    return min(_ROWS, max(1, _BYTES // max(1, size)))
+    return sum(spec.dtype.size * shape.num_elements() for spec, shape in zip(specs, shapes, strict=True))  # type: ignore[union-attr]
+
+
+def _rows_in_a_call(row_bytes: int) -> int:
+    return min(_ROWS, max(1, _BYTES // max(1, row_bytes)))
 
 
 def as_array(array: Any) -> Any:
