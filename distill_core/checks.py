@@ -5,8 +5,29 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def about_teacher(number: int, count: int) -> Iterator[None]:
+    """Say in an error which of several teachers it is about.
+
+    Args:
+        number: The teacher's number, from 0.
+        count: Number of teachers; errors about a single one stay as they are.
+
+    Raises:
+        ValueError: If the body raises one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if count < 2 or type(error) is not ValueError:
+            raise
+        text = str(error).removesuffix(".")
+        raise ValueError(f"{text}. This is about teacher {number} of {count}, counted from 0.") from error
 
 
 def message(expected: str, got: str, remedy: str = "") -> str:

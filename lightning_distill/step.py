@@ -308,9 +308,7 @@ class DistillStep:
         for term in active:
             if isinstance(term, LogitsDistillation) and term.name in self._unchecked:
                 self._unchecked.discard(term.name)
-                # the teachers of a route have answered for some of the examples alone
-                for answer in answers if self.mix.route is None else self.mix.seen(term, answers):
-                    term.check_scores(call, answer)
+                self.mix.check_scores(term, call, answers)
 
     def answers(self, call: Call, stored: Any = None, asks: bool = True) -> list[Call]:
         """The answer of each teacher to a call of the student.

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops  # noqa: F401 - the example uses it
 
+from distill_core.checks import about_teacher
 from keras_distill import checks
 from keras_distill.balancing import BalanceState
 from keras_distill.recording import Call, Tap
@@ -333,9 +334,9 @@ class DistillationTerm:
             student: A call of the student, which may be symbolic.
             teachers: A call of each teacher.
         """
-        self.build_from_calls(student, teachers[0])
-        for teacher in teachers[1:]:
-            self.check_calls(student, teacher)
+        for number, teacher in enumerate(teachers):
+            with about_teacher(number, len(teachers)):
+                (self.check_calls if number else self.build_from_calls)(student, teacher)
 
     def _taps_in(self, teacher: keras.Model | None) -> list[Tap]:
         origin = self._origin or self

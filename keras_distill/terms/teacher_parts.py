@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from distill_core.checks import about_teacher
 from keras_distill import checks
 from keras_distill.recording import Call, Tap, find_layer
 from keras_distill.terms.base import DistillationTerm
@@ -75,17 +76,19 @@ class TeacherParts(CountingTerm):
 
     def build_for(self, student: Call, teachers: Sequence[Call]) -> None:
         """Make the adapters, for each teacher its own if the teachers' features differ."""
-        self.build_from_calls(student, teachers[0])
+        with about_teacher(0, len(teachers)):
+            self.build_from_calls(student, teachers[0])
         pairs = list(zip(self._further, teachers[1:], strict=False))  # stored outputs are those of one teacher
         own = bool(pairs) and (self.requires.keeps_teacher or self.adapters_per_teacher)
         own = own or any(part._features(student, call) != self._features(student, teachers[0]) for part, call in pairs)
         self._further = [self._part(part) for part in self._further]
-        for part, call in zip(self._further, teachers[1:], strict=False):
-            if own:
-                part._adapters, part._built_for, part._images = [], [], []  # not those of the first teacher
-                part.build_from_calls(student, call)
-            else:
-                part.check_calls(student, call)
+        for number, (part, call) in enumerate(zip(self._further, teachers[1:], strict=False), start=1):
+            with about_teacher(number, len(teachers)):
+                if own:
+                    part._adapters, part._built_for, part._images = [], [], []  # not those of the first teacher
+                    part.build_from_calls(student, call)
+                else:
+                    part.check_calls(student, call)
 
     def _part(self, reads: TeacherParts) -> TeacherParts:
         """A part with this term's adapters that reads the places of another part."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from distill_core.checks import about_teacher
 from lightning_distill import checks
 from lightning_distill.functional.inputs import resolve_class_dim, rows_mask
 from lightning_distill.functional.mixtures import confidence_weights, mean_logits, mixture_logits
@@ -255,6 +256,20 @@ class TeacherMix:
         mixed = MixedCall.of(answers, lambda outputs: self._mixed(term, outputs, 1.0, "probabilities"))
         return term.pair(call, mixed)
 
+    def check_scores(self, term: LogitsDistillation, call: Call, answers: Sequence[Call]) -> None:
+        """Raise if an output that a term compares holds probabilities instead of logits.
+
+        Args:
+            term: A term on logits.
+            call: The student's call.
+            answers: The answer of each teacher.
+        """
+        # the teachers of a route have answered for some of the examples alone
+        seen = answers if self.route is None else self.seen(term, answers)
+        for number, answer in enumerate(seen):
+            with about_teacher(number, len(seen)):
+                term.check_scores(call, answer)
+
     def values(
         self, term: DistillationTerm, call: Call, answers: Sequence[Call], labels: Tensor | None
     ) -> list[Tensor]:
@@ -267,16 +282,14 @@ class TeacherMix:
             labels: The labels, where the term needs them.
         """
         if self.plain or not term.needs_teacher or self.mix != "losses":
-            return [term(call, answer, labels) for answer in self.seen(term, answers)]
+            return _of_each(term, call, self.seen(term, answers), labels)
         if self.route is not None:
             if not term.teacher_taps:
                 return [term(call, self.seen(term, answers)[0], labels)]
             return [self._by_parts(term, call, answers, labels)]
         if self.by_entropy:
             return [self._by_rows(cast(LogitsDistillation, term), call, answers, labels)]
-        shares = self.shares() or []
-        values = [share * term(call, answer, labels) for share, answer in zip(shares, answers, strict=True) if share]
-        return [torch.stack(values).sum()]
+        return [torch.stack(_of_each(term, call, answers, labels, self.shares())).sum()]
 
     def _by_parts(self, term: DistillationTerm, call: Call, answers: Sequence[Call], labels: Tensor | None) -> Tensor:
         """The mean over the examples, where each part of them has its own teacher."""
@@ -320,6 +333,23 @@ class TeacherMix:
         if (mix or self.mix) == "logits":
             return mean_logits(outputs, weights)
         return mixture_logits(outputs, weights, temperature=temperature, class_dim=dim)
+
+
+def _of_each(
+    term: DistillationTerm,
+    call: Call,
+    answers: Sequence[Call],
+    labels: Tensor | None,
+    shares: Sequence[float] | None = None,
+) -> list[Tensor]:
+    """The value of a term for each teacher, times its share; teachers without a share are left out."""
+    values = []
+    for number, answer in enumerate(answers):
+        if shares is None or shares[number]:
+            with about_teacher(number, len(answers)):
+                value = term(call, answer, labels)
+            values.append(value if shares is None else shares[number] * value)
+    return values
 
 
 def _set(term: Any, name: str) -> bool:

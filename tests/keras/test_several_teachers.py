@@ -261,6 +261,20 @@ def test_under_xla_a_route_that_names_no_teacher_makes_the_loss_nan() -> None:
     assert np.isnan(logs["logits_loss"])
 
 
+@pytest.mark.parametrize("mix", ["losses", "probabilities", "logits"])
+def test_an_error_says_which_teacher_it_is_about(mix: str) -> None:
+    other = keras.Sequential([keras.Input(X.shape[1:]), keras.layers.Dense(7)])
+    with pytest.raises(ValueError, match=r"score the same classes.*This is about teacher 1 of 2, counted from 0\.$"):
+        DistillModel(mlp(5), [mlp(7), other], soft(), mix=mix)
+
+
+def test_an_error_says_which_teachers_layer_it_is_about() -> None:
+    other = keras.Sequential([keras.Input(X.shape[1:]), keras.layers.Reshape((1, -1), name="hidden")])
+    term = FeatureDistillation("hidden", "hidden")
+    with pytest.raises(ValueError, match=r"This is about teacher 1 of 2, counted from 0\.$"):
+        DistillModel(mlp(5), [mlp(7), other], term)
+
+
 def test_a_term_without_a_teacher_may_stand_beside_a_mixture() -> None:
     inputs = keras.Input((6,))
     shallow = keras.layers.Dense(5, "relu", name="shallow")(inputs)

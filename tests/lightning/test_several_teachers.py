@@ -257,6 +257,21 @@ def test_teachers_with_other_classes_cannot_be_mixed() -> None:
                 distiller.total(task)
 
 
+def test_an_error_says_which_teacher_it_is_about() -> None:
+    student, first, _ = networks()
+    wide = nn.Linear(INPUTS, CLASSES + 1).double()
+    for weights, number in ((None, 1), ([0.5, 0.5], 1), ([1.0, 0.0], None)):
+        with Distiller(student, [first, wide], teacher_weights=weights) as distiller:
+            with distiller.record():
+                task = student(X).mean()
+            if number is None:  # its loss is not computed
+                distiller.total(task)
+                continue
+            words = rf"score the same classes\. This is about teacher {number} of 2, counted from 0\.$"
+            with pytest.raises(ValueError, match=words):
+                distiller.total(task)
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
