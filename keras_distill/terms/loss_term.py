@@ -6,6 +6,7 @@ import numbers
 from typing import Any
 
 import keras
+import numpy as np
 
 from distill_core.requires import Requires
 from keras_distill import checks
@@ -109,7 +110,7 @@ class LossTerm(DistillationTerm):
     def traced_settings(self) -> tuple[Any, ...]:
         """Also the settings of the loss that have no variable, and its parts whose weight is 0."""
         fixed = self._has_temperature and "temperature" not in self._variable_settings
-        constants = tuple(self._constants().values())
+        constants = tuple(map(_hashable, self._constants().values()))
         temperature = self.loss.temperature if fixed else None
         return (*super().traced_settings(), temperature, self._parts_of_weight_0(), constants)
 
@@ -193,3 +194,9 @@ def copied(loss: keras.losses.Loss) -> keras.losses.Loss:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _hashable(value: Any) -> Any:
+    """A setting as part of a key: lists and arrays of numbers, which can be assigned too, as tuples."""
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value

@@ -16,6 +16,7 @@ from keras_distill import (
     FeatureDistillation,
     LogitsDistillation,
     MinifinetuningLoss,
+    MultiLevelLogitLoss,
     SimpleRecipeLoss,
     SkewKLLoss,
 )
@@ -45,6 +46,7 @@ SETTINGS: dict[str, tuple[Callable[..., DistillationLoss], str, Any]] = {
     "a loss without a temperature": (SkewKLLoss, "skew", 0.7),
     "a loss on layers": (ActivationBoundaryLoss, "margin", 3.0),
     "an exponent of a learned loss": (SimpleRecipeLoss, "power", 2.0),
+    "a list": (MultiLevelLogitLoss, "temperatures", [2.0]),
     "a weight within a learned loss": (FactorTransferLoss, "factor_weight", 0.0),
 }
 
@@ -62,3 +64,11 @@ def test_a_setting_that_is_assigned_counts_from_the_next_step_on(case: str, eage
 
     setattr(model.terms[0].loss, name, getattr(make(), name))
     assert step() == pytest.approx(first, rel=1e-6)
+
+
+def test_an_array_that_is_assigned_in_the_place_of_numbers_is_refused() -> None:
+    model, step = made(MultiLevelLogitLoss(), True)
+    step()
+    model.terms[0].loss.temperatures = np.array([2.0])
+    with pytest.raises(TypeError, match="Expected `temperatures` to be"):
+        step()
