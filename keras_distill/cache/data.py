@@ -106,6 +106,7 @@ def zipped(data: Any, answers: Answers, view: int, length: int, known: PassingIt
     flat = keras.tree.flatten(first)
     # TensorFlow crashes if `unbatch` splits an empty array, such as the one of TopK whose shape holds the classes
     full = [index for index, array in enumerate(flat) if array.size]
+    not_full = [index for index, array in enumerate(flat) if not array.size]
 
     def stored(numbers: Any) -> list[Any]:
         arrays = keras.tree.flatten(answers(numbers, view))
@@ -119,8 +120,8 @@ def zipped(data: Any, answers: Answers, view: int, length: int, known: PassingIt
 
     def joined(item: Any, tensors: Any, *empty: Any) -> Any:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(item)
-        remaining = {True: iter(tensors), False: iter(empty)}
-        arrays = [next(remaining[index in full]) for index in range(len(flat))]
+        by_place = dict(zip([*full, *not_full], [*tensors, *empty], strict=True))
+        arrays = [by_place[index] for index in range(len(flat))]
         targets = DistillTargets(y, keras.tree.pack_sequence_as(first, arrays))
         return (x, targets) if weight is None else (x, targets, weight)
 
@@ -128,11 +129,8 @@ def zipped(data: Any, answers: Answers, view: int, length: int, known: PassingIt
     rows = _rows_in_a_call(sum(array.nbytes for array in flat))
     answered = tf.data.Dataset.range(length).batch(rows).map(read).unbatch()
     answered = answered.apply(tf.data.experimental.assert_cardinality(length))  # `unbatch` loses it
-    empty = [
-        tf.data.Dataset.from_tensors(tf.zeros(array.shape[1:], array.dtype)).repeat()
-        for array in flat
-        if not array.size
-    ]
+    zeros = [tf.zeros(flat[index].shape[1:], flat[index].dtype) for index in not_full]
+    empty = [tf.data.Dataset.from_tensors(array).repeat() for array in zeros]
     # TensorFlow runs no function for each item where one only rearranges its arguments
     return tf.data.Dataset.zip((data if known is None else _watched(data, known), answered, *empty)).map(joined)
 
@@ -144,24 +142,24 @@ def _watched(data: Any, known: PassingItems) -> Any:
     size = _item_bytes(keras.tree.flatten(data.element_spec))
     rows = None if size is None else _rows_in_a_call(size)
 
-    def see(place: Any, *leaves: Any) -> bool:
-        start = int(place) * (rows or 1)
-        numbers = [number for number in known.probes if start <= number < start + (rows or 1)]
-        for number in numbers:
-            if rows is None:
-                known.see(number, *leaves)
-            elif number - start < len(leaves[0]):
+    def see_item(number: Any, *leaves: Any) -> bool:
+        known.see(number, *leaves)
+        return True
+
+    def see_batch(place: Any, *leaves: Any) -> bool:
+        start, count = int(place) * (rows or 1), len(leaves[0])
+        for number in known.probes:
+            if start <= number < start + count:
                 known.see(number, *(leaf[number - start] for leaf in leaves))
         return True
 
     def looked_at(place: Any, items: Any) -> Any:
         leaves = keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(items)[0])
-
-        def called() -> Any:
-            return tf.numpy_function(see, [place, *leaves], tf.bool)
-
-        probed = rows is not None or tf.reduce_any(tf.equal(place, known.probes))
-        looked = called() if probed is True else tf.cond(probed, called, lambda: True)
+        if rows is not None:
+            looked = tf.numpy_function(see_batch, [place, *leaves], tf.bool)
+        else:  # a call of Python for each item would take longer than the training
+            probed = tf.reduce_any(tf.equal(place, known.probes))
+            looked = tf.cond(probed, lambda: tf.numpy_function(see_item, [place, *leaves], tf.bool), lambda: True)
         looked.set_shape(())
         return looked
 

@@ -90,8 +90,10 @@ class Call:
         runs = self.runs.get(tap.place, [])
         layer = f"{self.who} layer {tap.name!r}"
         if not runs:
-            remedy = "Name a layer that this forward pass runs, or give its feature in `DistillTargets`."
-            remedy = f"{remedy} If it runs inside a `tf.function` or a wrapper, tap the layer that contains it."
+            remedy = (
+                "Name a layer that this forward pass runs, or give its feature in `DistillTargets`. If it runs inside a"
+                " `tf.function` or a wrapper, tap the layer that contains it."
+            )
             raise ValueError(checks.message(f"{layer} to run in a forward pass", "no call of it", remedy))
         if tap.place in self.trouble:  # before the number of calls, because Tap(call=...) would not help
             expected = f"{layer} to have an output that can be read from outside"

@@ -336,7 +336,10 @@ class DistillationTerm:
         """
         for number, teacher in enumerate(teachers):
             with about_teacher(number, len(teachers)):
-                (self.check_calls if number else self.build_from_calls)(student, teacher)
+                if number == 0:
+                    self.build_from_calls(student, teacher)
+                else:
+                    self.check_calls(student, teacher)
 
     def _taps_in(self, teacher: keras.Model | None) -> list[Tap]:
         origin = self._origin or self

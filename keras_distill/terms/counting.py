@@ -84,10 +84,10 @@ class CountingTerm(LossTerm):
         Raises:
             ValueError: If the loss needs labels, and there are several tensors of them.
         """
-        if not self.requires.needs_labels or (self.ignore_index is None and not keras.tree.is_nested(labels)):
+        if not self.requires.needs_labels:
             return labels
         if self.ignore_index is None:
-            return self._single(labels)
+            return self._single(labels) if keras.tree.is_nested(labels) else labels
         labels = ops.convert_to_tensor(self._single(labels))
         return ops.where(ops.equal(labels, self.ignore_index), ops.full_like(labels, -1), labels)
 
@@ -106,12 +106,13 @@ class CountingTerm(LossTerm):
         """
         tensors = keras.tree.flatten(labels) if keras.tree.is_nested(labels) else [labels]
         if len(tensors) != 1 or tensors[0] is None:
-            user = f"a term with ignore_index={self.ignore_index}"
-            user = f"{type(self.loss).__name__} in term {self.name!r}" if self.ignore_index is None else user
-            expected = f"labels for {user}"
             received = "none" if tensors in ([], [None]) else f"{len(tensors)} tensors"
-            remedy = "Leave `ignore_index` out." if received == "none" else "Mark the positions by `mask` instead."
-            remedy = "Use it in a LogitsDistillation(output=...)." if self.ignore_index is None else remedy
+            if self.ignore_index is None:
+                expected = f"labels for {type(self.loss).__name__} in term {self.name!r}"
+                remedy = "Use it in a LogitsDistillation(output=...)."
+            else:
+                expected = f"labels for a term with ignore_index={self.ignore_index}"
+                remedy = "Leave `ignore_index` out." if received == "none" else "Mark the positions by `mask` instead."
             raise ValueError(checks.message(expected, received, remedy))
         return tensors[0]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,19 +63,25 @@ def accuracy(student: nn.Module, x: Tensor, y: Tensor) -> float:
         return float((student(x).argmax(1) == y).float().mean())
 
 
-def trained(teacher: nn.Module | None, made: Made | None, weight: Any = 1.0) -> tuple[Classifier, list[float]]:
-    """A student, and the values of its distillation loss without a weight."""
+def plain(width: int) -> Classifier:
+    """A network that learns from the labels alone."""
     x, y, _, _ = digits()
-    student, order = Classifier(32 if teacher is None else 16, 1), torch.Generator().manual_seed(0)
-    optimizer, values = torch.optim.SGD(student.parameters(), lr=0.3), []
-    if teacher is None or made is None:
-        for _ in range(STEPS):
-            rows = torch.randint(len(x), (ROWS,), generator=order)
-            optimizer.zero_grad()
-            F.cross_entropy(student(x[rows]), y[rows]).backward()
-            optimizer.step()
-        return student, values
-    with Distiller(student, teacher, made(weight)) as distiller:
+    network, order = Classifier(width, 1), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.3)
+    for _ in range(STEPS):
+        rows = torch.randint(len(x), (ROWS,), generator=order)
+        optimizer.zero_grad()
+        F.cross_entropy(network(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return network
+
+
+def distilled(teacher: nn.Module, term: DistillationTerm) -> tuple[Classifier, float]:
+    """A student, and the first value of its distillation loss without a weight."""
+    x, y, _, _ = digits()
+    student, order, values = Classifier(16, 1), torch.Generator().manual_seed(0), list[float]()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.3)
+    with Distiller(student, teacher, term) as distiller:
         distiller.follow(optimizer)
         for _ in range(STEPS):
             rows = torch.randint(len(x), (ROWS,), generator=order)
@@ -86,22 +91,17 @@ def trained(teacher: nn.Module | None, made: Made | None, weight: Any = 1.0) -> 
             distiller.total(task, (x[rows], y[rows])).backward()
             optimizer.step()
             values.append(float(distiller.parts["part_loss"]))
-    return student, values
+    return student, values[0]
 
 
-@pytest.fixture(scope="module")
-def teacher() -> Classifier:
-    return trained(None, None)[0]
-
-
-def test_five_losses_far_apart_train_with_one_setting(teacher: Classifier) -> None:
+def test_five_losses_far_apart_train_with_one_setting() -> None:
     _, _, x, y = digits()
-    alone = accuracy(trained(teacher, None)[0], x, y)
+    teacher, alone = plain(32), accuracy(plain(16), x, y)
     first, reached, unbalanced = {}, {}, {}
     for name, made in LOSSES.items():
-        student, values = trained(teacher, made, "balanced")
-        first[name], reached[name] = values[0], accuracy(student, x, y)
-        unbalanced[name] = accuracy(trained(teacher, made, 1.0)[0], x, y)
+        student, first[name] = distilled(teacher, made("balanced"))
+        reached[name] = accuracy(student, x, y)
+        unbalanced[name] = accuracy(distilled(teacher, made(1.0))[0], x, y)
     assert max(first.values()) > 1e6 * min(first.values())
     assert min(reached.values()) > alone - 0.06
     assert max(unbalanced["squared"], unbalanced["summed"]) < 0.5  # a weight of 1 lets two students collapse

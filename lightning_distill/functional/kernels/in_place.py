@@ -128,8 +128,7 @@ def _total_variation(x: Tensor, y: Tensor) -> Tensor:
     q, p = _softmax(x), _softmax(y)
     apart = p.sub_(q)
     value = apart.abs().sum(-1, keepdim=True).mul_(0.5)
-    h = apart.sign_().mul_(q)
-    q.mul_(h.sum(-1, keepdim=True).mul_(0.5)).sub_(h, alpha=0.5)
+    through_softmax(q, apart.sign_().mul_(-0.5).mul_(q))
     return value
 
 
