@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill_core.store import CacheError
 from lightning_distill.recording.batches import find_entry
-from lightning_distill.recording.labels import find_mask
+from lightning_distill.recording.labels import find_tensor
 
 Mask = str | int | Callable[[Any], Tensor]
 ATTENTION, DECODER_ATTENTION, LABELS = "attention_mask", "decoder_attention_mask", "labels"
@@ -36,7 +36,7 @@ def token_mask(batch: Any, place: Mask) -> Tensor | None:
         values = getattr(batch, place, None) if values is None and not isinstance(batch, Mapping) else values
     else:
         try:
-            values = find_mask(batch, place)
+            values = find_tensor(batch, place)
         except ValueError:
             return None
     if not isinstance(values, Tensor) or values.ndim != 2 or values.is_floating_point():

@@ -14,7 +14,7 @@ from lightning_distill.on_policy.generation import Writer
 from lightning_distill.on_policy.sequences import Continued, Prompts, prompts_of
 from lightning_distill.on_policy.settings import OnPolicyDistillation
 from lightning_distill.recording.arguments import takes
-from lightning_distill.recording.labels import find_labels, find_mask
+from lightning_distill.recording.labels import find_labels, find_tensor
 from lightning_distill.recording.student import StudentFinder
 from lightning_distill.terms import DistillationTerm, SequenceDistillation
 
@@ -140,7 +140,7 @@ class OnPolicyBatches:
             return Prompts(tokens, attended)
         if self._settings.prompt is None:
             return prompts_of(tokens, attended & ~self._answers(batch, tokens), writer.pad)
-        marked = find_mask(batch, self._settings.prompt, "prompt")
+        marked = find_tensor(batch, self._settings.prompt, "prompt")
         if marked.shape not in (tokens.shape, tokens.shape[1:]):
             raise ValueError(
                 f"Expected `prompt` to mark the tokens of the prompts, of the shape {tuple(tokens.shape)} or"

@@ -48,27 +48,27 @@ def find_labels(batch: Any, where: str | int | Callable[[Any], Tensor] | None) -
     return labels
 
 
-def find_mask(
-    batch: Any, where: str | int | Callable[[Any], Tensor], argument: str = "mask", kept: str = "its mask"
+def find_tensor(
+    batch: Any, where: str | int | Callable[[Any], Tensor], argument: str = "mask", content: str = "its mask"
 ) -> Tensor:
-    """The mask in a batch, or another tensor.
+    """A tensor in a batch, such as a mask.
 
     Args:
         batch: The batch.
         where: A key or field name, an index, or a function of the batch.
         argument: Name of the argument that says it, for the message.
-        kept: The name of the tensor, for the message.
+        content: The tensor's content, for the message.
 
     Raises:
         ValueError: If the batch has no tensor at that place.
     """
-    mask = entry_of_batch(batch, where)
-    if not isinstance(mask, Tensor):
+    tensor = entry_of_batch(batch, where)
+    if not isinstance(tensor, Tensor):
         raise ValueError(
-            f"Expected `{argument}` to say where a batch keeps {kept}, but got {argument}={where!r} and a batch of"
+            f"Expected `{argument}` to say where a batch keeps {content}, but got {argument}={where!r} and a batch of"
             f" {type(batch).__name__}. Pass a key, an index, or a function of the batch."
         )
-    return mask
+    return tensor
 
 
 def entry_of_batch(batch: Any, where: str | int | Callable[[Any], Any]) -> Any:

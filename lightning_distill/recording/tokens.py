@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_distill.recording.calls import Call
 from lightning_distill.recording.documents import Documents
-from lightning_distill.recording.labels import find_labels, find_mask
+from lightning_distill.recording.labels import find_labels, find_tensor
 from lightning_distill.recording.outputs import entries_of
 
 _SEQ2SEQ = "encoder_last_hidden_state"  # a field of the outputs of models with an encoder and a decoder
@@ -105,7 +105,7 @@ class TokenPositions:
         self, batch: Any, mask_batch: Any, arguments: Mapping[str, Any], seq2seq: bool, label_place: Any
     ) -> Positions:
         labels = self._labels(batch, arguments, label_place)
-        mask = None if self.mask is None else _two_dimensions("mask", find_mask(mask_batch, self.mask))
+        mask = None if self.mask is None else _two_dimensions("mask", find_tensor(mask_batch, self.mask))
         documents = Documents.of(batch, arguments, seq2seq)
         attention = documents.attention
         reference = next((rows for rows in (labels, mask, attention) if rows is not None), None)

@@ -33,7 +33,7 @@ class _State:
                 _keep_changes(before, parameter.data)
                 parameter.data = before
             if self.requires_grad.get(name, parameter.requires_grad) != parameter.requires_grad:
-                parameter.requires_grad_(self.requires_grad[name])
+                parameter.requires_grad = self.requires_grad[name]  # requires_grad_() is refused inside torch.func
         for name, buffer in list(module.named_buffers(recurse=False)):
             before = self.buffers.get(name)
             if before is not None and before is not buffer:

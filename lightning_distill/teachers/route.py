@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.recording import Call, first_tensor, map_tensors
-from lightning_distill.recording.labels import find_mask
+from lightning_distill.recording.labels import find_tensor
 
 Place = str | int | Callable[[Any], Tensor]
 
@@ -48,7 +48,7 @@ class Route:
             raise ValueError(
                 f"Expected a batch for route={self.place!r}, but got none. Call distiller.total(task_loss, batch)."
             )
-        named = find_mask(call.batch, self.place, "route", "the teacher of each example")
+        named = find_tensor(call.batch, self.place, "route", "the teacher of each example")
         number = len(first_tensor(call.args, call.kwargs, call.output))
         if named.shape != (number,) or named.is_floating_point() or named.dtype == torch.bool:
             raise ValueError(

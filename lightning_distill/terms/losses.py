@@ -15,7 +15,7 @@ from lightning_distill.losses import DistillationLoss
 from lightning_distill.losses.temperature import CurriculumTemperature
 from lightning_distill.recording import Call, map_tensors
 from lightning_distill.recording.batches import find_entry
-from lightning_distill.recording.labels import find_mask
+from lightning_distill.recording.labels import find_tensor
 
 Mask = str | int | Callable[[Any], Tensor]
 
@@ -118,7 +118,7 @@ def counted_positions(call: Call, mask: Mask | None, ignore_index: int | None, l
                 f"Expected a batch for the term with mask={mask!r}, but got none. Call"
                 " distiller.total(task_loss, batch)."
             )
-        counted = find_mask(call.batch, mask).bool()
+        counted = find_tensor(call.batch, mask).bool()
     if ignore_index is not None and labels is not None:
         kept = labels != ignore_index
         if counted is not None and not _fits(counted.shape, kept.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from lightning.pytorch import LightningModule, Trainer
 from nets import MLP, loader, make, same, snapshot, student, teacher
 from torch import nn
 
-from lightning_distill import DistillCallback, DistillModule, FeatureDistillation, LogitsDistillation, load_teacher
+from lightning_distill import (
+    DistillCallback,
+    Distiller,
+    DistillModule,
+    FeatureDistillation,
+    LogitsDistillation,
+    load_teacher,
+)
 
 MakeTrainer = Callable[..., Trainer]
 # DistillModule has a validation step; most of these tests give it nothing to validate on
@@ -149,3 +157,25 @@ def test_the_teacher_gets_another_input_if_teacher_forward_is_overridden(trainer
     module.distill = Upscaled(big, student="student")
     trainer().fit(module, loader())
     assert big.seen == [torch.Size([8, 1, 8, 8])] * 2
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_a_teacher_is_restored_where_garbage_is_collected_inside_a_transform(dtype: str | None) -> None:
+    """torch.func refuses `requires_grad_()` there, and Python would only print the error."""
+    held = teacher(5)
+    held.layer1.weight.requires_grad_(False)
+    before = [(parameter.requires_grad, parameter.dtype) for parameter in held.parameters()]
+    network = student()
+    distillers = [Distiller(network, held, teacher_dtype=dtype)]
+    with distillers[0].record():
+        network(torch.randn(4, 16))
+    distillers[0].total(torch.zeros(()))
+    assert not any(parameter.requires_grad for parameter in held.parameters())
+
+    def dropping(x: torch.Tensor) -> torch.Tensor:
+        distillers.clear()
+        gc.collect()
+        return x.sum()
+
+    torch.func.grad(dropping)(torch.ones(3))
+    assert [(parameter.requires_grad, parameter.dtype) for parameter in held.parameters()] == before
